@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
+from qlora_jax.models.experts_config import Experts
 from qlora_jax.nn.mlp import ClampedSwiglu, GateActivation
 from qlora_jax.nn.rope import LENGTH_DEPENDENT, QueryPositionScale, Rope
 
@@ -89,6 +90,7 @@ class ModelConfig:
       fused_gate_up: True if one projection computes gate, then up.
       head_bias: True if the head adds a bias.
       names: (our name, Hugging Face's name) of each module whose names differ.
+      experts: the experts of sparse layers; None: the MLP of every layer is dense.
     """
 
     vocab_size: int
@@ -128,21 +130,57 @@ class ModelConfig:
     fused_gate_up: bool = _feature(False)
     head_bias: bool = _feature(False)
     names: tuple[tuple[str, str], ...] = _feature(())
+    experts: Experts | None = _feature(None)
 
     def linear_shapes(self) -> dict[str, tuple[tuple[int, int], bool]]:
-        """Returns {name within a layer: ((N out, K in), True if it has a bias)} of each projection."""
+        """Returns {name within a layer: ((N out, K in), True if it has a bias)} of each projection.
+
+        These are the plain matrices: of attention, of dense MLPs and of shared experts.
+        """
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        d, f = self.embed_dim, self.mlp_dim
         apart = {"q_proj": q, "k_proj": kv, "v_proj": kv}
         of_attention = {"qkv_proj": q + 2 * kv} if self.fused_qkv else apart
-        of_gated = {"gate_up_proj": 2 * f} if self.fused_gate_up else {"gate_proj": f, "up_proj": f}
-        of_mlp = of_gated if self.gated else {"up_proj": f}
         return {
-            **{f"self_attn.{name}": ((n, d), self.qkv_bias) for name, n in of_attention.items()},
-            "self_attn.o_proj": ((d, q), self.o_bias),
-            **{f"mlp.{name}": ((n, d), self.mlp_bias) for name, n in of_mlp.items()},
-            "mlp.down_proj": ((d, f), self.mlp_bias),
+            **{f"self_attn.{name}": ((n, self.embed_dim), self.qkv_bias) for name, n in of_attention.items()},
+            "self_attn.o_proj": ((self.embed_dim, q), self.o_bias),
+            **self._mlp_shapes(),
         }
+
+    def _mlp_shapes(self) -> dict[str, tuple[tuple[int, int], bool]]:
+        experts, widths = self.experts, {}
+        if experts is None or len(experts.layers) < self.num_layers:
+            widths["mlp."] = self.mlp_dim
+        if experts is not None and experts.shared_mlp_dim:
+            widths["mlp.shared_experts."] = experts.shared_mlp_dim
+        found = {}
+        for prefix, f in widths.items():
+            of_gated = {"gate_up_proj": 2 * f} if self.fused_gate_up else {"gate_proj": f, "up_proj": f}
+            inner = of_gated if self.gated else {"up_proj": f}
+            found |= {f"{prefix}{name}": ((n, self.embed_dim), self.mlp_bias) for name, n in inner.items()}
+            found[f"{prefix}down_proj"] = ((self.embed_dim, f), self.mlp_bias)
+        return found
+
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns {name within a layer: (N out, K in) of one expert} of each projection of routed experts."""
+        return {} if self.experts is None else self.experts.shapes(self.embed_dim)
+
+    def expert_targets(self) -> dict[str, tuple[int, int]]:
+        """Returns {name within a layer: (N out, K in) of one expert} of what an adapter on experts attaches to.
+
+        The names are transformers' names of parameters; `gate_up_proj` stands for gate, then up.
+        """
+        shapes = self.expert_shapes()
+        if not shapes:
+            return {}
+        (f, d), down = shapes["mlp.experts.gate_proj"], shapes["mlp.experts.down_proj"]
+        return {"mlp.experts.gate_up_proj": (2 * f, d), "mlp.experts.down_proj": down}
+
+    def layers_with(self, name: str) -> tuple[int, ...]:
+        """Returns the layers that have a module, by its name within a layer, such as `mlp.experts.gate_proj`."""
+        group, _, inner = name.partition(".")
+        if self.experts is None or group != "mlp":
+            return tuple(range(self.num_layers))
+        return self.experts.layers_with(inner.partition(".")[0], self.num_layers)
 
     def norm_widths(self) -> dict[str, int]:
         """Name within a layer -> width, for each norm."""
@@ -178,12 +216,30 @@ class ModelConfig:
 
     def parameters(self) -> int:
         """Returns the number of parameters of the base."""
+        return self._parameters(0 if self.experts is None else self.experts.count)
+
+    def active_parameters(self) -> int:
+        """Returns the number of parameters that one token uses; embedding and head count in full."""
+        return self._parameters(0 if self.experts is None else self.experts.per_token)
+
+    def _parameters(self, experts_per_layer: int) -> int:
         norm_leaves = 2 if self.norm == "layer" else 1
         sinks = self.num_layers * self.num_heads * self.attention_sinks
-        linear = sum(n * k + n * has_bias for (n, k), has_bias in self.linear_shapes().values())
+        linear = sum(
+            len(self.layers_with(name)) * (n * k + n * has_bias)
+            for name, ((n, k), has_bias) in self.linear_shapes().items()
+        )
         norms = norm_leaves * (self.num_layers * sum(self.norm_widths().values()) + self.embed_dim)
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.embed_dim
-        return self.num_layers * linear + sinks + norms + tables + self.head_bias * self.vocab_size
+        others = sinks + norms + tables + self.head_bias * self.vocab_size
+        return linear + self._sparse_parameters(experts_per_layer) + others
+
+    def _sparse_parameters(self, experts_per_layer: int) -> int:
+        if self.experts is None:
+            return 0
+        of_expert = sum(n * k + n * self.experts.bias for n, k in self.expert_shapes().values())
+        others = self.experts.other_parameters(self.embed_dim)
+        return len(self.experts.layers) * (experts_per_layer * of_expert + others)
 
     def hugging_face_name(self, name: str) -> str:
         """Returns the Hugging Face name of `model.layers.mlp.up_proj`, with or without the layer's index."""

@@ -17,20 +17,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from qlora_jax.models.abstract_init import frozen_linear_leaves
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
-from qlora_jax.models.layer_runs import layer_runs, split_run
-from qlora_jax.nn.bottleneck import Bottleneck
+from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, split_run
+from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.nn.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.full_rank import TrainableTable
-from qlora_jax.nn.linear import QLinear, gather_layer, name_number, named_key, project
+from qlora_jax.nn.linear import QLinear, name_number, named_key
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.nn.router import Routing
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
 from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.variables import Frozen
@@ -43,6 +42,7 @@ SAVED_NAMES = (
     *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
     *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa", "unscaled", "dora_norms"),
     *("bottleneck_in", "bottleneck_narrow"),
+    *("router_logits", "expert_out"),
 )
 LAYER_INPUT = "layer_input"
 NEFTUNE = name_number("neftune")  # folded into the key of a row; layers fold their index
@@ -74,38 +74,6 @@ def _scaled(x_MD: jax.Array, scale: float | None) -> jax.Array:
     return x_MD if scale is None else (x_MD.astype(jnp.float32) * scale).astype(x_MD.dtype)
 
 
-class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
-
-    gate_proj: QLinear
-    up_proj: QLinear
-    gate_up_proj: QLinear  # in place of the two above if fused
-    down_proj: QLinear
-
-    def __init__(self, linears: dict[str, QLinear], config: ModelConfig):
-        for name, linear in linears.items():
-            setattr(self, name, linear)
-        self.config = config
-        self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
-
-    def __call__(self, x_MD, layer, keys_B):
-        result_MD = self.down_proj(self._inner(x_MD, layer, keys_B), layer, keys_B)
-        return result_MD if self.adapter is None else self.adapter(result_MD)
-
-    def _inner(self, x_MD, layer, keys_B) -> jax.Array:
-        config = self.config
-        if not config.gated:
-            up_MF = checkpoint_name(self.up_proj(x_MD, layer, keys_B), "mlp_up")
-            return apply_activation(up_MF, config.activation)
-        if config.fused_gate_up:
-            gate_MF, up_MF = jnp.split(self.gate_up_proj(x_MD, layer, keys_B), 2, axis=1)
-        else:
-            gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, keys_B)
-        gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
-        with jax.named_scope("swiglu"):
-            return gated_activation(gate_MF, up_MF, config.gate_activation)
-
-
 class Block(nnx.Module):
     """Attention and MLP with their norms; inside the scan, base leaves have all layers and adapters one."""
 
@@ -114,7 +82,7 @@ class Block(nnx.Module):
             return {n.removeprefix(prefix): make(n) for n in of if n.startswith(prefix)}
 
         def linear(name: str) -> QLinear:
-            return _qlinear(name, config, weights)
+            return qlinear(name, config, weights)
 
         def norm(name: str) -> RMSNorm | LayerNorm:
             return _norm(config, (config.num_layers, widths[name]), weights.dtype)
@@ -124,11 +92,13 @@ class Block(nnx.Module):
             setattr(self, name, norm(name))
         attention = group("self_attn.", shapes, linear), group("self_attn.", widths, norm)
         self.self_attn = Attention(*attention, config, weights.dtype)
-        self.mlp = MLP(group("mlp.", shapes, linear), config)
+        self.mlp = MLP(group("mlp.", shapes, linear), config) if config.experts is None else MixtureMLP(config, weights)
+        self.mlp_start = 0  # layer minus row in the stacks of `mlp`; layer_runs.py sets it in a mixture of experts
         self.layout = NORM_PLACEMENTS[config.layout]
         self.residual_scale = config.residual_scale
 
-    def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
+    def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None, counted_BT=None):
+        """Returns (residual stream, cache, sums of the router); no sums without a router or `counted_BT`."""
         layout, scale = self.layout, self.residual_scale
         to_attention_MD = self._normed(layout.before_attention, x_MD, layer)
         attended_MD, cache = self.self_attn(to_attention_MD, positions, layer, keys_B, cache)
@@ -136,22 +106,23 @@ class Block(nnx.Module):
         if layout.parallel:
             shared = layout.before_mlp == layout.before_attention
             to_mlp_MD = to_attention_MD if shared else self._normed(layout.before_mlp, x_MD, layer)
-            return x_MD + attended_MD + _scaled(self.mlp(to_mlp_MD, layer, keys_B), scale), cache
+            given_MD, sums = self._mlp(to_mlp_MD, layer, keys_B, counted_BT)
+            return x_MD + attended_MD + _scaled(given_MD, scale), cache, sums
         x_MD = checkpoint_name(x_MD + attended_MD, "attention_residual")
-        given_MD = self.mlp(self._normed(layout.before_mlp, x_MD, layer), layer, keys_B)
-        return x_MD + _scaled(self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), scale), cache
+        given_MD, sums = self._mlp(self._normed(layout.before_mlp, x_MD, layer), layer, keys_B, counted_BT)
+        return x_MD + _scaled(self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), scale), cache, sums
+
+    def _mlp(self, x_MD, layer, keys_B, counted_BT) -> tuple[jax.Array, RoutingSums | None]:
+        if isinstance(self.mlp, MLP):
+            return self.mlp(x_MD, layer - self.mlp_start if self.mlp_start else layer, keys_B), None
+        assert isinstance(self.mlp, SparseMLP)
+        return self.mlp(x_MD, layer - self.mlp_start, keys_B, counted_BT)
 
     def _normed(self, norm: str | None, x_MD: jax.Array, layer: jax.Array, kept_as: str | None = None) -> jax.Array:
         """Returns norm(x), or x if `norm` is None; `kept_as` names x for remat policies."""
         if norm is None:
             return x_MD
         return getattr(self, norm)(x_MD if kept_as is None else checkpoint_name(x_MD, kept_as), layer)
-
-
-def _qlinear(name: str, config: ModelConfig, weights: WeightFormat) -> QLinear:
-    shape, has_bias = config.linear_shapes()[name]
-    weight, bias = frozen_linear_leaves(name, config.num_layers, shape, has_bias, weights)
-    return QLinear(config.hugging_face_name(f"model.layers.{name}"), weight, bias)
 
 
 class Embedding(nnx.Module):
@@ -212,7 +183,7 @@ class Embedding(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, L blocks in one scan, or one per run of layers with the same adapters, final norm."""
+    """Embedding, L blocks in one scan, or one per run of layers of one kind (layer_runs.py), final norm."""
 
     def __init__(self, config: ModelConfig, weights: WeightFormat):
         self.config = config
@@ -229,36 +200,41 @@ class Decoder(nnx.Module):
         keys_B=None,
         neftune_noise_alpha: float | None = None,
         cache: KVCache | None = None,
+        counted_BT=None,
     ):
+        """Returns (normalized hidden states, cache, sums of each run of sparse layers, stacked over its layers)."""
         x_MD = self._embedded(tokens_BT.reshape(-1))
         if keys_B is not None and neftune_noise_alpha is not None:
             x_MD = add_noise(x_MD, neftune_noise_alpha, fold_in_each(keys_B, NEFTUNE))
-        carry = x_MD, cache
-        for run in layer_runs(self.layers, self.config.num_layers):
-            carry = self._scan(run, carry, positions, remat, keys_B)
+        carry, sums = (x_MD, cache), []
+        for run in layer_runs(self.layers, self.config):
+            carry, of_run = self._scan(run, carry, positions, remat, keys_B, counted_BT)
+            sums += [] if of_run is None else [of_run]
         x_MD, cache = carry
-        return self.norm(x_MD), cache
+        return self.norm(x_MD), cache, sums
 
-    def _scan(self, run: range, carry, positions: Positions, remat: str, keys_B):
-        """Returns (hidden states, cache) after the layers of a run."""
-        graphdef, lora, base = split_run(self.layers, run)
+    def _scan(self, run: range, carry, positions: Positions, remat: str, keys_B, counted_BT):
+        """Returns ((hidden states, cache) after the layers of a run, sums of their routers)."""
+        graphdef, lora, base = split_run(self.layers, run, self.config)
 
-        def block(carry, per_layer):
+        def step(carry, per_layer):
             x_MD, cache = carry
             x_MD = checkpoint_name(x_MD, LAYER_INPUT)
             layer, lora_of_layer = per_layer
             # Gathered inside jax.checkpoint, under no name that a policy saves: the backward pass gathers once more,
             # for recomputation and for its own products, and nothing that was gathered is kept.
-            lora_of_layer, base_of_layer = gathered(lora_of_layer), gather_layer(base, layer)
+            lora_of_layer, base_of_layer = gathered(lora_of_layer), gather_run_layer(base, layer, run, self.config)
             layer_keys_B = None if keys_B is None else fold_in_each(keys_B, layer)
-            return nnx.merge(graphdef, lora_of_layer, base_of_layer)(x_MD, positions, layer, layer_keys_B, cache), None
+            block = nnx.merge(graphdef, lora_of_layer, base_of_layer)
+            x_MD, cache, sums = block(x_MD, positions, layer, layer_keys_B, cache, counted_BT)
+            return (x_MD, cache), sums
 
         policy = REMAT_POLICIES[remat]
         # XLA unrolls the scan of a run of one layer, and would then share the recomputation with the forward pass.
         unrolled = len(run) == 1 < self.config.num_layers
-        body = block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=unrolled)
+        body = step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=unrolled)
         layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
-        return jax.lax.scan(body, carry, (layers, lora))[0]
+        return jax.lax.scan(body, carry, (layers, lora))
 
     def _embedded(self, tokens_M: jax.Array) -> jax.Array:
         x_MD = self.embed_tokens(tokens_M)
@@ -333,6 +309,43 @@ class CausalLM(nnx.Module):
         Raises:
           ValueError: `branching` without `segments_BT`.
         """
+        positions = self._positions(tokens_BT, segments_BT, branching)
+        training = {"keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha}
+        return self.model(tokens_BT, positions, remat=remat, **training)[0]
+
+    def hidden_with_routing(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        counted_BT: Float[Array, "B T"],
+        *,
+        remat: str = "none",
+        keys_B: Key[Array, " B"] | None = None,
+        neftune_noise_alpha: float | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+        branching: Branching | None = None,
+    ) -> tuple[Float[Array, "M D"], Routing]:
+        """Returns `hidden`, and sums over each row of the choices and probabilities of every sparse layer's router.
+
+        Args:
+          counted_BT: 1 for tokens that count in these sums, 0 for padding. Padding has hidden states too, and attention
+            only keeps real tokens from seeing it, so nothing but the caller says where it is.
+
+        Raises:
+          ValueError: the model has no experts.
+        """
+        if self.config.experts is None:
+            raise ValueError("hidden_with_routing: the model has no experts. Call hidden.")
+        positions = self._positions(tokens_BT, segments_BT, branching)
+        training = {"keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha}
+        hidden_MD, _, of_runs = self.model(tokens_BT, positions, remat=remat, counted_BT=counted_BT, **training)
+        counts_SBE, probs_SBE, z_SB = (jnp.concatenate(parts) for parts in zip(*of_runs, strict=True))
+        counts_BSE, probs_BSE, z_BS = (jnp.swapaxes(sums, 0, 1) for sums in (counts_SBE, probs_SBE, z_SB))
+        tokens_B = counted_BT.sum(axis=1)
+        return hidden_MD, Routing(counts_BSE=counts_BSE, probs_BSE=probs_BSE, z_BS=z_BS, tokens_B=tokens_B)
+
+    def _positions(
+        self, tokens_BT: jax.Array, segments_BT: jax.Array | None, branching: Branching | None
+    ) -> Positions:
         batch, length = tokens_BT.shape
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         spans = None
@@ -342,9 +355,7 @@ class CausalLM(nnx.Module):
             if segments_BT is None:
                 raise ValueError("hidden: found branching without segments_BT. Pass the ids of segments too.")
             index_BT, spans, segments_BT = index_BT + branching.depths_BT, branching.spans(segments_BT), None
-        positions = Positions.of(self.config, index_BT, segments_BT, length, spans)
-        training = {"keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha}
-        return self.model(tokens_BT, positions, remat=remat, **training)[0]
+        return Positions.of(self.config, index_BT, segments_BT, length, spans)
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache
@@ -352,7 +363,7 @@ class CausalLM(nnx.Module):
         """Returns hidden states of tokens that follow `start` earlier ones in each row, and the extended cache."""
         index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
         positions = Positions.of(self.config, index_BT, None, cache.k.shape[3])
-        hidden_MD, longer = self.model(tokens_BT, positions, remat="none", cache=cache)
+        hidden_MD, longer, _ = self.model(tokens_BT, positions, remat="none", cache=cache)
         assert longer is not None  # the model returns a cache if it gets one
         return hidden_MD, longer
 

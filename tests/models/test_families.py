@@ -70,10 +70,10 @@ def test_each_scaling_says_what_it_needs():
     assert SCALING_NUMBERS.keys() == SCALINGS.keys()
 
 
-def test_a_mixture_of_experts_is_refused_as_such():
+def test_an_unknown_mixture_of_experts_is_refused_as_such():
     for experts in (dict(num_local_experts=8), dict(num_experts=64), dict(n_routed_experts=160)):
-        with pytest.raises(ValueError, match=r"is a mixture of experts, .* would not be quantized"):
-            model_config(dict(SMOLLM2, model_type="mixtral", **experts))
+        with pytest.raises(ValueError, match=r"'jamba' is not supported \(a mixture of experts, .*experts=\d+\)"):
+            model_config(dict(SMOLLM2, model_type="jamba", **experts))
 
 
 def test_an_unknown_model_of_images_and_text_is_refused_as_such():

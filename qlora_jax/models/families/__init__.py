@@ -5,10 +5,29 @@ from typing import TypedDict
 
 from qlora_jax.metadata import check_value, shorten
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import gemma, gpt_neox, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+from qlora_jax.models.families import (
+    gemma,
+    glm4_moe,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    phi,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
 
-MODULES = (llama, mistral, qwen2, qwen3, smollm3, olmo2, gemma, phi3, phi, gpt_neox)
+MODULES = (
+    *(llama, mistral, qwen2, qwen3, smollm3, olmo2, gemma, phi3, phi, gpt_neox),
+    *(mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe),
+)
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}
 # Names of the number of experts in configs of mixtures.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -29,7 +48,7 @@ def model_config(config: Mapping[str, object], name: str = "config.json") -> Mod
       name: the file of the config, for messages.
 
     Raises:
-      ValueError: an unknown model_type, a mixture of experts, or all attributes that the family does not support.
+      ValueError: an unknown model_type, or all attributes that the family does not support.
     """
     check_value(config, ModelKind, name)
     if wrapper_of(config) is None:
@@ -40,14 +59,11 @@ def model_config(config: Mapping[str, object], name: str = "config.json") -> Mod
 
 def _text_model(config: Mapping[str, object], name: str) -> ModelConfig:
     model_type = check_value(config, ModelKind, name).get("model_type")
-    if experts := [f"{key}={shorten(config[key])}" for key in EXPERTS if config.get(key)]:
-        raise ValueError(
-            f"{name}: model_type={shorten(model_type)} with {', '.join(experts)} is a mixture of experts, which is not "
-            "supported: its experts, most of its weights, would not be quantized. Use a dense model."
-        )
     if model_type not in FAMILIES:
         known = f"known are {sorted(FAMILIES)}"
         if TEXT_CONFIG in config:
             known = f"of models of images and text, known are {sorted(WRAPPERS)}"
-        raise ValueError(f"{name}: model_type={shorten(model_type)} is not supported: {known}")
+        experts = [f"{key}={shorten(config[key])}" for key in EXPERTS if config.get(key)]
+        mixture = f" (a mixture of experts, {', '.join(experts)})" if experts else ""
+        raise ValueError(f"{name}: model_type={shorten(model_type)} is not supported{mixture}: {known}")
     return FAMILIES[model_type].from_hf(config, name)

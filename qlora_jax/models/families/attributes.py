@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from qlora_jax.metadata import Kind, find_problems, shorten, shorten_key
 
@@ -22,6 +22,8 @@ LIMITS = {
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,
     "vocab_size": 1 << 24,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), 1 << 14),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 1 << 20),
 }
 DEFAULT_LIMIT = 2**31 - 1
 
@@ -54,11 +56,13 @@ HARMLESS = frozenset(
         "num_labels",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "pad_token_id",
         "quantization_config",
         "resid_pdrop",
         "return_dict",
         "rope_interleaved",
+        "router_aux_loss_coef",
         "torch_dtype",
         "torchscript",
         "transformers.js_config",
@@ -140,6 +144,10 @@ class Attributes:
             self.refuse(f"{name}: found {shorten(value)}, expected {layers} of {list(accepted)}")
             return list(default)
         return list(value)[:layers] if value else list(default)
+
+    def numbers(self, name: str, kind: Kind) -> list[Any]:
+        """Reads a list of numbers of type `kind`; none is an empty list."""
+        return self._get(name, [], Annotated[list[kind], FailFast()], [])
 
     def mapping(self, name: str, kind: Kind) -> Mapping[str, Any] | None:
         """Reads an object of type `kind`, or None."""

@@ -1,0 +1,46 @@
+"""Reads the attributes of mixtures of experts that configs of several families share."""
+
+from typing import Any
+
+from qlora_jax.models.experts_config import Experts
+from qlora_jax.models.families.attributes import Attributes, NotNegative
+from qlora_jax.nn.router import BEST_OF_GROUP
+
+
+def experts_from_hf(
+    attributes: Attributes, layers: tuple[int, ...], count: int, per_token: int, **features: Any
+) -> Experts | None:
+    """Returns the experts of the sparse layers, or None if there are no such layers.
+
+    Args:
+      per_token: default of `num_experts_per_tok`.
+      features: further fields of Experts.
+    """
+    experts = Experts(
+        count=count, per_token=attributes.integer("num_experts_per_tok", per_token), layers=layers, **features
+    )
+    if experts.per_token > count:
+        attributes.refuse(f"num_experts_per_tok: found {experts.per_token}, expected at most {count}, the experts")
+    _check_groups(attributes, experts)
+    return experts if layers else None
+
+
+def _check_groups(attributes: Attributes, experts: Experts) -> None:
+    """Checks that groups are equal, and that the chosen ones have enough experts."""
+    groups, best = experts.groups, experts.groups_per_token
+    if not groups or experts.count % groups or (groups > 1 and experts.count // groups < BEST_OF_GROUP):
+        attributes.refuse(
+            f"n_group: found {groups}, expected a number that divides {experts.count} experts into groups of at least "
+            f"{BEST_OF_GROUP}"
+        )
+    elif best > groups or best * (experts.count // groups) < experts.per_token:
+        attributes.refuse(
+            f"topk_group: found {best} of {groups} groups, expected enough for {experts.per_token} experts"
+        )
+
+
+def sparse_layers(attributes: Attributes) -> tuple[int, ...]:
+    """Returns the sparse layers of Qwen models: every `decoder_sparse_step`-th, except `mlp_only_layers`."""
+    layers, step = attributes.integer("num_hidden_layers"), attributes.integer("decoder_sparse_step", 1) or 1
+    dense = attributes.numbers("mlp_only_layers", NotNegative)
+    return tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)

@@ -1,0 +1,100 @@
+"""Routed experts: gated MLPs of which each token uses a few, with frozen stacked weights and optional adapters.
+
+Dimension key: M tokens, k choices per token, S sparse layers, E experts, P slots (rows grouped by expert), I tiles,
+D embed, N out, K in.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.grouped_matmul import Groups, combine_rows, gather_rows, group_rows, grouped_matmul
+from qlora_jax.nn.expert_lora import ExpertLoRA
+from qlora_jax.nn.linear import OneLayer
+from qlora_jax.nn.mlp import GateActivation, gated_activation
+from qlora_jax.nn.variables import Frozen, select_layer
+
+ExpertWeight = QTensor | jax.Array  # 4-bit with the leading axes [S, E], or dense [S, E, N, K]
+
+
+class ExpertAdapter(nnx.Module):
+    """The place of an adapter on gate and up together, which are two weights."""
+
+    def __init__(self):
+        self.adapter: ExpertLoRA | None = nnx.data(None)  # data: an adapter may be set later
+
+
+class ExpertLinear(ExpertAdapter):
+    """A projection of all experts: y = x W_e^T + b_e for rows grouped by expert, with W and b frozen.
+
+    Args:
+      weight: stacks over layers and experts.
+      bias: [S, E, N], or None.
+    """
+
+    def __init__(self, weight: ExpertWeight, bias: Float[Array, "S E N"] | None):
+        super().__init__()
+        self.weight = Frozen(weight)
+        self.bias = None if bias is None else Frozen(bias)
+
+    def __call__(self, x_PK: Float[Array, "P K"], layer: jax.Array, groups: Groups) -> Float[Array, "P N"]:
+        """Returns the result for the expert of each slot, with the adapter if one is set."""
+        weight, row = self.weight.get_value(), layer
+        if isinstance(weight, OneLayer):
+            weight, row = jax.tree.map(lambda leaf: leaf[None], weight.weight), 0
+        with jax.named_scope("frozen"):
+            y_PN = grouped_matmul(x_PK, weight, groups, row)
+        if self.bias is not None:
+            bias_IN = select_layer(self.bias[...], layer)[groups.expert_of_tile_I]
+            y_PN = y_PN + jnp.repeat(bias_IN.astype(y_PN.dtype), groups.tile, axis=0)
+        return y_PN if self.adapter is None else y_PN + self.adapter(x_PK, groups)
+
+
+class Experts(nnx.Module):
+    """The experts of all sparse layers: down(act(gate(x)) * up(x)) of each chosen expert, weighted and summed.
+
+    Args:
+      activation: of gate and up.
+      count: E.
+    """
+
+    def __init__(
+        self,
+        gate_proj: ExpertLinear,
+        up_proj: ExpertLinear,
+        down_proj: ExpertLinear,
+        *,
+        activation: GateActivation,
+        count: int,
+    ):
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.gate_up_proj = ExpertAdapter()
+        self.activation, self.count = activation, count
+
+    def __call__(
+        self,
+        x_MD: Float[Array, "M D"],
+        experts_Mk: Int[Array, "M k"],
+        weights_Mk: Float[Array, "M k"],
+        layer: jax.Array,
+    ) -> Float[Array, "M D"]:
+        """Returns each token's sum of weight * expert(x). No token is dropped, however many choose one expert."""
+        groups = group_rows(experts_Mk, self.count)
+        x_PD = gather_rows(x_MD, groups)
+        gate_PF, up_PF = self._gate_and_up(x_PD, layer, groups)
+        gate_PF, up_PF = checkpoint_name(gate_PF, "mlp_gate"), checkpoint_name(up_PF, "mlp_up")
+        with jax.named_scope("swiglu"):
+            inner_PF = gated_activation(gate_PF, up_PF, self.activation)
+        y_PD = checkpoint_name(self.down_proj(inner_PF, layer, groups), "expert_out")
+        return combine_rows(y_PD, groups, weights_Mk)
+
+    def _gate_and_up(self, x_PD: jax.Array, layer: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
+        gate_PF, up_PF = self.gate_proj(x_PD, layer, groups), self.up_proj(x_PD, layer, groups)
+        adapter = self.gate_up_proj.adapter
+        if adapter is None:
+            return gate_PF, up_PF
+        d_gate_PF, d_up_PF = jnp.split(adapter(x_PD, groups), 2, axis=1)
+        return gate_PF + d_gate_PF, up_PF + d_up_PF
