@@ -8,7 +8,6 @@ from qlora_jax.config.fields import (
     AT_LEAST_TWO,
     BELOW_ONE,
     NON_NEGATIVE,
-    NOT_EMPTY,
     POSITIVE,
     WORD,
     setting,
@@ -70,8 +69,17 @@ class LoraArgs:
         "projections and the MLP's last projection; for ln_tuning all norms but those of queries and keys; for bitfit "
         "all layers with a bias",
         "auto",
-        NOT_EMPTY,
         common="layers with an adapter: all-linear, or a list such as [q_proj, v_proj]",
+    )
+    target_parameters: list[str] = setting(
+        "lora on a mixture of experts: parameters with an adapter, by transformers' names: [mlp.experts.gate_up_proj, "
+        "mlp.experts.down_proj] for the routed experts, mlp.gate for the router. target_modules does not select these; "
+        "set it to [] for adapters on these alone. layers_to_transform does not apply, but a name may have a layer's "
+        "index",
+        [],
+    )
+    share_experts: bool = setting(
+        "target_parameters: all experts of a layer share one adapter; false: each expert has its own", False
     )
     layers_to_transform: int | list[int] | str | None = setting(
         "lora and lora_fa: layers with an adapter, from 0: a list such as [0, 2], or ranges such as 8-15,20. null: "

@@ -29,6 +29,8 @@ BOTTLENECKS: tuple[MethodName, ...] = ("houlsby", "pfeiffer")
 USED_BY: dict[str, tuple[MethodName, ...]] = {
     "init": ("lora", "dora"),
     "layers_to_transform": ("lora", "lora_fa"),
+    "target_parameters": ("lora",),
+    "share_experts": ("lora",),
     "rank": (*LOW_RANK, "vera", *BOTTLENECKS),
     "alpha": LOW_RANK,
     "dropout": (*LOW_RANK, "vera"),
@@ -95,6 +97,22 @@ def _layer_problems(lora: LoraArgs) -> list[str]:
             "lora.target_modules. Select the layers in the expression, or name modules in a list"
         ]
     return []
+
+
+def _parameter_problems(lora: LoraArgs) -> list[str]:
+    """Reports settings that adapters on parameters of experts and routers do not support."""
+    if not lora.target_parameters:
+        problems = [] if len(lora.target_modules) else ["lora.target_modules: found [], expected not empty"]
+        if lora.share_experts:
+            problems.append("lora.share_experts: found true without lora.target_parameters. Name parameters of experts")
+        return problems
+    wrong = {"dropout": (lora.dropout, 0.0), "init": (lora.init, "default")}
+    return [
+        f"lora.{name}: found {found!r} with lora.target_parameters, expected {expected!r}. Adapters on parameters have "
+        "neither dropout, as in PEFT, nor an initialization from the weights"
+        for name, (found, expected) in wrong.items()
+        if found != expected
+    ]
 
 
 LORAPLUS_METHODS = ("lora", "dora")  # methods that train A and B
@@ -238,7 +256,7 @@ def _head_problems(config: Config) -> list[str]:
 
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _init_problems(config)
-    problems += _layer_problems(config.lora) + _keep_problems(config)
+    problems += _layer_problems(config.lora) + _parameter_problems(config.lora) + _keep_problems(config)
     problems += _loraplus_problems(config) + _paging_problems(config)
     problems += _token_problems(config) + _objective_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:

@@ -68,8 +68,7 @@ class AdaptedTensor:
 def adapted_tensors(config: ModelConfig, spec: LoraArgs) -> dict[str, AdaptedTensor]:
     """The tensors that get an adapter, by Hugging Face's name."""
     ours = our_names(config)
-    found = ranks_and_scalings(list(ours), spec, config.num_layers)
-    layers_of = target_layers(list(ours), spec, config.num_layers)
+    found, layers_of = ranks_and_scalings(config, spec), target_layers(config, spec)
     return {
         f"{layer_name(name, layer)}.weight": AdaptedTensor(ours[name], row, len(layers_of[name]), rank, scaling)
         for name, (rank, scaling) in found.items()

@@ -13,22 +13,32 @@ from jax.sharding import Mesh
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.expert_adapters import add_expert_adapters
+from qlora_jax.models.model_sharding import born_cut
 from qlora_jax.models.partition import ModelParts, combine, partition
-from qlora_jax.models.target_layers import AUTO, target_layers, targets, values_by_pattern, whole_stacks
+from qlora_jax.models.ranks import ranks_and_scalings
+from qlora_jax.models.target_layers import (
+    AUTO,
+    Layers,
+    projection_layers,
+    target_layers,
+    target_layers_of,
+    whole_stacks,
+)
 from qlora_jax.nn.bitfit import make_bias_trainable
 from qlora_jax.nn.bottleneck import Bottleneck
 from qlora_jax.nn.dora import DoRA, InferenceDoRA
 from qlora_jax.nn.full_rank import make_trainable
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
-from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
+from qlora_jax.nn.lora import LoRA, initial_factors
 from qlora_jax.nn.lora_fa import LoRAFA
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.oft import OFT, InferenceOFT
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.nn.vera import Projections, VeRA, draw_projections
 from qlora_jax.patterns import matches_end
-from qlora_jax.sharding import lora_spec, mesh_of, named
+from qlora_jax.sharding import mesh_of
 
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
 LAST = "mlp.down_proj"
@@ -50,8 +60,7 @@ def our_names(config: ModelConfig) -> dict[str, str]:
 def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
     """Yields (Hugging Face name without the layer's index, projection) of each projection."""
     for name in model.config.linear_shapes():
-        group, projection = name.split(".")
-        linear: QLinear = getattr(getattr(model.model.layers, group), projection)
+        linear: QLinear = operator.attrgetter(name)(model.model.layers)
         yield linear.name, linear
 
 
@@ -71,7 +80,7 @@ def add_lora(
     mesh: Mesh | None = None,
     projections: Projections | None = None,
 ) -> None:
-    """Adds adapters to the targeted projections of `model`, in place; they change nothing until trained.
+    """Adds adapters to the targeted projections and parameters of `model`, in place; they change nothing until trained.
 
     With the methods `full`, `ln_tuning` and `bitfit`, weights of the model become trainable instead. The initial values
     of an adapter depend on `key` and its name only, not on the other targets or on the mesh.
@@ -86,8 +95,8 @@ def add_lora(
 
     Raises:
       ValueError: a pattern that matches nothing, some layers of a stack with a method that requires all, a rank below
-        1, blocks that do not divide a projection's inputs, 4-bit weights with the method `full`, or a model without a
-        bias with `bitfit`.
+        1, blocks that do not divide a projection's inputs, 4-bit weights or experts with the method `full`, or a model
+        without a bias with `bitfit`.
     """
     if spec.method in NOT_ON_PROJECTIONS:
         NOT_ON_PROJECTIONS[spec.method](model, spec, key)
@@ -103,9 +112,16 @@ def add_lora(
         made = _low_rank(model, known, spec, key, initial, mesh)
     for name, adapter in made.items():
         known[name].adapter = adapter
+    add_expert_adapters(model, spec, key, mesh)
 
 
 def _train_all(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
+    if model.config.experts is not None:
+        raise ValueError(
+            "lora.method=full: the model is a mixture of experts, whose experts cannot train in full (found "
+            f"{model.config.experts.count} experts per layer). Set lora.method=lora, with lora.target_parameters for "
+            "adapters on experts."
+        )
     for _, linear in linears(model):
         make_trainable(linear, spec.dtype)
     for _, norm in norms(model):
@@ -166,7 +182,8 @@ def norm_targets(config: ModelConfig, spec: LoraArgs) -> list[str]:
       ValueError: a pattern that matches nothing, or only some layers of a stack.
     """
     if spec.target_modules != AUTO:
-        return targets(spec, list(norm_widths(config)), config.num_layers, "norms")
+        every = dict.fromkeys(norm_widths(config), tuple(range(config.num_layers)))
+        return list(target_layers_of(every, spec, config.num_layers, "norms"))
     residual = (*(f"model.layers.{name}" for name in NORM_PLACEMENTS[config.layout].norms), FINAL_NORM)
     return [config.hugging_face_name(name) for name in residual]
 
@@ -184,19 +201,20 @@ def bias_targets(config: ModelConfig, spec: LoraArgs) -> list[str]:
     Raises:
       ValueError: the model has no bias, or a pattern matches nothing, or only some layers of a stack.
     """
-    names = list(bias_widths(config))
-    if not names:
+    every = tuple(range(config.num_layers))
+    layers_of = {name: projection_layers(config).get(name, every) for name in bias_widths(config)}
+    if not layers_of:
         raise ValueError(
             "lora.method=bitfit: the model has no bias that can train (found linear layers and norms without biases). "
             "Set lora.method=ln_tuning, which trains the weights of the norms, or lora"
         )
-    return targets(spec, names, config.num_layers, "modules with a bias")
+    return list(target_layers_of(layers_of, spec, config.num_layers, "modules with a bias"))
 
 
 def _ia3s(model: CausalLM, known: Linears, spec: LoraArgs) -> dict[str, Adapter]:
     scaled, on_inputs = ia3_targets(model.config, spec)
-    stack = model.config.num_layers
-    return {name: IA3.init(stack, known[name].shape, on_input=name in on_inputs) for name in scaled}
+    stacks = projection_layers(model.config)
+    return {name: IA3.init(len(stacks[name]), known[name].shape, on_input=name in on_inputs) for name in scaled}
 
 
 def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[str]]:
@@ -207,13 +225,12 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
     Raises:
       ValueError: a pattern that matches nothing, or only some layers of a stack.
     """
-    layers = config.num_layers
     names = {name: config.hugging_face_name(f"model.layers.{name}") for name in config.linear_shapes()}
     usual = [names[name] for name in IA3_TARGETS if name in names]
-    scaled = usual if spec.target_modules == AUTO else targets(spec, list(names.values()), layers)
+    scaled = usual if spec.target_modules == AUTO else list(target_layers(config, spec))
     if spec.feedforward_modules is None:
-        return scaled, [name for name in scaled if name == names[LAST]]
-    layers_of = {name: tuple(range(layers)) for name in scaled}
+        return scaled, [name for name in scaled if name == names.get(LAST)]
+    layers_of: dict[str, Layers] = {name: projection_layers(config)[name] for name in scaled}
     found = [
         name
         for entry in spec.feedforward_modules
@@ -224,8 +241,9 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
 
 def _ofts(model: CausalLM, spec: LoraArgs) -> dict[str, Adapter]:
     terms = spec.num_cayley_neumann_terms if spec.use_cayley_neumann else None
+    stacks = projection_layers(model.config)
     return {
-        name: OFT.init(model.config.num_layers, *blocks, neumann_terms=terms, dtype=spec.dtype)
+        name: OFT.init(len(stacks[name]), *blocks, neumann_terms=terms, dtype=spec.dtype)
         for name, blocks in oft_blocks(model.config, spec).items()
     }
 
@@ -255,7 +273,7 @@ def oft_blocks(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]
 def _target_shapes(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
     """Returns {Hugging Face name: (N, K)} of each targeted projection."""
     shapes = {config.hugging_face_name(f"model.layers.{n}"): shape for n, (shape, _) in config.linear_shapes().items()}
-    return {name: shapes[name] for name in targets(spec, list(shapes), config.num_layers)}
+    return {name: shapes[name] for name in target_layers(config, spec)}
 
 
 def _veras(model: CausalLM, spec: LoraArgs, projections: Projections | None) -> dict[str, Adapter]:
@@ -264,7 +282,8 @@ def _veras(model: CausalLM, spec: LoraArgs, projections: Projections | None) -> 
     dtype = model.model.embed_tokens.weight.get_value().dtype
     shared = Frozen(jnp.asarray(a.T, dtype)), Frozen(jnp.asarray(b, dtype))
     settings = {"d_initial": spec.d_initial, "dropout": spec.dropout}
-    return {name: VeRA.init(model.config.num_layers, n, *shared, **settings) for name, (n, _) in shapes.items()}
+    stacks = projection_layers(model.config)
+    return {name: VeRA.init(len(stacks[name]), n, *shared, **settings) for name, (n, _) in shapes.items()}
 
 
 def vera_projections(config: ModelConfig, spec: LoraArgs) -> Projections:
@@ -283,14 +302,14 @@ def _low_rank(
 ) -> dict[str, Adapter]:
     made: dict[str, Adapter] = {}
     ours, num_layers = our_names(model.config), model.config.num_layers
-    layers_of = target_layers(list(known), spec, num_layers)
-    for name, (rank, scaling) in ranks_and_scalings(list(known), spec, num_layers).items():
+    layers_of = target_layers(model.config, spec)
+    for name, (rank, scaling) in ranks_and_scalings(model.config, spec).items():
         linear, layers = known[name], layers_of[name]
         if initial is None:
             draw = functools.partial(
                 initial_factors, stack=num_layers, shape=linear.shape, rank=rank, dtype=spec.dtype, layers=layers
             )
-            a, b = _born_cut(draw, named_key(key, name), mesh)
+            a, b = born_cut(draw, named_key(key, name), mesh)
         else:
             a, b = (jnp.asarray(initial[ours[name]][leaf], spec.dtype) for leaf in ("lora_a", "lora_b"))
         if spec.method == "dora":
@@ -299,32 +318,6 @@ def _low_rank(
             kind = LoRAFA if spec.method == "lora_fa" else LoRA
             made[name] = kind(a, b, scaling, spec.dropout, None if len(layers) == num_layers else layers)
     return made
-
-
-def _born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
-    """Draws A and B; on a mesh each device draws its part alone."""
-    if mesh is None:
-        return draw(key)
-    specs = jax.tree.map(lambda leaf: lora_spec(leaf.shape, mesh), jax.eval_shape(draw, key))
-    return jax.jit(draw, out_shardings=named(mesh, specs))(key)
-
-
-def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[str, tuple[int, float]]:
-    """Returns {name: (rank, scaling)} of each targeted projection, for LoRA and DoRA.
-
-    Raises:
-      ValueError: a pattern that matches nothing or only some of a projection's adapters, or a rank below 1.
-    """
-    layers_of = target_layers(names, spec, layers)
-    ranks = values_by_pattern("rank_pattern", spec.rank_pattern, spec.rank, layers_of)
-    alphas = values_by_pattern("alpha_pattern", spec.alpha_pattern, spec.alpha, layers_of)
-    found = {}
-    for name in layers_of:
-        rank, alpha = ranks[name], alphas[name]
-        if rank < 1:
-            raise ValueError(f"lora.rank_pattern: found rank {rank} for {name}, expected at least 1.")
-        found[name] = rank, lora_scaling(rank, alpha, spec.use_rslora)
-    return found
 
 
 VECTORS = (

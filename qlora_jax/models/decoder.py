@@ -343,9 +343,7 @@ class CausalLM(nnx.Module):
         tokens_B = counted_BT.sum(axis=1)
         return hidden_MD, Routing(counts_BSE=counts_BSE, probs_BSE=probs_BSE, z_BS=z_BS, tokens_B=tokens_B)
 
-    def _positions(
-        self, tokens_BT: jax.Array, segments_BT: jax.Array | None, branching: Branching | None
-    ) -> Positions:
+    def _positions(self, tokens_BT: jax.Array, segments_BT: jax.Array | None, branching: Branching | None) -> Positions:
         batch, length = tokens_BT.shape
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         spans = None

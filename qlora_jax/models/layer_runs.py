@@ -16,7 +16,7 @@ from qlora_jax.models.mlp import MixtureMLP
 from qlora_jax.nn.linear import gather_layer
 
 Path = tuple[Any, ...]
-MLP = "mlp"
+MLP, MLP_START = "mlp", "mlp_start"  # attributes of the block
 
 
 def layer_runs(block: nnx.Module, config: ModelConfig) -> list[range]:
@@ -29,9 +29,7 @@ def layer_runs(block: nnx.Module, config: ModelConfig) -> list[range]:
     return [range(run[0], run[-1] + 1) for run in runs]
 
 
-def split_run(
-    block: nnx.Module, run: range, config: ModelConfig
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def split_run(block: nnx.Module, run: range, config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Returns (structure, trained leaves, frozen leaves) of the block for the layers of a run.
 
     Trained leaves have the layers of the run, frozen leaves all layers that have them.
@@ -45,8 +43,10 @@ def split_run(
         if run.start not in layers:
             *linear, attribute = path
             setattr(_at(own, linear), attribute, nnx.data(None))
-    if isinstance(own.mlp, MixtureMLP):
-        own.mlp, own.mlp_start = own.mlp.in_layers(run), mlp_start(run, config)
+    mlp = getattr(own, MLP)
+    if isinstance(mlp, MixtureMLP):
+        setattr(own, MLP, mlp.in_layers(run))
+        setattr(own, MLP_START, mlp_start(run, config))
     graphdef, lora, base = nnx.split(own, nnx.LoRAParam, ...)
     cut = [
         (path, variable.replace(_rows(variable.get_value(), _first_row(chosen.get(path[:-1]), run), len(run))))

@@ -5,7 +5,7 @@ All else is whole on every device: norms, biases, layers that are not quantized,
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.partition import ModelParts, is_table
 from qlora_jax.nn.linear import weight_specs
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.sharding import AnyMesh, lora_spec, place, table_spec
+from qlora_jax.sharding import AnyMesh, lora_spec, named, place, table_spec
 
 
 def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
@@ -53,6 +53,14 @@ def lora_specs(lora: Mapping[str, Mapping[str, Any]], mesh: AnyMesh) -> dict[str
 def place_parts(parts: ModelParts, mesh: Mesh) -> ModelParts:
     """Places a model on a mesh."""
     return place(parts, parts_specs(parts, mesh), mesh)
+
+
+def born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
+    """Draws A and B of one module; on a mesh each device draws its part alone."""
+    if mesh is None:
+        return draw(key)
+    specs = jax.tree.map(lambda leaf: lora_spec(leaf.shape, mesh), jax.eval_shape(draw, key))
+    return jax.jit(draw, out_shardings=named(mesh, specs))(key)
 
 
 def module_of(path: tuple[Any, ...]) -> str:

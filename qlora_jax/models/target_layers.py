@@ -1,37 +1,75 @@
-"""Selects the projections that get an adapter, and the layers of each: target_modules and layers_to_transform.
+"""Selects what gets an adapter, and the layers of each: target_modules, layers_to_transform, target_parameters.
 
 Layers of a projection are stacked. Names are Hugging Face's without the layer's index; patterns see full names.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.metadata import shorten
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # Methods whose adapters may be on some layers of a stack.
 SOME_LAYERS = ("lora", "lora_fa")
+ROUTER = "mlp.gate"  # our name within a layer
 
 Matches = Callable[[str, str], bool]  # (pattern, full name)
 Layers = tuple[int, ...]
 
 
-def target_layers(
-    names: Sequence[str], spec: LoraArgs, num_layers: int, kind: str = "linear layers"
-) -> dict[str, Layers]:
+def projection_layers(config: ModelConfig) -> dict[str, Layers]:
+    """Returns {name: the layers that have it} of each projection that is a plain matrix."""
+    return _named_layers(config, config.linear_shapes())
+
+
+def _named_layers(config: ModelConfig, names: Iterable[str]) -> dict[str, Layers]:
+    return {config.hugging_face_name(f"model.layers.{name}"): config.layers_with(name) for name in names}
+
+
+def target_layers(config: ModelConfig, spec: LoraArgs) -> dict[str, Layers]:
     """Returns {name: layers with an adapter, ascending} of each targeted projection.
 
+    Raises:
+      ValueError: as `target_layers_of`.
+    """
+    return target_layers_of(projection_layers(config), spec, config.num_layers, "linear layers")
+
+
+def target_parameters(config: ModelConfig, spec: LoraArgs) -> dict[str, Layers]:
+    """Returns {name: layers with an adapter, ascending} of each targeted parameter of experts and routers.
+
+    Raises:
+      ValueError: a name that matches nothing.
+    """
+    if not spec.target_parameters:
+        return {}
+    if config.experts is None:
+        raise ValueError(
+            f"lora.target_parameters: found {spec.target_parameters}, but the model has no experts. Remove this "
+            "setting, and name layers in lora.target_modules."
+        )
+    every = _named_layers(config, (*config.expert_targets(), ROUTER))
+    return _matched_entries("target_parameters", spec.target_parameters, every, "parameters of experts and routers")
+
+
+def target_layers_of(every: Mapping[str, Layers], spec: LoraArgs, num_layers: int, kind: str) -> dict[str, Layers]:
+    """Returns {name: layers with an adapter, ascending} of each targeted module.
+
     Args:
-      kind: the kind of modules that `names` lists, for messages.
+      every: the layers that have a module, by the names of all modules that can be targets.
+      kind: the kind of these modules, for messages.
 
     Raises:
       ValueError: a pattern that matches nothing, a layer that does not exist, or only some layers of a stack with a
         method that does not support it.
     """
-    found = _matched_targets(spec.target_modules, names, num_layers, kind)
+    if spec.target_modules == [] and spec.target_parameters:
+        return {}
+    found = _matched_targets(spec.target_modules, every, kind)
     if spec.layers_to_transform is not None:
         chosen = parse_layers(spec.layers_to_transform)
         if chosen[-1] >= num_layers:
@@ -47,7 +85,9 @@ def target_layers(
                 "the numbers, or name the modules without a layer's index."
             )
     partial = [
-        f"{name} ({len(layers)} of {num_layers} layers)" for name, layers in found.items() if len(layers) < num_layers
+        f"{name} ({len(layers)} of {len(every[name])} layers)"
+        for name, layers in found.items()
+        if len(layers) < len(every[name])
     ]
     if partial and spec.method not in SOME_LAYERS:
         raise ValueError(
@@ -58,36 +98,28 @@ def target_layers(
     return found
 
 
-def partial_layers(names: Sequence[str], spec: LoraArgs, num_layers: int) -> dict[str, Layers]:
-    """Returns the layers of each projection of which only some have an adapter."""
+def partial_layers(config: ModelConfig, spec: LoraArgs) -> dict[str, Layers]:
+    """Returns the layers of each projection that has an adapter on some layers of the model only."""
     if spec.method not in SOME_LAYERS:
         return {}
-    found = target_layers(names, spec, num_layers)
-    return {name: layers for name, layers in found.items() if len(layers) < num_layers}
+    return {name: layers for name, layers in target_layers(config, spec).items() if len(layers) < config.num_layers}
 
 
-def targets(spec: LoraArgs, names: Sequence[str], num_layers: int, kind: str = "linear layers") -> list[str]:
-    """Returns the targeted projections of a method whose adapters are on all layers.
-
-    Raises:
-      ValueError: as `target_layers`.
-    """
-    return list(target_layers(names, spec, num_layers, kind))
-
-
-def _matched_targets(
-    target_modules: str | Sequence[str], names: Sequence[str], num_layers: int, kind: str
-) -> dict[str, Layers]:
-    every = {name: tuple(range(num_layers)) for name in names}
+def _matched_targets(target_modules: str | Sequence[str], every: Mapping[str, Layers], kind: str) -> dict[str, Layers]:
     if target_modules in (AUTO, ALL_LINEAR):
-        return every
+        return dict(every)
     if isinstance(target_modules, str):
         what = "target_modules (a regular expression for full names; single names are a list, [q_proj, v_proj])"
         return _matched(what, target_modules, matches_whole, every, kind)
     if not target_modules:
         raise ValueError(f"lora.target_modules: the list is empty. Name layers, or set {ALL_LINEAR!r}.")
-    found = [_matched("target_modules", re.escape(entry), matches_end, every, kind) for entry in target_modules]
-    layers = {name: sorted({layer for one in found for layer in one.get(name, ())}) for name in names}
+    return _matched_entries("target_modules", target_modules, every, kind)
+
+
+def _matched_entries(setting: str, entries: Sequence[str], every: Mapping[str, Layers], kind: str) -> dict[str, Layers]:
+    """Returns the layers that any of the names matches, of each module of which they match some."""
+    found = [_matched(setting, re.escape(entry), matches_end, every, kind) for entry in entries]
+    layers = {name: sorted({layer for one in found for layer in one.get(name, ())}) for name in every}
     return {name: tuple(numbers) for name, numbers in layers.items() if numbers}
 
 

@@ -16,7 +16,7 @@ from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 
 
 class ExpertLoRA(nnx.Module):
-    """LoRA on one parameter of the experts: W_e + scaling (A_e B_e)^T. There is no dropout, as in PEFT.
+    """LoRA on one parameter of the experts: W_e + scaling (A_e B_e)^T. Inputs have no dropout, as in PEFT.
 
     Args:
       lora_a: [S, E, K, R], or [S, 1, K, R] if all experts share it; inside the scan over layers [E, K, R].

@@ -1,14 +1,13 @@
 """The router of a mixture of experts: which experts a token uses, with which weights, and statistics of the choice.
 
-Dimension key: B rows of the batch, T positions, M = B T tokens, S sparse layers, E experts, k experts per token, G groups of experts,
-D embed.
+Dimension key: B rows of the batch, T positions, M = B T tokens, S sparse layers, E experts, k experts per token, G
+groups of experts, D embed.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.nn.linear import QLinear
@@ -21,12 +20,12 @@ BEST_OF_GROUP = 2  # the experts whose scores, summed, are the score of a group
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingRule:
-    """How the scores of all experts become a choice of some and their weights.
+    """Chooses some experts by the scores of all, and weighs them.
 
     Attributes:
       per_token: k, the experts that one token uses.
-      score: SOFTMAX over all experts, then the k largest; SOFTMAX_OF_CHOSEN: the k largest logits, and the softmax over those;
-        SIGMOID: of each logit.
+      score: SOFTMAX over all experts, then the k largest; SOFTMAX_OF_CHOSEN: the k largest logits, and the softmax over
+        those; SIGMOID: of each logit.
       normalize: True if the weights of the chosen experts are divided by their sum.
       scale: factor of the weights.
       groups: number of equal groups of neighbouring experts; an expert is chosen from the best groups only.
@@ -56,7 +55,7 @@ def route(
     scores_ME = router_probabilities(logits_ME, rule.score)
     ranked_ME = logits_ME if rule.score == SOFTMAX_OF_CHOSEN else scores_ME
     if selection_bias_E is not None:
-        ranked_ME = ranked_ME + selection_bias_E
+        ranked_ME = ranked_ME + selection_bias_E[None]
     ranked_ME = _within_best_groups(jax.lax.stop_gradient(ranked_ME), rule)
     experts_Mk = jax.lax.top_k(ranked_ME, rule.per_token)[1]
     if rule.score == SOFTMAX_OF_CHOSEN:

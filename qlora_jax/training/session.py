@@ -340,7 +340,7 @@ def make_manager(config: Config, inputs: Inputs, gradients: CompiledGradients) -
     if config.lora.method != "lora_fa":
         return manager
     ours = our_names(inputs.model)
-    ranks = ranks_and_scalings(list(ours), config.lora, inputs.model.num_layers)
+    ranks = ranks_and_scalings(inputs.model, config.lora)
     scalings = {ours[name]: scaling for name, (_, scaling) in ranks.items()}
     return LoraFAStateManager(manager, scalings, gradients.trained, gradients.mesh)
 

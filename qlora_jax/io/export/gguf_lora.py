@@ -61,8 +61,7 @@ def export_gguf_lora(
     named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)
     base = export_spec(opened) if with_base else None
-    linears = [opened.features.hugging_face_name(f"model.layers.{name}") for name in opened.features.linear_shapes()]
-    some_layers = partial_layers(linears, run.lora_args, opened.features.num_layers)
+    some_layers = partial_layers(opened.features, run.lora_args)
     scaled = shared_alpha(effective_alphas(named, trained.args, some_layers))
     spec = lora_spec(spec_without_tokenizer(opened), named, scaled.alpha, some_layers)
     notes = [*trained.notes]

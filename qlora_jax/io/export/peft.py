@@ -103,7 +103,7 @@ def in_peft_format(
         return text_half_only(norm_config(lora, model, base), model), norm_tensors(lora, model)
     linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
     on_inputs = ia3_targets(model, args)[1] if args.method == "ia3" else []
-    some_layers = partial_layers(linears, args, model.num_layers)
+    some_layers = partial_layers(model, args)
     config = adapter_config(lora, args, linears, base, on_inputs, some_layers)
     return text_half_only(config, model), adapter_tensors(lora, on_inputs, some_layers)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.head_file import TrainedHead, check_same_head
-from qlora_jax.io.peft.reader import linears_of, read_adapter
+from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.config import ModelConfig
@@ -82,7 +82,7 @@ def read_start_adapter(
 
 def _layer_differences(args: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
     """Reports projections whose adapters are on other layers."""
-    ours, theirs = (target_layers(linears_of(model), each, model.num_layers) for each in (args, of_adapter))
+    ours, theirs = (target_layers(model, each) for each in (args, of_adapter))
     return [
         f"layers of {name}: found {list(layers)}, expected {list(theirs[name])}"
         for name, layers in ours.items()

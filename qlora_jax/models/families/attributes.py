@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from qlora_jax.metadata import Kind, find_problems, shorten, shorten_key
 
@@ -147,7 +147,7 @@ class Attributes:
 
     def numbers(self, name: str, kind: Kind) -> list[Any]:
         """Reads a list of numbers of type `kind`; none is an empty list."""
-        return self._get(name, [], Annotated[list[kind], FailFast()], [])
+        return self._get(name, [], list[kind], [])
 
     def mapping(self, name: str, kind: Kind) -> Mapping[str, Any] | None:
         """Reads an object of type `kind`, or None."""

@@ -10,7 +10,7 @@ from qlora_jax.nn.router import BEST_OF_GROUP
 def experts_from_hf(
     attributes: Attributes, layers: tuple[int, ...], count: int, per_token: int, **features: Any
 ) -> Experts | None:
-    """Returns the experts of the sparse layers, or None if there are no such layers.
+    """Returns the experts of the sparse layers, or None without sparse layers.
 
     Args:
       per_token: default of `num_experts_per_tok`.

@@ -85,13 +85,13 @@ class StepShape:
         """R of each projection with a low-rank adapter, by its name within a layer, such as `mlp.down_proj`."""
         if self.lora.method not in ("lora", "lora_fa", "dora", "vera"):
             return {}
-        found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
+        found = ranks_and_scalings(self.model, self.lora)
         return {self._names[name]: rank for name, (rank, _) in found.items()}
 
     @functools.cached_property
     def adapted_layers(self) -> Mapping[str, tuple[int, ...]]:
         """The layers of each projection that have a low-rank adapter."""
-        found = target_layers(list(self._names), self.lora, self.model.num_layers) if self.ranks else {}
+        found = target_layers(self.model, self.lora) if self.ranks else {}
         return {self._names[name]: layers for name, layers in found.items()}
 
     def ranks_of_layers(self, name: str) -> int:
