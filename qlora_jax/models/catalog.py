@@ -3,8 +3,9 @@
 Sources: the papers and model cards of LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mistral 7B
 (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), SmolLM2 (2502.02737), SmolLM3, OLMo 2 (2501.00656), Gemma
 (2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Phi-1.5 and 2 (2309.05463), Phi-3 (2404.14219), Phi-4
-(2412.08905), GPT-NeoX-20B (2204.06745) and Pythia (2304.01373), and the config.json of each. A model of images and text
-stands for its text half.
+(2412.08905), GPT-NeoX-20B (2204.06745), Pythia (2304.01373), OLMo 3 (2512.13961), Seed-OSS, EXAONE 4 (2507.11407),
+GLM-4-0414 (2406.12793), Granite 3.3, Command R7B (2504.00698) and Ministral 3 (2601.08584), and the config.json of
+each. A model of images and text stands for its text half.
 """
 
 import difflib
@@ -92,6 +93,39 @@ def _phi3(*sizes: int, vocabulary: int, **others: object) -> Config:
     return _of("phi3", sizes, vocabulary, 4096, 1e4, 1e-5) | others
 
 
+def _olmo3(*sizes: int) -> Config:
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+    yarn |= {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2079441541679836}
+    return _of("olmo3", sizes, 100278, 65536, 5e5, 1e-6) | {"sliding_window": 4096, "rope_scaling": yarn}
+
+
+def _exaone4(*sizes: int, positions: int, head_dim: int, **others: object) -> Config:
+    scaling = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192}
+    return (
+        _of("exaone4", sizes, 102400, positions, 1e6, 1e-5) | {"head_dim": head_dim, "rope_scaling": scaling} | others
+    )
+
+
+def _glm4(*sizes: int, bias: bool) -> Config:
+    config = _of("glm4", sizes, 151552, 32768, 1e4, 1e-5)
+    return config | {"head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": bias}
+
+
+def _granite(*sizes: int, attention: float, logits: float) -> Config:
+    scales = {"attention_multiplier": attention, "logits_scaling": logits}
+    scales |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+    return _of("granite", sizes, 49159, 131072, 1e7, 1e-5) | scales | {"tie_word_embeddings": True}
+
+
+def _ministral3(*sizes: int, tied: bool = False) -> Config:
+    config = _of("ministral3", sizes, 131072, 262144, 1e6, 1e-5)
+    del config["rope_theta"]
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    return config | {"head_dim": 128, "rope_parameters": rope, "tie_word_embeddings": tied}
+
+
 def _layer_norms(config: Config) -> Config:
     """Renames the epsilon to that of a LayerNorm."""
     return {name: value for name, value in config.items() if name != "rms_norm_eps"} | {
@@ -153,6 +187,8 @@ PUBLISHED: dict[str, Config] = {
     "olmo2-7b": _olmo2(4096, 11008, 32, 32, 32),
     "olmo2-13b": _olmo2(5120, 13824, 40, 40, 40),
     "olmo2-32b": _olmo2(5120, 27648, 64, 40, 8),
+    "olmo3-7b": _olmo3(4096, 11008, 32, 32, 32),
+    "olmo3-32b": _olmo3(5120, 27648, 64, 40, 8),
     "gemma-2b": _gemma(2048, 16384, 18, 8, 1),
     "gemma-7b": _gemma(3072, 24576, 28, 16, 16),
     "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4),
@@ -174,6 +210,20 @@ PUBLISHED: dict[str, Config] = {
     "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, vocabulary=32064, sliding_window=2047),
     "phi-3-medium": _phi3(5120, 17920, 40, 40, 10, vocabulary=32064, sliding_window=2047),
     "phi-4": _phi3(5120, 17920, 40, 40, 10, vocabulary=100352, max_position_embeddings=16384, rope_theta=250000.0),
+    "seed-oss-36b": _of("seed_oss", (5120, 27648, 64, 80, 8), 155136, 524288, 1e7, 1e-6) | {"head_dim": 128},
+    "exaone-4-1.2b": _exaone4(
+        *(2048, 4096, 30, 32, 8), positions=65536, head_dim=64, sliding_window=None, tie_word_embeddings=True
+    ),
+    "exaone-4-32b": _exaone4(5120, 27392, 64, 40, 8, positions=131072, head_dim=128, sliding_window=4096),
+    "glm-4-9b-0414": _glm4(4096, 13696, 40, 32, 2, bias=True),
+    "glm-4-32b-0414": _glm4(6144, 23040, 61, 48, 2, bias=False),
+    "granite-3.3-2b": _granite(2048, 8192, 40, 32, 8, attention=0.015625, logits=8.0),
+    "granite-3.3-8b": _granite(4096, 12800, 40, 32, 8, attention=0.0078125, logits=16.0),
+    "command-r7b": _layer_norms(_of("cohere2", (4096, 14336, 32, 32, 8), 256000, 8192, 5e4, 1e-5))
+    | {"logit_scale": 0.25, "sliding_window": 4096},
+    "ministral-3-3b": _ministral3(3072, 9216, 26, 32, 8, tied=True),
+    "ministral-3-8b": _ministral3(4096, 14336, 34, 32, 8),
+    "ministral-3-14b": _ministral3(5120, 16384, 40, 32, 8),
     "gpt-neox-20b": _neox(6144, 44, 64, 50432),
     "pythia-70m": _neox(512, 6, 8, 50304),
     "pythia-160m": _neox(768, 12, 12, 50304),

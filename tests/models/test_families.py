@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_jax.models.families import model_config
-from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS
+from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, QueryPositionScale
 
 SMOLLM2 = dict(
     model_type="llama",
@@ -62,7 +62,7 @@ def test_rope_scalings_that_are_not_understood_are_refused(scaling, part):
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ValueError, match="model_type='mamba' is not supported: known are \\['gemma', 'gemma2', "):
+    with pytest.raises(ValueError, match="model_type='mamba' is not supported: known are \\['cohere2', 'exaone4', "):
         model_config(dict(SMOLLM2, model_type="mamba"))
 
 
@@ -129,6 +129,59 @@ def test_what_a_family_does_not_have_is_refused_by_name():
         model_config(NEOX | dict(hidden_act="quick_gelu", rotary_pct=0.3, logit_scale=2.0))
     for part in ("hidden_act='quick_gelu'", "logit_scale=2.0"):
         assert part in str(caught.value)
+
+
+TINY = NEOX | dict(num_hidden_layers=4, num_key_value_heads=2)
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64)
+PERIODIC = (9, 9, 9, None)
+
+
+def test_only_the_layers_of_olmo3_without_a_window_scale_their_rotation():
+    older = TINY | dict(model_type="olmo3", sliding_window=9, rope_theta=5e5, rope_scaling=YARN)
+    ropes = dict(full_attention=YARN | dict(rope_theta=5e5), sliding_attention=dict(rope_type="default"))
+    model = model_config(older)
+    assert model == model_config(TINY | dict(model_type="olmo3", sliding_window=9, rope_parameters=ropes))
+    assert model.windows == PERIODIC
+    assert [rope.scaling.kind for rope in model.ropes] == ["default"] * 3 + ["yarn"]
+    assert model_config(older | dict(rope_scaling=None)).ropes == ()
+    with pytest.raises(ValueError, match=r"rope_theta=10000.0: it would depend on transformers' release"):
+        model_config(older | dict(rope_theta=10000.0))
+
+
+def test_layers_without_a_window_do_not_rotate_in_exaone4_and_cohere2():
+    for model_type in ("exaone4", "cohere2"):
+        model = model_config(TINY | dict(model_type=model_type, sliding_window=9))
+        assert model.windows == PERIODIC and model.ropes == (*[model.rope] * 3, None)
+    small = TINY | dict(model_type="exaone4", sliding_window=None, sliding_window_pattern="LLLG")
+    assert model_config(small).windows == model_config(small).ropes == ()
+    with pytest.raises(ValueError, match="sliding_window_pattern: found 'LLLG', expected a whole number"):
+        model_config(small | dict(sliding_window=9))
+    with pytest.raises(ValueError, match="head_dim=32 is not supported"):
+        model_config(TINY | dict(model_type="cohere2", head_dim=32))
+
+
+def test_names_of_glm4_norms_do_not_collide():
+    model = model_config(TINY | dict(model_type="glm4"))
+    ours = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    theirs = [model.hugging_face_name(f"model.layers.{name}").removeprefix("model.layers.") for name in ours]
+    expected = ["input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"]
+    assert theirs == expected and model.rope.dim == 64
+
+
+def test_scales_of_granite_at_one_are_no_feature():
+    scales = dict(embedding_multiplier=1.0, residual_multiplier=1, logits_scaling=4.0, attention_multiplier=0.5)
+    model = model_config(TINY | dict(model_type="granite") | scales)
+    assert (model.embed_scale, model.residual_scale, model.logit_scale, model.query_scale) == (None, None, 0.25, 0.5)
+
+
+def test_growth_of_ministral3_queries_is_read_from_the_rope():
+    rope = YARN | dict(rope_theta=1e6, llama_4_scaling_beta=0.1, max_position_embeddings=512)
+    given = TINY | dict(model_type="ministral3")
+    model = model_config(given | dict(rope_parameters=rope))
+    assert model.query_position_scale == QueryPositionScale(beta=0.1, period=64)
+    assert model_config(given).query_position_scale == QueryPositionScale(beta=0.1, period=16384)  # transformers'
+    with pytest.raises(ValueError, match="llama_4_scaling_beta or original_max_position_embeddings is missing"):
+        model_config(given | dict(rope_parameters=dict(YARN, rope_theta=1e6)))
 
 
 def test_features_at_their_defaults_leave_a_fingerprint_as_it_was():

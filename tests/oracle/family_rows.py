@@ -25,10 +25,13 @@ for name, overrides in given["configs"].items():
     model = random_model(overrides)
     model.save_pretrained(pathlib.Path(given["folder"]) / name)
     mask = (torch.arange(tokens.shape[1]) >= padding)[None].long()
+    # As in transformers' generation, positions count from the first real token. Rotations are relative, but a scale of
+    # queries is not. Some rotations follow from the largest position, which is then smaller.
+    counted = {} if name in given.get("by_length", []) else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     with torch.no_grad():
         parts = [logits(model, tokens[0, :cut]), logits(model, tokens[0, cut:])]
         found[f"{name}/right"] = logits(model, tokens[0]).numpy()
-        found[f"{name}/left"] = logits(model, tokens[1], attention_mask=mask)[padding:].numpy()
+        found[f"{name}/left"] = logits(model, tokens[1], attention_mask=mask, **counted)[padding:].numpy()
         found[f"{name}/packed"] = torch.cat(parts).numpy()
     log_p = torch.log_softmax(model(tokens).logits[:, :-1], dim=-1)
     nll = -log_p.gather(-1, tokens[:, 1:, None]).sum()

@@ -4,6 +4,7 @@ Logits of rows padded on either side and of packed rows; the loss and the gradie
 key-value cache against the whole row at once.
 """
 
+import functools
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.training.step import row_nll
+from tests.training.compiled_text import TO_READ
 
 ORACLE = Path(__file__).parent.parent / "oracle/family_rows.py"
 TOLERANCE = 1e-4
@@ -39,6 +41,7 @@ SIZES = dict(
 GQA = SIZES | dict(num_key_value_heads=2)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 LONGROPE = dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.5, 1.7, 1.9, 2.1])
+YARN = dict(factor=4.0, original_max_position_embeddings=8, beta_fast=4.0, beta_slow=1.0, mscale_all_dim=1.0)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 CONFIGS = {
     "llama3": GQA | dict(rope_parameters=dict(LLAMA3, rope_type="llama3", rope_theta=5000.0)),
@@ -81,9 +84,31 @@ CONFIGS = {
     "gpt_neox_sequential": SIZES
     | dict(model_type="gpt_neox", use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new")
     | dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+    "olmo3": GQA
+    | dict(model_type="olmo3", sliding_window=9, attention_bias=True, layer_types=ALTERNATING)
+    | dict(
+        rope_parameters=dict(
+            full_attention=dict(YARN, rope_type="yarn", rope_theta=9000.0, attention_factor=1.3),
+            sliding_attention=dict(rope_type="default", rope_theta=9000.0),
+        )
+    ),
+    "seed_oss": GQA | dict(model_type="seed_oss", head_dim=24, attention_out_bias=True, mlp_bias=True),
+    "exaone4": GQA | dict(model_type="exaone4", sliding_window=9, sliding_window_pattern=2, tie_word_embeddings=True),
+    "glm4": GQA
+    | dict(model_type="glm4", head_dim=16)
+    | dict(rope_parameters=dict(rope_type="default", rope_theta=5000.0, partial_rotary_factor=0.75)),
+    "granite": GQA
+    | dict(model_type="granite", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    | dict(embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.3, logits_scaling=0.2),
+    "cohere2": GQA
+    | dict(model_type="cohere2", attention_bias=True, sliding_window=9, layer_types=ALTERNATING, logit_scale=3.0),
+    "ministral3": GQA
+    | dict(model_type="ministral3", head_dim=24, sliding_window=9)
+    | dict(rope_parameters=dict(YARN, rope_type="yarn", rope_theta=5000.0, llama_4_scaling_beta=0.7, mscale=0.7)),
 }
 # Rotations that follow from the length of a row are others in a part of it alone.
 LENGTH_MATTERS = {"phi3_longrope"}
+compiled = functools.partial(jax.jit, compiler_options=TO_READ)  # tiny models compile longer than they run
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +128,26 @@ def _rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tokens[[0, 1, 0]], segments
 
 
-@jax.jit
+@compiled
 def _logits(model, tokens_BT, segments_BT):
     hidden = model.hidden(tokens_BT, segments_BT=segments_BT)
     return model.head.logits(hidden).reshape(*tokens_BT.shape, -1)
 
 
+@compiled
+def _extended(model, tokens_BT, start_B, cache):
+    hidden, cache = model.extend(tokens_BT, start_B, cache)
+    return model.head.logits(hidden), cache
+
+
 def _decoded(model, tokens_BT):
     """Logits of rows that go through a cache in chunks of equal length."""
-    extend = jax.jit(type(model).extend)
     batch, length = tokens_BT.shape
     cache, found = KVCache.empty(model.config, batch, length, jnp.float32), []
     for start in range(0, length, CHUNK):
-        hidden, cache = extend(model, tokens_BT[:, start : start + CHUNK], np.full(batch, start, np.int32), cache)
-        found.append(np.asarray(model.head.logits(hidden)).reshape(batch, CHUNK, -1))
+        chunk = tokens_BT[:, start : start + CHUNK], np.full(batch, start, np.int32)
+        logits, cache = _extended(model, *chunk, cache)
+        found.append(np.asarray(logits).reshape(batch, CHUNK, -1))
     return np.concatenate(found, axis=1)
 
 
@@ -127,13 +158,12 @@ def _loss_and_gradients(model, tokens_BT):
     tokens_BT, targets_BT = jnp.asarray(tokens_BT), jnp.roll(tokens_BT, -1, axis=1)
     weights_BT = jnp.ones(tokens_BT.shape, jnp.float32).at[:, -1].set(0)
 
-    @jax.jit
     def loss(lora):
         model = combine(parts.with_lora(lora))
         micro = {"inputs": tokens_BT, "targets": targets_BT, "weights": weights_BT}
         return row_nll(model, micro, remat="names", keys_B=None).sum()
 
-    return parts.lora, *jax.value_and_grad(loss)(parts.lora)
+    return parts.lora, *compiled(jax.value_and_grad(loss))(parts.lora)
 
 
 def _error(actual, expected) -> float:
@@ -170,6 +200,7 @@ def errors_of(name: str, model, expected: dict[str, np.ndarray], tokens: np.ndar
 @pytest.mark.slow
 def test_families(oracle, tmp_path, tokens):
     settings = {"configs": CONFIGS, "folder": str(tmp_path), "padding": PADDING, "cut": CUT}
+    settings |= {"by_length": sorted(LENGTH_MATTERS)}
     expected = oracle(ORACLE, **settings, tokens=tokens)
     errors = {}
     for name in CONFIGS:

@@ -6,13 +6,19 @@ from typing import TypedDict
 from qlora_jax.metadata import check_value, shorten
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import (
+    cohere2,
+    exaone4,
     gemma,
+    glm4,
     glm4_moe,
     gpt_neox,
+    granite,
     llama,
+    ministral3,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     olmoe,
     phi,
     phi3,
@@ -20,12 +26,14 @@ from qlora_jax.models.families import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
 )
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
 
 MODULES = (
-    *(llama, mistral, qwen2, qwen3, smollm3, olmo2, gemma, phi3, phi, gpt_neox),
+    *(llama, mistral, ministral3, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, phi3, phi, gpt_neox),
+    *(granite, seed_oss, exaone4, glm4, cohere2),
     *(mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe),
 )
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}

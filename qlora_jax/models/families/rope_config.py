@@ -1,11 +1,13 @@
 """Reads rotary embeddings and sliding windows from Hugging Face configs."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypedDict
 
 from pydantic import FailFast, Field
 
 from qlora_jax.metadata import shorten, shorten_key
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import MAX_NUMBER, Attributes, NotNegative, Positive
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, Rope, RopeScaling
 
@@ -133,3 +135,40 @@ def windows_of(attributes: Attributes, types: list[str], window: int | None) -> 
     if window is None:
         attributes.refuse(f"layer_types has {SLIDING!r}, and sliding_window is not given")
     return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def periodic_windows(attributes: Attributes, period: int) -> tuple[int | None, ...]:
+    """Returns ModelConfig.windows; without `layer_types`, all layers but every `period`-th have a window."""
+    layers, window = attributes.integer("num_hidden_layers"), attributes.window("sliding_window", 4096)
+    types = layer_types(attributes, [SLIDING if (layer + 1) % period else FULL for layer in range(layers)])
+    return windows_of(attributes, types, window)
+
+
+RopeOf = Callable[[int, int], Rope]  # (head_dim, max_positions) -> Rope
+
+
+def ropes_by_window(attributes: Attributes, *, theta: float, local_theta: float) -> tuple[RopeOf, RopeOf]:
+    """Returns the ropes of layers without and with a window.
+
+    A config has them per kind of layer (transformers 5), or has one base and scaling of layers without a window.
+
+    Args:
+      theta, local_theta: bases of the two kinds of layers where the config has none.
+    """
+    given = attributes.mapping("rope_parameters", dict[str, RopeNumbers | None])
+    if given is None:
+        whole = functools.partial(rope_from_hf, attributes, theta=theta)
+        return whole, functools.partial(rope_of, attributes, {}, theta=local_theta)
+    attributes.require_only({"rope_scaling": None})
+    if unknown := given.keys() - {FULL, SLIDING}:
+        attributes.refuse(f"rope_parameters: found {shorten(sorted(unknown))}, expected {FULL!r} and {SLIDING!r}")
+    numbers = [given.get(kind) or {} for kind in (FULL, SLIDING)]
+    thetas = (attributes.number("rope_theta", theta, Base), local_theta)
+    whole, local = (functools.partial(rope_of, attributes, n, theta=t) for n, t in zip(numbers, thetas, strict=True))
+    return whole, local
+
+
+def ropes_of_windows(model: ModelConfig, local: RopeOf) -> tuple[Rope, ...]:
+    """Returns ModelConfig.ropes: `local` in layers with a window, and the model's rope in others."""
+    turned_locally = local(model.head_dim, model.max_positions)
+    return tuple(model.rope if window is None else turned_locally for window in model.windows)
