@@ -191,3 +191,49 @@ def test_features_at_their_defaults_leave_a_fingerprint_as_it_was():
         *("rope", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "max_positions"),
     }
     assert model_config(NEOX).fingerprint_features().keys() > described.keys()
+
+
+GPT_OSS_20B = dict(
+    model_type="gpt_oss",
+    attention_bias=True,
+    attention_dropout=0.0,
+    experts_per_token=4,
+    head_dim=64,
+    hidden_act="silu",
+    hidden_size=2880,
+    initial_context_length=4096,
+    intermediate_size=2880,
+    layer_types=["sliding_attention", "full_attention"] * 12,
+    max_position_embeddings=131072,
+    num_attention_heads=64,
+    num_experts_per_tok=4,
+    num_hidden_layers=24,
+    num_key_value_heads=8,
+    num_local_experts=32,
+    output_router_logits=False,
+    quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=["lm_head"]),
+    rms_norm_eps=1e-5,
+    rope_scaling=dict(rope_type="yarn", factor=32.0, original_max_position_embeddings=4096)
+    | dict(beta_fast=32.0, beta_slow=1.0, truncate=False),
+    rope_theta=150000,
+    router_aux_loss_coef=0.9,
+    sliding_window=128,
+    swiglu_limit=7.0,
+    tie_word_embeddings=False,
+    vocab_size=201088,
+)
+
+
+def test_gpt_oss_has_the_published_numbers_of_parameters():
+    config = model_config(GPT_OSS_20B)
+    assert (config.parameters(), config.active_parameters()) == (20_914_757_184, 4_187_440_704)
+    larger = dict(
+        num_hidden_layers=36, num_local_experts=128, layer_types=GPT_OSS_20B["layer_types"] + ["full_attention"] * 12
+    )
+    assert model_config(GPT_OSS_20B | larger).parameters() == 116_829_156_672
+
+
+def test_gpt_oss_without_a_rope_has_transformers_default():
+    omitted = ("rope_scaling", "rope_theta", "layer_types", "num_local_experts", "num_hidden_layers")
+    short = {key: value for key, value in GPT_OSS_20B.items() if key not in omitted}
+    assert model_config(short | {"num_hidden_layers": 24, "num_local_experts": 32}) == model_config(GPT_OSS_20B)

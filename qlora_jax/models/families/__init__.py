@@ -12,6 +12,7 @@ from qlora_jax.models.families import (
     glm4,
     glm4_moe,
     gpt_neox,
+    gpt_oss,
     granite,
     llama,
     ministral3,
@@ -34,7 +35,7 @@ from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapp
 MODULES = (
     *(llama, mistral, ministral3, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, phi3, phi, gpt_neox),
     *(granite, seed_oss, exaone4, glm4, cohere2),
-    *(mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe),
+    *(mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, gpt_oss),
 )
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}
 # Names of the number of experts in configs of mixtures.
