@@ -3,28 +3,57 @@
 Dimension key: P slots, I tiles, C rows per tile, S layers, E experts, N out, K in.
 """
 
+import dataclasses
 import functools
+import importlib
 import operator
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.frozen_product import DTYPES
+from pallas_kernels.devices import Device, target_device
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.frozen_product import DTYPES, Direction
 from pallas_kernels.grouped_matmul import loop
 from pallas_kernels.grouped_matmul.experts import ExpertWeights, Layer, kind_of
 from pallas_kernels.grouped_matmul.groups import Groups
+from pallas_kernels.nf4_matmul.api import preference
+from pallas_kernels.nf4_matmul.dispatch import Call, Capabilities, Choice, Implementation, choose
+from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY
+from pallas_kernels.nf4_matmul.mosaic.installation import problem as mosaic_problem
 
 
-class Implementation(NamedTuple):
-    """One way to run the op."""
+def _fused(kernel: str, capabilities: Capabilities) -> Implementation:
+    """Returns an implementation by Mosaic kernels, imported on the first call: importing Mosaic takes long."""
 
-    forward: Callable[[jax.Array, ExpertWeights, Groups, Layer], jax.Array]
-    backward: Callable[[jax.Array, ExpertWeights, Groups, Layer], jax.Array]
+    def product(direction: Direction, rows, weights, groups, layer):
+        module = importlib.import_module("pallas_kernels.grouped_matmul.mosaic")
+        return getattr(module, kernel)(direction, rows, weights, groups, layer)
+
+    ways = functools.partial(product, "forward"), functools.partial(product, "backward")
+    return Implementation(*ways, capabilities, fused=True, missing=mosaic_problem)
 
 
-IMPLEMENTATIONS = {"loop": Implementation(loop.forward, loop.backward)}
+MOST_TILE = 1024  # rows
+# A call's rows are those of a tile. Fused implementations take 4-bit weights alone.
+IMPLEMENTATIONS = {
+    "loop": Implementation(loop.forward, loop.backward, Capabilities()),
+    "hopper": _fused("hopper", dataclasses.replace(HOPPER, rows=(64, MOST_TILE), row_multiple=64)),
+    "ampere": _fused("ampere", dataclasses.replace(AMPERE, rows=(64, MOST_TILE), row_multiple=64)),
+    "skinny": _fused("skinny", dataclasses.replace(SKINNY, rows=(8, 8), least=(1, 448))),
+}
+
+# Name of a device (Device.names) -> implementations, the fastest first.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "sm_80": ("skinny", "ampere", "loop"),
+    "sm_86": ("skinny", "ampere", "loop"),
+    "sm_89": ("skinny", "ampere", "loop"),
+    "sm_90": ("skinny", "hopper", "loop"),
+    "any": ("loop",),
+}
 
 
 def grouped_matmul(
@@ -48,6 +77,7 @@ def grouped_matmul(
 
     Raises:
       ValueError: shapes or dtypes do not match, or the implementation is unknown. Lists all problems.
+      NotImplementedError: the named implementation does not support this call on this device.
     """
     if problems := list(_problems(x_PK, weights, groups, layer, implementation)):
         raise ValueError("grouped_matmul: " + "; ".join(problems))
@@ -76,8 +106,31 @@ def _problems(
         yield f"{implementation=} is unknown (known: {', '.join(sorted(IMPLEMENTATIONS))})"
 
 
-def _run(direction: str, rows: jax.Array, weights: ExpertWeights, groups: Groups, layer: Layer, name: str | None):
-    return getattr(IMPLEMENTATIONS[name or "loop"], direction)(rows, weights, groups, layer)
+def choose_implementation(
+    device: Device,
+    direction: Direction,
+    dtype: DTypeLike,
+    weights: ExpertWeights,
+    groups: Groups,
+    implementation: str | None = None,
+) -> Choice:
+    """Returns the implementation that runs a call on a device, and why those before it in its order do not."""
+    order = (implementation,) if implementation else preference(device, PREFERENCE)
+    if isinstance(weights, QTensor):
+        return choose(device, Call.of(direction, groups.tile, jnp.dtype(dtype), weights), IMPLEMENTATIONS, order)
+    refusals = {name: "takes 4-bit weights alone" for name in order if IMPLEMENTATIONS[name].fused}
+    return Choice(next((name for name in order if name not in refusals), None), refusals)
+
+
+def _run(
+    direction: Direction, rows: jax.Array, weights: ExpertWeights, groups: Groups, layer: Layer, name: str | None
+) -> jax.Array:
+    device = target_device()
+    choice = choose_implementation(device, direction, rows.dtype, weights, groups, name)
+    if choice.name is None:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals.items())
+        raise NotImplementedError(f"grouped_matmul {direction} on {device}: {reasons}")
+    return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, weights, groups, layer)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -4,7 +4,7 @@ Dimension key: M rows, N out, K in, L layers.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -91,9 +91,9 @@ def nf4_matmul(
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
 
-def preference(device: Device) -> tuple[str, ...]:
+def preference(device: Device, table: Mapping[str, tuple[str, ...]] = PREFERENCE) -> tuple[str, ...]:
     """Returns a device's implementations, the most preferred first."""
-    return next(PREFERENCE[name] for name in (*device.names, "any") if name in PREFERENCE)
+    return next(table[name] for name in (*device.names, "any") if name in table)
 
 
 def choose_implementation(device: Device, call: Call, implementation: str | None = None) -> Choice:

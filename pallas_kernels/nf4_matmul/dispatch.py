@@ -6,14 +6,15 @@ N out, K in.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 from jax.typing import DTypeLike
 
 from pallas_kernels.devices import Device
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.frozen_product import Direction, Layer
+from pallas_kernels.frozen_product import Direction
+from pallas_kernels.frozen_product import Layer as Layer
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
@@ -52,7 +53,9 @@ class Capabilities:
       devices: supported names, as in `Device.names`.
       layouts, dtypes, quant_types, block_sizes, directions: supported values of the call's attribute.
       rows: (minimum, maximum) M.
+      row_multiple: factor that must divide M.
       multiples: factors that must divide N and K.
+      least: minimum N and K.
     """
 
     devices: tuple[str, ...] | None = None
@@ -62,28 +65,23 @@ class Capabilities:
     block_sizes: tuple[int, ...] | None = None
     directions: tuple[Direction, ...] | None = None
     rows: tuple[int, int] | None = None
+    row_multiple: int = 1
     multiples: tuple[int, int] = (1, 1)
-
-
-class Product(Protocol):
-    """A function [M, K] x weight -> [M, N] (forward), or [M, N] x weight -> [M, K] (backward).
-
-    Takes one weight (`layer` None), or a whole stack and the index of a layer.
-    """
-
-    def __call__(self, rows: jax.Array, weights: QTensor, layer: Layer, /) -> jax.Array: ...
+    least: tuple[int, int] = (1, 1)
 
 
 class Implementation(NamedTuple):
-    """One way to run the op, and the calls that it supports.
+    """One way to run an op, and the calls that it supports.
 
     Attributes:
+      forward, backward: functions [M, K] x weight -> [M, N], and [M, N] x weight -> [M, K]. They take one weight (layer
+        None) or a whole stack, and the layer: (rows, weights, layer); grouped ones (rows, weights, groups, layer).
       fused: True if weights are dequantized inside the product; otherwise a whole weight is written and read again.
       missing: returns why this installation cannot use it, or None if it can.
     """
 
-    forward: Product
-    backward: Product
+    forward: Callable[..., jax.Array]
+    backward: Callable[..., jax.Array]
     capabilities: Capabilities
     fused: bool = False
     missing: Callable[[], str | None] = lambda: None
@@ -116,9 +114,12 @@ def _problems(capabilities: Capabilities, device: Device, call: Call) -> Iterato
             yield f"takes {one} {' or '.join(map(str, many))}, not {given}"
     if capabilities.rows is not None and not capabilities.rows[0] <= call.rows <= capabilities.rows[1]:
         yield f"takes {capabilities.rows[0]} to {capabilities.rows[1]} rows, not {call.rows}"
-    for axis, size, multiple in zip("NK", call.shape, capabilities.multiples, strict=True):
+    sizes = zip("NK", call.shape, capabilities.multiples, capabilities.least, strict=True)
+    for axis, size, multiple, least in (("M", call.rows, capabilities.row_multiple, 1), *sizes):
         if size % multiple:
             yield f"takes {axis} that is a multiple of {multiple}, not {size}"
+        if size < least:
+            yield f"takes {axis} of at least {least}, not {size}"
 
 
 def choose(device: Device, call: Call, implementations: Mapping[str, Implementation], order: Sequence[str]) -> Choice:

@@ -46,7 +46,7 @@ from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
-from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows, place_of
 
 EIGHT = 8  # rows of a swizzled tile in shared memory; copies start at a multiple
 WIDE = 8  # row tiles per column tile in block order, so that their operands stay in the L2 cache
@@ -106,7 +106,8 @@ def product(
     padded = pad_rows(padded, EIGHT)
     columns, contracted = _columns(instructions.direction, weight), rows_MC.shape[1]
     task = _Task(instructions, tile, padded.shape[0], contracted, columns, weight.shape[0])
-    scales = jnp.pad(weight.scales, ((0, 0), (0, -weight.shape[0] % TILE_COLUMNS)))
+    columns_added = (*[(0, 0)] * (weight.scales.ndim - 1), (0, -weight.shape[0] % TILE_COLUMNS))
+    scales = jnp.pad(weight.scales, columns_added)
     words = jnp.asarray(inline_ptx.constant_words(weight.table, rows_MC.dtype))
     return task.run(padded, weight.codes_LNJ, weight.layer, scales, words)[:rows]
 
@@ -132,7 +133,7 @@ class _Task(NamedTuple):
         return pl.cdiv(self.contracted, TILE_COLUMNS)
 
     def run(self, rows_g: jax.Array, *operands: jax.Array) -> jax.Array:
-        """Runs the kernel on rows [rows, contracted], codes, layer [1], scales and constant words."""
+        """Runs the kernel on rows [rows, contracted], codes, layer, scales and constant words."""
         (rows, steps), dtype = self.tile, rows_g.dtype
         return plgpu.kernel(
             self.kernel,
@@ -155,16 +156,24 @@ class _Task(NamedTuple):
         row_tile, column_tile = plgpu.planar_snake(lax.axis_index("tile"), self.grid, 0, WIDE)
         row = jnp.minimum(row_tile * tile_rows, self.rows - tile_rows)
         words = do.constants(words_g)
+        layer, expert = place_of(layer_g, row_tile)
+        scales_g = scales_g if expert is None else scales_g.at[jnp.maximum(expert, 0)]
+        rounds = self.rounds if expert is None else jnp.where(expert >= 0, self.rounds, 0)
         fetch = functools.partial(
             self.fetch,
-            (rows_g, codes_g.at[layer_g[0]], scales_g),
+            (rows_g, codes_g.at[layer], scales_g),
             (rows_s, codes_s, scales_s),
             arrived,
             row,
             column_tile,
         )
         for k in range(steps - 1):
-            fetch(jnp.int32(k), k) if k < self.rounds else do.skip_copies()
+            if k >= self.rounds:
+                do.skip_copies()
+            elif expert is None:
+                fetch(jnp.int32(k), k)
+            else:
+                lax.cond(expert >= 0, functools.partial(fetch, jnp.int32(k), k), do.skip_copies)
 
         def one_round(k, carry):
             sums, slot, free = carry
@@ -175,7 +184,7 @@ class _Task(NamedTuple):
             return do.multiply_add(sums, rows_s.at[slot], weights), *(_next(at, steps) for at in (slot, free))
 
         start = (do.zeros(tile_rows), jnp.int32(0), jnp.int32(steps - 1))
-        sums, *_ = lax.fori_loop(0, self.rounds, one_round, start)
+        sums, *_ = lax.fori_loop(0, rounds, one_round, start)
         self.store(do.in_order(sums), out_g, row_tile, row, column_tile)
 
     def fetch(self, sources, targets, arrived, row, column_tile, k, slot):

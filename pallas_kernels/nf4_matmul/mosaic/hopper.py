@@ -39,7 +39,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import decode
-from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue, Operands, operands, pad_rows
+from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue, Operands, operands, pad_rows, place_of
 
 WARPGROUPS = 2  # compute warpgroups
 RUN = decode.RUN  # columns with one constant per row, and rows of a warpgroup's part of the weight
@@ -172,7 +172,7 @@ class Shape(NamedTuple):
     Attributes:
       width: columns of the result.
       steps: number of pipeline steps.
-      blocks: (tile, layer, block of rows, block of columns) -> the specs of the three arrays that a step reads.
+      blocks: (tile, place, block of rows, block of columns) -> the specs of the three arrays that a step reads.
       operand: shapes of the left operand in shared memory, if it goes through it.
       late: steps after which a step's shared memory may be refilled, because its product runs into the next one.
     """
@@ -190,24 +190,41 @@ class Shape(NamedTuple):
         return COLUMNS[self.direction]
 
 
-def _forward_blocks(tile: Tile, layer: jax.Array, m: jax.Array, n: jax.Array, late: int) -> list[plgpu.BlockSpec]:
+type Place = tuple[jax.Array, jax.Array | None]  # index in the stack of codes, and of scales if they are stacked
+
+
+def _forward_blocks(tile: Tile, place: Place, m: jax.Array, n: jax.Array, late: int) -> list[plgpu.BlockSpec]:
     """Returns the specs of step k: rows [rows, 128 k], codes [128 n, 64 bytes], scales [2 runs, 128 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
+    layer, expert = place
     return [
         block((tile.rows, GROUP), lambda k: (m, k), transforms=WIDE),
         block((None, WARPGROUPS * RUN, RUN), lambda k: (layer, n, k), transforms=NARROW),
-        block((2, WARPGROUPS * RUN), lambda k: (k, n)),
+        _scales_block(block, (2, WARPGROUPS * RUN), lambda k: (k, n), expert),
     ]
 
 
-def _backward_blocks(tile: Tile, layer: jax.Array, m: jax.Array, k: jax.Array, late: int) -> list[plgpu.BlockSpec]:
+def _backward_blocks(tile: Tile, place: Place, m: jax.Array, k: jax.Array, late: int) -> list[plgpu.BlockSpec]:
     """Returns the specs of step n: rows [rows, 64 n], codes [64 n, 2 x 64 bytes], scales [4 runs, 64 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
+    layer, expert = place
     return [
         block((tile.rows, RUN), lambda n: (m, n), transforms=WIDE),
         block((None, RUN, WARPGROUPS * RUN), lambda n: (layer, n, k), transforms=NARROW),
-        block((2 * WARPGROUPS, RUN), lambda n: (k, n)),
+        _scales_block(block, (2 * WARPGROUPS, RUN), lambda n: (k, n), expert),
     ]
+
+
+def _scales_block(
+    block: Callable[..., plgpu.BlockSpec],
+    shape: tuple[int, int],
+    index: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    expert: jax.Array | None,
+) -> plgpu.BlockSpec:
+    """Returns the spec of scales, of the only weight or of an expert."""
+    if expert is None:
+        return block(shape, index)
+    return block((None, *shape), lambda step: (expert, *index(step)))
 
 
 def _look_up(
@@ -281,16 +298,27 @@ def _block_of_result(
             pipeline(acc)
             _store(acc[...], out_s.at[wg], out_g.at[pl.ds(m * tile.rows, tile.rows), columns])
 
-    plgpu.emit_pipeline_warp_specialized(
+    place = place_of(layer_g, m)
+    pipeline = plgpu.emit_pipeline_warp_specialized(
         lambda _, *step_refs: step(wg, operand_s, *step_refs),
         grid=(shape.steps,),
         memory_registers=MEMORY_REGISTERS,
-        in_specs=shape.blocks(tile, layer_g[0], m, across, shape.late),
+        in_specs=shape.blocks(tile, place, m, across, shape.late),
         wg_axis="wg",
         num_compute_wgs=WARPGROUPS,
         max_concurrent_steps=max(tile.steps, shape.late + 1),
         compute_context=compute,
-    )(rows_g, codes_g, scales_g)
+    )
+    multiply = functools.partial(pipeline, rows_g, codes_g, scales_g)
+    if place[1] is None:
+        multiply()
+        return
+    pl.when(place[1] >= 0)(multiply)
+
+    @pl.when((place[1] < 0) & (wg < WARPGROUPS))
+    def _():
+        zeros = plgpu.layout_cast(jnp.zeros((shape.columns, tile.rows), jnp.float32), REGISTERS)
+        _store(zeros, out_s.at[wg], out_g.at[pl.ds(m * tile.rows, tile.rows), columns])
 
 
 def _store(transposed: jax.Array, out_s: MosaicValue, out_g: MosaicValue) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array, Int
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
@@ -17,12 +18,13 @@ type MosaicValue = Any
 
 
 class Operands(NamedTuple):
-    """One layer of a weight in the form that a kernel reads.
+    """One layer of a weight, or several experts of it, in the form that a kernel reads.
 
     Attributes:
       codes_LNJ: the whole stack; the kernel addresses its layer, because a slice would be a copy.
-      layer: i32 [1].
-      scales: [2 ceil(K/128), N] in the kernel's dtype, of this layer only.
+      layer: i32 [1]. With experts, i32 [2, row tiles]: each row tile's index in the stack, and in the scales (-1: the
+        tile is not in use, and its result is zeros).
+      scales: [2 ceil(K/128), N] in the kernel's dtype, of this layer only. With experts, [E, 2 ceil(K/128), N].
       table: f32 [16].
       shape: (N, K).
     """
@@ -34,6 +36,13 @@ class Operands(NamedTuple):
     shape: tuple[int, int]
 
 
+def place_of(layer_g: MosaicValue, row_tile: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Returns a row tile's index in the stack and in the scales (None: there are no experts), inside a kernel."""
+    if len(layer_g.shape) == 1:
+        return layer_g[0], None
+    return layer_g[0, row_tile], layer_g[1, row_tile]
+
+
 def operands(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Operands:
     """Makes the operands of a weight (`layer` None), or of one layer of a stack, for a product in `dtype`."""
     codes_LNJ = jnp.asarray(weights.codes) if layer is not None else jnp.asarray(weights.codes)[None]
@@ -41,6 +50,23 @@ def operands(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Operands:
     rows, columns = weights.shape
     scales = expanded_scales(weights, layer, dtype)
     return Operands(codes_LNJ, index, scales, CODE_TABLES[weights.quant_type], (rows, columns))
+
+
+def expert_operands(
+    weights: QTensor, layer: Layer, expert_of_tile_I: Int[Array, " I"], tiles: Int[Array, ""], dtype: DTypeLike
+) -> Operands:
+    """Makes the operands of row tiles with an expert each, of which the first `tiles` are in use.
+
+    `weights` has the leading axes [layers, experts]; `layer` is an index in the first.
+    """
+    experts = weights.stack_shape[1]
+    codes_LNJ = weights.codes.reshape(-1, *weights.codes.shape[2:])
+    in_stack = jnp.asarray(layer, jnp.int32) * experts + expert_of_tile_I
+    in_use = jnp.arange(len(expert_of_tile_I)) < tiles
+    place_2I = jnp.stack([in_stack, jnp.where(in_use, expert_of_tile_I, -1)])
+    scales = expanded_scales(weights, layer, dtype)
+    rows, columns = weights.shape
+    return Operands(codes_LNJ, place_2I, scales, CODE_TABLES[weights.quant_type], (rows, columns))
 
 
 def pad_rows(rows: jax.Array, multiple: int) -> jax.Array:

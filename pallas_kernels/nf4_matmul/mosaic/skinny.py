@@ -60,11 +60,25 @@ def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[
 def product(instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weight: Operands) -> Float[Array, "M N"]:
     """Computes `forward` with the instructions of a card or of the twin."""
     assert x_MK.shape[0] <= MOST_ROWS["skinny"].rows
-    weight = _at_least_a_step(weight)
+    return _product(instructions, x_MK, _at_least_a_step(weight), pl.cdiv(x_MK.shape[0], EIGHT))
+
+
+def expert_product(
+    instructions: Machine | Interpreted, x_PK: Float[Array, "P K"], weight: Operands
+) -> Float[Array, "P N"]:
+    """Computes the product of tiles of eight rows, each with its expert; of at least a step of K."""
+    assert weight.codes_LNJ.shape[2] >= STEP_BYTES
+    return _product(instructions, x_PK, weight, weight.layer.shape[1])
+
+
+def _product(
+    instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weight: Operands, tiles: int
+) -> Float[Array, "M N"]:
     groups = weight.codes_LNJ.shape[2] * 2 // GROUP
     steps = pl.cdiv(groups, WARPS)
-    parts = next(parts for parts in PARTS if parts == 1 or _worth(parts, steps, weight.codes_LNJ.shape[1]))
-    tiles, tile_rows = pl.cdiv(x_MK.shape[0], EIGHT), 2 if x_MK.shape[0] <= 2 else EIGHT
+    blocks = weight.codes_LNJ.shape[1] // BLOCK * (tiles if weight.layer.ndim == 2 else 1)
+    parts = next(parts for parts in PARTS if parts == 1 or _worth(parts, steps, blocks))
+    tile_rows = 2 if x_MK.shape[0] <= 2 else EIGHT
     rows = ((0, tiles * tile_rows - x_MK.shape[0]), (0, groups * GROUP - x_MK.shape[1]))
     x_TRK = jnp.pad(x_MK, rows).reshape(tiles, tile_rows, groups * GROUP)
     task = _Task(instructions, groups, steps, parts, weight.codes_LNJ.shape[1])
@@ -73,9 +87,9 @@ def product(instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weig
     return y_TRN.reshape(tiles * EIGHT, -1)[: x_MK.shape[0]].astype(x_MK.dtype)
 
 
-def _worth(parts: int, steps: int, columns: int) -> bool:
-    """True if the parts of K are equal, and half as many would give too few blocks."""
-    return steps % parts == 0 and columns // BLOCK * parts // 2 < ENOUGH_BLOCKS
+def _worth(parts: int, steps: int, blocks: int) -> bool:
+    """True if the parts of K are equal, and half as many would give too few blocks, of so many per part."""
+    return steps % parts == 0 and blocks * parts // 2 < ENOUGH_BLOCKS
 
 
 def _at_least_a_step(weight: Operands) -> Operands:
@@ -101,45 +115,51 @@ class _Task(NamedTuple):
     columns: int
 
     def run(self, x_TRK: jax.Array, weight: Operands) -> Float[Array, "parts T N 8"]:
-        """Computes the sums of every part of K."""
-        tiles = x_TRK.shape[0]
+        """Computes the sums of every part of K; with experts, each tile of rows has blocks of its own."""
+        tiles, of_tiles = x_TRK.shape[0], weight.layer.ndim == 2
         words = jnp.asarray(inline_ptx.constant_words(weight.table, x_TRK.dtype))
         return plgpu.kernel(
             self.kernel,
             out_type=jax.ShapeDtypeStruct((self.parts, tiles, self.columns, EIGHT), jnp.float32),
-            grid=(self.columns // BLOCK, self.parts),
-            grid_names=("block", "part"),
-            scratch_types=[plgpu.SMEM((tiles, WARPS * BLOCK, EIGHT), jnp.float32)],
+            grid=(self.columns // BLOCK, self.parts, *([tiles] if of_tiles else [])),
+            grid_names=("block", "part", *(["tile"] if of_tiles else [])),
+            scratch_types=[plgpu.SMEM((1 if of_tiles else tiles, WARPS * BLOCK, EIGHT), jnp.float32)],
             kernel_name="skinny",
             **self.instructions.options,
         )(x_TRK, weight.codes_LNJ, weight.layer, weight.scales, words)
 
     def kernel(self, x_g, codes_g, layer_g, scales_g, words_g, out_g, sums_s):
-        """Computes 32 columns of the result, over one part of K."""
-        do, part, tiles = self.instructions, lax.axis_index("part"), range(x_g.shape[0])
+        """Computes 32 columns of the result, over one part of K, for all tiles of rows or for one with its expert."""
+        do, part = self.instructions, lax.axis_index("part")
         column = pl.multiple_of(BLOCK * lax.axis_index("block"), BLOCK)
-        load = functools.partial(self.load, x_g, codes_g.at[layer_g[0]], scales_g, column)
         words = do.constants(words_g)
-        steps = self.steps // self.parts
+        steps = count = self.steps // self.parts
+        if len(layer_g.shape) == 1:
+            tiles, layer = list(range(x_g.shape[0])), layer_g[0]
+        else:
+            tiles = [lax.axis_index("tile")]
+            layer, expert = layer_g[0, tiles[0]], layer_g[1, tiles[0]]
+            scales_g, count = scales_g.at[jnp.maximum(expert, 0)], jnp.where(expert >= 0, steps, 0)
+        load = functools.partial(self.load, [x_g.at[tile] for tile in tiles], codes_g.at[layer], scales_g, column)
 
         def step(i, carry):
             sums, (x, codes, scales) = carry
             later = load(steps * part + jnp.minimum(i + 1, steps - 1))
             return do.dot(sums, x, codes, scales, words), later
 
-        sums, _ = lax.fori_loop(0, steps, step, ([do.zeros() for _ in tiles], load(steps * part)))
-        for tile in tiles:
-            do.show(sums[tile], sums_s.at[tile])
-        for tile in tiles:
-            of_warps = [do.stored(sums_s.at[tile, pl.ds(BLOCK * warp, BLOCK)]) for warp in range(WARPS)]
+        sums, _ = lax.fori_loop(0, count, step, ([do.zeros() for _ in tiles], load(steps * part)))
+        for at in range(len(tiles)):
+            do.show(sums[at], sums_s.at[at])
+        for at, tile in enumerate(tiles):
+            of_warps = [do.stored(sums_s.at[at, pl.ds(BLOCK * warp, BLOCK)]) for warp in range(WARPS)]
             out_g[part, tile, pl.ds(column, BLOCK)] = sum(of_warps[1:], of_warps[0])
 
-    def load(self, x_g, codes_g, scales_g, column, step):
+    def load(self, tiles_g, codes_g, scales_g, column, step):
         """Loads (rows of x, codes, scales) of a step; the last ends at K's end, and repeated runs get scales 0."""
         do = self.instructions
         group = jnp.minimum(WARPS * step, self.groups - WARPS)
         columns = pl.ds(pl.multiple_of(GROUP * group, GROUP), WARPS * GROUP)
-        x = [do.rows(x_g.at[tile, :, columns]) for tile in range(x_g.shape[0])]
+        x = [do.rows(x_g.at[:, columns]) for x_g in tiles_g]
         codes = do.codes(codes_g.at[pl.ds(column, BLOCK), pl.ds(pl.multiple_of(64 * group, 64), STEP_BYTES)])
         scales = do.scales(scales_g.at[pl.ds(2 * group, 2 * WARPS), pl.ds(column, BLOCK)])
         if self.groups % WARPS:

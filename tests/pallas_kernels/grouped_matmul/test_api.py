@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows, grouped_matmul
+from tests.marks import EXHAUSTIVE
 from tests.pallas_kernels.grouped_matmul.experts import choices, dense, mixture, quantized, random_rows
 from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 
@@ -54,7 +55,7 @@ CASES = [
     (33, 2, "empty experts", 16),
     pytest.param(24, 2, "all to one", 16, marks=pytest.mark.slow),
     pytest.param(20, 1, "random", 4, marks=pytest.mark.slow),
-    pytest.param(1, 1, "random", 64, marks=pytest.mark.exhaustive),
+    pytest.param(1, 1, "random", 64, marks=EXHAUSTIVE),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.devices import Device
 from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows
-from pallas_kernels.grouped_matmul.groups import TILES, choose_tile, most_tiles
+from pallas_kernels.grouped_matmul.groups import choose_tile, most_tiles
 from tests.pallas_kernels.grouped_matmul.experts import choices, random_rows
 
 CASES = [
@@ -79,12 +79,9 @@ def test_rows_and_gradients_move_as_autodiff_of_plain_indexing_moves_them(dtype)
 
 def test_the_tile_follows_the_mean_number_of_rows_per_expert():
     cpu, gpu = Device(platform="cpu", kind="cpu"), Device(platform="gpu", kind="NVIDIA H100", compute_capability=(9, 0))
-    assert choose_tile(cpu, 2, 8) == 1
-    assert choose_tile(cpu, 8192, 8) == TILES["cpu"][-1]
-    assert choose_tile(gpu, 2, 8) == TILES["gpu"][0]
-    assert choose_tile(gpu, 64 * 4 * 128, 128) == 64
-    experts_Mk = jnp.asarray(choices(64, 2, 8))
-    assert group_rows(experts_Mk, 8).tile == choose_tile(cpu, 128, 8) == 4
+    assert [choose_tile(cpu, rows * 8, 8) for rows in (0, 1, 100, 512, 9999)] == [1, 1, 16, 128, 128]
+    assert [choose_tile(gpu, rows * 128, 128) for rows in (1, 8, 9, 255, 256)] == [8, 8, 64, 64, 128]
+    assert group_rows(jnp.asarray(choices(64, 2, 8)), 8).tile == choose_tile(cpu, 128, 8) == 4
 
 
 def test_empty_groups_are_refused():
