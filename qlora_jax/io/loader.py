@@ -1,7 +1,8 @@
 """Fills a model from disk, one tensor at a time: read, quantize, write into the stacked array in place.
 
 Host memory beyond the model itself: the largest tensor in f32 and its codes. There is never a 16-bit copy of a
-quantized layer, and never a second stack.
+quantized layer, and never a second stack. Experts are read one by one, so blocks and the constants of double
+quantization are those of each expert's weight alone.
 
 On a mesh, each process reads the rows of its devices and quantizes them alone. Blocks lie within rows, so their codes
 are those of the whole weight. The constants of double quantization depend on all rows: processes exchange the f32 block
@@ -101,7 +102,7 @@ def load_model(
     rows = [reader.rows(slot, index).ranges for slot, index in tensors]
     entries = prefetch([source.tensors[slot.names[index]] for slot, index in tensors], rows)
     stacks = iter(_zeros([slot for slot in slots if slot.stacked], places))
-    leaves = [_filled(next(stacks) if slot.stacked else None, reader.layers(slot, entries)) for slot in slots]
+    leaves = [_filled(slot, next(stacks) if slot.stacked else None, reader.layers(slot, entries)) for slot in slots]
     filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
     loaded = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled))
     return Loaded(model=loaded, fingerprint=reader.digest.fingerprint())
@@ -153,21 +154,25 @@ def _zeros(slots: Sequence[Slot], places: MeshPlaces | None) -> Sequence[Leaf]:
     return make()
 
 
-def _filled(stack: Leaf | None, layers: Iterator[QTensor | jax.Array]) -> Leaf:
-    """The stack with all layers written into it, or the only layer if `stack` is None."""
+def _filled(slot: Slot, stack: Leaf | None, layers: Iterator[QTensor | jax.Array]) -> Leaf:
+    """The stack with all layers and experts written into it, or the only layer if `stack` is None."""
     if stack is None:
         (leaf,) = layers
         return leaf
     for index, layer in enumerate(layers):
-        stack = _with_layer(stack, layer, index)
+        stack = _with_layer(stack, layer, slot.place(index))
     return stack
 
 
-def _with_layer(stack: Leaf, layer: QTensor | jax.Array, index: int) -> Leaf:
+def _with_layer(stack: Leaf, layer: QTensor | jax.Array, place: tuple[int, ...]) -> Leaf:
     if not isinstance(stack, MixedStack):
-        return _set_layer(stack, layer, np.int32(index))
-    part, index = stack.locate(index)
-    return dataclasses.replace(stack, **{part: _set_layer(getattr(stack, part), layer, np.int32(index))})
+        return _set_layer(stack, layer, _traced(place))
+    part, index = stack.locate(place[0])
+    return dataclasses.replace(stack, **{part: _set_layer(getattr(stack, part), layer, _traced((index, *place[1:])))})
+
+
+def _traced(place: tuple[int, ...]) -> tuple[np.int32, ...]:
+    return tuple(map(np.int32, place))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,13 +299,18 @@ def _settings_of(spec: QTensor) -> QuantSettings:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer[Stack: (jax.Array, QTensor)](
-    stack: Stack, layer: QTensor | jax.Array, index: jax.Array | np.int32
+    stack: Stack, layer: QTensor | jax.Array, place: tuple[jax.Array | np.int32, ...]
 ) -> Stack:
-    """The stack with one layer set, in the memory of the donated stack."""
+    """The stack with the layer or expert at one place set, in the memory of the donated stack."""
     if isinstance(stack, QTensor):
         assert isinstance(layer, QTensor)
         layer = repack(layer, stack.layout)
-    return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), stack, layer)
+
+    def with_one(all_: jax.Array, one: jax.Array) -> jax.Array:
+        start = (*place, *(0 for _ in one.shape))
+        return jax.lax.dynamic_update_slice(all_, one.reshape((1,) * len(place) + one.shape), start)
+
+    return jax.tree.map(with_one, stack, layer)
 
 
 def _finite_rows(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:
@@ -332,7 +342,8 @@ def _settings(config: ModelConfig, weights: WeightFormat) -> bytes:
 def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
     """`weights` with the layers that stay dense because the files quantize only the others.
 
-    If the files quantize no layer, every layer is quantized to `weights`.
+    If the files quantize no layer, every layer is quantized to `weights`. Routed experts always are: files of
+    bitsandbytes leave them in 16 bits because it cannot quantize them, not for the sake of accuracy.
 
     Raises:
       ValueError: `weights` has dense layers that the files store in 4 bits.
@@ -340,15 +351,19 @@ def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelC
     if weights.quant_type is None:
         return weights
     dense = {name: _dense_layers(name, source, config) for name in config.linear_shapes()}
-    if all(len(layers) == config.num_layers for layers in dense.values()):
+    if all(len(layers) == len(config.layers_with(name)) for name, layers in dense.items()):
         return weights
-    _check_16_bits_exist(weights, dense, source)
-    return dataclasses.replace(weights, dense=tuple((name, layers) for name, layers in dense.items() if layers))
+    kept = {name: rows for name, rows in weights.dense if name not in dense}
+    _check_16_bits_exist(weights, dense, source, config)
+    return dataclasses.replace(weights, dense=tuple((name, rows) for name, rows in (dense | kept).items() if rows))
 
 
-def _check_16_bits_exist(weights: WeightFormat, dense: Mapping[str, tuple[int, ...]], source: ModelSource) -> None:
-    lost = {name: sorted(set(layers) - set(dense[name])) for name, layers in weights.dense}
-    if texts := [f"{name} of layers {', '.join(map(str, layers))}" for name, layers in lost.items() if layers]:
+def _check_16_bits_exist(
+    weights: WeightFormat, dense: Mapping[str, tuple[int, ...]], source: ModelSource, config: ModelConfig
+) -> None:
+    lost = {name: sorted(set(rows) - set(dense.get(name, rows))) for name, rows in weights.dense}
+    layers_of = {name: [config.layers_with(name)[row] for row in rows] for name, rows in lost.items()}
+    if texts := [f"{name} of layers {', '.join(map(str, layers))}" for name, layers in layers_of.items() if layers]:
         raise ValueError(
             f"model.keep_16bit: {source.path} stores {'; '.join(texts)} in 4 bits, so their 16-bit weights are not "
             "known. Remove these names, or give the 16-bit model"
@@ -356,8 +371,9 @@ def _check_16_bits_exist(weights: WeightFormat, dense: Mapping[str, tuple[int, .
 
 
 def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[int, ...]:
+    """Returns the rows of a projection's stack that the files have in 16 bits."""
     names = [
-        config.hugging_face_name(layer_name(f"model.layers.{name}.weight", layer)) for layer in range(config.num_layers)
+        config.hugging_face_name(layer_name(f"model.layers.{name}.weight", layer)) for layer in config.layers_with(name)
     ]
     entries = [source.tensors.get(each) for each in names]  # `check_tensors` reports a missing one
-    return tuple(layer for layer, entry in enumerate(entries) if entry is not None and entry.read_quantized is None)
+    return tuple(row for row, entry in enumerate(entries) if entry is not None and entry.read_quantized is None)

@@ -30,7 +30,7 @@ class PlacedWeight:
 
     Attributes:
       mesh: the devices.
-      stack: the stack that the weight is a layer of, with ShapeDtypeStructs.
+      stack: the stack that the weight is a layer or an expert of, with ShapeDtypeStructs.
       specs: the PartitionSpecs of the stack's leaves.
     """
 
@@ -40,11 +40,11 @@ class PlacedWeight:
 
     @property
     def cut(self) -> Cut:
-        """The cut of its codes."""
-        axis = cut_axis(self.specs.codes)
+        """The cut of its codes; none if the stack is cut between its experts."""
+        axis = cut_axis(self._spec("codes"))
         if axis is None:
             return Cut(self.stack.layout, self.stack.shape)
-        return Cut(self.stack.layout, self.stack.shape, axis - 1, axis_size(self.mesh, FSDP))
+        return Cut(self.stack.layout, self.stack.shape, axis, axis_size(self.mesh, FSDP))
 
     @property
     def rows(self) -> OwnRows:
@@ -68,8 +68,12 @@ class PlacedWeight:
         leaves = {name: self._constant(name, each) for name, each in stored.items()}
         return dataclasses.replace(self.stack, codes=self._codes(codes, rows), **leaves)
 
+    def _spec(self, leaf: str) -> P:
+        """Returns the spec of a leaf of this weight alone."""
+        return P(*getattr(self.specs, leaf)[len(self.stack.stack_shape) :])
+
     def _constant(self, name: str, values: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(self.mesh, _of_layer(getattr(self.specs, name)))
+        sharding = NamedSharding(self.mesh, self._spec(name))
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     def _codes(self, codes: np.ndarray, rows: OwnRows) -> jax.Array:
@@ -82,7 +86,8 @@ class PlacedWeight:
             shape = (sum(end - first for first, end in cut.rows(at)), *cut.shape[1:])
             return cut.slice(np.asarray(_converted(own, shape, natural, cut.layout)), at)
 
-        return _assembled(self.stack.codes.shape[1:], _of_layer(self.specs.codes), self.mesh, part)
+        shape = self.stack.codes.shape[len(self.stack.stack_shape) :]
+        return _assembled(shape, self._spec("codes"), self.mesh, part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +154,6 @@ class MeshPlaces:
         if (stack := slot.quantization_of(index)) is not None:
             return PlacedWeight(self._mesh, stack, specs if isinstance(specs, QTensor) else specs.quantized)
         return PlacedArray(self._mesh, slot.shape, slot.dtype, P() if slot.stacked else specs)
-
-
-def _of_layer(spec: P) -> P:
-    """Returns the spec of one layer of a stack."""
-    return P(*spec[1:])
 
 
 def _assembled(shape: tuple[int, ...], spec: P, mesh: Mesh, part: Callable[[int], np.ndarray]) -> jax.Array:

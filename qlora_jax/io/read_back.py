@@ -26,6 +26,29 @@ class StoredTensor(NamedTuple):
         return cls(file_type, shape, xxhash.xxh3_128_digest(stored.reshape(-1).view(np.uint8).data))
 
 
+class TensorDigest:
+    """Digests a tensor that is written in pieces.
+
+    Attributes:
+      nbytes: bytes so far.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, piece: np.ndarray) -> memoryview:
+        """Adds an array that has the next bytes of the file, and returns these bytes."""
+        data = piece.reshape(-1).view(np.uint8).data
+        self._digest.update(data)
+        self.nbytes += len(data)
+        return data
+
+    def stored(self, file_type: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Returns the tensor whose pieces were added, in the type and shape of the file."""
+        return StoredTensor(file_type, shape, self._digest.digest())
+
+
 def check_read_back(
     path: Path,
     header: bytes,

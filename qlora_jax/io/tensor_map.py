@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import with_text_attributes
 from qlora_jax.nn.mixed_stack import MixedStack
 
-LAYER = re.compile(r"\.layers\.(\d+)\.")
+LAYER, EXPERT = re.compile(r"\.layers\.(\d+)\."), re.compile(r"\.experts\.(\d+)\.")
 MAX_LINES, MAX_WIDTH = 100, 300  # of an error
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -27,6 +27,11 @@ Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | MixedStack  # o
 def layer_name(stacked: str, layer: int) -> str:
     """The name of one layer's tensor: ("model.layers.mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight"."""
     return stacked.replace(".layers.", f".layers.{layer}.", 1)
+
+
+def expert_name(stacked: str, expert: int) -> str:
+    """The name of one expert's tensor: ("mlp.experts.up_proj.weight", 3) -> "mlp.experts.3.up_proj.weight"."""
+    return stacked.replace(".experts.", f".experts.{expert}.", 1)
 
 
 def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
@@ -62,21 +67,24 @@ def _equal_tensors(source: ModelSource, first: str, second: str) -> bool:
 
 
 def lines_by_layer(problem: str, names: Iterable[str]) -> list[str]:
-    """Describes tensors with a problem, one line for the same tensor in several layers."""
-    layers: dict[str, list[int]] = {}
+    """Describes tensors with a problem, one line for the same tensor in several layers and experts."""
+    groups: dict[str, list[tuple[list[str], list[str]]]] = {}
     for name in names:
-        match = LAYER.search(name)
-        group = layers.setdefault(LAYER.sub(".layers.*.", name, count=1), [])
-        if match:
-            group.append(int(match[1]))
-    return [
-        f"{problem}: {name}" + (f" in layers {_numbers(sorted(found))}" if found else "")
-        for name, found in sorted(layers.items())
-    ]
+        group = EXPERT.sub(".experts.*.", LAYER.sub(".layers.*.", name, count=1), count=1)
+        groups.setdefault(group, []).append((LAYER.findall(name)[:1], EXPERT.findall(name)[:1]))
+    lines = []
+    for group, places in sorted(groups.items()):
+        layers, experts = (
+            {int(number) for numbers in each for number in numbers} for each in zip(*places, strict=True)
+        )
+        line = f"{problem}: {group}" + (f" in layers {_numbers(layers)}" if layers else "")
+        lines.append(line + (f", experts {_numbers(experts)}" if experts else ""))
+    return lines
 
 
-def _numbers(found: Sequence[int]) -> str:
+def _numbers(numbers: Collection[int]) -> str:
     """Writes 2, 4, 5; or 2 to 20 for many consecutive numbers."""
+    found = sorted(numbers)
     first, last = found[0], found[-1]
     if len(found) > 4 and last - first == len(found) - 1:
         return f"{first} to {last}"
@@ -90,26 +98,36 @@ class Slot:
     Attributes:
       path: keys of the leaf in the model's state.
       leaf: the leaf; its arrays are ShapeDtypeStructs until it is filled.
-      names: Hugging Face's names of the layers' tensors in order, or one name.
-      stacked: True if the leaf has a leading axis of layers.
+      names: Hugging Face's names of the tensors in the order of the stack, experts within a layer; or one name.
+      stack: lengths of the leaf's leading axes: (layers,), (layers, experts), or () if it is not stacked. A leaf that
+        only some layers have is stacked over these.
     """
 
     path: StatePath
     leaf: Leaf
     names: list[str]
-    stacked: bool
+    stack: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """True if the leaf has a leading axis of layers."""
+        return bool(self.stack)
+
+    def place(self, index: int) -> tuple[int, ...]:
+        """Returns the place in the stack of the tensor at `index` in `names`."""
+        return tuple(int(each) for each in np.unravel_index(index, self.stack))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each tensor on disk."""
         if isinstance(self.leaf, QTensor | MixedStack):
             return self.leaf.shape
-        return self.leaf.shape[1:] if self.stacked else self.leaf.shape
+        return self.leaf.shape[len(self.stack) :]
 
     def quantization_of(self, index: int) -> QTensor | None:
         """The leaf that describes the codes of the tensor at `index` in `names`; None if that tensor is dense."""
         if isinstance(self.leaf, MixedStack):
-            return None if index in self.leaf.dense_layers else self.leaf.quantized
+            return None if self.place(index)[0] in self.leaf.dense_layers else self.leaf.quantized
         return self.leaf if isinstance(self.leaf, QTensor) else None
 
     @property
@@ -147,6 +165,13 @@ def tensor_shapes(features: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _slot(path: StatePath, leaf: Leaf, config: ModelConfig) -> Slot:
     name = ".".join(map(str, path))
-    stacked = path[:2] == ("model", "layers")
-    names = [layer_name(name, layer) for layer in range(config.num_layers)] if stacked else [name]
-    return Slot(path=path, leaf=leaf, names=[config.hugging_face_name(name) for name in names], stacked=stacked)
+    if path[:2] != ("model", "layers"):
+        return Slot(path=path, leaf=leaf, names=[config.hugging_face_name(name)], stack=())
+    module = ".".join(map(str, path[2:-1]))
+    layers = config.layers_with(module)
+    names, stack = [layer_name(name, layer) for layer in layers], (len(layers),)
+    if module in config.expert_shapes():
+        assert config.experts is not None
+        stack = (*stack, config.experts.count)
+        names = [expert_name(each, expert) for each in names for expert in range(config.experts.count)]
+    return Slot(path=path, leaf=leaf, names=[config.hugging_face_name(each) for each in names], stack=stack)

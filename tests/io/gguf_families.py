@@ -3,6 +3,7 @@
 Names of tensors and keys are the gguf package's; its changes of rows and norms are copied in its form.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gptneox": ("gptneox", LAYER | dict(model_type="gpt_neox", use_parallel_residual=False, rotary_pct=0.5)),
 }  # fmt: skip
+ROUTED = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("llama", RMS | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=3)),
+    "qwen2moe": ("qwen2moe", RMS | ROUTED | dict(model_type="qwen2_moe", shared_expert_intermediate_size=64)),
+    "qwen3moe": ("qwen3moe", RMS | ROUTED | dict(model_type="qwen3_moe", head_dim=32, norm_topk_prob=True)),
+    "olmoe": (
+        "olmoe",
+        RMS | dict(model_type="olmoe", num_key_value_heads=4, num_experts=4, num_experts_per_tok=2),
+    ),
+    "glm4moe": (
+        "glm4moe",
+        RMS
+        | dict(model_type="glm4_moe", head_dim=32, partial_rotary_factor=0.5, attention_bias=True, use_qk_norm=True)
+        | dict(num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2)
+        | dict(moe_intermediate_size=32, n_shared_experts=2, routed_scaling_factor=1.5, norm_topk_prob=True),
+    ),
+}
+FAMILIES |= MIXTURES
 ROTARY = ("llama", "smollm3")
 ONE_MORE = ("gemma", "gemma2", "gemma3")
 
@@ -68,7 +87,8 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     features, rng = model_config(config), np.random.default_rng(seed)
     model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None, dtype="float32")))
     shapes = {name: slot.shape for slot in slots_of(model) for name in slot.names}
-    return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in sorted(shapes.items())}
+    drawn = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in sorted(shapes.items())}
+    return {name: drawn[name] for name in shapes}  # experts of one projection behind each other, as a writer has them
 
 
 def write_family(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
@@ -79,7 +99,8 @@ def write_family(path: Path, architecture: str, config: dict[str, Any], tensors:
     writer.add_pad_token_id(0)
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for name, values in tensors.items():
+    for name, values in stacked_experts(tensors).items():
+        name = name.removesuffix("_correction_bias") + "_correction.bias" if name.endswith("_bias") else name
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         writer.add_tensor(found, np.ascontiguousarray(converted(architecture, config, name, values)))
@@ -90,6 +111,14 @@ def write_family(path: Path, architecture: str, config: dict[str, Any], tensors:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def stacked_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins the matrices of a layer's experts, as the converter does."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, values in sorted(tensors.items(), key=lambda item: [int(n) for n in re.findall(r"\.(\d+)\.", item[0])]):
+        found.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.", name), []).append(values)
+    return {name: np.stack(each) if ".experts." in name else each[0] for name, each in found.items()}
 
 
 def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any]) -> None:
@@ -106,7 +135,7 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     part = config.get("partial_rotary_factor", config.get("rotary_pct", 1.0))
-    if architecture not in ("qwen2", "qwen3", "olmo2", *ONE_MORE):
+    if architecture not in ("qwen2", "qwen3", "olmo2", "qwen2moe", "qwen3moe", "olmoe", *ONE_MORE):
         writer.add_rope_dimension_count(int(head_dim * part))
     optional = {
         "rms_norm_eps": writer.add_layer_norm_rms_eps,
@@ -118,9 +147,23 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
         "use_parallel_residual": writer.add_parallel_residual,
         "original_max_position_embeddings": writer.add_rope_scaling_orig_ctx_len,
     }
+    optional |= {
+        "num_experts": writer.add_expert_count,
+        "num_local_experts": writer.add_expert_count,
+        "n_routed_experts": writer.add_expert_count,
+        "num_experts_per_tok": writer.add_expert_used_count,
+        "moe_intermediate_size": writer.add_expert_feed_forward_length,
+        "shared_expert_intermediate_size": writer.add_expert_shared_feed_forward_length,
+        "n_shared_experts": writer.add_expert_shared_count,
+        "first_k_dense_replace": writer.add_leading_dense_block_count,
+        "routed_scaling_factor": writer.add_expert_weights_scale,
+    }
     for name, add in optional.items():
         if name in config:
             add(config[name])
+    if architecture == "glm4moe":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
     if architecture == "phi3" and "sliding_window" not in config:
         writer.add_sliding_window(0)
 
@@ -138,6 +181,8 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
 def converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
     """Applies the converter's change to a tensor, given by Hugging Face's name."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    if "shared_expert_gate" in name:
+        return values[0]
     if architecture in ROTARY and ".q_proj." in name:
         return permute_rows(values, heads)
     if architecture in ROTARY and ".k_proj." in name:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +19,11 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io import loader
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.io.tensor_map import Slot, layer_name, slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import quantize_numpy
+from tests.io.gguf_families import FAMILIES, random_tensors, stacked_experts, write_family
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
 
 CONFIG = tiny_config(attention_bias=True)
@@ -116,12 +120,69 @@ def test_leaves_share_no_memory_with_the_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(_leaf(model, "model.embed_tokens.weight"), before)
 
 
+MIXTURE = FAMILIES["glm4moe"][1]  # a dense layer, then two with a shared expert and a bias of the router
+
+
+@pytest.fixture(scope="module")
+def mixture() -> dict[str, np.ndarray]:
+    return random_tensors(MIXTURE)
+
+
+def test_experts_are_quantized_one_by_one(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
+    model = _load(write_folder(tmp_path, MIXTURE, mixture)).model
+    assert len(mixture) == sum(_check_mixture_leaf(model, slot, mixture) for slot in slots_of(model))
+
+
+def _check_mixture_leaf(model: Any, slot: Slot, tensors: dict[str, np.ndarray]) -> int:
+    """Compares a leaf with the tensors that fill it; returns their number."""
+    leaf = _leaf(model, ".".join(map(str, slot.path)))
+    assert len(slot.names) == math.prod(slot.stack)
+    for index, name in enumerate(slot.names):
+        found = jax.tree.map(operator.itemgetter(slot.place(index)) if slot.stacked else np.asarray, leaf)
+        if isinstance(leaf, QTensor):
+            expected = repack(quantize_numpy(tensors[name]), found.layout)
+            _assert_same(found, dataclasses.replace(expected, dtype="float32"))
+        else:
+            np.testing.assert_array_equal(found, tensors[name], strict=True)
+        assert (slot.stack == (2, 4)) == (".experts." in name)
+    return len(slot.names)
+
+
+def test_the_form_of_a_file_does_not_change_a_mixture(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
+    stacked = stacked_experts(mixture)
+    fused = {name: values for name, values in stacked.items() if ".experts." not in name}
+    for layer in (1, 2):
+        gate, up, down = (stacked[f"model.layers.{layer}.mlp.experts.{part}_proj.weight"] for part in PARTS)
+        fused[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        fused[f"model.layers.{layer}.mlp.experts.down_proj"] = down
+    paths = [
+        write_folder(tmp_path / "one by one", MIXTURE, mixture),
+        write_folder(tmp_path / "fused", MIXTURE, fused),
+        write_family(tmp_path / "glm4moe.gguf", "glm4moe", MIXTURE, mixture),
+    ]
+    assert len({_load(path).fingerprint for path in paths}) == 1
+
+
+PARTS = ("gate", "up", "down")
+
+
+def test_missing_experts_are_named_by_layer(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
+    some = {name: values for name, values in mixture.items() if not re.search(r"\.2\.mlp\.experts\.[013]\.up", name)}
+    folder = write_folder(tmp_path, MIXTURE, some | {"model.layers.1.mlp.gate_proj.weight": np.ones((96, 64), "f4")})
+    with pytest.raises(ValueError, match="the tensors do not fit the model") as error:
+        _load(folder)
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: model.layers.*.mlp.experts.*.up_proj.weight in layers 2, experts 0, 1, 3",
+        "  unexpected: model.layers.*.mlp.gate_proj.weight in layers 1",
+    ]
+
+
 def test_layers_are_put_into_the_stack_in_place() -> None:
     stack = jax.tree.map(jax.numpy.asarray, quantize_numpy(np.ones((64, 64), np.float32)))
     layer = jax.tree.map(lambda leaf: leaf + leaf, stack)
     stack = jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * 3), stack)
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stack)]
-    after = loader._set_layer(stack, layer, np.int32(1))
+    after = loader._set_layer(stack, layer, (np.int32(1),))
     # A buffer of one f32 per layer may be passed on or not; the codes must be.
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)][:2] == before[:2]
     np.testing.assert_array_equal(after.codes[1], layer.codes)

@@ -66,8 +66,8 @@ def _case(model: Path, lora: Path | None = None, **more: Any) -> dict[str, Any]:
 
 def _gguf_of(folder: Path, path: Path) -> Path:
     opened = open_pretrained(model=str(folder))
-    tensors = {name: entry.read() for name, entry in opened.source.tensors.items()}
-    write_gguf(path, export_spec(opened).spec, list(tensors), iter(tensors.values()), "float32")
+    spec = export_spec(opened).spec
+    write_gguf(path, spec, list(spec.tensors), (opened.source.tensors[name].read() for name in spec.tensors), "float32")
     return path
 
 

@@ -1,6 +1,7 @@
 """Maps GGUF architectures to Hugging Face: tensor names, metadata keys, and changes by llama.cpp's converter."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 MODULES = {
@@ -17,6 +18,15 @@ MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+ROUTED = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+# GGUF's name of a tensor whose leaf differs from Hugging Face's.
+LEAVES = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 FOUR_NORMS = NORMS_BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
@@ -32,6 +42,8 @@ SILU = {"hidden_act": "silu"}
 ATTENTION_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 BIASES = ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_gate.bias"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
+EXPERTS_USED = {"expert_used_count": "num_experts_per_tok"}
+INNER_WIDTH = {"expert_feed_forward_length": "moe_intermediate_size"}
 SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
 
@@ -50,6 +62,9 @@ class Architecture:
       norm_offset: the constant that the converter added to every norm's weight.
       eps: the key of the norms' epsilon -> Hugging Face's attribute.
       attributes: further optional keys -> Hugging Face's attributes.
+      absent: values of such attributes without their key.
+      required: further keys that every file has -> Hugging Face's attributes.
+      only: keys that may have one value alone.
       biases: attributes without a key -> the tensor whose presence implies them.
       partial: the attribute for the rotated fraction of a head; None if all of it is rotated.
       fixed: attributes that the architecture implies.
@@ -72,6 +87,9 @@ class Architecture:
     norm_offset: float = 0.0
     eps: Mapping[str, str] = dataclasses.field(default_factory=lambda: RMS_EPS)
     attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    absent: Mapping[str, int | float | bool] = dataclasses.field(default_factory=dict)
+    required: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, int] = dataclasses.field(default_factory=dict)
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     partial: str | None = None
     fixed: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
@@ -82,12 +100,18 @@ class Architecture:
     always: tuple[str, ...] = ()
     square: bool = False
 
-    def hugging_face_name(self, layer: str | None, part: str, leaf: str) -> str | None:
-        """Maps ("3", "attn_q", "weight") to "model.layers.3.self_attn.q_proj.weight"; None for an unknown part."""
+    def hugging_face_name(self, layer: str | None, part: str, leaf: str, expert: str | None = None) -> str | None:
+        """Maps ("3", "attn_q", "weight") to "model.layers.3.self_attn.q_proj.weight"; None for an unknown part.
+
+        Args:
+          expert: number of the expert, which exactly the parts of experts have.
+        """
         module = self.modules.get(part, MODULES.get(part))
-        if module is None:
+        name = LEAVES.get(f"{part}.{leaf}", None if module is None else f"{module}.{leaf}")
+        if name is None or (".experts." in name) != (expert is not None):
             return None
-        return f"{module}.{leaf}" if layer is None else f"{self.layers}.{layer}.{module}.{leaf}"
+        name = name.replace(".experts.", f".experts.{expert}.")
+        return name if layer is None else f"{self.layers}.{layer}.{name}"
 
     def gguf_name(self, name: str) -> str:
         """Maps "model.layers.3.self_attn.q_proj.weight" to "blk.3.attn_q.weight".
@@ -97,11 +121,16 @@ class Architecture:
         """
         # The architecture's modules come last, so they override those of MODULES with the same name.
         parts = {module: part for part, module in {**MODULES, **self.modules}.items()}
-        module, leaf = name.rsplit(".", 1)
-        if not module.startswith(f"{self.layers}."):
+        if not name.startswith(f"{self.layers}."):
+            module, leaf = name.rsplit(".", 1)
             return f"{parts[module]}.{leaf}"
-        layer, module = module.removeprefix(f"{self.layers}.").split(".", 1)
-        return f"blk.{layer}.{parts[module]}.{leaf}"
+        layer, name = name.removeprefix(f"{self.layers}.").split(".", 1)
+        special = {theirs: ours for ours, theirs in LEAVES.items()}
+        if name in special:
+            return f"blk.{layer}.{special[name]}"
+        expert = EXPERT.search(name)
+        module, leaf = EXPERT.sub(".experts.", name).rsplit(".", 1)
+        return f"blk.{layer}.{parts[module]}{f'.{expert[1]}' if expert else ''}.{leaf}"
 
 
 ALL = (
@@ -228,6 +257,95 @@ ALL = (
         always=(HEAD, "attn_qkv.bias"),
         square=True,
     ),
+    Architecture(
+        name="qwen2moe",
+        model_type="qwen2_moe",
+        class_name="Qwen2MoeForCausalLM",
+        modules=ROUTED
+        | {
+            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+            "ffn_up_shexp": "mlp.shared_expert.up_proj",
+            "ffn_down_shexp": "mlp.shared_expert.down_proj",
+        },
+        required={
+            "expert_count": "num_experts",
+            **EXPERTS_USED,
+            **INNER_WIDTH,
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        biases={"qkv_bias": "blk.0.attn_q.bias"},
+        fixed=SILU | {"norm_topk_prob": False, "decoder_sparse_step": 1},
+        square=True,
+    ),
+    Architecture(
+        name="qwen3moe",
+        model_type="qwen3_moe",
+        class_name="Qwen3MoeForCausalLM",
+        modules=ROUTED | QK_NORMS,
+        required={"expert_count": "num_experts", **EXPERTS_USED, **INNER_WIDTH},
+        biases=ATTENTION_BIAS,
+        fixed=SILU | {"norm_topk_prob": True, "decoder_sparse_step": 1},
+        never=OUTPUT_BIAS,
+    ),
+    Architecture(
+        name="olmoe",
+        model_type="olmoe",
+        class_name="OlmoeForCausalLM",
+        modules=ROUTED | QK_NORMS,
+        required={"expert_count": "num_experts", **EXPERTS_USED},
+        biases=ATTENTION_BIAS,
+        fixed=SILU | {"norm_topk_prob": False},
+        never=OUTPUT_BIAS,
+        always=(HEAD,),
+        square=True,
+    ),
+    Architecture(
+        name="glm4moe",
+        model_type="glm4_moe",
+        class_name="Glm4MoeForCausalLM",
+        modules=ROUTED
+        | QK_NORMS
+        | {
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+            "ffn_up_shexp": "mlp.shared_experts.up_proj",
+            "ffn_down_shexp": "mlp.shared_experts.down_proj",
+        },
+        attributes={
+            "leading_dense_block_count": "first_k_dense_replace",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_weights_norm": "norm_topk_prob",
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+            "nextn_predict_layers": "num_nextn_predict_layers",
+        },
+        absent={"first_k_dense_replace": 0, "norm_topk_prob": False},
+        required={
+            "expert_count": "n_routed_experts",
+            **EXPERTS_USED,
+            **INNER_WIDTH,
+            "expert_shared_count": "n_shared_experts",
+        },
+        only={"expert_gating_func": 2},  # sigmoid
+        biases=ATTENTION_BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"},
+        partial="partial_rotary_factor",
+        fixed=SILU,
+        never=OUTPUT_BIAS,
+    ),
 )
+# Mixtures whose architecture has the name of a dense one; the number of experts tells them apart.
+MIXTURES = {
+    "llama": Architecture(
+        name="llama",
+        model_type="mixtral",
+        class_name="MixtralForCausalLM",
+        modules=ROUTED,
+        permutes_rotary_rows=True,
+        required={"expert_count": "num_local_experts", **EXPERTS_USED},
+        fixed=SILU,
+        rope_tables=(ROPE_FACTORS,),
+    )
+}
 ARCHITECTURES = {architecture.name: architecture for architecture in ALL}
-OF_MODEL_TYPE = {kind: each for each in ALL for kind in (each.model_type, *each.also)}
+OF_MODEL_TYPE = {kind: each for each in (*ALL, *MIXTURES.values()) for kind in (each.model_type, *each.also)}

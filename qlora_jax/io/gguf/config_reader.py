@@ -11,7 +11,7 @@ from typing import Annotated, TypedDict
 import numpy as np
 from pydantic import FailFast, Field
 
-from qlora_jax.io.gguf.architectures import ARCHITECTURES, LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.architectures import ARCHITECTURES, LONGROPE_FACTORS, MIXTURES, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.metadata import Count, Kind, check_value, find_problems, shorten
@@ -37,6 +37,7 @@ FLOATS = {
     "attention.layer_norm_epsilon",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    "expert_weights_scale",
     "rope.freq_base",
     "rope.freq_base_swa",
     "rope.scaling.attn_factor",
@@ -44,9 +45,16 @@ FLOATS = {
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
 }
-BOOLEANS = {"use_parallel_residual"}
+BOOLEANS = {"use_parallel_residual", "expert_weights_norm"}
 # Keys for which 0 means unset.
-ZERO_IS_NONE = {*ROPE_FACTOR_KEYS, "attention.sliding_window"}
+ZERO_IS_NONE = {
+    *ROPE_FACTOR_KEYS,
+    "attention.sliding_window",
+    *("leading_dense_block_count", "nextn_predict_layers", "expert_weights_scale"),
+    *("expert_group_count", "expert_group_used_count"),
+}
+# Layers at the end of a file that predict further tokens; they are left out.
+EXTRA_LAYERS = "nextn_predict_layers"
 # Keys that are allowed only with the value that changes nothing.
 NEUTRAL = {
     "expert_count": 0,
@@ -110,7 +118,14 @@ def architecture_of(path: Path, metadata: Metadata) -> Architecture:
         raise ValueError(
             f"{path}: architecture is not supported (found {shorten(name)}, expected {', '.join(ARCHITECTURES)})"
         )
-    return ARCHITECTURES[name]
+    dense = ARCHITECTURES[name]
+    return MIXTURES.get(name, dense) if metadata.get(f"{name}.expert_count") else dense
+
+
+def number_of_layers(architecture: Architecture, metadata: Metadata) -> int:
+    """Returns the number of layers of the model, without those that predict further tokens."""
+    count, extra = (metadata.get(f"{architecture.name}.{key}", 0) for key in ("block_count", EXTRA_LAYERS))
+    return count - extra
 
 
 def config_from_metadata(
@@ -136,7 +151,9 @@ def config_from_metadata(
     if problems:
         lines = "\n".join(f"  {prefix}{problem}" for problem in problems)
         raise ValueError(f"{path}: metadata that is not supported:\n{lines}")
-    config = {name: keys[key] for key, name in {**REQUIRED, **architecture.eps}.items()}
+    config = {name: keys[key] for key, name in _required(architecture).items()}
+    config["num_hidden_layers"] = number_of_layers(architecture, metadata)
+    config |= architecture.absent
     config |= {name: keys[key] for key, name in architecture.attributes.items() if key in keys}
     heads, head_dim = config["num_attention_heads"], _head_dim(keys)
     config |= {
@@ -178,17 +195,22 @@ def _head_dim(keys: Metadata) -> int:
     return keys.get("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
 
 
+def _required(architecture: Architecture) -> Mapping[str, str]:
+    return {**REQUIRED, **architecture.eps, **architecture.required}
+
+
 def _problems(architecture: Architecture, keys: Metadata) -> list[str]:
-    required = (*REQUIRED, *architecture.eps)
+    required, only = _required(architecture), {**NEUTRAL, **architecture.only}
+    only = {key: value for key, value in only.items() if key not in required}
     of_architecture = {*architecture.eps, *architecture.attributes}
     shared = FLOATS - {key for other in ARCHITECTURES.values() for key in (*other.eps, *other.attributes)}
     numbers = {*required, *OPTIONAL, *shared, *of_architecture, "rope.scaling.original_context_length"} - BOOLEANS
-    known = {*numbers, *of_architecture, "rope.scaling.type", *NEUTRAL, *DESCRIPTIVE}
+    known = {*numbers, *of_architecture, "rope.scaling.type", *only, *DESCRIPTIVE}
     problems = [f"{key}: missing" for key in required if key not in keys]
     problems += [f"{key}: unknown key (found {shorten(keys[key])})" for key in sorted(keys.keys() - known)]
     problems += [
         f"{key}: found {shorten(keys[key])}, expected {value}"
-        for key, value in NEUTRAL.items()
+        for key, value in only.items()
         if keys.get(key, value) != value
     ]
     typed = (numbers | (BOOLEANS & known)) & keys.keys()
@@ -201,6 +223,8 @@ def _kind(key: str) -> Kind:
 
 
 def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
+    if (layers := keys["block_count"]) <= (extra := keys.get(EXTRA_LAYERS, 0)):
+        return [f"{EXTRA_LAYERS}: found {extra}, expected fewer than block_count = {layers}"]
     head_dim, rotated = _head_dim(keys), keys.get("rope.dimension_count", 0)
     if not head_dim:
         width = keys["embedding_length"]

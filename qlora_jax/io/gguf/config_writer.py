@@ -12,6 +12,7 @@ from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Arch
 from qlora_jax.io.gguf.config_reader import FLOATS, llama3_factors
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.experts_config import Experts
 from qlora_jax.nn.rope import SCALINGS, Rope
 
 Tables = dict[str, np.ndarray]
@@ -38,7 +39,12 @@ def config_metadata(features: ModelConfig, architecture: Architecture) -> tuple[
         "rope.freq_base": f.rope.theta,
         "vocab_size": f.vocab_size,
         **{key: f.norm_eps for key in architecture.eps},
-        **{key: value for key in architecture.attributes if (value := OPTIONAL[key](f)) is not None},
+        **architecture.only,
+        **{
+            key: value
+            for key in (*architecture.required, *architecture.attributes)
+            if (value := _value(key, f)) is not None
+        },
         **scaling,
     }
     used = {name: table for name, table in tables.items() if name in architecture.rope_tables}
@@ -76,6 +82,26 @@ def _local_theta(features: ModelConfig) -> float | None:
     return next((rope.theta for rope, window in ropes if rope is not None and window is not None), None)
 
 
+def _value(key: str, features: ModelConfig) -> int | float | bool | None:
+    if key in OF_EXPERTS:
+        return None if features.experts is None else OF_EXPERTS[key](features.experts)
+    return OPTIONAL[key](features)
+
+
+# Values of keys of mixtures.
+OF_EXPERTS: Mapping[str, Callable[[Experts], int | float | bool | None]] = {
+    "expert_count": lambda experts: experts.count,
+    "expert_used_count": lambda experts: experts.per_token,
+    "expert_feed_forward_length": lambda experts: experts.mlp_dim,
+    "expert_shared_feed_forward_length": lambda experts: experts.shared_mlp_dim,
+    "expert_shared_count": lambda experts: experts.shared_mlp_dim // experts.mlp_dim,
+    "leading_dense_block_count": lambda experts: experts.layers[0],
+    "expert_weights_scale": lambda experts: experts.scale,
+    "expert_weights_norm": lambda experts: experts.normalize,
+    "expert_group_count": lambda experts: experts.groups if experts.groups > 1 else None,
+    "expert_group_used_count": lambda experts: experts.groups_per_token if experts.groups > 1 else None,
+    "nextn_predict_layers": lambda experts: None,
+}
 # Values of keys that only some architectures have; None: the key is not written.
 OPTIONAL: Mapping[str, Callable[[ModelConfig], int | float | bool | None]] = {
     "attention.sliding_window": _window,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -12,8 +13,9 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
-from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata
-from qlora_jax.io.gguf.header import TensorInfo, parse_header
+from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata, number_of_layers
+from qlora_jax.io.gguf.expert_tensors import split_experts
+from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
 from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
 
@@ -23,7 +25,9 @@ BLOCKED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
 EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config
-NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
+NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)(?:\.(?P<expert>\d+))?\.(?P<leaf>weight|bias)")
+
+LAYER = re.compile(r"blk\.(\d+)\.")
 
 # Dequantizing needs several temporaries as large as its result, so it runs on slices of about this many weights.
 SLICE_WEIGHTS = 1 << 20
@@ -44,7 +48,7 @@ def open_gguf(path: Path) -> ModelSource:
     config = config_from_metadata(path, architecture, header.metadata, frozenset(infos), tables)
     if f"{architecture.name}.vocab_size" not in header.metadata and EMBEDDING in infos:
         config["vocab_size"] = infos[EMBEDDING].shape[0]  # which may be fewer rows than there are tokens
-    entries = [_entry(path, info, architecture, config) for info in header.tensors if info.name not in TABLES]
+    entries = [_entry(path, info, architecture, config) for info in weights_of(header, architecture)]
     return ModelSource(
         path=path,
         config=config,
@@ -53,13 +57,31 @@ def open_gguf(path: Path) -> ModelSource:
     )
 
 
+def weights_of(header: GgufHeader, architecture: Architecture) -> Iterator[TensorInfo]:
+    """Yields the tensors of the model, those of experts one by one.
+
+    Tables that are part of the config are left out, and so are layers that predict further tokens.
+    """
+    count = header.metadata.get(f"{architecture.name}.expert_count", 0)
+    layers = number_of_layers(architecture, header.metadata)
+    used = [info for info in header.tensors if info.name not in TABLES and not _is_beyond(info.name, layers)]
+    return split_experts(used, count)
+
+
+def _is_beyond(name: str, layers: int) -> bool:
+    match = LAYER.match(name)
+    return match is not None and int(match[1]) >= layers
+
+
 def hugging_face_name(name: str, architecture: Architecture) -> str:
     """Maps "blk.3.attn_q.weight" to "model.layers.3.self_attn.q_proj.weight"; an unknown name stays unchanged.
+
+    An expert of `blk.3.ffn_up_exps` is "blk.3.ffn_up_exps.17.weight", as of `split_experts`.
 
     The loader then reports it as unexpected, together with all other problems.
     """
     match = NAME.fullmatch(name)
-    return (match and architecture.hugging_face_name(match["layer"], match["part"], match["leaf"])) or name
+    return (match and architecture.hugging_face_name(**match.groupdict())) or name
 
 
 def _check_tensor_types(path: Path, tensors: list[TensorInfo]) -> None:

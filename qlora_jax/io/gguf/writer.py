@@ -3,7 +3,7 @@
 import io
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -22,10 +22,11 @@ from gguf.quants import quantize
 from qlora_jax.atomic_files import staged_file
 from qlora_jax.io.gguf.architectures import Architecture
 from qlora_jax.io.gguf.config_reader import architecture_of
+from qlora_jax.io.gguf.expert_tensors import ROUTERS, stack_name, stored_shape
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
-from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of
+from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of, weights_of
 from qlora_jax.io.model_source import JsonObject, map_bytes
-from qlora_jax.io.read_back import StoredTensor, check_read_back
+from qlora_jax.io.read_back import StoredTensor, TensorDigest, check_read_back
 from qlora_jax.io.rounding import check_range
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
@@ -58,7 +59,10 @@ class Key(NamedTuple):
 
 
 class OutputTensor(NamedTuple):
-    """A tensor of the new file: its name and shape in GGUF, and the transform whose inverse is applied."""
+    """A tensor of the new file: its name and shape in GGUF, and the transform whose inverse is applied.
+
+    An expert's tensor has the name that `split_experts` gives it; the experts of one projection follow each other.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -91,7 +95,7 @@ def spec_from_file(path: Path, config: JsonObject, chat_template: str | None) ->
     header = parse_header(path)
     architecture = architecture_of(path, header.metadata)
     tables = [info for info in header.tensors if info.name in TABLES]
-    infos = [info for info in header.tensors if info.name not in TABLES]
+    infos = list(weights_of(header, architecture))
     return GgufSpec(
         architecture=architecture.name,
         keys=_keys_of(path, chat_template),
@@ -102,15 +106,21 @@ def spec_from_file(path: Path, config: JsonObject, chat_template: str | None) ->
 
 def output_tensor(path: Path, info: TensorInfo, architecture: Architecture, config: JsonObject) -> OutputTensor:
     """The tensor of a new file that corresponds to `info`."""
-    return OutputTensor(info.name, info.shape, transform_of(path, info, architecture, config))
+    transform = transform_of(path, info, architecture, config)
+    return OutputTensor(info.name, stored_shape(info.name, info.shape), transform)
 
 
 class _Row(NamedTuple):
-    """One row of the tensor table."""
+    """One row of the tensor table.
+
+    Attributes:
+      pieces: number of tensors that are written into it: its experts, or 1.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
+    pieces: int = 1
 
     @property
     def shape_in_bytes(self) -> tuple[int, ...]:
@@ -128,11 +138,11 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
     """Writes a file, with one tensor in memory at a time, and reads it back.
 
     As in llama.cpp, matrices are stored in `dtype`, or in float16 if their rows cannot be divided into its blocks;
-    vectors are stored in float32.
+    vectors and routers are stored in float32.
 
     Args:
       spec: the file without its weights.
-      names: Hugging Face's names of `values`, in order.
+      names: Hugging Face's names of `values`, in order; the experts of a projection follow each other.
       values: the tensors.
       dtype: a key of TYPES.
 
@@ -141,10 +151,9 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
     """
     wanted, file_type = TYPES[dtype]
     tensors = [spec.tensors[name] for name in names]
-    weights = [_Row(tensor.name, tensor.shape, _kind(tensor.shape, wanted)) for tensor in tensors]
-    rows = [*weights, *(_Row(name, table.shape, F32) for name, table in spec.tables.items())]
+    rows = [*_rows(tensors, wanted), *(_Row(name, table.shape, F32) for name, table in spec.tables.items())]
     stored = itertools.chain(
-        (_stored(*each) for each in zip(tensors, weights, values, strict=True)),
+        (_stored(tensor, _kind(tensor, wanted), value) for tensor, value in zip(tensors, values, strict=True)),
         (np.asarray(table, np.float32) for table in spec.tables.values()),
     )
     header, written = _header(spec, file_type, rows), dict[str, StoredTensor]()
@@ -154,12 +163,15 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
         check=lambda stage: check_read_back(stage, header, written, _read_back),
     ) as file:
         file.write(header)
-        for row, tensor in zip(rows, stored, strict=True):
-            assert tensor.nbytes == row.nbytes, row
-            # Not by GGUFWriter, whose `tofile` reports no error if the disk is full.
-            file.write(tensor.reshape(-1).view(np.uint8).data)
+        for row in rows:
+            digest = TensorDigest()
+            for piece in itertools.islice(stored, row.pieces):
+                # Not by GGUFWriter, whose `tofile` reports no error if the disk is full.
+                file.write(digest.add(piece))
+            assert digest.nbytes == row.nbytes, row
             file.write(bytes(_padding(row.nbytes)))
-            written[row.name] = StoredTensor.of(row.kind.name, row.shape, tensor)
+            written[row.name] = digest.stored(row.kind.name, row.shape)
+        assert next(stored, None) is None, "a tensor without a row in the table"
 
 
 def typed_keys(values: Mapping[str, object]) -> list[Key]:
@@ -185,18 +197,26 @@ def _keys_of(path: Path, chat_template: str | None) -> list[Key]:
     return list(keys.values())
 
 
-def _kind(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    if len(shape) == 1:
+def _rows(tensors: Sequence[OutputTensor], wanted: GGMLQuantizationType) -> Iterator[_Row]:
+    """Yields the rows of the tensor table; consecutive experts of one projection share one."""
+    for name, group in itertools.groupby(tensors, key=lambda tensor: stack_name(tensor.name)):
+        first, *others = group
+        stack = () if name == first.name else (1 + len(others),)
+        yield _Row(name, (*stack, *first.shape), _kind(first, wanted), 1 + len(others))
+
+
+def _kind(tensor: OutputTensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    if len(tensor.shape) == 1 or ROUTERS.fullmatch(tensor.name):
         return F32
-    return F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+    return F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _stored(tensor: OutputTensor, row: _Row, value: np.ndarray) -> np.ndarray:
+def _stored(tensor: OutputTensor, kind: GGMLQuantizationType, value: np.ndarray) -> np.ndarray:
     """Returns a tensor in the order and type of the file."""
     ordered = np.ascontiguousarray(tensor.transform.inverse(value.reshape(tensor.shape)))
     with np.errstate(over="ignore"):  # the check names the tensor
-        stored = np.ascontiguousarray(quantize(ordered, row.kind))
-    check_range(row.name, ordered, stored)
+        stored = np.ascontiguousarray(quantize(ordered, kind))
+    check_range(tensor.name, ordered, stored)
     return stored
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
+from qlora_jax.io.hf.mixtures import expert_by_expert
 from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
@@ -71,6 +72,7 @@ def open_folder(folder: Path) -> ModelSource:
         )
     tensors = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
     tensors = group_quantized(folder, tensors) if quantization else _check_unquantized(folder, tensors)
+    tensors = expert_by_expert(folder, config, tensors)
     source = ModelSource(path=folder, config=config, tokenizer=read_tokenizer(folder), tensors=tensors)
     if (half := split_multimodal(folder, config, tensors)) is None:
         return source

@@ -1,0 +1,75 @@
+"""Tensors of mixtures in files: names, fused experts, layers that are left out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_jax.io.hf.mixtures import name_in_class, name_in_files
+from qlora_jax.io.open_model import open_model
+from tests.io.tiny_models import write_folder
+
+LAYERS, EXPERTS, WIDTH, INNER = 2, 3, 8, 4
+RNG = np.random.default_rng(0)
+GATES, UPS = (RNG.normal(size=(EXPERTS, INNER, WIDTH)).astype(np.float32) for _ in range(2))
+DOWNS = RNG.normal(size=(EXPERTS, WIDTH, INNER)).astype(np.float32)
+PARTS = {"gate_proj": GATES, "up_proj": UPS, "down_proj": DOWNS}
+MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+PREFIX = "model.layers.1.mlp"
+FUSED = {
+    f"{PREFIX}.experts.gate_up_proj": np.concatenate([GATES, UPS], axis=1),
+    f"{PREFIX}.experts.down_proj": DOWNS,
+}
+BY_EXPERT = {
+    f"{PREFIX}.experts.{expert}.{part}.weight": each
+    for part, stack in PARTS.items()
+    for expert, each in enumerate(stack)
+}
+OLD_MIXTRAL = {
+    f"model.layers.1.block_sparse_moe.experts.{expert}.{MIXTRAL[part]}.weight": each
+    for part, stack in PARTS.items()
+    for expert, each in enumerate(stack)
+} | {"model.layers.1.block_sparse_moe.gate.weight": GATES[0]}
+
+
+@pytest.mark.parametrize("files", [FUSED, BY_EXPERT, OLD_MIXTRAL], ids=["fused", "by expert", "Mixtral's names"])
+def test_every_form_gives_matrices_of_single_experts(tmp_path: Path, files: dict[str, np.ndarray]) -> None:
+    source = open_model(write_folder(tmp_path, {"model_type": "mixtral"}, files))
+    router = {name for name in source.tensors if "mlp.gate." in name}
+    assert source.tensors.keys() - router == BY_EXPERT.keys()
+    for name, expected in BY_EXPERT.items():
+        entry = source.tensors[name]
+        np.testing.assert_array_equal(entry.read(), expected, strict=True)
+        np.testing.assert_array_equal(entry.read_rows(1, 3), expected[1:3], strict=True)
+        assert (entry.name, entry.nbytes) == (name, expected.nbytes)
+        (stored,) = entry.ranges_of(1, 3)
+        with stored.path.open("rb") as file:
+            file.seek(stored.offset)
+            assert file.read(stored.nbytes) == expected[1:3].tobytes()
+
+
+def test_names_go_both_ways() -> None:
+    for config in ({"model_type": "mixtral"}, {"model_type": "qwen3_moe"}):
+        for name in (*BY_EXPERT, "model.layers.1.mlp.gate.weight", "model.norm.weight"):
+            assert name_in_class(config, name_in_files(config, name)) == name
+    assert {name_in_files({"model_type": "mixtral"}, name) for name in BY_EXPERT} < OLD_MIXTRAL.keys()
+
+
+def test_layers_for_further_tokens_are_left_out(tmp_path: Path) -> None:
+    config = {"model_type": "glm4_moe", "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    kept = {"model.layers.0.mlp.gate_proj.weight": GATES[0]}
+    assert open_model(write_folder(tmp_path, config, kept | FUSED)).tensors.keys() == kept.keys()
+    without = {key: value for key, value in config.items() if "nextn" not in key}
+    assert open_model(write_folder(tmp_path, without, kept | FUSED)).tensors.keys() == kept.keys() | BY_EXPERT.keys()
+
+
+def test_a_matrix_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"model_type": "mixtral"}, FUSED | BY_EXPERT)
+    with pytest.raises(ValueError, match=rf"9 matrices are stored twice.*such as {PREFIX}.experts.0"):
+        open_model(folder)
+
+
+def test_a_fused_tensor_of_another_shape_stays_whole(tmp_path: Path) -> None:
+    odd = {f"{PREFIX}.experts.gate_up_proj": GATES[:, :3], f"{PREFIX}.experts.down_proj": DOWNS[0]}
+    folder = write_folder(tmp_path, {"model_type": "qwen3_moe"}, {n: np.ascontiguousarray(v) for n, v in odd.items()})
+    assert open_model(folder).tensors.keys() == odd.keys()
