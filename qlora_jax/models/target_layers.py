@@ -98,11 +98,18 @@ def target_layers_of(every: Mapping[str, Layers], spec: LoraArgs, num_layers: in
     return found
 
 
-def partial_layers(config: ModelConfig, spec: LoraArgs) -> dict[str, Layers]:
-    """Returns the layers of each projection that has an adapter on some layers of the model only."""
-    if spec.method not in SOME_LAYERS:
-        return {}
-    return {name: layers for name, layers in target_layers(config, spec).items() if len(layers) < config.num_layers}
+def adapter_layers(config: ModelConfig, spec: LoraArgs) -> dict[str, Layers]:
+    """Returns {name: layers with an adapter, ascending} of each targeted projection and parameter.
+
+    Raises:
+      ValueError: as `target_layers` and `target_parameters`.
+    """
+    return target_layers(config, spec) | target_parameters(config, spec)
+
+
+def some_layers(layers_of: Mapping[str, Layers], num_layers: int) -> dict[str, Layers]:
+    """Returns the layers of what has an adapter on some layers of the model only."""
+    return {name: layers for name, layers in layers_of.items() if len(layers) < num_layers}
 
 
 def _matched_targets(target_modules: str | Sequence[str], every: Mapping[str, Layers], kind: str) -> dict[str, Layers]:

@@ -2,11 +2,11 @@
 
 llama.cpp computes W x + alpha / rank * B (A x), with one alpha for all modules and a rank per module.
 
-Dimension key: L layers, K in, R rank, N out.
+Dimension key: L layers, E experts, K in, R rank, N out.
 """
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +22,12 @@ from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import Progress
-from qlora_jax.io.peft.writer import EVERY_LAYER, AdapterArrays, SomeLayers, effective_alphas
+from qlora_jax.io.peft.writer import AdapterArrays, effective_alphas
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
-from qlora_jax.io.tensor_map import layer_name, slots_of
-from qlora_jax.models.target_layers import partial_layers
+from qlora_jax.io.tensor_map import expert_name, layer_name, slots_of
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.target_layers import adapter_layers, some_layers
 
 FILE = "adapter.gguf"
 PLAIN_LEAVES = {"lora_a", "lora_b"}
@@ -61,12 +62,14 @@ def export_gguf_lora(
     named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)
     base = export_spec(opened) if with_base else None
-    some_layers = partial_layers(opened.features, run.lora_args)
-    scaled = shared_alpha(effective_alphas(named, trained.args, some_layers))
-    spec = lora_spec(spec_without_tokenizer(opened), named, scaled.alpha, some_layers)
+    layers_of = adapter_layers(opened.features, run.lora_args)
+    partial = some_layers(layers_of, opened.features.num_layers)
+    scaled = shared_alpha(effective_alphas(named, trained.args, partial))
+    layers = list(by_layer(named, scaled.factors, layers_of, opened.features))
+    spec = lora_spec(spec_without_tokenizer(opened), layers, scaled.alpha)
     notes = [*trained.notes]
     with staged_folder(output) as folder:
-        write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(named, scaled.factors), "float32")
+        write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(layers), "float32")
         if base:
             notes += base.notes + _write_base(folder, base.spec, opened, base_dtype, progress)
     lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *notes]
@@ -103,26 +106,80 @@ def shared_alpha(alphas: Mapping[str, float]) -> SharedAlpha:
     return SharedAlpha(alpha, {name: each / alpha for name, each in alphas.items()})
 
 
-def lora_spec(base: GgufSpec, lora: AdapterArrays, alpha: float, some_layers: SomeLayers = EVERY_LAYER) -> GgufSpec:
+class LayerFactors(NamedTuple):
+    """A and B in f32 of one weight of the base in one layer, or of that weight of each expert.
+
+    Attributes:
+      names: Hugging Face's names of the weights.
+      a: [len(names), K, R].
+      b: [len(names), R, N], multiplied by what keeps its scaling under the file's alpha.
+    """
+
+    names: list[str]
+    a: np.ndarray
+    b: np.ndarray
+
+
+def by_layer(
+    lora: AdapterArrays, factors: Mapping[str, float], layers_of: Mapping[str, Sequence[int]], model: ModelConfig
+) -> Iterator[LayerFactors]:
+    """Yields the adapter of each layer of each module.
+
+    llama.cpp has gate and up of experts as two weights, so each gets a copy of their common A; and experts that share
+    an adapter get a copy each.
+
+    Args:
+      lora: by Hugging Face's names without the layer's index.
+      layers_of: the layers of each module.
+    """
+    for name, leaves in lora.items():
+        b = np.asarray(leaves["lora_b"], np.float32) * np.float32(factors[name])
+        for part, b_of_part in _split_experts(name, b):
+            for row, layer in enumerate(layers_of[name]):
+                names = _weights(part, layer, model)
+                a_KR, b_RN = np.asarray(leaves["lora_a"][row], np.float32), b_of_part[row]
+                a_EKR, b_ERN = (np.broadcast_to(each, (len(names), *each.shape[-2:])) for each in (a_KR, b_RN))
+                yield LayerFactors(names, a_EKR, b_ERN)
+
+
+def _split_experts(name: str, b: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Returns (weight without the layer's index, its B); of gate and up, each with its half of the outputs."""
+    module, _, part = name.rpartition(".")
+    if b.ndim == 3 or part != "gate_up_proj":
+        return [(name, b)]
+    return [(f"{module}.{half}", each) for half, each in zip(("gate_proj", "up_proj"), np.split(b, 2, -1), strict=True)]
+
+
+def _weights(name: str, layer: int, model: ModelConfig) -> list[str]:
+    weight = layer_name(f"{name}.weight", layer)
+    if ".experts." not in weight:
+        return [weight]
+    assert model.experts is not None
+    return [expert_name(weight, expert) for expert in range(model.experts.count)]
+
+
+def lora_spec(base: GgufSpec, layers: Iterable[LayerFactors], alpha: float) -> GgufSpec:
     """Keys and tensors of the file: NAME.lora_a [R, K] and NAME.lora_b [N, R], rows of B in the base's GGUF order."""
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     tensors = {}
-    for name, matrices in lora.items():
-        for layer in some_layers.get(name, range(len(matrices["lora_a"]))):
-            weight = layer_name(f"{name}.weight", layer)
-            in_base, rank = base.tensors[weight], matrices["lora_a"].shape[-1]
-            n, k = in_base.shape
-            tensors[f"{weight}.lora_a"] = OutputTensor(f"{in_base.name}.lora_a", (rank, k), RowTransform())
-            tensors[f"{weight}.lora_b"] = OutputTensor(f"{in_base.name}.lora_b", (n, rank), in_base.transform)
+    for names, a_EKR, _ in layers:
+        rank = a_EKR.shape[2]
+        for name in names:
+            in_base = base.tensors[name]
+            shape = rank, in_base.shape[1]
+            tensors[f"{name}.lora_a"] = OutputTensor(f"{in_base.name}.lora_a", shape, RowTransform())
+        for name in names:
+            in_base = base.tensors[name]
+            shape = in_base.shape[0], rank
+            tensors[f"{name}.lora_b"] = OutputTensor(f"{in_base.name}.lora_b", shape, in_base.transform)
     return GgufSpec(base.architecture, typed_keys(keys), tensors, {})
 
 
-def lora_tensors(lora: AdapterArrays, factors: Mapping[str, float]) -> Iterator[np.ndarray]:
-    """Yields A [R, K] and B [N, R] of each layer of each module in f32, in the order of `lora_spec`'s tensors."""
-    for name, matrices in lora.items():
-        for a_KR, b_RN in zip(matrices["lora_a"], matrices["lora_b"], strict=True):
-            yield np.asarray(a_KR, np.float32).T
-            yield np.asarray(b_RN, np.float32).T * np.float32(factors[name])
+def lora_tensors(layers: Iterable[LayerFactors]) -> Iterator[np.ndarray]:
+    """Yields A [R, K] and B [N, R] in the order of `lora_spec`'s tensors."""
+    for _, a_EKR, b_ERN in layers:
+        yield from a_EKR.swapaxes(1, 2)
+        yield from b_ERN.swapaxes(1, 2)
 
 
 def _write_base(

@@ -5,7 +5,7 @@ model is read back, and its logits are compared with those of base and adapter.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,13 +23,13 @@ from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_padding import head_padding, padded_tokenizer
-from qlora_jax.io.hf.model_writer import Mergeable, dense_tensors, write_dense_folder, write_tokenizer
+from qlora_jax.io.hf.merging import mergeables
+from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
-from qlora_jax.io.tensor_map import Slot, layer_name, slots_of, with_tables
-from qlora_jax.models.add_adapters import linears, norms
+from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE, CausalLM
 from qlora_jax.models.families import model_config
@@ -153,7 +153,7 @@ def _write_merge(
     slots, config = with_tables(slots, opened.source.config, tables)
     names = set(map(opened.features.hugging_face_name, tables))
     originals = {} if original is None else {n: entry for n, entry in original.tensors.items() if n not in names}
-    adapters = _adapters(model)
+    adapters = mergeables(model)
     tokenizer, head, stop = opened.tokenizer, opened.run.head, opened.source.tokenizer["stop_token_ids"]
     if head is not None:
         padding = head_padding(tokenizer, opened.source.config, stop)
@@ -189,12 +189,6 @@ def _adapted_logits(model: CausalLM, run: Run, prompts: PromptBatch) -> tuple[Lo
 
 def _names(slots: Sequence[Slot]) -> list[str]:
     return [name for slot in slots for name in slot.names]
-
-
-def _adapters(model: CausalLM) -> Mapping[str, Mergeable]:
-    """The adapters by the name of the first layer's module."""
-    modules = (*linears(model), *norms(model))
-    return {layer_name(name, 0): module.adapter for name, module in modules if module.adapter}
 
 
 def _load_dense(source: ModelSource, compute_dtype: np.dtype, features: ModelConfig | None = None) -> CausalLM:

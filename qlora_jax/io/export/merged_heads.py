@@ -46,7 +46,7 @@ def with_score(
     lm_head = model.hugging_face_name("lm_head.")
     kept = [slot for slot in slots if not slot.names[0].startswith(lm_head)]
     weight_CD = jnp.asarray(lora[SCORE]["weight"]).T
-    score = Slot(path=(SCORE, "weight"), leaf=weight_CD, names=[TENSOR], stacked=False)
+    score = Slot(path=(SCORE, "weight"), leaf=weight_CD, names=[TENSOR], stack=())
     return [*kept, score], {**config, "architectures": [class_name(config)], **label_settings(head, padding)}
 
 

@@ -23,13 +23,14 @@ from qlora_jax.io.peft.head_adapters import split_head, with_head
 from qlora_jax.io.peft.multimodal import text_half_only
 from qlora_jax.io.peft.norms import norm_config, norm_tensors
 from qlora_jax.io.peft.projections import projection_tensors
+from qlora_jax.io.peft.target_parameters import expert_parameters, expert_tensors, target_entries
 from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets, vera_projections
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.target_layers import partial_layers
+from qlora_jax.models.target_layers import adapter_layers, some_layers
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 
 BASE_FOLDER = "base"
@@ -103,9 +104,14 @@ def in_peft_format(
         return text_half_only(norm_config(lora, model, base), model), norm_tensors(lora, model)
     linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
     on_inputs = ia3_targets(model, args)[1] if args.method == "ia3" else []
-    some_layers = partial_layers(model, args)
-    config = adapter_config(lora, args, linears, base, on_inputs, some_layers)
-    return text_half_only(config, model), adapter_tensors(lora, on_inputs, some_layers)
+    layers_of = adapter_layers(model, args)
+    partial = some_layers(layers_of, model.num_layers)
+    parameters = target_entries(lora, layers_of, args, model)
+    config = adapter_config(lora, args, linears, base, on_inputs, partial, parameters)
+    experts = {name: leaves for name, leaves in lora.items() if name in expert_parameters(model)}
+    others = {name: leaves for name, leaves in lora.items() if name not in experts}
+    tensors = adapter_tensors(others, on_inputs, partial) | expert_tensors(experts, layers_of, model)
+    return text_half_only(config, model), tensors
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:

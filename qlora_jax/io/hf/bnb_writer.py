@@ -12,7 +12,8 @@ from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.hf.model_writer import other_tensors, write_config
+from qlora_jax.io.hf.mixtures import name_in_files
+from qlora_jax.io.hf.model_writer import other_tensors, write_config, written_dtype
 from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
 from qlora_jax.io.loader import Progress, check_stored_quantization, read_quantized, with_dense_layers
@@ -32,8 +33,9 @@ STATE_BYTES = 512  # of a quant_state: its JSON is padded with spaces, because t
 def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress) -> None:
     """Writes config.json and model.safetensors with linear layers quantized to `weights`.
 
-    All other tensors, and linear layers that stay dense, are written in `weights.dtype`. A multimodal checkpoint keeps
-    its tensors' names, and the tensors of its other parts unchanged.
+    All other tensors, and linear layers that stay dense, are written in `weights.dtype`. So are routed experts, which
+    bitsandbytes cannot read in 4 bits; they are quantized when this package loads the folder. A multimodal checkpoint
+    keeps its tensors' names, and the tensors of its other parts unchanged.
 
     Raises:
       ValueError: as `load_model`.
@@ -44,23 +46,39 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, features)
     check_stored_quantization(source, slots)
     names = [(slot, index) for slot in slots for index in range(len(slot.names))]
-    in_file = {} if source.multimodal is None else source.multimodal.names
-    text = [spec for slot, index in names for spec in _tensor_specs(slot, index, weights, in_file)]
+    names_in_file = {} if source.multimodal is None else source.multimodal.names
+    text = [
+        spec
+        for slot, index in names
+        for spec in _tensor_specs(slot, index, weights, _name(slot.names[index], source.config, names_in_file))
+    ]
     others, unchanged = other_tensors(source.multimodal, DTYPES[weights.dtype])
     values = itertools.chain(_values(source, names, weights, progress), unchanged)
     write_safetensors(folder / SINGLE, [*text, *others], values)
-    dense = [layer_name(f"model.layers.{name}", layer) for name, layers in weights.dense for layer in layers]
+    dense = [
+        layer_name(f"model.layers.{name}", features.layers_with(name)[row])
+        for name, rows in weights.dense
+        for row in rows
+    ]
     skipped = [features.hugging_face_name(name) for name in ("lm_head", *dense)]
     skipped += [f"{ALONE}.{part}" for part in OTHER_PARTS if source.multimodal is not None]
     quantization = _quantization_config(weights, skipped)
     write_config(folder, source.config, {"torch_dtype": weights.dtype, **quantization})
 
 
-def _tensor_specs(slot: Slot, index: int, weights: WeightFormat, in_file: Mapping[str, str]) -> Iterator[TensorSpec]:
-    """The tensors of one weight, in the order of `_parts`; `in_file` are names that differ in the files."""
-    name = in_file.get(slot.names[index], slot.names[index])
-    if slot.quantization_of(index) is None:
-        yield TensorSpec(name, DTYPES[weights.dtype], slot.shape)
+def _name(name: str, config: JsonObject, names_in_file: Mapping[str, str]) -> str:
+    return names_in_file.get(name) or name_in_files(config, name)
+
+
+def _quantization_of(slot: Slot, index: int) -> QTensor | None:
+    """Returns the leaf that describes a weight's codes; None if the folder gets it dense."""
+    return None if len(slot.stack) > 1 else slot.quantization_of(index)
+
+
+def _tensor_specs(slot: Slot, index: int, weights: WeightFormat, name: str) -> Iterator[TensorSpec]:
+    """The tensors of one weight, in the order of `_parts`; `name` is the weight's name in the file."""
+    if _quantization_of(slot, index) is None:
+        yield TensorSpec(name, written_dtype(slot, DTYPES[weights.dtype]), slot.shape)
         return
     blocks = -(-math.prod(slot.shape) // weights.block_size)
     yield TensorSpec(name, BYTES, (-(-math.prod(slot.shape) // 2), 1))
@@ -78,10 +96,10 @@ def _values(
     total, done = sum(source.tensors[slot.names[index]].nbytes for slot, index in names), 0
     entries = prefetch([source.tensors[slot.names[index]] for slot, index in names])
     for (slot, index), entry in zip(names, entries, strict=True):
-        if spec := slot.quantization_of(index):
+        if spec := _quantization_of(slot, index):
             yield from _parts(read_quantized(source, entry, spec), weights.dtype)
         else:
-            yield rounded(entry.name, entry.read(), DTYPES[weights.dtype])
+            yield rounded(entry.name, entry.read(), written_dtype(slot, DTYPES[weights.dtype]))
         done += entry.nbytes
         progress(done, total, entry.name)
 

@@ -5,7 +5,7 @@ One tensor is in memory at a time.
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,6 +15,8 @@ import numpy as np
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.hf.merging import Mergeables, merge
+from qlora_jax.io.hf.mixtures import name_in_files
 from qlora_jax.io.hf.reader import FLOAT_TYPES, INDEX, SINGLE
 from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
 from qlora_jax.io.hf.tokenizer import PROCESSOR_FILES, TOKENIZER_FILES
@@ -22,14 +24,11 @@ from qlora_jax.io.model_source import JsonObject, ModelSource, MultimodalParts, 
 from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Leaf, Slot
 from qlora_jax.models.families.multimodal import TEXT_CONFIG
-from qlora_jax.nn.linear import Adapter
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.nn.norm import TrainableNorm
 from qlora_jax.quant import dequantize
 
+SELECTION_BIAS = "e_score_correction_bias"
 NO_ENTRIES: Mapping[str, TensorEntry] = {}
-Mergeable = Adapter | TrainableNorm  # can be merged into the tensors of a module
-Merge = Callable[[int, jax.Array], jax.Array]  # (layer, its dense tensor) -> the merged tensor
 
 
 def write_dense_folder(
@@ -39,7 +38,7 @@ def write_dense_folder(
     *,
     compute_dtype: np.dtype,
     dtype: np.dtype,
-    adapters: Mapping[str, Mergeable],
+    adapters: Mergeables,
     original: Mapping[str, TensorEntry] = NO_ENTRIES,
     multimodal: MultimodalParts | None = None,
 ) -> None:
@@ -53,14 +52,18 @@ def write_dense_folder(
       config: the model's config.json.
       compute_dtype: the dtype that training compute_dtype in, and dequantized 4-bit weights to.
       dtype: the dtype of the written tensors.
-      adapters: adapters by the name of the first layer's module, such as `model.layers.0.self_attn.q_proj`.
+      adapters: as of `mergeables`.
       original: tensors that replace the dequantized ones, by Hugging Face's name.
       multimodal: the rest of the checkpoint, if the model is the text half of one.
     """
     names_in_file = {} if multimodal is None else multimodal.names
-    text = [TensorSpec(names_in_file.get(name, name), dtype, slot.shape) for slot in slots for name in slot.names]
+    text = [
+        TensorSpec(names_in_file.get(name) or name_in_files(config, name), written_dtype(slot, dtype), slot.shape)
+        for slot in slots
+        for name in slot.names
+    ]
     dense = dense_tensors(slots, compute_dtype, adapters, original)
-    written = (rounded(tensor.name, np.asarray(each), dtype) for tensor, each in zip(text, dense, strict=True))
+    written = (rounded(tensor.name, np.asarray(each), tensor.dtype) for tensor, each in zip(text, dense, strict=True))
     others, unchanged = other_tensors(multimodal, dtype)
     specs, values = [*text, *others], itertools.chain(written, unchanged)
     shards = split_into_shards(specs)
@@ -84,19 +87,22 @@ def other_tensors(multimodal: MultimodalParts | None, dtype: np.dtype) -> tuple[
     return specs, values
 
 
+def written_dtype(slot: Slot, dtype: np.dtype) -> np.dtype:
+    """Returns `dtype`, or f32 for a bias that decides between experts, which transformers keeps in f32."""
+    return np.dtype(np.float32) if slot.path[-1] == SELECTION_BIAS else dtype
+
+
 def dense_tensors(
     slots: Sequence[Slot],
     compute_dtype: np.dtype,
-    adapters: Mapping[str, Mergeable],
+    adapters: Mergeables,
     original: Mapping[str, TensorEntry] = NO_ENTRIES,
 ) -> Iterator[jax.Array]:
     """Yields the dense tensor of each name of each slot in order; tensors with an adapter in f32."""
     for slot in slots:
-        module, _, leaf = slot.names[0].rpartition(".")
-        merge = _merge_of(adapters.get(module), leaf)
-        for layer, name in enumerate(slot.names):
-            dense = jnp.asarray(original[name].read()) if name in original else _dense(slot, layer, compute_dtype)
-            yield merge(layer, dense)
+        for index, name in enumerate(slot.names):
+            dense = jnp.asarray(original[name].read()) if name in original else _dense(slot, index, compute_dtype)
+            yield merge(slot, index, dense, adapters)
 
 
 def write_config(folder: Path, config: JsonObject, changes: JsonObject) -> None:
@@ -137,36 +143,24 @@ def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> 
         write_text(folder / "chat_template.jinja", tokenizer.chat_template)
 
 
-def _merge_of(adapter: Mergeable | None, leaf: str) -> Merge:
-    if adapter is None:
-        return lambda layer, dense: dense
-    layers = getattr(adapter, "adapted_layers", None)
-
-    def merge(layer: int, dense: jax.Array) -> jax.Array:
-        if layers is not None and layer not in layers:
-            return dense
-        one = adapter.select_layer(layer)
-        return one.merge_bias(dense) if leaf == "bias" else one.merge(dense)
-
-    return merge
-
-
-def _dense(slot: Slot, layer: int, compute_dtype: np.dtype) -> jax.Array:
+def _dense(slot: Slot, index: int, compute_dtype: np.dtype) -> jax.Array:
     if not slot.stacked:
         return jnp.asarray(slot.leaf)
-    leaf = _layer(*_part(slot.leaf, layer))
+    leaf = _layer(*_part(slot.leaf, slot.place(index)))
     return dequantize(leaf, compute_dtype) if isinstance(leaf, QTensor) else leaf
 
 
-def _part(stack: Leaf, layer: int) -> tuple[Leaf, np.int32]:
-    """(the stack that contains the layer, the layer's index in it)."""
-    part, index = stack.locate(layer) if isinstance(stack, MixedStack) else (None, layer)
-    return (stack if part is None else getattr(stack, part)), np.int32(index)
+def _part(stack: Leaf, place: tuple[int, ...]) -> tuple[Leaf, tuple[np.int32, ...]]:
+    """(the stack that contains a layer, the place in it)."""
+    part, row = stack.locate(place[0]) if isinstance(stack, MixedStack) else (None, place[0])
+    return (stack if part is None else getattr(stack, part)), tuple(map(np.int32, (row, *place[1:])))
 
 
 @jax.jit
-def _layer(stack: QTensor | jax.Array, layer: jax.Array | np.int32) -> QTensor | jax.Array:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
+def _layer(stack: QTensor | jax.Array, place: tuple[jax.Array | np.int32, ...]) -> QTensor | jax.Array:
+    for index in place:
+        stack = jax.tree.map(lambda leaf, i=index: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
+    return stack
 
 
 def _write_json(path: Path, value: JsonObject) -> None:

@@ -31,6 +31,7 @@ class AdapterConfig(TypedDict, total=False):
     target_modules: object
     exclude_modules: object
     layers_to_transform: int | list[int] | None
+    target_parameters: Annotated[list[str], Field(max_length=MAX_PATTERNS)] | None
     r: Annotated[int, Field(ge=0, le=1 << 16)]
     lora_alpha: Alpha
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None

@@ -22,6 +22,7 @@ from qlora_jax.io.peft.multimodal import with_current_names
 from qlora_jax.io.peft.norms import PEFT_TYPE, norm_suffixes, our_norm_names, read_norms
 from qlora_jax.io.peft.projections import NAMES, read_projections
 from qlora_jax.io.peft.stacks import LEAVES_OF_METHOD, WEIGHTS, check_fits, stack_layers
+from qlora_jax.io.peft.target_parameters import entries_of, own_patterns, read_parameters
 from qlora_jax.io.peft.targets import targeted_layers
 from qlora_jax.io.peft.writer import AdapterArrays, SomeLayers, target_settings, target_suffixes
 from qlora_jax.metadata import shorten, shorten_key
@@ -134,8 +135,11 @@ def _read_low_rank(
     if config.get("use_dora"):
         lora, some_layers = stack_layers(folder, tensors, model, LEAVES_OF_METHOD["dora"], wrong), {}
     else:
-        some_layers = targeted_layers(config, model)
-        lora = stack_layers(folder, tensors, model, LEAVES_OF_METHOD["lora"], wrong, some_layers)
+        parameters = read_parameters(config.get("target_parameters") or (), tensors, model)
+        some_layers = targeted_layers(config, model) | parameters.layers
+        wrong, given = wrong + parameters.problems, bool(parameters.lora)
+        lora = stack_layers(folder, parameters.rest, model, LEAVES_OF_METHOD["lora"], wrong, some_layers, given=given)
+        lora |= parameters.lora
     return lora, _low_rank_args(config, lora, some_layers, model)
 
 
@@ -188,17 +192,23 @@ READERS: dict[str, Callable[[Path, AdapterConfig, list[TensorEntry], ModelConfig
 
 
 def _low_rank_args(config: AdapterConfig, lora: AdapterArrays, some_layers: SomeLayers, model: ModelConfig) -> LoraArgs:
-    named = model.hugging_face_name
-    by_their_names = {named(name): layers for name, layers in some_layers.items()}
+    layers_of = {model.hugging_face_name(name): layers for name, layers in some_layers.items()}
+    names = [model.hugging_face_name(name) for name in lora]
+    modules = [name for name in names if name in linears_of(model)]
     assert "r" in config and "lora_alpha" in config  # _check_settings
+    ranks, alphas = dict(config.get("rank_pattern") or {}), dict(config.get("alpha_pattern") or {})
+    if config.get("target_parameters"):
+        every = {model.hugging_face_name(name): leaves["lora_a"].shape[-1] for name, leaves in lora.items()}
+        ranks, alphas = own_patterns(config, every, layers_of, model)
     return LoraArgs(
         method="dora" if config.get("use_dora") else "lora",
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
-        **target_settings([named(name) for name in lora], linears_of(model), by_their_names),
-        rank_pattern=dict(config.get("rank_pattern") or {}),
-        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        **target_settings(modules, linears_of(model), layers_of),
+        target_parameters=entries_of([name for name in names if name not in modules], layers_of, model),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         use_rslora=bool(config.get("use_rslora")),
     )
 
@@ -263,7 +273,8 @@ def _check_settings(folder: Path, config: AdapterConfig, model: ModelConfig) -> 
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     some_layers = {"layers_to_transform"} if _kind(config) == "LORA" and not config.get("use_dora") else set()
-    known = {*SUPPORTED_VALUES, *READ_SETTINGS, *HARMLESS, *SETTINGS, "init_lora_weights", *some_layers}
+    parameters = {"target_parameters"} if some_layers and model.experts is not None else set()
+    known = {*SUPPORTED_VALUES, *READ_SETTINGS, *HARMLESS, *SETTINGS, "init_lora_weights", *some_layers, *parameters}
     problems += [
         f"{shorten_key(name)}: {shorten(value)} is not supported"
         for name, value in sorted(config.items())

@@ -35,6 +35,8 @@ def stack_layers(
     leaves: Sequence[str],
     wrong_tables: list[str],
     some_layers: SomeLayers = EVERY_LAYER,
+    *,
+    given: bool = False,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Stacks the layers of each projection into f32 arrays in our orientation.
 
@@ -42,6 +44,7 @@ def stack_layers(
       leaves: our names of the leaves that the adapter's method has.
       wrong_tables: problems of embedding and head, which are reported together with those found here.
       some_layers: by our names, the layers of projections of which only some have an adapter.
+      given: True if the adapter has parameters beside projections, so that it may have no projections.
 
     Raises:
       ValueError: tensors do not fit the model; all problems are named.
@@ -54,20 +57,21 @@ def stack_layers(
     lora: dict[str, dict[str, np.ndarray]] = {}
     for inner, (shape, _) in model.linear_shapes().items():
         name = f"model.layers.{inner}"
-        modules = [model.hugging_face_name(layer_name(name, layer)) for layer in range(model.num_layers)]
+        numbers = model.layers_with(inner)
+        modules = [model.hugging_face_name(layer_name(name, layer)) for layer in numbers]
         found = {leaf: [by_key.pop((module, leaf), None) for module in modules] for leaf in leaves}
         if any(entry is not None for entries in found.values() for entry in entries):
-            layers = some_layers.get(name, range(model.num_layers))
-            problems += _not_targeted(modules, found, layers)
-            modules = [modules[layer] for layer in layers]
-            found = {leaf: [entries[layer] for layer in layers] for leaf, entries in found.items()}
+            rows = [numbers.index(layer) for layer in some_layers.get(name, numbers)]
+            problems += _not_targeted(modules, found, rows)
+            modules = [modules[row] for row in rows]
+            found = {leaf: [entries[row] for row in rows] for leaf, entries in found.items()}
             problems += (wrong := _problems(modules, found, shape))
             lora[name] = {} if wrong else {leaf: _stack(leaf, found[leaf]) for leaf in leaves}
     problems += [
         f"{module}.{LEAF_NAMES[leaf]}: not a linear layer of the model, or unexpected in an adapter of this method"
         for module, leaf in sorted({(LAYER.sub(".layers.*.", module), leaf) for module, leaf in by_key})
     ]
-    check_fits(folder, problems or ([] if lora else ["it has no tensor of an adapter"]))
+    check_fits(folder, problems or ([] if lora or given else ["it has no tensor of an adapter"]))
     return lora
 
 
@@ -80,12 +84,12 @@ def check_fits(folder: Path, problems: Sequence[str]) -> None:
 Found = Mapping[str, Sequence[TensorEntry | None]]  # the entry of each layer, by our name of the leaf
 
 
-def _not_targeted(modules: list[str], found: Found, layers: Sequence[int]) -> list[str]:
+def _not_targeted(modules: list[str], found: Found, rows: Sequence[int]) -> list[str]:
     """Reports layers that have tensors although PEFT's settings do not target them."""
     return [
         f"{module}: unexpected, because the adapter's settings do not target this layer"
-        for layer, module in enumerate(modules)
-        if layer not in layers and any(entries[layer] is not None for entries in found.values())
+        for row, module in enumerate(modules)
+        if row not in rows and any(entries[row] is not None for entries in found.values())
     ]
 
 

@@ -4,7 +4,7 @@ PEFT gives a module an adapter if its name is in target_modules, not in exclude_
 layers_to_transform. A regular expression or a full name in target_modules holds whatever layers_to_transform says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.tensor_map import layer_name
@@ -16,25 +16,32 @@ def targeted_layers(config: AdapterConfig, model: ModelConfig) -> dict[str, list
     """Returns {our name: targeted layers} of the projections of which an adapter targets only some layers."""
     found = {}
     for inner in model.linear_shapes():
-        name = f"model.layers.{inner}"
-        modules = [model.hugging_face_name(layer_name(name, layer)) for layer in range(model.num_layers)]
-        layers = layers_of(config, modules)
+        name, numbers = f"model.layers.{inner}", model.layers_with(inner)
+        modules = {layer: model.hugging_face_name(layer_name(name, layer)) for layer in numbers}
+        layers = _by_parameter(config, modules) or layers_of(config, modules)
         if len(layers) < model.num_layers:
             found[name] = layers
     return found
 
 
-def layers_of(config: AdapterConfig, modules: Sequence[str]) -> list[int]:
+def _by_parameter(config: AdapterConfig, modules: Mapping[int, str]) -> list[int]:
+    """Returns the layers of a projection whose weight is among the target_parameters."""
+    targets = config.get("target_parameters") or ()
+    names = {layer: f".{module}.weight" for layer, module in modules.items()}
+    return [layer for layer, name in names.items() if any(name.endswith(f".{target}") for target in targets)]
+
+
+def layers_of(config: AdapterConfig, modules: Mapping[int, str]) -> list[int]:
     """Returns the layers of a projection that are targeted.
 
     If target_modules names none of the modules in a way that can be read, all count as named: the tensors then show
     which ones are targets.
 
     Args:
-      modules: Hugging Face's name of the projection in each layer.
+      modules: Hugging Face's name of the projection in each layer that has it.
     """
     target, excluded = config.get("target_modules"), config.get("exclude_modules")
-    named = [layer for layer, module in enumerate(modules) if _names(target, module)] or range(len(modules))
+    named = [layer for layer, module in modules.items() if _names(target, module)] or list(modules)
     numbers = None if isinstance(target, str) else config.get("layers_to_transform")
     if isinstance(numbers, int):
         numbers = [numbers]

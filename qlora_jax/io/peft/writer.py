@@ -5,6 +5,7 @@ Dimension key: L layers, K in, R rank, N out.
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +28,7 @@ AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 # Modules of which only some layers have an adapter: {name without the layer's index: those layers, ascending}.
 SomeLayers = Mapping[str, Sequence[int]]
 EVERY_LAYER: SomeLayers = MappingProxyType({})
+NO_PARAMETERS: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 # Our leaf -> (PEFT's name, the change of one layer's values).
 LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
@@ -71,6 +73,7 @@ def adapter_config(
     base: str,
     on_inputs: Collection[str] = (),
     some_layers: SomeLayers = EVERY_LAYER,
+    parameters: Mapping[str, Sequence[str]] = NO_PARAMETERS,
 ) -> JsonObject:
     """The adapter_config.json from which PEFT builds the trained adapter with the same scaling.
 
@@ -83,25 +86,28 @@ def adapter_config(
       base: where PEFT finds the base model: a path or a name.
       on_inputs: modules whose inputs (IA)^3 scales.
       some_layers: modules of which only some layers have an adapter.
+      parameters: target_parameters of the modules that PEFT does not find in target_modules.
 
     Raises:
       ValueError: a module's rank differs from its settings.
     """
-    linears = list(linears)
+    linears, modules = list(linears), [name for name in lora if name not in parameters]
     common = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,
-        **target_settings(list(lora), linears, some_layers),
+        **target_settings(modules, linears, some_layers),
     }
+    if parameters:
+        common["target_parameters"] = sorted(entry for entries in parameters.values() for entry in entries)
     if args.method == "ia3":
         feedforward = target_suffixes(sorted(on_inputs), linears)
         return common | {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
     if args.method in CONFIGS:
         return common | CONFIGS[args.method](args)
-    return common | _low_rank_config(lora, args, linears, some_layers)
+    return common | _low_rank_config(lora, args, linears, some_layers, parameters)
 
 
 def _oft_config(args: LoraArgs) -> JsonObject:
@@ -138,18 +144,28 @@ CONFIGS: dict[str, Callable[[LoraArgs], JsonObject]] = {"oft": _oft_config, "ver
 
 
 def _low_rank_config(
-    lora: AdapterArrays, args: LoraArgs, linears: Sequence[str], some_layers: SomeLayers
+    lora: AdapterArrays,
+    args: LoraArgs,
+    linears: Sequence[str],
+    some_layers: SomeLayers,
+    parameters: Mapping[str, Sequence[str]],
 ) -> JsonObject:
     _check_ranks(lora, args, some_layers)
     alpha, alpha_pattern = _alphas(lora, args, linears, some_layers)
+    ranks = {name: matrices["lora_a"].shape[-1] for name, matrices in lora.items()}
+    alphas = effective_alphas(lora, args, some_layers)
+    # PEFT matches patterns with the names of parameters, which ours need not end like.
+    exactly = [(re.escape(entry), name) for name, entries in parameters.items() for entry in entries]
+    alpha_pattern |= {entry: alphas[name] for entry, name in exactly if alphas[name] != alpha}
     return {
         "peft_type": "LORA",
         "r": args.rank,
         "lora_alpha": _integer_if_whole(alpha),
-        "lora_dropout": args.dropout,
+        # PEFT has no dropout on parameters, and refuses it for all modules then; it does not act in inference.
+        "lora_dropout": 0.0 if parameters else args.dropout,
         "use_rslora": False,
         "use_dora": args.method == "dora",
-        "rank_pattern": dict(args.rank_pattern),
+        "rank_pattern": dict(args.rank_pattern) | {e: ranks[name] for e, name in exactly if ranks[name] != args.rank},
         "alpha_pattern": {pattern: _integer_if_whole(value) for pattern, value in alpha_pattern.items()},
         "bias": "none",
         "init_lora_weights": True,

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export.gguf_lora import check_plain, lora_spec, lora_tensors, shared_alpha
+from qlora_jax.io.export.gguf_lora import by_layer, check_plain, lora_spec, lora_tensors, shared_alpha
 from qlora_jax.io.export.gguf_metadata import spec_from_folder
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import write_gguf
@@ -51,9 +51,11 @@ def test_it_adds_what_the_adapter_adds(tmp_path: Path, name: str, settings: str)
     layers = "gpt_neox.layers" if name == "gptneox" else "model.layers"
     lora = _lora(config, layers, MODULES[name], args, shapes)
     scaled = shared_alpha(effective_alphas(lora, args))
-    spec = lora_spec(spec_from_folder(opened.source, opened.features, shapes), lora, scaled.alpha)
+    layers_of = dict.fromkeys(lora, range(opened.features.num_layers))
+    layers = list(by_layer(lora, scaled.factors, layers_of, opened.features))
+    spec = lora_spec(spec_from_folder(opened.source, opened.features, shapes), layers, scaled.alpha)
     path = tmp_path / "adapter.gguf"
-    write_gguf(path, spec, list(spec.tensors), lora_tensors(lora, scaled.factors), "float32")
+    write_gguf(path, spec, list(spec.tensors), lora_tensors(layers), "float32")
     header = parse_header(path)
     keys = header.metadata
     assert (keys["general.type"], keys["adapter.type"], keys["general.architecture"]) == (

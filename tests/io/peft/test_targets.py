@@ -38,7 +38,7 @@ def test_peft_targets_the_same_layers(oracle):
         for of_projection in names.values():
             expected = [layer for layer, name in enumerate(of_projection) if name in theirs]
             if expected:  # a projection without any adapter has no tensors to read
-                assert layers_of(config, of_projection) == expected, config
+                assert layers_of(config, dict(enumerate(of_projection))) == expected, config
         assert theirs
 
 
