@@ -4,8 +4,9 @@ Sources: the papers and model cards of LLaMA (arXiv 2302.13971), Llama 2 (2307.0
 (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), SmolLM2 (2502.02737), SmolLM3, OLMo 2 (2501.00656), Gemma
 (2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Phi-1.5 and 2 (2309.05463), Phi-3 (2404.14219), Phi-4
 (2412.08905), GPT-NeoX-20B (2204.06745), Pythia (2304.01373), OLMo 3 (2512.13961), Seed-OSS, EXAONE 4 (2507.11407),
-GLM-4-0414 (2406.12793), Granite 3.3, Command R7B (2504.00698) and Ministral 3 (2601.08584), and the config.json of
-each. A model of images and text stands for its text half.
+GLM-4-0414 (2406.12793), Granite 3.3, Command R7B (2504.00698), Ministral 3 (2601.08584), Mixtral (2401.04088),
+Qwen1.5-MoE, OLMoE (2409.02060), GLM-4.5 (2508.06471) and gpt-oss (2508.10925), and the config.json of each. A model of
+images and text stands for its text half.
 """
 
 import difflib
@@ -143,6 +144,37 @@ def _neox(width: int, layers: int, heads: int, vocabulary: int) -> Config:
     return config | {"rotary_pct": 0.25}
 
 
+def _mixtral(*sizes: int, positions: int) -> Config:
+    config = _of("mixtral", sizes, 32000, positions, 1e6, 1e-5) | {"sliding_window": None}
+    return config | {"num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+def _routed(count: int, per_token: int, inner: int) -> Config:
+    """Returns the attributes of a Qwen's experts; `inner` is the width of one."""
+    return {"num_experts": count, "num_experts_per_tok": per_token, "moe_intermediate_size": inner}
+
+
+def _qwen2_moe(*sizes: int, positions: int, shared: int) -> Config:
+    return _of("qwen2_moe", sizes, 151936, positions, 1e6, 1e-6) | {"shared_expert_intermediate_size": shared}
+
+
+def _qwen3_moe(*sizes: int) -> Config:
+    return _of("qwen3_moe", sizes, 151936, 40960, 1e6, 1e-6) | {"head_dim": 128, "norm_topk_prob": True}
+
+
+def _glm45(*sizes: int, inner: int, count: int, dense: int, scale: float, qk_norm: bool) -> Config:
+    """Returns a config; `dense` is the number of dense layers, which come first."""
+    experts = {"n_routed_experts": count, "num_experts_per_tok": 8, "n_shared_experts": 1}
+    experts |= {"moe_intermediate_size": inner, "first_k_dense_replace": dense, "routed_scaling_factor": scale}
+    others = {"head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True, "use_qk_norm": qk_norm}
+    return _of("glm4_moe", sizes, 151552, 131072, 1e6, 1e-5) | experts | others
+
+
+def _gpt_oss(layers: int, experts: int) -> Config:
+    config = _of("gpt_oss", (2880, 2880, layers, 64, 8), 201088, 131072, 150000.0, 1e-5)
+    return config | {"num_local_experts": experts, "num_experts_per_tok": 4, "head_dim": 64, "sliding_window": 128}
+
+
 PUBLISHED: dict[str, Config] = {
     "llama-7b": _llama1(4096, 11008, 32, 32, 32, eps=1e-6),
     "llama-13b": _llama1(5120, 13824, 40, 40, 40, eps=1e-6),
@@ -224,6 +256,18 @@ PUBLISHED: dict[str, Config] = {
     "ministral-3-3b": _ministral3(3072, 9216, 26, 32, 8, tied=True),
     "ministral-3-8b": _ministral3(4096, 14336, 34, 32, 8),
     "ministral-3-14b": _ministral3(5120, 16384, 40, 32, 8),
+    "mixtral-8x7b": _mixtral(4096, 14336, 32, 32, 8, positions=32768),
+    "mixtral-8x22b": _mixtral(6144, 16384, 56, 48, 8, positions=65536),
+    "qwen1.5-moe-a2.7b": _qwen2_moe(2048, 5632, 24, 16, 16, positions=8192, shared=5632) | _routed(60, 4, 1408),
+    "qwen2-57b-a14b": _qwen2_moe(3584, 18944, 28, 28, 4, positions=131072, shared=20480) | _routed(64, 8, 2560),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 48, 32, 4) | _routed(128, 8, 768),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 94, 64, 4) | _routed(128, 8, 1536),
+    "olmoe-1b-7b": _of("olmoe", (2048, 1024, 16, 16, 16), 50304, 4096, 1e4, 1e-5)
+    | {"num_experts": 64, "num_experts_per_tok": 8},
+    "glm-4.5": _glm45(5120, 12288, 92, 96, 8, inner=1536, count=160, dense=3, scale=2.5, qk_norm=True),
+    "glm-4.5-air": _glm45(4096, 10944, 46, 96, 8, inner=1408, count=128, dense=1, scale=1.0, qk_norm=False),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
     "gpt-neox-20b": _neox(6144, 44, 64, 50432),
     "pythia-70m": _neox(512, 6, 8, 50304),
     "pythia-160m": _neox(768, 12, 12, 50304),

@@ -83,6 +83,19 @@ PARAMETERS = {
     "ministral-3-3b": 3_429_006_336,
     "ministral-3-8b": 8_489_553_920,
     "ministral-3-14b": 13_506_073_600,
+    # Without the layer of GLM-4.5 and its Air that predicts tokens ahead, which has 5,539,962,272 and 3,616,573,568 of
+    # the published 358,337,791,296 and 110,468,824,832; 14,240 and 5,760 are biases of the routers' choice.
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57_408_658_944,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "olmoe-1b-7b": 6_919_161_856,
+    "glm-4.5": 352_797_814_784,
+    "glm-4.5-air": 106_852_245_504,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "gpt-neox-20b": 20_554_567_680,
     "pythia-70m": 70_426_624,
     "pythia-160m": 162_322_944,
@@ -95,10 +108,24 @@ PARAMETERS = {
 }
 
 
+# Billions of parameters that a token uses, in papers and model cards.
+ACTIVE = {
+    "mixtral-8x7b": 12.9,
+    "mixtral-8x22b": 39,
+    "qwen1.5-moe-a2.7b": 2.7,
+    "qwen2-57b-a14b": 14.2,
+    "qwen3-30b-a3b": 3.3,
+    "qwen3-235b-a22b": 22,
+    "olmoe-1b-7b": 1.3,
+}
+WITHOUT_EMBEDDING = {"gpt-oss-20b": 3.61, "gpt-oss-120b": 5.13, "glm-4.5": 32, "glm-4.5-air": 12}
+
+
 def parameters(model: ModelConfig) -> int:
-    """Counts the elements of all leaves of a model, without allocating any."""
+    """Counts the elements of all leaves of a model but biases of routers' choice, without allocating any."""
     state = nnx.state(nnx.eval_shape(lambda: CausalLM(model, WeightFormat(quant_type=None))))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if "e_score_correction_bias" not in str(path))
 
 
 def test_each_has_a_published_count():
@@ -109,6 +136,14 @@ def test_each_has_a_published_count():
 def test_parameters_are_the_published_ones(name):
     model = model_config(PUBLISHED[name])
     assert parameters(model) == model.parameters() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE | WITHOUT_EMBEDDING)
+def test_active_parameters_are_the_published_ones(name):
+    model = model_config(PUBLISHED[name])
+    active = model.active_parameters() - (name in WITHOUT_EMBEDDING) * model.vocab_size * model.embed_dim
+    within = 0.07 if name.startswith("glm") else 0.02  # published in whole billions
+    assert active / 1e9 == pytest.approx((ACTIVE | WITHOUT_EMBEDDING)[name], rel=within)
 
 
 # Further attributes of published config.json files, by model.
@@ -155,6 +190,33 @@ BESIDES = {
         "cache_implementation": "hybrid",
     },
     "ministral-3-3b": {"sliding_window": None},
+    "mixtral-8x7b": {"output_router_logits": False, "router_aux_loss_coef": 0.02, "attention_dropout": 0.0},
+    "qwen1.5-moe-a2.7b": {
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
+        "max_window_layers": 21,
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "router_aux_loss_coef": 0.001,
+    },
+    "qwen3-30b-a3b": {"mlp_only_layers": [], "decoder_sparse_step": 1, "max_window_layers": 48, "rope_scaling": None},
+    "olmoe-1b-7b": {"clip_qkv": None, "norm_topk_prob": False, "attention_bias": False, "router_aux_loss_coef": 0.01},
+    "glm-4.5": {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "num_nextn_predict_layers": 1},
+    "gpt-oss-20b": {
+        "experts_per_token": 4,
+        "initial_context_length": 4096,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "router_aux_loss_coef": 0.9,
+        "swiglu_limit": 7.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
 }
 
 

@@ -1,8 +1,8 @@
 """Tensors of mixtures of experts in Hugging Face's files.
 
 A file names the tensors of Mixtral's experts otherwise than transformers' class does. It has each expert's matrices, or
-all experts fused in one tensor, gate and up one above the other. Here every expert has matrices of its own, by the
-names that the class would give them.
+all experts fused in one tensor, gate and up one above the other. Here every expert has separate matrices, by the names
+that the class would give them.
 """
 
 import collections

@@ -162,7 +162,8 @@ def test_tokenizer(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "experts": ({"llama.expert_count": 8}, "llama.expert_count: found 8, expected 0"),
+    "experts": ({"llama.expert_count": 8}, "llama.expert_used_count: missing"),
+    "experts that are used": ({"llama.expert_used_count": 2}, "llama.expert_used_count: found 2, expected 0"),
     "unknown key": ({"llama.logit_scale": 2.0}, "llama.logit_scale: unknown key"),
     "partial rotary": ({"llama.attention.key_length": 32}, "llama.rope.dimension_count: found 16, expected 32"),
     "value length": ({"llama.attention.value_length": 8}, "llama.attention.value_length: found 8, expected 16"),
@@ -193,8 +194,8 @@ def test_refused_metadata(tmp_path: Path, case: str) -> None:
 
 
 def test_all_metadata_problems_at_once(tmp_path: Path) -> None:
-    extra = {"llama.logit_scale": 2.0, "llama.residual_scale": 1.0, "llama.expert_count": 8}
-    with pytest.raises(ValueError, match=r"(?s)logit_scale.*residual_scale.*expert_count"):
+    extra = {"llama.logit_scale": 2.0, "llama.residual_scale": 1.0, "llama.expert_used_count": 8}
+    with pytest.raises(ValueError, match=r"(?s)logit_scale.*residual_scale.*expert_used_count"):
         open_model(write_gguf(tmp_path / "t.gguf", CONFIG, WEIGHTS, extra=extra))
 
 

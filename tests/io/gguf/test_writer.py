@@ -12,6 +12,7 @@ from gguf.quants import dequantize, quantize
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import spec_from_file, write_gguf
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import EXPERT
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 
 
@@ -19,7 +20,9 @@ def _written(tmp_path: Path, name: str, dtype: str):
     """(the base's file, the one written like it, the values that were given)."""
     architecture, config = FAMILIES[name]
     base = write_family(tmp_path / "base.gguf", architecture, config, random_tensors(config))
-    given = dict(sorted(random_tensors(config, seed=1).items(), reverse=True))  # in another order than the base's
+    drawn = random_tensors(config, seed=1)
+    order = sorted(drawn, key=lambda name: EXPERT.sub(".experts.", name), reverse=True)  # another one than the base's
+    given = {name: drawn[name] for name in order}
     path = tmp_path / "new.gguf"
     spec = spec_from_file(base, open_model(base).config, None)
     write_gguf(path, spec, list(given), iter(given.values()), dtype)
