@@ -24,8 +24,9 @@ from qlora_jax.io.loader import Transform
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.metadata import decode_json
-from qlora_jax.models.add_adapters import Factors, our_names, ranks_and_scalings
+from qlora_jax.models.add_adapters import Factors, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.ranks import ranks_and_scalings
 from qlora_jax.models.target_layers import target_layers
 from qlora_jax.nn.linear import named_key
 from qlora_jax.quant import dequantize, pissa_loftq, quantize

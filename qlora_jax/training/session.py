@@ -20,7 +20,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
-from qlora_jax.models.add_adapters import add_lora, our_names, ranks_and_scalings
+from qlora_jax.models.add_adapters import add_lora, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -28,6 +28,7 @@ from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.models.ranks import ranks_and_scalings
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec

@@ -67,6 +67,19 @@ def test_bounds(key, bad, good):
         validate(changed(key, bad))
 
 
+def test_adapters_on_parameters_have_neither_dropout_nor_decomposed_weights():
+    parameters = dataclasses.replace(MINIMAL.lora, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    validate(dataclasses.replace(MINIMAL, lora=dataclasses.replace(parameters, share_experts=True)))
+    wrong = dataclasses.replace(parameters, dropout=0.1, init="pissa")
+    with pytest.raises(ConfigError) as caught:
+        validate(dataclasses.replace(MINIMAL, lora=wrong))
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ConfigError, match=r"lora\.target_parameters: found .* but lora\.method=dora does not use it"):
+        validate(dataclasses.replace(MINIMAL, lora=dataclasses.replace(parameters, method="dora")))
+    with pytest.raises(ConfigError, match=r"lora\.share_experts: found true without lora\.target_parameters"):
+        validate(changed("lora.share_experts", True))
+
+
 def asking(**questions) -> Config:
     return dataclasses.replace(MINIMAL, questions=QuestionArgs(**questions), train=TrainArgs(eval_every=5))
 

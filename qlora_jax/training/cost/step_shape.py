@@ -8,8 +8,9 @@ import functools
 from collections.abc import Collection, Iterator, Mapping
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks, ranks_and_scalings
+from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.ranks import ranks_and_scalings
 from qlora_jax.models.target_layers import target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.sequence_head import HeadSpec
