@@ -37,7 +37,7 @@ class Operands(NamedTuple):
 
 
 def place_of(layer_g: MosaicValue, row_tile: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Returns a row tile's index in the stack and in the scales (None: there are no experts), inside a kernel."""
+    """Returns a row tile's index in the stack and in the scales (None: no experts), inside a kernel."""
     if len(layer_g.shape) == 1:
         return layer_g[0], None
     return layer_g[0, row_tile], layer_g[1, row_tile]

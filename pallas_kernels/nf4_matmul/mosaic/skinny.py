@@ -115,7 +115,7 @@ class _Task(NamedTuple):
     columns: int
 
     def run(self, x_TRK: jax.Array, weight: Operands) -> Float[Array, "parts T N 8"]:
-        """Computes the sums of every part of K; with experts, each tile of rows has blocks of its own."""
+        """Computes the sums of every part of K; with experts, separate blocks compute each tile of rows."""
         tiles, of_tiles = x_TRK.shape[0], weight.layer.ndim == 2
         words = jnp.asarray(inline_ptx.constant_words(weight.table, x_TRK.dtype))
         return plgpu.kernel(
