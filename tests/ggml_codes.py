@@ -1,5 +1,6 @@
 """Random weights in the block formats of ggml, for tests."""
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,3 +26,12 @@ def random_ggml(ggml_type: str, stack: tuple[int, ...], shape: tuple[int, int], 
     """Returns random weights, stacked."""
     codes = jnp.asarray(random_codes(ggml_type, (*stack, shape[0]), shape[1], seed))
     return GgmlTensor(codes=codes, ggml_type=ggml_type, shape=shape, dtype="float32")
+
+
+def dequantized(weight: GgmlTensor) -> np.ndarray:
+    """Returns the weights that the gguf package computes, f32 [..., N, K]."""
+    codes = np.asarray(weight.codes)
+    rows = gguf.quants.dequantize(
+        codes.reshape(-1, codes.shape[-1]), gguf.constants.GGMLQuantizationType[weight.ggml_type]
+    )
+    return rows.reshape(*codes.shape[:-1], -1)

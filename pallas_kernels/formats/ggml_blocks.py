@@ -20,12 +20,14 @@ class BlockFormat:
     """One of ggml's block formats.
 
     Attributes:
+      number: its number in ggml's enumeration.
       weights: weights per block.
       nbytes: bytes per block.
       decode: uint8 [..., nbytes] -> f32 [..., weights].
       halves: offsets of the half-precision numbers in a block.
     """
 
+    number: int
     weights: int
     nbytes: int
     decode: Callable[[jax.Array], jax.Array]
@@ -136,15 +138,15 @@ def _mxfp4(block: jax.Array) -> jax.Array:
 
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {
-    "Q4_0": BlockFormat(weights=32, nbytes=18, decode=_q4_0, halves=(0,)),
-    "Q4_1": BlockFormat(weights=32, nbytes=20, decode=_q4_1, halves=(0, 2)),
-    "Q5_0": BlockFormat(weights=32, nbytes=22, decode=_q5_0, halves=(0,)),
-    "Q5_1": BlockFormat(weights=32, nbytes=24, decode=_q5_1, halves=(0, 2)),
-    "Q8_0": BlockFormat(weights=32, nbytes=34, decode=_q8_0, halves=(0,)),
-    "Q4_K": BlockFormat(weights=SUPER_BLOCK, nbytes=144, decode=_q4_k, halves=(0, 2)),
-    "Q5_K": BlockFormat(weights=SUPER_BLOCK, nbytes=176, decode=_q5_k, halves=(0, 2)),
-    "Q6_K": BlockFormat(weights=SUPER_BLOCK, nbytes=210, decode=_q6_k, halves=(208,)),
-    "MXFP4": BlockFormat(weights=32, nbytes=17, decode=_mxfp4, halves=()),
+    "Q4_0": BlockFormat(number=2, weights=32, nbytes=18, decode=_q4_0, halves=(0,)),
+    "Q4_1": BlockFormat(number=3, weights=32, nbytes=20, decode=_q4_1, halves=(0, 2)),
+    "Q5_0": BlockFormat(number=6, weights=32, nbytes=22, decode=_q5_0, halves=(0,)),
+    "Q5_1": BlockFormat(number=7, weights=32, nbytes=24, decode=_q5_1, halves=(0, 2)),
+    "Q8_0": BlockFormat(number=8, weights=32, nbytes=34, decode=_q8_0, halves=(0,)),
+    "Q4_K": BlockFormat(number=12, weights=SUPER_BLOCK, nbytes=144, decode=_q4_k, halves=(0, 2)),
+    "Q5_K": BlockFormat(number=13, weights=SUPER_BLOCK, nbytes=176, decode=_q5_k, halves=(0, 2)),
+    "Q6_K": BlockFormat(number=14, weights=SUPER_BLOCK, nbytes=210, decode=_q6_k, halves=(208,)),
+    "MXFP4": BlockFormat(number=39, weights=32, nbytes=17, decode=_mxfp4, halves=()),
 }
 
 

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.frozen_product import Direction, Layer, frozen_product, operand_problems
-from pallas_kernels.ggml_matmul import reference
+from pallas_kernels.ggml_matmul import cpu, reference
+from pallas_kernels.native.library import problem as native_problem
 
-IMPLEMENTATIONS = {"reference": reference}
+IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
 
 
 def ggml_matmul(
@@ -67,8 +69,14 @@ def weights_problems(weights: GgmlTensor) -> Iterator[str]:
         yield f"codes {list(weights.codes.shape)}: {weights.ggml_type} of {weights.shape} has shape {list(wanted)}"
 
 
+def choose_implementation(device: Device, dtype: str) -> str:
+    """Returns the fastest implementation for rows of a dtype on a device."""
+    return "cpu" if device.platform == "cpu" and dtype in cpu.DTYPES and native_problem() is None else "reference"
+
+
 def _run(direction: Direction, rows: jax.Array, weights: GgmlTensor, layer: Layer, implementation: str | None):
-    return getattr(IMPLEMENTATIONS[implementation or "reference"], direction)(rows, weights, layer)
+    name = implementation or choose_implementation(target_device(), str(rows.dtype))
+    return getattr(IMPLEMENTATIONS[name], direction)(rows, weights, layer)
 
 
 _PRODUCT = frozen_product(_run)

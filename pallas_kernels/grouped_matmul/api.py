@@ -122,9 +122,15 @@ def choose_implementation(
     return Choice(next((name for name in order if name not in refusals), None), refusals)
 
 
-def _run(
-    direction: Direction, rows: jax.Array, weights: ExpertWeights, groups: Groups, layer: Layer, name: str | None
+def product(
+    direction: Direction,
+    rows: jax.Array,
+    weights: ExpertWeights,
+    groups: Groups,
+    layer: Layer,
+    name: str | None = None,
 ) -> jax.Array:
+    """Computes one direction of the op, unchecked: [P, K] -> [P, N] forward, [P, N] -> [P, K] backward."""
     device = target_device()
     choice = choose_implementation(device, direction, rows.dtype, weights, groups, name)
     if choice.name is None:
@@ -137,17 +143,17 @@ def _run(
 def _grouped_matmul(
     x_PK: jax.Array, weights: ExpertWeights, groups: Groups, layer: Layer, implementation: str | None
 ) -> jax.Array:
-    return _run("forward", x_PK, weights, groups, layer, implementation)
+    return product("forward", x_PK, weights, groups, layer, implementation)
 
 
 def _forward(x_PK, weights, groups, layer, implementation):
-    y_PN = _run("forward", x_PK, weights, groups, layer, implementation)
+    y_PN = product("forward", x_PK, weights, groups, layer, implementation)
     return y_PN, (weights, groups, layer)
 
 
 def _backward(implementation, residuals, dy_PN):
     weights, groups, layer = residuals
-    return _run("backward", dy_PN, weights, groups, layer, implementation), None, None, None
+    return product("backward", dy_PN, weights, groups, layer, implementation), None, None, None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

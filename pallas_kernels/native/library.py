@@ -15,9 +15,9 @@ from pathlib import Path
 import jax
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "matmul_f32", "attention", "attention_f32"))
-HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "buffer", "parallel"))
-HANDLERS = ("nf4_dequantize", "nf4_rows", "product_f32")
+SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "ggml", "matmul_f32", "attention", "attention_f32"))
+HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "buffer", "floats", "parallel"))
+HANDLERS = ("nf4_dequantize", "nf4_rows", "ggml_dequantize", "ggml_rows", "product_f32")
 # dtype -> (handlers that only some processors support, the instructions that they require).
 ATTENTION = {
     "bfloat16": (("attention_forward", "attention_backward"), "AVX-512 with products of bfloat16 numbers"),

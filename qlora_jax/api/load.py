@@ -14,7 +14,7 @@ from qlora_jax.io.pretrained import OpenedModel, apply_adapter, is_finetuned, lo
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine
 
-QuantType = Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
+QuantType = Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
 
@@ -41,7 +41,8 @@ def load(
     Args:
       path: a Hugging Face folder, a GGUF file, a name on the Hub (org/name, org/name@revision, org/name/file.gguf), the
         folder of a training run, or the folder of a PEFT adapter.
-      quant_type: 4-bit data type of the linear layers, "none" for 16 bits; None: nf4, or that of the training run.
+      quant_type: 4-bit data type of the linear layers, "stored" for the files' own codes, "none" for 16 bits; None:
+        nf4, or that of the training run.
       block_size: number of weights that share one scale; None: 64, or that of the training run.
       double_quant: quantize the scales too; None: True, or as in the training run.
       compute_dtype: dtype of the matmuls; None or "auto": bfloat16 where the device is fast at it.

@@ -33,10 +33,11 @@ class ModelArgs:
         bound=NOT_EMPTY,
         common="the base model: a Hugging Face folder, a GGUF file, or org/name on the Hub",
     )
-    quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "none"] = setting(
-        "4-bit data type of the linear layers; none leaves them in 16 bits (plain LoRA)",
+    quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"] = setting(
+        "4-bit data type of the linear layers; stored: the codes that the files have, unchanged (GGUF, MXFP4, 4 bits "
+        "of bitsandbytes); none leaves them in 16 bits (plain LoRA)",
         "nf4",
-        common="4-bit type of the linear layers: nf4, fp4, int4, e2m1, e3m0; none: 16 bits",
+        common="4-bit type of the linear layers: nf4, fp4, int4, e2m1, e3m0; stored: the files' codes; none: 16 bits",
     )
     block_size: int = setting("number of weights that share one scale (absmax)", 64, BLOCK_SIZE)
     double_quant: bool = setting("quantize the scales to 8 bits too; saves 0.37 bits per weight", True)

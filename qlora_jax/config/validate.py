@@ -130,6 +130,11 @@ def _loraplus_problems(config: Config) -> list[str]:
 
 def _keep_problems(config: Config) -> list[str]:
     kept, quant_type = config.model.keep_16bit, config.model.quant_type
+    if kept and quant_type == "stored":
+        return [
+            f"model.keep_16bit: found {kept!r} with model.quant_type=stored, which keeps every layer as the files have "
+            "it. Remove one of these settings"
+        ]
     if not kept or quant_type != "none":
         return []
     return [
@@ -150,6 +155,11 @@ def _init_problems(config: Config) -> list[str]:
         problems.append(
             f"lora.init: found {init!r} with lora.start={start}, expected default. Remove lora.init, since "
             "the adapter in lora.start has initial values"
+        )
+    if init != "default" and config.model.quant_type == "stored":
+        problems.append(
+            f"lora.init: found {init!r} with model.quant_type=stored, expected default. Set lora.init=default, since "
+            f"{init} changes the weights, and stored codes stay as they are"
         )
     if init == "loftq" and config.model.keep_16bit:
         problems.append(

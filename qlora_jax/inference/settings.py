@@ -7,7 +7,7 @@ from typing import Literal
 from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound, TemplateValue, setting
 
-QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
+QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
 

@@ -20,16 +20,18 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor, finite_scales
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.base_fingerprint import BaseDigest, new_digest
 from qlora_jax.io.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.io.own_rows import OwnRows, all_rows, joined, read_own
+from qlora_jax.io.stored_codes import with_stored_codes
 from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, layer_name, slots_of
-from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack, Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
 
@@ -116,7 +118,9 @@ def check_stored_quantization(source: ModelSource, slots: Sequence[Slot]) -> Non
     """
     expected = [(name, slot.quantization_of(index)) for slot in slots for index, name in enumerate(slot.names)]
     stored = [
-        (read, spec) for name, spec in expected if spec is not None and (read := source.tensors[name].read_quantized)
+        (read, spec)
+        for name, spec in expected
+        if isinstance(spec, QTensor) and (read := source.tensors[name].read_quantized)
     ]
     if not stored:
         return
@@ -154,7 +158,7 @@ def _zeros(slots: Sequence[Slot], places: MeshPlaces | None) -> Sequence[Leaf]:
     return make()
 
 
-def _filled(slot: Slot, stack: Leaf | None, layers: Iterator[QTensor | jax.Array]) -> Leaf:
+def _filled(slot: Slot, stack: Leaf | None, layers: Iterator[Part]) -> Leaf:
     """The stack with all layers and experts written into it, or the only layer if `stack` is None."""
     if stack is None:
         (leaf,) = layers
@@ -164,11 +168,11 @@ def _filled(slot: Slot, stack: Leaf | None, layers: Iterator[QTensor | jax.Array
     return stack
 
 
-def _with_layer(stack: Leaf, layer: QTensor | jax.Array, place: tuple[int, ...]) -> Leaf:
+def _with_layer(stack: Leaf, layer: Part, place: tuple[int, ...]) -> Leaf:
     if not isinstance(stack, MixedStack):
         return _set_layer(stack, layer, _traced(place))
     part, index = stack.locate(place[0])
-    return dataclasses.replace(stack, **{part: _set_layer(getattr(stack, part), layer, _traced((index, *place[1:])))})
+    return stack.with_part(part, _set_layer(stack.parts[part], layer, _traced((index, *place[1:]))))
 
 
 def _traced(place: tuple[int, ...]) -> tuple[np.int32, ...]:
@@ -197,19 +201,21 @@ class _Reader:
             return all_rows(slot.shape[0])
         return self.places.of(slot, index).rows
 
-    def layers(self, slot: Slot, entries: Iterator[TensorEntry]) -> Iterator[QTensor | jax.Array]:
+    def layers(self, slot: Slot, entries: Iterator[TensorEntry]) -> Iterator[Part]:
         """Yields each tensor of a slot, quantized or in the leaf's dtype; its tensors are the next of `entries`."""
         for index in range(len(slot.names)):
             entry = next(entries)
             yield self._layer(slot, index, entry)
             self.report(entry)
 
-    def _layer(self, slot: Slot, index: int, entry: TensorEntry) -> QTensor | jax.Array:
+    def _layer(self, slot: Slot, index: int, entry: TensorEntry) -> Part:
         place = None if self.places is None else self.places.of(slot, index)
         spec = slot.quantization_of(index)
         self.digest.name(entry.name)
         if spec is None:
             return self._dense(slot, index, entry, place)
+        if isinstance(spec, GgmlTensor):
+            return self._blocks(slot, index, entry, spec, place)
         if place is None:
             layer = dataclasses.replace(read_quantized(self.source, entry, spec, self.transform), dtype=spec.dtype)
             for leaf in jax.tree.leaves(layer):
@@ -222,6 +228,22 @@ class _Reader:
         for leaf in constants.values():
             self.digest.add_whole(leaf)
         return place.put(codes, rows, constants)
+
+    def _blocks(
+        self,
+        slot: Slot,
+        index: int,
+        entry: TensorEntry,
+        spec: GgmlTensor,
+        place: PlacedWeight | PlacedArray | None,
+    ) -> GgmlTensor:
+        """The weight in the file's own blocks; the type of its blocks is part of the fingerprint."""
+        rows = self.rows(slot, index)
+        own = read_own(functools.partial(_stored_blocks, self.source, entry), rows)
+        self.digest.name(spec.ggml_type)
+        self.digest.add(own, rows)
+        codes = place.put(own, rows) if isinstance(place, PlacedArray) else jnp.array(own, copy=True)
+        return dataclasses.replace(spec, codes=codes)
 
     def _dense(self, slot: Slot, index: int, entry: TensorEntry, place: PlacedWeight | PlacedArray | None) -> jax.Array:
         rows = self.rows(slot, index)
@@ -298,8 +320,8 @@ def _settings_of(spec: QTensor) -> QuantSettings:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer[Stack: (jax.Array, QTensor)](
-    stack: Stack, layer: QTensor | jax.Array, place: tuple[jax.Array | np.int32, ...]
+def _set_layer[Stack: (jax.Array, QTensor, GgmlTensor)](
+    stack: Stack, layer: Part, place: tuple[jax.Array | np.int32, ...]
 ) -> Stack:
     """The stack with the layer or expert at one place set, in the memory of the donated stack."""
     if isinstance(stack, QTensor):
@@ -311,6 +333,17 @@ def _set_layer[Stack: (jax.Array, QTensor)](
         return jax.lax.dynamic_update_slice(all_, one.reshape((1,) * len(place) + one.shape), start)
 
     return jax.tree.map(with_one, stack, layer)
+
+
+def _stored_blocks(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:
+    assert entry.read_stored is not None
+    weight = entry.read_stored(first, end)
+    if not finite_scales(weight.codes, weight.ggml_type):
+        raise ValueError(
+            f"{source.path}: scales of {entry.name} are not finite ({weight.ggml_type}): the file is damaged, or was "
+            "saved by a run that diverged. Use an undamaged file"
+        )
+    return weight.codes
 
 
 def _finite_rows(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:
@@ -332,9 +365,11 @@ def _check_finite(source: ModelSource, name: str, array: np.ndarray, first_row: 
 
 
 def _settings(config: ModelConfig, weights: WeightFormat) -> bytes:
-    # `dense` is left out because the tensors themselves show which layers are dense.
-    left_out = ("platform", "dtype", "dense")
+    # `dense` and `stored` are left out because the tensors themselves show the format of each layer.
+    left_out = ("platform", "dtype", "dense", "stored")
     quantization = {key: value for key, value in dataclasses.asdict(weights).items() if key not in left_out}
+    if weights.quant_type == STORED:
+        quantization = {"quant_type": STORED}
     settings = {"config": config.fingerprint_features(), "weights": quantization}
     return json.dumps(settings, sort_keys=True).encode()
 
@@ -346,9 +381,12 @@ def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelC
     bitsandbytes leave them in 16 bits because it cannot quantize them, not for the sake of accuracy.
 
     Raises:
-      ValueError: `weights` has dense layers that the files store in 4 bits.
+      ValueError: `weights` has dense layers that the files store in 4 bits, or keeps stored codes and there are
+        none.
     """
-    if weights.quant_type is None:
+    if weights.quant_type == STORED:
+        weights = with_stored_codes(weights, source, config)
+    if weights.quant_type in (None, STORED):
         return weights
     dense = {name: _dense_layers(name, source, config) for name in config.linear_shapes()}
     if all(len(layers) == len(config.layers_with(name)) for name, layers in dense.items()):

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS, convert_codes, natural_layout
 from pallas_kernels.formats.parts import Cut, equal_rows
 from pallas_kernels.formats.qtensor import QTensor
@@ -151,8 +152,12 @@ class MeshPlaces:
     def of(self, slot: Slot, index: int) -> PlacedWeight | PlacedArray:
         """Returns the place of one tensor of a slot."""
         specs = self._specs[slot.path]
-        if (stack := slot.quantization_of(index)) is not None:
-            return PlacedWeight(self._mesh, stack, specs if isinstance(specs, QTensor) else specs.quantized)
+        stack = slot.quantization_of(index)
+        if isinstance(stack, QTensor):
+            own = specs if isinstance(specs, QTensor) else specs.part_of(slot.place(index)[0])
+            return PlacedWeight(self._mesh, stack, own)
+        if isinstance(stack, GgmlTensor):
+            return PlacedArray(self._mesh, stack.codes.shape[-2:], np.dtype(np.uint8), P())
         return PlacedArray(self._mesh, slot.shape, slot.dtype, P() if slot.stacked else specs)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.parts import Rows
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config.sizes import format_bytes
@@ -42,6 +43,8 @@ class TensorEntry:
       ranges_of: (first, end) -> the parts of files that these rows are read from.
       read_quantized: returns the 4-bit codes and constants unchanged, if the file stores them in a format of QTensor;
         None for any other tensor. The codes are a view of the mapped file, of which only the rows in use are read.
+      read_stored: (first, end) -> these rows in the file's own blocks, in Hugging Face's order; None for any other
+        tensor. The codes may be a view of the mapped file.
     """
 
     name: str
@@ -51,6 +54,7 @@ class TensorEntry:
     read_rows: Callable[[int, int], np.ndarray]
     ranges_of: Callable[[int, int], tuple[ByteRange, ...]]
     read_quantized: Callable[[], QTensor] | None = None
+    read_stored: Callable[[int, int], GgmlTensor] | None = None
 
     @property
     def rows(self) -> int:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -21,7 +22,9 @@ MAX_LINES, MAX_WIDTH = 100, 300  # of an error
 EMBEDDING = "model.embed_tokens.weight"
 
 StatePath = tuple[Any, ...]  # keys of a state; flax's protocol for them cannot be checked at run time
-Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | MixedStack  # of a state, with or without values
+Leaf = (
+    jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | GgmlTensor | MixedStack
+)  # of a state, with or without values
 
 
 def layer_name(stacked: str, layer: int) -> str:
@@ -120,20 +123,23 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each tensor on disk."""
-        if isinstance(self.leaf, QTensor | MixedStack):
+        if isinstance(self.leaf, QTensor | GgmlTensor | MixedStack):
             return self.leaf.shape
         return self.leaf.shape[len(self.stack) :]
 
-    def quantization_of(self, index: int) -> QTensor | None:
+    def part(self, index: int) -> Leaf:
+        """The leaf, or part of a mixed stack, that holds the tensor at `index` in `names`."""
+        return self.leaf.part_of(self.place(index)[0]) if isinstance(self.leaf, MixedStack) else self.leaf
+
+    def quantization_of(self, index: int) -> QTensor | GgmlTensor | None:
         """The leaf that describes the codes of the tensor at `index` in `names`; None if that tensor is dense."""
-        if isinstance(self.leaf, MixedStack):
-            return None if self.place(index)[0] in self.leaf.dense_layers else self.leaf.quantized
-        return self.leaf if isinstance(self.leaf, QTensor) else None
+        part = self.part(index)
+        return part if isinstance(part, QTensor | GgmlTensor) else None
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the dense tensors."""
-        return np.dtype(self.leaf.dense.dtype if isinstance(self.leaf, MixedStack) else self.leaf.dtype)
+        """The dtype of the dense tensors, which are the last part of a mixed stack."""
+        return np.dtype((self.leaf.parts[-1] if isinstance(self.leaf, MixedStack) else self.leaf).dtype)
 
 
 def slots_of(model: CausalLM) -> list[Slot]:

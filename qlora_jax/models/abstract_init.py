@@ -5,12 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats.ggml_blocks import row_bytes
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.config import DENSE, QUANTIZED, WeightFormat
 from qlora_jax.nn.experts import ExpertWeight
 from qlora_jax.nn.linear import Weight
-from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack, Part
 
 
 def frozen_linear_leaves(
@@ -25,14 +27,7 @@ def frozen_linear_leaves(
       has_bias: True for a bias [L, N].
     """
     bias = jnp.zeros((stack, shape[0]), weights.dtype) if has_bias else None
-    dense = weights.dense_layers(name, stack)
-    if len(dense) == stack:
-        return jnp.zeros((stack, *shape), weights.dtype), bias
-    quantized = _empty_qtensor((stack - len(dense),), shape, weights)
-    if not dense:
-        return quantized, bias
-    in_16_bit = jnp.zeros((len(dense), *shape), weights.dtype)
-    return MixedStack(quantized=quantized, dense=in_16_bit, dense_layers=dense), bias
+    return _leaf(name, (stack,), shape, weights), bias
 
 
 def frozen_expert_leaves(
@@ -45,20 +40,26 @@ def frozen_expert_leaves(
       stack: numbers of sparse layers S and of experts E.
       shape: (N, K) of one expert.
       has_bias: True for a bias [S, E, N].
-
-    Raises:
-      ValueError: only some layers of the projection are to stay dense.
     """
     bias = jnp.zeros((*stack, shape[0]), weights.dtype) if has_bias else None
-    dense = weights.dense_layers(name, stack[0])
-    if len(dense) == stack[0]:
-        return jnp.zeros((*stack, *shape), weights.dtype), bias
-    if dense:
-        raise ValueError(
-            f"{name}: found {len(dense)} of {stack[0]} layers in 16 bits, expected none or all, because the experts of "
-            "a model are stored in one format. Keep all of these layers in 16 bits, or none."
-        )
-    return _empty_qtensor(stack, shape, weights), bias
+    return _leaf(name, stack, shape, weights), bias
+
+
+def _leaf(name: str, stack: tuple[int, ...], shape: tuple[int, int], weights: WeightFormat) -> Part | MixedStack:
+    """Returns zeros of a stack, whose layers may have several formats."""
+    parts = weights.parts(name, stack[0])
+    leaves = tuple(_empty(kind, (len(layers), *stack[1:]), shape, weights) for kind, layers in parts.items())
+    return leaves[0] if len(leaves) == 1 else MixedStack(parts=leaves, layers=tuple(parts.values()))
+
+
+def _empty(kind: str, stack: tuple[int, ...], shape: tuple[int, int], weights: WeightFormat) -> Part:
+    """Returns zeros of a stack of one format."""
+    if kind == DENSE:
+        return jnp.zeros((*stack, *shape), weights.dtype)
+    if kind == QUANTIZED:
+        return _empty_qtensor(stack, shape, weights)
+    codes = jnp.zeros((*stack, shape[0], row_bytes(kind, shape[1])), jnp.uint8)
+    return GgmlTensor(codes=codes, ggml_type=kind, shape=shape, dtype=weights.dtype)
 
 
 def _empty_qtensor(stack: tuple[int, ...], shape: tuple[int, int], weights: WeightFormat) -> QTensor:

@@ -256,16 +256,21 @@ class ModelConfig:
         return {name: value for name, value in described.items() if name not in unused}
 
 
+STORED = "stored"  # quant_type: linear layers keep the codes that the files have
+QUANTIZED, DENSE = "4-bit", "dense"  # formats of layers; others are types of ggml
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFormat:
     """The format of the frozen weights in memory.
 
     Attributes:
-      quant_type: a key of CODE_TABLES for the linear layers; None: dense, in `dtype`.
+      quant_type: a key of CODE_TABLES for the linear layers; None: dense, in `dtype`; STORED: as `stored` says.
       block_size: weights that share one scale.
       double_quant: True if scales are quantized to 8 bits.
       nested_block_size: scales that share one scale.
       dense: (projection's name within a layer, indices of its dense layers), for projections quantized in part.
+      stored: (projection's name within a layer, the ggml type or DENSE of each of its layers).
       platform: `cpu`, `gpu` or `tpu`, as JAX names it; determines the layout of the codes.
       dtype: dtype of embedding, head, norms, biases and activations.
     """
@@ -275,12 +280,28 @@ class WeightFormat:
     double_quant: bool = True
     nested_block_size: int = 256
     dense: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
     platform: str = "cpu"
     dtype: str = "bfloat16"
 
+    def formats(self, name: str, num_layers: int) -> tuple[str, ...]:
+        """Returns the format of each layer of a projection: QUANTIZED, DENSE, or a type of ggml."""
+        if self.quant_type is None:
+            return (DENSE,) * num_layers
+        if self.quant_type == STORED:
+            return dict(self.stored)[name]
+        dense = dict(self.dense).get(name, ())
+        return tuple(DENSE if layer in dense else QUANTIZED for layer in range(num_layers))
+
+    def parts(self, name: str, num_layers: int) -> dict[str, tuple[int, ...]]:
+        """Returns {format: indices of a projection's layers that have it, ascending}; DENSE is last."""
+        formats = self.formats(name, num_layers)
+        in_order = sorted(dict.fromkeys(formats), key=lambda each: each == DENSE)
+        return {each: tuple(at for at, found in enumerate(formats) if found == each) for each in in_order}
+
     def dense_layers(self, name: str, num_layers: int) -> tuple[int, ...]:
         """Returns the indices of a projection's dense layers, ascending."""
-        return tuple(range(num_layers)) if self.quant_type is None else dict(self.dense).get(name, ())
+        return self.parts(name, num_layers).get(DENSE, ())
 
     def layout_for(self, shape: tuple[int, int]) -> str:
         """Returns the layout of a weight (N, K)."""

@@ -15,15 +15,13 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.linear import FrozenLayer, Weight, gather_layer, weight_specs
 from qlora_jax.nn.lora import adapter_deltas, add_delta, low_rank_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_tn
-from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack, Part, dense_weight
 from qlora_jax.nn.variables import Frozen, select_layer
-from qlora_jax.quant import dequantize
 from qlora_jax.sharding import AnyMesh, gathered, lora_spec, shards_of
 
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -204,11 +202,10 @@ def squared_norms(weight: Weight, mesh: AnyMesh | None = None) -> Float[Array, "
 
 def _squared_norms(weight: Weight) -> jax.Array:
     if isinstance(weight, MixedStack):
-        return weight.in_layer_order(_squared_norms(weight.quantized), _squared_norms(weight.dense))
+        return weight.in_layer_order([*map(_squared_norms, weight.parts)])
 
-    def of_one(layer: QTensor | jax.Array) -> jax.Array:
-        whole = gathered(layer)
-        w_NK = dequantize(whole, whole.dtype) if isinstance(whole, QTensor) else whole
+    def of_one(layer: Part) -> jax.Array:
+        w_NK = dense_weight(gathered(layer))
         return jnp.sum(jnp.square(w_NK.astype(jnp.float32)), axis=1)
 
     return jax.lax.map(of_one, weight)

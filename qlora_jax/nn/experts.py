@@ -10,14 +10,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.grouped_matmul import Groups, combine_rows, gather_rows, group_rows, grouped_matmul
 from qlora_jax.nn.expert_lora import ExpertLoRA
 from qlora_jax.nn.linear import OneLayer
+from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
 from qlora_jax.nn.mlp import GateActivation, gated_activation
 from qlora_jax.nn.variables import Frozen, select_layer
 
-ExpertWeight = QTensor | jax.Array  # 4-bit with the leading axes [S, E], or dense [S, E, N, K]
+# 4-bit or in ggml's blocks with the leading axes [S, E], of several formats, or dense [S, E, N, K].
+ExpertWeight = QTensor | GgmlTensor | MixedStack | jax.Array
 
 
 class ExpertAdapter(nnx.Module):
@@ -46,7 +49,10 @@ class ExpertLinear(ExpertAdapter):
         if isinstance(weight, OneLayer):
             weight, row = jax.tree.map(lambda leaf: leaf[None], weight.weight), 0
         with jax.named_scope("frozen"):
-            y_PN = grouped_matmul(x_PK, weight, groups, row)
+            if isinstance(weight, MixedStack):
+                y_PN = mixed_grouped(x_PK, weight, groups, row)
+            else:
+                y_PN = grouped_matmul(x_PK, weight, groups, row)
         if self.bias is not None:
             bias_IN = select_layer(self.bias[...], layer)[groups.expert_of_tile_I]
             y_PN = y_PN + jnp.repeat(bias_IN.astype(y_PN.dtype), groups.tile, axis=0)

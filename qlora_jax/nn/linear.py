@@ -13,7 +13,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ggml_matmul import ggml_matmul
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.matmul import dot_nt
@@ -30,7 +32,7 @@ class OneLayer:
     weight: QTensor
 
 
-Weight = QTensor | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N, K]
+Weight = QTensor | GgmlTensor | MixedStack | jax.Array  # 4-bit, ggml blocks, of several formats, or dense [L, N, K]
 
 
 def weight_specs(weight: Weight, mesh: AnyMesh) -> PyTree:
@@ -58,6 +60,8 @@ def frozen_linear(
         return nf4_matmul(x_MK, weight, layer)
     if isinstance(weight, OneLayer):
         return nf4_matmul(x_MK, weight.weight, None)
+    if isinstance(weight, GgmlTensor):
+        return ggml_matmul(x_MK, weight, layer)
     if isinstance(weight, MixedStack):
         assert layer is not None, "a MixedStack is always a stack"
         return mixed_linear(x_MK, weight, layer)

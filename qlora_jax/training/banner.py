@@ -1,18 +1,22 @@
 """The banners of a run: its device, formats, trained parameters and unused options; on resume, its step."""
 
+import collections
 import math
 from collections.abc import Iterator
 
 import jax
 
 from pallas_kernels.devices import target_device
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ggml_matmul.api import choose_implementation as choose_ggml
 from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
 from qlora_jax.io.checkpoint import CONFIG_FILE
+from qlora_jax.models.config import DENSE, STORED
 from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.models.model_sharding import module_of
 from qlora_jax.models.partition import Lora, is_table
@@ -180,24 +184,31 @@ def _device(session: Session) -> str:
 
 def _weight_format(session: Session) -> str:
     weights, args = session.weights, session.config.model
-    dense = sum(len(layers) for _, layers in weights.dense)
+    formats = weights.stored or [(name, [DENSE] * len(layers)) for name, layers in weights.dense]
+    dense = sum(list(each).count(DENSE) for _, each in formats)
     why = "model.keep_16bit names" if args.keep_16bit else "the files store in 16 bit"
     unquantized = f"{dense} linear layers that {why}, " if dense else ""
     rest = f"{unquantized}norms, embedding and head in {weights.dtype}"
     if weights.quant_type is None:
         return f"{weights.dtype}, not quantized"
+    if weights.quant_type == STORED:
+        kinds = collections.Counter(kind for _, formats in weights.stored for kind in formats if kind != DENSE)
+        counts = ", ".join(f"{count} layers in {kind}" for kind, count in kinds.most_common())
+        return f"the codes of the file: {counts}; {rest}"
     double = "double-quantized scales" if weights.double_quant else "float32 scales"
     return f"{weights.quant_type} in blocks of {args.block_size}, {double}; {rest}"
 
 
 def _matmuls(session: Session) -> str:
-    """Returns the implementations that multiply by 4-bit weights, and why the preferred ones are not used."""
+    """Returns the implementations that multiply by packed weights, and why the preferred ones are not used."""
     device, micro_batch_size = target_device(), session.config.train.micro_batch_size
     rows = micro_batch_size // mesh_size(session.mesh).devices * max(session.dataset.buckets)
-    leaves = jax.tree.leaves(session.parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    leaves = jax.tree.leaves(session.parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor | GgmlTensor))
     calls = [Call.of("forward", rows, session.weights.dtype, leaf) for leaf in leaves if isinstance(leaf, QTensor)]
     choices = [choose_implementation(device, call) for call in calls]
     names = dict.fromkeys(str(choice.name) for choice in choices)
+    if any(isinstance(leaf, GgmlTensor) for leaf in leaves):
+        names[f"{choose_ggml(device, session.weights.dtype)}, from the blocks of the file"] = None
     refusals = dict.fromkeys(
         f"; not {name}: {reason}" for choice in choices for name, reason in choice.refusals.items()
     )

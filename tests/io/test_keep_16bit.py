@@ -30,7 +30,7 @@ def test_a_run_is_loaded_on_the_base_that_it_was_trained_on(folder, tmp_path):
     opened = open_finetuned(folder / "run")
     base = load_base(opened, opened.args)  # compares the fingerprint
     down = base.model.layers.mlp.down_proj.weight.get_value()
-    assert isinstance(down, MixedStack) and down.dense_layers == (1,)
+    assert isinstance(down, MixedStack) and down.layers[-1] == (1,)
     values = base.model.layers.self_attn.v_proj.weight.get_value()
     tensors = open_model(folder / "model").tensors
     assert isinstance(values, jax.Array)

@@ -100,7 +100,7 @@ def test_dora_over_a_stack_of_both_kinds():
         random_linear(quantized=True).weight.get_value(),
         random_linear(quantized=False).weight.get_value(),
     )
-    stack = MixedStack(quantized=jax.tree.map(lambda leaf: leaf[:1], quantized), dense=dense[1:], dense_layers=(1,))
+    stack = MixedStack(parts=(jax.tree.map(lambda leaf: leaf[:1], quantized), dense[1:]), layers=((0,), (1,)))
     a, b = jnp.stack([random_array(K, R)] * 2), jnp.stack([random_array(R, N)] * 2)
     adapter = DoRA.init(a, b, stack, 2.0, 0.0)
     np.testing.assert_allclose(

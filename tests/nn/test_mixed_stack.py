@@ -1,24 +1,26 @@
-"""Tests partly dense stacks: the product, its gradient, and what a scan saves."""
+"""Tests stacks of several formats: the product, its gradient, and what a scan saves."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.nn.linear import frozen_linear
-from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.quant import dequantize, quantize
+from qlora_jax.nn.mixed_stack import MixedStack, dense_weight
+from qlora_jax.quant import quantize
+from tests.ggml_codes import dequantized, random_ggml
 
-LAYERS, N, K, M = 5, 128, 256, 16
-DENSE = (1, 4)
+LAYERS, N, K, M = 7, 128, 256, 16
+LAYERS_OF_PARTS = (0, 3), (2,), (5, 6), (1, 4)
 
 
 def weights() -> tuple[MixedStack, jax.Array]:
-    """Returns a mixed stack, and its dequantized layers."""
-    w_LNK = np.random.default_rng(0).normal(size=(LAYERS, N, K)).astype(np.float32)
-    codes = [quantize(w_NK) for layer, w_NK in enumerate(w_LNK) if layer not in DENSE]
+    """Returns a stack of 4-bit, Q4_1, Q6_K and dense layers, and its dequantized layers."""
+    dense = jnp.asarray(np.random.default_rng(0).normal(size=(2, N, K)).astype(np.float32))
+    codes = [quantize(w_NK) for w_NK in np.random.default_rng(1).normal(size=(2, N, K)).astype(np.float32)]
     quantized = jax.tree.map(lambda *leaves: jnp.stack(leaves), *codes)
-    mixed = MixedStack(quantized=quantized, dense=jnp.asarray(w_LNK[list(DENSE)]), dense_layers=DENSE)
-    return mixed, mixed.in_layer_order(jnp.stack([dequantize(one, jnp.float32) for one in codes]), mixed.dense)
+    blocks = random_ggml("Q4_1", (1,), (N, K)), random_ggml("Q6_K", (2,), (N, K))
+    mixed = MixedStack(parts=(quantized, *blocks, dense), layers=LAYERS_OF_PARTS)
+    return mixed, mixed.in_layer_order([dense_weight(part, jnp.float32) for part in mixed.parts])
 
 
 def through(x_MK, stack):
@@ -34,13 +36,8 @@ def through(x_MK, stack):
 def test_layers_and_their_gradients_are_those_of_the_dense_stack():
     mixed, w_LNK = weights()
     assert mixed.shape == (N, K) and mixed.num_layers == LAYERS
-    assert [mixed.locate(layer)[0] for layer in range(LAYERS)] == [
-        "quantized",
-        "dense",
-        "quantized",
-        "quantized",
-        "dense",
-    ]
+    assert [mixed.locate(layer) for layer in range(LAYERS)] == [(0, 0), (3, 0), (1, 0), (0, 1), (3, 1), (2, 0), (2, 1)]
+    np.testing.assert_array_equal(w_LNK[5:], dequantized(mixed.parts[2]))
     x_MK = jax.random.normal(jax.random.key(0), (M, K)) * 0.1
     for layer in range(LAYERS):
         expected = x_MK @ w_LNK[layer].T

@@ -105,7 +105,7 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
     layers = loaded.model.model.layers
     assert isinstance(layers.self_attn.v_proj.weight.get_value(), jax.Array)
     down = layers.mlp.down_proj.weight.get_value()
-    assert isinstance(down, MixedStack) and down.dense_layers == (1, 2)
+    assert isinstance(down, MixedStack) and down.layers[-1] == (1, 2)
     # `model.keep_16bit` makes the same base from the 16-bit model, to the bit.
     source, features = open_model(dense), loaded.model.config
     kept = keep_in_16_bits(WeightFormat(dtype="float32", double_quant=False), skip[1:], features)
@@ -113,12 +113,12 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
     assert load_model(source, features, kept).fingerprint == stored.fingerprint
     assert _loaded(dense, double_quant=False).fingerprint != stored.fingerprint
     tensors = open_model(tmp_path / "mixed").tensors
-    assert _digest(repack(down.quantized.layer(0), "bnb").codes) == _digest(
+    assert _digest(repack(down.parts[0].layer(0), "bnb").codes) == _digest(
         found["mixed/codes/model.layers.0.mlp.down_proj"]
     )
-    for place, layer in enumerate(down.dense_layers):
+    for place, layer in enumerate(down.layers[-1]):
         expected = tensors[f"model.layers.{layer}.mlp.down_proj.weight"].read()
-        np.testing.assert_array_equal(down.dense[place], expected)
+        np.testing.assert_array_equal(down.parts[1][place], expected)
 
     # The same model with every weight dense, as the mixed one has them, is what the mixed one computes.
     quantize.main(

@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import repack
+from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.config_diff import config_differences
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import read_quantized
@@ -44,8 +46,13 @@ def check_original(source: ModelSource, slots: Sequence[Slot], compute_dtype: np
       compute_dtype: the dtype that training computed in.
 
     Raises:
-      ValueError: names the tensors that differ.
+      ValueError: names the tensors that differ, or the run's base has codes that this program did not make.
     """
+    if any(isinstance(slot.quantization_of(index), GgmlTensor) for slot in slots for index in range(len(slot.names))):
+        raise ValueError(
+            f"{source.path}: --base cannot be compared with the run's base, which keeps the codes of a file "
+            "(model.quant_type=stored). Export without --base, or with --format gguf-lora for the file itself"
+        )
     trained = dense_tensors(slots, compute_dtype, {})
     pairs = zip(_as_trained(source, slots, compute_dtype), trained, strict=True)
     wrong = [name for (name, theirs), ours in pairs if not np.array_equal(theirs, np.asarray(ours))]
@@ -64,7 +71,7 @@ def _as_trained(
     for slot in slots:
         for index, name in enumerate(slot.names):
             entry = source.tensors[name]
-            if spec := slot.quantization_of(index):
+            if isinstance(spec := slot.quantization_of(index), QTensor):
                 layer = dataclasses.replace(read_quantized(source, entry, spec), dtype=spec.dtype)
                 yield name, np.asarray(dequantize(repack(layer, spec.layout), compute_dtype))
             else:

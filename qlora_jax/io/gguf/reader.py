@@ -12,6 +12,8 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata, number_of_layers
 from qlora_jax.io.gguf.expert_tensors import split_experts
@@ -21,7 +23,7 @@ from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, Tensor
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-BLOCKED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+BLOCKED = tuple(BLOCK_FORMATS)
 
 EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config
@@ -119,6 +121,7 @@ class RowTransform:
 
 def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: JsonObject) -> TensorEntry:
     transform = transform_of(path, info, architecture, config)
+    stored = info.type.name in BLOCK_FORMATS and len(info.shape) == 2
     return TensorEntry(
         name=hugging_face_name(info.name, architecture),
         shape=info.shape,
@@ -126,6 +129,7 @@ def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: Jso
         nbytes=info.nbytes,
         read_rows=functools.partial(_read_rows, path, info, transform),
         ranges_of=functools.partial(_ranges_of, path, info, transform),
+        read_stored=functools.partial(_read_stored, path, info, transform) if stored else None,
     )
 
 
@@ -169,6 +173,12 @@ def _read_rows(path: Path, info: TensorInfo, transform: RowTransform, first: int
     else:
         values = _dequantize(raw, info.type, shape)
     return values.astype(np.float32) - np.float32(transform.offset) if transform.offset else values
+
+
+def _read_stored(path: Path, info: TensorInfo, transform: RowTransform, first: int, end: int) -> GgmlTensor:
+    """Some of Hugging Face's rows in the file's blocks; reordering moves whole rows, so nothing is rounded."""
+    codes = _stored_rows(path, info, transform, first, end).reshape(end - first, -1)
+    return GgmlTensor(codes=codes, ggml_type=info.type.name, shape=(end - first, info.shape[1]), dtype="float32")
 
 
 def _stored_rows(path: Path, info: TensorInfo, transform: RowTransform, first: int, end: int) -> np.ndarray:

@@ -72,7 +72,8 @@ def _name(name: str, config: JsonObject, names_in_file: Mapping[str, str]) -> st
 
 def _quantization_of(slot: Slot, index: int) -> QTensor | None:
     """Returns the leaf that describes a weight's codes; None if the folder gets it dense."""
-    return None if len(slot.stack) > 1 else slot.quantization_of(index)
+    spec = slot.quantization_of(index)
+    return spec if isinstance(spec, QTensor) and len(slot.stack) == 1 else None
 
 
 def _tensor_specs(slot: Slot, index: int, weights: WeightFormat, name: str) -> Iterator[TensorSpec]:

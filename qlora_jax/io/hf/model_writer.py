@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.hf.merging import Mergeables, merge
@@ -24,8 +23,7 @@ from qlora_jax.io.model_source import JsonObject, ModelSource, MultimodalParts, 
 from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Leaf, Slot
 from qlora_jax.models.families.multimodal import TEXT_CONFIG
-from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.quant import dequantize
+from qlora_jax.nn.mixed_stack import MixedStack, Part, dense_weight
 
 SELECTION_BIAS = "e_score_correction_bias"
 NO_ENTRIES: Mapping[str, TensorEntry] = {}
@@ -146,18 +144,19 @@ def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> 
 def _dense(slot: Slot, index: int, compute_dtype: np.dtype) -> jax.Array:
     if not slot.stacked:
         return jnp.asarray(slot.leaf)
-    leaf = _layer(*_part(slot.leaf, slot.place(index)))
-    return dequantize(leaf, compute_dtype) if isinstance(leaf, QTensor) else leaf
+    return dense_weight(_layer(*_part(slot.leaf, slot.place(index))), compute_dtype)
 
 
 def _part(stack: Leaf, place: tuple[int, ...]) -> tuple[Leaf, tuple[np.int32, ...]]:
     """(the stack that contains a layer, the place in it)."""
-    part, row = stack.locate(place[0]) if isinstance(stack, MixedStack) else (None, place[0])
-    return (stack if part is None else getattr(stack, part)), tuple(map(np.int32, (row, *place[1:])))
+    if not isinstance(stack, MixedStack):
+        return stack, tuple(map(np.int32, place))
+    part, row = stack.locate(place[0])
+    return stack.parts[part], tuple(map(np.int32, (row, *place[1:])))
 
 
 @jax.jit
-def _layer(stack: QTensor | jax.Array, place: tuple[jax.Array | np.int32, ...]) -> QTensor | jax.Array:
+def _layer(stack: Part, place: tuple[jax.Array | np.int32, ...]) -> Part:
     for index in place:
         stack = jax.tree.map(lambda leaf, i=index: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
     return stack

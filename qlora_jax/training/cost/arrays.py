@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.layouts import LAYOUTS
 from qlora_jax.models.add_adapters import bias_targets, bias_widths, norm_targets, norm_widths
+from qlora_jax.models.config import DENSE, QUANTIZED, STORED
 from qlora_jax.nn.oft import block_elements
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec
 from qlora_jax.training.cost.step_shape import F32, StepShape
@@ -44,9 +46,15 @@ class Leaf(NamedTuple):
 
 
 def quantized_leaves(step: StepShape, name: str, shape: tuple[int, int]) -> tuple[Leaf, list[Leaf]]:
-    """Returns (codes, constants) of a projection's 4-bit layers; a stack with dense layers is whole on every device."""
-    weights, dense = step.weights, len(step.weights.dense_layers(name, step.model.num_layers))
-    layers, spec = step.model.num_layers - dense, None if dense else stack_spec
+    """Returns (codes, constants) of a projection's packed layers.
+
+    Stacks with dense layers, and stored codes, are whole on every device.
+    """
+    weights, formats = step.weights, step.weights.formats(name, step.model.num_layers)
+    if weights.quant_type == STORED:
+        rows = [row_bytes(each, shape[1]) for each in formats if each != DENSE]
+        return Leaf((sum(rows), shape[0]), 1), []
+    layers, spec = formats.count(QUANTIZED), None if DENSE in formats else stack_spec
     layout = LAYOUTS[weights.layout_for(shape)]
     blocks = layout.constants_shape(shape, weights.block_size)
     codes = Leaf((layers, *layout.codes_shape(shape)), 1, spec)

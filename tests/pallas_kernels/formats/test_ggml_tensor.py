@@ -1,6 +1,5 @@
 """Tests GgmlTensor: every block format equals the gguf package's dequantization, to the bit."""
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +8,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml, finite_scales
-from tests.ggml_codes import random_ggml
+from tests.ggml_codes import dequantized, random_ggml
 
 LAYERS, N, K = 2, 6, 512
 
@@ -21,23 +20,23 @@ def stack_of(ggml_type: str) -> GgmlTensor:
 @pytest.mark.parametrize("ggml_type", BLOCK_FORMATS)
 def test_equals_gguf_to_the_bit(ggml_type):
     stack = stack_of(ggml_type)
-    rows = np.asarray(stack.codes).reshape(LAYERS * N, -1)
-    expected = gguf.quants.dequantize(rows, GGMLQuantizationType[ggml_type]).reshape(LAYERS, N, K)
+    expected = dequantized(stack)
     found = np.asarray(jax.jit(dequantize_ggml)(stack))
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
     assert len(np.unique(expected)) > 16
 
 
-def test_sizes_are_those_of_gguf():
+def test_sizes_and_numbers_are_those_of_gguf():
     for name, block in BLOCK_FORMATS.items():
-        assert GGML_QUANT_SIZES[GGMLQuantizationType[name]] == (block.weights, block.nbytes)
+        kind = GGMLQuantizationType[name]
+        assert (kind.value, *GGML_QUANT_SIZES[kind]) == (block.number, block.weights, block.nbytes)
 
 
 def test_one_layer_and_another_dtype():
     stack = stack_of("Q4_1")
     assert (stack.stack_shape, stack.nbytes) == ((LAYERS,), LAYERS * N * row_bytes("Q4_1", K))
     one = jax.jit(lambda stack, index: dequantize_ggml(stack.layer(index), jnp.bfloat16))(stack, 1)
-    np.testing.assert_array_equal(one, dequantize_ggml(stack)[1].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(one, jnp.asarray(dequantized(stack)[1]).astype(jnp.bfloat16))
 
 
 def test_rows_must_be_whole_blocks():
