@@ -19,5 +19,10 @@ def first_always(cases: Sequence[Any]) -> list[Any]:
     return [cases[0], *(pytest.param(*_as_tuple(case), marks=EXHAUSTIVE) for case in cases[1:])]
 
 
+def first_slow(cases: Sequence[Any]) -> list[Any]:
+    """Marks the first case slow and the others exhaustive."""
+    return some_in_ci([_as_tuple(case) for case in cases], lambda index: index == 0)
+
+
 def _as_tuple(case: Any) -> tuple:
     return case if isinstance(case, tuple) else (case,)

@@ -123,8 +123,12 @@ class MultimodalParts:
         groups: dict[str, list[TensorEntry]] = {}
         for name, entry in self.others.items():
             groups.setdefault(name.removeprefix("model.").partition(".")[0], []).append(entry)
-        sizes = {part: (len(each), sum(entry.nbytes for entry in each)) for part, each in groups.items()}
-        return ", ".join(f"{part} ({count:,} tensors, {format_bytes(size)})" for part, (count, size) in sizes.items())
+        return ", ".join(f"{part} ({_count_and_size(entries)})" for part, entries in groups.items())
+
+
+def _count_and_size(entries: Sequence[TensorEntry]) -> str:
+    plural = "s" * (len(entries) > 1)
+    return f"{len(entries):,} tensor{plural}, {format_bytes(sum(entry.nbytes for entry in entries))}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,10 +16,11 @@ tokens, found = torch.from_numpy(given["tokens"]).long(), {}
 
 
 def load(folder):
-    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
 
 
 def logits(model):
+    model.train()  # else bitsandbytes multiplies in bf16 on a CPU that has instructions for it, whatever dtype is set
     with torch.no_grad():
         return model(tokens).logits.numpy()
 

@@ -15,6 +15,7 @@ from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, open_pretrained
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.multimodal import name_alone
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level, gemma, sentencepiece
@@ -200,3 +201,21 @@ def test_the_name_says_whether_special_tokens_take_the_space_behind_them(tmp_pat
         opened, tensors = _folder(tmp_path / folder, FAMILIES["phi3"][1], json.dumps(text), **named)
         path, _ = _written(tmp_path / f"{folder}.gguf", opened, tensors)
         assert parse_header(path).metadata.get("general.name") == expected
+
+
+@pytest.mark.parametrize(("name", "wrapper"), [("gemma3", "gemma3"), ("mistral", "mistral3")])
+def test_a_text_half_gives_the_file_of_its_text_model(tmp_path: Path, name: str, wrapper: str) -> None:
+    alone, tensors = _folder(tmp_path / "alone/model", CONFIGS[name][1])
+    folder = tmp_path / "half/model"
+    files = {
+        file: (tmp_path / "alone/model" / file).read_text() for file in ("tokenizer.json", "tokenizer_config.json")
+    }
+    weights = {f"language_model.{key}": tensor for key, tensor in tensors.items()}
+    config = {"model_type": wrapper, "text_config": dict(alone.source.config)}
+    write_folder(folder, config, weights | {"vision_tower.weight": np.ones(3, "f4")}, **files)
+    half = open_pretrained(model=str(folder))
+    names = {name_alone(key): key for key in half.source.tensors}
+    assert names.keys() == tensors.keys() != half.source.tensors.keys()
+    expected, _ = _written(tmp_path / "alone.gguf", alone, tensors)
+    found, _ = _written(tmp_path / "half.gguf", half, {names[key]: tensor for key, tensor in tensors.items()})
+    assert found.read_bytes() == expected.read_bytes()

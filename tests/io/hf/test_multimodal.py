@@ -47,7 +47,7 @@ def test_both_generations_of_names_are_one_model(tmp_path: Path) -> None:
     for name, entry in first.tensors.items():
         assert entry.name == name
         np.testing.assert_array_equal(entry.read(), second.tensors[name].read())
-    for part in ("vision_tower (1 tensors, 48 B)", "multi_modal_projector (1 tensors, 4 B)"):
+    for part in ("vision_tower (1 tensor, 48 B)", "multi_modal_projector (1 tensor, 4 B)"):
         assert part in str(first.multimodal) and part in str(second.multimodal)
     assert first.multimodal is not None and first.multimodal.others.keys() == TOWERS.keys()
     assert first.multimodal.names["lm_head.weight"] == "language_model.lm_head.weight"
