@@ -24,6 +24,7 @@ from tests.parity.test_families_transformers import (
     PADDING,
     TOLERANCE,
     VOCAB,
+    YARN,
     _loaded,
     errors_of,
 )
@@ -44,6 +45,8 @@ ROPES = dict(
 GEMMA3 = GQA | dict(model_type="gemma3_text", head_dim=16, sliding_window=9, query_pre_attn_scalar=20)
 GEMMA3 |= dict(layer_types=ALTERNATING, rope_parameters=ROPES)
 MISTRAL = GQA | dict(model_type="mistral", sliding_window=9, head_dim=24, rms_norm_eps=1e-2)
+MINISTRAL3 = GQA | dict(model_type="ministral3", head_dim=24, sliding_window=9)
+MINISTRAL3 |= dict(rope_parameters=dict(YARN, rope_type="yarn", rope_theta=5000.0, llama_4_scaling_beta=0.7))
 QWEN2 = GQA | dict(model_type="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1)
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": dict(text_config=GEMMA3, vision_config=SIGLIP, mm_tokens_per_image=4),

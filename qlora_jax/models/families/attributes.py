@@ -79,6 +79,10 @@ HARMLESS = frozenset(
         "is_llama_config",
         "problem_type",
         "tokenizer_class",
+        # Generation settings, which older versions of transformers wrote into a `text_config`.
+        *("length_penalty", "max_length", "num_beam_groups", "num_beams", "num_return_sequences"),
+        *("repetition_penalty", "temperature", "top_k", "top_p", "typical_p", "_attn_implementation_autoset"),
+        "is_composition",
     ]
 )
 

@@ -13,6 +13,7 @@ from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import check_tensors, tensor_shapes
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.multimodal import alone
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 TOWERS = {"vision_tower.patch.weight": np.ones((3, 4), "f4"), "multi_modal_projector.linear.weight": np.ones(2, "f2")}
@@ -105,6 +106,14 @@ def test_files_of_tokenizer_and_images_are_copied(tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     write_tokenizer(tmp_path / "copy", load_tokenizer(source.tokenizer), source)
     assert {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()} == files
+
+
+def test_what_a_published_text_config_says_besides_is_understood() -> None:
+    text = tiny_config() | {"is_composition": True, "top_k": 50, "temperature": 1.0, "max_length": 20}
+    half = model_config(
+        {"model_type": "llava", "text_config": text, "image_seq_length": 576, "vision_feature_layer": -2}
+    )
+    assert alone(half) == model_config(tiny_config())
 
 
 def test_logits_that_wrappers_do_not_change_are_refused() -> None:
