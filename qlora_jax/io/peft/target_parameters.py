@@ -122,10 +122,10 @@ def expert_tensors(lora: AdapterArrays, layers_of: LayersOf, model: ModelConfig)
     Args:
       lora: {"model.layers.mlp.experts.down_proj": {"lora_a": [S, E or 1, K, R], "lora_b": [S, E or 1, R, N]}}.
     """
-    assert model.experts is not None
     names = [name for name in expert_parameters(model) if name in lora]
     tensors = {}
     for name in names:
+        assert model.experts is not None
         for row, layer in enumerate(layers_of[name]):
             both = all(layer in layers_of[each] for each in names) and len(names) > 1
             prefix = _prefix(name, layer, nested=both and name == names[0])
