@@ -20,6 +20,8 @@ class Experts(RoutingRule):
       selection_bias: True if a bias is added to the scores for the choice alone.
       router_bias: True if the router adds a bias to its logits.
       bias: True if the projections of experts add a bias.
+      interleaved: True if transformers' parameter `gate_up_proj` has the outputs of gate and up in turns. Here they are
+        two weights.
       shared_mlp_dim: inner width of the expert that every token uses; 0: no such expert.
       shared_gate: True if the shared expert's result is multiplied by the sigmoid of a linear layer with one output.
     """
@@ -30,6 +32,7 @@ class Experts(RoutingRule):
     selection_bias: bool = False
     router_bias: bool = False
     bias: bool = False
+    interleaved: bool = False
     shared_mlp_dim: int = 0
     shared_gate: bool = False
 

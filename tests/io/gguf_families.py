@@ -61,6 +61,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptneox": ("gptneox", LAYER | dict(model_type="gpt_neox", use_parallel_residual=False, rotary_pct=0.5)),
 }  # fmt: skip
 ROUTED = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+# llama.cpp rounds the limits of YaRN's ramp, gpt-oss does not: with this base they are 0 and 4.99999.
+GPT_OSS_THETA = 1681.1512
+GPT_OSS_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False)
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("llama", RMS | dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=3)),
     "qwen2moe": ("qwen2moe", RMS | ROUTED | dict(model_type="qwen2_moe", shared_expert_intermediate_size=64)),
@@ -75,6 +78,13 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         | dict(model_type="glm4_moe", head_dim=32, partial_rotary_factor=0.5, attention_bias=True, use_qk_norm=True)
         | dict(num_hidden_layers=3, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2)
         | dict(moe_intermediate_size=32, n_shared_experts=2, routed_scaling_factor=1.5, norm_topk_prob=True),
+    ),
+    "gptoss": (
+        "gpt-oss",
+        RMS
+        | dict(model_type="gpt_oss", head_dim=32, attention_bias=True, sliding_window=8)
+        | dict(num_local_experts=4, num_experts_per_tok=2, rope_theta=GPT_OSS_THETA)
+        | dict(rope_scaling=GPT_OSS_YARN | dict(beta_fast=32.0, beta_slow=1.0)),
     ),
 }
 FAMILIES |= MIXTURES
@@ -103,6 +113,7 @@ def write_family(path: Path, architecture: str, config: dict[str, Any], tensors:
         name = name.removesuffix("_correction_bias") + "_correction.bias" if name.endswith("_bias") else name
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
+        found = f"{found}.weight" if name.endswith(".sinks") else found
         writer.add_tensor(found, np.ascontiguousarray(converted(architecture, config, name, values)))
     if scaling := config.get("rope_scaling"):
         _add_scaling(writer, config, scaling)
@@ -161,6 +172,8 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
     for name, add in optional.items():
         if name in config:
             add(config[name])
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     if architecture == "glm4moe":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_norm(config["norm_topk_prob"])
@@ -172,6 +185,13 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
     if scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
+        return
+    if scaling["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
         return
     writer.add_rope_scaling_attn_factors(scaling["attention_factor"])
     writer.add_tensor("rope_factors_long.weight", np.asarray(scaling["long_factor"], np.float32))

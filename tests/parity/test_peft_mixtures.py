@@ -30,6 +30,8 @@ RUNS = {
     # Modules whose names peft takes for experts, and another scaling.
     "qwen2moe": LoraArgs(rank=4, alpha=8.0, use_rslora=True, rank_pattern={"up_proj": 9}, target_parameters=[DOWN]),
     "qwen3moe": LoraArgs(rank=4, alpha=8.0, target_modules=[], target_parameters=[f"model.layers.1.{GATE_UP}"]),
+    # Fused experts in which gate and up take turns.
+    "gptoss": LoraArgs(rank=4, alpha=8.0, target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN, "mlp.router"]),
     # A dense layer before sparse ones, and one adapter for all experts.
     "glm4moe": LoraArgs(rank=4, alpha=8.0, target_parameters=[GATE_UP, DOWN], share_experts=True),
 }

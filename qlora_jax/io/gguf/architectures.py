@@ -25,7 +25,7 @@ ROUTED = {
     "ffn_down_exps": "mlp.experts.down_proj",
 }
 # GGUF's name of a tensor whose leaf differs from Hugging Face's.
-LEAVES = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
+LEAVES = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias", "attn_sinks.weight": "self_attn.sinks"}
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
@@ -74,6 +74,8 @@ class Architecture:
       rope_tables: tensors of rotary factors that llama.cpp reads; without one it cannot scale each frequency.
       never: name suffixes of tensors that llama.cpp cannot load in this architecture.
       always: name suffixes of tensors that llama.cpp requires in this architecture.
+      untruncated_yarn: YaRN is the family's default scaling, and does not round the limits of its ramp. GGUF has no key
+        for that, and llama.cpp rounds them.
       square: llama.cpp assumes num_heads * head_dim = embed_dim.
     """
 
@@ -99,6 +101,7 @@ class Architecture:
     never: tuple[str, ...] = ()
     always: tuple[str, ...] = ()
     square: bool = False
+    untruncated_yarn: bool = False
 
     def hugging_face_name(self, layer: str | None, part: str, leaf: str, expert: str | None = None) -> str | None:
         """Maps ("3", "attn_q", "weight") to "model.layers.3.self_attn.q_proj.weight"; None for an unknown part.
@@ -332,6 +335,22 @@ ALL = (
         partial="partial_rotary_factor",
         fixed=SILU,
         never=OUTPUT_BIAS,
+    ),
+    Architecture(
+        name="gpt-oss",
+        model_type="gpt_oss",
+        class_name="GptOssForCausalLM",
+        modules=ROUTED | {"ffn_gate_inp": "mlp.router", "post_attention_norm": "post_attention_layernorm"},
+        attributes=WINDOW,
+        required={
+            "expert_count": "num_local_experts",
+            **EXPERTS_USED,
+            "expert_feed_forward_length": "intermediate_size",
+        },
+        biases=ATTENTION_BIAS,
+        fixed=SILU,
+        untruncated_yarn=True,
+        always=("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"),
     ),
 )
 # Mixtures whose architecture has the name of a dense one; the number of experts tells them apart.

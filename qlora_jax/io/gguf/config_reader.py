@@ -176,6 +176,9 @@ def config_from_metadata(
         by_width = config["num_hidden_layers"] == layers
         config["query_pre_attn_scalar"] = config["hidden_size"] // heads if by_width else head_dim
     config["rope_scaling"] = _rope_scaling(path, keys, config, rope_factors)
+    if architecture.untruncated_yarn:
+        scaling = config["rope_scaling"]
+        config["rope_scaling"] = {"rope_type": "default"} if scaling is None else scaling | {"truncate": False}
     if LONGROPE_FACTORS["long_factor"] in rope_factors:
         config["original_max_position_embeddings"] = _original_context(keys, config)
     return config

@@ -12,6 +12,7 @@ from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
+from qlora_jax.io.hf.fused_experts import in_file_order, joined_specs, joined_values
 from qlora_jax.io.hf.mixtures import name_in_files
 from qlora_jax.io.hf.model_writer import other_tensors, write_config, written_dtype
 from qlora_jax.io.hf.reader import SINGLE
@@ -45,7 +46,7 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, features)
     check_stored_quantization(source, slots)
-    names = [(slot, index) for slot in slots for index in range(len(slot.names))]
+    names = in_file_order(slots, source.config)
     names_in_file = {} if source.multimodal is None else source.multimodal.names
     text = [
         spec
@@ -53,8 +54,9 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
         for spec in _tensor_specs(slot, index, weights, _name(slot.names[index], source.config, names_in_file))
     ]
     others, unchanged = other_tensors(source.multimodal, DTYPES[weights.dtype])
-    values = itertools.chain(_values(source, names, weights, progress), unchanged)
-    write_safetensors(folder / SINGLE, [*text, *others], values)
+    written = joined_values(text, _values(source, names, weights, progress), source.config)
+    values = itertools.chain(written, unchanged)
+    write_safetensors(folder / SINGLE, [*joined_specs(text, source.config), *others], values)
     dense = [
         layer_name(f"model.layers.{name}", features.layers_with(name)[row])
         for name, rows in weights.dense

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_jax.io.hf import gpt_oss_experts
 from qlora_jax.io.model_source import ByteRange, JsonObject, TensorEntry
 
 # model_type -> (part of a name in files, the same part in transformers' class).
@@ -43,6 +44,8 @@ def expert_by_expert(folder: Path, config: JsonObject, tensors: Mapping[str, Ten
     Raises:
       ValueError: a matrix is stored twice.
     """
+    if config.get("model_type") == gpt_oss_experts.MODEL_TYPE:
+        return gpt_oss_experts.expert_by_expert(folder, tensors)
     if config.get("model_type") not in FUSED:
         return tensors
     kept = [entry for name, entry in tensors.items() if not _is_beyond(name, config)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.hf.fused_experts import in_file_order, joined_specs, joined_values
 from qlora_jax.io.hf.merging import Mergeables, merge
 from qlora_jax.io.hf.mixtures import name_in_files
 from qlora_jax.io.hf.reader import FLOAT_TYPES, INDEX, SINGLE
@@ -55,15 +56,17 @@ def write_dense_folder(
       multimodal: the rest of the checkpoint, if the model is the text half of one.
     """
     names_in_file = {} if multimodal is None else multimodal.names
+    order = in_file_order(slots, config)
+    named = ((slot, slot.names[index]) for slot, index in order)
     text = [
         TensorSpec(names_in_file.get(name) or name_in_files(config, name), written_dtype(slot, dtype), slot.shape)
-        for slot in slots
-        for name in slot.names
+        for slot, name in named
     ]
-    dense = dense_tensors(slots, compute_dtype, adapters, original)
+    dense = (dense_tensor(slot, index, compute_dtype, adapters, original) for slot, index in order)
     written = (rounded(tensor.name, np.asarray(each), tensor.dtype) for tensor, each in zip(text, dense, strict=True))
     others, unchanged = other_tensors(multimodal, dtype)
-    specs, values = [*text, *others], itertools.chain(written, unchanged)
+    specs = [*joined_specs(text, config), *others]
+    values = itertools.chain(joined_values(text, written, config), unchanged)
     shards = split_into_shards(specs)
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
@@ -98,9 +101,17 @@ def dense_tensors(
 ) -> Iterator[jax.Array]:
     """Yields the dense tensor of each name of each slot in order; tensors with an adapter in f32."""
     for slot in slots:
-        for index, name in enumerate(slot.names):
-            dense = jnp.asarray(original[name].read()) if name in original else _dense(slot, index, compute_dtype)
-            yield merge(slot, index, dense, adapters)
+        for index in range(len(slot.names)):
+            yield dense_tensor(slot, index, compute_dtype, adapters, original)
+
+
+def dense_tensor(
+    slot: Slot, index: int, compute_dtype: np.dtype, adapters: Mergeables, original: Mapping[str, TensorEntry]
+) -> jax.Array:
+    """Returns the dense tensor at `index` in `slot.names`; in f32 if it has an adapter."""
+    name = slot.names[index]
+    dense = jnp.asarray(original[name].read()) if name in original else _dense(slot, index, compute_dtype)
+    return merge(slot, index, dense, adapters)
 
 
 def write_config(folder: Path, config: JsonObject, changes: JsonObject) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -13,10 +13,11 @@ import numpy as np
 from pydantic import Field
 
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
+from qlora_jax.io.hf.gpt_oss_experts import MXFP4, is_mxfp4
 from qlora_jax.io.hf.mixtures import expert_by_expert
 from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
-from qlora_jax.io.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
+from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
 from qlora_jax.metadata import MetadataError, Offset, check_value, decode_json, read_json, shorten
 
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -65,18 +66,28 @@ def open_folder(folder: Path) -> ModelSource:
         )
     config = read_config(config_path)
     quantization = config.get("quantization_config")
-    if quantization is not None and not is_bnb_4bit(quantization):
+    if quantization is not None and not (is_bnb_4bit(quantization) or is_mxfp4(config, quantization)):
         raise ValueError(
             f"{config_path}: quantization_config is not supported (found {shorten(quantization)}, expected 4 bits of "
-            "bitsandbytes). Give the folder of the 16-bit model that these weights were made from: loading quantizes it"
+            "bitsandbytes, or mxfp4 of gpt_oss). Give the folder of the 16-bit model that these weights were made "
+            "from: loading quantizes it"
         )
     tensors = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
-    tensors = group_quantized(folder, tensors) if quantization else _check_unquantized(folder, tensors)
-    tensors = expert_by_expert(folder, config, tensors)
+    tensors = _one_entry_per_weight(folder, config, tensors)
     source = ModelSource(path=folder, config=config, tokenizer=read_tokenizer(folder), tensors=tensors)
     if (half := split_multimodal(folder, config, tensors)) is None:
         return source
     return dataclasses.replace(source, config=half.config, tensors=half.tensors, multimodal=half.rest)
+
+
+def _one_entry_per_weight(
+    folder: Path, config: JsonObject, tensors: Mapping[str, TensorEntry]
+) -> Mapping[str, TensorEntry]:
+    """Returns one entry for the codes and constants of a 4-bit weight, and one per weight of each expert."""
+    quantization = config.get("quantization_config")
+    if quantization is not None and is_bnb_4bit(quantization):
+        return expert_by_expert(folder, config, group_quantized(folder, tensors))
+    return _check_unquantized(folder, expert_by_expert(folder, config, tensors))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -90,13 +101,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_unquantized(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Checks that all tensors are floating point; returns them.
+def _check_unquantized(folder: Path, tensors: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """Checks that all tensors are floating point, or codes of MXFP4; returns them.
 
     Raises:
       ValueError: names a tensor that is not.
     """
-    if odd := [name for name, entry in tensors.items() if entry.file_type not in FLOAT_TYPES]:
+    types = (*FLOAT_TYPES, MXFP4)
+    if odd := [name for name, entry in tensors.items() if entry.file_type not in types]:
         raise ValueError(
             f"{folder}: {len(odd)} tensors have types that are not supported, such as {odd[0]} (found "
             f"{tensors[odd[0]].file_type}, expected {', '.join(FLOAT_TYPES)}). Convert the model to one of these types"

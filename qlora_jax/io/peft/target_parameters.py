@@ -117,7 +117,8 @@ def expert_tensors(lora: AdapterArrays, layers_of: LayersOf, model: ModelConfig)
     """Returns the tensors of adapters on experts, for each layer: A [E R, K] and B [N, R E].
 
     Rows of A are those of the first expert, of the second, ...; columns of B those of the first rank of all experts, of
-    the second, .... An adapter that the experts share is repeated for each of them.
+    the second, .... An adapter that the experts share is repeated for each of them. Rows of B have the order of the
+    parameter's outputs: gate before up, or in turns.
 
     Args:
       lora: {"model.layers.mlp.experts.down_proj": {"lora_a": [S, E or 1, K, R], "lora_b": [S, E or 1, R, N]}}.
@@ -131,9 +132,27 @@ def expert_tensors(lora: AdapterArrays, layers_of: LayersOf, model: ModelConfig)
             prefix = _prefix(name, layer, nested=both and name == names[0])
             for leaf, flatten in FLATTENED.items():
                 values = np.asarray(lora[name][leaf][row])
+                if leaf == "lora_b" and _takes_turns(name, model):
+                    values = _in_turns(values)
                 whole = np.broadcast_to(values, (model.experts.count, *values.shape[1:]))
                 tensors[f"{prefix}.{TENSORS[leaf]}"] = np.ascontiguousarray(flatten(whole))
     return tensors
+
+
+def _takes_turns(name: str, model: ModelConfig) -> bool:
+    """True if outputs of gate and up take turns in a parameter."""
+    assert model.experts is not None
+    return model.experts.interleaved and name.endswith("gate_up_proj")
+
+
+def _in_turns(b: np.ndarray) -> np.ndarray:
+    """Returns B [..., N] with the outputs of gate and up in turns; they follow each other here."""
+    return b.reshape(*b.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(b.shape)
+
+
+def _in_halves(b: np.ndarray) -> np.ndarray:
+    """Inverts `_in_turns`."""
+    return b.reshape(*b.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(b.shape)
 
 
 def _prefix(name: str, layer: int, *, nested: bool) -> str:
@@ -229,6 +248,8 @@ def _shape(inner: str, model: ModelConfig) -> tuple[int, tuple[int, int]]:
 def _stack(inner: str, leaf: str, entries: Sequence[TensorEntry], model: ModelConfig) -> np.ndarray:
     experts, _ = _shape(inner, model)
     stack = np.stack([STACKED[leaf](np.asarray(entry.read(), np.float32), experts) for entry in entries])
+    if leaf == "lora_b" and _takes_turns(inner, model):
+        stack = _in_halves(stack)
     return stack[:, 0] if inner == ROUTER else stack
 
 

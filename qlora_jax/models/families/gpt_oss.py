@@ -51,6 +51,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
         score=SOFTMAX_OF_CHOSEN,
         router_bias=True,
         bias=True,
+        interleaved=True,
     )
     model = decoder_from_hf(
         attributes,

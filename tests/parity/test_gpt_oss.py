@@ -1,0 +1,120 @@
+"""gpt-oss against transformers, in f32: logits, loss, gradients of every adapter, and decoding; f32 and MXFP4 files."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.models.partition import combine, partition
+from qlora_jax.training.step import row_nll
+from tests.marks import some_in_ci
+from tests.parity.test_families_transformers import CUT, LENGTH, PADDING, SIZES, VOCAB
+from tests.parity.test_families_transformers import _decoded as decoded
+from tests.parity.test_families_transformers import _error as error
+from tests.parity.test_families_transformers import _loaded as loaded
+from tests.parity.test_families_transformers import _logits as logits
+from tests.parity.test_families_transformers import _rows as rows
+
+ORACLE = Path(__file__).parent.parent / "oracle/gpt_oss_logits.py"
+TOLERANCE = 1e-4
+CONFIG = SIZES | dict(
+    model_type="gpt_oss",
+    num_key_value_heads=2,
+    head_dim=24,
+    intermediate_size=96,
+    num_local_experts=5,
+    num_experts_per_tok=3,
+    sliding_window=9,
+    swiglu_alpha=1.3,
+    swiglu_limit=0.2,
+)
+YARN = dict(factor=4.0, beta_fast=8.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=16)
+CONFIGS = {
+    "mxfp4": CONFIG | dict(rope_parameters=YARN | dict(rope_type="yarn", rope_theta=5000.0)),
+    "f32": CONFIG | dict(attention_bias=False, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+}
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _loss_and_gradients(model, tokens):
+    """Returns the adapters, the sum of -log p of each next token, and its gradient by every lora_b."""
+    parameters = [f"mlp.experts.{name}" for name in EXPERTS]
+    add_lora(model, LoraArgs(rank=4, alpha=8.0, target_parameters=[*parameters, "mlp.router"]), jax.random.key(0))
+    parts = partition(model)
+    micro = {"inputs": jnp.asarray(tokens), "targets": jnp.roll(tokens, -1, axis=1)}
+    micro["weights"] = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)
+
+    @jax.jit
+    def loss(lora):
+        return row_nll(combine(parts.with_lora(lora)), micro, remat="names", keys_B=None).sum()
+
+    return parts.lora, *jax.value_and_grad(loss)(parts.lora)
+
+
+def _by_weight(name: str, layer: int, expected: dict[str, np.ndarray], model) -> np.ndarray:
+    """Returns the oracle's gradient by W^T [K, N], or [E, K, N] of all experts, with gate before up."""
+    theirs = model.config.hugging_face_name(layer_name(name, layer))
+    if ".experts." not in name:
+        return expected.pop(f"{theirs}.weight").T
+    gradient = expected.pop(theirs)
+    return gradient if name.endswith("down_proj") else np.concatenate([gradient[..., ::2], gradient[..., 1::2]], axis=2)
+
+
+def _gradient_errors(model, lora, gradients, expected: dict[str, np.ndarray]) -> list[float]:
+    """Compares gradients: for y = x (W^T + s A B), the gradient by B is s A^T G^T, with G the gradient by W."""
+    errors = []
+    for name, leaves in lora.items():
+        for layer in range(model.config.num_layers):
+            a = np.asarray(leaves["lora_a"][layer])
+            wanted = 2.0 * np.swapaxes(a, -1, -2) @ _by_weight(name, layer, expected, model)
+            errors.append(error(np.asarray(gradients[name]["lora_b"][layer]), wanted))
+    assert not [name for name in expected if "bias" not in name], f"weights without an adapter: {sorted(expected)}"
+    return errors
+
+
+def _check_codes(folder: Path, dequantized: dict[str, np.ndarray]) -> None:
+    """The codes of each expert are those of the file: they dequantize to transformers' weights to the bit."""
+    tensors = open_model(folder).tensors
+    for name, of_experts in dequantized.items():
+        module, part = name.rsplit(".", 1)
+        for expert, weight_KN in enumerate(of_experts):
+            for place, own in enumerate(EXPERTS[part]):
+                entry = tensors[f"{module}.{expert}.{own}.weight"]
+                wanted = weight_KN.T[place :: len(EXPERTS[part])]
+                np.testing.assert_array_equal(entry.read(), wanted, err_msg=entry.name)
+                assert entry.read_stored is not None
+                codes = entry.read_stored(3, 9).codes
+                np.testing.assert_array_equal(codes, entry.read_stored(0, entry.rows).codes[3:9])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", some_in_ci([("mxfp4",), ("f32",)], lambda i: i == 0))
+def test_gpt_oss(oracle, tmp_path, name):
+    tokens = np.random.default_rng(0).integers(3, VOCAB, (2, LENGTH)).astype(np.int32)
+    settings = {
+        "configs": {name: CONFIGS[name]},
+        "mxfp4": ["mxfp4"],
+        "folder": str(tmp_path),
+        "padding": PADDING,
+        "cut": CUT,
+    }
+    expected, errors = oracle(ORACLE, **settings, tokens=tokens), {}
+    wanted = {key.removeprefix(f"{name}/"): values for key, values in expected.items()}
+    _check_codes(tmp_path / name, {k.removeprefix("dequantized/"): v for k, v in wanted.items() if "dequant" in k})
+    model = loaded(tmp_path / name)
+    right, left, packed = logits(model, *rows(tokens))
+    errors["right"] = error(right, wanted["right"])
+    errors["left"] = error(left[PADDING:], wanted["left"])
+    errors["packed"] = error(packed, wanted["packed"])
+    errors["decoded"] = error(decoded(model, tokens[:1])[0], wanted["right"])
+    lora, nll, gradients = _loss_and_gradients(model, tokens)
+    errors["loss"] = error(nll, wanted["nll"])
+    of_weights = {k.removeprefix("gradient/"): v for k, v in wanted.items() if k.startswith("gradient/")}
+    errors["gradients"] = max(_gradient_errors(model, lora, gradients, of_weights))
+    assert max(errors.values()) < TOLERANCE, {name: error for name, error in errors.items() if error >= TOLERANCE}
