@@ -28,22 +28,28 @@ EXPERT_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 Arrays = dict[str, np.ndarray]
 
 
-def random_mixture(config: dict[str, object], lora: LoraArgs, seed: int = 0) -> ModelParts:
-    """Returns a dense f32 model whose base and adapters are all random, none of them zero."""
-    features, rng = model_config(config), np.random.default_rng(seed)
+DENSE = WeightFormat(quant_type=None, dtype="float32")
+
+
+def random_mixture(config: dict[str, object], lora: LoraArgs, weights: WeightFormat = DENSE) -> ModelParts:
+    """Returns a model whose base and adapters are all random, none of them zero."""
+    features, rng = model_config(config), np.random.default_rng(0)
 
     def shapes() -> ModelParts:
-        model = CausalLM(features, WeightFormat(quant_type=None, dtype="float32"))
-        add_lora(model, lora, jax.random.key(seed))
+        model = CausalLM(features, weights)
+        add_lora(model, lora, jax.random.key(0))
         return partition(model)
 
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _random(rng, path, leaf.shape), jax.eval_shape(shapes))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _random(rng, path, leaf), jax.eval_shape(shapes))
 
 
-def _random(rng: np.random.Generator, path: jax.tree_util.KeyPath, shape: tuple[int, ...]) -> jax.Array:
+def _random(rng: np.random.Generator, path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    if leaf.dtype == jnp.uint8:
+        return jnp.asarray(rng.integers(0, 256, leaf.shape, "u1"))
     name = jax.tree_util.keystr(path)
     around, width = (1.0, 0.3) if "norm" in name else (0.0, 0.3 if "bias" in name else 0.12)
-    return jnp.asarray(around + width * rng.standard_normal(shape, "f4"))
+    values = around + width * rng.standard_normal(leaf.shape, "f4")
+    return jnp.asarray(np.abs(values) if "nested" in name else values, leaf.dtype)
 
 
 def arrays_of(parts: ModelParts, config: ModelConfig) -> Arrays:
