@@ -111,13 +111,13 @@ def choose_implementation(
     direction: Direction,
     dtype: DTypeLike,
     weights: ExpertWeights,
-    groups: Groups,
+    tile: int,
     implementation: str | None = None,
 ) -> Choice:
-    """Returns the implementation that runs a call on a device, and why those before it in its order do not."""
+    """Returns the implementation of a call with so many rows per tile, and why those before it in its order do not."""
     order = (implementation,) if implementation else preference(device, PREFERENCE)
     if isinstance(weights, QTensor):
-        return choose(device, Call.of(direction, groups.tile, jnp.dtype(dtype), weights), IMPLEMENTATIONS, order)
+        return choose(device, Call.of(direction, tile, jnp.dtype(dtype), weights), IMPLEMENTATIONS, order)
     refusals = {name: "takes 4-bit weights alone" for name in order if IMPLEMENTATIONS[name].fused}
     return Choice(next((name for name in order if name not in refusals), None), refusals)
 
@@ -132,7 +132,7 @@ def product(
 ) -> jax.Array:
     """Computes one direction of the op, unchecked: [P, K] -> [P, N] forward, [P, N] -> [P, K] backward."""
     device = target_device()
-    choice = choose_implementation(device, direction, rows.dtype, weights, groups, name)
+    choice = choose_implementation(device, direction, rows.dtype, weights, groups.tile, name)
     if choice.name is None:
         reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals.items())
         raise NotImplementedError(f"grouped_matmul {direction} on {device}: {reasons}")

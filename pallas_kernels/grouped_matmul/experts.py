@@ -18,7 +18,7 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.frozen_product import Direction
 from pallas_kernels.ggml_matmul import api as ggml
-from pallas_kernels.ggml_matmul.reference import dequantize_layer
+from pallas_kernels.ggml_matmul import cpu as ggml_cpu
 from pallas_kernels.nf4_matmul import api as nf4
 from pallas_kernels.nf4_matmul import cpu
 from pallas_kernels.nf4_matmul.dispatch import Call
@@ -68,6 +68,16 @@ def _implementation(direction: Direction, flat: QTensor, rows: int, dtype: DType
     return nf4.choose_implementation(target_device(), call).name
 
 
+def _ggml_expert(flat: GgmlTensor, index: Index, dtype: DTypeLike) -> Float[Array, "N K"]:
+    chosen = ggml.choose_implementation(target_device(), str(jnp.dtype(dtype)))
+    return ggml.IMPLEMENTATIONS[chosen].dequantize_layer(flat, index, dtype)
+
+
+def _reads_blocks(flat: GgmlTensor, rows: int, dtype: DTypeLike) -> bool:
+    chosen = ggml.choose_implementation(target_device(), str(jnp.dtype(dtype)))
+    return chosen == "cpu" and rows <= ggml_cpu.FEW_ROWS
+
+
 def _ggml_product(x_CK: Float[Array, "C K"], flat: GgmlTensor, index: Index) -> Float[Array, "C N"]:
     return ggml.product("forward", x_CK, flat, index)
 
@@ -92,9 +102,9 @@ KINDS: dict[type, Kind] = {
     GgmlTensor: Kind(
         shape=lambda weights: weights.shape,
         stack_shape=lambda weights: weights.stack_shape,
-        expert=dequantize_layer,
+        expert=_ggml_expert,
         product=_ggml_product,
-        reads_codes=lambda flat, rows, dtype: False,
+        reads_codes=_reads_blocks,
         problems=ggml.weights_problems,
     ),
 }

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -10,8 +10,10 @@ from pallas_kernels.devices import target_device
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ggml_matmul.api import choose_implementation as choose_ggml
+from pallas_kernels.grouped_matmul import api as grouped_api
+from pallas_kernels.grouped_matmul.groups import choose_tile
 from pallas_kernels.nf4_matmul.api import choose_implementation
-from pallas_kernels.nf4_matmul.dispatch import Call
+from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
@@ -203,16 +205,33 @@ def _matmuls(session: Session) -> str:
     """Returns the implementations that multiply by packed weights, and why the preferred ones are not used."""
     device, micro_batch_size = target_device(), session.config.train.micro_batch_size
     rows = micro_batch_size // mesh_size(session.mesh).devices * max(session.dataset.buckets)
-    leaves = jax.tree.leaves(session.parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor | GgmlTensor))
-    calls = [Call.of("forward", rows, session.weights.dtype, leaf) for leaf in leaves if isinstance(leaf, QTensor)]
-    choices = [choose_implementation(device, call) for call in calls]
+    leaves = jax.tree.leaves(session.parts.base, is_leaf=_is_packed)
+    packed, dtype = [leaf for leaf in leaves if _is_packed(leaf)], session.weights.dtype
+    plain = [leaf for leaf in packed if len(leaf.stack_shape) < 2]
+    calls = [Call.of("forward", rows, dtype, leaf) for leaf in plain if isinstance(leaf, QTensor)]
+    found = [_chosen([choose_implementation(device, call) for call in calls])]
+    if any(isinstance(leaf, GgmlTensor) for leaf in plain):
+        found.append(f"{choose_ggml(device, dtype)}, from the blocks of the file")
+    if grouped := [leaf for leaf in packed if len(leaf.stack_shape) == 2]:
+        experts = session.model.experts
+        assert experts is not None, "weights with two leading axes are experts"
+        tile = choose_tile(device, rows * experts.per_token, experts.count)
+        choices = [grouped_api.choose_implementation(device, "forward", dtype, leaf, tile) for leaf in grouped]
+        found.append(f"experts: {_chosen(choices)}, {tile} rows per tile")
+    return "; ".join(filter(None, found)) or "XLA, dense weights"
+
+
+def _is_packed(leaf: object) -> bool:
+    return isinstance(leaf, QTensor | GgmlTensor)
+
+
+def _chosen(choices: Sequence[Choice]) -> str:
+    """Returns the implementations, and why others before them are not used."""
     names = dict.fromkeys(str(choice.name) for choice in choices)
-    if any(isinstance(leaf, GgmlTensor) for leaf in leaves):
-        names[f"{choose_ggml(device, session.weights.dtype)}, from the blocks of the file"] = None
     refusals = dict.fromkeys(
         f"; not {name}: {reason}" for choice in choices for name, reason in choice.refusals.items()
     )
-    return (", ".join(names) + "".join(refusals)) or "XLA, dense weights"
+    return ", ".join(names) + "".join(refusals)
 
 
 def _attention(session: Session) -> str:

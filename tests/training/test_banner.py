@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -44,6 +45,14 @@ def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run
     products = _matmuls.__wrapped__(session_of(weight((64, 128)), weight((96, 192)), jnp.ones(3)))
     assert products == "reference; not few: takes 1 to 64 rows, not 128"
     assert _matmuls.__wrapped__(session_of(jnp.ones((4, 4)))) == "XLA, dense weights"
+
+
+def test_experts_are_multiplied_in_tiles():
+    session = session_of(weight((64, 128)))
+    session.model = SimpleNamespace(experts=SimpleNamespace(per_token=2, count=4))
+    session.parts.base["experts"] = jax.tree.map(lambda leaf: leaf[None, None], weight((64, 128)))
+    products = _matmuls.__wrapped__(session)
+    assert products.startswith("reference") and products.endswith("; experts: loop, 16 rows per tile")
 
 
 def test_the_fixed_matrices_of_lora_fa_are_not_counted_as_trained():
