@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.nn.rope import SCALINGS, Rope
+from qlora_jax.nn.rope import SCALINGS, QueryPositionScale, Rope
 
 
 def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, str, str]]:
@@ -28,6 +28,8 @@ def _equal(ours: object, theirs: object) -> bool:
         return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
     if isinstance(ours, Rope) and isinstance(theirs, Rope):
         return _equal_rotations(ours, theirs)
+    if isinstance(ours, QueryPositionScale) and isinstance(theirs, QueryPositionScale):
+        return _equal(dataclasses.astuple(ours), dataclasses.astuple(theirs))
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-6)
     return ours == theirs

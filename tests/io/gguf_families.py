@@ -30,6 +30,8 @@ SIZES = dict(
 RMS = SIZES | dict(rms_norm_eps=1e-5, rope_theta=5000.0)
 LAYER = SIZES | dict(layer_norm_eps=1e-5, num_key_value_heads=4)
 LONG, SHORT = [1.5, 1.7, 2.0, 3.0], [1.0, 1.1, 1.2, 1.25]
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16.0, beta_slow=2.0)
+MINISTRAL = dict(mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.5)
 LONGROPE = dict(rope_type="longrope", long_factor=LONG, short_factor=SHORT, attention_factor=1.25)
 # By name: llama.cpp's architecture, and a config with what it can say away from the default.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,6 +41,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", RMS | dict(model_type="qwen3", head_dim=128, tie_word_embeddings=True)),
     "smollm3": ("smollm3", RMS | dict(model_type="smollm3")),
     "olmo2": ("olmo2", RMS | dict(model_type="olmo2")),
+    "olmo3": (
+        "olmo2",
+        RMS | dict(model_type="olmo3", num_hidden_layers=4, sliding_window=16, rope_theta=5e5, rope_scaling=YARN)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2),
+    ),
+    "exaone4": ("exaone4", RMS | dict(model_type="exaone4", sliding_window=None, tie_word_embeddings=True)),
+    # llama.cpp gives windows to models of 64 layers alone.
+    "exaone4, windows": ("exaone4", RMS | dict(model_type="exaone4", num_hidden_layers=64, sliding_window=16)),
+    "seed_oss": ("seed_oss", RMS | dict(model_type="seed_oss", head_dim=32)),
+    "glm4": ("glm4", RMS | dict(model_type="glm4", head_dim=16)),
+    "granite": (
+        "granite",
+        RMS | dict(model_type="granite", attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+        | dict(embedding_multiplier=12.0, attention_multiplier=0.5, residual_multiplier=0.25, logits_scaling=8.0),
+    ),
+    "cohere2": (
+        "cohere2",
+        LAYER
+        | dict(model_type="cohere2", num_hidden_layers=4, num_key_value_heads=2, sliding_window=16, logit_scale=0.25),
+    ),
+    "ministral3": (
+        "mistral3",
+        RMS | dict(model_type="ministral3", head_dim=32)
+        | dict(rope_scaling=YARN | dict(original_max_position_embeddings=8) | MINISTRAL),
+    ),
     "gemma": ("gemma", RMS | dict(model_type="gemma", head_dim=32, rope_theta=10000.0)),
     "gemma2": (
         "gemma2",
@@ -88,8 +115,9 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES |= MIXTURES
-ROTARY = ("llama", "smollm3")
+ROTARY = ("llama", "smollm3", "granite", "mistral3")
 ONE_MORE = ("gemma", "gemma2", "gemma3")
+WITHOUT_ROTATED = ("qwen2", "qwen3", "olmo2", "exaone4", "seed_oss", "qwen2moe", "qwen3moe", "olmoe", *ONE_MORE)
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -145,14 +173,19 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
     if "head_dim" in config:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    part = config.get("partial_rotary_factor", config.get("rotary_pct", 1.0))
-    if architecture not in ("qwen2", "qwen3", "olmo2", "qwen2moe", "qwen3moe", "olmoe", *ONE_MORE):
+    part = config.get("partial_rotary_factor", config.get("rotary_pct", 0.5 if architecture == "glm4" else 1.0))
+    if architecture not in WITHOUT_ROTATED:
         writer.add_rope_dimension_count(int(head_dim * part))
     optional = {
         "rms_norm_eps": writer.add_layer_norm_rms_eps,
         "layer_norm_eps": writer.add_layer_norm_eps,
         "rope_theta": writer.add_rope_freq_base,
         "sliding_window": writer.add_sliding_window,
+        "logit_scale": writer.add_logit_scale,
+        "logits_scaling": writer.add_logit_scale,
+        "embedding_multiplier": writer.add_embedding_scale,
+        "residual_multiplier": writer.add_residual_scale,
+        "attention_multiplier": writer.add_attention_scale,
         "attn_logit_softcapping": writer.add_attn_logit_softcapping,
         "final_logit_softcapping": writer.add_final_logit_softcapping,
         "use_parallel_residual": writer.add_parallel_residual,
@@ -170,13 +203,16 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
         "routed_scaling_factor": writer.add_expert_weights_scale,
     }
     for name, add in optional.items():
-        if name in config:
+        if config.get(name) is not None:
             add(config[name])
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(config["intermediate_size"])
     if architecture == "glm4moe":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if config.get("sliding_window") and architecture in ("olmo2", "exaone4"):
+        types = config.get("layer_types") or [(layer + 1) % 4 for layer in range(config["num_hidden_layers"])]
+        writer.add_sliding_window_pattern([kind not in ("full_attention", 0) for kind in types])
     if architecture == "phi3" and "sliding_window" not in config:
         writer.add_sliding_window(0)
 
@@ -192,6 +228,9 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+        if "llama_4_scaling_beta" in scaling:
+            writer.add_rope_scaling_yarn_log_mul(scaling["mscale_all_dim"])
+            writer.add_attn_temperature_scale(scaling["llama_4_scaling_beta"])
         return
     writer.add_rope_scaling_attn_factors(scaling["attention_factor"])
     writer.add_tensor("rope_factors_long.weight", np.asarray(scaling["long_factor"], np.float32))

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,8 +18,11 @@ from qlora_jax.io.export.dtypes import MERGED_DTYPES
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
+from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
 from tests.data.tokenizer.test_from_gguf import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import FAMILIES, random_tensors
@@ -25,13 +30,16 @@ from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level
 from tests.marks import some_in_ci
 from tests.parity.test_peft import LORAS, _logits, _write_run
+from tests.training.compiled_text import TO_READ
 
 SCRIPT = Path(__file__).parent.parent / "oracle/llama_cpp_models.py"
 VOCABULARY, LENGTH = 460, 19
 NAMED = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
 TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
+# Written from a folder alone: adapters, runs and merging do not depend on the architecture.
+WITHOUT_RUN = ("olmo3", "exaone4", "exaone4, windows", "seed_oss", "glm4", "granite", "cohere2", "ministral3")
 # llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
-ARCHITECTURES = [name for name in CONFIGS if name != "phi3"]
+ARCHITECTURES = [name for name in CONFIGS if name not in ("phi3", *WITHOUT_RUN)]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
 OLMO2_NORMS = ["post_attention_layernorm", "post_feedforward_layernorm", "norm", "q_norm", "k_norm"]
 METHODS = {  # else LoRA
@@ -50,13 +58,17 @@ WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
 
 def _run(tmp_path: Path, name: str, lora: LoraArgs = LORAS["all"], **changes: Any):
     """(folder of a run on a model in a folder, its model)."""
+    return tmp_path / name, _write_run(tmp_path / name, _folder(tmp_path, name, **changes), lora)[0]
+
+
+def _folder(tmp_path: Path, name: str, **changes: Any) -> Path:
+    """A model in a folder."""
     # llama.cpp's contexts hold 256 tokens at least, and LongRoPE goes by what they hold.
     lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
     config = CONFIGS[name][1] | {k: v for k, v in lengths.items() if k in CONFIGS[name][1]}
     config |= {"vocab_size": VOCABULARY} | changes
     files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
-    model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
-    return tmp_path / name, _write_run(tmp_path / name, model, lora)[0]
+    return write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
 
 
 def _case(model: Path, lora: Path | None = None, **more: Any) -> dict[str, Any]:
@@ -104,6 +116,23 @@ def test_every_architecture(tmp_path: Path, llama_cpp) -> None:
         assert off < within, (name, off)
         assert _ids(found, name)["texts"] == expected, name
         assert found[f"{name}/special"].tolist() == [1, 2]
+
+
+@pytest.mark.slow
+def test_architectures_without_a_run(tmp_path: Path, llama_cpp) -> None:
+    """Positions exceed the windows, and the period in which Ministral's queries grow."""
+    ours, cases = {}, {}
+    logits = jax.jit(lambda model: model.head.logits(model.hidden(jnp.asarray(TOKENS))), compiler_options=TO_READ)
+    for name in WITHOUT_RUN:
+        folder = _folder(tmp_path, name)
+        source = open_model(folder)
+        weights = WeightFormat(quant_type=None, dtype="float32")
+        ours[name] = logits(load_model(source, model_config(source.config), weights).model)
+        cases[name] = _case(_gguf_of(folder, tmp_path / f"{name}.gguf"), rows=TOKENS.tolist())
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
+    for name, expected in ours.items():
+        off = np.abs(found[f"{name}/logits"].reshape(expected.shape) - expected).max() / np.abs(expected).max()
+        assert off < 1e-5, (name, off)
 
 
 @pytest.mark.slow

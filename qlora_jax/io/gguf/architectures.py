@@ -34,6 +34,7 @@ FOUR_NORMS = NORMS_BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
 ROPE_FACTORS = "rope_freqs.weight"  # the divisor of each rotary frequency in Llama 3.1's scaling
 LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 HEAD, OUTPUT_BIAS = "output.weight", ("attn_output.bias",)
+ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", *OUTPUT_BIAS)
 MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 
 RMS_EPS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
@@ -44,7 +45,23 @@ BIASES = ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_gate.bias"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
 EXPERTS_USED = {"expert_used_count": "num_experts_per_tok"}
 INNER_WIDTH = {"expert_feed_forward_length": "moe_intermediate_size"}
+PATTERN = "attention.sliding_window_pattern"  # one number, or per layer whether it has a window
+TEMPERATURE = "attention.temperature_scale"
 SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A model that shares an architecture with others.
+
+    Attributes:
+      model_type, class_name: Hugging Face's names.
+      rope_per_window: its config has the rotary embeddings of layers without and with a window apart.
+    """
+
+    model_type: str
+    class_name: str
+    rope_per_window: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +87,12 @@ class Architecture:
       fixed: attributes that the architecture implies.
       query_scalar_layers: a model with this many layers scales queries by embed_dim / heads, others by head_dim; GGUF
         has no key for it, so llama.cpp decides by the number of layers. 0: the architecture has no separate scale.
+      query_scale: the attribute for the scale of the scores; a file without the key means head_dim^-1/2.
+      rope_attributes: further optional keys -> attributes of the config's rope scaling.
+      window_period: in a file without PATTERN, all layers but every such one have a window; 0: windows have no pattern,
+        or it is an attribute.
+      window_layers: only a model with this many layers has windows, whatever the file says; 0: any model.
+      variants: key -> the model that a file with this key contains.
       also: further model_types of Hugging Face that use this architecture.
       rope_tables: tensors of rotary factors that llama.cpp reads; without one it cannot scale each frequency.
       never: name suffixes of tensors that llama.cpp cannot load in this architecture.
@@ -94,8 +117,13 @@ class Architecture:
     only: Mapping[str, int] = dataclasses.field(default_factory=dict)
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     partial: str | None = None
-    fixed: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, str | int | None] = dataclasses.field(default_factory=dict)
     query_scalar_layers: int = 0
+    query_scale: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rope_attributes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    window_period: int = 0
+    window_layers: int = 0
+    variants: Mapping[str, Variant] = dataclasses.field(default_factory=dict)
     also: tuple[str, ...] = ()
     rope_tables: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
@@ -171,11 +199,91 @@ ALL = (
         model_type="olmo2",
         class_name="Olmo2ForCausalLM",
         modules=QK_NORMS | NORMS_BEHIND,
+        attributes=WINDOW,
         biases=ATTENTION_BIAS,
         fixed=SILU,
-        never=OUTPUT_BIAS,
+        window_period=4,
+        variants={
+            "attention.sliding_window": Variant(model_type="olmo3", class_name="Olmo3ForCausalLM", rope_per_window=True)
+        },
+        also=("olmo3",),
+        never=ATTENTION_BIASES,
         always=(HEAD,),
         square=True,
+    ),
+    Architecture(
+        name="exaone4",
+        model_type="exaone4",
+        class_name="Exaone4ForCausalLM",
+        modules=QK_NORMS | NORMS_BEHIND,
+        attributes=WINDOW,
+        fixed=SILU,
+        window_period=4,
+        window_layers=64,
+        rope_tables=(ROPE_FACTORS,),
+    ),
+    Architecture(
+        name="seed_oss",
+        model_type="seed_oss",
+        class_name="SeedOssForCausalLM",
+        modules={"post_attention_norm": "post_attention_layernorm"},
+        biases=BIASES | {"attention_out_bias": "blk.0.attn_output.bias"},
+        fixed=SILU,
+        never=(*OUTPUT_BIAS, *MLP_BIASES),
+    ),
+    Architecture(
+        name="glm4",
+        model_type="glm4",
+        class_name="Glm4ForCausalLM",
+        modules={
+            "ffn_up": "mlp.gate_up_proj",
+            "post_attention_norm": "post_self_attn_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+        },
+        biases=ATTENTION_BIAS,
+        partial="partial_rotary_factor",
+        fixed=SILU,
+    ),
+    Architecture(
+        name="granite",
+        model_type="granite",
+        class_name="GraniteForCausalLM",
+        permutes_rotary_rows=True,
+        attributes={
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+        query_scale={"attention.scale": "attention_multiplier"},
+        biases=BIASES,
+        fixed=SILU,
+        rope_tables=(ROPE_FACTORS,),
+    ),
+    Architecture(
+        name="cohere2",
+        model_type="cohere2",
+        class_name="Cohere2ForCausalLM",
+        eps=LAYER_EPS,
+        attributes=WINDOW | {"logit_scale": "logit_scale"},
+        biases=ATTENTION_BIAS,
+        fixed=SILU,
+        window_period=4,
+        never=(*OUTPUT_BIAS, HEAD),
+        square=True,
+    ),
+    Architecture(
+        name="mistral3",
+        model_type="mistral",
+        class_name="MistralForCausalLM",
+        permutes_rotary_rows=True,
+        fixed=SILU | {"sliding_window": None},
+        rope_attributes={
+            "rope.scaling.yarn_log_multiplier": ("mscale_all_dim", "mscale"),
+            TEMPERATURE: ("llama_4_scaling_beta",),
+        },
+        variants={TEMPERATURE: Variant(model_type="ministral3", class_name="Ministral3ForCausalLM")},
+        also=("ministral3",),
+        rope_tables=(ROPE_FACTORS,),
     ),
     Architecture(
         name="gemma",
@@ -367,4 +475,5 @@ MIXTURES = {
     )
 }
 ARCHITECTURES = {architecture.name: architecture for architecture in ALL}
-OF_MODEL_TYPE = {kind: each for each in (*ALL, *MIXTURES.values()) for kind in (each.model_type, *each.also)}
+# The first architecture of a model_type is the one that is written.
+OF_MODEL_TYPE = {kind: each for each in reversed((*ALL, *MIXTURES.values())) for kind in (each.model_type, *each.also)}

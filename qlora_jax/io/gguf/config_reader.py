@@ -11,7 +11,16 @@ from typing import Annotated, TypedDict
 import numpy as np
 from pydantic import FailFast, Field
 
-from qlora_jax.io.gguf.architectures import ARCHITECTURES, LONGROPE_FACTORS, MIXTURES, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.architectures import (
+    ARCHITECTURES,
+    LONGROPE_FACTORS,
+    MIXTURES,
+    PATTERN,
+    ROPE_FACTORS,
+    TEMPERATURE,
+    Architecture,
+    Variant,
+)
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.metadata import Count, Kind, check_value, find_problems, shorten
@@ -38,12 +47,18 @@ FLOATS = {
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "expert_weights_scale",
+    "attention.scale",
+    TEMPERATURE,
+    "embedding_scale",
+    "logit_scale",
+    "residual_scale",
     "rope.freq_base",
     "rope.freq_base_swa",
     "rope.scaling.attn_factor",
     *ROPE_FACTOR_KEYS,
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+    "rope.scaling.yarn_log_multiplier",
 }
 BOOLEANS = {"use_parallel_residual", "expert_weights_norm"}
 # Keys for which 0 means unset.
@@ -67,6 +82,7 @@ DESCRIPTIVE = {"tensor_data_layout", "rope.scaling.finetuned"}
 
 type Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 type Texts = Annotated[list[str], FailFast()]
+type Flags = Annotated[list[bool], FailFast()]
 type Numbers[T] = Annotated[list[T], FailFast()]
 
 # Types of keys without the architecture's prefix.
@@ -156,9 +172,10 @@ def config_from_metadata(
     config |= architecture.absent
     config |= {name: keys[key] for key, name in architecture.attributes.items() if key in keys}
     heads, head_dim = config["num_attention_heads"], _head_dim(keys)
+    variant = _variant(architecture, keys)
     config |= {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
+        "architectures": [variant.class_name],
+        "model_type": variant.model_type,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rope_theta": keys.get("rope.freq_base", 10000.0),
@@ -175,13 +192,45 @@ def config_from_metadata(
     if layers := architecture.query_scalar_layers:
         by_width = config["num_hidden_layers"] == layers
         config["query_pre_attn_scalar"] = config["hidden_size"] // heads if by_width else head_dim
-    config["rope_scaling"] = _rope_scaling(path, keys, config, rope_factors)
+    config |= {name: keys.get(key, head_dim**-0.5) for key, name in architecture.query_scale.items()}
+    if architecture.window_period:
+        config |= _windows(architecture, keys, config)
+    config["rope_scaling"] = _rope_scaling(path, architecture, keys, config, rope_factors)
     if architecture.untruncated_yarn:
         scaling = config["rope_scaling"]
         config["rope_scaling"] = {"rope_type": "default"} if scaling is None else scaling | {"truncate": False}
+    if variant.rope_per_window:
+        config = _with_ropes_apart(config)
     if LONGROPE_FACTORS["long_factor"] in rope_factors:
         config["original_max_position_embeddings"] = _original_context(keys, config)
     return config
+
+
+def _variant(architecture: Architecture, keys: Metadata) -> Variant:
+    """The model of a file, by the keys that it has."""
+    plain = Variant(model_type=architecture.model_type, class_name=architecture.class_name)
+    return next((variant for key, variant in architecture.variants.items() if key in keys), plain)
+
+
+def _windows(architecture: Architecture, keys: Metadata, config: JsonObject) -> JsonObject:
+    """The window of a model of which only some layers have one, and the kind of every layer, as llama.cpp chooses."""
+    layers, window = config["num_hidden_layers"], keys.get("attention.sliding_window")
+    if window is None or architecture.window_layers not in (0, layers):
+        return {"sliding_window": None}
+    pattern = keys.get(PATTERN, architecture.window_period)
+    slides = pattern if isinstance(pattern, list) else [bool((layer + 1) % pattern) for layer in range(layers)]
+    return {"layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides]}
+
+
+def _with_ropes_apart(config: JsonObject) -> JsonObject:
+    """A config in which layers with a window have the same rotary base, and no scaling."""
+    theta, scaling = config["rope_theta"], config["rope_scaling"] or {"rope_type": "default"}
+    per_window = {
+        "full_attention": {**scaling, "rope_theta": theta},
+        "sliding_attention": {"rope_type": "default", "rope_theta": theta},
+    }
+    kept = {name: value for name, value in config.items() if name not in ("rope_theta", "rope_scaling")}
+    return kept | {"rope_parameters": per_window}
 
 
 def _rotated_fraction(rotated: int, head_dim: int) -> float:
@@ -205,8 +254,8 @@ def _required(architecture: Architecture) -> Mapping[str, str]:
 def _problems(architecture: Architecture, keys: Metadata) -> list[str]:
     required, only = _required(architecture), {**NEUTRAL, **architecture.only}
     only = {key: value for key, value in only.items() if key not in required}
-    of_architecture = {*architecture.eps, *architecture.attributes}
-    shared = FLOATS - {key for other in ARCHITECTURES.values() for key in (*other.eps, *other.attributes)}
+    of_architecture = _own_keys(architecture)
+    shared = FLOATS - {key for other in ARCHITECTURES.values() for key in _own_keys(other)}
     numbers = {*required, *OPTIONAL, *shared, *of_architecture, "rope.scaling.original_context_length"} - BOOLEANS
     known = {*numbers, *of_architecture, "rope.scaling.type", *only, *DESCRIPTIVE}
     problems = [f"{key}: missing" for key in required if key not in keys]
@@ -217,11 +266,21 @@ def _problems(architecture: Architecture, keys: Metadata) -> list[str]:
         if keys.get(key, value) != value
     ]
     typed = (numbers | (BOOLEANS & known)) & keys.keys()
-    problems += [problem for key in sorted(typed) for problem in find_problems(keys[key], _kind(key), key)]
+    problems += [
+        problem for key in sorted(typed) for problem in find_problems(keys[key], _kind(key, architecture), key)
+    ]
     return problems if problems else _head_problems(architecture, keys)
 
 
-def _kind(key: str) -> Kind:
+def _own_keys(architecture: Architecture) -> set[str]:
+    """The keys that some architectures have, and this one."""
+    each = (architecture.eps, architecture.attributes, architecture.query_scale, architecture.rope_attributes)
+    return {key for table in each for key in table} | ({PATTERN} if architecture.window_period else set())
+
+
+def _kind(key: str, architecture: Architecture) -> Kind:
+    if key == PATTERN and architecture.window_period:
+        return Count | Flags
     return bool if key in BOOLEANS else Positive if key in FLOATS else Count
 
 
@@ -243,7 +302,11 @@ def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
 
 
 def _rope_scaling(
-    path: Path, keys: Metadata, config: JsonObject, rope_factors: Mapping[str, np.ndarray]
+    path: Path,
+    architecture: Architecture,
+    keys: Metadata,
+    config: JsonObject,
+    rope_factors: Mapping[str, np.ndarray],
 ) -> JsonObject | None:
     if set(LONGROPE_FACTORS.values()) <= rope_factors.keys():
         return _longrope_scaling(keys, rope_factors)
@@ -262,12 +325,16 @@ def _rope_scaling(
                 f"{path}: {ROPE_FACTORS} together with a rope.scaling.factor (found {factor}) is not supported"
             )
         return _llama3_scaling(path, config, factors)
+    if TEMPERATURE in keys and not (scaled and kind == "yarn"):
+        raise ValueError(f"{path}: {TEMPERATURE}: found without yarn's scaling, expected both. Convert the model again")
     if not scaled:
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        return _yarn_scaling(keys, config, factor)
+        given = architecture.rope_attributes.items()
+        further = {name: keys[key] for key, names in given if key in keys for name in names}
+        return _yarn_scaling(keys, config, factor) | further
     raise ValueError(f"{path}: rope.scaling.type: found {shorten(kind)}, expected none, linear or yarn")
 
 

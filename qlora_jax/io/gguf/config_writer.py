@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from qlora_jax.io.config_diff import config_differences
-from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS, llama3_factors
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.models.config import ModelConfig
@@ -40,11 +40,7 @@ def config_metadata(features: ModelConfig, architecture: Architecture) -> tuple[
         "vocab_size": f.vocab_size,
         **{key: f.norm_eps for key in architecture.eps},
         **architecture.only,
-        **{
-            key: value
-            for key in (*architecture.required, *architecture.attributes)
-            if (value := _value(key, f)) is not None
-        },
+        **_optional(architecture, f),
         **scaling,
     }
     used = {name: table for name, table in tables.items() if name in architecture.rope_tables}
@@ -52,6 +48,22 @@ def config_metadata(features: ModelConfig, architecture: Architecture) -> tuple[
         key: float(value) if key in FLOATS else value for key, value in keys.items()
     }  # a config.json may contain 50 for 50.0
     return {f"{architecture.name}.{key}": value for key, value in typed.items()}, used
+
+
+def _optional(architecture: Architecture, features: ModelConfig) -> JsonObject:
+    """The values of keys that only some architectures have."""
+    further = {key: names[0] for key, names in architecture.rope_attributes.items()}
+    attributes = {**architecture.required, **architecture.attributes, **architecture.query_scale, **further}
+    values: JsonObject = {key: _value(key, name, features) for key, name in attributes.items()}
+    if architecture.window_period and features.windows:
+        values[PATTERN] = [window is not None for window in features.windows]
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _value(key: str, attribute: str, features: ModelConfig) -> int | float | bool | None:
+    if key in OF_EXPERTS:
+        return None if features.experts is None else OF_EXPERTS[key](features.experts)
+    return OPTIONAL[attribute](features)
 
 
 def features_lost(features: ModelConfig, read: ModelConfig) -> list[str]:
@@ -82,10 +94,13 @@ def _local_theta(features: ModelConfig) -> float | None:
     return next((rope.theta for rope, window in ropes if rope is not None and window is not None), None)
 
 
-def _value(key: str, features: ModelConfig) -> int | float | bool | None:
-    if key in OF_EXPERTS:
-        return None if features.experts is None else OF_EXPERTS[key](features.experts)
-    return OPTIONAL[key](features)
+def _log_multiplier(features: ModelConfig) -> float | None:
+    """Yarn's `mscale_all_dim`, which llama.cpp takes for `mscale` too; no scale of queries: a model without the key."""
+    return None if features.query_position_scale is None else features.rope.scaling.number("mscale_all_dim", 0.0)
+
+
+def _beta(features: ModelConfig) -> float | None:
+    return None if features.query_position_scale is None else features.query_position_scale.beta
 
 
 # Values of keys of mixtures.
@@ -102,14 +117,21 @@ OF_EXPERTS: Mapping[str, Callable[[Experts], int | float | bool | None]] = {
     "expert_group_used_count": lambda experts: experts.groups_per_token if experts.groups > 1 else None,
     "nextn_predict_layers": lambda experts: None,
 }
-# Values of keys that only some architectures have; None: the key is not written.
+# Values of keys that only some architectures have, by Hugging Face's attribute; None: the key is not written.
 OPTIONAL: Mapping[str, Callable[[ModelConfig], int | float | bool | None]] = {
-    "attention.sliding_window": _window,
-    "attention.sliding_window_pattern": _pattern,
-    "rope.freq_base_swa": _local_theta,
+    "sliding_window": _window,
+    "sliding_window_pattern": _pattern,
+    "rope_local_base_freq": _local_theta,
     "attn_logit_softcapping": lambda features: features.attention_softcap,
     "final_logit_softcapping": lambda features: features.head_softcap,
     "use_parallel_residual": lambda features: features.layout == "parallel",
+    "attention_multiplier": lambda features: features.query_scale,
+    "embedding_multiplier": lambda features: features.embed_scale,
+    "residual_multiplier": lambda features: features.residual_scale,
+    "logits_scaling": lambda features: 1 / (features.logit_scale or 1.0),
+    "logit_scale": lambda features: features.logit_scale or 1.0,
+    "mscale_all_dim": _log_multiplier,
+    "llama_4_scaling_beta": _beta,
 }
 
 

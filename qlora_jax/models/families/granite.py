@@ -1,5 +1,6 @@
 """Granite 3, dense models: a Llama that scales its embedding, scores, residuals and logits."""
 
+import dataclasses
 from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
@@ -28,7 +29,8 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     }
     used = {name: scale for name, scale in scales.items() if scale != 1.0}
     query_scale = attributes.number("attention_multiplier", 1.0)
-    biases = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": mlp_bias}
-    model = decoder_from_hf(attributes, DEFAULTS, query_scale=query_scale, **biases, **used)
+    model = decoder_from_hf(
+        attributes, DEFAULTS, query_scale=query_scale, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias
+    )
     attributes.finish()
-    return model
+    return dataclasses.replace(model, **used)

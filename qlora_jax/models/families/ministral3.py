@@ -25,6 +25,8 @@ ROPE = {
     "mscale": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+# The growth of queries, and the context of the whole model, which transformers does not read here.
+NOT_OF_ROPE = ("llama_4_scaling_beta", "max_position_embeddings")
 
 
 class MinistralRope(RopeNumbers, total=False):
@@ -44,21 +46,20 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     attributes.require_only(ONLY)
     window, layers = attributes.window("sliding_window", None), attributes.integer("num_hidden_layers")
     windows = windows_of(attributes, [SLIDING] * layers, window) if window else ()
-    numbers = _rope_numbers(attributes)
-    beta, original = numbers.pop("llama_4_scaling_beta", None), numbers.get("original_max_position_embeddings")
-    if beta is None or original is None:
-        attributes.refuse("rope_parameters: llama_4_scaling_beta or original_max_position_embeddings is missing")
-    theta = attributes.number("rope_theta", 10000.0, Base)
-    rope = functools.partial(rope_of, attributes, numbers, theta=theta)
-    model = decoder_from_hf(attributes, DEFAULTS, rope=rope, windows=windows)
-    attributes.finish()
-    growth = QueryPositionScale(beta=float(beta), period=int(original)) if beta and original else None
-    return dataclasses.replace(model, query_position_scale=growth)
-
-
-def _rope_numbers(attributes: Attributes) -> dict[str, object]:
     new, old = (attributes.mapping(name, MinistralRope) for name in ("rope_parameters", "rope_scaling"))
     if new and old:
         attributes.refuse("rope_parameters and rope_scaling are both given: remove one")
-    # The context of the whole model is repeated here; transformers does not read it.
-    return {key: value for key, value in (new or old or ROPE).items() if key != "max_position_embeddings"}
+    given = new or old or ROPE
+    rope = functools.partial(
+        rope_of,
+        attributes,
+        {key: value for key, value in given.items() if key not in NOT_OF_ROPE},
+        theta=attributes.number("rope_theta", 10000.0, Base),
+    )
+    model = decoder_from_hf(attributes, DEFAULTS, rope=rope, windows=windows)
+    beta, original = given.get("llama_4_scaling_beta"), given.get("original_max_position_embeddings")
+    if beta is None or original is None:
+        attributes.refuse("rope_parameters: llama_4_scaling_beta or original_max_position_embeddings is missing")
+    attributes.finish()
+    growth = QueryPositionScale(beta=float(beta), period=int(original)) if beta and original else None
+    return dataclasses.replace(model, query_position_scale=growth)

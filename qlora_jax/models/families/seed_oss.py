@@ -22,11 +22,12 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     attributes.ignore(UNUSED)
-    biases = {
-        "qkv_bias": attributes.boolean("attention_bias", True),
-        "o_bias": attributes.boolean("attention_out_bias", False),
-        "mlp_bias": attributes.boolean("mlp_bias", False),
-    }
-    model = decoder_from_hf(attributes, DEFAULTS, **biases)
+    model = decoder_from_hf(
+        attributes,
+        DEFAULTS,
+        qkv_bias=attributes.boolean("attention_bias", True),
+        o_bias=attributes.boolean("attention_out_bias", False),
+        mlp_bias=attributes.boolean("mlp_bias", False),
+    )
     attributes.finish()
     return model
