@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows, grouped_matmul
-from tests.marks import EXHAUSTIVE
+from tests.marks import EXHAUSTIVE, some_in_ci
 from tests.pallas_kernels.grouped_matmul.experts import choices, dense, mixture, quantized, random_rows
 from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 
@@ -52,7 +52,7 @@ def check(weights, tokens, k, pattern="random", tile=None, dtype=jnp.float32, ro
 
 CASES = [
     (1, 2, "random", None),
-    (33, 2, "empty experts", 16),
+    pytest.param(33, 2, "empty experts", 16, marks=pytest.mark.slow),
     pytest.param(24, 2, "all to one", 16, marks=pytest.mark.slow),
     pytest.param(20, 1, "random", 4, marks=pytest.mark.slow),
     pytest.param(1, 1, "random", 64, marks=EXHAUSTIVE),
@@ -64,40 +64,54 @@ def test_equals_a_loop_over_experts(stack, tokens, k, pattern, tile):
     check(stack, tokens, k, pattern, tile)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("tokens", "k", "pattern", "tile"), [(17, 2, "random", 16), (5, 2, "random", 1)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "pattern", "tile"),
+    some_in_ci([(17, 2, "random", 16), (5, 2, "random", 1)], lambda index: index == 0),
+)
 def test_in_16_bit_each_rounding_is_counted(stack, tokens, k, pattern, tile):
     """The weight, the product, and the sum over choices are rounded, and in the gradient the weighted dy."""
     check(stack, tokens, k, pattern, tile, dtype=jnp.bfloat16, roundings=4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", [{"layout": "bnb"}, {"layout": "flat", "double_quant": False}, {"layout": "split_k"}])
-def test_every_layout(form):
-    check(quantized(LAYERS, EXPERTS, SHAPE, **form), 33, 2, tile=16)
+@pytest.mark.parametrize(
+    ("layout", "double_quant"),
+    some_in_ci([("bnb", True), ("flat", False), ("split_k", True)], lambda index: index == 0),
+)
+def test_every_layout(layout, double_quant):
+    check(quantized(LAYERS, EXPERTS, SHAPE, layout=layout, double_quant=double_quant), 33, 2, tile=16)
 
 
-@pytest.mark.slow
-def test_dense_stacks():
-    check(random_rows(LAYERS, EXPERTS, *SHAPE, seed=6), 33, 2, tile=16)
-    check(random_rows(LAYERS, EXPERTS, *SHAPE, seed=6), 1, 2, tile=1)
+@pytest.mark.parametrize(("tokens", "tile"), some_in_ci([(33, 16), (1, 1)], lambda index: index == 0))
+def test_dense_stacks(tokens, tile):
+    check(random_rows(LAYERS, EXPERTS, *SHAPE, seed=6), tokens, 2, tile=tile)
 
 
-@pytest.mark.slow
-def test_blocks_of_ggml():
+@pytest.mark.parametrize(("tokens", "tile"), some_in_ci([(33, 16), (1, 1)], lambda index: index == 1))
+def test_blocks_of_ggml(tokens, tile):
     codes = np.random.default_rng(0).integers(0, 256, (LAYERS, EXPERTS, SHAPE[0], SHAPE[1] // 32 * 17), np.uint8)
     codes[..., ::17] = 120 + codes[..., ::17] % 8  # exponents of the scales
     weights = GgmlTensor(codes=jnp.asarray(codes), ggml_type="MXFP4", shape=SHAPE, dtype="float32")
-    check(weights, 33, 2, tile=16)
-    check(weights, 1, 2)
+    check(weights, tokens, 2, tile=tile)
+
+
+@pytest.mark.parametrize("tokens", some_in_ci([(24,), (1,)], lambda index: index == 0))
+def test_many_experts_with_few_rows(tokens):
+    check(random_rows(LAYERS, 128, 32, 64, seed=6), tokens, 8)
+
+
+@pytest.mark.parametrize("batch", some_in_ci([(2,)], lambda index: False))
+def test_mapped_mixtures_are_those_of_each(stack, batch):
+    experts_BMk = jnp.asarray(np.stack([choices(9 + seed, 2, EXPERTS)[:9] for seed in range(batch)]))
+    x_BMK, weights_BMk = random_rows(batch, 9, SHAPE[1]), random_rows(batch, 9, 2, seed=4)
+
+    def one(x, experts, of_choice):
+        return mixed(x, stack, experts, of_choice, 1, 4)
+
+    each = [one(*given) for given in zip(x_BMK, experts_BMk, weights_BMk, strict=True)]
+    np.testing.assert_allclose(jax.vmap(one)(x_BMK, experts_BMk, weights_BMk), each, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_many_experts_with_few_rows():
-    check(random_rows(LAYERS, 128, 32, 64, seed=6), 24, 8)
-    check(random_rows(LAYERS, 128, 32, 64, seed=6), 1, 8)
-
-
 def test_equals_ragged_dot_and_its_gradient(stack):
     tokens, k = 30, 2
     experts_Mk, x = jnp.asarray(choices(tokens, k, EXPERTS)), random_rows(tokens, SHAPE[1])

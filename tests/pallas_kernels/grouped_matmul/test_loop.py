@@ -22,7 +22,7 @@ def temporary_bytes(function, *arguments):
 
 
 @needs_handlers
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_one_experts_weight_exists_at_a_time(stack, direction):
     groups = group_rows(jnp.asarray(choices(64, 2, EXPERTS)), EXPERTS, TILE)
     rows = random_rows(len(groups.pair_of_slot_P), SHAPE[1], dtype=jnp.bfloat16)
