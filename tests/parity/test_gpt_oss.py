@@ -1,4 +1,7 @@
-"""gpt-oss against transformers, in f32: logits, loss, gradients of every adapter, and decoding; f32 and MXFP4 files."""
+"""gpt-oss against transformers, in f32: logits, loss, gradients of every adapter, and decoding.
+
+Files of MXFP4 are used as they are, so forward and backward passes read their codes.
+"""
 
 from pathlib import Path
 
@@ -7,17 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.config import LoraArgs
+from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.training.step import row_nll
 from tests.marks import some_in_ci
 from tests.parity.test_families_transformers import CUT, LENGTH, PADDING, SIZES, VOCAB
 from tests.parity.test_families_transformers import _decoded as decoded
 from tests.parity.test_families_transformers import _error as error
-from tests.parity.test_families_transformers import _loaded as loaded
 from tests.parity.test_families_transformers import _logits as logits
 from tests.parity.test_families_transformers import _rows as rows
 
@@ -25,6 +31,7 @@ ORACLE = Path(__file__).parent.parent / "oracle/gpt_oss_logits.py"
 TOLERANCE = 1e-4
 CONFIG = SIZES | dict(
     model_type="gpt_oss",
+    num_hidden_layers=2,
     num_key_value_heads=2,
     head_dim=24,
     intermediate_size=96,
@@ -37,9 +44,19 @@ CONFIG = SIZES | dict(
 YARN = dict(factor=4.0, beta_fast=8.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=16)
 CONFIGS = {
     "mxfp4": CONFIG | dict(rope_parameters=YARN | dict(rope_type="yarn", rope_theta=5000.0)),
-    "f32": CONFIG | dict(attention_bias=False, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+    "f32": CONFIG | dict(attention_bias=False, layer_types=["full_attention", "sliding_attention"]),
 }
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _loaded(path: Path, quant_type: str | None):
+    """Returns the model; with `stored`, experts are in the codes of the file."""
+    source = open_model(path)
+    model = load_model(source, model_config(source.config), WeightFormat(quant_type=quant_type, dtype="float32")).model
+    experts = model.model.layers.mlp.experts
+    weights = [linear.weight.get_value() for linear in (experts.gate_proj, experts.up_proj, experts.down_proj)]
+    assert all(isinstance(weight, GgmlTensor) == (quant_type == "stored") for weight in weights)
+    return model
 
 
 def _loss_and_gradients(model, tokens):
@@ -107,7 +124,7 @@ def test_gpt_oss(oracle, tmp_path, name):
     expected, errors = oracle(ORACLE, **settings, tokens=tokens), {}
     wanted = {key.removeprefix(f"{name}/"): values for key, values in expected.items()}
     _check_codes(tmp_path / name, {k.removeprefix("dequantized/"): v for k, v in wanted.items() if "dequant" in k})
-    model = loaded(tmp_path / name)
+    model = _loaded(tmp_path / name, "stored" if name == "mxfp4" else None)
     right, left, packed = logits(model, *rows(tokens))
     errors["right"] = error(right, wanted["right"])
     errors["left"] = error(left[PADDING:], wanted["left"])
