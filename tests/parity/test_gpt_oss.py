@@ -3,29 +3,43 @@
 Files of MXFP4 are used as they are, so forward and backward passes read their codes.
 """
 
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.config import LoraArgs
+from qlora_jax.export import main
+from qlora_jax.io.export.gguf_metadata import export_spec
+from qlora_jax.io.gguf import writer
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import open_pretrained
 from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.training.step import row_nll
+from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.tiny_models import write_folder
+from tests.io.tiny_tokenizers import byte_level
 from tests.marks import some_in_ci
 from tests.parity.test_families_transformers import CUT, LENGTH, PADDING, SIZES, VOCAB
 from tests.parity.test_families_transformers import _decoded as decoded
 from tests.parity.test_families_transformers import _error as error
 from tests.parity.test_families_transformers import _logits as logits
 from tests.parity.test_families_transformers import _rows as rows
+from tests.parity.test_llama_cpp import NAMED, TOKENS, VOCABULARY
+from tests.parity.test_llama_cpp import SCRIPT as LLAMA_CPP
+from tests.parity.test_llama_cpp import _case as case
+from tests.parity.test_peft import _logits as row_logits
+from tests.parity.test_peft import _write_run as write_run
 
 ORACLE = Path(__file__).parent.parent / "oracle/gpt_oss_logits.py"
 TOLERANCE = 1e-4
@@ -135,3 +149,40 @@ def test_gpt_oss(oracle, tmp_path, name):
     of_weights = {k.removeprefix("gradient/"): v for k, v in wanted.items() if k.startswith("gradient/")}
     errors["gradients"] = max(_gradient_errors(model, lora, gradients, of_weights))
     assert max(errors.values()) < TOLERANCE, {name: error for name, error in errors.items() if error >= TOLERANCE}
+
+
+def _gguf_in_mxfp4(folder: Path, path: Path, monkeypatch) -> Path:
+    """Writes a random model as a GGUF file whose experts have MXFP4, as in published files."""
+    config = FAMILIES["gptoss"][1] | {"vocab_size": VOCABULARY}
+    tensors = random_tensors(config)
+    files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
+    opened = open_pretrained(model=str(write_folder(folder, config, tensors, **files)))
+
+    def kind(tensor, wanted):
+        return Kind.MXFP4 if re.search(r"_exps\.\d+\.weight", tensor.name) else Kind.F32
+
+    monkeypatch.setattr(writer, "_kind", kind)
+    writer.write_gguf(path, export_spec(opened).spec, list(tensors), iter(tensors.values()), "float32")
+    monkeypatch.undo()
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_gguf_file_in_mxfp4_and_a_lora_on_it(tmp_path, llama_cpp, monkeypatch):
+    """llama.cpp computes our logits from the same file, within its rounding of activations to 8 bits."""
+    path = _gguf_in_mxfp4(tmp_path / "model", tmp_path / "base.gguf", monkeypatch)
+    parameters = [f"mlp.experts.{name}" for name in EXPERTS]
+    args = LoraArgs(rank=4, alpha=8.0, target_modules=["q_proj"], target_parameters=parameters)
+    adapted, base = write_run(tmp_path / "run", path, args, quant_type="stored")
+    assert isinstance(base.model.layers.mlp.experts.up_proj.weight.get_value(), GgmlTensor)
+    main(["--run", str(tmp_path / "run"), "--format", "gguf-lora"])
+    cases = {
+        "adapted": case(path, tmp_path / "run/gguf-lora/adapter.gguf", rows=TOKENS.tolist()),
+        "base": case(path, rows=TOKENS.tolist()),
+    }
+    found = llama_cpp(LLAMA_CPP, cases=cases, new_tokens=0)
+    ours = {"adapted": row_logits(adapted, TOKENS), "base": row_logits(base, TOKENS)}
+    for name, expected in ours.items():
+        assert error(found[f"{name}/logits"], expected) < 2e-2, name
+    assert error(ours["adapted"], ours["base"]) > 0.1

@@ -40,12 +40,12 @@ LORAS = {
 
 
 def _write_run(
-    run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1, new: Sequence[str] = ()
+    run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1, new: Sequence[str] = (), quant_type: str = "nf4"
 ) -> tuple[Any, Any]:
     """A run with random adapters of some scale and new tokens, as training would have left it; its model and its base
     model."""
     config = Config(
-        model=ModelArgs(path=str(model), compute_dtype="float32", new_tokens=list(new)),
+        model=ModelArgs(path=str(model), compute_dtype="float32", new_tokens=list(new), quant_type=quant_type),
         lora=lora_args,
         data=DataArgs(train="x"),
         output=str(run),
