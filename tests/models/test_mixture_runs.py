@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.models.add_adapters import add_lora, prepare_for_decoding
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.models.decoder import REMAT_POLICIES
+from qlora_jax.models.decoder import REMAT_POLICIES, CausalLM
+from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import place_parts
+from qlora_jax.models.partition import partition
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.step import gradients
-from tests.marks import EXHAUSTIVE
+from tests.marks import EXHAUSTIVE, some_in_ci
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, random_mixture
 from tests.training.mesh_models import mesh_batch
 from tests.training.test_step import relative
@@ -58,3 +61,25 @@ def test_bfloat16_is_near(plain):
     bf16 = random_mixture(CONFIG, dataclasses.replace(LORA, dtype="bfloat16"), WeightFormat(dtype="bfloat16"))
     _, loss = gradients(bf16, mesh_batch(CONFIG, SHAPE), None, remat="names")
     np.testing.assert_allclose(loss.row_losses_AB, plain[1].row_losses_AB, rtol=0.05)
+
+
+METHODS = ("dora", "lora_fa", "ia3", "oft", "vera", "ln_tuning", "bitfit", "houlsby", "pfeiffer")
+
+
+@pytest.mark.parametrize("method", some_in_ci([(method,) for method in METHODS], lambda index: index == 0))
+def test_other_methods_train_every_layer_that_has_their_modules(method):
+    """Dense MLPs are in one layer and shared experts in two, so their adapters have stacks of different lengths."""
+    features = model_config(CONFIG | dict(attention_bias=True, intermediate_size=64))
+
+    def step(batch):
+        model = CausalLM(features, WeightFormat())
+        add_lora(model, LoraArgs(method=method), jax.random.key(0))
+        parts = partition(model)
+        prepare_for_decoding(parts)
+        return parts.trained, gradients(parts, batch, None, remat="names")[0]
+
+    trained, grads = jax.eval_shape(step, mesh_batch(CONFIG, SHAPE))
+    assert jax.tree.map(lambda leaf: leaf.shape, grads) == jax.tree.map(lambda leaf: leaf.shape, trained)
+    for name, leaves in trained.items():
+        stacks = {leaf.shape[0] for leaf in leaves.values()}
+        assert name == "model.norm" or stacks == {len(features.layers_with(name.removeprefix("model.layers.")))}
