@@ -161,6 +161,7 @@ def test_four_bits_of_bitsandbytes(folders, oracle, tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sizes_that_a_config_omits_are_those_of_transformers(oracle) -> None:
     found = oracle(LOGITS.with_name("config_defaults.py"), model_types=list(SIZES), names=list(SIZE_NAMES))
     assert json.loads(str(found["defaults"])) == {name: list(sizes) for name, sizes in SIZES.items()}
