@@ -40,7 +40,8 @@ contract() {
     local parallel=() processes=4 only=gpu
     [ -z "$rehearse" ] || processes=2 only="not slow" # the same tests with the reference on a CPU
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$processes")
-    XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m pytest "${parallel[@]}" -m "$only" tests/pallas_kernels/nf4_matmul/test_on_gpu.py
+    XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m pytest "${parallel[@]}" -m "$only" \
+        tests/pallas_kernels/{nf4_matmul,grouped_matmul}/test_on_gpu.py
 }
 
 quickstart() {
