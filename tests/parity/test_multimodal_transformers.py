@@ -94,7 +94,9 @@ def _check_other_parts(written: Path, original: Path) -> None:
     assert (written / "preprocessor_config.json").read_text() == PROCESSOR
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CONFIGS)
 def test_exports_are_of_the_whole_model(folders, oracle, tmp_path, capsys, name: str) -> None:
     """The adapter loads on the whole model, and a merged model and a base keep its other parts to the bit."""
     folder, run = folders[0] / name, tmp_path / "run"

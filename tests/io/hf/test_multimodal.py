@@ -6,12 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.io.hf.model_writer import write_tokenizer
+from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.tensor_map import check_tensors, tensor_shapes
+from qlora_jax.io.tensor_map import check_tensors, slots_of, tensor_shapes
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import alone
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
@@ -93,6 +97,22 @@ def test_a_head_that_equals_the_embedding_or_is_absent_is_tied(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
         config = {"model_type": "mistral3", "text_config": config, "tie_word_embeddings": False}
         _checked(open_model(write_folder(tmp_path / "missing", config, _renamed(weights, OLDER))))
+
+
+@pytest.mark.parametrize("prefixes", [OLDER, NEWER])
+def test_a_whole_checkpoint_is_written_as_it_was(tmp_path: Path, prefixes: dict[str, str]) -> None:
+    folder, copy = _write(tmp_path / "model", prefixes, torch_dtype="float32"), tmp_path / "copy"
+    source = open_model(folder)
+    features = model_config(source.config)
+    slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None))))
+    copy.mkdir()
+    forms = {"compute_dtype": np.dtype("f4"), "dtype": np.dtype("f4"), "adapters": {}}
+    write_dense_folder(copy, slots, source.config, **forms, original=source.tensors, multimodal=source.multimodal)
+    found, expected = load_file(copy / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys() and TOWERS.keys() < found.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
+    assert json.loads((copy / "config.json").read_text()) == source.config
 
 
 def test_files_of_tokenizer_and_images_are_copied(tmp_path: Path) -> None:
