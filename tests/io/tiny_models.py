@@ -142,8 +142,12 @@ def write_gguf(
     matrix_type: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, Any] | None = None,
     tensors: dict[str, np.ndarray] | None = None,
+    types: dict[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
-    """A GGUF file as llama.cpp's converter would write it; `extra` metadata, `tensors` added under GGUF names."""
+    """A GGUF file as llama.cpp's converter would write it; `extra` metadata, `tensors` added under GGUF names.
+
+    `types` are those of matrices that differ from `matrix_type`, by Hugging Face's name.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -160,7 +164,7 @@ def write_gguf(
     for key, value in (extra or {}).items():
         _add(writer, key, value)
     for name, weight in weights.items():
-        _add_weight(writer, config, name, weight, matrix_type)
+        _add_weight(writer, config, name, weight, (types or {}).get(name, matrix_type))
     for name, tensor in (tensors or {}).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

@@ -26,7 +26,7 @@ from qlora_jax.io.peft.writer import AdapterArrays, effective_alphas
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import expert_name, layer_name, slots_of
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import STORED, ModelConfig
 from qlora_jax.models.target_layers import adapter_layers, some_layers
 
 FILE = "adapter.gguf"
@@ -74,8 +74,14 @@ def export_gguf_lora(
             notes += base.notes + _write_base(folder, base.spec, opened, base_dtype, progress)
     lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *notes]
     if base is None:
-        lines.append("llama.cpp applies it to a GGUF file of the base; --with_base writes the one it was trained on")
+        lines.append(_where_to_apply(opened))
     return ExportResult(path=output / FILE, lines=tuple(lines))
+
+
+def _where_to_apply(opened: OpenedModel) -> str:
+    if opened.args.quant_type == STORED and opened.source.path.is_file():
+        return f"llama.cpp applies it to {opened.source.path}, whose codes it was trained on"
+    return "llama.cpp applies it to a GGUF file of the base; --with_base writes the one it was trained on"
 
 
 def check_plain(run: Run, lora: AdapterArrays) -> None:

@@ -29,6 +29,7 @@ MAX_AXES = 8
 MAX_FILE_NAME = 255  # characters; the limit of file systems
 # Rotary frequencies and attention masks, which old checkpoints store although the config determines them.
 DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
+INTEGER_ZEROS = {"gptq": "GPTQ", "awq": "AWQ"}  # quant_method -> its name
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -69,8 +70,8 @@ def open_folder(folder: Path) -> ModelSource:
     if quantization is not None and not (is_bnb_4bit(quantization) or is_mxfp4(config, quantization)):
         raise ValueError(
             f"{config_path}: quantization_config is not supported (found {shorten(quantization)}, expected 4 bits of "
-            "bitsandbytes, or mxfp4 of gpt_oss). Give the folder of the 16-bit model that these weights were made "
-            "from: loading quantizes it"
+            f"bitsandbytes, or mxfp4 of gpt_oss). {_why_unsupported(quantization)}Give the folder of the 16-bit model "
+            "that these weights were made from: loading quantizes it"
         )
     tensors = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
     tensors = _one_entry_per_weight(folder, config, tensors)
@@ -88,6 +89,16 @@ def _one_entry_per_weight(
     if quantization is not None and is_bnb_4bit(quantization):
         return expert_by_expert(folder, config, group_quantized(folder, tensors))
     return _check_unquantized(folder, expert_by_expert(folder, config, tensors))
+
+
+def _why_unsupported(quantization: QuantizationConfig) -> str:
+    method = quantization.get("quant_method")
+    if method not in INTEGER_ZEROS:
+        return ""
+    return (
+        f"{INTEGER_ZEROS[method]} has integer zero points per group, (code - zero) * scale, which no format here holds "
+        "exactly. "
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

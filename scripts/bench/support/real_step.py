@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import optax
 
+from qlora_jax.api.load import QuantType
 from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loader import load_model, with_dense_layers
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -21,7 +22,7 @@ from qlora_jax.training.compiled_step import CompiledGradients
 
 
 class LoadedStep(NamedTuple):
-    """A model in NF4 with adapters on all linear layers, its optimizer at step 0, and its compiled gradients."""
+    """A quantized model with adapters on all linear layers, its optimizer at step 0, and its compiled gradients."""
 
     config: ModelConfig
     weights: WeightFormat
@@ -38,6 +39,7 @@ def load_step(
     compute_dtype: Literal["auto", "bfloat16", "float32"],
     batch: tuple[int, int, int],
     remat: str,
+    quant_type: QuantType = "nf4",
     compiled: Callable[[], None] = lambda: None,
 ) -> LoadedStep:
     """Compiles the gradients, then loads and quantizes the model.
@@ -45,11 +47,13 @@ def load_step(
     Args:
       path: a GGUF file or a Hugging Face folder.
       batch: (micro-batches, rows, tokens).
+      quant_type: as `model.quant_type`.
       compiled: called after compiling, before loading.
     """
     source = open_model(path)
     config, adapters = model_config(source.config), LoraArgs(rank=rank)
-    weights = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype), config)
+    asked = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype, quant_type=quant_type), config)
+    weights = with_dense_layers(asked, source, config)
     gradients = CompiledGradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
     gradients.compiled(batch)
     compiled()

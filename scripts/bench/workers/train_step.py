@@ -30,16 +30,19 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--remat", default="names")
     parser.add_argument("--compute_dtype", default="auto")
+    parser.add_argument("--quant_type", default="nf4")
     args = parser.parse_args()
     runtime.start()
     shape = (1, args.batch, args.seq)
-    loaded = load_step(args.model, rank=args.rank, compute_dtype=args.compute_dtype, batch=shape, remat=args.remat)
+    settings = {name: getattr(args, name) for name in ("rank", "compute_dtype", "remat", "quant_type")}
+    loaded = load_step(args.model, **settings, batch=shape)
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.parts.base))
     rng = np.random.default_rng(0)
     for _ in sys.stdin:
         batch = random_batch(rng, loaded.config.vocab_size, args.batch, args.seq)
         began = time.perf_counter()
         loaded, loss = step(loaded, batch)
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss, "base_mib": base / 2**20}), flush=True)
 
 
 def step(loaded: LoadedStep, batch: dict[str, np.ndarray]) -> tuple[LoadedStep, float]:

@@ -1,0 +1,132 @@
+"""Models that keep the codes of their files: values, types per layer, meshes, the fingerprint, and errors."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax import quantize
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.loader import Loaded, load_model, with_dense_layers
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import layer_name, slots_of
+from qlora_jax.models.config import DENSE, STORED, WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.nn.mixed_stack import MixedStack, dense_weight
+from qlora_jax.sharding import make_mesh
+from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
+from tests.io.tiny_tokenizers import byte_level
+
+CONFIG = tiny_config()
+WEIGHTS = random_weights(CONFIG)
+FORMAT = WeightFormat(quant_type=STORED, dtype="float32")
+Q8_0 = "model.layers.1.self_attn.q_proj.weight"
+TYPES = {
+    Q8_0: Kind.Q8_0,
+    "model.layers.0.mlp.down_proj.weight": Kind.F16,
+    "model.layers.0.mlp.up_proj.weight": Kind.F32,
+    "model.layers.1.mlp.up_proj.weight": Kind.F32,
+}
+
+
+@pytest.fixture(scope="module")
+def mixed_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in Q4_1, some of whose layers have other types; rows of queries and keys are in llama.cpp's order."""
+    return write_gguf(tmp_path_factory.mktemp("stored") / "tiny.gguf", CONFIG, WEIGHTS, Kind.Q4_1, types=TYPES)
+
+
+def _load(path: Path, weights: WeightFormat = FORMAT, **kwargs: Any) -> Loaded:
+    source = open_model(path)
+    return load_model(source, model_config(source.config), weights, **kwargs)
+
+
+def test_every_layer_has_the_files_values_and_bytes(mixed_gguf: Path) -> None:
+    source, slots = open_model(mixed_gguf), slots_of(_load(mixed_gguf).model)
+    packed = 0
+    for slot in slots:
+        for index, name in enumerate(slot.names):
+            part, expected = slot.part(index), source.tensors[name].read().astype(np.float32)
+            row = slot.leaf.locate(index)[1] if isinstance(slot.leaf, MixedStack) else index
+            if slot.stacked:
+                part = jax.tree.map(lambda leaf, row=row: leaf[row], part)
+            np.testing.assert_array_equal(dense_weight(part, "float32"), expected, err_msg=name)
+            if isinstance(part, GgmlTensor):
+                assert (part.ggml_type, part.nbytes) == (source.tensors[name].file_type, source.tensors[name].nbytes)
+                packed += 1
+    assert packed == 2 * 7 - 3  # embedding and head are dequantized, as are files' layers in 16 and 32 bits
+
+
+def test_formats_are_those_of_the_file(mixed_gguf: Path) -> None:
+    source = open_model(mixed_gguf)
+    weights = with_dense_layers(FORMAT, source, model_config(source.config))
+    formats = dict(weights.stored)
+    assert formats["self_attn.q_proj"] == ("Q4_1", "Q8_0") and formats["self_attn.k_proj"] == ("Q4_1", "Q4_1")
+    assert formats["mlp.down_proj"] == (DENSE, "Q4_1") and formats["mlp.up_proj"] == (DENSE, DENSE)
+    assert weights.parts("mlp.down_proj", 2) == {"Q4_1": (1,), DENSE: (0,)}
+
+
+def test_a_mesh_loads_the_same_base(mixed_gguf: Path) -> None:
+    on_one, on_mesh = _load(mixed_gguf), _load(mixed_gguf, mesh=make_mesh(2, 4))
+    assert on_mesh.fingerprint == on_one.fingerprint
+    for found, expected in zip(slots_of(on_mesh.model), slots_of(on_one.model), strict=True):
+        assert jax.tree.structure(found.leaf) == jax.tree.structure(expected.leaf)
+        for ours, theirs in zip(jax.tree.leaves(found.leaf), jax.tree.leaves(expected.leaf), strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=str(found.path))
+
+
+@pytest.mark.slow
+def test_the_fingerprint_has_the_codes_alone(mixed_gguf: Path, tmp_path: Path) -> None:
+    """Settings of quantization and the compute dtype do not matter; the type of one layer does."""
+    found = _load(mixed_gguf).fingerprint
+    same = WeightFormat(quant_type=STORED, block_size=128, double_quant=False, dtype="bfloat16")
+    assert _load(mixed_gguf, same).fingerprint == found
+    other = write_gguf(tmp_path / "other.gguf", CONFIG, WEIGHTS, Kind.Q4_1, types=TYPES | {Q8_0: Kind.Q4_1})
+    assert _load(other).fingerprint != found != _load(mixed_gguf, WeightFormat(dtype="float32")).fingerprint
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_other_integer_formats_are_refused_by_name(method: str, tmp_path: Path) -> None:
+    quantization = {"quant_method": method, "bits": 4, "group_size": 128}
+    folder = write_folder(tmp_path / method, CONFIG | {"quantization_config": quantization}, WEIGHTS)
+    with pytest.raises(ValueError, match=f"{method.upper()} has integer zero points.*Give the folder of the 16-bit"):
+        open_model(folder)
+
+
+@pytest.mark.slow
+def test_files_of_bitsandbytes_keep_their_settings(tmp_path: Path) -> None:
+    dense = write_folder(tmp_path / "dense", CONFIG, WEIGHTS, 1, **{"tokenizer.json": byte_level()})
+    quantize.main(["--model", str(dense), "--output", str(tmp_path / "fp4"), "--quant_type", "fp4"])
+    kept = _load(tmp_path / "fp4")
+    assert kept.fingerprint == _load(tmp_path / "fp4", WeightFormat(quant_type="fp4", dtype="float32")).fingerprint
+    values = kept.model.model.layers.self_attn.v_proj.weight.get_value()
+    assert isinstance(values, QTensor) and values.quant_type == "fp4"
+    with pytest.raises(ValueError, match=r"has no codes to keep \(found linear layers in F32,"):
+        _load(dense)
+
+
+def test_scales_that_are_not_finite_are_refused(mixed_gguf: Path, tmp_path: Path) -> None:
+    (info,) = [info for info in parse_header(mixed_gguf).tensors if info.name == "blk.1.attn_v.weight"]
+    damaged = bytearray(mixed_gguf.read_bytes())
+    damaged[info.offset + 20 + 2 : info.offset + 20 + 4] = np.float16("inf").tobytes()  # the second block's minimum
+    (tmp_path / "damaged.gguf").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"scales of model.layers.1.self_attn.v_proj.weight are not finite \(Q4_1\)"):
+        _load(tmp_path / "damaged.gguf")
+
+
+def test_codes_are_copied_from_the_file(mixed_gguf: Path) -> None:
+    """The memory of a mapped file must not become that of an array, whose file may be replaced."""
+    layers = _load(mixed_gguf).model.model.layers
+    value = layers.self_attn.v_proj.weight.get_value()
+    assert isinstance(value, GgmlTensor) and value.stack_shape == (2,) and value.codes.dtype == jnp.uint8
+    name = layer_name("model.layers.self_attn.v_proj.weight", 1)
+    stored = open_model(mixed_gguf).tensors[name].read_stored
+    assert stored is not None
+    rows = stored(5, 9)
+    np.testing.assert_array_equal(value.codes[1, 5:9], rows.codes)
+    assert not np.shares_memory(np.asarray(value.codes), np.asarray(rows.codes))
