@@ -201,6 +201,7 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
         "n_shared_experts": writer.add_expert_shared_count,
         "first_k_dense_replace": writer.add_leading_dense_block_count,
         "routed_scaling_factor": writer.add_expert_weights_scale,
+        "num_nextn_predict_layers": writer.add_nextn_predict_layers,
     }
     for name, add in optional.items():
         if config.get(name) is not None:

@@ -26,6 +26,7 @@ from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.sharding import cut_axis, make_mesh
+from tests.io.gguf_families import MIXTURES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
 from tests.marks import EXHAUSTIVE
 
@@ -123,6 +124,15 @@ def test_a_checkpoint_in_4_bits(folder: Path, on_one: Loaded, tmp_path: Path) ->
 def test_a_gguf_file(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
     path, mesh = write_gguf(tmp_path / "tiny.gguf", CONFIG, random_weights(CONFIG), kind), make_mesh(1, 8)
     _assert_equal(_load(path, mesh=mesh), _load(path), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 8)], ids=["between experts", "within experts"])
+def test_a_mixture_of_experts(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    """Four experts over four devices, each of which has one, and over eight, which cut each of them."""
+    config = MIXTURES["glm4moe"][1]
+    folder, mesh = write_folder(tmp_path, config, random_tensors(config)), make_mesh(*sizes)
+    _assert_equal(_load(folder, mesh=mesh), _load(folder), mesh)
 
 
 def test_each_byte_of_the_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,12 +48,16 @@ METHODS = {  # else LoRA
     "gemma": LoraArgs(method="ln_tuning"),
     "olmo2": LoraArgs(method="ln_tuning", target_modules=OLMO2_NORMS),
     "gptneox": LoraArgs(method="bitfit"),
+    "mixtral": LoraArgs(rank=4, alpha=8.0, target_parameters=["gate_up_proj", "down_proj", "gate"]),
+    "glm4moe": LoraArgs(rank=4, alpha=8.0, target_parameters=["gate_up_proj", "down_proj"], share_experts=True),
 }
 WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
 NEW_TOKENS = 24
 IN_Q8_0 = ("--with_base", "--base_dtype", "q8_0")
 WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
 WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
+# Adapters on experts and routers, which llama.cpp multiplies by the experts of each token alone.
+ON_EXPERTS = {name: METHODS[name] for name in ("mixtral", "glm4moe")}
 
 
 def _run(tmp_path: Path, name: str, lora: LoraArgs = LORAS["all"], **changes: Any):
@@ -157,8 +161,8 @@ def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
 def test_loras(tmp_path: Path, llama_cpp) -> None:
     """Base and LoRA as two files, in f32, and with the base in q8_0."""
     ours, cases = {}, {}
-    for name, lora in WITH_LORA.items():
-        run, model = _run(tmp_path, name, LORAS[lora])
+    for name, lora in ({name: LORAS[lora] for name, lora in WITH_LORA.items()} | ON_EXPERTS).items():
+        run, model = _run(tmp_path, name, lora)
         main(["--run", str(run), "--format", "gguf-lora", "--with_base"])
         ours[name] = _logits(model, TOKENS)
         files = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}

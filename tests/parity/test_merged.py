@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from qlora_jax import quantize
+from qlora_jax.config import LoraArgs
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export import verify
 from qlora_jax.io.hf import shard_writer
+from qlora_jax.io.hf.mixtures import name_in_files
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.add_adapters import linears
@@ -25,6 +27,8 @@ from tests.parity.test_peft import LORAS, _logits, _write_run
 
 SCRIPT = Path(__file__).parent.parent / "oracle/folder_logits.py"
 NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+ON_EXPERTS = ["experts.gate_up_proj", "experts.down_proj", "mlp.gate"]
+EXPERTS = {"experts": LoraArgs(rank=4, alpha=8.0, target_parameters=ON_EXPERTS)}
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
 
 
@@ -32,8 +36,9 @@ def _run(tmp_path: Path, name: str, lora: str, config=None):
     """(folder of a run, its model, its base)."""
     config = config or tiny_config(attention_bias=True, tie_word_embeddings=lora == "all")
     tensors = random_tensors(config) if name in FAMILIES else random_weights(config)
+    tensors = {name_in_files(config, tensor): values for tensor, values in tensors.items()}
     model = write_folder(tmp_path / f"{name}-model", config, tensors, **{"tokenizer.json": tokenizer_json()})
-    return tmp_path / name, *_write_run(tmp_path / name, model, LORAS[lora])
+    return tmp_path / name, *_write_run(tmp_path / name, model, (LORAS | EXPERTS)[lora])
 
 
 @pytest.mark.slow
@@ -45,6 +50,8 @@ def test_transformers_computes_the_same(tmp_path: Path, oracle) -> None:
         "rslora": "rslora",
         "phi3": "all",
         "gptneox": "all",
+        "mixtral": "experts",
+        "glm4moe": "experts",
     }.items():
         config = FAMILIES[name][1] if name in FAMILIES else None
         run, with_adapter, base = _run(tmp_path, name, lora, config)

@@ -21,7 +21,7 @@ from gguf.quants import quantize
 
 from qlora_jax.atomic_files import staged_file
 from qlora_jax.io.gguf.architectures import Architecture
-from qlora_jax.io.gguf.config_reader import architecture_of
+from qlora_jax.io.gguf.config_reader import EXTRA_LAYERS, architecture_of, number_of_layers
 from qlora_jax.io.gguf.expert_tensors import ROUTERS, stack_name, stored_shape
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
 from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of, weights_of
@@ -94,11 +94,14 @@ def spec_from_file(path: Path, config: JsonObject, chat_template: str | None) ->
     """
     header = parse_header(path)
     architecture = architecture_of(path, header.metadata)
+    # The file's layers that predict further tokens are left out, as by the reader.
+    layers = {f"{architecture.name}.block_count": number_of_layers(architecture, header.metadata)}
+    keys = [key._replace(value=layers.get(key.name, key.value)) for key in _keys_of(path, chat_template)]
     tables = [info for info in header.tensors if info.name in TABLES]
     infos = list(weights_of(header, architecture))
     return GgufSpec(
         architecture=architecture.name,
-        keys=_keys_of(path, chat_template),
+        keys=[key for key in keys if key.name != f"{architecture.name}.{EXTRA_LAYERS}"],
         tensors={hugging_face_name(i.name, architecture): output_tensor(path, i, architecture, config) for i in infos},
         tables={i.name: np.fromfile(path, np.float32, i.nbytes // 4, offset=i.offset) for i in tables},
     )

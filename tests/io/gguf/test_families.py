@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from qlora_jax.io.gguf.architectures import ARCHITECTURES
 from qlora_jax.io.gguf.header import TensorInfo
 from qlora_jax.io.gguf.reader import transform_of
+from qlora_jax.io.gguf.writer import spec_from_file, write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
@@ -30,6 +31,21 @@ def test_config_and_tensors_return(tmp_path: Path, name: str) -> None:
     rounding = 1e-7 if architecture in ONE_MORE else 0  # 1 is added and taken away
     for tensor, values in tensors.items():
         np.testing.assert_allclose(source.tensors[tensor].read(), values, rtol=0, atol=rounding, err_msg=tensor)
+
+
+def test_layers_for_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """GLM-4.5's files have such a layer at the end, which block_count includes."""
+    architecture, config = FAMILIES["glm4moe"]
+    tensors, more = random_tensors(config), random_tensors(config | {"num_hidden_layers": 4})
+    longer = config | {"num_hidden_layers": 4, "num_nextn_predict_layers": 1}
+    path = write_family(tmp_path / "t.gguf", architecture, longer, more)
+    source = open_model(path)
+    assert source.tensors.keys() == tensors.keys() < more.keys()
+    assert model_config(source.config) == model_config(config)
+    spec = spec_from_file(path, source.config, None)
+    write_gguf(tmp_path / "new.gguf", spec, list(tensors), iter(tensors.values()), "float32")
+    again = open_model(tmp_path / "new.gguf")
+    assert model_config(again.config) == model_config(config) and again.tensors.keys() == tensors.keys()
 
 
 def test_a_wrong_number_of_fused_rows_is_told(tmp_path: Path) -> None:
