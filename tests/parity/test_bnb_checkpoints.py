@@ -21,6 +21,7 @@ from qlora_jax.models.keep_16bit import keep_in_16_bits
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.quant import dequantize
+from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 pytestmark = pytest.mark.slow
@@ -154,6 +155,26 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
     assert len(names) == 1 + 2 * (7 * 3 - 5)
     for name in names:
         np.testing.assert_array_equal(theirs[f"again/{name}"], theirs[f"mixed/{name}"], err_msg=name)
+
+
+def test_mixtures_of_experts(tmp_path: Path, oracle) -> None:
+    """bitsandbytes leaves experts in 16 bits without a word; here they are quantized, as from the 16-bit files."""
+    dense = {}
+    for name in ("glm4moe", "qwen2moe"):
+        config = FAMILIES[name][1]
+        files = {"tokenizer.json": tokenizer_json()}
+        dense[name] = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
+        command = ["--quant_type", "nf4", "--dtype", "float32", "--output", str(tmp_path / name)]
+        quantize.main(["--model", str(dense[name]), *command])
+        assert _loaded(tmp_path / name).fingerprint == _loaded(dense[name]).fingerprint
+    theirs = [str(dense["glm4moe"]), str(tmp_path / "theirs"), dict(bnb_4bit_quant_type="nf4")]
+    oracle(ORACLE, quantize={"theirs": theirs})
+    ours = _loaded(dense["glm4moe"], double_quant=False)
+    assert _loaded(tmp_path / "theirs", double_quant=False).fingerprint == ours.fingerprint
+    found = oracle(ORACLE, load={name: str(tmp_path / name) for name in dense}, tokens=TOKENS)
+    quantized = {name.rpartition(".mlp.")[2] for name in found if name.startswith("qwen2moe/codes")}
+    assert {"shared_expert.up_proj", "shared_expert.down_proj", "shared_expert.gate_proj"} < quantized
+    assert not any(name.endswith(("shared_expert_gate", "gate_up_proj")) for name in quantized)
 
 
 def _loss_and_gradients(model, remat: str):

@@ -26,6 +26,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
 
+SHARED_GATE = "mlp.shared_expert_gate"
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
 STATE_BYTES = 512  # of a quant_state: its JSON is padded with spaces, because the header is written before it
@@ -62,6 +63,8 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
         for name, rows in weights.dense
         for row in rows
     ]
+    if features.experts is not None and features.experts.shared_gate:  # transformers would expect it in 4 bits
+        dense += [layer_name(f"model.layers.{SHARED_GATE}", layer) for layer in features.experts.layers]
     skipped = [features.hugging_face_name(name) for name in ("lm_head", *dense)]
     skipped += [f"{ALONE}.{part}" for part in OTHER_PARTS if source.multimodal is not None]
     quantization = _quantization_config(weights, skipped)

@@ -22,6 +22,11 @@ def notes_for_readers(config: JsonObject) -> list[str]:
         notes.append(
             "llama.cpp ignores alpha_pattern, and would scale these modules differently: use --format gguf-lora"
         )
+    if config.get("target_parameters"):
+        notes.append(
+            "the adapter is on parameters of experts (target_parameters): transformers 5 with peft 0.21 loads it, "
+            "llama.cpp's converter cannot: use --format gguf-lora"
+        )
     more = [*(config["modules_to_save"] or []), *config.get("trainable_token_indices", {})]
     if more:
         notes.append(

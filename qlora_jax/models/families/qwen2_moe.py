@@ -41,9 +41,9 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
 
 def _windows(attributes: Attributes) -> tuple[int | None, ...]:
     """Returns a window in every second layer, from the first, before layer `max_window_layers`."""
-    layers, window = attributes.integer("num_hidden_layers"), attributes.window("sliding_window", 4096)
-    last = attributes.number("max_window_layers", 28, NotNegative)
-    if not attributes.boolean("use_sliding_window", False):
-        window = None
+    layers, last = attributes.integer("num_hidden_layers"), attributes.number("max_window_layers", 28, NotNegative)
+    attributes.ignore(["sliding_window"])  # without a window, transformers 5 saves 0
+    slide = attributes.boolean("use_sliding_window", False)
+    window = attributes.window("sliding_window", 4096) if slide else None
     slides = [window is not None and layer % 2 == 0 and layer < last for layer in range(layers)]
     return windows_of(attributes, layer_types(attributes, [SLIDING if s else FULL for s in slides]), window)

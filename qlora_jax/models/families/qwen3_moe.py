@@ -27,7 +27,8 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     experts = experts_from_hf(
         attributes,
         sparse_layers(attributes),
-        attributes.integer("num_experts", 128),
+        # transformers 5 saves num_experts by this name alone.
+        attributes.integer("num_experts", attributes.integer("num_local_experts", 128)),
         8,
         mlp_dim=attributes.integer("moe_intermediate_size", 768),
         normalize=attributes.boolean("norm_topk_prob", False),
