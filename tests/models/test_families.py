@@ -4,6 +4,7 @@ import pytest
 
 from qlora_jax.models.families import model_config
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, QueryPositionScale
+from tests.io.gguf_families import MIXTURES
 
 SMOLLM2 = dict(
     model_type="llama",
@@ -237,3 +238,14 @@ def test_gpt_oss_without_a_rope_has_transformers_default():
     omitted = ("rope_scaling", "rope_theta", "layer_types", "num_local_experts", "num_hidden_layers")
     short = {key: value for key, value in GPT_OSS_20B.items() if key not in omitted}
     assert model_config(short | {"num_hidden_layers": 24, "num_local_experts": 32}) == model_config(GPT_OSS_20B)
+
+
+def test_mixtures_whose_config_transformers_5_saved():
+    """It names the number of Qwen3's experts otherwise, and gives Qwen2 without windows one of 0."""
+    for name in ("qwen2moe", "qwen3moe"):
+        _, config = MIXTURES[name]
+        saved = {**config, "sliding_window": 0 if name == "qwen2moe" else None, "use_sliding_window": False}
+        if name == "qwen3moe":
+            saved["num_local_experts"] = saved.pop("num_experts")
+        assert model_config(saved) == model_config(config)
+        assert model_config(saved).experts.count == 4
