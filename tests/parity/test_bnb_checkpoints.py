@@ -157,6 +157,7 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
         np.testing.assert_array_equal(theirs[f"again/{name}"], theirs[f"mixed/{name}"], err_msg=name)
 
 
+@pytest.mark.exhaustive
 def test_mixtures_of_experts(tmp_path: Path, oracle) -> None:
     """bitsandbytes leaves experts in 16 bits without a word; here they are quantized, as from the 16-bit files."""
     dense = {}

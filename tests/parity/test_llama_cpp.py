@@ -25,7 +25,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from tests.data.tokenizer.test_from_gguf import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
-from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.gguf_families import FAMILIES, MIXTURES, random_tensors
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level
 from tests.marks import some_in_ci
@@ -38,6 +38,7 @@ NAMED = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
 TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
 # Written from a folder alone: adapters, runs and merging do not depend on the architecture.
 WITHOUT_RUN = ("olmo3", "exaone4", "exaone4, windows", "seed_oss", "glm4", "granite", "cohere2", "ministral3")
+WITHOUT_RUN += tuple(MIXTURES)
 # llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
 ARCHITECTURES = [name for name in CONFIGS if name not in ("phi3", *WITHOUT_RUN)]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
@@ -48,16 +49,17 @@ METHODS = {  # else LoRA
     "gemma": LoraArgs(method="ln_tuning"),
     "olmo2": LoraArgs(method="ln_tuning", target_modules=OLMO2_NORMS),
     "gptneox": LoraArgs(method="bitfit"),
-    "mixtral": LoraArgs(rank=4, alpha=8.0, target_parameters=["gate_up_proj", "down_proj", "gate"]),
-    "glm4moe": LoraArgs(rank=4, alpha=8.0, target_parameters=["gate_up_proj", "down_proj"], share_experts=True),
 }
 WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
 NEW_TOKENS = 24
 IN_Q8_0 = ("--with_base", "--base_dtype", "q8_0")
 WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
 WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
-# Adapters on experts and routers, which llama.cpp multiplies by the experts of each token alone.
-ON_EXPERTS = {name: METHODS[name] for name in ("mixtral", "glm4moe")}
+# Adapters on experts and routers, of which llama.cpp multiplies those of each token's experts alone.
+ON_EXPERTS = {
+    "mixtral": LoraArgs(rank=4, alpha=8.0, target_parameters=["gate_up_proj", "down_proj", "gate"]),
+    "glm4moe": LoraArgs(rank=4, alpha=8.0, target_parameters=["gate_up_proj", "down_proj"], share_experts=True),
+}
 
 
 def _run(tmp_path: Path, name: str, lora: LoraArgs = LORAS["all"], **changes: Any):
@@ -161,8 +163,8 @@ def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
 def test_loras(tmp_path: Path, llama_cpp) -> None:
     """Base and LoRA as two files, in f32, and with the base in q8_0."""
     ours, cases = {}, {}
-    for name, lora in ({name: LORAS[lora] for name, lora in WITH_LORA.items()} | ON_EXPERTS).items():
-        run, model = _run(tmp_path, name, lora)
+    for name, lora in WITH_LORA.items():
+        run, model = _run(tmp_path, name, LORAS[lora])
         main(["--run", str(run), "--format", "gguf-lora", "--with_base"])
         ours[name] = _logits(model, TOKENS)
         files = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}
@@ -181,6 +183,23 @@ def test_loras(tmp_path: Path, llama_cpp) -> None:
         exact = found[f"llama{end}/logits"]
         off = np.abs(found[f"llama, q8_0{end}/logits"] - exact).max() / np.abs(exact).max()
         assert 0 < off < WITHIN["q8_0"], (end, off)
+
+
+@pytest.mark.parametrize("name", some_in_ci([("mixtral",), ("glm4moe",)], lambda i: i == 0))
+def test_loras_on_experts(tmp_path: Path, llama_cpp, name: str) -> None:
+    """Base and LoRA as two files, and merged in one, in f32."""
+    run, model = _run(tmp_path, name, ON_EXPERTS[name])
+    main(["--run", str(run), "--format", "gguf-lora", "--with_base"])
+    main(["--run", str(run), "--format", "gguf", "--dtype", "float32"])
+    base, expected = run / "gguf-lora/base-float32.gguf", _logits(model, TOKENS)
+    cases = {
+        "alone": _case(base, rows=TOKENS.tolist()),
+        "lora": _case(base, run / "gguf-lora/adapter.gguf", rows=TOKENS.tolist()),
+        "merged": _case(run / "gguf/model-float32.gguf", rows=TOKENS.tolist()),
+    }
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
+    off = {name: np.abs(found[f"{name}/logits"] - expected).max() for name in cases}
+    assert off["lora"] < 1e-2 * off["alone"] and off["merged"] < 1e-5 * np.abs(expected).max(), off
 
 
 @pytest.mark.slow
