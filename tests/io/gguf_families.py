@@ -46,7 +46,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         RMS | dict(model_type="olmo3", num_hidden_layers=4, sliding_window=16, rope_theta=5e5, rope_scaling=YARN)
         | dict(layer_types=["sliding_attention", "full_attention"] * 2),
     ),
-    "exaone4": ("exaone4", RMS | dict(model_type="exaone4", sliding_window=None, tie_word_embeddings=True)),
+    "exaone4": (
+        "exaone4",
+        RMS | dict(model_type="exaone4", sliding_window=None, tie_word_embeddings=True)
+        | dict(layer_types=["full_attention"] * 2),
+    ),
     # llama.cpp gives windows to models of 64 layers alone.
     "exaone4, windows": ("exaone4", RMS | dict(model_type="exaone4", num_hidden_layers=64, sliding_window=16)),
     "seed_oss": ("seed_oss", RMS | dict(model_type="seed_oss", head_dim=32)),

@@ -216,7 +216,9 @@ def _windows(architecture: Architecture, keys: Metadata, config: JsonObject) -> 
     """The window of a model of which only some layers have one, and the kind of every layer, as llama.cpp chooses."""
     layers, window = config["num_hidden_layers"], keys.get("attention.sliding_window")
     if window is None or architecture.window_layers not in (0, layers):
-        return {"sliding_window": None}
+        # transformers needs the kinds of layers to read a model without windows, and OLMo 2 has no such attribute.
+        kinds = {} if architecture.variants else {"layer_types": ["full_attention"] * layers}
+        return {"sliding_window": None, **kinds}
     pattern = keys.get(PATTERN, architecture.window_period)
     slides = pattern if isinstance(pattern, list) else [bool((layer + 1) % pattern) for layer in range(layers)]
     return {"layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides]}

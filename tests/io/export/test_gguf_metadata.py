@@ -102,7 +102,10 @@ LOST = {
         dict(no_rope_layers=[0, 1]),
         [r"ropes = \(None, 5000 default\): a file would give \(\)"],
     ),
-    "exaone4": (dict(sliding_window=16, sliding_window_pattern=2), [r"windows = \(16, None\): a file would give \(\)"]),
+    "exaone4": (
+        dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+        [r"windows = \(16, None\): a file would give \(\)"],
+    ),
     "cohere2": (dict(attention_bias=True), ["attn_output.bias: llama.cpp cannot load it in cohere2"]),
     "ministral3": (
         dict(rope_scaling=FAMILIES["ministral3"][1]["rope_scaling"] | dict(mscale=0.5)),

@@ -11,7 +11,7 @@ from pallas_kernels.nf4_matmul.shapes import SHAPES
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn import attention_cpu
-from qlora_jax.nn.rope import Rope
+from qlora_jax.nn.rope import QueryPositionScale, Rope
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
@@ -67,6 +67,15 @@ LIKE_PHI3 = dataclasses.replace(MODEL, fused_qkv="parts", fused_gate_up=True)
 PLAIN_MLP = dict(norm="layer", gated=False, o_bias=True, mlp_bias=True, activation="gelu")
 LIKE_PHI = dataclasses.replace(MODEL, layout="parallel, one norm", head_bias=True, **PLAIN_MLP)
 LIKE_NEOX = dataclasses.replace(MODEL, layout="parallel", num_kv_heads=6, fused_qkv="heads", **PLAIN_MLP)
+LIKE_COHERE2 = dataclasses.replace(
+    MODEL,
+    layout="parallel, one norm",
+    norm="layer without bias",
+    rope_interleaved=True,
+    query_position_scale=QueryPositionScale(beta=0.1, period=64),
+    residual_scale=0.3,
+    logit_scale=0.25,
+)
 # Lengths: one chunk of attention, 3 with padding in the last, and 9.
 CASES = {
     "none": (MODEL, "none", (1, 2, 320), EVERY),
@@ -85,7 +94,11 @@ FAMILIES = {
     f"{name}, {remat}": (model, remat, (1, 2, 320), EVERY)
     for name, model in {"gemma3": LIKE_GEMMA3, "olmo2": LIKE_OLMO2, "phi3": LIKE_PHI3, "phi": LIKE_PHI}.items()
     for remat in ("none", "names")
-} | {"neox, none": (LIKE_NEOX, "none", (1, 2, 320), EVERY), "gemma3, full": (LIKE_GEMMA3, "full", (1, 2, 320), EVERY)}
+} | {
+    "neox, none": (LIKE_NEOX, "none", (1, 2, 320), EVERY),
+    "gemma3, full": (LIKE_GEMMA3, "full", (1, 2, 320), EVERY),
+    "cohere2, names": (LIKE_COHERE2, "names", (1, 2, 320), EVERY),
+}
 NEW_IDS = (1000, 1001, 1002, 7, 998)
 NEW_TOKENS = {
     "names, new tokens": (MODEL, "names", (2, 2, 320), EVERY, NEW_IDS),
