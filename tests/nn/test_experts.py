@@ -8,6 +8,7 @@ from flax import nnx
 
 from qlora_jax.nn.expert_lora import ExpertLoRA
 from qlora_jax.nn.experts import ExpertLinear, Experts
+from tests.marks import EXHAUSTIVE, SLOW
 
 LAYERS, EXPERTS, WIDTH, INNER, RANK = 2, 5, 12, 8, 3
 RNG = np.random.default_rng(0)
@@ -59,9 +60,9 @@ def loop(experts: Experts, x_MD, choice, weights_Mk, layer: int):
     ("name", "share"),
     [
         ("empty experts", False),
-        pytest.param("one token", True, marks=pytest.mark.slow),
-        pytest.param("one expert for all", False, marks=pytest.mark.slow),
-        pytest.param("balanced", True, marks=pytest.mark.exhaustive),
+        pytest.param("one token", True, marks=SLOW),
+        pytest.param("one expert for all", False, marks=SLOW),
+        pytest.param("balanced", True, marks=EXHAUSTIVE),
     ],
 )
 def test_results_and_gradients_equal_those_of_a_loop(name, share):
