@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels.native.library import attention_problem
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.attention import cached_attention, causal_attention
+from tests.marks import some_in_ci
 from tests.nn.test_attention import SCALE, _inputs, _largest_errors, _segments, _visible
 from tests.nn.test_branching import rows_of_trees, spans_of
 from tests.nn.trees import visible_keys
@@ -68,16 +69,13 @@ def tiles(monkeypatch):
 IDS = ((40, 2, 200), (256, 1, 30))
 
 
-# Unrolled with ragged heads, in a loop of 256, and in a loop of 128 with heads that share keys.
+# In a loop of 256, unrolled, in a loop of 128 with heads that share keys, and with a soft cap.
 @pytest.mark.parametrize(
     ("length", "heads", "window", "softcap", "packed"),
-    [
-        (300, 4, None, None, False),
-        *(
-            pytest.param(*each, marks=SLOW)
-            for each in [(900, 2, 70, None, True), (700, 10, None, None, False), (300, 2, 70, 0.7, True)]
-        ),
-    ],
+    some_in_ci(
+        [(900, 2, 70, None, True), (300, 4, None, None, False), (700, 10, None, None, False), (300, 2, 70, 0.7, True)],
+        lambda i: i == 0,
+    ),
 )
 def test_tiles(tiles, length, heads, window, softcap, packed):
     ids = _segments(length, *IDS) if packed else None
@@ -86,13 +84,13 @@ def test_tiles(tiles, length, heads, window, softcap, packed):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_window_that_is_traced(tiles):
     window = jnp.int32(70)
     assert max(_errors(_drawn(700, 10), _visible(700, 70), window=window)) < 5e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", some_in_ci([(BF16,), (F32,)], lambda i: i == 0))
 def test_branches(dtype):
     rows_B4T = rows_of_trees(3, 2, 300)
     errors = _errors(_drawn(300, 4, dtype, 64), visible_keys(rows_B4T, 70), spans=spans_of(rows_B4T), window=70)
@@ -127,8 +125,10 @@ def test_attention_over_a_cache(window):
     q, k, v, sinks_N, _ = _drawn(12, 4)
     at = jnp.broadcast_to(jnp.arange(3, 12), (2, 9))
     cache = (jnp.swapaxes(x, 1, 2) for x in (k, v))
-    out = cached_attention(q[:, 3:], *cache, at, SCALE, window=window, sinks_N=sinks_N)
-    plain = _plain(q, k, v, sinks_N, np.broadcast_to(_visible(12, window), (2, 12, 12)), None)
+    attention = jax.jit(functools.partial(cached_attention, scale=SCALE, window=window))
+    out = attention(q[:, 3:], *cache, at, sinks_N=sinks_N)
+    visible_BTS = np.broadcast_to(_visible(12, window), (2, 12, 12))
+    plain = jax.jit(functools.partial(_plain, softcap=None))(q, k, v, sinks_N, visible_BTS)
     np.testing.assert_allclose(out, plain[:, 3:], atol=2e-6)
 
 
