@@ -17,7 +17,7 @@ from qlora_jax.evaluation.tasks.rows import RowsTask, rows_task
 from qlora_jax.io.pretrained import OpenedModel, load_base, open_base
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.keep_16bit import names_of
+from qlora_jax.models.keep_16bit import full_names, names_of
 from qlora_jax.models.partition import partition
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -65,7 +65,7 @@ def measure_quantization(
     base_bytes = bytes_of(opened.features, weights)
     spare = None if budget is None else spare_bytes(parse_bytes(budget), base_bytes)
     task = rows_task(rows, opened.tokenizer, max_rows=max_rows, max_positions=opened.features.max_positions)
-    layers = opened.features.num_layers * len(opened.features.linear_shapes())
+    layers = len(full_names(opened.features))
     reporter.message(f"{task.title}: {layers + 2 + (spare is not None)} evaluations, {layers} of them of one layer")
     dense, costs = measure_layers(partition(_loaded(opened, reporter, "none")), task.rows, weights, progress)
     quantized = score_rows(partition(_loaded(opened, reporter, quant_type)), task.rows)

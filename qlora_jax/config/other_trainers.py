@@ -271,6 +271,8 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "local_rank": Replacement(None, _NO_LAUNCHER),
     "enable_liger_kernel": Replacement(None, "remove it: fused kernels are chosen for the device"),
     "neftune_noise_alpha": "train.neftune_noise_alpha",
+    "router_aux_loss_coef": "router.aux_loss_coef",
+    "router_z_loss_coef": "router.z_loss_coef",
     "noisy_embedding_alpha": "train.neftune_noise_alpha",
     "label_smoothing_factor": Replacement(None, "remove it: label smoothing is not supported"),
     "torch_compile": Replacement(None, "remove it: every step is compiled"),

@@ -21,6 +21,7 @@ from qlora_jax.config.lora_settings import LoraArgs
 from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
 from qlora_jax.config.preference_settings import ObjectiveName, PreferenceArgs
 from qlora_jax.config.question_settings import QuestionArgs
+from qlora_jax.config.router_settings import RouterArgs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,6 +356,7 @@ class Config:
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     preference: PreferenceArgs = dataclasses.field(default_factory=PreferenceArgs)
     head: HeadArgs = dataclasses.field(default_factory=HeadArgs)
+    router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
     hosts: HostsArgs = dataclasses.field(default_factory=HostsArgs)

@@ -11,18 +11,19 @@ import re
 from collections.abc import Iterator, Sequence
 
 import jax
+from jaxtyping import PyTree
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.metadata import shorten
-from qlora_jax.models.abstract_init import frozen_linear_leaves
+from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
 
 SETTING = "model.keep_16bit"
-NEVER_QUANTIZED = ("embed_tokens", "lm_head", "norm")
+NEVER_QUANTIZED = ("embed_tokens", "lm_head", "norm", "gate")
 
-Layers = tuple[int, ...]
-Kept = tuple[tuple[str, Layers], ...]  # (projection's name within a layer, its layers in 16 bits, ascending)
+Rows = tuple[int, ...]  # of a stack, which has a row for each layer with the projection
+Kept = tuple[tuple[str, Rows], ...]  # (projection's name within a layer, its rows in 16 bits, ascending)
 
 
 def kept_layers(keep: str | Sequence[str], config: ModelConfig) -> Kept:
@@ -43,11 +44,11 @@ def kept_layers(keep: str | Sequence[str], config: ModelConfig) -> Kept:
         places = [place for full, place in known.items() if matches(pattern, full)]
         if not places:
             problems.append(_unknown(entry, config))
-        for name, layer in places:
-            found.setdefault(name, set()).add(layer)
+        for name, row in places:
+            found.setdefault(name, set()).add(row)
     if problems:
         raise ValueError("\n".join(problems))
-    return tuple((name, tuple(sorted(found[name]))) for name in config.linear_shapes() if name in found)
+    return tuple((name, tuple(sorted(found[name]))) for name in projections(config) if name in found)
 
 
 def keep_in_16_bits(weights: WeightFormat, keep: str | Sequence[str], config: ModelConfig) -> WeightFormat:
@@ -59,42 +60,53 @@ def keep_in_16_bits(weights: WeightFormat, keep: str | Sequence[str], config: Mo
     return dataclasses.replace(weights, dense=kept_layers(keep, config)) if keep else weights
 
 
+def projections(config: ModelConfig) -> list[str]:
+    """Returns the names within a layer of all projections that are quantized, those of experts included."""
+    return [*config.linear_shapes(), *config.expert_shapes()]
+
+
 def full_names(config: ModelConfig) -> dict[tuple[str, int], str]:
-    """Returns {(projection's name within a layer, layer): Hugging Face's full name}."""
+    """Returns {(projection's name within a layer, row): Hugging Face's full name}, without the numbers of experts."""
     return {
-        (name, layer): config.hugging_face_name(f"model.layers.{layer}.{name}")
-        for name in config.linear_shapes()
-        for layer in range(config.num_layers)
+        (name, row): config.hugging_face_name(f"model.layers.{layer}.{name}")
+        for name in projections(config)
+        for row, layer in enumerate(config.layers_with(name))
     }
 
 
 def names_of(kept: Kept, config: ModelConfig) -> list[str]:
     """Returns a list for `model.keep_16bit` that selects these layers; a projection of all layers has one name."""
     full, names = full_names(config), []
-    for name, layers in kept:
-        if len(layers) == config.num_layers:
+    for name, rows in kept:
+        if len(rows) == len(config.layers_with(name)):
             names.append(config.hugging_face_name(name))
         else:
-            names += [full[name, layer] for layer in layers]
+            names += [full[name, row] for row in rows]
     return names
 
 
 def describe(kept: Kept, config: ModelConfig) -> str:
     """Returns the layers as text: `self_attn.q_proj of all layers; mlp.down_proj of layers 0-3, 7`."""
     texts = []
-    for name, layers in kept:
-        some = f"layer{'s' * (len(layers) > 1)} {', '.join(_ranges(layers))}"
-        which = "all layers" if len(layers) == config.num_layers else some
+    for name, rows in kept:
+        those_with = config.layers_with(name)
+        some = f"layer{'s' * (len(rows) > 1)} {', '.join(_ranges([those_with[row] for row in rows]))}"
+        which = "all layers" if len(rows) == len(those_with) else some
         texts.append(f"{config.hugging_face_name(name)} of {which}")
     return "; ".join(texts)
 
 
 def layer_bytes(name: str, config: ModelConfig, weights: WeightFormat) -> tuple[int, int]:
-    """Returns (bytes in 4 bits, bytes in 16 bits) of one layer of a projection, its constants included."""
-    shape, _ = config.linear_shapes()[name]
+    """Returns (bytes in 4 bits, bytes in 16 bits) of one layer of a projection, with all its experts and constants."""
+    experts = config.expert_shapes().get(name)
+
+    def leaves(weights: WeightFormat) -> tuple[PyTree, PyTree]:
+        if experts is None or config.experts is None:
+            return frozen_linear_leaves(name, 1, config.linear_shapes()[name][0], False, weights)
+        return frozen_expert_leaves(name, (1, config.experts.count), experts, False, weights)
 
     def of(weights: WeightFormat) -> int:
-        weight, _ = jax.eval_shape(lambda: frozen_linear_leaves(name, 1, shape, False, weights))
+        weight, _ = jax.eval_shape(lambda: leaves(weights))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
 
     return of(dataclasses.replace(weights, dense=())), of(dataclasses.replace(weights, dense=((name, (0,)),)))
@@ -103,7 +115,7 @@ def layer_bytes(name: str, config: ModelConfig, weights: WeightFormat) -> tuple[
 def added_bytes(kept: Kept, config: ModelConfig, weights: WeightFormat) -> int:
     """Returns the bytes that these layers take in 16 bits beyond those that they take in 4 bits."""
     sizes = {name: layer_bytes(name, config, weights) for name, _ in kept}
-    return sum(len(layers) * (sizes[name][1] - sizes[name][0]) for name, layers in kept)
+    return sum(len(rows) * (sizes[name][1] - sizes[name][0]) for name, rows in kept)
 
 
 def kept_text(config: ModelConfig, weights: WeightFormat) -> str:
@@ -116,7 +128,7 @@ def kept_text(config: ModelConfig, weights: WeightFormat) -> str:
 
 def _unknown(entry: str, config: ModelConfig) -> str:
     """Returns the message for a name or pattern that matches no projection."""
-    names = [config.hugging_face_name(name) for name in config.linear_shapes()]
+    names = [config.hugging_face_name(name) for name in projections(config)]
     if entry.rpartition(".")[2] in NEVER_QUANTIZED or entry.endswith("norm"):
         return f"{SETTING}: {entry!r} is never quantized, so it needs no entry. Remove it"
     number = re.search(r"layers\.(\d+)\.", entry)
@@ -131,7 +143,7 @@ def _unknown(entry: str, config: ModelConfig) -> str:
     return f"{SETTING}: {entry!r} matches none of the linear layers: {', '.join(names)}{advice}"
 
 
-def _ranges(layers: Layers) -> Iterator[str]:
+def _ranges(layers: Sequence[int]) -> Iterator[str]:
     """Yields runs of consecutive numbers, such as 0-3 and 7."""
     start = last = layers[0]
     for layer in (*layers[1:], None):

@@ -96,10 +96,10 @@ class Routing:
       tokens_B: counted tokens.
     """
 
-    counts_BSE: Float[Array, "B S E"]
-    probs_BSE: Float[Array, "B S E"]
-    z_BS: Float[Array, "B S"]
-    tokens_B: Float[Array, " B"]
+    counts_BSE: Float[Array, "*A B S E"]
+    probs_BSE: Float[Array, "*A B S E"]
+    z_BS: Float[Array, "*A B S"]
+    tokens_B: Float[Array, "*A B"]
 
 
 def routing_sums(

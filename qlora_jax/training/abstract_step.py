@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import LoraArgs, OptimArgs
+from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -27,6 +28,7 @@ from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size, placed_shapes
 from qlora_jax.training.batch_shapes import batch_shapes
 from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.objective import Objective
+from qlora_jax.training.objectives.routed import check_routers_learn, routed
 from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.step import gradients, update
 
@@ -102,6 +104,7 @@ def abstract_step(
     optim: OptimArgs | None = None,
     neftune_noise_alpha: float | None = None,
     objective: Objective = SUPERVISED,
+    router: RouterArgs | None = None,
     mesh: AnyMesh | None = None,
 ) -> AbstractStep:
     """Builds the step of a run with these settings, for the platform `weights.platform`.
@@ -115,10 +118,12 @@ def abstract_step(
       optim: the optimizer's settings; None: the defaults.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       objective: the loss.
+      router: losses of a mixture's routers, which are added to it; None: no such losses.
       mesh: the devices; None: one device. Those of an AbstractMesh need not be present.
 
     Raises:
-      ValueError: train.remat=offload on a CPU, whose arrays are in host memory already.
+      ValueError: train.remat=offload on a CPU, whose arrays are in host memory already; or losses of routers that the
+        model does not have, or that nothing trains.
     """
     if remat == "offload" and weights.platform == "cpu":
         raise ValueError(
@@ -126,6 +131,8 @@ def abstract_step(
             "train.remat=full."
         )
     parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids, objective)))
+    objective = routed(objective, model, router or RouterArgs())
+    check_routers_learn(objective, parts)
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
     state = jax.eval_shape(optimizer.init, parts.trained)
     is_random = lora.dropout > 0 or neftune_noise_alpha is not None

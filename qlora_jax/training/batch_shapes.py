@@ -8,6 +8,7 @@ from typing import Literal
 from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.data.batching.slots import slot_count
 from qlora_jax.training.objectives.objective import Objective
+from qlora_jax.training.objectives.routed import FILLED, Routed
 
 Shape = tuple[int, ...]
 Dtype = Literal["int32", "float32"]
@@ -25,6 +26,8 @@ def batch_shapes(
     """
     found: dict[str, tuple[Shape, Dtype]] = {name: (batch, "int32") for name in ("inputs", "targets")}
     found["weights"] = batch, "float32"
+    if isinstance(objective, Routed):
+        found[FILLED] = batch[:2], "int32"
     found |= {name: (batch, "int32") for name in _structure(objective, packed=packed, branching=branching)}
     if not objective.sequences_per_row:
         return found

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora, ModelParts
 from qlora_jax.training.abstract_step import AbstractLora, AbstractStep
+from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.step import StepLoss
 
 Shape = tuple[int, int, int]  # (A, B, T): accumulated micro-batches, rows, positions
@@ -43,6 +44,11 @@ class CompiledGradients:
     def mesh(self) -> Mesh | None:
         """The devices that share the rows and the model; None: one device."""
         return cast(Mesh | None, self._step.mesh)  # programs that run have a mesh of real devices
+
+    @property
+    def objective(self) -> Objective:
+        """The loss, with those of routers."""
+        return self._step.objective
 
     @property
     def is_random(self) -> bool:

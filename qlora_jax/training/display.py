@@ -14,6 +14,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.training.eval_metrics import HIGH, LOW, loss_interval, task_metrics
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.preference_metrics import ACCURACY, EVAL, MARGIN, PREFERENCE_LABELS
+from qlora_jax.training.router_metrics import DEAD, MAX_LOAD
 
 _WINDOW = 20  # steps over which speed and remaining time are averaged
 _SAMPLE_CHARACTERS = 160
@@ -94,6 +95,7 @@ def status_line(record: Record, pace: Throughput, steps_left: int) -> str:
         "" if step_time is None else f"{format_duration(steps_left * step_time)} left",
         f"lr {record['learning_rate']:.1e}",
         f"grad {record['grad_norm']:.2f}",
+        _router_text(record),
         _paging_text(record),
         _memory_text(record),
     ]
@@ -110,6 +112,14 @@ def _reward_text(record: Record) -> str:
 def _speed_text(tokens_per_second: float, devices: int) -> str:
     share = "" if devices == 1 else f" ({tokens_per_second / devices:.0f} per device)"
     return f"{tokens_per_second:.0f} tok/s{share}"
+
+
+def _router_text(record: Record) -> str:
+    """Formats the least balanced layer of a mixture: `router max load 2.1x, 3 dead experts`; empty without experts."""
+    if MAX_LOAD not in record:
+        return ""
+    dead = f", {record[DEAD]:.0f} dead experts" if record[DEAD] else ""
+    return f"router max load {record[MAX_LOAD]:.1f}x{dead}"
 
 
 def _paging_text(record: Record) -> str:

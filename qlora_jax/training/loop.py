@@ -21,8 +21,10 @@ from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.held_out import held_out_metrics
 from qlora_jax.training.memory_watch import memory_in_use
 from qlora_jax.training.metrics import Record
+from qlora_jax.training.objectives.routed import step_arrays, unrouted
 from qlora_jax.training.optimizer_state import OptimizerState
 from qlora_jax.training.preference_metrics import step_metrics
+from qlora_jax.training.router_metrics import router_metrics
 from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.session import Session
 
@@ -164,7 +166,7 @@ def train_step(
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, state.step)
     optimizer_state, room, sent = session.state_manager.make_room(state.optimizer_state, batch.inputs.shape)
-    arrays = place_batch(batch.arrays(), session.mesh)
+    arrays = place_batch(step_arrays(session.gradients.objective, batch), session.mesh)
     grads, loss = session.gradients(session.parts.with_lora(state.lora), arrays, key)
     lora, optimizer_state, norm, moved = session.state_manager.update(state.lora, optimizer_state, grads, room)
     total, count, row_losses_AB, norm = jax.device_get((loss.total, loss.count, loss.row_losses_AB, norm))
@@ -185,7 +187,8 @@ def train_step(
             "seconds": seconds,
             "data_seconds": data_seconds,
         }
-        | step_metrics(session.objective, loss.outputs, batch.slots)
+        | step_metrics(session.objective, unrouted(loss.outputs), batch.slots)
+        | router_metrics(loss.outputs)
         | session.utilization.metrics(batch, tokens, seconds)
         | session.state_manager.metrics(optimizer_state, sent + moved)
         | _speed_of_devices(session, batch.tokens / seconds)

@@ -35,6 +35,9 @@ class _Step(TypedDict):
     learning_rate: float
     grad_norm: NotRequired[float | None]
     paging_problems: NotRequired[list[str]]
+    router_max_load_by_layer: NotRequired[list[float]]
+    router_entropy_by_layer: NotRequired[list[float]]
+    router_dead_experts_by_layer: NotRequired[list[float]]
 
 
 class _Sample(TypedDict):

@@ -206,6 +206,7 @@ def compile_gradients(config: Config, inputs: Inputs, mesh: Mesh | None = None) 
         remat=remat,
         neftune_noise_alpha=config.train.neftune_noise_alpha,
         objective=inputs.objective,
+        router=config.router,
         mesh=mesh,
     )
     gradients = CompiledGradients(step)

@@ -28,6 +28,7 @@ from qlora_jax.optim.clipping import global_norm
 from qlora_jax.optim.mesh_state import state_specs
 from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, own_rows, shards_of, sum_over
 from qlora_jax.training.objectives.objective import Objective, Totals
+from qlora_jax.training.objectives.routed import Routed, RoutedOutputs, counted_positions
 from qlora_jax.training.objectives.sft import SUPERVISED
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
@@ -84,15 +85,12 @@ def row_outputs(
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
     """
     branching = Branching(micro["parents"], micro["depths"]) if "parents" in micro else None
-    hidden_MD = model.hidden(
-        micro["inputs"],
-        remat=remat,
-        keys_B=keys_B,
-        neftune_noise_alpha=neftune_noise_alpha,
-        segments_BT=micro.get("segments"),
-        branching=branching,
-    )
-    return objective.outputs(model, hidden_MD, micro)
+    texts = {"segments_BT": micro.get("segments"), "branching": branching}
+    how = {"remat": remat, "keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha, **texts}
+    if isinstance(objective, Routed):
+        hidden_MD, routing = model.hidden_with_routing(micro["inputs"], counted_positions(micro), **how)
+        return RoutedOutputs(outputs=objective.outputs(model, hidden_MD, micro), routing=routing)
+    return objective.outputs(model, model.hidden(micro["inputs"], **how), micro)
 
 
 @functools.partial(jax.jit, static_argnames=("remat", "mesh", "neftune_noise_alpha", "objective"))
@@ -216,7 +214,7 @@ def _all_rows_at_once(
     micro-batch is backpropagated with its part of this derivative.
     """
     own, backpropagate = _outputs_first(outputs, trained, batch)
-    read = {name: batch[name] for name in (PRESENT, *objective.values)}
+    read = {name: batch[name] for name in (PRESENT, *objective.values) if name in batch}  # sft has no slots
     found, arrays = jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=1), (own, read))
 
     def summed(found: PyTree):

@@ -11,6 +11,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.keep_16bit import added_bytes, describe, keep_in_16_bits, kept_layers, kept_text, names_of
 from tests.io.tiny_models import tiny_config
+from tests.models.mixtures import NARROW
 
 CONFIG = model_config(tiny_config(num_hidden_layers=12))
 ALL = tuple(range(12))
@@ -65,3 +66,21 @@ def test_layers_are_described_by_ranges():
         CONFIG, weights
     )
     assert kept_text(CONFIG, WeightFormat()) == ""
+
+
+def test_layers_of_a_mixture():
+    """Layer 1 is dense, and layers 0 and 2 have experts: stacks have a row for each layer with the projection."""
+    config = model_config(NARROW | dict(model_type="qwen3_moe", num_experts=5, mlp_only_layers=[1]))
+    assert dict(kept_layers(["down_proj"], config)) == {"mlp.down_proj": (0,), "mlp.experts.down_proj": (0, 1)}
+    kept = kept_layers(["layers.1.mlp.up_proj", "layers.2.mlp.experts.down_proj"], config)
+    assert dict(kept) == {"mlp.up_proj": (0,), "mlp.experts.down_proj": (1,)}
+    assert describe(kept, config) == "mlp.up_proj of all layers; mlp.experts.down_proj of layer 2"
+    assert kept_layers(names_of(kept, config), config) == kept
+    sizes = [
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))
+        for weights in (dataclasses.replace(WeightFormat(), dense=kept), WeightFormat())
+        for model in [nnx.eval_shape(lambda weights=weights: CausalLM(config, weights))]
+    ]
+    assert added_bytes(kept, config, WeightFormat()) == sizes[0] - sizes[1] > 0
+    with pytest.raises(ValueError, match=r"'mlp\.gate' is never quantized"):
+        kept_layers(["mlp.gate"], config)

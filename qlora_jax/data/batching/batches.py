@@ -72,6 +72,11 @@ class Batch:
         """Positions filled, without padding."""
         return int(self.lengths.sum())
 
+    @property
+    def filled(self) -> Int32[np.ndarray, "A B"]:
+        """Positions that each row of the batch fills, the others are padding."""
+        return self.lengths.sum(axis=-1).astype(np.int32)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arguments of a compiled step, by name."""
         names = ("inputs", "targets", "weights", "segments", "parents", "depths", "sequences")

@@ -36,8 +36,8 @@ class Choice:
         """The layers in the form of `WeightFormat.dense`, with projections in the order of their largest cost."""
         layers: dict[str, list[int]] = {}
         for cost in self.costs:
-            name, layer = cost.place
-            layers.setdefault(name, []).append(layer)
+            name, row = cost.place
+            layers.setdefault(name, []).append(row)
         return tuple((name, tuple(sorted(found))) for name, found in layers.items())
 
 

@@ -2,27 +2,30 @@
 
 The increase over the loss with everything in 16 bits is the layer's cost. Each layer takes one evaluation; all run the
 same compiled programs, because only the values of one stack change. Memory holds the model in 16 bits and one stack.
+The experts of a layer are quantized together.
 
 Dimension key: R rows, C layers of projections, S bootstrap samples.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.evaluation.loglikelihood import RowScores, score_rows
 from qlora_jax.evaluation.shared_prefixes import ScoredIds
 from qlora_jax.evaluation.statistics import Weights, resample_counts
-from qlora_jax.models.add_adapters import linears
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.keep_16bit import full_names, layer_bytes
+from qlora_jax.models.keep_16bit import full_names, layer_bytes, projections
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import dequantize, quantize
 
-Place = tuple[str, int]  # (projection's name within a layer, layer)
+Place = tuple[str, int]  # (projection's name within a layer, row of its stack)
 Progress = Callable[[int, int, str], None]  # (evaluations done, evaluations in all, name of the layer)
 
 
@@ -31,7 +34,7 @@ class LayerCost:
     """The cost of one layer of one projection in 4 bits.
 
     Attributes:
-      place: the projection's name within a layer, and the layer.
+      place: the projection's name within a layer, and the row of its stack.
       name: Hugging Face's full name.
       increase: of the loss, in nats per token.
       interval: 95 % interval of the increase: rows are resampled 10,000 times, seed 0.
@@ -70,18 +73,22 @@ def measure_layers(
 
 def quantized_one_by_one(parts: ModelParts, weights: WeightFormat) -> Iterator[tuple[Place, ModelParts]]:
     """Yields (place, the model with this layer rounded to 4 bits and all others as they are)."""
-    config = combine(parts).config
-    ours = {config.hugging_face_name(f"model.layers.{name}"): name for name in config.linear_shapes()}
-    for full, linear in linears(combine(parts)):
-        stack_LNK = linear.weight.get_value()
-        for layer in range(config.num_layers):
-            model = combine(parts)
-            changed = dict(linears(model))[full]
-            changed.weight = Frozen(stack_LNK.at[layer].set(round_trip(stack_LNK[layer], weights)))
-            yield (ours[full], layer), partition(model)
+    for name, row in full_names(combine(parts).config):
+        model = combine(parts)
+        module = operator.attrgetter(f"model.layers.{name}")(model)
+        stack = module.weight.get_value()
+        module.weight = Frozen(stack.at[row].set(_rounded_layer(stack[row], weights)))
+        yield (name, row), partition(model)
 
 
-def round_trip(weight, weights: WeightFormat):
+def _rounded_layer(layer: jax.Array, weights: WeightFormat) -> jax.Array:
+    """Returns one layer [N, K], or its experts [E, N, K], after quantization weight by weight."""
+    if layer.ndim == 2:
+        return round_trip(layer, weights)
+    return jnp.stack([round_trip(expert, weights) for expert in layer])
+
+
+def round_trip(weight: jax.Array, weights: WeightFormat) -> jax.Array:
     """Returns the weight after quantization to 4 bits, in its own dtype."""
     settings = {name: getattr(weights, name) for name in ("block_size", "double_quant", "nested_block_size")}
     return dequantize(quantize(weight, quant_type=str(weights.quant_type), **settings), weight.dtype)
@@ -91,7 +98,7 @@ def _costs(
     base: RowScores, scores: Mapping[Place, RowScores], config: ModelConfig, weights: WeightFormat
 ) -> list[LayerCost]:
     names = full_names(config)
-    sizes = {name: layer_bytes(name, config, weights) for name in config.linear_shapes()}
+    sizes = {name: layer_bytes(name, config, weights) for name in projections(config)}
     intervals = increase_intervals(base.nll, np.stack([each.nll for each in scores.values()], axis=1), base.tokens)
     costs = [
         LayerCost(

@@ -38,7 +38,7 @@ class SFT:
         """Returns an empty dict: losses need no sums over the step."""
         return {}
 
-    def row_losses(self, outputs: Float[Array, " B"], arrays: Arrays, totals: Totals) -> Float[Array, " B"]:
+    def row_losses(self, outputs: Float[Array, "*AB"], arrays: Arrays, totals: Totals) -> Float[Array, "*AB"]:
         """Returns the outputs."""
         return outputs
 

@@ -129,6 +129,7 @@ def run_step_config(
         branching=rows.branching,
         neftune_noise_alpha=train.neftune_noise_alpha,
         objective=rows.objective,
+        router=config.router,
         mesh=mesh,
     )
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config import LoraArgs, OptimArgs, plain_name
+from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.page_layout import PAGE_BYTES
@@ -45,6 +46,7 @@ class StepConfig:
       packed: True if each row of a batch packs several data rows.
       branching: True if data rows have branches.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
+      router: losses of a mixture's routers.
       mesh: the devices that share the rows and the model; None: one device.
     """
 
@@ -60,6 +62,7 @@ class StepConfig:
     branching: bool = False
     neftune_noise_alpha: float | None = None
     objective: Objective = SUPERVISED
+    router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
     mesh: AnyMesh | None = None
 
     @property
@@ -87,6 +90,7 @@ class StepConfig:
             optim=self.optim,
             neftune_noise_alpha=self.neftune_noise_alpha,
             objective=self.objective,
+            router=self.router,
             mesh=self.mesh,
         )
 

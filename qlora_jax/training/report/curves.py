@@ -6,6 +6,7 @@ from typing import NamedTuple
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.training.eval_metrics import HIGH, LOW, TaskMetric, task_metrics
 from qlora_jax.training.metrics import Record
+from qlora_jax.training.router_metrics import AUX_LOSS, BY_LAYER, DEAD, ENTROPY, MAX_LOAD, Z_LOSS
 
 GIB = 2**30
 ENDS = ("", LOW, HIGH)  # of the keys of a metric and of its interval
@@ -61,6 +62,7 @@ def charts(records: Sequence[Record], planned: int) -> list[Chart]:
     found = [
         *_preference_charts(records, steps),
         *(Chart(kind.caption, "% right", _question_lines(records, name)) for name, kind in QUESTION_KINDS.items()),
+        *_router_charts(steps),
         Chart("Learning rate", "", [_line("", steps, lambda r: r["learning_rate"])]),
         Chart("Speed", "tokens per second, without padding", [_line("", warm, lambda r: r["tokens"] / r["seconds"])]),
         Chart("MFU", "% of the device's peak", [_line("", _with(warm, "mfu"), lambda r: 100 * r["mfu"])]),
@@ -103,6 +105,27 @@ def _preference_charts(records: Sequence[Record], steps: Sequence[Record]) -> li
         Chart("Rewards", "", rewards),
         Chart("Log p of answers minus that of the reference", "nats per token", lines("log_ratio_per_token", "")),
         Chart("Log p of answers", "nats per token", logps, from_zero=False),
+    ]
+
+
+def _router_charts(steps: Sequence[Record]) -> list[Chart]:
+    """Returns the charts of a mixture's routers: the least balanced layer, and the mean over layers."""
+
+    def mean(key: str) -> Line:
+        own = _with(steps, key + BY_LAYER)
+        return _line("mean over layers", own, lambda r: sum(r[key + BY_LAYER]) / len(r[key + BY_LAYER]), main=False)
+
+    def worst(key: str, label: str) -> Line:
+        return _line(label, _with(steps, key), lambda r: r[key])
+
+    return [
+        Chart(
+            "Load of the busiest expert over the mean load", "", [worst(MAX_LOAD, "most uneven layer"), mean(MAX_LOAD)]
+        ),
+        Chart("Entropy of the experts' loads over its maximum", "", [worst(ENTROPY, "lowest layer"), mean(ENTROPY)]),
+        Chart("Experts without a token in the step, all layers", "", [worst(DEAD, "")]),
+        Chart("Load-balancing loss", "", [worst(AUX_LOSS, "")]),
+        Chart("Router z-loss", "", [worst(Z_LOSS, "")]),
     ]
 
 
