@@ -3,13 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows
 from qlora_jax.nn.linear import frozen_linear
-from qlora_jax.nn.mixed_stack import MixedStack, dense_weight
+from qlora_jax.nn.mixed_stack import MixedStack, dense_weight, mixed_grouped
 from qlora_jax.quant import quantize
 from tests.ggml_codes import dequantized, random_ggml
 
 LAYERS, N, K, M = 7, 128, 256, 16
+EXPERTS = 3
 LAYERS_OF_PARTS = (0, 3), (2,), (5, 6), (1, 4)
 
 
@@ -50,3 +53,28 @@ def test_a_scan_keeps_no_layer_of_it():
     mixed, _ = weights()
     compiled = jax.jit(jax.grad(through)).lower(jnp.ones((M, K)), mixed).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * N * K * LAYERS
+
+
+@pytest.mark.slow
+def test_experts_of_several_formats_equal_a_loop_over_experts():
+    parts = random_ggml("Q4_1", (1, EXPERTS), (32, 64)), random_ggml("Q8_0", (2, EXPERTS), (32, 64))
+    mixed = MixedStack(parts=parts, layers=((1,), (0, 2)))
+    w_LENK = jnp.concatenate([jnp.asarray(dequantized(part)) for part in parts])[np.array([1, 0, 2])]
+    chosen_Mk = jnp.array([[0, 2], [2, 1], [1, 2], [0, 1]], jnp.int32)
+    x_MK = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64), np.float32))
+
+    def grouped(x_MK, layer):
+        groups = group_rows(chosen_Mk, EXPERTS)
+        y_PN = mixed_grouped(gather_rows(x_MK, groups), mixed, groups, layer)
+        return combine_rows(y_PN, groups, jnp.ones((4, 2)))
+
+    def loop(x_MK, layer):
+        return jnp.einsum("mk,mcnk->mn", x_MK, w_LENK[layer][chosen_Mk])
+
+    def with_gradient(function):
+        return jax.jit(jax.value_and_grad(lambda x_MK, layer: jnp.sum(jnp.sin(function(x_MK, layer)))))
+
+    found, expected = with_gradient(grouped), with_gradient(loop)
+    for layer in range(3):
+        for one, other in zip(found(x_MK, layer), expected(x_MK, layer), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
