@@ -48,7 +48,7 @@ class ExpertLinear(ExpertAdapter):
         weight, row = self.weight.get_value(), layer
         if isinstance(weight, OneLayer):
             weight, row = jax.tree.map(lambda leaf: leaf[None], weight.weight), 0
-        with jax.named_scope("frozen"):
+        with jax.named_scope("experts"):
             if isinstance(weight, MixedStack):
                 y_PN = mixed_grouped(x_PK, weight, groups, row)
             else:
@@ -95,7 +95,8 @@ class Experts(nnx.Module):
         with jax.named_scope("swiglu"):
             inner_PF = gated_activation(gate_PF, up_PF, self.activation)
         y_PD = checkpoint_name(self.down_proj(inner_PF, layer, groups), "expert_out")
-        return combine_rows(y_PD, groups, weights_Mk)
+        with jax.named_scope("combine"):
+            return combine_rows(y_PD, groups, weights_Mk)
 
     def _gate_and_up(self, x_PD: jax.Array, layer: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         gate_PF, up_PF = self.gate_proj(x_PD, layer, groups), self.up_proj(x_PD, layer, groups)

@@ -28,7 +28,7 @@ from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import BF16_PEAKS
 from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, layers_of_part
+from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS
 from qlora_jax.training.cost.step_shape import StepShape
 
 # Products of a layer whose cost is proportional to the tokens.
@@ -116,13 +116,11 @@ def utilization(step: StepShape, peak: float | None, devices: int = 1, *, backwa
     model, head = step.model, {name: part(one) * is_counted(name) for name, part in HEAD_FLOPS.items()}
     layer = {name: part(one) * is_counted(name) for name, part in LAYER_FLOPS.items()}
     return Utilization(
-        token=sum(layers_of_part(one, name) * layer[name] for name in PER_TOKEN)
-        + head["new_tokens forward"]
-        + head["new_tokens backward"],
+        token=sum(layer[name] for name in PER_TOKEN) + head["new_tokens forward"] + head["new_tokens backward"],
         # Half of what a fully trained head adds to the backward pass is recomputed logits.
         target=head["head forward"] + head["head backward"] + head["whole_head backward"] // 2,
         pair=2 * model.num_heads * model.head_dim,
-        micro_batch=model.num_layers * sum(layer[name] for name in PER_MICRO_BATCH),
+        micro_batch=sum(layer[name] for name in PER_MICRO_BATCH),
         products=_attention_products(step, backward=backward),
         peak=None if peak is None else peak * devices,
     )

@@ -6,12 +6,14 @@ Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-
 from collections.abc import Callable, Sequence
 
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
+from qlora_jax.models.target_layers import ROUTER
 from qlora_jax.training.cost.flops import Formula, tiling, uses_cpu_handlers
-from qlora_jax.training.cost.step_shape import DOWN, F32, OUT, StepShape
+from qlora_jax.training.cost.step_shape import DOWN, F32, OUT, SHARED_DOWN, StepShape
 
 # The projections that read the input of attention, and of the MLP.
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
-MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
+OF_GATE_AND_UP = ("gate_proj", "up_proj", "gate_up_proj")
+MLP_INPUTS = tuple(f"mlp.{of}{name}" for of in ("", "shared_experts.") for name in OF_GATE_AND_UP)
 
 
 def activation_bytes(step: StepShape) -> dict[str, int]:
@@ -61,7 +63,12 @@ def _lse(step: StepShape) -> int:
 
 
 def _lora_xa(step: StepShape) -> int:
-    return step.rows * sum(map(step.ranks_of_layers, step.down)) * step.itemsize
+    """Returns the bytes of x A; on experts it has all P slots, on routers it is f32."""
+    of_parameters = sum(
+        rank * len(step.parameter_layers[name]) * (F32 * step.rows if name == ROUTER else step.itemsize * step.slots)
+        for name, rank in step.parameter_ranks.items()
+    )
+    return step.itemsize * step.rows * sum(map(step.ranks_of_layers, step.down)) + of_parameters
 
 
 def _unscaled(step: StepShape) -> int:
@@ -115,6 +122,39 @@ def _before_qk_norm(model: ModelConfig) -> int:
     return (model.num_heads + model.num_kv_heads) * model.head_dim if model.qk_norm else 0
 
 
+def _inner(step: StepShape) -> int:
+    """Returns the bytes of gate and up: of dense MLPs and shared experts [M, F], of routed experts [P, F]."""
+    model, first = step.model, step.first_backward
+    of_dense = step.layers(DOWN, first) * step.rows * model.mlp_dim
+    if (experts := step.experts) is not None:
+        inner = step.slots * experts.mlp_dim + step.rows * experts.shared_mlp_dim
+        of_dense += step.layers(ROUTER, first) * inner
+    return (1 + model.gated) * of_dense * step.itemsize
+
+
+def _routed(step: StepShape) -> int:
+    """Returns the bytes of the routers' logits, f32 [M, E], and of the experts' results [P, D].
+
+    A shared expert with a gate adds its result [M, D] and the gate [M, 1].
+    """
+    if (experts := step.experts) is None:
+        return 0
+    logits = F32 * step.rows * experts.count + experts.shared_gate * step.rows * step.itemsize
+    results = (step.slots + experts.shared_gate * step.rows) * step.model.embed_dim * step.itemsize
+    return step.layers(ROUTER, step.first_backward) * (logits + results)
+
+
+def _shared_width(model: ModelConfig) -> int:
+    return 0 if model.experts is None else model.experts.shared_mlp_dim
+
+
+def _experts_inputs(step: StepShape) -> int:
+    """Returns the bytes of the inputs [P, K] of adapters on experts."""
+    shapes = step.model.expert_targets()
+    adapted = ((shapes[name][1], layers) for name, layers in step.parameter_layers.items() if name in shapes)
+    return sum(step.slots * k * len(layers) for k, layers in adapted) * step.itemsize
+
+
 INPUT: dict[str, Formula] = {"layer input": _wide(lambda m: m.embed_dim)}
 NAMED: dict[str, Formula] = {
     "query": _wide(lambda m: m.num_heads * m.head_dim),
@@ -123,7 +163,8 @@ NAMED: dict[str, Formula] = {
     "attention_lse": _lse,
     "attention_normed and mlp_normed": _wide(_post_norm_inputs),
     "attention_residual": _residual,
-    "mlp_gate and mlp_up": _wide(lambda m: (1 + m.gated) * m.mlp_dim),
+    "mlp_gate and mlp_up": _inner,
+    "router_logits and expert_out": _routed,
     "lora_xa": _lora_xa,
     "unscaled": _unscaled,
     "dora_norms": _dora_norms,
@@ -134,6 +175,8 @@ READ: dict[str, Formula] = {
     "mlp's input": _wide(_to_mlp, *MLP_INPUTS),
     "before queries' and keys' norms": _wide(_before_qk_norm),
     "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
+    "shared expert's inner activation": _wide(_shared_width, SHARED_DOWN),
+    "experts' inputs": _experts_inputs,
     # A second copy with joined heads: the backward pass of attention saves the other shape.
     "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, OUT),
 }

@@ -13,6 +13,7 @@ from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.layouts import LAYOUTS
 from qlora_jax.models.add_adapters import bias_targets, bias_widths, norm_targets, norm_widths
 from qlora_jax.models.config import DENSE, QUANTIZED, STORED
+from qlora_jax.models.expert_adapters import parameter_shapes
 from qlora_jax.nn.oft import block_elements
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec
 from qlora_jax.training.cost.step_shape import F32, StepShape
@@ -50,23 +51,38 @@ def quantized_leaves(step: StepShape, name: str, shape: tuple[int, int]) -> tupl
 
     Stacks with dense layers, and stored codes, are whole on every device.
     """
-    weights, formats = step.weights, step.weights.formats(name, step.model.num_layers)
+    (layers, *experts), weights = step.stack(name), step.weights
+    formats = weights.formats(name, layers)
     if weights.quant_type == STORED:
         rows = [row_bytes(each, shape[1]) for each in formats if each != DENSE]
-        return Leaf((sum(rows), shape[0]), 1), []
-    layers, spec = formats.count(QUANTIZED), None if DENSE in formats else stack_spec
+        return Leaf((sum(rows), *experts, shape[0]), 1), []
+    stack, spec = (formats.count(QUANTIZED), *experts), None if DENSE in formats else stack_spec
     layout = LAYOUTS[weights.layout_for(shape)]
     blocks = layout.constants_shape(shape, weights.block_size)
-    codes = Leaf((layers, *layout.codes_shape(shape)), 1, spec)
+    codes = Leaf((*stack, *layout.codes_shape(shape)), 1, spec)
     if not weights.double_quant:
-        return codes, [Leaf((layers, *blocks), F32, spec)]
+        return codes, [Leaf((*stack, *blocks), F32, spec)]
     nested = -(-math.prod(blocks) // weights.nested_block_size)
-    return codes, [Leaf((layers, *blocks), 1, spec), Leaf((layers, nested), F32, spec), Leaf((layers,), F32, spec)]
+    return codes, [Leaf((*stack, *blocks), 1, spec), Leaf((*stack, nested), F32, spec), Leaf(stack, F32, spec)]
 
 
 def dense_leaf(step: StepShape, name: str, shape: tuple[int, int]) -> Leaf:
     """Returns a projection's dense layers."""
-    return Leaf((len(step.weights.dense_layers(name, step.model.num_layers)), *shape), step.itemsize)
+    layers, *experts = step.stack(name)
+    return Leaf((len(step.weights.dense_layers(name, layers)), *experts, *shape), step.itemsize)
+
+
+def router_leaves(step: StepShape) -> list[Leaf]:
+    """Returns the routers, with their biases, and the gates of shared experts."""
+    experts, width = step.experts, step.model.embed_dim
+    if experts is None:
+        return []
+    layers = len(experts.layers)
+    return [
+        Leaf((layers, experts.count, width + experts.router_bias), step.itemsize),
+        Leaf((layers, experts.selection_bias * experts.count), F32),
+        Leaf((layers, experts.shared_gate, width), step.itemsize),
+    ]
 
 
 def table_leaves(step: StepShape) -> list[Leaf]:
@@ -99,7 +115,8 @@ def trained_leaves(step: StepShape, *, fixed: bool = True) -> Iterator[Leaf]:
     """
     layers = step.model.num_layers
     yield from (Leaf(shape, step.lora_itemsize, lora_spec) for shape in _matrices(step, fixed))
-    yield from (Leaf((layers, size), F32, lora_spec) for size in _vectors(step))
+    yield from (Leaf(shape, step.lora_itemsize, lora_spec) for shape in _parameter_matrices(step))
+    yield from (Leaf(shape, F32, lora_spec) for shape in _vectors(step))
     for name, size in trained_in_place(step):
         yield Leaf((layers, size), F32, lora_spec) if ".layers." in name else Leaf((1, size), F32)
     yield Leaf((_trained_rows(step), step.model.embed_dim), step.lora_itemsize)
@@ -111,10 +128,10 @@ def _matrices(step: StepShape, fixed: bool) -> Iterator[tuple[int, int, int]]:
     """Yields the shapes of the stacks of adapters' matrices, or of each weight in full finetuning."""
     for name, (n, k) in step.shapes():
         if not step.frozen:
-            yield step.model.num_layers, n, k
+            yield step.layers(name), n, k
         elif name in step.rotated:
             blocks, size = step.rotated[name]
-            yield step.model.num_layers, blocks, block_elements(size)
+            yield step.layers(name), blocks, block_elements(size)
         elif name in step.ranks and name not in step.vera:
             layers, rank = len(step.adapted_layers[name]), step.ranks[name]
             if fixed or not step.fixed_a:
@@ -124,12 +141,30 @@ def _matrices(step: StepShape, fixed: bool) -> Iterator[tuple[int, int, int]]:
     yield from len(step.bottlenecks) * [(layers, width, rank), (layers, rank, width)]
 
 
-def _vectors(step: StepShape) -> list[int]:
-    """Returns the elements of each trained vector of a layer's adapters."""
-    scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
-    scaling = [size for name, (n, _) in step.shapes() if name in step.vera for size in (step.ranks[name], n)]
-    biases = len(step.bottlenecks) * [step.lora.rank, step.model.embed_dim]
-    return scaled + scaling + biases + [n for name, (n, _) in step.shapes() if name in step.dora]
+def _parameter_matrices(step: StepShape) -> Iterator[tuple[int, ...]]:
+    """Yields the shapes of A and B of adapters on experts and routers."""
+    shapes = dict(parameter_shapes(step.model).values())
+    for name, rank in step.parameter_ranks.items():
+        (n, k), layers, (_, *experts) = shapes[name], len(step.parameter_layers[name]), step.stack(name)
+        if experts and step.lora.share_experts:
+            experts = [1]
+        yield layers, *experts, k, rank
+        yield layers, *experts, rank, n
+
+
+def _vectors(step: StepShape) -> Iterator[tuple[int, int]]:
+    """Yields (layers, elements) of each trained vector of the adapters."""
+    for name, (n, k) in step.shapes():
+        layers = step.layers(name)
+        if name in step.vectors:
+            yield layers, k if step.vectors[name] else n
+        if name in step.vera:
+            yield layers, step.ranks[name]
+            yield layers, n
+        if name in step.dora:
+            yield layers, n
+    layers = step.model.num_layers
+    yield from len(step.bottlenecks) * [(layers, step.lora.rank), (layers, step.model.embed_dim)]
 
 
 def _trained_rows(step: StepShape) -> int:

@@ -8,61 +8,115 @@ F mlp, V vocab, R rank, C blocks, S block size; `out` and `in` are the features 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.models.config import NORM_PLACEMENTS
+from qlora_jax.models.expert_adapters import parameter_shapes
+from qlora_jax.models.target_layers import ROUTER
 from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
 from qlora_jax.nn.oft import last_power
-from qlora_jax.training.cost.step_shape import DOWN, EMBEDDING, HEAD, OUT, StepShape
+from qlora_jax.training.cost.step_shape import DOWN, EMBEDDING, HEAD, OUT, SHARED_DOWN, SHARED_GATE, StepShape
 
-# FLOP per micro-batch: of a layer; of all layers for adapters and attention, in which layers differ
+# FLOP per micro-batch of all layers
 
 
-def frozen_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
+def frozen_flops(step: StepShape, *, first: int = 0, without: tuple[str, ...] = ()) -> int:
     """Returns `projection_flops` if the weights are frozen: y = x W^T, and the same for dx = dy W."""
-    return step.frozen * projection_flops(step, without=without)
+    return step.frozen * projection_flops(step, first=first, without=without)
 
 
-def trained_linear_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
+def trained_linear_flops(step: StepShape, *, first: int = 0, without: tuple[str, ...] = ()) -> int:
     """Returns `projection_flops` if the weights train; the backward pass adds as much for dW = dy^T x."""
-    return (not step.frozen) * projection_flops(step, without=without)
+    return (not step.frozen) * projection_flops(step, first=first, without=without)
 
 
-def projection_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """Returns the sum over projections of 2 M out in; doubled with DoRA and dropout."""
+def projection_flops(step: StepShape, *, first: int, without: tuple[str, ...]) -> int:
+    """Returns the sum over projections and layers of 2 M out in; doubled with DoRA and dropout."""
     twice = step.dora if step.lora.dropout else ()
-    products = ((1 + (name in twice), shape) for name, shape in step.shapes() if name not in without)
-    return sum(times * product_flops(step.rows, shape) for times, shape in products)
+    return sum(
+        step.layers(name, first) * (1 + (name in twice)) * product_flops(step.rows, shape)
+        for name, shape in step.shapes()
+        if name not in without
+    )
+
+
+def expert_flops(step: StepShape, *, first: int = 0) -> int:
+    """Returns the sum over projections of routed experts and sparse layers of 2 M k out in; the same for dx = dy W.
+
+    Rows that pad tiles are not counted.
+    """
+    shapes = step.model.expert_shapes()
+    return sum(step.layers(name, first) * product_flops(step.pairs, shape) for name, shape in shapes.items())
+
+
+def router_flops(step: StepShape, *, first: int = 0) -> int:
+    """Returns the sum over sparse layers of 2 M D E: the logits of the router; dx costs the same."""
+    if step.experts is None:
+        return 0
+    return step.layers(ROUTER, first) * product_flops(step.rows, (step.experts.count, step.model.embed_dim))
+
+
+def shared_gate_flops(step: StepShape, *, first: int = 0) -> int:
+    """Returns the sum over sparse layers of 2 M D: the gate of the shared expert. Its dx is elementwise."""
+    if step.experts is None or not step.experts.shared_gate:
+        return 0
+    return step.layers(SHARED_GATE, first) * product_flops(step.rows, (1, step.model.embed_dim))
+
+
+def combine_flops(step: StepShape) -> int:
+    """Returns the sum over sparse layers of 2 M k D: the gradient of the weights with which experts are summed."""
+    return step.layers(ROUTER, step.first_backward) * product_flops(step.pairs, (1, step.model.embed_dim))
 
 
 def lora_down_flops(step: StepShape) -> int:
     """Returns the sum over the adapters of all layers of 2 M in R: x A."""
-    return sum(2 * step.rows * k * step.ranks_of_layers(name) for name, (_, k) in step.shapes() if name in step.down)
+    of_projections = sum(
+        2 * step.rows * k * step.ranks_of_layers(name) for name, (_, k) in step.shapes() if name in step.down
+    )
+    return of_projections + sum(k * pairs for (_, k), pairs in _parameter_adapters(step))
 
 
 def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     """Returns the sum over the adapters of all layers of 2 M R out: (x A) B."""
     names = step.ranks.keys() - set(without)
-    return sum(2 * step.rows * n * step.ranks_of_layers(name) for name, (n, _) in step.shapes() if name in names)
+    of_projections = sum(
+        2 * step.rows * n * step.ranks_of_layers(name) for name, (n, _) in step.shapes() if name in names
+    )
+    return of_projections + sum(n * pairs for (n, _), pairs in _parameter_adapters(step))
 
 
-def dora_flops(step: StepShape) -> int:
+def _parameter_adapters(step: StepShape) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yields ((out, in), 2 rows R, summed over layers) of each adapter on experts and routers.
+
+    Adapters on experts multiply all P slots.
+    """
+    shapes = dict(parameter_shapes(step.model).values())
+    for name, rank in step.parameter_ranks.items():
+        rows = step.rows if name == ROUTER else step.slots
+        yield shapes[name], 2 * rows * rank * len(step.parameter_layers[name])
+
+
+def dora_flops(step: StepShape, *, first: int = 0) -> int:
     """Returns the FLOP of DoRA's norms: the sum of 2 R out in + 2 R^2 (in + out) for W A, A^T A and (A^T A) B."""
-    pairs = ((step.ranks[name], shape) for name, shape in step.shapes() if name in step.dora)
-    return sum(product_flops(rank, (n, k)) + 2 * rank**2 * (n + k) for rank, (n, k) in pairs)
+    adapted = ((name, step.ranks[name], shape) for name, shape in step.shapes() if name in step.dora)
+    return sum(
+        step.layers(name, first) * (product_flops(rank, (n, k)) + 2 * rank**2 * (n + k))
+        for name, rank, (n, k) in adapted
+    )
 
 
 def bottleneck_flops(step: StepShape, *, products: Mapping[str, int]) -> int:
-    """Returns the sum over bottleneck adapters of products * 2 M D R.
+    """Returns the sum over bottleneck adapters of products * 2 M D R, over all layers.
 
     Args:
       products: number of products by the adapter's module.
     """
-    return sum(products[name] for name in step.bottlenecks) * 2 * step.rows * step.model.embed_dim * step.lora.rank
+    of_layer = sum(products[name] for name in step.bottlenecks) * 2 * step.rows * step.model.embed_dim * step.lora.rank
+    return step.model.num_layers * of_layer
 
 
 def lora_backward_flops(step: StepShape) -> int:
@@ -73,19 +127,22 @@ def lora_backward_flops(step: StepShape) -> int:
 def rotation_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     """Returns the sum over OFT's projections of 2 M in S: x R."""
     names = step.rotated.keys() - set(without)
-    return sum(2 * step.rows * k * step.rotated[name][1] for name, (_, k) in step.shapes() if name in names)
+    return sum(
+        step.layers(name) * 2 * step.rows * k * step.rotated[name][1] for name, (_, k) in step.shapes() if name in names
+    )
 
 
 def cayley_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     """Returns the FLOP of OFT's series: the sum of C (n - 1) 2 S^3 for powers up to n; a solve is not counted."""
     products = last_power(step.lora.num_cayley_neumann_terms) - 1 if step.lora.use_cayley_neumann else 0
-    blocks = (blocks for name, blocks in step.rotated.items() if name not in without)
-    return sum(products * count * 2 * size**3 for count, size in blocks)
+    blocks = ((name, *found) for name, found in step.rotated.items() if name not in without)
+    return sum(step.layers(name) * products * count * 2 * size**3 for name, count, size in blocks)
 
 
 def cayley_backward_flops(step: StepShape) -> int:
     """Returns the FLOP of the gradient of OFT's rotations: two products for each of the series, one per solve."""
-    solves = 0 if step.lora.use_cayley_neumann else sum(count * 2 * size**3 for count, size in step.rotated.values())
+    solved = {} if step.lora.use_cayley_neumann else step.rotated
+    solves = sum(step.layers(name) * count * 2 * size**3 for name, (count, size) in solved.items())
     return solves + 2 * cayley_flops(step)
 
 
@@ -201,7 +258,13 @@ Formula = Callable[[StepShape], int]
 
 LAYER_FLOPS: dict[str, Formula] = {
     "frozen forward": frozen_flops,
-    "frozen backward": frozen_flops,
+    "frozen backward": lambda step: frozen_flops(step, first=step.first_backward),
+    "experts forward": expert_flops,
+    "experts backward": lambda step: expert_flops(step, first=step.first_backward),
+    "combine backward": combine_flops,
+    "shared_gate forward": shared_gate_flops,
+    "router forward": router_flops,
+    "router backward": lambda step: router_flops(step, first=step.first_backward),
     "lora forward": lambda step: lora_down_flops(step) + lora_up_flops(step),
     "lora backward": lora_backward_flops,
     "dora forward": dora_flops,
@@ -238,6 +301,7 @@ def not_recomputed(step: StepShape) -> tuple[str, ...]:
     layout = NORM_PLACEMENTS[step.model.layout]
     unread = {OUT: layout.parallel and "self_attn" not in step.bottlenecks}
     unread[DOWN] = layout.after_mlp is None and "mlp" not in step.bottlenecks
+    unread[SHARED_DOWN] = unread[DOWN] and not (step.experts is not None and step.experts.shared_gate)
     scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
     return tuple(name for name, last in unread.items() if last and name not in scaled)
 
@@ -251,7 +315,10 @@ def bottleneck_recompute_flops(step: StepShape) -> int:
 
 # Recomputation in the backward pass per remat policy.
 FULL: dict[str, Formula] = {
-    "frozen again": lambda step: frozen_flops(step, without=not_recomputed(step)),
+    "frozen again": lambda step: frozen_flops(step, first=step.first_backward, without=not_recomputed(step)),
+    "experts again": lambda step: expert_flops(step, first=step.first_backward),
+    "shared_gate again": lambda step: shared_gate_flops(step, first=step.first_backward),
+    "router again": lambda step: router_flops(step, first=step.first_backward),
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_recomputed(step)),
     "dora again": dora_flops,
     "rotation again": lambda step: rotation_flops(step, without=not_recomputed(step)),
@@ -263,24 +330,7 @@ FULL: dict[str, Formula] = {
 RECOMPUTED: dict[str, dict[str, Formula]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
 
 
-# Parts whose formula is the sum over all layers, because layers differ in their windows and adapters.
-SUMMED_OVER_LAYERS = frozenset(
-    {
-        *("lora forward", "lora backward", "lora again"),
-        *("attention forward", "attention backward", "attention again"),
-    }
-)
-
-
-def layers_of_part(step: StepShape, name: str) -> int:
-    """Returns the number of layers that a part's formula is multiplied by; 1 if it covers all of them."""
-    if name in SUMMED_OVER_LAYERS:
-        return 1
-    return step.model.num_layers if name.endswith("forward") else step.backward_layers
-
-
 def flops(step: StepShape) -> dict[str, int]:
-    """Returns the FLOP of one optimizer step by part: A (L (forward + backward + recomputation) + head)."""
-    micro_batches, parts = step.batch[0], LAYER_FLOPS | RECOMPUTED[step.remat]
-    counted = {name: micro_batches * layers_of_part(step, name) * part(step) for name, part in parts.items()}
-    return counted | {name: micro_batches * part(step) for name, part in HEAD_FLOPS.items()}
+    """Returns the FLOP of one optimizer step by part: A (forward + backward + recomputation + head)."""
+    parts = LAYER_FLOPS | RECOMPUTED[step.remat] | HEAD_FLOPS
+    return {name: step.batch[0] * part(step) for name, part in parts.items()}

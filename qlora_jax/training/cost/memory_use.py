@@ -16,6 +16,7 @@ from qlora_jax.training.cost.arrays import (
     dense_leaf,
     head_bias_leaf,
     quantized_leaves,
+    router_leaves,
     table_leaves,
     trained_in_place,
     trained_leaves,
@@ -30,9 +31,10 @@ def frozen_bytes(step: StepShape) -> dict[str, int]:
 
     `codes` and `constants` are those of the projections; dense weights count as codes, in their dtype. `tables` are V D
     of embedding and head, once if tied, without tables that train fully. `vectors` are norms and biases in the compute
-    dtype, and DoRA's frozen row norms in f32. `projections` are VeRA's A and B.
+    dtype, and DoRA's frozen row norms in f32. `projections` are VeRA's A and B. `routers` are those of experts, with
+    the gates of shared experts.
     """
-    weights = [(name, shape) for name, shape in step.shapes() if step.frozen]
+    weights = [(name, shape) for name, shape in step.matrices() if step.frozen]
     stacks = [quantized_leaves(step, name, shape) for name, shape in weights]
     dense = [dense_leaf(step, name, shape) for name, shape in weights]
     return {
@@ -41,6 +43,7 @@ def frozen_bytes(step: StepShape) -> dict[str, int]:
         "tables": _own_bytes(step, table_leaves(step)),
         "vectors": _vector_bytes(step) + _own_bytes(step, [head_bias_leaf(step)]),
         "projections": _own_bytes(step, vera_leaves(step)),
+        "routers": _own_bytes(step, router_leaves(step)),
     }
 
 
@@ -52,12 +55,14 @@ def _own_bytes(step: StepShape, leaves: Iterable[Leaf]) -> int:
 def _vector_bytes(step: StepShape) -> int:
     """Returns the bytes of frozen norms and of the projections' frozen biases, and of DoRA's frozen row norms."""
     model = step.model
-    linear = model.num_layers * sum(math.prod(shape) for _, shape in step.shapes())
+    linear = sum(math.prod((*step.stack(name), *shape)) for name, shape in step.matrices())
+    if model.experts is not None:
+        linear += len(model.experts.layers) * model.experts.other_parameters(model.embed_dim)
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
     vectors = model.parameters() - linear - tables - model.head_bias * model.vocab_size
     trained = sum(size * (model.num_layers if ".layers." in name else 1) for name, size in trained_in_place(step))
-    rows = sum(n for name, (n, _) in step.shapes() if name in step.dora)
-    return (vectors - trained) * step.itemsize + model.num_layers * F32 * rows
+    rows = sum(step.layers(name) * n for name, (n, _) in step.shapes() if name in step.dora)
+    return (vectors - trained) * step.itemsize + F32 * rows
 
 
 def lora_bytes(step: StepShape) -> int:
@@ -117,12 +122,16 @@ def dequantized_traffic(step: StepShape) -> int:
     That is 2 * 2 N K per product of the forward pass, the backward pass and the recomputation. DoRA's norms add one
     product per weight, and DoRA with dropout one more.
     """
-    product = {name: 2 * dequantized_bytes(shape) * step.frozen for name, shape in step.shapes()}
-    norms = sum(product[name] for name in step.dora)
-    layer = sum(product.values()) + (norms if step.lora.dropout else 0)
-    again = layer - sum(product[name] for name in not_recomputed(step)) + norms
-    backward = layer + (again if "frozen again" in RECOMPUTED[step.remat] else 0)
-    return step.batch[0] * (step.model.num_layers * (layer + norms) + step.backward_layers * backward)
+    first, skipped = step.first_backward, not_recomputed(step)
+    again = "frozen again" in RECOMPUTED[step.remat]
+    total = 0
+    for name, shape in step.shapes():
+        norms = name in step.dora
+        layer = 1 + (norms and bool(step.lora.dropout))
+        recomputed = again * (layer - layer * (name in skipped) + norms)
+        products = step.layers(name) * (layer + norms) + step.layers(name, first) * (layer + recomputed)
+        total += products * 2 * dequantized_bytes(shape) * step.frozen
+    return step.batch[0] * total
 
 
 def logits_bytes(step: StepShape) -> int:

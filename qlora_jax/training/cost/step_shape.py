@@ -7,11 +7,15 @@ import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping
 
+from pallas_kernels.devices import Device
+from pallas_kernels.grouped_matmul.groups import choose_tile, most_tiles
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.ranks import ranks_and_scalings
-from qlora_jax.models.target_layers import target_layers
+from qlora_jax.models.expert_adapters import parameter_shapes
+from qlora_jax.models.experts_config import Experts
+from qlora_jax.models.ranks import parameter_ranks_and_scalings, ranks_and_scalings
+from qlora_jax.models.target_layers import target_layers, target_parameters
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
@@ -24,8 +28,14 @@ SAME_INPUT = (  # projections that read the same x
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
 )
+ROUTED, SHARED_GATE, SHARED_DOWN = "mlp.experts.", "mlp.shared_expert_gate", "mlp.shared_experts.down_proj"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 F32 = 4
+
+
+def is_routed(name: str) -> bool:
+    """Returns True for a projection of routed experts, by its name within a layer."""
+    return name.startswith(ROUTED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,20 @@ class StepShape:
         found = target_layers(self.model, self.lora) if self.ranks else {}
         return {self._names[name]: layers for name, layers in found.items()}
 
+    @functools.cached_property
+    def parameter_ranks(self) -> Mapping[str, int]:
+        """R of each adapter on experts and routers, by our name within a layer, such as `mlp.experts.down_proj`."""
+        shapes = parameter_shapes(self.model)
+        return {
+            shapes[name][0]: rank for name, (rank, _) in parameter_ranks_and_scalings(self.model, self.lora).items()
+        }
+
+    @functools.cached_property
+    def parameter_layers(self) -> Mapping[str, tuple[int, ...]]:
+        """The layers of each adapter on experts and routers."""
+        shapes = parameter_shapes(self.model)
+        return {shapes[name][0]: layers for name, layers in target_parameters(self.model, self.lora).items()}
+
     def ranks_of_layers(self, name: str) -> int:
         """Returns the sum of a projection's ranks over its layers."""
         return self.ranks[name] * len(self.adapted_layers[name])
@@ -102,9 +126,10 @@ class StepShape:
     @property
     def first_backward(self) -> int:
         """The first layer that the backward pass visits: the first with an adapter, unless earlier parts train."""
-        if self.new_tokens or EMBEDDING in self.trained_tables or not self.adapted_layers:
+        adapted = [layers[0] for layers in (*self.adapted_layers.values(), *self.parameter_layers.values())]
+        if self.new_tokens or EMBEDDING in self.trained_tables or not adapted:
             return 0
-        return min(layers[0] for layers in self.adapted_layers.values())
+        return min(adapted)
 
     @property
     def backward_layers(self) -> int:
@@ -180,6 +205,39 @@ class StepShape:
         return self.lora.method != "full"
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yields (name, (out, in)) of each projection of a layer."""
+        """Yields (name, (out, in)) of each projection that is a plain matrix."""
         for name, (shape, _) in self.model.linear_shapes().items():
             yield name, shape
+
+    def matrices(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yields (name, (out, in)) of each projection, those of one routed expert included."""
+        yield from self.shapes()
+        yield from self.model.expert_shapes().items()
+
+    def stack(self, name: str) -> tuple[int, ...]:
+        """Returns the leading axes of a projection's weights: its layers; of routed experts, layers and experts."""
+        layers = (len(self.model.layers_with(name)),)
+        return layers if self.experts is None or not is_routed(name) else (*layers, self.experts.count)
+
+    def layers(self, name: str, first: int = 0) -> int:
+        """Returns the number of layers from `first` on that have a module, by its name within a layer."""
+        return sum(layer >= first for layer in self.model.layers_with(name))
+
+    @property
+    def pairs(self) -> int:
+        """M k, the pairs of a token and one of its experts; 0 without experts."""
+        return 0 if self.experts is None else self.rows * self.experts.per_token
+
+    @property
+    def slots(self) -> int:
+        """P, the rows of the experts' grouped arrays: M k in whole tiles, with room for each expert's padding."""
+        if self.experts is None:
+            return 0
+        device = Device(platform=self.weights.platform, kind=self.weights.platform)
+        tile = choose_tile(device, self.pairs, self.experts.count)
+        return tile * most_tiles(self.pairs, self.experts.count, tile)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The features of the model's experts."""
+        return self.model.experts

@@ -20,7 +20,7 @@ from qlora_jax.sharding import ROWS, AnyMesh, axis_size
 from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_step
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
-from qlora_jax.training.cost.step_shape import F32, StepShape
+from qlora_jax.training.cost.step_shape import DOWN, F32, StepShape
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
@@ -169,7 +169,7 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
     step = config.step_shape()
     frozen, lora, state = memory_use.frozen_bytes(step), memory_use.lora_bytes(step), memory_use.optimizer_bytes(step)
     device = {
-        "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"] + frozen["projections"],
+        "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"] + frozen["projections"] + frozen["routers"],
         "constants": frozen["constants"],
         "trained": lora,
         "gradients": memory_use.gradient_bytes(step),
@@ -238,12 +238,15 @@ def working_set(step: StepShape) -> int:
     """Estimates a step's scratch in bytes; tests/training/plan/test_plan.py compares it with compiled steps.
 
     It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
-    layers of a model that is cut over devices.
+    layers of a model that is cut over devices. Widths of routed experts have a row per slot.
     """
     model = step.model
-    widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = 2 * step.rows * widths * F32
-    weights = 2 * dequantized_bytes((model.mlp_dim, model.embed_dim))
+    inner = model.mlp_dim if step.layers(DOWN) else 0
+    widths = 2 * inner + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    experts = step.slots * (2 * model.experts.mlp_dim + 2 * model.embed_dim) if model.experts else 0
+    layer = 2 * (step.rows * widths + experts) * F32
+    shapes = [shape for name, shape in step.matrices() if name.startswith("mlp.")]
+    weights = 2 * max(map(dequantized_bytes, shapes))
     return memory_use.logits_bytes(step) + layer + weights + 2 * communication.layer_bytes(step)
 
 
