@@ -53,7 +53,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # llama.cpp gives windows to models of 64 layers alone.
     "exaone4, windows": ("exaone4", RMS | dict(model_type="exaone4", num_hidden_layers=64, sliding_window=16)),
-    "seed_oss": ("seed_oss", RMS | dict(model_type="seed_oss", head_dim=32)),
+    "seed_oss": (
+        "seed_oss",
+        RMS | dict(model_type="seed_oss", head_dim=32, attention_dropout=0.0, residual_dropout=0.0),
+    ),
     "glm4": ("glm4", RMS | dict(model_type="glm4", head_dim=16)),
     "granite": (
         "granite",

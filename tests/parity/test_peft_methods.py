@@ -1,5 +1,6 @@
 """DoRA, (IA)^3, OFT, VeRA and LayerNorm tuning: logits, gradients, merges of exported adapters in peft equal ours."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -164,6 +165,20 @@ def test_families_under_their_own_names(tmp_path: Path, oracle, family: str, nam
     args = {name: METHODS[name] for name in names}
     _compare(tmp_path, oracle, {name: (config, random_tensors(config), each) for name, each in args.items()})
     assert len(ia3_targets(model_config(config), METHODS["ia3"])[1]) == 1
+
+
+# By method; ln_tuning where norms have other names or no bias.
+DENSE = [("ln_tuning", ["glm4", "cohere2"])]
+DENSE += [("lora", ["olmo3", "exaone4", "seed_oss", "glm4", "granite", "cohere2", "ministral3"])]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("method", "families"), DENSE)
+def test_dense_families(tmp_path: Path, oracle, method: str, families: list[str]) -> None:
+    args = dataclasses.replace(METHODS[method], dropout=0.0)
+    configs = {family: FAMILIES[family][1] for family in families}
+    _compare(tmp_path, oracle, {name: (config, random_tensors(config), args) for name, config in configs.items()})
 
 
 MADE_BY_PEFT = {
