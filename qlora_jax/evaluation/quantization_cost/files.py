@@ -97,8 +97,14 @@ def print_costs(measured: Measured, console: Console) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for rank, cost in enumerate(measured.costs[:SHOWN], start=1):
         low, high = cost.interval
-        interval = f"[{low:+.5f}, {high:+.5f}]"
-        table.add_row(str(rank), cost.name, f"{cost.increase:+.5f}", interval, f"+{format_bytes(cost.added_bytes)}")
+        interval = f"[{low:+.4f}, {high:+.4f}]"
+        table.add_row(
+            str(rank),
+            cost.name.removeprefix("model."),
+            f"{cost.increase:+.4f}",
+            interval,
+            f"+{format_bytes(cost.added_bytes)}",
+        )
     console.print(table)
     for line in summary(measured):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
