@@ -36,6 +36,16 @@ def test_smollm2(smollm2_gguf, local_data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_codes_of_the_file_have_the_perplexity_of_its_weights(smollm2_gguf, local_data, tmp_path):
+    words = ["--model", str(smollm2_gguf), "--text", str(local_data("wikitext2_valid.txt.gz")), "--max_tokens", "4096"]
+    options = ["--quant_type", "stored", "--columns", "[quantized]", "--compute_dtype", "float32"]
+    evaluate.main([*words, *options, "--json", str(tmp_path / "scores.json")])
+    found = json.loads((tmp_path / "scores.json").read_text())["tasks"]["text"]["columns"]["quantized"]
+    assert found["perplexity"]["value"] == pytest.approx(REFERENCE["unquantized"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_strided_windows_and_letters_are_what_torch_computes(smollm2_gguf, local_data, tmp_path, oracle):
     text, mmlu = local_data("wikitext2_valid.txt.gz"), local_data("qlora_zero_shot_mmlu_val.json.gz")
     with gzip.open(mmlu, "rt") as file:
