@@ -9,3 +9,4 @@ from pallas_kernels.grouped_matmul.groups import Groups as Groups
 from pallas_kernels.grouped_matmul.groups import combine_rows as combine_rows
 from pallas_kernels.grouped_matmul.groups import gather_rows as gather_rows
 from pallas_kernels.grouped_matmul.groups import group_rows as group_rows
+from pallas_kernels.grouped_matmul.groups import weigh_rows as weigh_rows

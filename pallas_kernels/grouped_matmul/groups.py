@@ -121,8 +121,7 @@ def _gather_forward(x_MK, groups):
 
 
 def _gather_backward(groups, dy_PK):
-    dx_MK = jnp.sum(_rows_of_pairs(dy_PK, groups).astype(jnp.float32), axis=1)
-    return dx_MK.astype(dy_PK.dtype), None
+    return _combined(dy_PK, groups), None
 
 
 gather_rows.defvjp(_gather_forward, _gather_backward)
@@ -133,22 +132,49 @@ def _rows_of_pairs(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "M
 
 
 @jax.custom_vjp
-def combine_rows(y_PN: Float[Array, "P N"], groups: Groups, weights_Mk: Float[Array, "M k"]) -> Float[Array, "M N"]:
-    """Returns each token's sum over its choices, weights_Mk[m, j] y[slot], added in f32 and cast to y's dtype."""
-    weighted = weights_Mk.astype(jnp.float32)[..., None] * _rows_of_pairs(y_PN, groups).astype(jnp.float32)
-    return jnp.sum(weighted, axis=1).astype(y_PN.dtype)
+def weigh_rows(x_PK: Float[Array, "P K"], groups: Groups, weights_Mk: Float[Array, "M k"]) -> Float[Array, "P K"]:
+    """Returns weight * x for the pair of each slot, in x's dtype; zeros in padding.
+
+    Rows are weighed before their last product, so that the gradient of the weights reads no result of experts.
+    """
+    return _weighed(x_PK, groups, weights_Mk)
 
 
-def _combine_forward(y_PN, groups, weights_Mk):
-    return combine_rows(y_PN, groups, weights_Mk), (y_PN, groups, weights_Mk)
-
-
-def _combine_backward(residuals, dy_MN):
-    y_PN, groups, weights_Mk = residuals
+def _weighed(x_PK: jax.Array, groups: Groups, weights_Mk: jax.Array) -> jax.Array:
     weight_P = weights_Mk.reshape(-1).astype(jnp.float32).at[groups.pair_of_slot_P].get(mode="fill", fill_value=0)
-    dy_PN = _rows_of_slots(dy_MN, groups).astype(jnp.float32) * weight_P[:, None]
-    dweights_Mk = jnp.einsum("mn,mkn->mk", dy_MN.astype(jnp.float32), _rows_of_pairs(y_PN, groups).astype(jnp.float32))
-    return dy_PN.astype(y_PN.dtype), None, dweights_Mk.astype(weights_Mk.dtype)
+    return (x_PK.astype(jnp.float32) * weight_P[:, None]).astype(x_PK.dtype)
+
+
+def _weigh_forward(x_PK, groups, weights_Mk):
+    return _weighed(x_PK, groups, weights_Mk), (x_PK, groups, weights_Mk)
+
+
+def _weigh_backward(residuals, dy_PK):
+    x_PK, groups, weights_Mk = residuals
+    dweight_P = jnp.sum(dy_PK.astype(jnp.float32) * x_PK.astype(jnp.float32), axis=1)
+    dweights_Mk = dweight_P.at[groups.slot_of_pair_Mk].get(mode="promise_in_bounds").astype(weights_Mk.dtype)
+    return _weighed(dy_PK, groups, weights_Mk), None, dweights_Mk
+
+
+weigh_rows.defvjp(_weigh_forward, _weigh_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "M N"]:
+    """Returns each token's sum over its choices of y[slot], added in f32 and cast to y's dtype."""
+    return _combined(y_PN, groups)
+
+
+def _combined(y_PN: jax.Array, groups: Groups) -> jax.Array:
+    return jnp.sum(_rows_of_pairs(y_PN, groups).astype(jnp.float32), axis=1).astype(y_PN.dtype)
+
+
+def _combine_forward(y_PN, groups):
+    return _combined(y_PN, groups), groups
+
+
+def _combine_backward(groups, dy_MN):
+    return _rows_of_slots(dy_MN, groups), None
 
 
 combine_rows.defvjp(_combine_forward, _combine_backward)

@@ -42,7 +42,7 @@ SAVED_NAMES = (
     *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
     *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa", "unscaled", "dora_norms"),
     *("bottleneck_in", "bottleneck_narrow"),
-    *("router_logits", "expert_out"),
+    *("router_logits", "shared_expert_out"),
 )
 LAYER_INPUT = "layer_input"
 NEFTUNE = name_number("neftune")  # folded into the key of a row; layers fold their index

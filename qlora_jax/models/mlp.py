@@ -99,7 +99,7 @@ class SparseMLP(nnx.Module):
         shared_MD = self.shared_experts(x_MD, layer, keys_B)
         if self.shared_expert_gate is None:
             return shared_MD
-        shared_MD = checkpoint_name(shared_MD, "expert_out")  # the gradient of the gate reads it
+        shared_MD = checkpoint_name(shared_MD, "shared_expert_out")  # the gradient of the gate reads it
         with jax.named_scope("shared_gate"):
             logit_M1 = checkpoint_name(self.shared_expert_gate(x_MD, layer, keys_B), "router_logits")
             gate_M1 = jax.nn.sigmoid(logit_M1.astype(jnp.float32))

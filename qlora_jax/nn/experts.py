@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.grouped_matmul import Groups, combine_rows, gather_rows, group_rows, grouped_matmul
+from pallas_kernels.grouped_matmul import Groups, combine_rows, gather_rows, group_rows, grouped_matmul, weigh_rows
 from qlora_jax.nn.expert_lora import ExpertLoRA
 from qlora_jax.nn.linear import OneLayer
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
@@ -43,8 +43,20 @@ class ExpertLinear(ExpertAdapter):
         self.weight = Frozen(weight)
         self.bias = None if bias is None else Frozen(bias)
 
-    def __call__(self, x_PK: Float[Array, "P K"], layer: jax.Array, groups: Groups) -> Float[Array, "P N"]:
-        """Returns the result for the expert of each slot, with the adapter if one is set."""
+    def __call__(
+        self,
+        x_PK: Float[Array, "P K"],
+        layer: jax.Array,
+        groups: Groups,
+        weights_Mk: Float[Array, "M k"] | None = None,
+    ) -> Float[Array, "P N"]:
+        """Returns the result for the expert of each slot, with the adapter if one is set.
+
+        Args:
+          weights_Mk: factors of the results, by which x and the bias are multiplied; None: no factors.
+        """
+        if weights_Mk is not None:
+            x_PK = weigh_rows(x_PK, groups, weights_Mk)
         weight, row = self.weight.get_value(), layer
         if isinstance(weight, OneLayer):
             weight, row = jax.tree.map(lambda leaf: leaf[None], weight.weight), 0
@@ -55,7 +67,8 @@ class ExpertLinear(ExpertAdapter):
                 y_PN = grouped_matmul(x_PK, weight, groups, row)
         if self.bias is not None:
             bias_IN = select_layer(self.bias[...], layer)[groups.expert_of_tile_I]
-            y_PN = y_PN + jnp.repeat(bias_IN.astype(y_PN.dtype), groups.tile, axis=0)
+            bias_PN = jnp.repeat(bias_IN.astype(y_PN.dtype), groups.tile, axis=0)
+            y_PN = y_PN + (bias_PN if weights_Mk is None else weigh_rows(bias_PN, groups, weights_Mk))
         return y_PN if self.adapter is None else y_PN + self.adapter(x_PK, groups)
 
 
@@ -94,9 +107,7 @@ class Experts(nnx.Module):
         gate_PF, up_PF = checkpoint_name(gate_PF, "mlp_gate"), checkpoint_name(up_PF, "mlp_up")
         with jax.named_scope("swiglu"):
             inner_PF = gated_activation(gate_PF, up_PF, self.activation)
-        y_PD = checkpoint_name(self.down_proj(inner_PF, layer, groups), "expert_out")
-        with jax.named_scope("combine"):
-            return combine_rows(y_PD, groups, weights_Mk)
+        return combine_rows(self.down_proj(inner_PF, layer, groups, weights_Mk), groups)
 
     def _gate_and_up(self, x_PD: jax.Array, layer: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         gate_PF, up_PF = self.gate_proj(x_PD, layer, groups), self.up_proj(x_PD, layer, groups)

@@ -133,15 +133,11 @@ def _inner(step: StepShape) -> int:
 
 
 def _routed(step: StepShape) -> int:
-    """Returns the bytes of the routers' logits, f32 [M, E], and of the experts' results [P, D].
-
-    A shared expert with a gate adds its result [M, D] and the gate [M, 1].
-    """
+    """Returns the bytes of the routers' logits, f32 [M, E]; of a shared expert's result [M, D] and gate [M, 1]."""
     if (experts := step.experts) is None:
         return 0
-    logits = F32 * step.rows * experts.count + experts.shared_gate * step.rows * step.itemsize
-    results = (step.slots + experts.shared_gate * step.rows) * step.model.embed_dim * step.itemsize
-    return step.layers(ROUTER, step.first_backward) * (logits + results)
+    shared = experts.shared_gate * step.rows * (step.model.embed_dim + 1) * step.itemsize
+    return step.layers(ROUTER, step.first_backward) * (F32 * step.rows * experts.count + shared)
 
 
 def _shared_width(model: ModelConfig) -> int:
@@ -164,7 +160,7 @@ NAMED: dict[str, Formula] = {
     "attention_normed and mlp_normed": _wide(_post_norm_inputs),
     "attention_residual": _residual,
     "mlp_gate and mlp_up": _inner,
-    "router_logits and expert_out": _routed,
+    "router_logits and shared_expert_out": _routed,
     "lora_xa": _lora_xa,
     "unscaled": _unscaled,
     "dora_norms": _dora_norms,

@@ -19,7 +19,16 @@ from qlora_jax.models.target_layers import ROUTER
 from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
 from qlora_jax.nn.oft import last_power
-from qlora_jax.training.cost.step_shape import DOWN, EMBEDDING, HEAD, OUT, SHARED_DOWN, SHARED_GATE, StepShape
+from qlora_jax.training.cost.step_shape import (
+    DOWN,
+    EMBEDDING,
+    HEAD,
+    OUT,
+    ROUTED_DOWN,
+    SHARED_DOWN,
+    SHARED_GATE,
+    StepShape,
+)
 
 # FLOP per micro-batch of all layers
 
@@ -44,13 +53,17 @@ def projection_flops(step: StepShape, *, first: int, without: tuple[str, ...]) -
     )
 
 
-def expert_flops(step: StepShape, *, first: int = 0) -> int:
+def expert_flops(step: StepShape, *, first: int = 0, without: tuple[str, ...] = ()) -> int:
     """Returns the sum over projections of routed experts and sparse layers of 2 M k out in; the same for dx = dy W.
 
     Rows that pad tiles are not counted.
     """
     shapes = step.model.expert_shapes()
-    return sum(step.layers(name, first) * product_flops(step.pairs, shape) for name, shape in shapes.items())
+    return sum(
+        step.layers(name, first) * product_flops(step.pairs, shape)
+        for name, shape in shapes.items()
+        if name not in without
+    )
 
 
 def router_flops(step: StepShape, *, first: int = 0) -> int:
@@ -67,11 +80,6 @@ def shared_gate_flops(step: StepShape, *, first: int = 0) -> int:
     return step.layers(SHARED_GATE, first) * product_flops(step.rows, (1, step.model.embed_dim))
 
 
-def combine_flops(step: StepShape) -> int:
-    """Returns the sum over sparse layers of 2 M k D: the gradient of the weights with which experts are summed."""
-    return step.layers(ROUTER, step.first_backward) * product_flops(step.pairs, (1, step.model.embed_dim))
-
-
 def lora_down_flops(step: StepShape) -> int:
     """Returns the sum over the adapters of all layers of 2 M in R: x A."""
     of_projections = sum(
@@ -86,16 +94,18 @@ def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     of_projections = sum(
         2 * step.rows * n * step.ranks_of_layers(name) for name, (n, _) in step.shapes() if name in names
     )
-    return of_projections + sum(n * pairs for (n, _), pairs in _parameter_adapters(step))
+    return of_projections + sum(n * pairs for (n, _), pairs in _parameter_adapters(step, without))
 
 
-def _parameter_adapters(step: StepShape) -> Iterator[tuple[tuple[int, int], int]]:
+def _parameter_adapters(step: StepShape, without: tuple[str, ...] = ()) -> Iterator[tuple[tuple[int, int], int]]:
     """Yields ((out, in), 2 rows R, summed over layers) of each adapter on experts and routers.
 
     Adapters on experts multiply all P slots.
     """
     shapes = dict(parameter_shapes(step.model).values())
     for name, rank in step.parameter_ranks.items():
+        if name in without:
+            continue
         rows = step.rows if name == ROUTER else step.slots
         yield shapes[name], 2 * rows * rank * len(step.parameter_layers[name])
 
@@ -261,7 +271,6 @@ LAYER_FLOPS: dict[str, Formula] = {
     "frozen backward": lambda step: frozen_flops(step, first=step.first_backward),
     "experts forward": expert_flops,
     "experts backward": lambda step: expert_flops(step, first=step.first_backward),
-    "combine backward": combine_flops,
     "shared_gate forward": shared_gate_flops,
     "router forward": router_flops,
     "router backward": lambda step: router_flops(step, first=step.first_backward),
@@ -301,6 +310,7 @@ def not_recomputed(step: StepShape) -> tuple[str, ...]:
     layout = NORM_PLACEMENTS[step.model.layout]
     unread = {OUT: layout.parallel and "self_attn" not in step.bottlenecks}
     unread[DOWN] = layout.after_mlp is None and "mlp" not in step.bottlenecks
+    unread[ROUTED_DOWN] = unread[DOWN]
     unread[SHARED_DOWN] = unread[DOWN] and not (step.experts is not None and step.experts.shared_gate)
     scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
     return tuple(name for name, last in unread.items() if last and name not in scaled)
@@ -316,7 +326,7 @@ def bottleneck_recompute_flops(step: StepShape) -> int:
 # Recomputation in the backward pass per remat policy.
 FULL: dict[str, Formula] = {
     "frozen again": lambda step: frozen_flops(step, first=step.first_backward, without=not_recomputed(step)),
-    "experts again": lambda step: expert_flops(step, first=step.first_backward),
+    "experts again": lambda step: expert_flops(step, first=step.first_backward, without=not_recomputed(step)),
     "shared_gate again": lambda step: shared_gate_flops(step, first=step.first_backward),
     "router again": lambda step: router_flops(step, first=step.first_backward),
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_recomputed(step)),

@@ -28,7 +28,8 @@ SAME_INPUT = (  # projections that read the same x
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
 )
-ROUTED, SHARED_GATE, SHARED_DOWN = "mlp.experts.", "mlp.shared_expert_gate", "mlp.shared_experts.down_proj"
+ROUTED, SHARED_GATE = "mlp.experts.", "mlp.shared_expert_gate"
+ROUTED_DOWN, SHARED_DOWN = "mlp.experts.down_proj", "mlp.shared_experts.down_proj"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 F32 = 4
 

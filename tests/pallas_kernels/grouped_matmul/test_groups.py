@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.devices import Device
-from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows
+from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows, weigh_rows
 from pallas_kernels.grouped_matmul.groups import choose_tile, most_tiles
 from tests.marks import some_in_ci
 from tests.pallas_kernels.grouped_matmul.experts import choices, random_rows
@@ -63,7 +63,7 @@ def test_rows_and_gradients_move_as_autodiff_of_plain_indexing_moves_them(dtype)
     scale_P = random_rows(len(groups.pair_of_slot_P), 1, seed=5).astype(dtype)
 
     def moved(x, weights):
-        return combine_rows(gather_rows(x, groups) * scale_P, groups, weights)
+        return combine_rows(weigh_rows(gather_rows(x, groups) * scale_P, groups, weights), groups)
 
     def plain(x, weights):
         y = x[:, None] * scale_P[groups.slot_of_pair_Mk]

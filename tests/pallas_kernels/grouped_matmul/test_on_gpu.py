@@ -27,7 +27,7 @@ def stack():
 def test_equals_a_loop_over_experts_in_float64(stack, tokens, k, tile, pattern, dtype):
     fused = {"hopper", "ampere", "skinny"}
     assert choose_implementation(target_device(), "forward", dtype, stack, tile).name in fused
-    experts_Mk, of_choice = choices(tokens, k, EXPERTS, pattern), jnp.ones((tokens, k))
+    experts_Mk = choices(tokens, k, EXPERTS, pattern)
     x, dy = (random_rows(tokens, width, dtype=dtype, seed=width) for width in SHAPE[::-1])
 
     @jax.jit
@@ -35,7 +35,7 @@ def test_equals_a_loop_over_experts_in_float64(stack, tokens, k, tile, pattern, 
         groups = group_rows(jnp.asarray(experts_Mk), EXPERTS, tile)
 
         def mixed(x):
-            return combine_rows(grouped_matmul(gather_rows(x, groups), weights, groups, layer), groups, of_choice)
+            return combine_rows(grouped_matmul(gather_rows(x, groups), weights, groups, layer), groups)
 
         y, vjp = jax.vjp(mixed, x)
         return y, *vjp(dy)
@@ -44,5 +44,5 @@ def test_equals_a_loop_over_experts_in_float64(stack, tokens, k, tile, pattern, 
     w_ENK = dense(stack)[LAYER]
     roundings = FUSED + 1  # the sum over choices is rounded once more
     for found, rows, w_EBA in ((y, x, w_ENK), (dx, dy, np.swapaxes(w_ENK, 1, 2))):
-        expected = mixture(rows, w_EBA, experts_Mk, of_choice)
+        expected = mixture(rows, w_EBA, experts_Mk, jnp.ones((tokens, k)))
         assert relative_error(found, expected) <= tolerance(dtype, w_EBA.shape[2], expected.size, roundings)

@@ -220,7 +220,7 @@ def test_products_are_exactly_those_of_the_compiled_step(case):
 
 # Parts that a compiled text does not tell: routed experts run in loops whose trips depend on the routing, and products
 # with a single column lose their names.
-NOT_IN_TEXT = ("experts", "combine", "shared_gate")
+NOT_IN_TEXT = ("experts", "shared_gate")
 
 
 def _dots(text):
