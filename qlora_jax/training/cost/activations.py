@@ -144,6 +144,13 @@ def _shared_width(model: ModelConfig) -> int:
     return 0 if model.experts is None else model.experts.shared_mlp_dim
 
 
+def _inner_of_experts(step: StepShape) -> int:
+    """Returns the bytes of the experts' inner activations [P, F], which the gradient of the router's weights reads."""
+    if step.experts is None:
+        return 0
+    return step.layers(ROUTER, step.first_backward) * step.slots * step.experts.mlp_dim * step.itemsize
+
+
 def _experts_inputs(step: StepShape) -> int:
     """Returns the bytes of the inputs [P, K] of adapters on experts."""
     shapes = step.model.expert_targets()
@@ -172,6 +179,7 @@ READ: dict[str, Formula] = {
     "before queries' and keys' norms": _wide(_before_qk_norm),
     "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
     "shared expert's inner activation": _wide(_shared_width, SHARED_DOWN),
+    "experts' inner activation": _inner_of_experts,
     "experts' inputs": _experts_inputs,
     # A second copy with joined heads: the backward pass of attention saves the other shape.
     "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, OUT),

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
+from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
 from qlora_jax.sharding import ROWS, axis_size
 from qlora_jax.training.batch_shapes import batch_shapes
@@ -24,6 +25,7 @@ from qlora_jax.training.cost.arrays import (
 )
 from qlora_jax.training.cost.flops import RECOMPUTED, head_tile, not_recomputed
 from qlora_jax.training.cost.step_shape import F32, StepShape
+from qlora_jax.training.objectives.routed import routed
 
 
 def frozen_bytes(step: StepShape) -> dict[str, int]:
@@ -112,7 +114,8 @@ def _moment_bytes(leaf: Leaf, step: StepShape, eight_bit: bool) -> int:
 
 def batch_bytes(step: StepShape) -> int:
     """Returns 12 A B T: inputs and targets in int32, weights in f32; and what `batch_shapes` adds to them."""
-    shapes = batch_shapes(step.batch, step.objective, packed=step.packed, branching=step.branching)
+    objective = routed(step.objective, step.model, RouterArgs())
+    shapes = batch_shapes(step.batch, objective, packed=step.packed, branching=step.branching)
     return sum(F32 * math.prod(shape) for shape, _ in shapes.values())
 
 
@@ -148,6 +151,12 @@ def argument_bytes(step: StepShape) -> int:
 
 
 def gradient_output_bytes(step: StepShape) -> int:
-    """Returns the bytes of the results of `gradients`: LoRA gradients, two sums, and the losses of all rows in f32."""
+    """Returns the bytes of the results of `gradients`: LoRA gradients, two sums, and the losses of all rows in f32.
+
+    Rows of a mixture add their losses before those of the routers, and the sums of `Routing`.
+    """
+    of_row = 1
+    if step.experts is not None:
+        of_row += 2 + len(step.experts.layers) * (2 * step.experts.count + 1)
     accumulated, rows, _ = step.batch
-    return gradient_bytes(step) + F32 * (2 + accumulated * rows * axis_size(step.mesh, *ROWS))
+    return gradient_bytes(step) + F32 * (2 + accumulated * rows * axis_size(step.mesh, *ROWS) * of_row)

@@ -17,7 +17,7 @@ from qlora_jax.nn.rope import QueryPositionScale, Rope
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
-from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.cost.step_shape import F32, StepShape
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
@@ -255,7 +255,8 @@ def test_arguments_and_results_are_the_formulas_bytes(case):
     memory = compiled.memory_analysis()
     key = 0 if step.key is None else 8
     assert memory.argument_size_in_bytes == memory_use.argument_bytes(counted) + key
-    pointers = 8 * (len(jax.tree.leaves(step.parts.trained)) + 3)  # XLA on CPUs counts the table of a tuple's members
+    results = len(jax.tree.leaves(step.parts.trained)) + 3 + 5 * (counted.experts is not None)
+    pointers = 8 * results  # XLA on CPUs counts the table of a tuple's members
     assert memory.output_size_in_bytes == memory_use.gradient_output_bytes(counted) + pointers
 
 
@@ -274,6 +275,8 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     of_experts = [weight for weight in jax.tree.leaves(step.parts.base, is_leaf=_is_weight) if _is_weight(weight)]
     given -= sum(weight.nbytes for weight in of_experts if len(weight.stack_shape) == 2)  # carried as one axis
     expected = sum(activation_bytes(counted).values())
+    if counted.experts is not None:  # results: the sums of routing
+        given += F32 * LAYERS * counted.batch[1] * (2 * counted.experts.count + 1)
     vectors = memory_use.lora_bytes(counted) + memory_use.frozen_bytes(counted)["vectors"]
     slices = vectors if counted.remat == "none" else 0
     assert expected <= carried - given <= expected + slices
