@@ -99,7 +99,7 @@ def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "Cau
     from qlora_jax.api.progress import loading_bar
     from qlora_jax.io.pretrained import weight_settings
 
-    settings = weight_settings(opened, args.quant_type, args.compute_dtype, args.keep_16bit)
+    settings = weight_settings(opened, args.quant_type, args.compute_dtype, args.keep_16bit, args.experts)
     with loading_bar(True) as progress:
         model = load_opened(opened, settings, args.chat_template, progress)
     if opened.run is not None and settings.quant_type != opened.args.quant_type:

@@ -59,6 +59,11 @@ class ModelArgs:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = setting(
         "dtype of the matmuls; auto: bfloat16 where the device is fast at it, float32 elsewhere", "auto"
     )
+    experts: Literal["device", "offload"] = setting(
+        "where the weights of routed experts are; offload: in host memory, from which each layer fetches its own "
+        "before it runs (docs/families.md)",
+        "device",
+    )
 
 
 FormName = Literal[

@@ -143,6 +143,23 @@ def _keep_problems(config: Config) -> list[str]:
     ]
 
 
+def _offload_problems(config: Config) -> list[str]:
+    if config.model.experts == "device":
+        return []
+    problems = []
+    if config.train.remat == "none":
+        problems.append(
+            "train.remat: found 'none' with model.experts=offload, expected names, full or offload, because none keeps "
+            "the experts of every layer on the device. Set train.remat=names"
+        )
+    if config.model.keep_16bit:
+        problems.append(
+            f"model.keep_16bit: found {config.model.keep_16bit!r} with model.experts=offload, which needs one format "
+            "for all layers of a projection. Remove one of these settings"
+        )
+    return problems
+
+
 def _init_problems(config: Config) -> list[str]:
     init, start = config.lora.init, config.lora.start
     problems = []
@@ -267,6 +284,7 @@ def _head_problems(config: Config) -> list[str]:
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _init_problems(config)
     problems += _layer_problems(config.lora) + _parameter_problems(config.lora) + _keep_problems(config)
+    problems += _offload_problems(config)
     problems += _loraplus_problems(config) + _paging_problems(config)
     problems += _token_problems(config) + _objective_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:

@@ -38,6 +38,11 @@ def mesh_problems(config: Config, size: MeshSize, devices: int) -> list[str]:
             f"train.remat: found 'none' with mesh.fsdp={size.fsdp}, expected names, full or offload, because none "
             "keeps the whole weights of every layer. Set train.remat=names"
         )
+    if size.devices > 1 and config.model.experts == "offload":
+        problems.append(
+            f"model.experts: found 'offload' on a mesh of {size.devices} devices, which does not support it yet. Set "
+            "mesh.data=1 and mesh.fsdp=1, or model.experts=device"
+        )
     if size.devices > 1:
         problems += [
             f"lora.{name}: found {value!r} on a mesh of {size.devices} devices, which does not support it yet. Set "

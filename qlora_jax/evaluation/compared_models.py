@@ -75,7 +75,7 @@ def load_compared(
     for names in ([*group] for _, group in by_base):
         opened, quant_type = compared[names[0]].opened, compared[names[0]].quant_type
         with reporter.loading() as progress:
-            settings = weight_settings(opened, quant_type, args.compute_dtype, args.keep_16bit)
+            settings = weight_settings(opened, quant_type, args.compute_dtype, args.keep_16bit, args.experts)
             model = load_base(opened, settings, progress)
         for name in names:
             run = opened.run if compared[name].adapted else None

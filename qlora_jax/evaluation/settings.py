@@ -17,7 +17,14 @@ from qlora_jax.config.fields import (
 )
 from qlora_jax.evaluation.tasks.registry import TASKS
 from qlora_jax.evaluation.tasks.task_file import known_columns
-from qlora_jax.inference.settings import ComputeDtype, ModelOrRunArgs, QuantType, folder_problems, model_problems
+from qlora_jax.inference.settings import (
+    ComputeDtype,
+    ExpertPlace,
+    ModelOrRunArgs,
+    QuantType,
+    folder_problems,
+    model_problems,
+)
 
 COLUMNS = ("unquantized", "quantized", "checkpoint", "against")
 
@@ -121,6 +128,9 @@ class EvaluateArgs(TaskArgs, ModelOrRunArgs):
         None,
     )
     compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "float32")
+    experts: ExpertPlace = setting(
+        "where routed experts are; auto: as in training, or on the device; offload: in host memory", "auto"
+    )
 
 
 def check_tasks(args: TaskArgs) -> None:

@@ -18,6 +18,7 @@ from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.model_sharding import parts_specs
+from qlora_jax.models.offloaded_experts import with_memory_of
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import mesh_of, part_bytes, placed_shapes
 
@@ -83,7 +84,7 @@ def lower_decoding(
 def _decoding_shapes(parts: ModelParts) -> tuple[ModelParts, int]:
     """(shapes of the result of `prepare_for_decoding`, bytes of the arrays that it creates)."""
     mesh = mesh_of(parts)
-    decoding = jax.eval_shape(prepare_for_decoding, parts)
+    decoding = with_memory_of(jax.eval_shape(prepare_for_decoding, parts), parts)
     if mesh is not None:
         decoding = placed_shapes(decoding, parts_specs(decoding, mesh), mesh)
     shared = [

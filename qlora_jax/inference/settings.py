@@ -9,6 +9,7 @@ from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound
 
 QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
+ExpertPlace = Literal["auto", "device", "offload"]
 ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -90,6 +91,9 @@ class GenerateArgs(ModelOrRunArgs):
         None,
     )
     compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "auto")
+    experts: ExpertPlace = setting(
+        "where routed experts are; auto: as in training, or on the device; offload: in host memory", "auto"
+    )
 
 
 def check_generate(args: GenerateArgs) -> None:

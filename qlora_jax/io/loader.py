@@ -31,6 +31,7 @@ from qlora_jax.io.stored_codes import with_stored_codes
 from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, layer_name, slots_of
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.offloaded_experts import check_one_format, host_sharding, is_on_host
 from qlora_jax.nn.mixed_stack import MixedStack, Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
@@ -88,6 +89,7 @@ def load_model(
         than `weights`; or a tensor is not finite (its name and the first index are given).
     """
     weights = with_dense_layers(weights, source, config)
+    check_one_format(weights, config)
     model = nnx.eval_shape(lambda: CausalLM(config, weights))
     slots = slots_of(model)
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, config)
@@ -103,8 +105,14 @@ def load_model(
     tensors = [(slot, index) for slot in slots for index in range(len(slot.names))]
     rows = [reader.rows(slot, index).ranges for slot, index in tensors]
     entries = prefetch([source.tensors[slot.names[index]] for slot, index in tensors], rows)
-    stacks = iter(_zeros([slot for slot in slots if slot.stacked], places))
-    leaves = [_filled(slot, next(stacks) if slot.stacked else None, reader.layers(slot, entries)) for slot in slots]
+    on_device = [slot.stacked and not is_on_host(slot.path, weights) for slot in slots]
+    stacks = iter(_zeros([slot for slot, here in zip(slots, on_device, strict=True) if here], places))
+    leaves = [
+        _filled_on_host(slot, reader.layers(slot, entries))
+        if is_on_host(slot.path, weights)
+        else _filled(slot, next(stacks) if here else None, reader.layers(slot, entries))
+        for slot, here in zip(slots, on_device, strict=True)
+    ]
     filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
     loaded = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled))
     return Loaded(model=loaded, fingerprint=reader.digest.fingerprint())
@@ -166,6 +174,19 @@ def _filled(slot: Slot, stack: Leaf | None, layers: Iterator[Part]) -> Leaf:
     for index, layer in enumerate(layers):
         stack = _with_layer(stack, layer, slot.place(index))
     return stack
+
+
+def _filled_on_host(slot: Slot, layers: Iterator[Part]) -> Leaf:
+    """The stack in pinned host memory. It is filled in ordinary memory first, which holds one such stack at a time."""
+    stack = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slot.leaf)
+    for index, layer in enumerate(layers):
+        one = _repacked(layer, slot.leaf.layout) if isinstance(slot.leaf, QTensor) else layer
+        for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
+            all_[slot.place(index)] = np.asarray(values)
+    return jax.device_put(stack, host_sharding())
+
+
+_repacked = jax.jit(repack, static_argnums=1)
 
 
 def _with_layer(stack: Leaf, layer: Part, place: tuple[int, ...]) -> Leaf:
@@ -366,7 +387,7 @@ def _check_finite(source: ModelSource, name: str, array: np.ndarray, first_row: 
 
 def _settings(config: ModelConfig, weights: WeightFormat) -> bytes:
     # `dense` and `stored` are left out because the tensors themselves show the format of each layer.
-    left_out = ("platform", "dtype", "dense", "stored")
+    left_out = ("platform", "dtype", "dense", "stored", "experts_on_host")
     quantization = {key: value for key, value in dataclasses.asdict(weights).items() if key not in left_out}
     if weights.quant_type == STORED:
         quantization = {"quant_type": STORED}

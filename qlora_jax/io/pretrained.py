@@ -215,10 +215,14 @@ def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSou
 
 
 def weight_settings(
-    opened: OpenedModel, quant_type: str, compute_dtype: str, keep_16bit: str | list[str] | None = None
+    opened: OpenedModel,
+    quant_type: str,
+    compute_dtype: str,
+    keep_16bit: str | list[str] | None = None,
+    experts: str = "auto",
 ) -> ModelArgs:
     """The weight format to load the base in; "auto" and None stand for the format in `opened`."""
-    given = {"quant_type": quant_type, "compute_dtype": compute_dtype, "keep_16bit": keep_16bit}
+    given = {"quant_type": quant_type, "compute_dtype": compute_dtype, "keep_16bit": keep_16bit, "experts": experts}
     changes = {name: value for name, value in given.items() if value not in ("auto", None)}
     return dataclasses.replace(opened.args, **changes)
 
@@ -356,7 +360,7 @@ def parts_before_training(model: CausalLM, run: Run | None) -> ModelParts:
 
 def _quantization(args: ModelArgs, features: ModelConfig) -> WeightFormat:
     """Returns what determines the codes of the base, and so its fingerprint."""
-    return dataclasses.replace(weight_format(args, features, "cpu"), dtype="float32")
+    return dataclasses.replace(weight_format(args, features, "cpu"), dtype="float32", experts_on_host=False)
 
 
 def open_tokenizer(source: ModelSource, args: ModelArgs, rows: int) -> Tokenizer:

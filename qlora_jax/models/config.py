@@ -273,6 +273,7 @@ class WeightFormat:
       stored: (projection's name within a layer, the ggml type or DENSE of each of its layers).
       platform: `cpu`, `gpu` or `tpu`, as JAX names it; determines the layout of the codes.
       dtype: dtype of embedding, head, norms, biases and activations.
+      experts_on_host: True if the weights of routed experts are in host memory (models/offloaded_experts.py).
     """
 
     quant_type: str | None = "nf4"
@@ -283,6 +284,7 @@ class WeightFormat:
     stored: tuple[tuple[str, tuple[str, ...]], ...] = ()
     platform: str = "cpu"
     dtype: str = "bfloat16"
+    experts_on_host: bool = False
 
     def formats(self, name: str, num_layers: int) -> tuple[str, ...]:
         """Returns the format of each layer of a projection: QUANTIZED, DENSE, or a type of ggml."""

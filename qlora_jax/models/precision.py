@@ -39,13 +39,17 @@ def weight_format(args: ModelArgs, config: ModelConfig, on: str | None = None) -
     """Returns the configured quantization of a model, with layout and dtype for a platform (None: JAX's default).
 
     Raises:
-      ValueError: `model.keep_16bit` names a layer that the model does not have.
+      ValueError: `model.keep_16bit` names a layer that the model does not have, or `model.experts` is offload and it
+        has no experts.
     """
+    if args.experts == "offload" and config.experts is None:
+        raise ValueError("model.experts: found 'offload', but the model has no routed experts. Remove this setting")
     weights = WeightFormat(
         quant_type=None if args.quant_type == "none" else args.quant_type,
         block_size=args.block_size,
         double_quant=args.double_quant,
         platform=on or platform(),
         dtype=compute_dtype(args.compute_dtype, on),
+        experts_on_host=args.experts == "offload",
     )
     return weights if weights.quant_type is None else keep_in_16_bits(weights, args.keep_16bit, config)

@@ -27,9 +27,9 @@ from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OneLayer:
-    """A 4-bit weight of one layer, which was gathered from several devices, in place of a stack."""
+    """A weight of one layer in place of a stack: gathered from several devices, or fetched from host memory."""
 
-    weight: QTensor
+    weight: QTensor | GgmlTensor | jax.Array
 
 
 Weight = QTensor | GgmlTensor | MixedStack | jax.Array  # 4-bit, ggml blocks, of several formats, or dense [L, N, K]
@@ -42,14 +42,29 @@ def weight_specs(weight: Weight, mesh: AnyMesh) -> PyTree:
 
 
 def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
-    """Gathers one layer of every 4-bit stack that is cut over devices; whole stacks stay stacks."""
+    """Brings one layer of each stack that is elsewhere to the device; other stacks stay stacks.
+
+    Such stacks are the 4-bit ones that are cut over devices, which are gathered, and those in host memory.
+    """
 
     def one(leaf: Any) -> Any:
+        if in_host_memory(leaf):
+            return OneLayer(_fetched(leaf, layer))
         if not (isinstance(leaf, QTensor) and any(map(is_shard, jax.tree.leaves(leaf, is_leaf=is_shard)))):
             return leaf
         return OneLayer(gathered(leaf.layer(layer)))
 
-    return jax.tree.map(one, base, is_leaf=lambda leaf: isinstance(leaf, QTensor | MixedStack))
+    return jax.tree.map(one, base, is_leaf=lambda leaf: isinstance(leaf, QTensor | GgmlTensor | MixedStack))
+
+
+def in_host_memory(leaf: PyTree) -> bool:
+    """Returns True if any of these arrays, tracers or ShapeDtypeStructs is in host memory."""
+    return any(jax.typeof(each).memory_space == jax.memory.Space.Host for each in jax.tree.leaves(leaf))
+
+
+def _fetched(stack: QTensor | GgmlTensor | jax.Array, layer: jax.Array) -> QTensor | GgmlTensor | jax.Array:
+    one = select_layer(stack, layer) if isinstance(stack, jax.Array) else stack.layer(layer)
+    return jax.device_put(one, jax.memory.Space.Device)
 
 
 def frozen_linear(
@@ -59,7 +74,7 @@ def frozen_linear(
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
     if isinstance(weight, OneLayer):
-        return nf4_matmul(x_MK, weight.weight, None)
+        return frozen_linear(x_MK, weight.weight, None)
     if isinstance(weight, GgmlTensor):
         return ggml_matmul(x_MK, weight, layer)
     if isinstance(weight, MixedStack):

@@ -279,3 +279,13 @@ def test_layers_in_16_bits_need_others_in_4_bits():
         validate(dataclasses.replace(MINIMAL, model=dataclasses.replace(kept, quant_type="none")))
     with pytest.raises(ConfigError, match=r"lora.init: found 'loftq' with model\.keep_16bit"):
         validate(dataclasses.replace(MINIMAL, model=kept, lora=LoraArgs(init="loftq")))
+
+
+def test_offloaded_experts_need_recomputation_and_one_format():
+    model = dataclasses.replace(MINIMAL.model, experts="offload")
+    validate(dataclasses.replace(MINIMAL, model=model))
+    model = dataclasses.replace(model, keep_16bit=["down_proj"])
+    train = dataclasses.replace(MINIMAL.train, remat="none")
+    with pytest.raises(ConfigError) as caught:
+        validate(dataclasses.replace(MINIMAL, model=model, train=train))
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["train.remat", "model.keep_16bit"]

@@ -62,6 +62,11 @@ def test_auto_leaves_out_sizes_that_do_not_divide_the_micro_batch():
         (MeshArgs(fsdp=2), dict(train=rows(2, remat="none")), "train.remat: found 'none' with mesh.fsdp=2, expected"),
         (MeshArgs(fsdp=2), dict(train=rows(2), lora=LoraArgs(method="full")), "lora.method: found 'full' on a mesh of"),
         (MeshArgs(data=2, fsdp=1), dict(train=rows(2), lora=LoraArgs(init="pissa")), "or lora.init=default"),
+        (
+            MeshArgs(data=2, fsdp=1),
+            dict(train=rows(2), model=ModelArgs(path="m", experts="offload")),
+            "model.experts: found 'offload' on a mesh of 2 devices",
+        ),
         (MeshArgs(data="auto"), dict(train=rows(6)), "found 6, expected a multiple of 8 (mesh.data 8 x mesh.fsdp 1)"),
     ],
 )

@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
@@ -22,6 +23,8 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import Slot, layer_name, slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.offloaded_experts import host_paths
+from qlora_jax.models.partition import partition
 from qlora_jax.quant import quantize_numpy
 from tests.io.gguf_families import FAMILIES, random_tensors, stacked_experts, write_family
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
@@ -131,6 +134,21 @@ def mixture() -> dict[str, np.ndarray]:
 def test_experts_are_quantized_one_by_one(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
     model = _load(write_folder(tmp_path, MIXTURE, mixture)).model
     assert len(mixture) == sum(_check_mixture_leaf(model, slot, mixture) for slot in slots_of(model))
+
+
+@pytest.mark.slow
+def test_offloaded_experts_are_the_same_in_host_memory(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
+    folder = write_folder(tmp_path, MIXTURE, mixture)
+    here, away = _load(folder), _load(folder, dataclasses.replace(FORMAT, experts_on_host=True))
+    assert here.fingerprint == away.fingerprint
+    paths = host_paths(partition(away.model))
+    assert [".".join(path[3:-1]) for path in paths] == [f"experts.{name}_proj" for name in ("down", "gate", "up")]
+    for found, expected in zip(*(jax.tree.leaves(nnx.state(each.model)) for each in (away, here)), strict=True):
+        np.testing.assert_array_equal(found, expected, strict=True)
+    tokens_BT = np.arange(12, dtype=np.int32).reshape(2, 6)
+    np.testing.assert_array_equal(
+        *(each.model.hidden(jax.numpy.asarray(tokens_BT)) for each in (here, away)), strict=True
+    )
 
 
 def _check_mixture_leaf(model: Any, slot: Slot, tensors: dict[str, np.ndarray]) -> int:

@@ -168,9 +168,14 @@ def _part(stack: Leaf, place: tuple[int, ...]) -> tuple[Leaf, tuple[np.int32, ..
 
 @jax.jit
 def _layer(stack: Part, place: tuple[jax.Array | np.int32, ...]) -> Part:
-    for index in place:
-        stack = jax.tree.map(lambda leaf, i=index: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), stack)
-    return stack
+    """Returns one layer or expert, on the device even if the stack is in host memory."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        shape = leaf.shape[len(place) :]
+        values = jax.lax.dynamic_slice(leaf, (*place, *(0 for _ in shape)), (*(1 for _ in place), *shape))
+        return jax.device_put(values.reshape(shape), jax.memory.Space.Device)
+
+    return jax.tree.map(one, stack)
 
 
 def _write_json(path: Path, value: JsonObject) -> None:

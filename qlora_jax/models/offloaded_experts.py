@@ -1,0 +1,87 @@
+"""Routed experts in host memory: their leaves, the memory that holds them, and their shapes for compiling.
+
+Such a leaf is a whole stack in pinned host memory. The decoder's scan fetches one layer of it at a time
+(nn.linear.gather_layer), so the device holds the weights of the layer that runs and not of the others.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.partition import ModelParts
+from qlora_jax.nn.linear import in_host_memory
+
+Path = tuple[Any, ...]  # keys of a state; flax's protocol for them cannot be checked at run time
+HOST = "pinned_host"
+EXPERTS = ("model", "layers", "mlp", "experts")
+
+
+def is_on_host(path: Path, weights: WeightFormat) -> bool:
+    """Returns True if the leaf at a path of the model's state is in host memory: the weights, but not the biases."""
+    return weights.experts_on_host and path[: len(EXPERTS)] == EXPERTS and path[-1] == "weight"
+
+
+def host_sharding() -> NamedSharding:
+    """Returns the host memory of the default device, for arrays and for shapes.
+
+    It names a mesh of that one device, because JAX ignores the memory of a ShapeDtypeStruct's other shardings.
+
+    Raises:
+      ValueError: the device has none.
+    """
+    device = jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(
+            f"model.experts: offload needs memory of kind {HOST} on {device} (found {', '.join(kinds)}). Set "
+            "model.experts=device"
+        )
+    return NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec(), memory_kind=HOST)
+
+
+def check_one_format(weights: WeightFormat, config: ModelConfig) -> None:
+    """Raises ValueError if experts that go to host memory have several formats, one line for all projections."""
+    if not weights.experts_on_host:
+        return
+    found = {name: list(weights.parts(name, len(config.layers_with(name)))) for name in config.expert_shapes()}
+    if mixed := [f"{name}: {', '.join(formats)}" for name, formats in found.items() if len(formats) > 1]:
+        raise ValueError(
+            f"model.experts: offload needs one format for all layers of a projection (found {'; '.join(mixed)}). Set "
+            "model.experts=device, or another model.quant_type"
+        )
+
+
+def with_experts_on_host(parts: ModelParts, weights: WeightFormat) -> ModelParts:
+    """Returns the ShapeDtypeStructs of a model's parts, with those of offloaded experts in host memory."""
+    return _with_host_leaves(parts, {path for path, _ in nnx.to_flat_state(parts.base) if is_on_host(path, weights)})
+
+
+def with_memory_of(shapes: ModelParts, parts: ModelParts) -> ModelParts:
+    """Returns ShapeDtypeStructs with those leaves of the base in host memory that `parts` has there."""
+    return _with_host_leaves(shapes, set(host_paths(parts)))
+
+
+def host_paths(parts: ModelParts) -> list[Path]:
+    """Returns the paths of a base's leaves in host memory, whether they are arrays or ShapeDtypeStructs."""
+    return [path for path, variable in nnx.to_flat_state(parts.base) if in_host_memory(variable)]
+
+
+def _with_host_leaves(shapes: ModelParts, paths: Collection[Path]) -> ModelParts:
+    if not paths:
+        return shapes
+    sharding = host_sharding()
+
+    def on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    base = [
+        (path, jax.tree.map(on_host, variable) if path in paths else variable)
+        for path, variable in nnx.to_flat_state(shapes.base)
+    ]
+    return dataclasses.replace(shapes, base=nnx.from_flat_state(base))

@@ -1,0 +1,144 @@
+"""Routed experts in host memory: the same numbers as on the device, and an H100's program that holds few of them."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_kernels import aot
+from qlora_jax.config import LoraArgs, ModelArgs
+from qlora_jax.models.add_adapters import prepare_for_decoding
+from qlora_jax.models.config import STORED, WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.models.offloaded_experts import check_one_format, host_paths, with_experts_on_host, with_memory_of
+from qlora_jax.models.partition import ModelParts
+from qlora_jax.models.precision import weight_format
+from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.compiled_step import CompiledGradients
+from tests.io.tiny_models import tiny_config
+from tests.marks import EXHAUSTIVE
+from tests.models.mixtures import EXPERT_TARGETS, NARROW, random_mixture
+from tests.training.mesh_models import mesh_batch
+
+CONFIG = NARROW | dict(model_type="glm4_moe", n_routed_experts=8, first_k_dense_replace=1, moe_intermediate_size=64)
+LORA = LoraArgs(rank=16, target_parameters=EXPERT_TARGETS)
+EXPERTS = 8
+OFFLOADED = WeightFormat(dtype="float32", experts_on_host=True)
+ON_CARD = WeightFormat(platform="gpu")
+SHAPE = (2, 4, 16)
+EXPERT_PATHS = [("model", "layers", "mlp", "experts", f"{name}_proj", "weight") for name in ("down", "gate", "up")]
+# A mixture whose products have fused kernels on an H100.
+LARGER = dict(
+    model_type="qwen3_moe",
+    vocab_size=1024,
+    hidden_size=1024,
+    intermediate_size=2048,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=128,
+    max_position_embeddings=2048,
+    num_experts=16,
+    num_experts_per_tok=2,
+    moe_intermediate_size=512,
+)
+
+
+def on_host(parts: ModelParts) -> ModelParts:
+    """Moves the arrays of experts to host memory."""
+    shapes = with_experts_on_host(jax.eval_shape(lambda: parts), OFFLOADED)
+
+    def moved(leaf: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        return leaf if shape.sharding is None else jax.device_put(leaf, shape.sharding)
+
+    return dataclasses.replace(parts, base=jax.tree.map(moved, parts.base, shapes.base))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param(OFFLOADED, marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(OFFLOADED, quant_type=None), marks=EXHAUSTIVE),
+    ],
+)
+def test_losses_and_gradients_equal_those_of_experts_on_the_device(weights):
+    """Both programs are compiled from shapes, as those of a run."""
+    here = dataclasses.replace(weights, experts_on_host=False)
+    parts, batch = random_mixture(CONFIG, LORA, here), mesh_batch(CONFIG, SHAPE)
+    away = on_host(parts)
+    assert host_paths(away) == EXPERT_PATHS and not host_paths(parts)
+    steps = [
+        CompiledGradients(abstract_step(model_config(CONFIG), each, LORA, batch=SHAPE)) for each in (weights, here)
+    ]
+    found, expected = (step(each, batch, None) for step, each in zip(steps, (away, parts), strict=True))
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
+def test_the_scan_fetches_one_layer_and_no_stack():
+    """No program moves an array of all layers: what comes to the device has the leading axis of experts."""
+    program = abstract_step(model_config(CONFIG), OFFLOADED, LORA, batch=SHAPE).gradients()
+    jaxpr = program.function.trace(*program.args, **program.kwargs).jaxpr
+    fetched = [variable.aval.shape for moved in equations(jaxpr, "device_put") for variable in moved.outvars]
+    assert len(fetched) >= 12 and {shape[0] for shape in fetched} == {EXPERTS}
+
+
+def equations(jaxpr, name: str):
+    """Yields the equations of a primitive, those of called programs included."""
+    for one in jaxpr.eqns:
+        if one.primitive.name == name:
+            yield one
+        for inner in jax.tree.leaves(one.params, is_leaf=lambda each: hasattr(each, "eqns") or hasattr(each, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from equations(getattr(inner, "jaxpr", inner), name)
+
+
+@pytest.mark.parametrize("card", [pytest.param("h100", marks=EXHAUSTIVE)])
+def test_a_card_holds_the_codes_of_few_layers(card):
+    """The stacks are arguments in host memory, and XLA starts the copies of codes before other kernels of the layer."""
+    if problem := aot.problem():
+        pytest.skip(f"no compiling for absent cards: {problem}")
+    used, stack = {}, _bytes_of_experts()
+    for weights in (ON_CARD, dataclasses.replace(ON_CARD, experts_on_host=True)):
+        program = abstract_step(model_config(LARGER), weights, LoraArgs(rank=16), batch=(1, 1, 512)).gradients()
+        used[weights.experts_on_host] = aot.compile_for(card, program.function, *program.args, **program.kwargs)
+    here, away = used[False].memory, used[True].memory
+    assert (here.host.arguments, away.host.arguments) == (0, stack)
+    assert here.device.arguments - away.device.arguments == stack
+    assert away.device.temporaries - here.device.temporaries <= 2 * stack / LARGER["num_hidden_layers"]
+    wide = LARGER["num_experts"], LARGER["moe_intermediate_size"], LARGER["hidden_size"]
+    made = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", used[True].text)
+    assert not [sizes for sizes in made if sorted(map(int, sizes.split(",")))[-3:] == sorted(wide)]
+
+
+def _bytes_of_experts() -> int:
+    parts = abstract_step(model_config(LARGER), ON_CARD, LoraArgs(rank=16), batch=(1, 1, 512)).parts
+    flat = dict(nnx.to_flat_state(parts.base))
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for path in EXPERT_PATHS for leaf in jax.tree.leaves(flat[path])
+    )
+
+
+def test_decoding_is_lowered_with_experts_in_host_memory():
+    parts = abstract_step(model_config(CONFIG), OFFLOADED, LORA, batch=SHAPE).parts
+    assert host_paths(parts) == EXPERT_PATHS
+    shapes = with_memory_of(jax.eval_shape(prepare_for_decoding, parts), parts)
+    assert host_paths(shapes) == EXPERT_PATHS
+
+
+def test_experts_of_several_formats_are_refused():
+    stored = dict.fromkeys(model_config(CONFIG).expert_shapes(), ("Q4_K", "Q6_K"))
+    weights = dataclasses.replace(OFFLOADED, quant_type=STORED, stored=tuple(stored.items()))
+    with pytest.raises(
+        ValueError, match=r"model.experts: offload needs one format .*mlp.experts.down_proj: Q4_K, Q6_K"
+    ):
+        check_one_format(weights, model_config(CONFIG))
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(ValueError, match=r"model.experts: found 'offload', but the model has no routed experts"):
+        weight_format(ModelArgs(path="", experts="offload"), model_config(tiny_config()))
