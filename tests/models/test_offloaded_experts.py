@@ -1,8 +1,8 @@
 """Routed experts in host memory: the same numbers as on the device, and an H100's program that holds few of them."""
 
 import dataclasses
-import math
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +24,8 @@ from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, random_mixture
 from tests.training.mesh_models import mesh_batch
 
-CONFIG = NARROW | dict(model_type="glm4_moe", n_routed_experts=8, first_k_dense_replace=1, moe_intermediate_size=64)
+SPARSE = dict(model_type="glm4_moe", n_routed_experts=8, first_k_dense_replace=1, moe_intermediate_size=64)
+CONFIG: dict[str, Any] = {**NARROW, **SPARSE}
 LORA = LoraArgs(rank=16, target_parameters=EXPERT_TARGETS)
 EXPERTS = 8
 OFFLOADED = WeightFormat(dtype="float32", experts_on_host=True)
@@ -32,7 +33,7 @@ ON_CARD = WeightFormat(platform="gpu")
 SHAPE = (2, 4, 16)
 EXPERT_PATHS = [("model", "layers", "mlp", "experts", f"{name}_proj", "weight") for name in ("down", "gate", "up")]
 # A mixture whose products have fused kernels on an H100.
-LARGER = dict(
+LARGER: dict[str, Any] = dict(
     model_type="qwen3_moe",
     vocab_size=1024,
     hidden_size=1024,
@@ -80,7 +81,7 @@ def test_losses_and_gradients_equal_those_of_experts_on_the_device(weights):
 
 
 def test_the_scan_fetches_one_layer_and_no_stack():
-    """No program moves an array of all layers: what comes to the device has the leading axis of experts."""
+    """No array of all layers is moved: every array that is moved has the leading axis of experts."""
     program = abstract_step(model_config(CONFIG), OFFLOADED, LORA, batch=SHAPE).gradients()
     jaxpr = program.function.trace(*program.args, **program.kwargs).jaxpr
     fetched = [variable.aval.shape for moved in equations(jaxpr, "device_put") for variable in moved.outvars]
@@ -118,9 +119,7 @@ def test_a_card_holds_the_codes_of_few_layers(card):
 def _bytes_of_experts() -> int:
     parts = abstract_step(model_config(LARGER), ON_CARD, LoraArgs(rank=16), batch=(1, 1, 512)).parts
     flat = dict(nnx.to_flat_state(parts.base))
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.itemsize for path in EXPERT_PATHS for leaf in jax.tree.leaves(flat[path])
-    )
+    return sum(leaf.size * leaf.dtype.itemsize for path in EXPERT_PATHS for leaf in jax.tree.leaves(flat[path]))
 
 
 def test_decoding_is_lowered_with_experts_in_host_memory():

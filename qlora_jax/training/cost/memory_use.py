@@ -24,7 +24,7 @@ from qlora_jax.training.cost.arrays import (
     vera_leaves,
 )
 from qlora_jax.training.cost.flops import RECOMPUTED, head_tile, not_recomputed
-from qlora_jax.training.cost.step_shape import F32, StepShape
+from qlora_jax.training.cost.step_shape import F32, StepShape, is_routed
 from qlora_jax.training.objectives.routed import routed
 
 
@@ -36,16 +36,30 @@ def frozen_bytes(step: StepShape) -> dict[str, int]:
     dtype, and DoRA's frozen row norms in f32. `projections` are VeRA's A and B. `routers` are those of experts, with
     the gates of shared experts.
     """
-    weights = [(name, shape) for name, shape in step.matrices() if step.frozen]
+    return {
+        **_matrix_bytes(step, [(name, shape) for name, shape in step.matrices() if step.frozen]),
+        "tables": _own_bytes(step, table_leaves(step)),
+        "vectors": _vector_bytes(step) + _own_bytes(step, [head_bias_leaf(step)]),
+        "projections": _own_bytes(step, vera_leaves(step)),
+        "routers": _own_bytes(step, router_leaves(step)),
+    }
+
+
+def offloaded_expert_bytes(step: StepShape) -> dict[str, int]:
+    """Returns the part of `frozen_bytes` that is in host memory: codes and constants of offloaded experts.
+
+    It is 0 on a CPU, whose host memory is the device's.
+    """
+    away = step.weights.experts_on_host and step.weights.platform != "cpu"
+    return _matrix_bytes(step, [(name, shape) for name, shape in step.matrices() if away and is_routed(name)])
+
+
+def _matrix_bytes(step: StepShape, weights: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:
     stacks = [quantized_leaves(step, name, shape) for name, shape in weights]
     dense = [dense_leaf(step, name, shape) for name, shape in weights]
     return {
         "codes": _own_bytes(step, [*dense, *(codes for codes, _ in stacks)]),
         "constants": _own_bytes(step, (leaf for _, constants in stacks for leaf in constants)),
-        "tables": _own_bytes(step, table_leaves(step)),
-        "vectors": _vector_bytes(step) + _own_bytes(step, [head_bias_leaf(step)]),
-        "projections": _own_bytes(step, vera_leaves(step)),
-        "routers": _own_bytes(step, router_leaves(step)),
     }
 
 

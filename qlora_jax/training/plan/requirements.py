@@ -168,9 +168,11 @@ class Requirements:
 def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements:
     step = config.step_shape()
     frozen, lora, state = memory_use.frozen_bytes(step), memory_use.lora_bytes(step), memory_use.optimizer_bytes(step)
+    away = memory_use.offloaded_expert_bytes(step)
+    codes = frozen["codes"] - away["codes"]
     device = {
-        "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"] + frozen["projections"] + frozen["routers"],
-        "constants": frozen["constants"],
+        "weights": codes + frozen["tables"] + frozen["vectors"] + frozen["projections"] + frozen["routers"],
+        "constants": frozen["constants"] - away["constants"],
         "trained": lora,
         "gradients": memory_use.gradient_bytes(step),
         STATE: min(state, PAGES_IN_FLIGHT) if config.paged else state,
@@ -178,7 +180,8 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
         "scratch": scratch,
         PROGRAMS: CPU_PROGRAMS if config.weights.platform == "cpu" else 0,
     }
-    host = dict.fromkeys(KINDS, 0) | {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded_bytes(step)}
+    on_host = {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded_bytes(step)}
+    host = dict.fromkeys(KINDS, 0) | on_host | {"weights": away["codes"], "constants": away["constants"]}
     return Requirements(config=config, device=device, host=host, source=source)
 
 
@@ -238,7 +241,8 @@ def working_set(step: StepShape) -> int:
     """Estimates a step's scratch in bytes; tests/training/plan/test_plan.py compares it with compiled steps.
 
     It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
-    layers of a model that is cut over devices. Widths of routed experts have a row per slot.
+    layers of a model that is cut over devices. Widths of routed experts have a row per slot. Experts in host memory
+    add those of one layer.
     """
     model = step.model
     inner = model.mlp_dim if step.layers(DOWN) else 0
@@ -247,7 +251,9 @@ def working_set(step: StepShape) -> int:
     layer = 2 * (step.rows * widths + experts) * F32
     shapes = [shape for name, shape in step.matrices() if name.startswith("mlp.")]
     weights = 2 * max(map(dequantized_bytes, shapes))
-    return memory_use.logits_bytes(step) + layer + weights + 2 * communication.layer_bytes(step)
+    fetched = sum(memory_use.offloaded_expert_bytes(step).values())
+    fetched //= len(model.experts.layers) if model.experts else 1
+    return memory_use.logits_bytes(step) + layer + weights + fetched + 2 * communication.layer_bytes(step)
 
 
 # Compilers

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 
+import jax
 import pytest
+from flax import nnx
 
 from pallas_kernels import aot
 from pallas_kernels.gpu_specs import CARDS
@@ -16,6 +18,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.offloaded_experts import host_paths
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.objectives.dpo import DPO
@@ -109,6 +112,21 @@ def test_offloaded_activations_are_counted_where_they_are():
     assert away.host[ACTIVATIONS] == full.device[ACTIVATIONS] > away.device[ACTIVATIONS] == 0
     assert full.host[ACTIVATIONS] == 0
     assert full.total - away.total == full.device[ACTIVATIONS]
+
+
+def test_offloaded_experts_are_counted_where_they_are():
+    here = real("qwen3-30b-a3b", (1, 1, 512))
+    away = here.replace(weights=dataclasses.replace(here.weights, experts_on_host=True))
+    base = dict(nnx.to_flat_state(away.abstract_step.parts.base))
+    leaves = jax.tree.leaves([base[path] for path in host_paths(away.abstract_step.parts)])
+    in_host = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    full, offloaded = estimated_requirements(here), estimated_requirements(away)
+    kinds = ("weights", "constants")
+    assert sum(offloaded.host[kind] for kind in kinds) == in_host > 13 * GIB
+    assert all(full.device[kind] - offloaded.device[kind] == offloaded.host[kind] > 0 for kind in kinds)
+    assert offloaded.device["scratch"] - full.device["scratch"] == in_host // here.model.num_layers
+    cpu = away.replace(weights=dataclasses.replace(away.weights, platform="cpu"))
+    assert not sum(estimated_requirements(cpu).host.values())
 
 
 def test_activations_that_stay_on_the_device_are_told():
