@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,6 +20,7 @@ from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.objectives.routed import FILLED
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, random_mixture
@@ -70,6 +72,7 @@ def test_losses_and_gradients_equal_those_of_experts_on_the_device(weights):
     """Both programs are compiled from shapes, as those of a run."""
     here = dataclasses.replace(weights, experts_on_host=False)
     parts, batch = random_mixture(CONFIG, LORA, here), mesh_batch(CONFIG, SHAPE)
+    batch[FILLED] = jnp.full(SHAPE[:2], SHAPE[2] - 1, jnp.int32)
     away = on_host(parts)
     assert host_paths(away) == EXPERT_PATHS and not host_paths(parts)
     steps = [
