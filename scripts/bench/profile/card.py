@@ -40,6 +40,10 @@ READ_BY = {
     "key and value": "attention",
     "attention_out": "attention",
     "attention_lse": "attention",
+    "router_logits and shared_expert_out": "router",
+    "shared expert's inner activation": "lora",
+    "experts' inner activation": "router",
+    "experts' inputs": "lora",
 }  # name in saved_bytes -> the part whose backward pass reads it
 PLACES = ("arguments", "outputs", "aliases", "temporaries", "total")
 MEMORY_COLUMNS = {
@@ -84,6 +88,7 @@ def formula_rows(step: StepShape) -> list[Row]:
     """Returns the bytes of the step by part, by formula."""
     frozen, lora = memory_use.frozen_bytes(step), memory_use.lora_bytes(step)
     rows = [("frozen", f"weights: {name}", frozen[name]) for name in ("codes", "constants")]
+    rows += [("router", "weights: routers", frozen["routers"])]
     rows += [("head", "weights: embedding and head", frozen["tables"]), ("norm", "weights, biases", frozen["vectors"])]
     rows += [("lora", "parameters", lora), ("lora", "gradients", lora)]
     rows += [

@@ -27,6 +27,9 @@ PARTS = (
     "bottleneck",
     "cayley",
     "rotation",
+    "experts",
+    "router",
+    "shared_gate",
 )  # named scopes of the model
 OPTIMIZER, UPDATE, OTHER = "optimizer", "update", "other"
 DIRECTIONS = ("forward", "backward", "recomputed")
