@@ -12,14 +12,17 @@ from gguf import GGMLQuantizationType as Kind
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax import quantize
+from qlora_jax.config import ModelArgs
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.loader import Loaded, load_model, with_dense_layers
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.stored_codes import with_stored_codes
 from qlora_jax.io.tensor_map import layer_name, slots_of
 from qlora_jax.models.config import DENSE, STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.nn.mixed_stack import MixedStack, dense_weight
 from qlora_jax.sharding import make_mesh
+from qlora_jax.training.plan.target import model_features, planned_weights
 from tests.ggml_codes import dequantized
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
 from tests.io.tiny_tokenizers import byte_level
@@ -130,3 +133,11 @@ def test_rows_are_read_in_hugging_faces_order(mixed_gguf: Path) -> None:
     assert (rows.ggml_type, rows.shape) == ("Q4_1", (4, 64))
     np.testing.assert_array_equal(value.codes[1, 5:9], rows.codes)
     np.testing.assert_array_equal(dequantized(rows), dequantized(read(0, 32))[5:9])
+
+
+def test_plans_count_the_codes_of_the_file(mixed_gguf: Path) -> None:
+    args = ModelArgs(path=str(mixed_gguf), quant_type="stored", compute_dtype="float32")
+    weights = planned_weights(args, model_features(args.path), "cpu")
+    assert weights.stored == with_stored_codes(weights, open_model(mixed_gguf), model_features(args.path)).stored
+    with pytest.raises(ValueError, match=r"'stored', whose codes are those of the files .found model.path=qwen3-0.6b"):
+        planned_weights(ModelArgs(path="qwen3-0.6b", quant_type="stored"), model_features("qwen3-0.6b"), "cpu")

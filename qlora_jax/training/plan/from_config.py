@@ -12,13 +12,12 @@ from qlora_jax.config import Config, DataArgs, LoraArgs, mesh_choices, paging_of
 from qlora_jax.config.validate import uses
 from qlora_jax.data.batching.buckets import UNIT
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.precision import weight_format
 from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
 from qlora_jax.training.objectives.make_objective import make_objective
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
-from qlora_jax.training.plan.target import CPU, PlanTarget, model_features
+from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
 from qlora_jax.training.session import Inputs, open_inputs
 
 GIB = 2**30
@@ -72,7 +71,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
             f"data.max_length={args.data.max_length} is longer than the model allows (at most {model.max_positions} "
             f"positions). Set data.max_length to at most {model.max_positions}."
         )
-    weights = weight_format(args.model, model, CPU if target.card is None else "gpu")
+    weights = planned_weights(args.model, model, CPU if target.card is None else "gpu")
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
     config = run_step_config(args, model, weights, rows, ids)
