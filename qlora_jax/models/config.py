@@ -3,7 +3,7 @@
 import dataclasses
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
-from qlora_jax.models.experts_config import Experts
+from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.nn.mlp import ClampedSwiglu, GateActivation
 from qlora_jax.nn.rope import LENGTH_DEPENDENT, QueryPositionScale, Rope
 
@@ -130,7 +130,7 @@ class ModelConfig:
     fused_gate_up: bool = _feature(False)
     head_bias: bool = _feature(False)
     names: tuple[tuple[str, str], ...] = _feature(())
-    experts: Experts | None = _feature(None)
+    experts: ExpertsConfig | None = _feature(None)
 
     def linear_shapes(self) -> dict[str, tuple[tuple[int, int], bool]]:
         """Returns {name within a layer: ((N out, K in), True if it has a bias)} of each projection.

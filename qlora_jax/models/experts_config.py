@@ -10,7 +10,7 @@ OF_DENSE = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experts(RoutingRule):
+class ExpertsConfig(RoutingRule):
     """The experts of the sparse layers, and the rule that chooses among them.
 
     Attributes:

@@ -29,7 +29,7 @@ from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size, placed_shapes
 from qlora_jax.training.batch_shapes import batch_shapes
 from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.objectives.routed import check_routers_learn, routed
+from qlora_jax.training.objectives.router_losses import check_routers_learn, routed
 from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.step import gradients, update
 

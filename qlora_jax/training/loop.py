@@ -21,7 +21,7 @@ from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.held_out import held_out_metrics
 from qlora_jax.training.memory_watch import memory_in_use
 from qlora_jax.training.metrics import Record
-from qlora_jax.training.objectives.routed import step_arrays, unrouted
+from qlora_jax.training.objectives.router_losses import step_arrays, unrouted
 from qlora_jax.training.optimizer_state import OptimizerState
 from qlora_jax.training.preference_metrics import step_metrics
 from qlora_jax.training.router_metrics import router_metrics

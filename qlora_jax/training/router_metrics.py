@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64, PyTree
 
-from qlora_jax.training.objectives.routed import RoutedOutputs
+from qlora_jax.training.objectives.router_losses import RoutedOutputs
 
 AUX_LOSS, Z_LOSS = "router_aux_loss", "router_z_loss"
 MAX_LOAD, ENTROPY, DEAD = "router_max_load", "router_entropy", "router_dead_experts"

@@ -28,7 +28,7 @@ from qlora_jax.optim.clipping import global_norm
 from qlora_jax.optim.mesh_state import state_specs
 from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, own_rows, shards_of, sum_over
 from qlora_jax.training.objectives.objective import Objective, Totals
-from qlora_jax.training.objectives.routed import Routed, RoutedOutputs, counted_positions
+from qlora_jax.training.objectives.router_losses import Routed, RoutedOutputs, counted_positions
 from qlora_jax.training.objectives.sft import SUPERVISED
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.

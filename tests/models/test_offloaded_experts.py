@@ -20,7 +20,7 @@ from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.objectives.routed import FILLED
+from qlora_jax.training.objectives.router_losses import FILLED
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, random_mixture

@@ -14,7 +14,7 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export import verify
 from qlora_jax.io.hf import shard_writer
-from qlora_jax.io.hf.mixtures import name_in_files
+from qlora_jax.io.hf.fused_experts import name_in_files
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.add_adapters import linears

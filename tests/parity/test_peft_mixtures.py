@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.export import main
-from qlora_jax.io.hf.mixtures import name_in_files
+from qlora_jax.io.hf.fused_experts import name_in_files
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.models.partition import combine
 from tests.io.gguf_families import FAMILIES, random_tensors

@@ -69,7 +69,7 @@ ZERO_IS_NONE = {
     *("expert_group_count", "expert_group_used_count"),
 }
 # Layers at the end of a file that predict further tokens; they are left out.
-EXTRA_LAYERS = "nextn_predict_layers"
+DRAFT_LAYERS = "nextn_predict_layers"
 # Keys that are allowed only with the value that changes nothing.
 NEUTRAL = {
     "expert_count": 0,
@@ -140,7 +140,7 @@ def architecture_of(path: Path, metadata: Metadata) -> Architecture:
 
 def number_of_layers(architecture: Architecture, metadata: Metadata) -> int:
     """Returns the number of layers of the model, without those that predict further tokens."""
-    count, extra = (metadata.get(f"{architecture.name}.{key}", 0) for key in ("block_count", EXTRA_LAYERS))
+    count, extra = (metadata.get(f"{architecture.name}.{key}", 0) for key in ("block_count", DRAFT_LAYERS))
     return count - extra
 
 
@@ -287,8 +287,8 @@ def _kind(key: str, architecture: Architecture) -> Kind:
 
 
 def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
-    if (layers := keys["block_count"]) <= (extra := keys.get(EXTRA_LAYERS, 0)):
-        return [f"{EXTRA_LAYERS}: found {extra}, expected fewer than block_count = {layers}"]
+    if (layers := keys["block_count"]) <= (extra := keys.get(DRAFT_LAYERS, 0)):
+        return [f"{DRAFT_LAYERS}: found {extra}, expected fewer than block_count = {layers}"]
     head_dim, rotated = _head_dim(keys), keys.get("rope.dimension_count", 0)
     if not head_dim:
         width = keys["embedding_length"]

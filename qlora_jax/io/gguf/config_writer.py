@@ -12,7 +12,7 @@ from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, PATTERN, ROPE_FACT
 from qlora_jax.io.gguf.config_reader import FLOATS, llama3_factors
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.experts_config import Experts
+from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.nn.rope import SCALINGS, Rope
 
 Tables = dict[str, np.ndarray]
@@ -104,7 +104,7 @@ def _beta(features: ModelConfig) -> float | None:
 
 
 # Values of keys of mixtures.
-OF_EXPERTS: Mapping[str, Callable[[Experts], int | float | bool | None]] = {
+OF_EXPERTS: Mapping[str, Callable[[ExpertsConfig], int | float | bool | None]] = {
     "expert_count": lambda experts: experts.count,
     "expert_used_count": lambda experts: experts.per_token,
     "expert_feed_forward_length": lambda experts: experts.mlp_dim,

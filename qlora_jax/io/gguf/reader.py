@@ -16,7 +16,7 @@ from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata, number_of_layers
-from qlora_jax.io.gguf.expert_tensors import split_experts
+from qlora_jax.io.gguf.expert_stacks import split_experts
 from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
 from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
@@ -66,11 +66,11 @@ def weights_of(header: GgufHeader, architecture: Architecture) -> Iterator[Tenso
     """
     count = header.metadata.get(f"{architecture.name}.expert_count", 0)
     layers = number_of_layers(architecture, header.metadata)
-    used = [info for info in header.tensors if info.name not in TABLES and not _is_beyond(info.name, layers)]
+    used = [info for info in header.tensors if info.name not in TABLES and not _is_draft_layer(info.name, layers)]
     return split_experts(used, count)
 
 
-def _is_beyond(name: str, layers: int) -> bool:
+def _is_draft_layer(name: str, layers: int) -> bool:
     match = LAYER.match(name)
     return match is not None and int(match[1]) >= layers
 

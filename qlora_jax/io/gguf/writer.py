@@ -21,8 +21,8 @@ from gguf.quants import quantize
 
 from qlora_jax.atomic_files import staged_file
 from qlora_jax.io.gguf.architectures import Architecture
-from qlora_jax.io.gguf.config_reader import EXTRA_LAYERS, architecture_of, number_of_layers
-from qlora_jax.io.gguf.expert_tensors import ROUTERS, stack_name, stored_shape
+from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, number_of_layers
+from qlora_jax.io.gguf.expert_stacks import ROUTERS, stack_name, stored_shape
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
 from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of, weights_of
 from qlora_jax.io.model_source import JsonObject, map_bytes
@@ -101,7 +101,7 @@ def spec_from_file(path: Path, config: JsonObject, chat_template: str | None) ->
     infos = list(weights_of(header, architecture))
     return GgufSpec(
         architecture=architecture.name,
-        keys=[key for key in keys if key.name != f"{architecture.name}.{EXTRA_LAYERS}"],
+        keys=[key for key in keys if key.name != f"{architecture.name}.{DRAFT_LAYERS}"],
         tensors={hugging_face_name(i.name, architecture): output_tensor(path, i, architecture, config) for i in infos},
         tables={i.name: np.fromfile(path, np.float32, i.nbytes // 4, offset=i.offset) for i in tables},
     )

@@ -12,8 +12,8 @@ from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.hf.fused_experts import in_file_order, joined_specs, joined_values
-from qlora_jax.io.hf.mixtures import name_in_files
+from qlora_jax.io.hf.fused_experts import name_in_files
+from qlora_jax.io.hf.gpt_oss_writer import in_file_order, joined_specs, joined_values
 from qlora_jax.io.hf.model_writer import other_tensors, write_config, written_dtype
 from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors

@@ -1,90 +1,120 @@
-"""Joins the experts of a layer to the tensors of Hugging Face's files of gpt-oss; gpt_oss_experts.py separates them.
+"""Tensors of mixtures of experts in Hugging Face's files.
 
-The weights of other models are written as they are. Dimension key: E experts, N out, K in.
+A file names the tensors of Mixtral's experts otherwise than transformers' class does. It has each expert's matrices, or
+all experts fused in one tensor, gate and up one above the other. Here every expert has separate matrices, by the names
+that the class would give them.
 """
 
-import itertools
+import collections
+import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.io.hf.gpt_oss_experts import MODEL_TYPE, PARTS
-from qlora_jax.io.hf.shard_writer import TensorSpec
-from qlora_jax.io.model_source import JsonObject
-from qlora_jax.io.tensor_map import Slot
+from qlora_jax.io.hf import gpt_oss_experts
+from qlora_jax.io.model_source import ByteRange, JsonObject, TensorEntry
 
-EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.(?P<leaf>weight|bias)")
-FUSED_OF = {part: (fused, place) for fused, parts in PARTS.items() for place, part in enumerate(parts)}
-
-
-class Place(NamedTuple):
-    """The place of one expert's weight or bias in a tensor of the file."""
-
-    tensor: str
-    expert: int
-    part: int
-
-
-def in_file_order(slots: Sequence[Slot], config: JsonObject) -> list[tuple[Slot, int]]:
-    """Returns (slot, index of a name) of all tensors, those that a file joins behind each other."""
-    names = [(slot, index) for slot in slots for index in range(len(slot.names))]
-    if config.get("model_type") != MODEL_TYPE:
-        return names
-    return sorted(names, key=lambda each: _place(each[0].names[each[1]]) or Place(each[0].names[each[1]], 0, 0))
+# model_type -> (part of a name in files, the same part in transformers' class).
+RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "mixtral": (
+        (".block_sparse_moe.experts.{}.w1.", ".mlp.experts.{}.gate_proj."),
+        (".block_sparse_moe.experts.{}.w3.", ".mlp.experts.{}.up_proj."),
+        (".block_sparse_moe.experts.{}.w2.", ".mlp.experts.{}.down_proj."),
+        (".block_sparse_moe.gate.", ".mlp.gate."),
+    )
+}
+# Model types whose experts may be fused, with the rows of gate above those of up: their fused matrices, by name.
+FUSED = frozenset(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"))
+FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+FUSED_NAME = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<part>gate_up_proj|down_proj)")
+MAX_EXPERTS = 1 << 12  # per layer; a multiple of the largest published models'
+# Layers at the end of GLM-4.5's files that predict further tokens; transformers leaves them out, too.
+DRAFT_LAYERS = "num_nextn_predict_layers"
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-def _place(name: str) -> Place | None:
-    match = EXPERT.fullmatch(name)
-    if match is None or match["part"] not in FUSED_OF:
-        return None
-    fused, part = FUSED_OF[match["part"]]
-    return Place(f"{match['experts']}.{fused}{'_bias' * (match['leaf'] == 'bias')}", int(match["expert"]), part)
+def expert_by_expert(folder: Path, config: JsonObject, tensors: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """Returns the tensors of a model by their names in transformers' class, those of experts one by one.
 
+    Layers that predict further tokens are left out. The tensors of a dense model are returned unchanged.
 
-def joined_specs(specs: Sequence[TensorSpec], config: JsonObject) -> list[TensorSpec]:
-    """Returns the tensors of the file.
-
-    Args:
-      specs: the model's tensors, in the order of `in_file_order`.
+    Raises:
+      ValueError: a matrix is stored twice.
     """
-    return [each[0] if tensor is None else _joined_spec(tensor, each) for tensor, each in _groups(specs, config)]
+    if config.get("model_type") == gpt_oss_experts.MODEL_TYPE:
+        return gpt_oss_experts.expert_by_expert(folder, tensors)
+    if config.get("model_type") not in FUSED:
+        return tensors
+    kept = [entry for name, entry in tensors.items() if not _is_draft_layer(name, config)]
+    found = [part for entry in kept for part in _parts(entry)]
+    named = {name_in_class(config, entry.name): entry for entry in found}
+    if len(named) < len(found):
+        counts = collections.Counter(name_in_class(config, entry.name) for entry in found)
+        twice = [name for name, count in counts.items() if count > 1]
+        raise ValueError(
+            f"{folder}: {len(twice)} matrices are stored twice, under two names or alone and fused, such as "
+            f"{twice[0]}. Remove one of the two"
+        )
+    return {name: dataclasses.replace(entry, name=name) for name, entry in named.items()}
 
 
-def _groups(specs: Sequence[TensorSpec], config: JsonObject) -> Iterator[tuple[str | None, list[TensorSpec]]]:
-    """Yields (name of the joined tensor, its parts), or (None, [a tensor that is not joined])."""
-    if config.get("model_type") != MODEL_TYPE:
-        yield from ((None, [spec]) for spec in specs)
+def name_in_class(config: JsonObject, name: str) -> str:
+    """Returns the name in transformers' class of a tensor in a file."""
+    return _renamed(name, [(theirs, ours) for theirs, ours in RENAMED.get(str(config.get("model_type")), ())])
+
+
+def name_in_files(config: JsonObject, name: str) -> str:
+    """Returns the name that a file gives to a tensor of transformers' class."""
+    return _renamed(name, [(ours, theirs) for theirs, ours in RENAMED.get(str(config.get("model_type")), ())])
+
+
+def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        pattern = re.escape(old).replace(re.escape("{}"), r"(?P<expert>\d+)")
+        if match := re.search(pattern, name):
+            expert = match.groupdict().get("expert", "")
+            return name[: match.start()] + new.format(expert) + name[match.end() :]
+    return name
+
+
+def _is_draft_layer(name: str, config: JsonObject) -> bool:
+    layers, match = config.get("num_hidden_layers"), LAYER.match(name)
+    return bool(config.get(DRAFT_LAYERS)) and match is not None and isinstance(layers, int) and int(match[1]) >= layers
+
+
+def _parts(entry: TensorEntry) -> Iterator[TensorEntry]:
+    """Yields the matrices of a tensor that holds all experts; any other tensor itself."""
+    match = FUSED_NAME.fullmatch(entry.name)
+    parts = () if match is None else FUSED_PARTS[match["part"]]
+    if match is None or len(entry.shape) != 3 or entry.shape[0] > MAX_EXPERTS or entry.shape[1] % len(parts):
+        yield entry
         return
-    for name, each in itertools.groupby(specs, key=_name_in_file):
-        parts = list(each)
-        yield (None if name == parts[0].name else name), parts
+    rows = entry.shape[1] // len(parts)
+    for number, part in enumerate(parts):
+        for expert in range(entry.shape[0]):
+            yield _matrix(entry, f"{match['experts']}.{expert}.{part}.weight", expert, number * rows, rows)
 
 
-def _name_in_file(spec: TensorSpec) -> str:
-    place = _place(spec.name)
-    return spec.name if place is None else place.tensor
+def _matrix(entry: TensorEntry, name: str, expert: int, start: int, rows: int) -> TensorEntry:
+    """Returns `rows` rows, from row `start`, of one expert of a fused tensor."""
+    return TensorEntry(
+        name=name,
+        shape=(rows, *entry.shape[2:]),
+        file_type=entry.file_type,
+        nbytes=entry.nbytes // (entry.shape[0] * entry.shape[1]) * rows,
+        read_rows=functools.partial(_read_rows, entry, expert, start),
+        ranges_of=functools.partial(_ranges_of, entry, expert, start),
+    )
 
 
-def _joined_spec(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
-    parts = len(PARTS[name.rpartition(".")[2].removesuffix("_bias")])
-    n, *k = specs[0].shape
-    return TensorSpec(name, specs[0].dtype, (len(specs) // parts, *k, n * parts))
+def _read_rows(entry: TensorEntry, expert: int, start: int, first: int, end: int) -> np.ndarray:
+    return entry.read_rows(expert, expert + 1)[0, start + first : start + end]
 
 
-def joined_values(
-    specs: Sequence[TensorSpec], values: Iterable[np.ndarray], config: JsonObject
-) -> Iterator[np.ndarray]:
-    """Yields the arrays of the file's tensors from those of the model's, one tensor at a time."""
-    stream = iter(values)
-    for tensor, parts in _groups(specs, config):
-        arrays = list(itertools.islice(stream, len(parts)))
-        yield arrays[0] if tensor is None else _joined(arrays, _joined_spec(tensor, parts).shape)
-
-
-def _joined(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Joins matrices [N, K] or biases [N] of all experts, gate and up in turns, to [E, K, 2N] or [E, 2N]."""
-    by_expert = np.stack(arrays).reshape(shape[0], -1, *arrays[0].shape)
-    outputs_last = np.moveaxis(by_expert, 2, -1)  # [E, parts, (K,) N]
-    return np.ascontiguousarray(np.moveaxis(outputs_last, 1, -1).reshape(shape))
+def _ranges_of(entry: TensorEntry, expert: int, start: int, first: int, end: int) -> tuple[ByteRange, ...]:
+    (stored,) = entry.ranges_of(expert, expert + 1)
+    row = stored.nbytes // entry.shape[1]
+    return (ByteRange(stored.path, stored.offset + (start + first) * row, (end - first) * row),)

@@ -14,9 +14,9 @@ import numpy as np
 
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.hf.fused_experts import in_file_order, joined_specs, joined_values
+from qlora_jax.io.hf.fused_experts import name_in_files
+from qlora_jax.io.hf.gpt_oss_writer import in_file_order, joined_specs, joined_values
 from qlora_jax.io.hf.merging import Mergeables, merge
-from qlora_jax.io.hf.mixtures import name_in_files
 from qlora_jax.io.hf.reader import FLOAT_TYPES, INDEX, SINGLE
 from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
 from qlora_jax.io.hf.tokenizer import PROCESSOR_FILES, TOKENIZER_FILES

@@ -13,8 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
+from qlora_jax.io.hf.fused_experts import expert_by_expert
 from qlora_jax.io.hf.gpt_oss_experts import MXFP4, is_mxfp4
-from qlora_jax.io.hf.mixtures import expert_by_expert
 from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes

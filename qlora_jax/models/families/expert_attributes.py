@@ -2,21 +2,21 @@
 
 from typing import Any
 
-from qlora_jax.models.experts_config import Experts
+from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.models.families.attributes import Attributes, NotNegative
 from qlora_jax.nn.router import BEST_OF_GROUP
 
 
 def experts_from_hf(
     attributes: Attributes, layers: tuple[int, ...], count: int, per_token: int, **features: Any
-) -> Experts | None:
+) -> ExpertsConfig | None:
     """Returns the experts of the sparse layers, or None without sparse layers.
 
     Args:
       per_token: default of `num_experts_per_tok`.
       features: further fields of Experts.
     """
-    experts = Experts(
+    experts = ExpertsConfig(
         count=count, per_token=attributes.integer("num_experts_per_tok", per_token), layers=layers, **features
     )
     if experts.per_token > count:
@@ -25,7 +25,7 @@ def experts_from_hf(
     return experts if layers else None
 
 
-def _check_groups(attributes: Attributes, experts: Experts) -> None:
+def _check_groups(attributes: Attributes, experts: ExpertsConfig) -> None:
     """Checks that groups are equal, and that the chosen ones have enough experts."""
     groups, best = experts.groups, experts.groups_per_token
     if not groups or experts.count % groups or (groups > 1 and experts.count // groups < BEST_OF_GROUP):

@@ -25,7 +25,7 @@ from qlora_jax.training.cost.arrays import (
 )
 from qlora_jax.training.cost.flops import RECOMPUTED, head_tile, not_recomputed
 from qlora_jax.training.cost.step_shape import F32, StepShape, is_routed
-from qlora_jax.training.objectives.routed import routed
+from qlora_jax.training.objectives.router_losses import routed
 
 
 def frozen_bytes(step: StepShape) -> dict[str, int]:

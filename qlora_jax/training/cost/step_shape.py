@@ -13,7 +13,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.expert_adapters import parameter_shapes
-from qlora_jax.models.experts_config import Experts
+from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.models.ranks import parameter_ranks_and_scalings, ranks_and_scalings
 from qlora_jax.models.target_layers import target_layers, target_parameters
 from qlora_jax.models.trainable_embeddings import trainable_table_names
@@ -239,6 +239,6 @@ class StepShape:
         return tile * most_tiles(self.pairs, self.experts.count, tile)
 
     @property
-    def experts(self) -> Experts | None:
+    def experts(self) -> ExpertsConfig | None:
         """The features of the model's experts."""
         return self.model.experts

@@ -11,7 +11,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.shapes import SHAPES
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.experts_config import Experts
+from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.rope import QueryPositionScale, Rope
 from qlora_jax.training.abstract_step import abstract_step
@@ -64,7 +64,9 @@ LIKE_GEMMA3 = dataclasses.replace(
     head_softcap=3.0,
     activation="gelu_tanh",
 )
-SPARSE = Experts(count=8, per_token=2, mlp_dim=128, layers=tuple(range(LAYERS)), shared_mlp_dim=64, shared_gate=True)
+SPARSE = ExpertsConfig(
+    count=8, per_token=2, mlp_dim=128, layers=tuple(range(LAYERS)), shared_mlp_dim=64, shared_gate=True
+)
 MIXTURE = dataclasses.replace(MODEL, experts=SPARSE)
 ON_EXPERTS = LoraArgs(rank=8, target_parameters=["gate_up_proj", "mlp.experts.down_proj", "mlp.gate"])
 LIKE_OLMO2 = dataclasses.replace(MODEL, layout="post", qk_norm="width")

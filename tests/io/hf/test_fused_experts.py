@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.io.hf.mixtures import name_in_class, name_in_files
+from qlora_jax.io.hf.fused_experts import name_in_class, name_in_files
 from qlora_jax.io.open_model import open_model
 from tests.io.tiny_models import write_folder
 

@@ -17,7 +17,7 @@ from qlora_jax.models.partition import combine
 from qlora_jax.nn.router import Routing
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.objectives.routed import (
+from qlora_jax.training.objectives.router_losses import (
     FILLED,
     RoutedOutputs,
     load_balancing_parts,

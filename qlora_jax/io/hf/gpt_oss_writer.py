@@ -1,0 +1,90 @@
+"""Joins the experts of a layer to the tensors of Hugging Face's files of gpt-oss; gpt_oss_experts.py separates them.
+
+The weights of other models are written as they are. Dimension key: E experts, N out, K in.
+"""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qlora_jax.io.hf.gpt_oss_experts import MODEL_TYPE, PARTS
+from qlora_jax.io.hf.shard_writer import TensorSpec
+from qlora_jax.io.model_source import JsonObject
+from qlora_jax.io.tensor_map import Slot
+
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.(?P<leaf>weight|bias)")
+FUSED_OF = {part: (fused, place) for fused, parts in PARTS.items() for place, part in enumerate(parts)}
+
+
+class Place(NamedTuple):
+    """The place of one expert's weight or bias in a tensor of the file."""
+
+    tensor: str
+    expert: int
+    part: int
+
+
+def in_file_order(slots: Sequence[Slot], config: JsonObject) -> list[tuple[Slot, int]]:
+    """Returns (slot, index of a name) of all tensors, those that a file joins behind each other."""
+    names = [(slot, index) for slot in slots for index in range(len(slot.names))]
+    if config.get("model_type") != MODEL_TYPE:
+        return names
+    return sorted(names, key=lambda each: _place(each[0].names[each[1]]) or Place(each[0].names[each[1]], 0, 0))
+
+
+def _place(name: str) -> Place | None:
+    match = EXPERT.fullmatch(name)
+    if match is None or match["part"] not in FUSED_OF:
+        return None
+    fused, part = FUSED_OF[match["part"]]
+    return Place(f"{match['experts']}.{fused}{'_bias' * (match['leaf'] == 'bias')}", int(match["expert"]), part)
+
+
+def joined_specs(specs: Sequence[TensorSpec], config: JsonObject) -> list[TensorSpec]:
+    """Returns the tensors of the file.
+
+    Args:
+      specs: the model's tensors, in the order of `in_file_order`.
+    """
+    return [each[0] if tensor is None else _joined_spec(tensor, each) for tensor, each in _groups(specs, config)]
+
+
+def _groups(specs: Sequence[TensorSpec], config: JsonObject) -> Iterator[tuple[str | None, list[TensorSpec]]]:
+    """Yields (name of the joined tensor, its parts), or (None, [a tensor that is not joined])."""
+    if config.get("model_type") != MODEL_TYPE:
+        yield from ((None, [spec]) for spec in specs)
+        return
+    for name, each in itertools.groupby(specs, key=_name_in_file):
+        parts = list(each)
+        yield (None if name == parts[0].name else name), parts
+
+
+def _name_in_file(spec: TensorSpec) -> str:
+    place = _place(spec.name)
+    return spec.name if place is None else place.tensor
+
+
+def _joined_spec(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
+    parts = len(PARTS[name.rpartition(".")[2].removesuffix("_bias")])
+    n, *k = specs[0].shape
+    return TensorSpec(name, specs[0].dtype, (len(specs) // parts, *k, n * parts))
+
+
+def joined_values(
+    specs: Sequence[TensorSpec], values: Iterable[np.ndarray], config: JsonObject
+) -> Iterator[np.ndarray]:
+    """Yields the arrays of the file's tensors from those of the model's, one tensor at a time."""
+    stream = iter(values)
+    for tensor, parts in _groups(specs, config):
+        arrays = list(itertools.islice(stream, len(parts)))
+        yield arrays[0] if tensor is None else _joined(arrays, _joined_spec(tensor, parts).shape)
+
+
+def _joined(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Joins matrices [N, K] or biases [N] of all experts, gate and up in turns, to [E, K, 2N] or [E, 2N]."""
+    by_expert = np.stack(arrays).reshape(shape[0], -1, *arrays[0].shape)
+    outputs_last = np.moveaxis(by_expert, 2, -1)  # [E, parts, (K,) N]
+    return np.ascontiguousarray(np.moveaxis(outputs_last, 1, -1).reshape(shape))
