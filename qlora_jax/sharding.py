@@ -55,10 +55,11 @@ def stack_spec(shape: Sequence[int], mesh: AnyMesh) -> P:
 def lora_spec(shape: Sequence[int], mesh: AnyMesh) -> P:
     """Returns the cut of LoRA parameters, gradients or moments of a projection, [L, K, R] or [L, R, N].
 
-    They are cut along the axis after the layers, if a part of a layer is whole blocks of 8-bit optimizer state.
+    They are cut along the axis after the layers, if a part of a layer is whole blocks of 8-bit optimizer state. Those
+    of routed experts, [S, E, ...], are cut by expert.
     """
     shards = axis_size(mesh, FSDP)
-    divides = len(shape) == 3 and shape[1] % shards == 0 and math.prod(shape[1:]) // shards % BLOCK == 0
+    divides = len(shape) in (3, 4) and shape[1] % shards == 0 and math.prod(shape[1:]) // shards % BLOCK == 0
     return _cut(1 if divides else None, shards)
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dense_matmul import dot
 from pallas_kernels.devices import target_device
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
@@ -35,7 +34,7 @@ class Kind(NamedTuple):
       shape: returns (N, K) of one expert.
       stack_shape: returns the leading axes.
       expert: (flat stack [S E, ...], index, dtype) -> the weight [N, K].
-      product: (rows [C, K], flat stack, index) -> [C, N].
+      product: (rows [C, K], flat stack, index) -> [C, N]; None if it would dequantize the weight.
       reads_codes: (flat stack, C, dtype) -> True if `product` of C rows multiplies without dequantizing the weight.
       problems: yields why a stack is malformed.
     """
@@ -43,7 +42,7 @@ class Kind(NamedTuple):
     shape: Callable[[Leaf], tuple[int, ...]]
     stack_shape: Callable[[Leaf], tuple[int, ...]]
     expert: Callable[[Leaf, Index, DTypeLike], Float[Array, "N K"]]
-    product: Callable[[Float[Array, "C K"], Leaf, Index], Float[Array, "C N"]]
+    product: Callable[[Float[Array, "C K"], Leaf, Index], Float[Array, "C N"]] | None
     reads_codes: Callable[[Leaf, int, DTypeLike], bool]
     problems: Callable[[Leaf], Iterator[str]]
 
@@ -86,10 +85,6 @@ def _dense_expert(flat: jax.Array, index: Index, dtype: DTypeLike) -> Float[Arra
     return jax.lax.dynamic_index_in_dim(flat, index, keepdims=False).astype(dtype)
 
 
-def _dense_product(x_CK: Float[Array, "C K"], flat: jax.Array, index: Index) -> Float[Array, "C N"]:
-    return dot(x_CK, _dense_expert(flat, index, x_CK.dtype), (1, 1), x_CK.dtype)
-
-
 KINDS: dict[type, Kind] = {
     QTensor: Kind(
         shape=lambda weights: weights.shape,
@@ -112,7 +107,7 @@ DENSE = Kind(
     shape=lambda weights: weights.shape[2:],
     stack_shape=lambda weights: weights.shape[:2],
     expert=_dense_expert,
-    product=_dense_product,
+    product=None,
     reads_codes=lambda flat, rows, dtype: False,
     problems=lambda weights: iter(()),
 )

@@ -54,6 +54,7 @@ def _tile_by_tile(
     x_PK: Float[Array, "P K"], weights: ExpertWeights, groups: Groups, layer: Layer
 ) -> Float[Array, "P N"]:
     product, flat, experts = kind_of(weights).product, flatten(weights), _experts(weights)
+    assert product is not None, "kinds that read codes have a product"
 
     def one_tile(tile, y_PN):
         index = _flat_index(layer, experts, groups.expert_of_tile_I[tile])

@@ -19,6 +19,7 @@ from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.ranks import ranks_and_scalings
 from qlora_jax.models.target_layers import (
     AUTO,
+    ROUTER,
     Layers,
     projection_layers,
     target_layers,
@@ -333,7 +334,8 @@ VECTORS = (
 def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     """Returns the model for many calls of few tokens, with the shared parts computed once.
 
-    These are the norms of DoRA, the rotations of OFT, and the cast of matrices to the compute dtype.
+    These are the norms of DoRA, the rotations of OFT, and the cast of matrices to the compute dtype. Those of routers,
+    which compute in f32, are not cast.
     """
     model, mesh = combine(parts), mesh_of(parts)
     for _, linear in linears(model):
@@ -346,5 +348,6 @@ def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     cast = {
         name: {leaf: values if leaf in VECTORS else values.astype(dtype) for leaf, values in leaves.items()}
         for name, leaves in settled.lora.items()
+        if not name.endswith(ROUTER)
     }
-    return settled.with_lora(cast)
+    return settled.with_lora({**settled.lora, **cast})

@@ -138,7 +138,7 @@ def abstract_step(
     state = jax.eval_shape(optimizer.init, parts.trained)
     is_random = lora.dropout > 0 or neftune_noise_alpha is not None
     key = jax.eval_shape(lambda: jax.random.key(0)) if is_random else None
-    parts = with_experts_on_host(parts, weights)
+    parts = with_experts_on_host(parts, weights, model)
     if mesh is not None:
         specs = parts_specs(parts, mesh)
         state = placed_shapes(state, state_specs(optimizer, parts.trained, specs.trained), mesh)

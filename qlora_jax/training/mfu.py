@@ -88,7 +88,7 @@ def trunks_and_branches(batch: Batch) -> tuple[Int64[np.ndarray, " P"], Int64[np
     if batch.segments is None or batch.depths is None:
         return None
     length = batch.segments.shape[2]
-    filled = np.arange(length) < batch.lengths.sum(axis=2)[..., None]
+    filled = np.arange(length) < batch.filled[..., None]
     rows = np.arange(batch.segments[..., 0].size).reshape(*batch.segments.shape[:2], 1)
     ids = (rows * (length + 1) + batch.segments)[filled]  # a row has at most one segment per position
     _, first, counts = np.unique(ids, return_index=True, return_counts=True)
@@ -108,7 +108,7 @@ def utilization(step: StepShape, peak: float | None, devices: int = 1, *, backwa
       peak: the peak of one device in FLOP/s.
       backward: False for forward passes alone, such as that of the reference.
     """
-    one = dataclasses.replace(step, batch=(1, 1, 1), supervised=1)
+    one = dataclasses.replace(step, batch=(1, 1, 1), supervised=1, tile=1)  # padding of tiles is not counted
 
     def is_counted(name: str) -> bool:
         return backward or name.endswith(" forward")

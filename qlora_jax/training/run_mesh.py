@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from qlora_jax.config import Config, MeshSize
 from qlora_jax.data.batching.batches import NO_ROW, Batch
 from qlora_jax.sharding import ROWS, Device, axis_size, make_mesh, put
+from qlora_jax.training.objectives.router_losses import FILLED
 
 MAX_ROWS = 8  # of a batch without gradients; more on a mesh of devices that they do not divide over
 
@@ -52,7 +53,8 @@ def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str
     """
     if mesh is None:
         return dict(arrays)
-    axis = min(array.ndim for array in arrays.values()) - 2  # [B, T] and [B, S]; those with C per slot have one more
+    # [B, T] and [B, S]; those with C per slot have one axis more, and FILLED one less.
+    axis = min(array.ndim - 2 + (name == FILLED) for name, array in arrays.items())
     return {name: _place_rows(array, mesh, axis) for name, array in arrays.items()}
 
 

@@ -214,7 +214,8 @@ def _all_rows_at_once(
     micro-batch is backpropagated with its part of this derivative.
     """
     own, backpropagate = _outputs_first(outputs, trained, batch)
-    read = {name: batch[name] for name in (PRESENT, *objective.values) if name in batch}  # sft has no slots
+    names = (PRESENT, *objective.values) if objective.sequences_per_row else ()
+    read = {name: batch[name] for name in names}
     found, arrays = jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=1), (own, read))
 
     def summed(found: PyTree):

@@ -70,6 +70,8 @@ def test_bounds(key, bad, good):
 def test_adapters_on_parameters_have_neither_dropout_nor_decomposed_weights():
     parameters = dataclasses.replace(MINIMAL.lora, target_modules=[], target_parameters=["mlp.experts.down_proj"])
     validate(dataclasses.replace(MINIMAL, lora=dataclasses.replace(parameters, share_experts=True)))
+    with pytest.raises(ConfigError, match=r"lora\.layers_to_transform: it applies to lora\.target_modules, which is"):
+        validate(dataclasses.replace(MINIMAL, lora=dataclasses.replace(parameters, layers_to_transform=[0])))
     wrong = dataclasses.replace(parameters, dropout=0.1, init="pissa")
     with pytest.raises(ConfigError) as caught:
         validate(dataclasses.replace(MINIMAL, lora=wrong))

@@ -15,7 +15,7 @@ from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.offloaded_experts import check_one_format, host_paths, with_experts_on_host, with_memory_of
+from qlora_jax.models.offloaded_experts import host_paths, with_experts_on_host, with_memory_of
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.abstract_step import abstract_step
@@ -53,7 +53,7 @@ LARGER: dict[str, Any] = dict(
 
 def on_host(parts: ModelParts) -> ModelParts:
     """Moves the arrays of experts to host memory."""
-    shapes = with_experts_on_host(jax.eval_shape(lambda: parts), OFFLOADED)
+    shapes = with_experts_on_host(jax.eval_shape(lambda: parts), OFFLOADED, model_config(CONFIG))
 
     def moved(leaf: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
         return leaf if shape.sharding is None else jax.device_put(leaf, shape.sharding)
@@ -138,7 +138,7 @@ def test_experts_of_several_formats_are_refused():
     with pytest.raises(
         ValueError, match=r"model.experts: offload needs one format .*mlp.experts.down_proj: Q4_K, Q6_K"
     ):
-        check_one_format(weights, model_config(CONFIG))
+        abstract_step(model_config(CONFIG), weights, LORA, batch=SHAPE)
 
 
 def test_a_model_without_experts_is_refused():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DataArgs, MeshSize, ModelArgs, TrainArgs
+from qlora_jax.training.objectives.router_losses import FILLED
 from qlora_jax.training.run_mesh import (
     local_devices,
     mesh_size,
@@ -30,6 +31,11 @@ def test_each_device_has_its_own_rows_in_the_order_of_the_batch(size):
         np.testing.assert_array_equal(shard.data, batch["inputs"][:, number * rows : (number + 1) * rows])
     one = place_batch({"weights": np.ones((8, 3), np.float32)}, mesh)["weights"]
     assert {shard.data.shape for shard in one.addressable_shards} == {(rows, 3)}
+    filled = np.arange(16, dtype=np.int32).reshape(2, 8)
+    both = place_batch(batch | {FILLED: filled}, mesh)
+    np.testing.assert_array_equal(both[FILLED], filled)
+    assert {shard.data.shape for shard in both[FILLED].addressable_shards} == {(2, rows)}
+    assert both["inputs"].sharding == place_batch(batch, mesh)["inputs"].sharding
 
 
 def test_one_device_has_no_mesh_and_arrays_stay_as_they_are():

@@ -38,11 +38,10 @@ def exchanges(step: StepShape) -> dict[str, Exchange]:
     shards, groups = axis_size(step.mesh, FSDP), axis_size(step.mesh, DATA)
     micro_batches, devices = step.batch[0], shards * groups
     adapters = _gathered_adapters(step)
-    layers = (GATHERS - 1) * step.backward_layers + step.model.num_layers  # gathered per micro-batch
     cut = [leaf for leaf in trained_leaves(step, fixed=False) if leaf.is_cut(step.mesh)]
     whole = [leaf for leaf in trained_leaves(step, fixed=False) if not leaf.is_cut(step.mesh)]
     found = {
-        "weights": Exchange(ALL_GATHER, micro_batches * layers * _layer_bytes(gathered_weights(step)), shards),
+        "weights": Exchange(ALL_GATHER, micro_batches * _weight_bytes(step), shards),
         "adapters": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, adapters)), shards),
         "adapters' gradients": Exchange(REDUCE_SCATTER, micro_batches * sum(map(_bytes, cut)), shards),
         "sums over groups": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), cut)), groups),
@@ -55,24 +54,38 @@ def exchanges(step: StepShape) -> dict[str, Exchange]:
     return {kind: one for kind, one in found.items() if one.nbytes and one.group > 1}
 
 
-def gathered_weights(step: StepShape) -> list[Leaf]:
-    """Returns the leaves of 4-bit stacks that are gathered a layer at a time: codes and constants."""
-    stacks = [quantized_leaves(step, name, shape) for name, shape in step.shapes() if step.frozen]
-    leaves = [leaf for codes, constants in stacks for leaf in (codes, *constants)]
-    return [leaf for leaf in leaves if leaf.is_cut(step.mesh)]
+def gathered_weights(step: StepShape) -> list[tuple[str, Leaf]]:
+    """Returns (projection, leaf) of the 4-bit stacks that are gathered a layer at a time: codes and constants."""
+    stacks = [(name, *quantized_leaves(step, name, shape)) for name, shape in step.matrices() if step.frozen]
+    leaves = [(name, leaf) for name, codes, constants in stacks for leaf in (codes, *constants)]
+    return [(name, leaf) for name, leaf in leaves if leaf.is_cut(step.mesh)]
+
+
+def _weight_bytes(step: StepShape) -> int:
+    """Returns the bytes of weights that are gathered per micro-batch: each layer forward, and for its backward pass."""
+    first = step.first_backward
+    return sum(
+        (step.layers(name) + (GATHERS - 1) * step.layers(name, first)) * _of_layer(leaf)
+        for name, leaf in gathered_weights(step)
+    )
 
 
 def layer_bytes(step: StepShape) -> int:
-    """Returns the bytes of the gathered arrays of one layer: codes, constants and adapters."""
-    return _layer_bytes([*gathered_weights(step), *_gathered_adapters(step)])
+    """Returns the bytes of the gathered arrays of one layer, the largest: codes, constants and adapters."""
+    adapters = sum(map(_of_layer, _gathered_adapters(step)))
+    weights = [0] * step.model.num_layers
+    for name, leaf in gathered_weights(step):
+        for layer in step.model.layers_with(name):
+            weights[layer] += _of_layer(leaf)
+    return max(weights) + adapters
 
 
 def _gathered_adapters(step: StepShape) -> list[Leaf]:
     return [leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh)]
 
 
-def _layer_bytes(stacks: list[Leaf]) -> int:
-    return sum(leaf.nbytes // leaf.shape[0] for leaf in stacks)
+def _of_layer(stack: Leaf) -> int:
+    return stack.nbytes // stack.shape[0]
 
 
 def _bytes(leaf: Leaf) -> int:

@@ -54,6 +54,7 @@ class StepShape:
       branching: True if data rows have branches.
       objective: the loss, which determines further arrays of a batch.
       mesh: the devices that the model is cut over; None: one device.
+      tile: rows per tile of experts; None: as chosen for the batch.
     """
 
     model: ModelConfig
@@ -68,6 +69,7 @@ class StepShape:
     branching: bool = False
     objective: Objective = SUPERVISED
     mesh: AnyMesh | None = None
+    tile: int | None = None
 
     @property
     def rows(self) -> int:
@@ -232,11 +234,17 @@ class StepShape:
     @property
     def slots(self) -> int:
         """P, the rows of the experts' grouped arrays: M k in whole tiles, with room for each expert's padding."""
+        tiles, rows = self.tiles
+        return tiles * rows
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """(I, C): the tiles of the experts' grouped arrays, and their rows."""
         if self.experts is None:
-            return 0
+            return 0, 0
         device = Device(platform=self.weights.platform, kind=self.weights.platform)
-        tile = choose_tile(device, self.pairs, self.experts.count)
-        return tile * most_tiles(self.pairs, self.experts.count, tile)
+        tile = self.tile or choose_tile(device, self.pairs, self.experts.count)
+        return most_tiles(self.pairs, self.experts.count, tile), tile
 
     @property
     def experts(self) -> ExpertsConfig | None:

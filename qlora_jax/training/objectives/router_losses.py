@@ -135,7 +135,7 @@ def check_routers_learn(objective: Objective, parts: ModelParts) -> None:
         raise ValueError(
             f"{', '.join(f'router.{name}' for name in names)}: no trained parameter is before a router (found "
             f"{', '.join(parts.trained)}), so the loss has no gradient. Remove this setting, train adapters of "
-            "attention, or set lora.target_parameters to [mlp.gate]"
+            f"attention, or set lora.target_parameters to [{model.config.hugging_face_name(ROUTER)}]"
         )
 
 

@@ -256,8 +256,13 @@ def _batch_options(config: StepConfig) -> dict[str, str | int]:
 def _more_devices(config: StepConfig, larger: Sequence[AnyMesh], compiler: _Compiler) -> Iterator[Change]:
     """Yields the step on larger meshes, with at least one row per device and as many rows per optimizer step."""
     for mesh in larger:
-        on_mesh = config.replace(mesh=mesh, remat="names" if config.remat == "none" else config.remat)
+        on_device = dataclasses.replace(config.weights, experts_on_host=False)  # offloading works on one device
+        on_mesh = config.replace(
+            mesh=mesh, remat="names" if config.remat == "none" else config.remat, weights=on_device
+        )
         options: dict[str, str | int] = {"mesh.fsdp": axis_size(mesh, FSDP)}
+        if config.weights.experts_on_host:
+            options["model.experts"] = "device"
         if on_mesh.remat != config.remat:
             options["train.remat"] = on_mesh.remat
         if config.batch[1] % on_mesh.devices:

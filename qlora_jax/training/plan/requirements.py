@@ -242,13 +242,15 @@ def working_set(step: StepShape) -> int:
 
     It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
     layers of a model that is cut over devices. Widths of routed experts have a row per slot. Experts in host memory
-    add those of one layer.
+    add those of one layer, and adapters on experts their gradients by tile.
     """
     model = step.model
     inner = model.mlp_dim if step.layers(DOWN) else 0
     widths = 2 * inner + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     experts = step.slots * (2 * model.experts.mlp_dim + 2 * model.embed_dim) if model.experts else 0
     layer = 2 * (step.rows * widths + experts) * F32
+    of_adapters = [step.parameter_ranks.get(name, 0) * sum(shape) for name, shape in model.expert_targets().items()]
+    layer += F32 * step.tiles[0] * max(of_adapters, default=0) * (not step.lora.share_experts)
     shapes = [shape for name, shape in step.matrices() if name.startswith("mlp.")]
     weights = 2 * max(map(dequantized_bytes, shapes))
     fetched = sum(memory_use.offloaded_expert_bytes(step).values())

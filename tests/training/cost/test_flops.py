@@ -18,6 +18,7 @@ from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.cost.step_shape import F32, StepShape
+from qlora_jax.training.mfu import utilization
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
@@ -409,6 +410,14 @@ def test_routed_experts_multiply_the_active_parameters():
         assert sum(parts[f"{name} forward"] for name in ("frozen", "experts", "router", "shared_gate")) == 2 * (
             matrices - norms
         )
+
+
+def test_padding_of_tiles_is_not_model_flop():
+    """GPUs have tiles of at least 8 rows, and a token is the same work on every device."""
+    counted = {"model": MIXTURE, "lora": ON_EXPERTS, "batch": (1, 2, 320), "remat": "full"}
+    cpu, gpu = (StepShape(weights=WeightFormat(platform=name), **counted) for name in ("cpu", "gpu"))
+    assert utilization(cpu, None).token == utilization(gpu, None).token
+    assert flops.flops(gpu)["lora forward"] > flops.flops(cpu)["lora forward"]
 
 
 def test_only_whole_chunks_of_supervised_tokens_reach_the_head():
