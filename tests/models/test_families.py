@@ -161,6 +161,25 @@ def test_layers_without_a_window_do_not_rotate_in_exaone4_and_cohere2():
         model_config(TINY | dict(model_type="cohere2", head_dim=32))
 
 
+def test_both_names_of_cohere2s_period_mean_the_same():
+    """transformers 4.53 to 4.57 save it with an underscore, next to layer_types."""
+    given = TINY | dict(model_type="cohere2", sliding_window=9)
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+        assert model_config(given | {name: 2}).windows == (9, None, 9, None)
+        types = dict(layer_types=["sliding_attention"] * 3 + ["full_attention"])
+        assert model_config(given | types | {name: 4}).windows == PERIODIC
+
+
+def test_attributes_of_qwen3_coder_have_one_value_alone():
+    _, config = MIXTURES["qwen3moe"]
+    coder = dict(use_qk_norm=True, qkv_bias=False, shared_expert_intermediate_size=0)
+    assert model_config(config | coder) == model_config(config)
+    with pytest.raises(ValueError) as caught:
+        model_config(config | dict(use_qk_norm=False, qkv_bias=True, shared_expert_intermediate_size=64))
+    for part in ("use_qk_norm=False", "qkv_bias=True", "shared_expert_intermediate_size=64"):
+        assert f"{part} is not supported (only" in str(caught.value)
+
+
 def test_names_of_glm4_norms_do_not_collide():
     model = model_config(TINY | dict(model_type="glm4"))
     ours = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")

@@ -39,7 +39,8 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     attributes.require_only(ONLY)
     attributes.ignore(UNUSED)
     bias, scale = attributes.boolean("attention_bias", False), attributes.number("logit_scale", 0.0625)
-    period = attributes.integer("sliding_window_pattern", 4) or 1
+    # transformers 4.53 to 4.57 save the second name.
+    period = attributes.integer("sliding_window_pattern", attributes.integer("_sliding_window_pattern", 4)) or 1
     features = {"windows": periodic_windows(attributes, period), "logit_scale": None if scale == 1.0 else scale}
     model = decoder_from_hf(
         attributes, DEFAULTS, eps="layer_norm_eps", qkv_bias=bias, o_bias=bias, **FEATURES, **features

@@ -10,7 +10,8 @@ from qlora_jax.models.families.rope_config import SLIDING, windows_of
 
 MODEL_TYPES = ("qwen3_moe",)
 
-ONLY = {"hidden_act": "silu"}
+# Qwen3-Coder has these three, which transformers does not read.
+ONLY = {"hidden_act": "silu", "use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}
 UNUSED = ("max_window_layers",)  # transformers does not read it in this family
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4}
 
