@@ -3,6 +3,7 @@
 Names of tensors and keys are the gguf package's; its changes of rows and norms are copied in its form.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ RMS = SIZES | dict(rms_norm_eps=1e-5, rope_theta=5000.0)
 LAYER = SIZES | dict(layer_norm_eps=1e-5, num_key_value_heads=4)
 LONG, SHORT = [1.5, 1.7, 2.0, 3.0], [1.0, 1.1, 1.2, 1.25]
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16.0, beta_slow=2.0)
+OLMO3_YARN = YARN | dict(attention_factor=0.1 * math.log(4.0) + 1.0)
 MINISTRAL = dict(mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.5)
 LONGROPE = dict(rope_type="longrope", long_factor=LONG, short_factor=SHORT, attention_factor=1.25)
 # By name: llama.cpp's architecture, and a config with what it can say away from the default.
@@ -43,7 +45,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", RMS | dict(model_type="olmo2")),
     "olmo3": (
         "olmo2",
-        RMS | dict(model_type="olmo3", num_hidden_layers=4, sliding_window=16, rope_theta=5e5, rope_scaling=YARN)
+        RMS | dict(model_type="olmo3", num_hidden_layers=4, sliding_window=16, rope_theta=5e5, rope_scaling=OLMO3_YARN)
         | dict(layer_types=["sliding_attention", "full_attention"] * 2),
     ),
     "exaone4": (
@@ -236,6 +238,8 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+        if "attention_factor" in scaling:
+            writer.add_rope_scaling_yarn_attn_factor(scaling["attention_factor"])
         if "llama_4_scaling_beta" in scaling:
             writer.add_rope_scaling_yarn_log_mul(scaling["mscale_all_dim"])
             writer.add_attn_temperature_scale(scaling["llama_4_scaling_beta"])

@@ -45,6 +45,7 @@ BIASES = ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_gate.bias"}
 WINDOW = {"attention.sliding_window": "sliding_window"}
 EXPERTS_USED = {"expert_used_count": "num_experts_per_tok"}
 INNER_WIDTH = {"expert_feed_forward_length": "moe_intermediate_size"}
+SAME_WIDTH = {"expert_feed_forward_length": "feed_forward_length"}
 PATTERN = "attention.sliding_window_pattern"  # one number, or per layer whether it has a window
 TEMPERATURE = "attention.temperature_scale"
 SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
@@ -81,7 +82,10 @@ class Architecture:
       attributes: further optional keys -> Hugging Face's attributes.
       absent: values of such attributes without their key.
       required: further keys that every file has -> Hugging Face's attributes.
-      only: keys that may have one value alone.
+      only: keys that may have one value alone; files that are written have it.
+      neutral: keys that may have one value alone, which changes nothing; they are not written.
+      equal: keys that may have the value of another key alone, which changes nothing; they are not written.
+      ignored: prefixes of keys of other parts of the model, such as an image tower.
       biases: attributes without a key -> the tensor whose presence implies them.
       partial: the attribute for the rotated fraction of a head; None if all of it is rotated.
       fixed: attributes that the architecture implies.
@@ -115,6 +119,9 @@ class Architecture:
     absent: Mapping[str, int | float | bool] = dataclasses.field(default_factory=dict)
     required: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    neutral: Mapping[str, int | bool] = dataclasses.field(default_factory=dict)
+    equal: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     partial: str | None = None
     fixed: Mapping[str, str | int | None] = dataclasses.field(default_factory=dict)
@@ -318,6 +325,7 @@ ALL = (
         },
         biases=ATTENTION_BIAS,
         query_scalar_layers=62,
+        ignored=("mm.", "vision."),  # Google's files of text models have them
         never=OUTPUT_BIAS,
     ),
     Architecture(
@@ -397,6 +405,11 @@ ALL = (
         required={"expert_count": "num_experts", **EXPERTS_USED, **INNER_WIDTH},
         biases=ATTENTION_BIAS,
         fixed=SILU | {"norm_topk_prob": True, "decoder_sparse_step": 1},
+        neutral={
+            "expert_gating_func": 1,  # softmax
+            "expert_weights_norm": True,
+            "expert_shared_feed_forward_length": 0,  # in files of Qwen3-Coder
+        },
         never=OUTPUT_BIAS,
     ),
     Architecture(
@@ -407,6 +420,7 @@ ALL = (
         required={"expert_count": "num_experts", **EXPERTS_USED},
         biases=ATTENTION_BIAS,
         fixed=SILU | {"norm_topk_prob": False},
+        equal=SAME_WIDTH,
         never=OUTPUT_BIAS,
         always=(HEAD,),
         square=True,
@@ -471,6 +485,7 @@ MIXTURES = {
         permutes_rotary_rows=True,
         required={"expert_count": "num_local_experts", **EXPERTS_USED},
         fixed=SILU,
+        equal=SAME_WIDTH,
         rope_tables=(ROPE_FACTORS,),
     )
 }

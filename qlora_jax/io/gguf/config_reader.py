@@ -16,14 +16,15 @@ from qlora_jax.io.gguf.architectures import (
     LONGROPE_FACTORS,
     MIXTURES,
     PATTERN,
-    ROPE_FACTORS,
     TEMPERATURE,
     Architecture,
     Variant,
 )
 from qlora_jax.io.gguf.header import Metadata
+from qlora_jax.io.gguf.rope_reader import ATTENTION_FACTORS, ROPE_FACTOR_KEYS, original_context, rope_scaling
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.metadata import Count, Kind, check_value, find_problems, shorten
+from qlora_jax.models.families.attributes import LIMITS
 
 REQUIRED = {
     "embedding_length": "hidden_size",
@@ -40,7 +41,6 @@ OPTIONAL = {
     "rope.freq_base",
     "vocab_size",
 }
-ROPE_FACTOR_KEYS = ("rope.scaling.factor", "rope.scale_linear")  # the second in old files; 0 means unset
 FLOATS = {
     "attention.layer_norm_rms_epsilon",
     "attention.layer_norm_epsilon",
@@ -54,7 +54,7 @@ FLOATS = {
     "residual_scale",
     "rope.freq_base",
     "rope.freq_base_swa",
-    "rope.scaling.attn_factor",
+    *ATTENTION_FACTORS,
     *ROPE_FACTOR_KEYS,
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
@@ -74,7 +74,6 @@ DRAFT_LAYERS = "nextn_predict_layers"
 NEUTRAL = {
     "expert_count": 0,
     "expert_used_count": 0,
-    "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
 }
 # Keys that describe the file and never change the computation.
@@ -162,7 +161,11 @@ def config_from_metadata(
     """
     prefix = f"{architecture.name}."
     keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    keys = {key: value for key, value in keys.items() if key not in ZERO_IS_NONE or value != 0}
+    keys = {
+        key: value
+        for key, value in keys.items()
+        if not key.startswith(architecture.ignored) and (key not in ZERO_IS_NONE or value != 0)
+    }
     problems = _problems(architecture, keys)
     if problems:
         lines = "\n".join(f"  {prefix}{problem}" for problem in problems)
@@ -195,14 +198,14 @@ def config_from_metadata(
     config |= {name: keys.get(key, head_dim**-0.5) for key, name in architecture.query_scale.items()}
     if architecture.window_period:
         config |= _windows(architecture, keys, config)
-    config["rope_scaling"] = _rope_scaling(path, architecture, keys, config, rope_factors)
+    config["rope_scaling"] = rope_scaling(path, architecture, keys, config, rope_factors)
     if architecture.untruncated_yarn:
         scaling = config["rope_scaling"]
         config["rope_scaling"] = {"rope_type": "default"} if scaling is None else scaling | {"truncate": False}
     if variant.rope_per_window:
         config = _with_ropes_apart(config)
     if LONGROPE_FACTORS["long_factor"] in rope_factors:
-        config["original_max_position_embeddings"] = _original_context(keys, config)
+        config["original_max_position_embeddings"] = original_context(keys, config)
     return config
 
 
@@ -241,10 +244,6 @@ def _rotated_fraction(rotated: int, head_dim: int) -> float:
     return part if int(head_dim * part) == rotated else math.nextafter(part, math.inf)
 
 
-def _original_context(keys: Metadata, config: JsonObject) -> int:
-    return keys.get("rope.scaling.original_context_length", config["max_position_embeddings"])
-
-
 def _head_dim(keys: Metadata) -> int:
     return keys.get("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
 
@@ -254,18 +253,23 @@ def _required(architecture: Architecture) -> Mapping[str, str]:
 
 
 def _problems(architecture: Architecture, keys: Metadata) -> list[str]:
-    required, only = _required(architecture), {**NEUTRAL, **architecture.only}
+    required, only = _required(architecture), {**NEUTRAL, **architecture.only, **architecture.neutral}
     only = {key: value for key, value in only.items() if key not in required}
     of_architecture = _own_keys(architecture)
     shared = FLOATS - {key for other in ARCHITECTURES.values() for key in _own_keys(other)}
     numbers = {*required, *OPTIONAL, *shared, *of_architecture, "rope.scaling.original_context_length"} - BOOLEANS
-    known = {*numbers, *of_architecture, "rope.scaling.type", *only, *DESCRIPTIVE}
+    known = {*numbers, *of_architecture, "rope.scaling.type", *only, *architecture.equal, *DESCRIPTIVE}
     problems = [f"{key}: missing" for key in required if key not in keys]
     problems += [f"{key}: unknown key (found {shorten(keys[key])})" for key in sorted(keys.keys() - known)]
     problems += [
         f"{key}: found {shorten(keys[key])}, expected {value}"
         for key, value in only.items()
         if keys.get(key, value) != value
+    ]
+    problems += [
+        f"{key}: found {shorten(keys[key])}, expected {shorten(keys.get(same))} as {same}"
+        for key, same in architecture.equal.items()
+        if key in keys and keys[key] != keys.get(same)
     ]
     typed = (numbers | (BOOLEANS & known)) & keys.keys()
     problems += [
@@ -287,6 +291,8 @@ def _kind(key: str, architecture: Architecture) -> Kind:
 
 
 def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
+    if keys["block_count"] > (limit := LIMITS["num_hidden_layers"]):
+        return [f"block_count: found {keys['block_count']}, expected at most {limit}"]
     if (layers := keys["block_count"]) <= (extra := keys.get(DRAFT_LAYERS, 0)):
         return [f"{DRAFT_LAYERS}: found {extra}, expected fewer than block_count = {layers}"]
     head_dim, rotated = _head_dim(keys), keys.get("rope.dimension_count", 0)
@@ -301,89 +307,3 @@ def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
         for key in whole
         if keys.get(key, head_dim) != head_dim
     ]
-
-
-def _rope_scaling(
-    path: Path,
-    architecture: Architecture,
-    keys: Metadata,
-    config: JsonObject,
-    rope_factors: Mapping[str, np.ndarray],
-) -> JsonObject | None:
-    if set(LONGROPE_FACTORS.values()) <= rope_factors.keys():
-        return _longrope_scaling(keys, rope_factors)
-    attention_factor = keys.get("rope.scaling.attn_factor", 1.0)
-    if attention_factor != 1.0:
-        raise ValueError(
-            f"{path}: rope.scaling.attn_factor: found {attention_factor}, expected 1.0 (or longrope's factors)"
-        )
-    factors = rope_factors.get(ROPE_FACTORS)
-    factor = next((keys[key] for key in ROPE_FACTOR_KEYS if key in keys), 1.0)
-    kind = keys.get("rope.scaling.type", "linear")
-    scaled = kind != "none" and factor != 1.0
-    if factors is not None and not np.all(factors == 1):
-        if scaled:
-            raise ValueError(
-                f"{path}: {ROPE_FACTORS} together with a rope.scaling.factor (found {factor}) is not supported"
-            )
-        return _llama3_scaling(path, config, factors)
-    if TEMPERATURE in keys and not (scaled and kind == "yarn"):
-        raise ValueError(f"{path}: {TEMPERATURE}: found without yarn's scaling, expected both. Convert the model again")
-    if not scaled:
-        return None
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        given = architecture.rope_attributes.items()
-        further = {name: keys[key] for key, names in given if key in keys for name in names}
-        return _yarn_scaling(keys, config, factor) | further
-    raise ValueError(f"{path}: rope.scaling.type: found {shorten(kind)}, expected none, linear or yarn")
-
-
-def _longrope_scaling(keys: Metadata, rope_factors: Mapping[str, np.ndarray]) -> JsonObject:
-    # The shortest decimal of each f32, which is the number in the original config.
-    factors = {name: [float(str(v)) for v in rope_factors[tensor]] for name, tensor in LONGROPE_FACTORS.items()}
-    given = "rope.scaling.attn_factor"
-    return {"rope_type": "longrope", **factors, **({"attention_factor": keys[given]} if given in keys else {})}
-
-
-def _yarn_scaling(keys: Metadata, config: JsonObject, factor: float) -> JsonObject:
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": _original_context(keys, config),
-        "beta_fast": keys.get("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": keys.get("rope.scaling.yarn_beta_slow", 1.0),
-    }
-
-
-def _llama3_scaling(path: Path, config: JsonObject, factors: np.ndarray) -> JsonObject:
-    """The published parameters of Llama 3.1's scaling, after its factors are checked against those in the file."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    has_shape = factors.shape == (config["head_dim"] // 2,)
-    expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling) if has_shape else None
-    if expected is None or not np.allclose(factors, expected, rtol=1e-4, atol=0):
-        raise ValueError(
-            f"{path}: {ROPE_FACTORS} {list(factors.shape)} differs from Llama 3.1's scaling with the published "
-            "parameters (low_freq_factor 1, high_freq_factor 4, original context 8192), the only ones supported. Load "
-            "the model from its Hugging Face folder, whose config.json names the parameters"
-        )
-    return scaling
-
-
-def llama3_factors(head_dim: int, theta: float, scaling: JsonObject) -> np.ndarray:
-    """The divisors f32 [head_dim / 2] of the rotary frequencies: 1 for short wavelengths, `factor` for long ones.
-
-    In between, 1 / ((1 - s) / factor + s) with s rising from 0 to 1 (Llama 3.1).
-    """
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] / wavelengths
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)

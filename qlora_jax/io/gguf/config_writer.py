@@ -3,13 +3,15 @@
 Features that GGUF cannot store are found by reading the metadata back: they come back different.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from qlora_jax.io.config_diff import config_differences
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, Architecture
-from qlora_jax.io.gguf.config_reader import FLOATS, llama3_factors
+from qlora_jax.io.gguf.config_reader import FLOATS
+from qlora_jax.io.gguf.rope_reader import F32, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.experts_config import ExpertsConfig
@@ -142,11 +144,15 @@ def _linear(rope: Rope) -> tuple[JsonObject, Tables]:
 def _yarn(rope: Rope) -> tuple[JsonObject, Tables]:
     numbers = rope.scaling
     given = {name: numbers.get(name) for name in ("beta_fast", "beta_slow")}
+    # llama.cpp always applies the usual factor, so a file with another one would give other logits.
+    attention_factor, usual = numbers.get("attention_factor"), yarn_attention_factor(numbers.number("factor"))
+    is_usual = isinstance(attention_factor, float) and math.isclose(attention_factor, usual, rel_tol=F32)
     keys = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": numbers.get("factor"),
         **_original(rope),
         **{f"rope.scaling.yarn_{name}": value for name, value in given.items() if value is not None},
+        **({YARN_ATTENTION_FACTOR: attention_factor} if is_usual else {}),
     }
     return keys, {}
 
