@@ -18,7 +18,7 @@ from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
 from qlora_jax.io.checkpoint import CONFIG_FILE
-from qlora_jax.models.config import DENSE, STORED
+from qlora_jax.models.config import DENSE, STORED, ModelConfig
 from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.models.model_sharding import module_of
 from qlora_jax.models.partition import Lora, is_table
@@ -62,7 +62,7 @@ def _facts(session: Session) -> Rows:
     return {
         "device": _device(session),
         **_peak(session),
-        "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _base_size(session),
+        "base": f"{config.model.path}, {_parameters(session.model)}" + _base_size(session),
         **({"not loaded": f"{parts}; text does not pass through them"} if (parts := session.other_parts) else {}),
         **_whole_on_each(session),
         "weights": _weight_format(session),
@@ -107,6 +107,11 @@ def _peak(session: Session) -> Rows:
     peak, devices = session.utilization.peak, mesh_size(session.mesh).devices
     whose = "the device's peak" if devices == 1 else f"the peak of {devices} devices"
     return {} if peak is None else {"MFU": f"relative to {peak / 1e12:,.0f} TFLOP/s, {whose} for dense 16-bit matmuls"}
+
+
+def _parameters(model: ModelConfig) -> str:
+    active = f", {model.active_parameters():,} of them per token" if model.experts else ""
+    return f"{model.parameters():,} parameters{active}"
 
 
 def _base_size(session: Session) -> str:

@@ -188,7 +188,7 @@ def train_step(
             "data_seconds": data_seconds,
         }
         | step_metrics(session.objective, unrouted(loss.outputs), batch.slots)
-        | router_metrics(loss.outputs)
+        | router_metrics(loss.outputs, session.model.experts)
         | session.utilization.metrics(batch, tokens, seconds)
         | session.state_manager.metrics(optimizer_state, sent + moved)
         | _speed_of_devices(session, batch.tokens / seconds)

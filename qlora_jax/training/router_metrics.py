@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64, PyTree
 
+from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.nn.router import SIGMOID
 from qlora_jax.training.objectives.router_losses import RoutedOutputs
 
 AUX_LOSS, Z_LOSS = "router_aux_loss", "router_z_loss"
@@ -15,23 +17,25 @@ MAX_LOAD, ENTROPY, DEAD = "router_max_load", "router_entropy", "router_dead_expe
 BY_LAYER = "_by_layer"
 
 
-def router_metrics(outputs: PyTree) -> dict[str, float | list[float]]:
+def router_metrics(outputs: PyTree, experts: ExpertsConfig | None) -> dict[str, float | list[float]]:
     """Returns the metrics of a step; none for a model without experts.
 
     Numbers are of the least balanced layer, lists have one number per sparse layer. `max_load` is the load of the
     busiest expert over the mean load: 1 if all are used equally, E if one is used alone. `entropy` is that of the loads
     over its maximum: 1 and 0. A dead expert has no token in this step.
+
+    Sigmoids of logits do not add up to 1, so the load-balancing loss is not defined for them.
     """
-    if not isinstance(outputs, RoutedOutputs):
+    if experts is None:
         return {}
+    assert isinstance(outputs, RoutedOutputs), "a mixture has a Routed objective"
     routing = outputs.routing
     counts_SE, probs_SE = (_sum_of_rows(each, 2) for each in (routing.counts_BSE, routing.probs_BSE))
     z_S, tokens = _sum_of_rows(routing.z_BS, 1), float(np.asarray(routing.tokens_B, np.float64).sum())
-    layers, experts = counts_SE.shape
+    layers, count = counts_SE.shape
     max_load_S, entropy_S, dead_S = loads(counts_SE)
     f_E, p_E = counts_SE.sum(axis=0) / (layers * tokens), probs_SE.sum(axis=0) / (layers * tokens)
-    return {
-        AUX_LOSS: float(experts * f_E @ p_E),
+    return ({} if experts.score == SIGMOID else {AUX_LOSS: float(count * f_E @ p_E)}) | {
         Z_LOSS: float(z_S.mean() / tokens),
         MAX_LOAD: float(max_load_S.max()),
         ENTROPY: float(entropy_S.min()),

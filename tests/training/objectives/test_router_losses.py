@@ -14,7 +14,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import combine
-from qlora_jax.nn.router import Routing
+from qlora_jax.nn.router import SIGMOID, Routing
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.objectives.router_losses import (
@@ -37,6 +37,7 @@ LORA = LoraArgs(rank=4, alpha=8.0, target_modules=["q_proj", "o_proj"], target_p
 AUX, Z = 0.3, 0.02
 ROUTER = RouterArgs(aux_loss_coef=AUX, z_loss_coef=Z)
 DENSE = WeightFormat(quant_type=None, dtype="float32")
+EXPERTS = model_config(CONFIG).experts
 LENGTHS = np.array([16, 9, 12, 5])
 
 
@@ -70,7 +71,7 @@ def test_losses_and_gradients_are_those_of_transformers(oracle):
     given = dict(tokens=flat["inputs"], mask=mask, labels=labels, config=CONFIG, aux_coef=AUX, z_coef=Z)
     expected = oracle(ORACLE, **given, **{f"model/{name}": array for name, array in arrays.items()})
     grads, loss = gradients(parts, batch, None, remat="names", objective=objective())
-    metrics = router_metrics(loss.outputs)
+    metrics = router_metrics(loss.outputs, EXPERTS)
     assert metrics["router_aux_loss"] == pytest.approx(float(expected["balance"]), rel=1e-5)
     assert metrics["router_z_loss"] == pytest.approx(float(expected["z"]), rel=1e-5)
     whole = expected["nll"] + AUX * expected["balance"] + Z * expected["z"]
@@ -109,7 +110,7 @@ def test_micro_batches_and_packing_and_a_mesh_change_rounding_alone(one_batch, n
     grads, other = gradients(parts, batch, None, remat="names", objective=objective(), mesh=mesh)
     assert float(other.total / other.count) == pytest.approx(float(loss.total / loss.count), rel=1e-5)
     assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected))) < 2e-5
-    found, wanted = router_metrics(other.outputs), router_metrics(loss.outputs)
+    found, wanted = router_metrics(other.outputs, EXPERTS), router_metrics(loss.outputs, EXPERTS)
     assert found["router_max_load_by_layer"] == wanted["router_max_load_by_layer"]
 
 
@@ -142,11 +143,14 @@ def test_closed_forms_of_even_and_collapsed_routing():
     assert load_balancing_parts(even, total).sum() == pytest.approx(1.0)
     assert load_balancing_parts(collapsed, total).sum() == pytest.approx(4.0)
     assert z_parts(even, total).sum() == pytest.approx(4.0)
+    assert EXPERTS is not None
+    of_sigmoid = dataclasses.replace(EXPERTS, score=SIGMOID)
     for found, load, entropy, dead in ((even, 1.0, 1.0, 0.0), (collapsed, 4.0, 0.0, 6.0)):
-        metrics = router_metrics(RoutedOutputs(outputs=jnp.zeros(2), routing=found))
+        metrics = router_metrics(RoutedOutputs(outputs=jnp.zeros(2), routing=found), EXPERTS)
         assert (metrics["router_max_load"], metrics["router_dead_experts"]) == (load, dead)
         assert metrics["router_entropy"] == pytest.approx(entropy, abs=1e-12)
         assert metrics["router_aux_loss"] == pytest.approx(load) and metrics["router_z_loss"] == pytest.approx(4.0)
+        assert "router_aux_loss" not in router_metrics(RoutedOutputs(outputs=jnp.zeros(2), routing=found), of_sigmoid)
         assert unrouted(RoutedOutputs(outputs=tokens_B, routing=found)) is tokens_B
     assert router_metrics(jnp.zeros(2)) == {}
 
