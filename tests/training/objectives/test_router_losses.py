@@ -152,7 +152,7 @@ def test_closed_forms_of_even_and_collapsed_routing():
         assert metrics["router_aux_loss"] == pytest.approx(load) and metrics["router_z_loss"] == pytest.approx(4.0)
         assert "router_aux_loss" not in router_metrics(RoutedOutputs(outputs=jnp.zeros(2), routing=found), of_sigmoid)
         assert unrouted(RoutedOutputs(outputs=tokens_B, routing=found)) is tokens_B
-    assert router_metrics(jnp.zeros(2)) == {}
+    assert router_metrics(jnp.zeros(2), None) == {}
 
 
 def test_losses_that_a_model_does_not_have_are_errors():
