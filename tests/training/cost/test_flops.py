@@ -19,6 +19,7 @@ from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.cost.step_shape import F32, StepShape
 from qlora_jax.training.mfu import utilization
+from tests.marks import EXHAUSTIVE
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
@@ -190,7 +191,7 @@ SCOPES = (
 LARGE = ("full, experts", "none, experts")
 PARAMS = [
     *CASES,
-    *(pytest.param(name, marks=pytest.mark.exhaustive if name in LARGE else pytest.mark.slow) for name in FAMILIES),
+    *(pytest.param(name, marks=EXHAUSTIVE if name in LARGE else pytest.mark.slow) for name in FAMILIES),
 ]
 
 
