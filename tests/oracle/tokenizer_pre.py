@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from bridge import inputs, save
 from tokenizers import Regex, pre_tokenizers
-from transformers import GPT2Tokenizer, GPTNeoXTokenizer, Qwen2Tokenizer
+from transformers import CohereTokenizer, GPT2Tokenizer, GPTNeoXTokenizer, Qwen2Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 given = inputs()
@@ -16,7 +16,7 @@ special = {name: "<|endoftext|>" for name in ("unk_token", "bos_token", "eos_tok
 merges = [tuple(pair) for pair in model["merges"]]
 found = {}
 for pre in given["pres"]:
-    kind = {"qwen2": Qwen2Tokenizer, "olmo": GPTNeoXTokenizer}.get(pre, GPT2Tokenizer)
+    kind = {"qwen2": Qwen2Tokenizer, "olmo": GPTNeoXTokenizer, "command-r": CohereTokenizer}.get(pre, GPT2Tokenizer)
     tokenizer = kind(vocab=model["vocab"], merges=merges, **special).backend_tokenizer
     if pre in GGUF_PRE_TOKENIZER_SPLITS and pre != "qwen2":  # whose class splits so of itself
         split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")

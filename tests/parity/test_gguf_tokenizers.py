@@ -23,7 +23,7 @@ from tests.marks import EXHAUSTIVE, SLOW
 SCRIPT = Path(__file__).parent.parent / "oracle/llama_cpp_ids.py"
 IN_CI, ALL = 250, 2000  # texts
 # Those of which another has another name, or whose patterns are near another's, are left to a release.
-KINDS_IN_CI = ["smollm", "gpt-2", "llama-bpe", "tekken", "qwen2", "llama", "gemma3"]
+KINDS_IN_CI = ["smollm", "gpt-2", "llama-bpe", "tekken", "qwen2", "seed-coder", "llama", "gemma3"]
 OWN = ["<tool>", "    ", "\t\t"]  # user-defined tokens
 SENTENCEPIECE = {"llama": "llama", "bare": "llama", "gemma3": "gemma3"}  # by name: the file's architecture
 
@@ -94,6 +94,7 @@ def _has_marks(text: str) -> bool:
 LLAMA_CPP_DIFFERS: dict[str, Callable[[str], bool]] = {
     "olmo": _is_decomposed,  # it does not compose characters
     "qwen2": _is_decomposed,
+    "command-r": _is_decomposed,
     "gpt-4o": _has_marks,  # its pattern of words has no marks
     "tekken": _has_marks,
     # It takes the longest run first, and finds no SPACE that stands in the text itself.

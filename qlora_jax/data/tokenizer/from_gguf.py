@@ -39,15 +39,18 @@ def _by_case(ending: str) -> str:
     return f"{start}[{large}]*[{small}]+{ending}|{start}[{large}]+[{small}]*{ending}"
 
 
-def _split(number: str, words: str = _WORDS, after: str = r"\r\n") -> Callable[[], pre_tokenizers.PreTokenizer]:
-    pattern = rf"{words}|{number}| ?[^\s\p{{L}}\p{{N}}]+[{after}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+def _split(number: str, words: str = _WORDS, after: str | None = r"\r\n") -> Callable[[], pre_tokenizers.PreTokenizer]:
+    """Returns a split by words, numbers, runs of other characters (followed by any of `after`), and spaces."""
+    others = rf" ?[^\s\p{{L}}\p{{N}}]+[{after}]*" if after else r" ?[^\s\p{L}\p{N}\r\n]+"
+    pattern = rf"{words}|{number}|{others}|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split
     return lambda: pre_tokenizers.Sequence([split(Regex(pattern), "isolated"), _byte_level(use_regex=False)])
 
 
-# Only names that tests compare with their published tokenizers, or with transformers. A guess would give wrong ids
-# without an error.
+# Only names that tests compare with their published tokenizers, with transformers, or with llama.cpp. A guess would
+# give wrong ids without an error.
 _LLAMA3 = Pre(_split(r"\p{N}{1,3}"), ignore_merges=True)
+_DBRX = Pre(_split(r"\p{N}{1,3}"))
 
 KNOWN_PRE = {
     "smollm": Pre(_digits_then_bytes),
@@ -58,10 +61,19 @@ KNOWN_PRE = {
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "dbrx": Pre(_split(r"\p{N}{1,3}")),
+    "dbrx": _DBRX,
     "gpt-4o": Pre(_split(r"\p{N}{1,3}", _by_case(_ENDINGS + "?"), r"\r\n/")),
     "tekken": Pre(_split(r"\p{N}", _by_case(""), r"\r\n/"), ignore_merges=True),
     "qwen2": Pre(_split(r"\p{N}"), normalizer=normalizers.NFC),
+    # CohereTokenizer of transformers.
+    "command-r": Pre(_digits_then_bytes, normalizer=normalizers.NFC),
+    # The patterns of llama.cpp (llama-vocab.cpp): refact (StarCoder's, of Granite) has smollm's, exaone4 has gpt-2's,
+    # and chatglm4, for which glm4 is another name, has dbrx's. Seed's keeps line ends apart from other characters.
+    "refact": Pre(_digits_then_bytes),
+    "exaone4": Pre(_byte_level),
+    "glm4": _DBRX,
+    "chatglm-bpe": _DBRX,
+    "seed-coder": Pre(_split(r"\p{N}", after=None)),
 }
 
 

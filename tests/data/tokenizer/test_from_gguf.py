@@ -120,7 +120,7 @@ def test_each_kind_splits_as_transformers_does(
     """Compares splitting and normalizing. The vocabulary is SmolLM2's, and its special tokens are plain."""
     path, pres = (
         tmp_path / "tokenizer.json",
-        ["gpt-2", "phi-2", "olmo", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken"],
+        ["gpt-2", "phi-2", "olmo", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken", "command-r"],
     )
     path.write_text(smollm2_json, encoding="utf-8")
     texts = [*_strings(600), *(text for _, text in hard_texts(1000))]
@@ -132,6 +132,24 @@ def test_each_kind_splits_as_transformers_does(
         plain = {**smollm2_metadata, "pre": pre, "token_type": [1] * len(smollm2_metadata["tokens"])}
         ours = [encoding.ids for encoding in rebuild(plain).encode_batch(strings)]
         assert _difference(ours, expected, strings) == [], pre
+
+
+# By name: how "a12).", two line ends and an e with a separate accent are split.
+SPLITS = {
+    "refact": ["a", "1", "2", ").", "\n", "\n", "e", "\u0301"],
+    "command-r": ["a", "1", "2", ").", "\n", "\n", "\u00e9"],
+    "exaone4": ["a", "12", ").", "\n", "\n", "e", "\u0301"],
+    "glm4": ["a", "12", ").\n\n", "e", "\u0301"],
+    "chatglm-bpe": ["a", "12", ").\n\n", "e", "\u0301"],
+    "seed-coder": ["a", "1", "2", ").", "\n\n", "e", "\u0301"],
+}
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_kinds_differ_in_digits_line_ends_and_composing(pre: str) -> None:
+    parts, text = KNOWN_PRE[pre], "a12).\n\ne\u0301"
+    text = parts.normalizer().normalize_str(text) if parts.normalizer else text
+    assert [text[start:end] for _, (start, end) in parts.split().pre_tokenize_str(text)] == SPLITS[pre]
 
 
 def test_llama3_kinds_take_whole_words_before_merging():
