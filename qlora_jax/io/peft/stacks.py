@@ -4,14 +4,14 @@ Dimension key: L layers, K in, R rank, N out.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.writer import EVERY_LAYER, LEAVES, PREFIX, VECTOR, SomeLayers
-from qlora_jax.io.tensor_map import LAYER, layer_name
+from qlora_jax.io.tensor_map import EXPERT, LAYER, MAX_LINES, layer_name
 from qlora_jax.models.config import ModelConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +26,9 @@ LEAVES_OF_METHOD = {
 LEAF_NAMES = {ours: theirs for ours, (theirs, _) in LEAVES.items()} | {"vector": VECTOR}
 OURS = {theirs: ours for ours, theirs in LEAF_NAMES.items()}
 KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<leaf>{'|'.join(map(re.escape, OURS))})")
+
+NOT_LINEAR = "not a linear layer of the model, or unexpected in an adapter of this method"
+PER_EXPERT = "an adapter per expert, as of transformers 4. Load it with PEFT under transformers 5 and save it again"
 
 
 def stack_layers(
@@ -67,18 +70,26 @@ def stack_layers(
             found = {leaf: [entries[row] for row in rows] for leaf, entries in found.items()}
             problems += (wrong := _problems(modules, found, shape))
             lora[name] = {} if wrong else {leaf: _stack(leaf, found[leaf]) for leaf in leaves}
-    problems += [
-        f"{module}.{LEAF_NAMES[leaf]}: not a linear layer of the model, or unexpected in an adapter of this method"
-        for module, leaf in sorted({(LAYER.sub(".layers.*.", module), leaf) for module, leaf in by_key})
-    ]
+    problems += _unknown(by_key)
     check_fits(folder, problems or ([] if lora or given else ["it has no tensor of an adapter"]))
     return lora
 
 
+def _unknown(left: Iterable[tuple[str, str]]) -> list[str]:
+    """Describes tensors (module, leaf) that fit no projection, one line for the same one in all layers and experts."""
+    places = {(EXPERT.sub(".experts.*.", LAYER.sub(".layers.*.", module)), leaf) for module, leaf in left}
+    return [
+        f"{module}.{LEAF_NAMES[leaf]}: {PER_EXPERT if '.experts.*.' in module else NOT_LINEAR}"
+        for module, leaf in sorted(places)
+    ]
+
+
 def check_fits(folder: Path, problems: Sequence[str]) -> None:
-    """Raises ValueError with all problems of an adapter's tensors, if there are any."""
+    """Raises ValueError with all problems of an adapter's tensors, if there are any; many lines are counted."""
     if problems:
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model:\n  " + "\n  ".join(problems))
+        more = [f"and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
+        lines = "\n  ".join([*problems[:MAX_LINES], *more])
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model:\n  {lines}")
 
 
 Found = Mapping[str, Sequence[TensorEntry | None]]  # the entry of each layer, by our name of the leaf

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.peft.projections import projection_tensors
 from qlora_jax.io.peft.reader import base_model_of, read_adapter
+from qlora_jax.io.peft.stacks import check_fits
 from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
 from qlora_jax.models.add_adapters import vera_projections
@@ -103,6 +104,29 @@ def test_settings_that_are_not_supported(folder: Path, changes: dict, parts: lis
     with pytest.raises(ValueError) as caught:
         read_adapter(folder, MODEL)
     assert all(part in str(caught.value) for part in parts)
+
+
+def test_adapters_per_expert_are_one_line(folder: Path):
+    """transformers 4 has a linear layer per expert, so PEFT saved an adapter of each."""
+    path = folder / "adapter_model.safetensors"
+    experts = {
+        f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.gate_proj.lora_A.weight": np.ones((2, 64), "f4")
+        for layer in range(2)
+        for expert in range(64)
+    }
+    save_file(load_file(path) | experts, path)
+    with pytest.raises(ValueError) as caught:
+        read_adapter(folder, MODEL)
+    assert str(caught.value).splitlines()[1:] == [
+        "  model.layers.*.mlp.experts.*.gate_proj.lora_A.weight: an adapter per expert, as of transformers 4. Load it "
+        "with PEFT under transformers 5 and save it again"
+    ]
+
+
+def test_many_problems_are_counted(tmp_path: Path):
+    with pytest.raises(ValueError, match="and 50 more") as caught:
+        check_fits(tmp_path, ["a problem"] * 150)
+    assert len(str(caught.value).splitlines()) == 102
 
 
 def test_tensors_that_do_not_fit_are_told_at_once(folder: Path):
