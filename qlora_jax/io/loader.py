@@ -27,8 +27,8 @@ from qlora_jax.io.base_fingerprint import BaseDigest, new_digest
 from qlora_jax.io.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.io.own_rows import OwnRows, all_rows, joined, read_own
-from qlora_jax.io.stored_codes import with_stored_codes
-from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, layer_name, slots_of
+from qlora_jax.io.stored_codes import layer_entries, with_stored_codes
+from qlora_jax.io.tensor_map import Leaf, Slot, check_number_of_experts, check_tensors, slots_of
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.offloaded_experts import check_one_format, host_sharding, is_on_host
@@ -398,23 +398,28 @@ def _settings(config: ModelConfig, weights: WeightFormat) -> bytes:
 def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
     """`weights` with the layers that stay dense because the files quantize only the others.
 
-    If the files quantize no layer, every layer is quantized to `weights`. Routed experts always are: files of
-    bitsandbytes leave them in 16 bits because it cannot quantize them, not for the sake of accuracy.
+    If the files quantize no layer, every layer is quantized to `weights`. Routed experts always are, unless stored
+    codes are kept: files of bitsandbytes leave them in 16 bits because it cannot quantize them, not for the sake of
+    accuracy.
 
     Raises:
       ValueError: `weights` has dense layers that the files store in 4 bits, or keeps stored codes and there are
-        none.
+        none; or the files have fewer tensors than the config has experts.
     """
-    if weights.quant_type == STORED:
+    check_number_of_experts(source, config)
+    if keeps_codes := weights.quant_type == STORED:
         weights = with_stored_codes(weights, source, config)
     if weights.quant_type in (None, STORED):
         return weights
-    dense = {name: _dense_layers(name, source, config) for name in config.linear_shapes()}
+    names = (*config.linear_shapes(), *config.expert_shapes())
+    dense = {name: _dense_layers(name, source, config) for name in names}
     if all(len(layers) == len(config.layers_with(name)) for name, layers in dense.items()):
         return weights
-    kept = {name: rows for name, rows in weights.dense if name not in dense}
     _check_16_bits_exist(weights, dense, source, config)
-    return dataclasses.replace(weights, dense=tuple((name, rows) for name, rows in (dense | kept).items() if rows))
+    if not keeps_codes:
+        kept = dict(weights.dense)
+        dense |= {name: kept.get(name, ()) for name in config.expert_shapes()}
+    return dataclasses.replace(weights, dense=tuple((name, rows) for name, rows in dense.items() if rows))
 
 
 def _check_16_bits_exist(
@@ -431,8 +436,5 @@ def _check_16_bits_exist(
 
 def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[int, ...]:
     """Returns the rows of a projection's stack that the files have in 16 bits."""
-    names = [
-        config.hugging_face_name(layer_name(f"model.layers.{name}.weight", layer)) for layer in config.layers_with(name)
-    ]
-    entries = [source.tensors.get(each) for each in names]  # `check_tensors` reports a missing one
-    return tuple(row for row, entry in enumerate(entries) if entry is not None and entry.read_quantized is None)
+    layers = enumerate(layer_entries(name, source, config))
+    return tuple(row for row, entries in layers if entries and not any(entry.read_quantized for entry in entries))

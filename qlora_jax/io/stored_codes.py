@@ -19,8 +19,11 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
     Raises:
       ValueError: no linear layer is stored in codes, or the experts of a layer differ in their types.
     """
-    layers = {name: [*_layers(name, source, config)] for name in (*config.linear_shapes(), *config.expert_shapes())}
+    layers = {
+        name: [*layer_entries(name, source, config)] for name in (*config.linear_shapes(), *config.expert_shapes())
+    }
     entries = [entry for each in layers.values() for layer in each for entry in layer]
+    stored = tuple((name, tuple(_format(each, source) for each in found)) for name, found in layers.items())
     if of_bnb := [entry.read_quantized for entry in entries if entry.read_quantized is not None]:
         first = of_bnb[0]()
         names = ("quant_type", "block_size", "double_quant", "nested_block_size")
@@ -32,11 +35,10 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
             f"{kinds}, expected a quantized GGUF file, MXFP4, or 4 bits of bitsandbytes). Set model.quant_type=nf4, "
             "which quantizes while loading"
         )
-    stored = tuple((name, tuple(_format(each, source) for each in found)) for name, found in layers.items())
     return dataclasses.replace(weights, quant_type=STORED, stored=stored)
 
 
-def _layers(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Entries]:
+def layer_entries(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Entries]:
     """Yields the tensors of each layer of a projection; `check_tensors` reports missing ones."""
     count = 0 if config.experts is None or name not in config.expert_shapes() else config.experts.count
     for layer in config.layers_with(name):
@@ -47,7 +49,7 @@ def _layers(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Ent
 
 
 def _format(layer: Entries, source: ModelSource) -> str:
-    found = {DENSE if entry.read_stored is None else entry.file_type for entry in layer}
+    found = {entry.file_type if entry.read_stored or entry.read_quantized else DENSE for entry in layer}
     if len(found) > 1:
         raise ValueError(
             f"{source.path}: the experts of a layer must have one type, such as those of {layer[0].name} (found "

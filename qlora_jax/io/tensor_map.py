@@ -62,6 +62,24 @@ def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], 
         raise ValueError(f"{source.path}: the tensors do not fit the model that its config describes:\n{lines}")
 
 
+def check_number_of_experts(source: ModelSource, config: ModelConfig) -> None:
+    """Checks that a source may contain all experts of a config, before anything loops over them.
+
+    Raises:
+      ValueError: it has fewer tensors than the experts have weights.
+    """
+    if config.experts is None:
+        return
+    layers, count = len(config.experts.layers), config.experts.count
+    expected = layers * count * len(config.expert_shapes())
+    if expected > len(source.tensors):
+        raise ValueError(
+            f"{source.path}: the tensors do not fit the model that its config describes (found {len(source.tensors):,} "
+            f"tensors, expected {expected:,} of experts alone, {layers} layers of {count} experts). Download the files "
+            "again"
+        )
+
+
 def _equal_tensors(source: ModelSource, first: str, second: str) -> bool:
     tensors = source.tensors
     if second not in tensors or tensors[first].shape != tensors[second].shape:

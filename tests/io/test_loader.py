@@ -19,10 +19,12 @@ from flax import nnx
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io import loader
+from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import Slot, layer_name, slots_of
-from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.keep_16bit import keep_in_16_bits
 from qlora_jax.models.offloaded_experts import host_paths
 from qlora_jax.models.partition import partition
 from qlora_jax.quant import quantize_numpy
@@ -195,6 +197,45 @@ def test_missing_experts_are_named_by_layer(tmp_path: Path, mixture: dict[str, n
     ]
 
 
+def test_more_experts_than_tensors_are_refused_before_anything_loops_over_them(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, MIXTURE | {"n_routed_experts": 4096}, {"model.norm.weight": np.ones(64, "f4")})
+    with pytest.raises(ValueError, match="found 1 tensors, expected 24,576 of experts alone, 2 layers of 4096 experts"):
+        _load(folder)
+
+
+def _with_codes(folder: Path, marker: str) -> ModelSource:
+    """A source whose matrices with `marker` in their names are in 4 bits, as files of bitsandbytes have them."""
+    source = open_model(folder)
+
+    def in_codes(entry: TensorEntry) -> TensorEntry:
+        return dataclasses.replace(entry, file_type="NF4", read_quantized=lambda: quantize_numpy(entry.read()))
+
+    tensors = {name: in_codes(entry) if marker in name else entry for name, entry in source.tensors.items()}
+    return dataclasses.replace(source, tensors=tensors)
+
+
+def test_experts_in_4_bits_cannot_be_kept_in_16(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
+    """transformers 4 stores the codes of each expert."""
+    source, features = _with_codes(write_folder(tmp_path, MIXTURE, mixture), "_proj.weight"), model_config(MIXTURE)
+    kept = keep_in_16_bits(FORMAT, ["layers.2.mlp.experts.down_proj"], features)
+    with pytest.raises(ValueError, match=r"stores mlp.experts.down_proj of layers 2 in 4 bits, so their 16-bit"):
+        loader.with_dense_layers(kept, source, features)
+    assert loader.with_dense_layers(FORMAT, source, features) == FORMAT
+
+
+def test_stored_codes_leave_experts_as_the_files_have_them(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
+    folder, features = write_folder(tmp_path, MIXTURE, mixture), model_config(MIXTURE)
+    source = _with_codes(folder, "self_attn.q_proj.weight")
+    stored = loader.with_dense_layers(dataclasses.replace(FORMAT, quant_type=STORED), source, features)
+    experts = {name: (0, 1) for name in features.expert_shapes()}
+    assert stored.quant_type == "nf4" and experts.items() <= dict(stored.dense).items()
+    assert "self_attn.q_proj" not in dict(stored.dense)
+    assert not experts.keys() & dict(loader.with_dense_layers(FORMAT, source, features).dense).keys()
+    some = _with_codes(folder, "layers.1.mlp.experts.3.")
+    with pytest.raises(ValueError, match=r"the experts of a layer must have one type.*found NF4, dense"):
+        loader.with_dense_layers(dataclasses.replace(FORMAT, quant_type=STORED), some, features)
+
+
 def test_layers_are_put_into_the_stack_in_place() -> None:
     stack = jax.tree.map(jax.numpy.asarray, quantize_numpy(np.ones((64, 64), np.float32)))
     layer = jax.tree.map(lambda leaf: leaf + leaf, stack)
@@ -278,9 +319,11 @@ from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 from qlora_jax.io.loader import load_model
+from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
-from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.keep_16bit import keep_in_16_bits
 from qlora_jax.sharding import make_mesh
 
 def status(key):
