@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -18,6 +19,7 @@ JsonObject = dict[str, Any]  # a decoded JSON object whose keys differ between f
 
 PREFETCH_DEPTH = 4  # tensors
 CHUNK = 1 << 20  # bytes per read
+NUMBERED = re.compile(r".*?\.\d+(?=\.)")  # a tensor's name up to the number of its layer
 
 
 class ByteRange(NamedTuple):
@@ -120,15 +122,18 @@ class MultimodalParts:
     others: Mapping[str, TensorEntry]
 
     def __str__(self) -> str:
-        groups: dict[str, list[TensorEntry]] = {}
-        for name, entry in self.others.items():
-            groups.setdefault(name.removeprefix("model.").partition(".")[0], []).append(entry)
-        return ", ".join(f"{part} ({_count_and_size(entries)})" for part, entries in groups.items())
+        return _parts_text((name.removeprefix("model.").partition(".")[0], e.nbytes) for name, e in self.others.items())
 
 
-def _count_and_size(entries: Sequence[TensorEntry]) -> str:
-    plural = "s" * (len(entries) > 1)
-    return f"{len(entries):,} tensor{plural}, {format_bytes(sum(entry.nbytes for entry in entries))}"
+def _parts_text(tensors: Iterable[tuple[str, int]]) -> str:
+    """Returns the parts of tensors (name of its part, bytes) as text, each with its number of tensors and its size."""
+    groups: dict[str, list[int]] = {}
+    for part, nbytes in tensors:
+        groups.setdefault(part, []).append(nbytes)
+    return ", ".join(
+        f"{part} ({len(sizes):,} tensor{'s' * (len(sizes) > 1)}, {format_bytes(sum(sizes))})"
+        for part, sizes in groups.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +147,7 @@ class ModelSource:
       tensors: the tensors by Hugging Face name.
       hub_name: "org/name@commit" for a model from the Hub, which identifies these files for good.
       multimodal: the rest of a multimodal checkpoint, if the model is the text half of one.
+      drafts: bytes of the tensors of layers that predict further tokens, by their names in the files; not loaded.
     """
 
     path: Path
@@ -150,6 +156,19 @@ class ModelSource:
     tensors: Mapping[str, TensorEntry]
     hub_name: str | None = None
     multimodal: MultimodalParts | None = None
+    drafts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def draft_text(self) -> str:
+        """The layers that predict further tokens, with their sizes; empty if the files have none."""
+        return _parts_text((NUMBERED.findall(name)[0], nbytes) for name, nbytes in self.drafts.items())
+
+    @property
+    def not_loaded(self) -> str:
+        """The parts of the files that are left out, with their sizes and the reason; empty if there are none."""
+        others = f"{self.multimodal}; text does not pass through them" if self.multimodal else ""
+        drafts = f"{self.draft_text}; predicts further tokens" if self.drafts else ""
+        return "; ".join(filter(None, (others, drafts)))
 
     @property
     def config_name(self) -> str:

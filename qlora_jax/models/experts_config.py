@@ -7,6 +7,9 @@ from qlora_jax.nn.router import RoutingRule
 # Modules of a layer's MLP, by the layers that have them.
 OF_SPARSE = ("gate", "experts", "shared_experts", "shared_expert_gate")
 OF_DENSE = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+MAX_EXPERTS = 1 << 12  # per layer; a multiple of the largest published models'
+# transformers' parameters that have all experts of a layer: the projections that each of them fuses, in order.
+FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

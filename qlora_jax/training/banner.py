@@ -63,7 +63,7 @@ def _facts(session: Session) -> Rows:
         "device": _device(session),
         **_peak(session),
         "base": f"{config.model.path}, {_parameters(session.model)}" + _base_size(session),
-        **({"not loaded": f"{parts}; text does not pass through them"} if (parts := session.other_parts) else {}),
+        **({"not loaded": parts} if (parts := session.not_loaded) else {}),
         **_whole_on_each(session),
         "weights": _weight_format(session),
         **({"in 16 bits": kept} if (kept := kept_text(session.model, session.weights)) else {}),

@@ -15,7 +15,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
 from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
 from qlora_jax.io.loader import Loaded, Progress, load_model, with_dense_layers
-from qlora_jax.io.model_source import ModelSource, MultimodalParts
+from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
@@ -62,7 +62,7 @@ class Session:
       dropout_key: folded with step, place of the row in it, layer and name; None without dropout and noise.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       mesh: the devices that share the model and the rows; None: one device.
-      other_parts: parts of a multimodal model that are not loaded, if the model is the text half of one.
+      not_loaded: parts of the files that are not loaded, as text; empty if there are none.
       initial_digest: of the initial adapter, with an objective that has a reference (reference_session.py).
     """
 
@@ -84,7 +84,7 @@ class Session:
     samples: Samples | None
     questions: Questions | None
     mesh: Mesh | None
-    other_parts: MultimodalParts | None
+    not_loaded: str
     initial_digest: str | None = None
 
 
@@ -381,7 +381,7 @@ def make_session(
         samples=inputs.samples,
         questions=inputs.questions,
         mesh=mesh,
-        other_parts=inputs.source.multimodal,
+        not_loaded=inputs.source.not_loaded,
     )
 
 

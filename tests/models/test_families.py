@@ -1,8 +1,12 @@
 """Tests the features of Hugging Face configs, and that all unsupported attributes are reported at once."""
 
+import time
+
 import pytest
 
+from qlora_jax.models.experts_config import MAX_EXPERTS
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.expert_attributes import COUNTS, expert_count
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, QueryPositionScale
 from tests.io.gguf_families import MIXTURES
 
@@ -268,3 +272,43 @@ def test_mixtures_whose_config_transformers_5_saved():
             saved["num_local_experts"] = saved.pop("num_experts")
         assert model_config(saved) == model_config(config)
         assert model_config(saved).experts.count == 4
+
+
+def _mixture(name: str, **changes: object) -> dict[str, object]:
+    return MIXTURES[name][1] | changes
+
+
+def test_a_mixture_inside_a_multimodal_model_is_refused_by_name():
+    for name, model_type in (("gptoss", "gpt_oss"), ("qwen3moe", "qwen3_moe")):
+        wrapped = dict(model_type="internvl", text_config=_mixture(name))
+        with pytest.raises(ValueError, match=f"text_config: model_type='{model_type}' is a mixture of experts, which"):
+            model_config(wrapped)
+
+
+def test_sizes_of_mixtures_have_limits():
+    assert model_config(_mixture("olmoe", num_experts=MAX_EXPERTS)).experts.count == MAX_EXPERTS
+    with pytest.raises(ValueError, match="num_experts: found 4097, expected at most 4096"):
+        model_config(_mixture("olmoe", num_experts=MAX_EXPERTS + 1))
+    with pytest.raises(ValueError, match="n_shared_experts: found 257, expected at most 256"):
+        model_config(_mixture("glm4moe", n_shared_experts=257))
+
+
+def test_a_long_list_of_dense_layers_is_read_quickly():
+    config = _mixture("qwen2moe", num_hidden_layers=4096, mlp_only_layers=[5000] * 300_000 + [1])
+    start = time.perf_counter()
+    assert model_config(config).experts.layers[:2] == (0, 2)
+    assert time.perf_counter() - start < 10  # a scan of the list per layer takes 20 s
+
+
+def test_a_problem_is_reported_once():
+    with pytest.raises(ValueError) as caught:
+        model_config(_mixture("olmoe", num_hidden_layers=-1))
+    assert str(caught.value).count("num_hidden_layers: found -1") == 1
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_number_of_experts_in_files_is_that_of_the_config(name: str):
+    config = _mixture(name)
+    assert expert_count(config) == model_config(config).experts.count == 4
+    stated = {key: value for key, value in config.items() if key not in COUNTS}
+    assert expert_count(stated) == model_config(stated).experts.count > 4

@@ -13,6 +13,7 @@ OTHER_PARTS = {
     "hf": "parts beside the text half, copied unchanged: {}",
     "gguf": NOT_IN_GGUF,
 }
+DRAFTS = "layers that predict further tokens are left out: {}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,11 @@ class ExportResult:
         return "\n".join(self.lines)
 
     def with_other_parts(self, source: ModelSource, form: str) -> "ExportResult":
-        """Adds what happened to the parts beside the text half, if the base is a multimodal model.
+        """Adds what happened to the parts beside the text half of a multimodal model, and to layers that draft tokens.
 
         Args:
           form: a key of OTHER_PARTS, the format of the export.
         """
-        if source.multimodal is None:
-            return self
-        return dataclasses.replace(self, lines=(*self.lines, OTHER_PARTS[form].format(source.multimodal)))
+        others = [] if source.multimodal is None else [OTHER_PARTS[form].format(source.multimodal)]
+        drafts = [DRAFTS.format(source.draft_text)] if source.drafts else []
+        return dataclasses.replace(self, lines=(*self.lines, *others, *drafts))

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterable, Iterator
 
 from qlora_jax.io.gguf.header import TensorInfo
+from qlora_jax.models.experts_config import MAX_EXPERTS
 
 STACK = re.compile(r"(?P<part>.+_exps)\.(?P<leaf>weight|bias)")
 ONE = re.compile(r"(?P<part>.+_exps)\.(?P<expert>\d+)\.(?P<leaf>.+)")
 SHARED_GATE = re.compile(r"blk\.\d+\.ffn_gate_inp_shexp\.weight")  # a matrix with one row, stored as a vector
 # Tensors that llama.cpp's converter never quantizes.
 ROUTERS = re.compile(r"blk\.\d+\.ffn_gate_inp(_shexp)?\.weight")
-MAX_EXPERTS = 1 << 12  # per layer; a multiple of the largest published models'
 
 
 def split_experts(infos: Iterable[TensorInfo], count: int) -> Iterator[TensorInfo]:

@@ -14,8 +14,9 @@ from gguf.quants import dequantize
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from qlora_jax.io.draft_layers import split_drafts, without_drafts
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
-from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata, number_of_layers
+from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, config_from_metadata, number_of_layers
 from qlora_jax.io.gguf.expert_stacks import split_experts
 from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
@@ -28,8 +29,6 @@ BLOCKED = tuple(BLOCK_FORMATS)
 EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config
 NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)(?:\.(?P<expert>\d+))?\.(?P<leaf>weight|bias)")
-
-LAYER = re.compile(r"blk\.(\d+)\.")
 
 # Dequantizing needs several temporaries as large as its result, so it runs on slices of about this many weights.
 SLICE_WEIGHTS = 1 << 20
@@ -51,11 +50,13 @@ def open_gguf(path: Path) -> ModelSource:
     if f"{architecture.name}.vocab_size" not in header.metadata and EMBEDDING in infos:
         config["vocab_size"] = infos[EMBEDDING].shape[0]  # which may be fewer rows than there are tokens
     entries = [_entry(path, info, architecture, config) for info in weights_of(header, architecture)]
+    _, drafts = _split_drafts(header, architecture)
     return ModelSource(
         path=path,
-        config=config,
+        config=without_drafts(config),
         tokenizer=tokenizer_from_metadata(path, header.metadata),
         tensors={entry.name: entry for entry in entries},
+        drafts={name: info.nbytes for name, info in drafts.items()},
     )
 
 
@@ -65,14 +66,17 @@ def weights_of(header: GgufHeader, architecture: Architecture) -> Iterator[Tenso
     Tables that are part of the config are left out, and so are layers that predict further tokens.
     """
     count = header.metadata.get(f"{architecture.name}.expert_count", 0)
+    kept, _ = _split_drafts(header, architecture)
+    return split_experts((info for name, info in kept.items() if name not in TABLES), count)
+
+
+def _split_drafts(
+    header: GgufHeader, architecture: Architecture
+) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Returns (the tensors of the model, those of layers that predict further tokens)."""
     layers = number_of_layers(architecture, header.metadata)
-    used = [info for info in header.tensors if info.name not in TABLES and not _is_draft_layer(info.name, layers)]
-    return split_experts(used, count)
-
-
-def _is_draft_layer(name: str, layers: int) -> bool:
-    match = LAYER.match(name)
-    return match is not None and int(match[1]) >= layers
+    more = header.metadata.get(f"{architecture.name}.{DRAFT_LAYERS}", 0)
+    return split_drafts({info.name: info for info in header.tensors}, range(layers, layers + more))
 
 
 def hugging_face_name(name: str, architecture: Architecture) -> str:

@@ -21,12 +21,11 @@ from qlora_jax.io.loader import Progress, check_stored_quantization, read_quanti
 from qlora_jax.io.model_source import JsonObject, ModelSource, prefetch
 from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Slot, check_tensors, layer_name, slots_of
-from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
 
-SHARED_GATE = "mlp.shared_expert_gate"
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
 STATE_BYTES = 512  # of a quant_state: its JSON is padded with spaces, because the header is written before it
@@ -58,17 +57,27 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
     written = joined_values(text, _values(source, names, weights, progress), source.config)
     values = itertools.chain(written, unchanged)
     write_safetensors(folder / SINGLE, [*joined_specs(text, source.config), *others], values)
-    dense = [
-        layer_name(f"model.layers.{name}", features.layers_with(name)[row])
-        for name, rows in weights.dense
-        for row in rows
-    ]
-    if features.experts is not None and features.experts.shared_gate:  # transformers would expect it in 4 bits
-        dense += [layer_name(f"model.layers.{SHARED_GATE}", layer) for layer in features.experts.layers]
-    skipped = [features.hugging_face_name(name) for name in ("lm_head", *dense)]
+    skipped = _modules_in_16_bits(weights, features, source.config)
     skipped += [f"{ALONE}.{part}" for part in OTHER_PARTS if source.multimodal is not None]
     quantization = _quantization_config(weights, skipped)
     write_config(folder, source.config, {"torch_dtype": weights.dtype, **quantization})
+
+
+def _modules_in_16_bits(weights: WeightFormat, features: ModelConfig, config: JsonObject) -> list[str]:
+    """Returns transformers' full names of linear layers that the folder has in 16 bits.
+
+    Routers and experts are included: transformers 4 has them as linear layers, some under the names in files, and
+    would expect them in 4 bits.
+    """
+    experts = features.experts
+    dense = [(name, features.layers_with(name)[row]) for name, rows in weights.dense for row in rows]
+    if experts is not None:
+        sparse = ("mlp.gate", "mlp.experts", *(["mlp.shared_expert_gate"] if experts.shared_gate else []))
+        dense = [each for each in dense if each[0] not in features.expert_shapes()]
+        dense += [(name, layer) for layer in experts.layers for name in sparse]
+    in_class = [features.hugging_face_name(layer_name(f"model.layers.{name}", layer)) for name, layer in dense]
+    in_files = [name_in_files(config, f"{name}.").removesuffix(".") for name in in_class]
+    return list(dict.fromkeys([features.hugging_face_name("lm_head"), *in_class, *in_files]))
 
 
 def _name(name: str, config: JsonObject, names_in_file: Mapping[str, str]) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 
 from qlora_jax.io.hf import gpt_oss_experts
 from qlora_jax.io.model_source import ByteRange, JsonObject, TensorEntry
+from qlora_jax.models.experts_config import FUSED_PROJECTIONS
+from qlora_jax.models.families.expert_attributes import expert_count
 
 # model_type -> (part of a name in files, the same part in transformers' class).
 RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -23,33 +25,28 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
         (".block_sparse_moe.experts.{}.w1.", ".mlp.experts.{}.gate_proj."),
         (".block_sparse_moe.experts.{}.w3.", ".mlp.experts.{}.up_proj."),
         (".block_sparse_moe.experts.{}.w2.", ".mlp.experts.{}.down_proj."),
+        (".block_sparse_moe.experts.", ".mlp.experts."),
         (".block_sparse_moe.gate.", ".mlp.gate."),
     )
 }
 # Model types whose experts may be fused, with the rows of gate above those of up: their fused matrices, by name.
 FUSED = frozenset(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"))
-FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 FUSED_NAME = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<part>gate_up_proj|down_proj)")
-MAX_EXPERTS = 1 << 12  # per layer; a multiple of the largest published models'
-# Layers at the end of GLM-4.5's files that predict further tokens; transformers leaves them out, too.
-DRAFT_LAYERS = "num_nextn_predict_layers"
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def expert_by_expert(folder: Path, config: JsonObject, tensors: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
     """Returns the tensors of a model by their names in transformers' class, those of experts one by one.
 
-    Layers that predict further tokens are left out. The tensors of a dense model are returned unchanged.
+    The tensors of a dense model are returned unchanged.
 
     Raises:
       ValueError: a matrix is stored twice.
     """
     if config.get("model_type") == gpt_oss_experts.MODEL_TYPE:
-        return gpt_oss_experts.expert_by_expert(folder, tensors)
+        return gpt_oss_experts.expert_by_expert(folder, tensors, expert_count(config))
     if config.get("model_type") not in FUSED:
         return tensors
-    kept = [entry for name, entry in tensors.items() if not _is_draft_layer(name, config)]
-    found = [part for entry in kept for part in _parts(entry)]
+    found = [part for entry in tensors.values() for part in _parts(entry, expert_count(config))]
     named = {name_in_class(config, entry.name): entry for entry in found}
     if len(named) < len(found):
         counts = collections.Counter(name_in_class(config, entry.name) for entry in found)
@@ -80,16 +77,12 @@ def _renamed(name: str, pairs: list[tuple[str, str]]) -> str:
     return name
 
 
-def _is_draft_layer(name: str, config: JsonObject) -> bool:
-    layers, match = config.get("num_hidden_layers"), LAYER.match(name)
-    return bool(config.get(DRAFT_LAYERS)) and match is not None and isinstance(layers, int) and int(match[1]) >= layers
-
-
-def _parts(entry: TensorEntry) -> Iterator[TensorEntry]:
-    """Yields the matrices of a tensor that holds all experts; any other tensor itself."""
+def _parts(entry: TensorEntry, count: int) -> Iterator[TensorEntry]:
+    """Yields the matrices of a tensor that holds all `count` experts; any other tensor itself."""
     match = FUSED_NAME.fullmatch(entry.name)
-    parts = () if match is None else FUSED_PARTS[match["part"]]
-    if match is None or len(entry.shape) != 3 or entry.shape[0] > MAX_EXPERTS or entry.shape[1] % len(parts):
+    parts = () if match is None else FUSED_PROJECTIONS[match["part"]]
+    is_fused = len(entry.shape) == 3 and entry.shape[0] == count and 0 not in entry.shape
+    if match is None or not is_fused or entry.shape[1] % len(parts):
         yield entry
         return
     rows = entry.shape[1] // len(parts)

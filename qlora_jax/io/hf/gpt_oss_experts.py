@@ -20,13 +20,12 @@ from gguf.quants import dequantize
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.model_source import ByteRange, JsonObject, TensorEntry
+from qlora_jax.models.experts_config import FUSED_PROJECTIONS
 
 MODEL_TYPE = "gpt_oss"
 FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<part>gate_up_proj|down_proj)(?P<kind>|_bias|_blocks|_scales)")
-PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 MXFP4 = "MXFP4"
 BLOCK, BLOCK_BYTES = 32, 16  # values of a block, and bytes of their codes
-MAX_EXPERTS = 1 << 12  # per layer; a multiple of the largest published models'
 
 
 def is_mxfp4(config: JsonObject, quantization: Mapping[str, object]) -> bool:
@@ -34,25 +33,28 @@ def is_mxfp4(config: JsonObject, quantization: Mapping[str, object]) -> bool:
     return config.get("model_type") == MODEL_TYPE and quantization.get("quant_method") == "mxfp4"
 
 
-def expert_by_expert(folder: Path, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def expert_by_expert(folder: Path, tensors: Mapping[str, TensorEntry], count: int) -> dict[str, TensorEntry]:
     """Returns the tensors with one entry per expert, projection, and weight or bias.
+
+    Args:
+      count: E, by config.json.
 
     Raises:
       ValueError: names all tensors of experts with another form, and codes without scales.
     """
     found = {name: match for name in tensors if (match := FUSED.fullmatch(name))}
-    problems = [problem for name, match in found.items() if (problem := _problem(match, tensors[name], tensors))]
+    problems = [problem for name, match in found.items() if (problem := _problem(match, tensors[name], tensors, count))]
     if problems:
         raise ValueError(f"{folder}: experts that cannot be read:\n  " + "\n  ".join(problems))
     apart = {entry.name: entry for name, match in found.items() for entry in _entries(match, tensors[name], tensors)}
     return {name: entry for name, entry in tensors.items() if name not in found} | apart
 
 
-def _problem(match: re.Match[str], entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> str | None:
-    kind, parts, shape = match["kind"], len(PARTS[match["part"]]), list(entry.shape)
+def _problem(match: re.Match[str], entry: TensorEntry, tensors: Mapping[str, TensorEntry], count: int) -> str | None:
+    kind, parts, shape = match["kind"], len(FUSED_PROJECTIONS[match["part"]]), list(entry.shape)
     axes = {"": 3, "_bias": 2, "_blocks": 4, "_scales": 3}[kind]
-    if len(shape) != axes or not 0 < shape[0] <= MAX_EXPERTS or 0 in shape:
-        return f"{entry.name}: found shape {shape}, expected {axes} axes, the first of at most {MAX_EXPERTS} experts"
+    if len(shape) != axes or shape[0] != count or 0 in shape:
+        return f"{entry.name}: found shape {shape}, expected {axes} axes, the first of {count} experts, none of them 0"
     rows = shape[2] if kind == "" else shape[1]
     if rows % parts:
         return f"{entry.name}: found {rows} outputs per expert, expected an even number, gate and up in turns"
@@ -77,7 +79,7 @@ def _entries(match: re.Match[str], entry: TensorEntry, tensors: Mapping[str, Ten
         make = functools.partial(_mxfp4, tensors[entry.name.replace("_blocks", "_scales")])
     else:
         make = _bias if match["kind"] else _dense
-    parts, leaf = PARTS[match["part"]], "bias" if match["kind"] == "_bias" else "weight"
+    parts, leaf = FUSED_PROJECTIONS[match["part"]], "bias" if match["kind"] == "_bias" else "weight"
     for place, part in enumerate(parts):
         for expert in range(entry.shape[0]):
             made = make(entry, ExpertRows(expert, place, len(parts)))

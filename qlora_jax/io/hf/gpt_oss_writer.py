@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.io.hf.gpt_oss_experts import MODEL_TYPE, PARTS
+from qlora_jax.io.hf.gpt_oss_experts import MODEL_TYPE
 from qlora_jax.io.hf.shard_writer import TensorSpec
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.tensor_map import Slot
+from qlora_jax.models.experts_config import FUSED_PROJECTIONS
 
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.(?P<leaf>weight|bias)")
-FUSED_OF = {part: (fused, place) for fused, parts in PARTS.items() for place, part in enumerate(parts)}
+FUSED_OF = {part: (fused, place) for fused, parts in FUSED_PROJECTIONS.items() for place, part in enumerate(parts)}
 
 
 class Place(NamedTuple):
@@ -68,7 +69,7 @@ def _name_in_file(spec: TensorSpec) -> str:
 
 
 def _joined_spec(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
-    parts = len(PARTS[name.rpartition(".")[2].removesuffix("_bias")])
+    parts = len(FUSED_PROJECTIONS[name.rpartition(".")[2].removesuffix("_bias")])
     n, *k = specs[0].shape
     return TensorSpec(name, specs[0].dtype, (len(specs) // parts, *k, n * parts))
 
@@ -79,12 +80,18 @@ def joined_values(
     """Yields the arrays of the file's tensors from those of the model's, one tensor at a time."""
     stream = iter(values)
     for tensor, parts in _groups(specs, config):
-        arrays = list(itertools.islice(stream, len(parts)))
-        yield arrays[0] if tensor is None else _joined(arrays, _joined_spec(tensor, parts).shape)
+        yield next(stream) if tensor is None else _joined(stream, _joined_spec(tensor, parts), len(parts))
 
 
-def _joined(arrays: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Joins matrices [N, K] or biases [N] of all experts, gate and up in turns, to [E, K, 2N] or [E, 2N]."""
-    by_expert = np.stack(arrays).reshape(shape[0], -1, *arrays[0].shape)
-    outputs_last = np.moveaxis(by_expert, 2, -1)  # [E, parts, (K,) N]
-    return np.ascontiguousarray(np.moveaxis(outputs_last, 1, -1).reshape(shape))
+def _joined(stream: Iterator[np.ndarray], spec: TensorSpec, arrays: int) -> np.ndarray:
+    """Joins matrices [N, K] or biases [N] of all experts, gate and up in turns, to [E, K, 2N] or [E, 2N].
+
+    Args:
+      stream: its next `arrays` arrays are joined; one of them is in memory at a time.
+    """
+    joined = np.empty(spec.shape, spec.dtype)
+    parts = arrays // spec.shape[0]
+    for index, each in enumerate(itertools.islice(stream, arrays)):
+        expert, part = divmod(index, parts)
+        joined[expert, ..., part::parts] = each.T
+    return joined

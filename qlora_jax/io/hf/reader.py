@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from pydantic import Field
 
+from qlora_jax.io.draft_layers import draft_layers, split_drafts, without_drafts
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
 from qlora_jax.io.hf.fused_experts import expert_by_expert
 from qlora_jax.io.hf.gpt_oss_experts import MXFP4, is_mxfp4
@@ -73,9 +74,16 @@ def open_folder(folder: Path) -> ModelSource:
             f"bitsandbytes, or mxfp4 of gpt_oss). {_why_unsupported(quantization)}Give the folder of the 16-bit model "
             "that these weights were made from: loading quantizes it"
         )
-    tensors = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
-    tensors = _one_entry_per_weight(folder, config, tensors)
-    source = ModelSource(path=folder, config=config, tokenizer=read_tokenizer(folder), tensors=tensors)
+    entries = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
+    kept, drafts = split_drafts(entries, draft_layers(config))
+    tensors = _one_entry_per_weight(folder, config, kept)
+    source = ModelSource(
+        path=folder,
+        config=without_drafts(config),
+        tokenizer=read_tokenizer(folder),
+        tensors=tensors,
+        drafts={name: entry.nbytes for name, entry in drafts.items()},
+    )
     if (half := split_multimodal(folder, config, tensors)) is None:
         return source
     return dataclasses.replace(source, config=half.config, tensors=half.tensors, multimodal=half.rest)

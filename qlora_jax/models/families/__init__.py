@@ -30,6 +30,7 @@ from qlora_jax.models.families import (
     seed_oss,
     smollm3,
 )
+from qlora_jax.models.families.expert_attributes import COUNTS
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
 
 MODULES = (
@@ -38,8 +39,6 @@ MODULES = (
     *(mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, gpt_oss),
 )
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}
-# Names of the number of experts in configs of mixtures.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class ModelKind(TypedDict, total=False):
@@ -72,7 +71,7 @@ def _text_model(config: Mapping[str, object], name: str) -> ModelConfig:
         known = f"known are {sorted(FAMILIES)}"
         if TEXT_CONFIG in config:
             known = f"of models of images and text, known are {sorted(WRAPPERS)}"
-        experts = [f"{key}={shorten(config[key])}" for key in EXPERTS if config.get(key)]
+        experts = [f"{key}={shorten(config[key])}" for key in COUNTS if config.get(key)]
         mixture = f" (a mixture of experts, {', '.join(experts)})" if experts else ""
         raise ValueError(f"{name}: model_type={shorten(model_type)} is not supported{mixture}: {known}")
     return FAMILIES[model_type].from_hf(config, name)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from qlora_jax.metadata import Kind, find_problems, shorten, shorten_key
+from qlora_jax.models.experts_config import MAX_EXPERTS
 
 MAX_NUMBER = 1e30  # f32 holds it, and its product with a size
 type Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
@@ -22,7 +23,8 @@ LIMITS = {
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,
     "vocab_size": 1 << 24,
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), 1 << 14),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), MAX_EXPERTS),
+    "n_shared_experts": 1 << 8,
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 1 << 20),
 }
 DEFAULT_LIMIT = 2**31 - 1
@@ -179,6 +181,6 @@ class Attributes:
         unknown = [
             f"{shorten_key(k)}={shorten(v)} is not known to this model family" for k, v in sorted(unread.items())
         ]
-        if problems := self._problems + unknown:
+        if problems := [*dict.fromkeys(self._problems + unknown)]:
             lines = "\n  ".join(problems)
             raise ValueError(f"{self._name}: describes a model that is not supported. Use another model:\n  {lines}")

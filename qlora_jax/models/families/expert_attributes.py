@@ -1,10 +1,24 @@
 """Reads the attributes of mixtures of experts that configs of several families share."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.models.experts_config import MAX_EXPERTS, ExpertsConfig
 from qlora_jax.models.families.attributes import Attributes, NotNegative
 from qlora_jax.nn.router import BEST_OF_GROUP
+
+# Names of the number of experts in configs of mixtures.
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# transformers' default of it, by model_type.
+DEFAULT_COUNTS = {"mixtral": 8, "qwen2_moe": 60, "qwen3_moe": 128, "olmoe": 64, "glm4_moe": 128, "gpt_oss": 128}
+
+
+def expert_count(config: Mapping[str, object]) -> int:
+    """Returns the number of experts per layer; 0 for a dense model, or a number that `model_config` refuses."""
+    stated = (config.get(name) for name in COUNTS)
+    default = DEFAULT_COUNTS.get(str(config.get("model_type")), 0)
+    count = next((each for each in stated if each is not None), default)
+    return count if isinstance(count, int) and 0 < count <= MAX_EXPERTS else 0
 
 
 def experts_from_hf(
@@ -42,5 +56,5 @@ def _check_groups(attributes: Attributes, experts: ExpertsConfig) -> None:
 def sparse_layers(attributes: Attributes) -> tuple[int, ...]:
     """Returns the sparse layers of Qwen models: every `decoder_sparse_step`-th, except `mlp_only_layers`."""
     layers, step = attributes.integer("num_hidden_layers"), attributes.integer("decoder_sparse_step", 1) or 1
-    dense = attributes.numbers("mlp_only_layers", NotNegative)
+    dense = set(attributes.numbers("mlp_only_layers", NotNegative))
     return tuple(layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes, NotNegative
-from qlora_jax.models.families.expert_attributes import experts_from_hf
+from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf
 from qlora_jax.models.families.llama import decoder_from_hf
 from qlora_jax.models.families.rope_config import Part, rope_from_hf
 from qlora_jax.nn.router import SIGMOID
@@ -31,7 +31,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     experts = experts_from_hf(
         attributes,
         tuple(layer for layer in range(layers) if layer >= dense),
-        attributes.integer("n_routed_experts", 128),
+        attributes.integer("n_routed_experts", DEFAULT_COUNTS["glm4_moe"]),
         8,
         mlp_dim=mlp_dim,
         score=SIGMOID,

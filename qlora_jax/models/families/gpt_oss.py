@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.models.families.expert_attributes import experts_from_hf
+from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf
 from qlora_jax.models.families.llama import decoder_from_hf
 from qlora_jax.models.families.rope_config import FULL, SLIDING, layer_types, rope_from_hf, windows_of
 from qlora_jax.nn.router import SOFTMAX_OF_CHOSEN
@@ -45,7 +45,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     experts = experts_from_hf(
         attributes,
         tuple(range(layers)),
-        attributes.integer("num_local_experts", 128),
+        attributes.integer("num_local_experts", DEFAULT_COUNTS["gpt_oss"]),
         4,
         mlp_dim=attributes.integer("intermediate_size"),
         score=SOFTMAX_OF_CHOSEN,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.models.families.expert_attributes import experts_from_hf
+from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf
 from qlora_jax.models.families.llama import decoder_from_hf
 from qlora_jax.models.families.rope_config import SLIDING, rope_from_hf, windows_of
 
@@ -27,7 +27,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     experts = experts_from_hf(
         attributes,
         tuple(range(layers)),
-        attributes.integer("num_local_experts", 8),
+        attributes.integer("num_local_experts", DEFAULT_COUNTS["mixtral"]),
         2,
         mlp_dim=attributes.integer("intermediate_size"),
         normalize=True,

@@ -112,9 +112,14 @@ def in_wrapper(features: ModelConfig, kind: object, name: str) -> ModelConfig:
     """Returns the features of a decoder whose modules have their names inside a wrapper.
 
     Raises:
-      ValueError: the family's module has another name than the one that a wrapper's prefix replaces; or its logits are
-        capped or scaled, which wrappers in transformers leave out.
+      ValueError: the decoder is a mixture of experts; the family's module has another name than the one that a
+        wrapper's prefix replaces; or its logits are capped or scaled, which wrappers in transformers leave out.
     """
+    if features.experts is not None:
+        raise ValueError(
+            f"{name}: {TEXT_CONFIG}: model_type={shorten(kind)} is a mixture of experts, which is not supported inside "
+            "a multimodal model. Use the text model alone."
+        )
     if not features.hugging_face_name(f"{ALONE}.layers").startswith(f"{ALONE}."):
         raise ValueError(
             f"{name}: {TEXT_CONFIG}: model_type={shorten(kind)} is not supported inside a multimodal model. Use the "

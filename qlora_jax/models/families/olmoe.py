@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.models.families.expert_attributes import experts_from_hf
+from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf
 from qlora_jax.models.families.llama import decoder_from_hf
 
 MODEL_TYPES = ("olmoe",)
@@ -24,7 +24,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     experts = experts_from_hf(
         attributes,
         tuple(range(attributes.integer("num_hidden_layers"))),
-        attributes.integer("num_experts", 64),
+        attributes.integer("num_experts", DEFAULT_COUNTS["olmoe"]),
         8,
         mlp_dim=attributes.integer("intermediate_size"),
         normalize=attributes.boolean("norm_topk_prob", False),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes, NotNegative
-from qlora_jax.models.families.expert_attributes import experts_from_hf, sparse_layers
+from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf, sparse_layers
 from qlora_jax.models.families.llama import decoder_from_hf
 from qlora_jax.models.families.rope_config import FULL, SLIDING, layer_types, windows_of
 
@@ -26,7 +26,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     experts = experts_from_hf(
         attributes,
         sparse_layers(attributes),
-        attributes.integer("num_experts", 60),
+        attributes.integer("num_experts", DEFAULT_COUNTS["qwen2_moe"]),
         4,
         mlp_dim=attributes.integer("moe_intermediate_size", 1408),
         normalize=attributes.boolean("norm_topk_prob", False),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.models.families.expert_attributes import experts_from_hf, sparse_layers
+from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf, sparse_layers
 from qlora_jax.models.families.llama import decoder_from_hf
 from qlora_jax.models.families.rope_config import SLIDING, windows_of
 
@@ -29,7 +29,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
         attributes,
         sparse_layers(attributes),
         # transformers 5 saves num_experts by this name alone.
-        attributes.integer("num_experts", attributes.integer("num_local_experts", 128)),
+        attributes.integer("num_experts", attributes.integer("num_local_experts", DEFAULT_COUNTS["qwen3_moe"])),
         8,
         mlp_dim=attributes.integer("moe_intermediate_size", 768),
         normalize=attributes.boolean("norm_topk_prob", False),

@@ -6,6 +6,8 @@ import pytest
 
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.export.result import ExportResult
+from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.pretrained import open_finetuned
 from tests.inference.small_run import write_run
 
@@ -20,3 +22,12 @@ def test_exporters_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -
     assert merged.difference is not None and merged.difference.is_small
     done, total, _ = loaded[-1]
     assert done == total > 0
+
+
+def test_layers_that_are_left_out_are_named_with_their_bytes(tmp_path: Path) -> None:
+    drafts = {"model.layers.46.eh_proj.weight": 1024, "model.layers.46.mlp.gate.weight": 1024}
+    source = ModelSource(path=tmp_path, config={}, tokenizer={}, tensors={}, drafts=drafts)
+    result = ExportResult(path=tmp_path, lines=("written",))
+    line = "layers that predict further tokens are left out: model.layers.46 (2 tensors, 2.00 KiB)"
+    assert str(result.with_other_parts(source, "hf")).splitlines() == ["written", line]
+    assert result.with_other_parts(ModelSource(path=tmp_path, config={}, tokenizer={}, tensors={}), "hf") == result

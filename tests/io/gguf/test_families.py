@@ -41,6 +41,7 @@ def test_layers_for_further_tokens_are_left_out(tmp_path: Path) -> None:
     path = write_family(tmp_path / "t.gguf", architecture, longer, more)
     source = open_model(path)
     assert source.tensors.keys() == tensors.keys() < more.keys()
+    assert source.config["num_nextn_predict_layers"] == 0 and source.not_loaded.startswith("blk.3 (")
     assert model_config(source.config) == model_config(config)
     spec = spec_from_file(path, source.config, None)
     write_gguf(tmp_path / "new.gguf", spec, list(tensors), iter(tensors.values()), "float32")

@@ -10,6 +10,7 @@ from qlora_jax.io.open_model import open_model
 from tests.io.tiny_models import write_folder
 
 LAYERS, EXPERTS, WIDTH, INNER = 2, 3, 8, 4
+CONFIG = {"model_type": "mixtral", "num_local_experts": EXPERTS}
 RNG = np.random.default_rng(0)
 GATES, UPS = (RNG.normal(size=(EXPERTS, INNER, WIDTH)).astype(np.float32) for _ in range(2))
 DOWNS = RNG.normal(size=(EXPERTS, WIDTH, INNER)).astype(np.float32)
@@ -34,7 +35,7 @@ OLD_MIXTRAL = {
 
 @pytest.mark.parametrize("files", [FUSED, BY_EXPERT, OLD_MIXTRAL], ids=["fused", "by expert", "Mixtral's names"])
 def test_every_form_gives_matrices_of_single_experts(tmp_path: Path, files: dict[str, np.ndarray]) -> None:
-    source = open_model(write_folder(tmp_path, {"model_type": "mixtral"}, files))
+    source = open_model(write_folder(tmp_path, CONFIG, files))
     router = {name for name in source.tensors if "mlp.gate." in name}
     assert source.tensors.keys() - router == BY_EXPERT.keys()
     for name, expected in BY_EXPERT.items():
@@ -57,19 +58,30 @@ def test_names_go_both_ways() -> None:
 
 def test_layers_for_further_tokens_are_left_out(tmp_path: Path) -> None:
     config = {"model_type": "glm4_moe", "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
-    kept = {"model.layers.0.mlp.gate_proj.weight": GATES[0]}
-    assert open_model(write_folder(tmp_path, config, kept | FUSED)).tensors.keys() == kept.keys()
+    config |= {"n_routed_experts": EXPERTS}
+    # Layer 2 is beyond those that the config announces: the loader reports it.
+    kept = {f"model.layers.{layer}.mlp.gate_proj.weight": GATES[0] for layer in (0, 2)}
+    source = open_model(write_folder(tmp_path, config, kept | FUSED))
+    assert source.tensors.keys() == kept.keys()
+    assert source.config == config | {"num_nextn_predict_layers": 0}
+    assert source.not_loaded == "model.layers.1 (2 tensors, 1.12 KiB); predicts further tokens"
     without = {key: value for key, value in config.items() if "nextn" not in key}
     assert open_model(write_folder(tmp_path, without, kept | FUSED)).tensors.keys() == kept.keys() | BY_EXPERT.keys()
 
 
 def test_a_matrix_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, {"model_type": "mixtral"}, FUSED | BY_EXPERT)
+    folder = write_folder(tmp_path, CONFIG, FUSED | BY_EXPERT)
     with pytest.raises(ValueError, match=rf"9 matrices are stored twice.*such as {PREFIX}.experts.0"):
         open_model(folder)
 
 
-def test_a_fused_tensor_of_another_shape_stays_whole(tmp_path: Path) -> None:
-    odd = {f"{PREFIX}.experts.gate_up_proj": GATES[:, :3], f"{PREFIX}.experts.down_proj": DOWNS[0]}
-    folder = write_folder(tmp_path, {"model_type": "qwen3_moe"}, {n: np.ascontiguousarray(v) for n, v in odd.items()})
-    assert open_model(folder).tensors.keys() == odd.keys()
+@pytest.mark.parametrize("odd", [GATES[:, :3], DOWNS[0], GATES[:2], np.zeros((EXPERTS, 0, 8), "f4")])
+def test_a_fused_tensor_of_another_shape_stays_whole(tmp_path: Path, odd: np.ndarray) -> None:
+    tensors = {f"{PREFIX}.experts.gate_up_proj": np.ascontiguousarray(odd)}
+    folder = write_folder(tmp_path, {"model_type": "qwen3_moe", "num_experts": EXPERTS}, tensors)
+    assert open_model(folder).tensors.keys() == tensors.keys()
+
+
+def test_the_number_of_experts_may_be_the_familys_default(tmp_path: Path) -> None:
+    tensors = {f"{PREFIX}.experts.down_proj": np.ones((8, 2, 3), "f4")}
+    assert len(open_model(write_folder(tmp_path, {"model_type": "mixtral"}, tensors)).tensors) == 8

@@ -35,9 +35,8 @@ def _codes(*shape: int) -> tuple[np.ndarray, np.ndarray]:
 def test_gate_and_up_take_turns(tmp_path):
     gate_up, bias = _random(EXPERTS, K, 2 * F), _random(EXPERTS, 2 * F)
     down = _random(EXPERTS, F, K)
-    tensors = expert_by_expert(
-        tmp_path, _entries(tmp_path, gate_up_proj=gate_up, gate_up_proj_bias=bias, down_proj=down)
-    )
+    entries = _entries(tmp_path, gate_up_proj=gate_up, gate_up_proj_bias=bias, down_proj=down)
+    tensors = expert_by_expert(tmp_path, entries, EXPERTS)
     assert len(tensors) == EXPERTS * 5
     for expert in range(EXPERTS):
         for start, part in enumerate(("gate_proj", "up_proj")):
@@ -51,7 +50,8 @@ def test_gate_and_up_take_turns(tmp_path):
 
 def test_codes_of_each_expert(tmp_path):
     blocks, scales = _codes(EXPERTS, 2 * F, K // 32)
-    tensors = expert_by_expert(tmp_path, _entries(tmp_path, gate_up_proj_blocks=blocks, gate_up_proj_scales=scales))
+    entries = _entries(tmp_path, gate_up_proj_blocks=blocks, gate_up_proj_scales=scales)
+    tensors = expert_by_expert(tmp_path, entries, EXPERTS)
     values = E2M1[np.stack([blocks & 15, blocks >> 4], -1)].reshape(EXPERTS, 2 * F, K // 32, 32)
     dense = np.ldexp(values, scales.astype(np.int32)[..., None] - 127).reshape(EXPERTS, 2 * F, K)
     for expert in range(EXPERTS):
@@ -66,7 +66,8 @@ def test_codes_of_each_expert(tmp_path):
 
 def test_the_bytes_of_some_rows_are_those_of_the_file(tmp_path):
     blocks, scales = _codes(EXPERTS, 2 * F, K // 32)
-    tensors = expert_by_expert(tmp_path, _entries(tmp_path, gate_up_proj_blocks=blocks, gate_up_proj_scales=scales))
+    entries = _entries(tmp_path, gate_up_proj_blocks=blocks, gate_up_proj_scales=scales)
+    tensors = expert_by_expert(tmp_path, entries, EXPERTS)
     ranges = tensors[f"{STEM}.2.up_proj.weight"].ranges_of(3, 7)
     read = []
     for path, offset, nbytes in ranges:
@@ -98,7 +99,9 @@ BLOCKS, SCALES = _codes(EXPERTS, 2 * F, K // 32)
             r"gate_up_proj: found 3 outputs per expert, expected an even number",
         ),
         ({"down_proj": _random(EXPERTS, K)}, r"down_proj: found shape \[3, 64\], expected 3 axes"),
-        ({"down_proj_bias": SCALES[0]}, r"down_proj_bias: found bytes \(U8\), expected floating point"),
+        ({"down_proj": _random(4, F, K)}, r"down_proj: found shape \[4, 32, 64\], .* the first of 3 experts"),
+        ({"down_proj": _random(EXPERTS, 0, K)}, r"down_proj: found shape \[3, 0, 64\], .* none of them 0"),
+        ({"down_proj_bias": SCALES[..., 0].copy()}, r"down_proj_bias: found bytes \(U8\), expected floating point"),
         ({"down_proj_blocks": BLOCKS}, r"down_proj_blocks: found U8 alone, expected bytes .* and .*down_proj_scales"),
         ({"down_proj_scales": SCALES}, r"down_proj_scales: found U8 alone"),
         (
@@ -113,4 +116,4 @@ BLOCKS, SCALES = _codes(EXPERTS, 2 * F, K // 32)
 )
 def test_other_forms_are_refused_by_name(tmp_path, tensors, problem):
     with pytest.raises(ValueError, match=problem):
-        expert_by_expert(tmp_path, _entries(tmp_path, **tensors))
+        expert_by_expert(tmp_path, _entries(tmp_path, **tensors), EXPERTS)
