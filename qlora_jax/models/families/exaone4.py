@@ -13,7 +13,8 @@ from qlora_jax.models.families.rope_config import FULL, SLIDING, layer_types, wi
 
 MODEL_TYPES = ("exaone4",)
 
-ONLY = {"hidden_act": "silu"}
+# Published configs have the second, which transformers does not read: its norms are those of True.
+ONLY = {"hidden_act": "silu", "reorder_qk_norm": True}
 DEFAULTS = {"max_position_embeddings": 2048, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}
 
 

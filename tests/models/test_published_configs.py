@@ -1,0 +1,298 @@
+"""Configs as published on the Hugging Face Hub, under names of its repositories, and their numbers of parameters.
+
+They are quoted in public repositories; that of EXAONE is put together from two quotations.
+Attributes that do not describe the computation (torch_dtype and the like) are kept as well: they must not be refused.
+"""
+
+from typing import Any
+
+import pytest
+
+from qlora_jax.models.families import model_config
+
+PERIODIC = ["sliding_attention"] * 3 + ["full_attention"]
+GENERAL = dict(attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, use_cache=True)
+BFLOAT16 = GENERAL | dict(torch_dtype="bfloat16")
+LLAMA3 = dict(factor=16.0, high_freq_factor=4.0, low_freq_factor=1.0, original_max_position_embeddings=8192)
+QWEN3_MOE = BFLOAT16 | dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    decoder_sparse_step=1,
+    eos_token_id=151645,
+    head_dim=128,
+    mlp_only_layers=[],
+    model_type="qwen3_moe",
+    norm_topk_prob=True,
+    num_experts_per_tok=8,
+    output_router_logits=False,
+    rms_norm_eps=1e-06,
+    rope_scaling=None,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    transformers_version="4.51.0",
+    use_sliding_window=False,
+    vocab_size=151936,
+)
+QWEN3_CODER = QWEN3_MOE | dict(
+    max_position_embeddings=262144,
+    qkv_bias=False,
+    rope_theta=10000000,
+    router_aux_loss_coef=0.0,
+    shared_expert_intermediate_size=0,
+    use_qk_norm=True,
+)
+# By repository: (config, number of parameters where a public source gives it).
+PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
+    "allenai/Olmo-3-1025-7B": (
+        GENERAL
+        | dict(
+            architectures=["Olmo3ForCausalLM"],
+            attention_bias=False,
+            dtype="bfloat16",
+            hidden_size=4096,
+            intermediate_size=11008,
+            layer_types=PERIODIC * 8,
+            max_position_embeddings=65536,
+            model_type="olmo3",
+            num_attention_heads=32,
+            num_hidden_layers=32,
+            num_key_value_heads=32,
+            rms_norm_eps=1e-06,
+            rope_scaling=dict(attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0)
+            | dict(original_max_position_embeddings=8192, rope_type="yarn"),
+            rope_theta=500000,
+            sliding_window=4096,
+            tie_word_embeddings=False,
+            vocab_size=100278,
+        ),
+        7_298_011_136,
+    ),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": (
+        dict(
+            architectures=["SeedOssForCausalLM"],
+            attention_bias=True,
+            attention_out_bias=False,
+            head_dim=128,
+            hidden_act="silu",
+            hidden_size=5120,
+            intermediate_size=27648,
+            max_position_embeddings=524288,
+            mlp_bias=False,
+            model_type="seed_oss",
+            num_attention_heads=80,
+            num_hidden_layers=64,
+            num_key_value_heads=8,
+            rms_norm_eps=1e-06,
+            rope_scaling=dict(rope_type="default"),
+            rope_theta=10000000.0,
+            tie_word_embeddings=False,
+            use_cache=True,
+            vocab_size=155136,
+        ),
+        36_151_104_512,
+    ),
+    "LGAI-EXAONE/EXAONE-4.0-32B": (
+        BFLOAT16
+        | dict(
+            architectures=["Exaone4ForCausalLM"],
+            bos_token_id=1,
+            eos_token_id=361,
+            head_dim=128,
+            hidden_size=5120,
+            intermediate_size=27392,
+            layer_types=PERIODIC * 16,
+            max_position_embeddings=131072,
+            model_type="exaone4",
+            num_attention_heads=40,
+            num_hidden_layers=64,
+            num_key_value_heads=8,
+            pad_token_id=0,
+            reorder_qk_norm=True,
+            rms_norm_eps=1e-05,
+            rope_scaling=LLAMA3 | dict(rope_type="llama3"),
+            rope_theta=1000000,
+            sliding_window=4096,
+            sliding_window_pattern="LLLG",
+            tie_word_embeddings=False,
+            vocab_size=102400,
+        ),
+        None,
+    ),
+    "ibm-granite/granite-3.3-8b-instruct": (
+        BFLOAT16
+        | dict(
+            architectures=["GraniteForCausalLM"],
+            attention_bias=False,
+            attention_multiplier=0.0078125,
+            bos_token_id=0,
+            embedding_multiplier=12.0,
+            eos_token_id=0,
+            hidden_size=4096,
+            intermediate_size=12800,
+            logits_scaling=16.0,
+            max_position_embeddings=131072,
+            mlp_bias=False,
+            model_type="granite",
+            num_attention_heads=32,
+            num_hidden_layers=40,
+            num_key_value_heads=8,
+            pad_token_id=0,
+            residual_multiplier=0.22,
+            rms_norm_eps=1e-05,
+            rope_scaling=None,
+            rope_theta=10000000.0,
+            tie_word_embeddings=True,
+            transformers_version="4.49.0",
+            vocab_size=49159,
+        ),
+        None,
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": (
+        BFLOAT16
+        | dict(
+            architectures=["MixtralForCausalLM"],
+            bos_token_id=1,
+            eos_token_id=2,
+            hidden_size=4096,
+            intermediate_size=14336,
+            max_position_embeddings=32768,
+            model_type="mixtral",
+            num_attention_heads=32,
+            num_experts_per_tok=2,
+            num_hidden_layers=32,
+            num_key_value_heads=8,
+            num_local_experts=8,
+            output_router_logits=False,
+            rms_norm_eps=1e-05,
+            rope_theta=1000000.0,
+            router_aux_loss_coef=0.02,
+            sliding_window=None,
+            tie_word_embeddings=False,
+            transformers_version="4.36.0.dev0",
+            vocab_size=32000,
+        ),
+        46_702_792_704,
+    ),
+    "Qwen/Qwen1.5-MoE-A2.7B-Chat": (
+        BFLOAT16
+        | dict(
+            architectures=["Qwen2MoeForCausalLM"],
+            bos_token_id=151643,
+            decoder_sparse_step=1,
+            eos_token_id=151645,
+            hidden_size=2048,
+            intermediate_size=5632,
+            max_position_embeddings=32768,
+            max_window_layers=21,
+            model_type="qwen2_moe",
+            moe_intermediate_size=1408,
+            norm_topk_prob=False,
+            num_attention_heads=16,
+            num_experts=60,
+            num_experts_per_tok=4,
+            num_hidden_layers=24,
+            num_key_value_heads=16,
+            output_router_logits=False,
+            rms_norm_eps=1e-06,
+            rope_theta=1000000.0,
+            router_aux_loss_coef=0.001,
+            shared_expert_intermediate_size=5632,
+            sliding_window=32768,
+            tie_word_embeddings=False,
+            transformers_version="4.39.0.dev0",
+            use_sliding_window=False,
+            vocab_size=151936,
+        ),
+        14_315_784_192,
+    ),
+    "Qwen/Qwen3-30B-A3B": (
+        QWEN3_MOE
+        | dict(
+            attention_bias=False,
+            bos_token_id=151643,
+            hidden_size=2048,
+            intermediate_size=6144,
+            max_position_embeddings=40960,
+            max_window_layers=48,
+            moe_intermediate_size=768,
+            num_attention_heads=32,
+            num_experts=128,
+            num_hidden_layers=48,
+            num_key_value_heads=4,
+            rope_theta=1000000.0,
+            router_aux_loss_coef=0.001,
+        ),
+        30_532_122_624,
+    ),
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": (
+        QWEN3_CODER
+        | dict(
+            hidden_size=2048,
+            intermediate_size=5472,
+            max_window_layers=28,
+            moe_intermediate_size=768,
+            num_attention_heads=32,
+            num_experts=128,
+            num_hidden_layers=48,
+            num_key_value_heads=4,
+        ),
+        30_532_122_624,
+    ),
+    "Qwen/Qwen3-Coder-480B-A35B-Instruct": (
+        QWEN3_CODER
+        | dict(
+            hidden_size=6144,
+            intermediate_size=8192,
+            max_window_layers=62,
+            moe_intermediate_size=2560,
+            num_attention_heads=96,
+            num_experts=160,
+            num_hidden_layers=62,
+            num_key_value_heads=8,
+        ),
+        480_154_875_392,
+    ),
+    "zai-org/GLM-4.5-Air": (
+        BFLOAT16
+        | dict(
+            architectures=["Glm4MoeForCausalLM"],
+            attention_bias=True,
+            eos_token_id=[151329, 151336, 151338],
+            first_k_dense_replace=1,
+            head_dim=128,
+            hidden_size=4096,
+            intermediate_size=10944,
+            max_position_embeddings=131072,
+            model_type="glm4_moe",
+            moe_intermediate_size=1408,
+            n_group=1,
+            n_routed_experts=128,
+            n_shared_experts=1,
+            norm_topk_prob=True,
+            num_attention_heads=96,
+            num_experts_per_tok=8,
+            num_hidden_layers=46,
+            num_key_value_heads=8,
+            num_nextn_predict_layers=1,
+            pad_token_id=151329,
+            partial_rotary_factor=0.5,
+            rms_norm_eps=1e-05,
+            rope_scaling=None,
+            rope_theta=1000000,
+            routed_scaling_factor=1.0,
+            tie_word_embeddings=False,
+            topk_group=1,
+            transformers_version="4.54.1",
+            use_qk_norm=False,
+            vocab_size=151552,
+        ),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("repository", PUBLISHED)
+def test_published_configs_are_read(repository: str) -> None:
+    config, parameters = PUBLISHED[repository]
+    model = model_config(config)
+    assert model.num_layers == config["num_hidden_layers"]
+    assert parameters is None or model.parameters() == parameters
