@@ -14,6 +14,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax import quantize
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.loader import Loaded, load_model, with_dense_layers
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.stored_codes import with_stored_codes
@@ -141,3 +142,13 @@ def test_plans_count_the_codes_of_the_file(mixed_gguf: Path) -> None:
     assert weights.stored == with_stored_codes(weights, open_model(mixed_gguf), model_features(args.path)).stored
     with pytest.raises(ValueError, match=r"'stored', whose codes are those of the files .found model.path=qwen3-0.6b"):
         planned_weights(ModelArgs(path="qwen3-0.6b", quant_type="stored"), model_features("qwen3-0.6b"), "cpu")
+
+
+def test_plans_leave_layers_dense_that_the_file_has_in_16_bits(tmp_path: Path) -> None:
+    dense, output = write_folder(tmp_path / "dense", CONFIG, WEIGHTS), tmp_path / "nf4"
+    output.mkdir()
+    weights = WeightFormat(dtype="float32", dense=(("mlp.down_proj", (1,)),))
+    write_quantized_folder(output, open_model(dense), weights, lambda *_: None)
+    args = ModelArgs(path=str(output), quant_type="stored", compute_dtype="float32")
+    planned = planned_weights(args, model_features(args.path), "cpu")
+    assert (planned.quant_type, planned.dense) == ("nf4", weights.dense)

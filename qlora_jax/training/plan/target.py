@@ -8,8 +8,8 @@ from qlora_jax.config import ConfigError, ModelArgs
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.io.hf.hub import fetch_config, hub_name_of
 from qlora_jax.io.hf.reader import read_config
+from qlora_jax.io.loader import with_dense_layers
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.stored_codes import with_stored_codes
 from qlora_jax.models.catalog import PUBLISHED, nearest
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
@@ -62,7 +62,7 @@ def planned_weights(args: ModelArgs, features: ModelConfig, platform: str) -> We
     """Returns the format of the base on a platform; the codes of a file are those that it has.
 
     Raises:
-      ValueError: `stored` codes of a model without its files, or as `weight_format` and `with_stored_codes`.
+      ValueError: `stored` codes of a model without its files, or as `weight_format` and `with_dense_layers`.
     """
     weights, place = weight_format(args, features, platform), Path(args.path).expanduser()
     if weights.quant_type != STORED:
@@ -72,7 +72,7 @@ def planned_weights(args: ModelArgs, features: ModelConfig, platform: str) -> We
             f"model.quant_type: found 'stored', whose codes are those of the files (found model.path={args.path}, "
             "expected a folder or a GGUF file). Give the files, or set model.quant_type=nf4"
         )
-    return with_stored_codes(weights, open_model(place), features)
+    return with_dense_layers(weights, open_model(place), features)
 
 
 def model_features(path: str) -> ModelConfig:
