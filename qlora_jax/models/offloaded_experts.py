@@ -57,13 +57,8 @@ def check_one_format(weights: WeightFormat, config: ModelConfig) -> None:
         )
 
 
-def with_experts_on_host(parts: ModelParts, weights: WeightFormat, config: ModelConfig) -> ModelParts:
-    """Returns the ShapeDtypeStructs of a model's parts, with those of offloaded experts in host memory.
-
-    Raises:
-      ValueError: as `check_one_format`.
-    """
-    check_one_format(weights, config)
+def with_experts_on_host(parts: ModelParts, weights: WeightFormat) -> ModelParts:
+    """Returns the ShapeDtypeStructs of a model's parts, with those of offloaded experts in host memory."""
     return _with_host_leaves(parts, {path for path, _ in nnx.to_flat_state(parts.base) if is_on_host(path, weights)})
 
 

@@ -20,7 +20,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs
-from qlora_jax.models.offloaded_experts import with_experts_on_host
+from qlora_jax.models.offloaded_experts import check_one_format, with_experts_on_host
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
@@ -131,6 +131,7 @@ def abstract_step(
             "train.remat=offload: a CPU's arrays are in host memory already, so offloading saves nothing. Set "
             "train.remat=full."
         )
+    check_one_format(weights, model)
     parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids, objective)))
     objective = routed(objective, model, router or RouterArgs())
     check_routers_learn(objective, parts)
@@ -138,7 +139,7 @@ def abstract_step(
     state = jax.eval_shape(optimizer.init, parts.trained)
     is_random = lora.dropout > 0 or neftune_noise_alpha is not None
     key = jax.eval_shape(lambda: jax.random.key(0)) if is_random else None
-    parts = with_experts_on_host(parts, weights, model)
+    parts = with_experts_on_host(parts, weights)
     if mesh is not None:
         specs = parts_specs(parts, mesh)
         state = placed_shapes(state, state_specs(optimizer, parts.trained, specs.trained), mesh)

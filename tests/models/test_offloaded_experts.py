@@ -53,7 +53,7 @@ LARGER: dict[str, Any] = dict(
 
 def on_host(parts: ModelParts) -> ModelParts:
     """Moves the arrays of experts to host memory."""
-    shapes = with_experts_on_host(jax.eval_shape(lambda: parts), OFFLOADED, model_config(CONFIG))
+    shapes = with_experts_on_host(jax.eval_shape(lambda: parts), OFFLOADED)
 
     def moved(leaf: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
         return leaf if shape.sharding is None else jax.device_put(leaf, shape.sharding)
