@@ -34,6 +34,7 @@ from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.objectives.router_losses import FILLED
 from scripts.bench.support.interleave import Record, ratio_interval
 from scripts.bench.support.real_step import random_batch
 
@@ -71,12 +72,15 @@ class Model:
         self.gradients = CompiledGradients(step)
         self.memory = read_memory(self.gradients.compiled(batch).memory_analysis()).device
         self.parts: ModelParts = synthetic_like(step.parts)
+        accumulated, rows, length = batch
+        filled = np.full((accumulated, rows), length, np.int32)  # rows of a mixture say which positions count
+        self.extra = {FILLED: filled} if config.experts else {}
         self.seconds: list[float] = []
 
     def run(self, batch: dict[str, np.ndarray]) -> None:
         """Computes the gradients of a batch."""
         began = time.perf_counter()
-        jax.block_until_ready(self.gradients(self.parts, batch, None))
+        jax.block_until_ready(self.gradients(self.parts, batch | self.extra, None))
         self.seconds.append(time.perf_counter() - began)
 
 
