@@ -32,6 +32,30 @@ class FrozenProduct(NamedTuple):
     one_way: Callable[..., jax.Array]
 
 
+def differentiable(
+    one_way: Callable[[Direction, jax.Array, Weights, Any, str | None], jax.Array],
+) -> Callable[..., Any]:
+    """Returns the function (x, weights, place, implementation) -> x W^T, differentiable in x alone.
+
+    Args:
+      one_way: computes a direction: (direction, rows, weights, place, implementation). The residuals are `weights` and
+        `place`, such as the index of a layer, as given.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def apply(x: jax.Array, weights: Weights, place: Any, implementation: str | None) -> jax.Array:
+        return one_way("forward", x, weights, place, implementation)
+
+    def forward(x, weights, place, implementation):
+        return one_way("forward", x, weights, place, implementation), (weights, place)
+
+    def backward(implementation, residuals, dy):
+        return one_way("backward", dy, *residuals, implementation), None, None
+
+    apply.defvjp(forward, backward)
+    return apply
+
+
 def frozen_product(run: Callable[[Direction, jax.Array, Weights, Layer, str | None], jax.Array]) -> FrozenProduct:
     """Returns the product whose directions `run` computes: (direction, rows, weights, layer, implementation)."""
 
@@ -40,19 +64,7 @@ def frozen_product(run: Callable[[Direction, jax.Array, Weights, Layer, str | No
     ) -> jax.Array:
         return _mappable(run, direction, implementation)(rows, weights, layer)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-    def apply(x_MK: jax.Array, weights: Weights, layer: Layer, implementation: str | None) -> jax.Array:
-        return one_way("forward", x_MK, weights, layer, implementation)
-
-    def forward(x_MK, weights, layer, implementation):
-        return one_way("forward", x_MK, weights, layer, implementation), (weights, layer)
-
-    def backward(implementation, residuals, dy_MN):
-        weights, layer = residuals
-        return one_way("backward", dy_MN, weights, layer, implementation), None, None
-
-    apply.defvjp(forward, backward)
-    return FrozenProduct(apply, one_way)
+    return FrozenProduct(differentiable(one_way), one_way)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.frozen_product import DTYPES, Direction
+from pallas_kernels.frozen_product import DTYPES, Direction, differentiable
 from pallas_kernels.grouped_matmul import loop
 from pallas_kernels.grouped_matmul.experts import ExpertWeights, Layer, kind_of
 from pallas_kernels.grouped_matmul.groups import Groups
@@ -81,7 +81,7 @@ def grouped_matmul(
     """
     if problems := list(_problems(x_PK, weights, groups, layer, implementation)):
         raise ValueError("grouped_matmul: " + "; ".join(problems))
-    return _grouped_matmul(x_PK, weights, groups, layer, implementation)
+    return _grouped_matmul(x_PK, weights, (groups, layer), implementation)
 
 
 def _problems(
@@ -139,21 +139,14 @@ def product(
     return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, weights, groups, layer)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped_matmul(
-    x_PK: jax.Array, weights: ExpertWeights, groups: Groups, layer: Layer, implementation: str | None
+def _at(
+    direction: Direction,
+    rows: jax.Array,
+    weights: ExpertWeights,
+    place: tuple[Groups, Layer],
+    implementation: str | None,
 ) -> jax.Array:
-    return product("forward", x_PK, weights, groups, layer, implementation)
+    return product(direction, rows, weights, *place, implementation)
 
 
-def _forward(x_PK, weights, groups, layer, implementation):
-    y_PN = product("forward", x_PK, weights, groups, layer, implementation)
-    return y_PN, (weights, groups, layer)
-
-
-def _backward(implementation, residuals, dy_PN):
-    weights, groups, layer = residuals
-    return product("backward", dy_PN, weights, groups, layer, implementation), None, None, None
-
-
-_grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul = differentiable(_at)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
 from pallas_kernels.formats.qtensor import Leaf, QTensor
-from pallas_kernels.frozen_product import Direction, Layer
+from pallas_kernels.frozen_product import Direction, Layer, differentiable
 from pallas_kernels.ggml_matmul.api import product as ggml_product
 from pallas_kernels.grouped_matmul import Groups
 from pallas_kernels.grouped_matmul.api import product as grouped_product
@@ -105,46 +105,30 @@ def _switch(weight: MixedStack, layer: Layer, product: Callable[[Part, jax.Array
     return jax.lax.switch(part, [functools.partial(product, each, index) for each in weight.parts])
 
 
-@jax.custom_vjp
 def mixed_linear(x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array | int) -> Float[Array, "M N"]:
     """Returns x W^T of one layer, in x's dtype; only x has a gradient.
 
-    A `switch` chooses the part. The custom VJP saves the whole stack and the index, so that a scan saves no copy of
-    single layers.
+    A `switch` chooses the part. The residuals are the whole stack and the index, so that a scan saves no copy of single
+    layers.
     """
-    return _switch(weight, layer, functools.partial(layer_product, "forward", x_MK))
+    return _linear(x_MK, weight, layer, None)
 
 
-def _forward(x_MK, weight, layer):
-    return mixed_linear(x_MK, weight, layer), (weight, layer)
+@differentiable
+def _linear(direction: Direction, rows: jax.Array, weight: MixedStack, layer: Layer, _: str | None) -> jax.Array:
+    return _switch(weight, layer, functools.partial(layer_product, direction, rows))
 
 
-def _backward(residuals, dy_MN):
-    weight, layer = residuals
-    return _switch(weight, layer, functools.partial(layer_product, "backward", dy_MN)), None, None
-
-
-mixed_linear.defvjp(_forward, _backward)
-
-
-def _grouped(direction: Direction, rows: jax.Array, weight: MixedStack, groups: Groups, layer: Layer) -> jax.Array:
-    return _switch(weight, layer, lambda part, index: grouped_product(direction, rows, part, groups, index))
-
-
-@jax.custom_vjp
 def mixed_grouped(
     x_PK: Float[Array, "P K"], weight: MixedStack, groups: Groups, layer: jax.Array | int
 ) -> Float[Array, "P N"]:
     """Returns the product of grouped rows with the experts of one layer, whose parts have the leading axes [S, E]."""
-    return _grouped("forward", x_PK, weight, groups, layer)
+    return _grouped(x_PK, weight, (groups, layer), None)
 
 
-def _grouped_forward(x_PK, weight, groups, layer):
-    return mixed_grouped(x_PK, weight, groups, layer), (weight, groups, layer)
-
-
-def _grouped_backward(residuals, dy_PN):
-    return _grouped("backward", dy_PN, *residuals), None, None, None
-
-
-mixed_grouped.defvjp(_grouped_forward, _grouped_backward)
+@differentiable
+def _grouped(
+    direction: Direction, rows: jax.Array, weight: MixedStack, place: tuple[Groups, Layer], _: str | None
+) -> jax.Array:
+    groups, layer = place
+    return _switch(weight, layer, lambda part, index: grouped_product(direction, rows, part, groups, index))
