@@ -50,7 +50,8 @@ def differentiable(
         return one_way("forward", x, weights, place, implementation), (weights, place)
 
     def backward(implementation, residuals, dy):
-        return one_way("backward", dy, *residuals, implementation), None, None
+        weights, place = residuals
+        return one_way("backward", dy, weights, place, implementation), None, None
 
     apply.defvjp(forward, backward)
     return apply
