@@ -12,7 +12,7 @@ constants, a sixteenth of a byte per weight, and each of them double-quantizes t
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from qlora_jax.io.base_fingerprint import BaseDigest, new_digest
 from qlora_jax.io.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.io.own_rows import OwnRows, all_rows, joined, read_own
-from qlora_jax.io.stored_codes import layer_entries, with_stored_codes
-from qlora_jax.io.tensor_map import Leaf, Slot, check_number_of_experts, check_tensors, slots_of
+from qlora_jax.io.stored_codes import with_dense_layers
+from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.offloaded_experts import check_one_format, host_sharding, is_on_host
@@ -393,48 +393,3 @@ def _settings(config: ModelConfig, weights: WeightFormat) -> bytes:
         quantization = {"quant_type": STORED}
     settings = {"config": config.fingerprint_features(), "weights": quantization}
     return json.dumps(settings, sort_keys=True).encode()
-
-
-def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
-    """`weights` with the layers that stay dense because the files quantize only the others.
-
-    If the files quantize no layer, every layer is quantized to `weights`. Routed experts always are, unless stored
-    codes are kept: files of bitsandbytes leave them in 16 bits because it cannot quantize them, not for the sake of
-    accuracy.
-
-    Raises:
-      ValueError: `weights` has dense layers that the files store in 4 bits, or keeps stored codes and there are
-        none; or the files have fewer tensors than the config has experts.
-    """
-    check_number_of_experts(source, config)
-    if keeps_codes := weights.quant_type == STORED:
-        weights = with_stored_codes(weights, source, config)
-    if weights.quant_type in (None, STORED):
-        return weights
-    names = (*config.linear_shapes(), *config.expert_shapes())
-    dense = {name: _dense_layers(name, source, config) for name in names}
-    if all(len(layers) == len(config.layers_with(name)) for name, layers in dense.items()):
-        return weights
-    _check_16_bits_exist(weights, dense, source, config)
-    if not keeps_codes:
-        kept = dict(weights.dense)
-        dense |= {name: kept.get(name, ()) for name in config.expert_shapes()}
-    return dataclasses.replace(weights, dense=tuple((name, rows) for name, rows in dense.items() if rows))
-
-
-def _check_16_bits_exist(
-    weights: WeightFormat, dense: Mapping[str, tuple[int, ...]], source: ModelSource, config: ModelConfig
-) -> None:
-    lost = {name: sorted(set(rows) - set(dense.get(name, rows))) for name, rows in weights.dense}
-    layers_of = {name: [config.layers_with(name)[row] for row in rows] for name, rows in lost.items()}
-    if texts := [f"{name} of layers {', '.join(map(str, layers))}" for name, layers in layers_of.items() if layers]:
-        raise ValueError(
-            f"model.keep_16bit: {source.path} stores {'; '.join(texts)} in 4 bits, so their 16-bit weights are not "
-            "known. Remove these names, or give the 16-bit model"
-        )
-
-
-def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[int, ...]:
-    """Returns the rows of a projection's stack that the files have in 16 bits."""
-    layers = enumerate(layer_entries(name, source, config))
-    return tuple(row for row, entries in layers if entries and not any(entry.read_quantized for entry in entries))

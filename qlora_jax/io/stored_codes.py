@@ -1,10 +1,10 @@
-"""Finds the codes that a model's files store, for `model.quant_type=stored`, which keeps them as they are."""
+"""Finds the format in which a model's files store each layer: codes that are kept as they are, or 16 bits."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qlora_jax.io.model_source import ModelSource, TensorEntry
-from qlora_jax.io.tensor_map import expert_name, layer_name
+from qlora_jax.io.tensor_map import check_number_of_experts, expert_name, layer_name
 from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat
 
 Entries = list[TensorEntry]  # of one layer: one tensor, or one per expert
@@ -56,3 +56,48 @@ def _format(layer: Entries, source: ModelSource) -> str:
             f"{', '.join(sorted(found))}). Quantize while loading: set model.quant_type=nf4"
         )
     return found.pop() if found else DENSE
+
+
+def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
+    """`weights` with the layers that stay dense because the files quantize only the others.
+
+    If the files quantize no layer, every layer is quantized to `weights`. Routed experts always are, unless stored
+    codes are kept: files of bitsandbytes leave them in 16 bits because it cannot quantize them, not for the sake of
+    accuracy.
+
+    Raises:
+      ValueError: `weights` has dense layers that the files store in 4 bits, or keeps stored codes and there are
+        none; or the files have fewer tensors than the config has experts.
+    """
+    check_number_of_experts(source, config)
+    if keeps_codes := weights.quant_type == STORED:
+        weights = with_stored_codes(weights, source, config)
+    if weights.quant_type in (None, STORED):
+        return weights
+    names = (*config.linear_shapes(), *config.expert_shapes())
+    dense = {name: _dense_layers(name, source, config) for name in names}
+    if all(len(layers) == len(config.layers_with(name)) for name, layers in dense.items()):
+        return weights
+    _check_16_bits_exist(weights, dense, source, config)
+    if not keeps_codes:
+        kept = dict(weights.dense)
+        dense |= {name: kept.get(name, ()) for name in config.expert_shapes()}
+    return dataclasses.replace(weights, dense=tuple((name, rows) for name, rows in dense.items() if rows))
+
+
+def _check_16_bits_exist(
+    weights: WeightFormat, dense: Mapping[str, tuple[int, ...]], source: ModelSource, config: ModelConfig
+) -> None:
+    lost = {name: sorted(set(rows) - set(dense.get(name, rows))) for name, rows in weights.dense}
+    layers_of = {name: [config.layers_with(name)[row] for row in rows] for name, rows in lost.items()}
+    if texts := [f"{name} of layers {', '.join(map(str, layers))}" for name, layers in layers_of.items() if layers]:
+        raise ValueError(
+            f"model.keep_16bit: {source.path} stores {'; '.join(texts)} in 4 bits, so their 16-bit weights are not "
+            "known. Remove these names, or give the 16-bit model"
+        )
+
+
+def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[int, ...]:
+    """Returns the rows of a projection's stack that the files have in 16 bits."""
+    layers = enumerate(layer_entries(name, source, config))
+    return tuple(row for row, entries in layers if entries and not any(entry.read_quantized for entry in entries))

@@ -21,6 +21,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io import loader
 from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.stored_codes import with_dense_layers
 from qlora_jax.io.tensor_map import Slot, layer_name, slots_of
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
@@ -219,21 +220,21 @@ def test_experts_in_4_bits_cannot_be_kept_in_16(tmp_path: Path, mixture: dict[st
     source, features = _with_codes(write_folder(tmp_path, MIXTURE, mixture), "_proj.weight"), model_config(MIXTURE)
     kept = keep_in_16_bits(FORMAT, ["layers.2.mlp.experts.down_proj"], features)
     with pytest.raises(ValueError, match=r"stores mlp.experts.down_proj of layers 2 in 4 bits, so their 16-bit"):
-        loader.with_dense_layers(kept, source, features)
-    assert loader.with_dense_layers(FORMAT, source, features) == FORMAT
+        with_dense_layers(kept, source, features)
+    assert with_dense_layers(FORMAT, source, features) == FORMAT
 
 
 def test_stored_codes_leave_experts_as_the_files_have_them(tmp_path: Path, mixture: dict[str, np.ndarray]) -> None:
     folder, features = write_folder(tmp_path, MIXTURE, mixture), model_config(MIXTURE)
     source = _with_codes(folder, "self_attn.q_proj.weight")
-    stored = loader.with_dense_layers(dataclasses.replace(FORMAT, quant_type=STORED), source, features)
+    stored = with_dense_layers(dataclasses.replace(FORMAT, quant_type=STORED), source, features)
     experts = {name: (0, 1) for name in features.expert_shapes()}
     assert stored.quant_type == "nf4" and experts.items() <= dict(stored.dense).items()
     assert "self_attn.q_proj" not in dict(stored.dense)
-    assert not experts.keys() & dict(loader.with_dense_layers(FORMAT, source, features).dense).keys()
+    assert not experts.keys() & dict(with_dense_layers(FORMAT, source, features).dense).keys()
     some = _with_codes(folder, "layers.1.mlp.experts.3.")
     with pytest.raises(ValueError, match=r"the experts of a layer must have one type.*found NF4, dense"):
-        loader.with_dense_layers(dataclasses.replace(FORMAT, quant_type=STORED), some, features)
+        with_dense_layers(dataclasses.replace(FORMAT, quant_type=STORED), some, features)
 
 
 def test_layers_are_put_into_the_stack_in_place() -> None:
