@@ -73,9 +73,9 @@ class LoraArgs:
     )
     target_parameters: list[str] = setting(
         "lora on a mixture of experts: parameters with an adapter, by transformers' names: [mlp.experts.gate_up_proj, "
-        "mlp.experts.down_proj] for the routed experts, mlp.gate for the router. target_modules does not select these; "
-        "set it to [] for adapters on these alone. layers_to_transform does not apply, but a name may have a layer's "
-        "index",
+        "mlp.experts.down_proj] for the routed experts, mlp.gate (gpt-oss: mlp.router) for the router. target_modules "
+        "does not select these; set it to [] for adapters on these alone. layers_to_transform does not apply, but a "
+        "name may have a layer's index",
         [],
     )
     share_experts: bool = setting(

@@ -107,16 +107,18 @@ def _parameter_problems(lora: LoraArgs) -> list[str]:
             problems.append("lora.share_experts: found true without lora.target_parameters. Name parameters of experts")
         return problems
     wrong = {"dropout": (lora.dropout, 0.0), "init": (lora.init, "default")}
-    ignored = lora.target_modules == [] and lora.layers_to_transform is not None
-    return ignored * [
-        "lora.layers_to_transform: it applies to lora.target_modules, which is empty. Name layers in "
-        "lora.target_parameters instead, such as layers.3.mlp.experts.down_proj"
-    ] + [
+    problems = [
         f"lora.{name}: found {found!r} with lora.target_parameters, expected {expected!r}. Adapters on parameters have "
         "neither dropout, as in PEFT, nor an initialization from the weights"
         for name, (found, expected) in wrong.items()
         if found != expected
     ]
+    if lora.target_modules == [] and lora.layers_to_transform is not None:
+        problems.append(
+            "lora.layers_to_transform: it applies to lora.target_modules, which is empty. Name layers in "
+            "lora.target_parameters instead, such as layers.3.mlp.experts.down_proj"
+        )
+    return problems
 
 
 LORAPLUS_METHODS = ("lora", "dora")  # methods that train A and B
