@@ -8,6 +8,7 @@ A template that rewrites the assistant's texts, or ends a turn without a special
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from typing import NamedTuple
 
 from qlora_jax.data.formats.tool_calls import Tools, check_template_shows
 from qlora_jax.data.loss_mask.turn_branches import LearnedTurn, RowText, build_row_text
@@ -30,6 +31,16 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 SegmentSearch = Generator[Sequence[Rendering], Sequence[str | ValueError], RowText]
 
 
+class ConversationTurns(NamedTuple):
+    """A rendered conversation, and the turns of the assistant in it, in order."""
+
+    rendered: str
+    turns: list[LearnedTurn]
+
+
+TurnSearch = Generator[Sequence[Rendering], Sequence[str | ValueError], ConversationTurns]
+
+
 def conversation_segments(
     tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message], tools: Tools | None = None
 ) -> RowText:
@@ -48,6 +59,17 @@ def search_segments(
     tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message], tools: Tools | None
 ) -> SegmentSearch:
     """Yields the conversations that `conversation_segments` needs, and returns its result."""
+    return build_row_text(*(yield from search_turns(tokenizer, marks, messages, tools)))
+
+
+def search_turns(
+    tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message], tools: Tools | None
+) -> TurnSearch:
+    """Yields the conversations that are needed, and returns the rendered conversation and its turns.
+
+    A turn needs two of them: its prompt, and the messages up to it, because a template may write a turn differently
+    when it is the last one.
+    """
     wanted = _renderings(messages, tools)
     found = dict(zip(wanted, (yield [*wanted.values()]), strict=True))
     rendered = text_of(found["whole", 0])
@@ -68,7 +90,7 @@ def search_segments(
         turn = learned_turn(tokenizer, marks, index, other[-1], before, whole)
         turns.append(turn._replace(prompt=prompt))
     check_history(messages, rendered)
-    return build_row_text(rendered, turns)
+    return ConversationTurns(rendered, turns)
 
 
 def _renderings(messages: Sequence[Message], tools: Tools | None) -> Mapping[tuple[str, int], Rendering]:
