@@ -94,6 +94,23 @@ def longest_text(length: int, branches: Sequence[Branch]) -> int:
     return max(branches[0].begin, *texts)
 
 
+def whole_texts(
+    ids: Int32[np.ndarray, " T"], supervised: Bool[np.ndarray, " T"], branches: Sequence[Branch]
+) -> list[tuple[Int32[np.ndarray, " _"], Bool[np.ndarray, " _"]]]:
+    """Returns the ids and the mask of each text of a row that has supervised ids. Each such id is in one mask.
+
+    These texts are the trunk, if it has any, and each branch behind the part of the trunk that it continues. A row
+    without branches is one text.
+    """
+    trunk = slice(0, branches[0].begin if branches else len(ids))
+    texts = [(ids[trunk], supervised[trunk])] if supervised[trunk][1:].any() or not branches else []
+    for branch, end in zip(branches, branch_ends(branches, len(ids)), strict=True):
+        own = slice(branch.begin, end)
+        mask = np.concatenate([np.zeros(branch.depth, bool), supervised[own]])
+        texts.append((np.concatenate([ids[: branch.depth], ids[own]]), mask))
+    return texts
+
+
 def branch_problem(branches: Sequence[Branch], supervised: Bool[np.ndarray, " T"]) -> str | None:
     """Returns the first contradiction between a row's branches and its ids; None for a row that is sound."""
     if not branches:

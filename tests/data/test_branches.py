@@ -13,8 +13,9 @@ from qlora_jax.data.branches import (
     lay_out,
     longest_text,
     no_branches,
+    whole_texts,
 )
-from tests.data.trees import Shape, encode_tree, make_trees, shapes
+from tests.data.trees import Shape, Target, encode_tree, make_trees, shapes, targets_of_row
 
 
 def test_a_pair_repeats_only_the_last_position_of_its_prompt():
@@ -68,3 +69,11 @@ def test_joined_chunks_have_the_branches_of_their_rows(chunks: list[list[Shape]]
 )
 def test_branches_that_contradict_their_ids_are_reported(branches: list[Branch], problem: str | None):
     assert branch_problem(branches, np.array([0, 0, 0, 1, 1, 0, 1], bool)) == problem
+
+
+@given(shapes(st.integers(0, 4)))
+def test_whole_texts_have_each_target_once_behind_its_own_text(shape: Shape):
+    rows = make_trees([shape])
+    texts = whole_texts(*rows.row(0), rows.branches_of(0))
+    found = [Target(int(ids[n]), tuple(ids[:n].tolist())) for ids, mask in texts for n in np.flatnonzero(mask[1:]) + 1]
+    assert sorted(found) == sorted(targets_of_row(rows, 0))

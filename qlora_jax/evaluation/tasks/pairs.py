@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.branches import whole_texts
 from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
-from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Problem, raise_problems
 from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
@@ -215,7 +215,7 @@ def pairs_task(
     encode = make_branch_encoder(row_format, tokenizer, ROW_USES[OBJECTIVE]).begin(rows, problems)
     _, encoded = encode()(problems)
     raise_problems(path, problems, len(rows))
-    pairs = [sequences_of(row) for row in encoded]
+    pairs = [whole_texts(row.ids, row.supervised, row.branches) for row in encoded]
     check_lengths(path, rows, pairs, max_positions)
     return PairsTask(
         title=f"{path}: {len(rows)} pairs, rewards with pair_beta {beta:g}",
@@ -223,15 +223,3 @@ def pairs_task(
         beta=beta,
         groups={} if by is None else groups_by(path, rows, by),
     )
-
-
-def sequences_of(row: EncodedRow) -> list[ScoredIds]:
-    """Returns each branch of a row as a whole text: the trunk up to its depth, and the branch."""
-    ends = [*(branch.begin for branch in row.branches[1:]), len(row.ids)]
-    return [
-        (
-            np.concatenate([row.ids[: branch.depth], row.ids[branch.begin : end]]),
-            np.concatenate([row.supervised[: branch.depth], row.supervised[branch.begin : end]]),
-        )
-        for branch, end in zip(row.branches, ends, strict=True)
-    ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int64
 
+from qlora_jax.data.branches import whole_texts
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
@@ -24,13 +25,15 @@ from qlora_jax.evaluation.metrics import (
     share_of_rows,
 )
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.task import TaskContext
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.evaluation.tasks.text import TextTask
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.models.partition import ModelParts
 
-_TREE = (
-    "the chat template writes a turn differently in later prompts, so the row's turns are in several texts, and only "
-    "one can be scored. Split the row into one per answer, without the reasoning of earlier answers"
+_SEVERAL_TEXTS = (
+    "the chat template writes a turn differently in later prompts, so the row's turns are in several texts, which "
+    "answer_start does not apply to. Remove answer_start, or split the row into one per answer"
 )
 
 
@@ -39,11 +42,19 @@ class RowsTask(TextTask):
     """Loss of answers, and whether greedy decoding generates them; scored as a text's windows are.
 
     Attributes:
+      rows: the texts to score. A row whose turns are in several texts has several.
+      row_of_text: the index of the row that each text belongs to, ascending; None: each text is a row.
       groups: the indices of the rows of each group, by its description; their losses are also reported one by one.
     """
 
     name: str = "rows"
+    row_of_text: Int64[np.ndarray, "_"] | None = None
     groups: Mapping[str, Int64[np.ndarray, "_"]] = dataclasses.field(default_factory=dict)
+
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> RowScores:
+        """Scores one model on each row."""
+        scores = super().score(parts, progress, cache)
+        return scores if self.row_of_text is None else joined_scores(scores, self.row_of_text)
 
     def metrics(self, scores: RowScores) -> list[Metric]:
         """Perplexity, loss, the shares of rows whose answer greedy decoding generates, and the loss of each group."""
@@ -119,23 +130,41 @@ def rows_task(
     check_rows(path, rows, row_format)
     rows, row_format = expand_examples(rows, row_format)
     encoded = encode_rows(path, rows, row_format, tokenizer)
-    trees = [(row.place, _TREE) for row, one in zip(rows, encoded, strict=True) if one.branches]
-    raise_problems(path, trees, len(rows))
-    scored = [(row.ids, row.supervised) for row in encoded]
-    title = f"{path}: answers of {len(rows)} rows"
+    scored = [whole_texts(row.ids, row.supervised, row.branches) for row in encoded]
+    texts, title = sum(map(len, scored)), f"{path}: answers of {len(rows)} rows"
+    if texts > len(rows):
+        title += f" in {texts} texts"
     if answer_start is not None:
-        scored = _after_start(path, rows, scored, tokenizer, answer_start)
+        several = [(row.place, _SEVERAL_TEXTS) for row, one in zip(rows, encoded, strict=True) if one.branches]
+        raise_problems(path, several, len(rows))
+        scored = _after_start(path, rows, [text for (text,) in scored], tokenizer, answer_start)
         title += f", after {answer_start!r}"
-    check_lengths(path, rows, [[one] for one in scored], max_positions)
-    return RowsTask(title=title, rows=scored, groups={} if by is None else groups_by(path, rows, by))
+    check_lengths(path, rows, scored, max_positions)
+    return RowsTask(
+        title=title,
+        rows=[text for one in scored for text in one],
+        row_of_text=np.repeat(np.arange(len(rows)), [*map(len, scored)]) if texts > len(rows) else None,
+        groups={} if by is None else groups_by(path, rows, by),
+    )
+
+
+def joined_scores(scores: RowScores, row_of_text: Int64[np.ndarray, "_"]) -> RowScores:
+    """Returns the scores of rows from those of their texts. A row's answers are exact if those of all its texts are."""
+    first = np.flatnonzero(np.diff(row_of_text, prepend=-1))
+    return RowScores(
+        nll=np.add.reduceat(scores.nll, first),
+        tokens=np.add.reduceat(scores.tokens, first),
+        exact=np.logical_and.reduceat(scores.exact, first),
+        begins=np.logical_and.reduceat(scores.begins, first),
+    )
 
 
 def _after_start(
     path: str, rows: Sequence[Row], scored: Sequence[ScoredIds], tokenizer: Tokenizer, answer_start: str
-) -> list[ScoredIds]:
+) -> list[list[ScoredIds]]:
     """The rows with the tokens of `answer_start`, with which each answer must begin, not scored."""
     start = np.array(tokenizer.encode(answer_start), np.int32)
-    after: list[ScoredIds] = []
+    after: list[list[ScoredIds]] = []
     problems: list[Problem] = []
     for row, (ids, supervised) in zip(rows, scored, strict=True):
         answer_positions = np.flatnonzero(supervised)[: len(start)]
@@ -144,6 +173,6 @@ def _after_start(
             problems.append((row.place, f"the answer begins with {beginning!r}, expected {answer_start!r}"))
         rest = supervised.copy()
         rest[answer_positions] = False
-        after.append((ids, rest))
+        after.append([(ids, rest)])
     raise_problems(path, problems, len(rows))
     return after

@@ -1,15 +1,24 @@
 """Rows of training data are scored on the tokens that training learns."""
 
 import dataclasses
+import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.data.batching.batches import fill_batch
+from qlora_jax.data.encoder import encode_rows
+from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.readers.files import Place, Row
+from qlora_jax.data.rows import token_rows
 from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap
-from qlora_jax.evaluation.tasks.rows import rows_task
-from tests.inference.tiny import byte_tokenizer
+from qlora_jax.evaluation.tasks.rows import joined_scores, rows_task
+from qlora_jax.inference.result_cache import NO_CACHE
+from qlora_jax.training.step import evaluation_loss
+from tests.inference.tiny import byte_tokenizer, tiny_parts
 
 TOKENIZER = byte_tokenizer()
 
@@ -61,12 +70,70 @@ def test_a_row_without_the_column_of_groups_is_reported(tmp_path):
         rows_task(write(tmp_path / "rows.jsonl", rows), TOKENIZER, max_rows=None, max_positions=99, by="lang")
 
 
-def test_a_row_of_several_texts_is_an_error(tmp_path):
-    """The template writes the last answer in another way, so the first is learned in a branch."""
-    template = "{% for m in messages %}{{ '*' if loop.last and m.role == 'assistant' }}{{ m.content }}<end>{% endfor %}"
-    tokenizer = dataclasses.replace(TOKENIZER, chat_template=template)
-    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant")]
-    one, two = {"messages": turns}, {"messages": turns * 2}
-    assert len(rows_task(write(tmp_path / "one.jsonl", [one]), tokenizer, max_rows=None, max_positions=99).rows) == 1
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: the chat template writes a turn differently"):
-        rows_task(write(tmp_path / "rows.jsonl", [one, two]), tokenizer, max_rows=None, max_positions=99)
+TEMPLATE = "{% for m in messages %}{{ '*' if loop.last and m.role == 'assistant' }}{{ m.content }}<end>{% endfor %}"
+SEVERAL = dataclasses.replace(TOKENIZER, chat_template=TEMPLATE)
+
+
+def turns(*contents: str) -> dict[str, object]:
+    roles = itertools.cycle(["user", "assistant"])
+    return {"messages": [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]}
+
+
+ROWS = [turns("q", "a"), turns("question", "answer", "more", "yes", "why", "so"), turns("two", "b", "c", "d")]
+
+
+def test_a_row_of_several_texts_scores_each_turn_behind_its_own_prompt(tmp_path):
+    """The template writes the last answer in another way, so the others are learned in branches."""
+    task = rows_task(write(tmp_path / "rows.jsonl", ROWS), SEVERAL, max_rows=None, max_positions=99)
+    decoded = [(SEVERAL.decode(ids[~mask].tolist()), SEVERAL.decode(ids[mask].tolist())) for ids, mask in task.rows]
+    prompts = [
+        "question<end>answer<end>more<end>yes<end>why<end>",
+        "question<end>",
+        "question<end>answer<end>more<end>",
+    ]
+    several = zip(prompts, ["*so<end>", "*answer<end>", "*yes<end>"], strict=True)
+    assert decoded == [
+        ("q<end>", "*a<end>"),
+        *several,
+        ("two<end>b<end>c<end>", "*d<end>"),
+        ("two<end>", "*b<end>"),
+    ]
+    assert task.title.endswith("answers of 3 rows in 6 texts") and task.size == 6
+
+
+@pytest.mark.slow
+def test_a_row_of_several_texts_has_the_loss_of_training(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    task = rows_task(path, SEVERAL, max_rows=None, max_positions=99)
+    parts, (row_format, places) = tiny_parts(), (FORMATS["messages"], [Place(n + 1, n) for n in range(3)])
+    encoded = encode_rows(path, [Row(place, row) for place, row in zip(places, ROWS, strict=True)], row_format, SEVERAL)
+    batch = fill_batch(token_rows(path, encoded, places), np.arange(3)[None, :, None], 128, 0)
+    trained = evaluation_loss(parts, {name: jnp.asarray(array[0]) for name, array in batch.arrays().items()})
+    scores = task.score(parts, lambda done: None, NO_CACHE)
+    np.testing.assert_allclose(scores.nll, np.asarray(trained), rtol=1e-5)
+    assert scores.tokens.tolist() == batch.weights[0].sum(axis=1).tolist() == [3, 17, 6]
+
+
+def test_a_row_is_exact_if_all_its_texts_are(tmp_path):
+    task = rows_task(
+        write(tmp_path / "rows.jsonl", [turns("q", "a"), turns("q", "a", "r", "b")]),
+        SEVERAL,
+        max_rows=None,
+        max_positions=99,
+    )
+    texts = RowScores(
+        nll=np.array([1.0, 2, 4]),
+        tokens=np.array([3, 4, 5]),
+        exact=np.array([True, True, False]),
+        begins=np.array([False, True, True]),
+    )
+    assert task.row_of_text is not None
+    found = joined_scores(texts, task.row_of_text)
+    assert (found.nll.tolist(), found.tokens.tolist()) == ([1, 6], [3, 9])
+    assert (found.exact.tolist(), found.begins.tolist()) == ([True, False], [False, True])
+
+
+def test_answer_start_refuses_rows_of_several_texts(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [turns("q", "a"), turns("q", "a", "r", "b")])
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: the chat template writes a turn .* Remove answer_start"):
+        rows_task(path, SEVERAL, max_rows=None, max_positions=99, answer_start="*")
