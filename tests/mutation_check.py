@@ -44,13 +44,16 @@ MUTATIONS = [
         "tests/pallas_kernels/nf4_matmul/test_contract.py",
     ),
     Mutation(
-        "qlora_jax/nn/lora.py",
+        "qlora_jax/nn/adapters/lora.py",
         "d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)",
         "d_xa_MR = d_xa_MR.astype(dtype)",
-        "tests/nn/test_lora.py",
+        "tests/nn/adapters/test_lora.py",
     ),
     Mutation(
-        "qlora_jax/nn/attention_tiles.py", "return behind >= 0 if", "return behind > 0 if", "tests/nn/test_attention.py"
+        "qlora_jax/nn/attention/tiles.py",
+        "return behind >= 0 if",
+        "return behind > 0 if",
+        "tests/nn/attention/test_causal.py",
     ),
     Mutation("qlora_jax/nn/rope.py", "return _turn(dy_BTNH, cos, -sin", "return _turn(dy_BTNH, cos, sin", "tests/nn"),
     Mutation(

@@ -19,7 +19,7 @@ from qlora_jax.comparison import command, dispatch
 from qlora_jax.comparison import perform as performing
 from qlora_jax.comparison.perform import perform
 from qlora_jax.config import to_dict
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from tests.comparison.studies import Inline, write_study
 from tests.e2e.project import project
 

@@ -4,7 +4,7 @@
 //   attention_backward:  dq, dk, dv, from those; weights are recomputed
 //
 // Flash attention in tiles of 64 queries by 64 or 128 keys, whose scores stay in a core's caches. Scores and sums are
-// f32. Weights and the scores' gradients are rounded to bf16 before their products, as in qlora_jax/nn/attention.py,
+// f32. Weights and the scores' gradients are rounded to bf16 before their products, as in qlora_jax/nn/attention/causal.py,
 // which defines the result.
 //
 // A product c += a b contracts pairs of 32 bits: one pair of `a` is broadcast, and the pairs of sixteen columns of `b`

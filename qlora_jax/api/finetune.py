@@ -23,7 +23,7 @@ from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.head_file import TrainedHead, read_head
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import METRICS_FILE, lock_output, run_training
 from qlora_jax.training.session import PreparedModel
 

@@ -26,7 +26,7 @@ from qlora_jax.comparison.run_files import (
 )
 from qlora_jax.io.run_lock import lock_run
 from qlora_jax.metadata import read_json
-from qlora_jax.training.metrics import Record, read_metrics
+from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 
 TRAINED_FILE, SCORES_FILE, CACHE_FOLDER = "trained", "scores.json", "scored"
 SIGNALLED = 128  # exit codes of shells beyond this name a signal

@@ -26,8 +26,8 @@ from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
-from qlora_jax.nn.branching import Branching
-from qlora_jax.nn.token_scores import TokenScores, token_scores
+from qlora_jax.nn.attention.branching import Branching
+from qlora_jax.nn.lm_head.token_scores import TokenScores, token_scores
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 PADDED_MULTIPLE = 256  # the padded number of scored tokens is a multiple of this

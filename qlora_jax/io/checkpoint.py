@@ -51,7 +51,7 @@ from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.orbax_processes import meet, named_processes
 from qlora_jax.io.orbax_threads import silence_threads
 from qlora_jax.io.start_parameters import STATE_KEY, read_start
-from qlora_jax.nn.vera import Projections
+from qlora_jax.nn.adapters.vera import Projections
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in errors of tensorstore

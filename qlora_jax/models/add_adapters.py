@@ -26,18 +26,18 @@ from qlora_jax.models.target_layers import (
     target_layers_of,
     whole_stacks,
 )
-from qlora_jax.nn.bitfit import make_bias_trainable
-from qlora_jax.nn.bottleneck import Bottleneck
-from qlora_jax.nn.dora import DoRA, InferenceDoRA
-from qlora_jax.nn.full_rank import make_trainable
-from qlora_jax.nn.ia3 import IA3
+from qlora_jax.nn.adapters.bitfit import make_bias_trainable
+from qlora_jax.nn.adapters.bottleneck import Bottleneck
+from qlora_jax.nn.adapters.dora import DoRA, InferenceDoRA
+from qlora_jax.nn.adapters.full_rank import make_trainable
+from qlora_jax.nn.adapters.ia3 import IA3
+from qlora_jax.nn.adapters.lora import LoRA, initial_factors
+from qlora_jax.nn.adapters.lora_fa import LoRAFA
+from qlora_jax.nn.adapters.oft import OFT, InferenceOFT
+from qlora_jax.nn.adapters.vera import Projections, VeRA, draw_projections
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
-from qlora_jax.nn.lora import LoRA, initial_factors
-from qlora_jax.nn.lora_fa import LoRAFA
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.oft import OFT, InferenceOFT
 from qlora_jax.nn.variables import Frozen
-from qlora_jax.nn.vera import Projections, VeRA, draw_projections
 from qlora_jax.patterns import matches_end
 from qlora_jax.sharding import mesh_of
 

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.nn.attention import cached_attention, causal_attention
-from qlora_jax.nn.bottleneck import Bottleneck
-from qlora_jax.nn.branching import Spans
+from qlora_jax.nn.adapters.bottleneck import Bottleneck
+from qlora_jax.nn.attention.branching import Spans
+from qlora_jax.nn.attention.causal import cached_attention, causal_attention
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations

@@ -21,17 +21,17 @@ from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, split_run
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
-from qlora_jax.nn.branching import Branching
+from qlora_jax.nn.adapters.full_rank import TrainableTable
+from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
-from qlora_jax.nn.full_rank import TrainableTable
 from qlora_jax.nn.linear import QLinear, name_number, named_key
-from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows
+from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.neftune import add_noise
-from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.router import Routing
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
-from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import Shard, gathered
 

@@ -3,7 +3,7 @@
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.target_layers import target_layers, target_parameters, values_by_pattern
-from qlora_jax.nn.lora import lora_scaling
+from qlora_jax.nn.adapters.lora import lora_scaling
 
 RankAndScaling = tuple[int, float]
 

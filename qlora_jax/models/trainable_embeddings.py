@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM, Embedding
-from qlora_jax.nn.new_token_rows import NewTokenRows
+from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows
 from qlora_jax.nn.variables import Frozen
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.grouped_matmul import Groups, combine_rows, gather_rows, group_rows, grouped_matmul, weigh_rows
-from qlora_jax.nn.expert_lora import ExpertLoRA
+from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
 from qlora_jax.nn.linear import OneLayer
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
 from qlora_jax.nn.mlp import GateActivation, gated_activation

@@ -120,7 +120,7 @@ def _on_matches(
     found = [(judgement, texts) for judgement, texts in found if judgement.match in wanted]
     changed = [judgement.match for judgement, texts in found if transcripts.digest(judgement.match) != texts]
     if changed:
-        example = changed[0]
+        example = min(changed)
         raise ValueError(
             f"{path}: {len(changed)} judgements are on other texts, such as that on {example.first} and "
             f"{example.second} for the prompt {example.prompt}. Restore the prompts and replies, or delete this file "

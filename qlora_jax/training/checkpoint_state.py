@@ -11,8 +11,8 @@ from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differen
 from qlora_jax.config.parse import ConfigError, from_dict
 from qlora_jax.io.start_parameters import FILE as START_FILE
 from qlora_jax.io.start_parameters import STATE_KEY
-from qlora_jax.training.early_stopping import BestEvaluation
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 

@@ -17,14 +17,14 @@ from qlora_jax.data.batching.batches import START, Batch
 from qlora_jax.io.checkpoint import Checkpoints, saved_steps
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
-from qlora_jax.training.early_stopping import BestEvaluation
-from qlora_jax.training.held_out import held_out_metrics
-from qlora_jax.training.memory_watch import memory_in_use
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.evaluation.held_out import held_out_metrics
+from qlora_jax.training.metrics.memory_watch import memory_in_use
+from qlora_jax.training.metrics.metrics_file import Record
+from qlora_jax.training.metrics.preference_metrics import step_metrics
+from qlora_jax.training.metrics.router_metrics import router_metrics
 from qlora_jax.training.objectives.router_losses import step_arrays, unrouted
 from qlora_jax.training.optimizer_state import OptimizerState
-from qlora_jax.training.preference_metrics import step_metrics
-from qlora_jax.training.router_metrics import router_metrics
 from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.session import Session
 

@@ -9,14 +9,14 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.models.partition import Lora, join_leaves, split_leaves
-from qlora_jax.nn.lora_fa import LoRAFA
+from qlora_jax.nn.adapters.lora_fa import LoRAFA
 from qlora_jax.optim.apply_updates import in_f32
 from qlora_jax.optim.clipping import global_norm
 from qlora_jax.optim.lora_fa import correct, correction
 from qlora_jax.optim.page_pool import Transfers
 from qlora_jax.sharding import named
 from qlora_jax.training.abstract_step import AbstractLora
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.optimizer_state import OptimizerState, OptimizerStateManager, UpdateResult
 from qlora_jax.training.paging_budget import Workload
 

@@ -32,7 +32,7 @@ from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.optim.whole_state import from_optax, page_out_all, to_optax, unpage
 from qlora_jax.sharding import placed_shapes
 from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.paging_budget import Budget, Workload, agreed_budget, fixed_budget, measured_budget
 from qlora_jax.training.step import update
 

@@ -16,7 +16,8 @@ from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
 from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.display import print_banner
+from qlora_jax.training.display.run_display import print_banner
+from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.paging_budget import device_bytes
 from qlora_jax.training.plan.plan import first_fitting
 from qlora_jax.training.plan.preflight import RunPlan, longest_step, plan_run
@@ -24,7 +25,6 @@ from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.run_mesh import run_mesh
 from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
-from qlora_jax.training.trackers import check_installed
 
 OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
 

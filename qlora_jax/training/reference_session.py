@@ -12,7 +12,7 @@ from qlora_jax.hosts.group import Group
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.start_parameters import NO_CHANGE, read_start, start_digest, write_start
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.display import format_duration
+from qlora_jax.training.display.run_display import format_duration
 from qlora_jax.training.loop import TrainState
 from qlora_jax.training.objectives.objective import needs_reference
 from qlora_jax.training.reference_logps import ReferencePass, reference_folder, reference_key

@@ -18,12 +18,13 @@ from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.progress import loading
 from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.banner import resume_banner, start_banner, warm_up_text
-from qlora_jax.training.display import Display, print_banner
+from qlora_jax.training.display.banner import resume_banner, start_banner, warm_up_text
+from qlora_jax.training.display.next_commands import next_commands
+from qlora_jax.training.display.run_display import Display, print_banner
 from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, save, stop_on_signals
-from qlora_jax.training.memory_watch import watch_peak
-from qlora_jax.training.metrics import MetricsFile, Record, read_metrics
-from qlora_jax.training.next_commands import next_commands
+from qlora_jax.training.metrics.memory_watch import watch_peak
+from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_metrics
+from qlora_jax.training.metrics.trackers import Log, scalars, trackers
 from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
 from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
@@ -50,7 +51,6 @@ from qlora_jax.training.several_processes import (
     without_place,
 )
 from qlora_jax.training.time_limit import finishes_within
-from qlora_jax.training.trackers import Log, scalars, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
 SAMPLES_FILE = "samples.jsonl"

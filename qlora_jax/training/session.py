@@ -37,15 +37,15 @@ from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.evaluation.questions import Questions, open_questions
+from qlora_jax.training.evaluation.samples import Samples, open_samples
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
-from qlora_jax.training.mfu import Utilization, peak_flops, utilization
+from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
-from qlora_jax.training.questions import Questions, open_questions
 from qlora_jax.training.run_mesh import mesh_size, replicate
-from qlora_jax.training.samples import Samples, open_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

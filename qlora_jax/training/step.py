@@ -21,7 +21,7 @@ from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import lora_specs, parts_specs
 from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, split_leaves
-from qlora_jax.nn.branching import Branching
+from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.optim.clipping import global_norm

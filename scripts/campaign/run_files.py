@@ -17,7 +17,7 @@ from qlora_jax.io.adapter_init import FILE as INITIAL_FILE
 from qlora_jax.io.adapter_init import read_initial
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
 from qlora_jax.training.loop import restore
-from qlora_jax.training.metrics import MetricsFile, read_metrics
+from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.facts import before_and_after, question_summary, training_summary
 from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE, train

@@ -15,7 +15,7 @@ from qlora_jax.comparison.perform import Failed, Lost, perform, seconds_per_step
 from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.run_files import FAILURE_FILE, LOG_FILE
 from qlora_jax.io.run_lock import lock_run
-from qlora_jax.training.metrics import MetricsFile
+from qlora_jax.training.metrics.metrics_file import MetricsFile
 from tests.comparison.studies import read
 
 STEP = {"loss": 1.0, "tokens": 4, "supervised_tokens": 2, "length": 8, "seconds": 0.5, "learning_rate": 0.1}

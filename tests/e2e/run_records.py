@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qlora_jax.training.metrics import Record, read_metrics
+from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 
 # Times, the memory of the process, where optimizer state was, and the number of devices.
 MAY_DIFFER = {

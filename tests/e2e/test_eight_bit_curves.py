@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.project import project
 

@@ -16,7 +16,7 @@ from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_finetuned, open_pretrained
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, project
 from tests.io.gguf_families import FAMILIES, random_tensors

@@ -22,7 +22,7 @@ from qlora_jax.api.provenance import parts_of
 from qlora_jax.config import Config, ConfigError, LoraArgs, MeshArgs
 from qlora_jax.io.checkpoint import open_run
 from qlora_jax.training import planned_run
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.project import project, stop_after
 from tests.e2e.run_records import comparable_records

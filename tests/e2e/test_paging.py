@@ -15,7 +15,7 @@ from rich.console import Console
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.optim.page_pool import PagingError
 from qlora_jax.training import loop
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.optimizer_state import make_state_manager
 from qlora_jax.training.run import train
 from tests.e2e.project import project

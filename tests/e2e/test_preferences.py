@@ -18,7 +18,7 @@ from qlora_jax.api.evaluate import evaluate_side_by_side
 from qlora_jax.config import Config, MeshArgs
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.training import reference_logps
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import dry_run, train
 from tests.e2e.project import project, stop_after
 from tests.e2e.run_records import comparable_records

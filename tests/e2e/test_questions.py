@@ -14,8 +14,8 @@ from qlora_jax import evaluate
 from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.training import loop
-from qlora_jax.training.eval_metrics import flatten_metrics
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.eval_metrics import flatten_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import dry_run, train
 from tests.e2e.project import project, stop_after
 from tests.e2e.test_paging import with_paging

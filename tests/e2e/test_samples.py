@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qlora_jax import generate
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 from tests.e2e.project import project
 from tests.e2e.test_training import _stop_and_resume, run
 

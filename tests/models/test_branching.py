@@ -12,7 +12,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
-from qlora_jax.nn.branching import Branching
+from qlora_jax.nn.attention.branching import Branching
 from tests.nn.trees import row_of_trees
 from tests.parity.test_families_transformers import CONFIGS, VOCAB
 

@@ -15,7 +15,7 @@ from qlora_jax.io.peft.stacks import check_fits
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.models.add_adapters import largest_shape, vera_projections
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.nn.vera import Projections
+from qlora_jax.nn.adapters.vera import Projections
 
 NAMES = ("base_model.vera_A", "base_model.vera_B")
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from qlora_jax.nn.attention_tiles import KeyTile, Tiling, hide
+from qlora_jax.nn.attention.tiles import KeyTile, Tiling, hide
 
 
 class Branching(NamedTuple):

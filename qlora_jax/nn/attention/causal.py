@@ -22,10 +22,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import target_device
-from qlora_jax.nn import attention_cpu
-from qlora_jax.nn.attention_sinks import add_sinks, sinks_gradient, softmax_with_sinks
-from qlora_jax.nn.attention_tiles import AttentionMask, Tiling
-from qlora_jax.nn.branching import BranchingMask, Spans
+from qlora_jax.nn.attention import cpu as attention_cpu
+from qlora_jax.nn.attention.branching import BranchingMask, Spans
+from qlora_jax.nn.attention.sinks import add_sinks, sinks_gradient, softmax_with_sinks
+from qlora_jax.nn.attention.tiles import AttentionMask, Tiling
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 
 MASKED = -1e30  # finite: a row of nothing but -inf would give NaN

@@ -1,4 +1,4 @@
-"""`nn.attention.causal_attention` on CPUs with AVX-512, by the C++ handlers of pallas_kernels.native.
+"""`causal_attention` on CPUs with AVX-512, by the C++ handlers of pallas_kernels.native.
 
 Definition, roundings and residuals are the same. Tiles have 64 queries, so that scores stay in the caches of one core.
 In bf16 both passes run here if the processor has bf16 products; in f32 the forward pass alone. Packed operands and sums
@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.native.library import attention_problem
-from qlora_jax.nn.attention_sinks import add_sinks, sinks_gradient
-from qlora_jax.nn.branching import Spans
+from qlora_jax.nn.attention.branching import Spans
+from qlora_jax.nn.attention.sinks import add_sinks, sinks_gradient
 
 Texts = Int[Array, "B T"] | Spans | None  # ids of segments; spans if rows have branches; None: each row is one text
 BLOCK = 64  # positions, as in attention_cpu.cc

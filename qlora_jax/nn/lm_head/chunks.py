@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import target_device
-from qlora_jax.nn.lm_head import Head, HeadWithRows
-from qlora_jax.nn.lm_head_tiles import tile_size
-from qlora_jax.nn.sharded_vocabulary import ShardedHead
+from qlora_jax.nn.lm_head.head import Head, HeadWithRows
+from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead
+from qlora_jax.nn.lm_head.tiles import tile_size
 
 
 def chunk_size(tokens: int, shards: int = 1) -> int:

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.formats.qtensor import Leaf
+from qlora_jax.nn.lm_head.new_token_rows import one_hot_ids, row_logits
 from qlora_jax.nn.matmul import dot_nt
-from qlora_jax.nn.new_token_rows import one_hot_ids, row_logits
 
 
 @jax.tree_util.register_dataclass

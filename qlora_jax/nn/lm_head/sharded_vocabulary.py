@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.lm_head import Head
-from qlora_jax.nn.lm_head_tiles import RunningSums, sum_over_tiles
+from qlora_jax.nn.lm_head.head import Head
+from qlora_jax.nn.lm_head.tiles import RunningSums, sum_over_tiles
 from qlora_jax.sharding import FSDP, Shard
 
 

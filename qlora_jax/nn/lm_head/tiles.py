@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import target_device
-from qlora_jax.nn.lm_head import Head
+from qlora_jax.nn.lm_head.head import Head
 from qlora_jax.nn.matmul import dot_nn
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.lm_head_chunks import map_token_chunks
-from qlora_jax.nn.lm_head_tiles import first_id_where, sum_over_tiles
-from qlora_jax.nn.sharded_vocabulary import ShardedHead, sum_over_head
+from qlora_jax.nn.lm_head.chunks import map_token_chunks
+from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, sum_over_head
+from qlora_jax.nn.lm_head.tiles import first_id_where, sum_over_tiles
 
 
 class TokenScores(NamedTuple):

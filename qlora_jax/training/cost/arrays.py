@@ -14,7 +14,7 @@ from pallas_kernels.formats.layouts import LAYOUTS
 from qlora_jax.models.add_adapters import bias_targets, bias_widths, norm_targets, norm_widths
 from qlora_jax.models.config import DENSE, QUANTIZED, STORED
 from qlora_jax.models.expert_adapters import parameter_shapes
-from qlora_jax.nn.oft import block_elements
+from qlora_jax.nn.adapters.oft import block_elements
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec
 from qlora_jax.training.cost.step_shape import F32, StepShape
 

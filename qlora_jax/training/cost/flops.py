@@ -16,9 +16,10 @@ from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.models.config import NORM_PLACEMENTS
 from qlora_jax.models.expert_adapters import parameter_shapes
 from qlora_jax.models.target_layers import ROUTER
-from qlora_jax.nn import attention_cpu, lm_head_tiles
-from qlora_jax.nn.attention_tiles import Tiling
-from qlora_jax.nn.oft import last_power
+from qlora_jax.nn.adapters.oft import last_power
+from qlora_jax.nn.attention import cpu as attention_cpu
+from qlora_jax.nn.attention.tiles import Tiling
+from qlora_jax.nn.lm_head import tiles as lm_head_tiles
 from qlora_jax.training.cost.step_shape import (
     DOWN,
     EMBEDDING,

@@ -22,9 +22,9 @@ from qlora_jax.models.config import DENSE, STORED, ModelConfig
 from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.models.model_sharding import module_of
 from qlora_jax.models.partition import Lora, is_table
-from qlora_jax.nn import attention_cpu
+from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.optim.schedule import warmup_steps
-from qlora_jax.training.early_stopping import BestEvaluation
+from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.metrics.metrics_file import Record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

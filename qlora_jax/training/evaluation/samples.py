@@ -10,7 +10,7 @@ from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, 
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.metrics.metrics_file import Record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int64
 
 from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.evaluation.statistics import bootstrap
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.metrics.metrics_file import Record
 
 LOW, HIGH = "_low", "_high"  # suffixes of an interval's ends
 LOSS = "eval_loss"

@@ -16,7 +16,7 @@ from qlora_jax.sharding import ROWS, part_bytes
 from qlora_jax.training.abstract_step import abstract_batch
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.mfu import Utilization, utilization
+from qlora_jax.training.metrics.mfu import Utilization, utilization
 from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.run_mesh import rows_of_batch
 from qlora_jax.training.session import Inputs, weights_of

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config import QUESTION_KINDS
-from qlora_jax.training.eval_metrics import HIGH, LOW, TaskMetric, task_metrics
-from qlora_jax.training.metrics import Record
-from qlora_jax.training.router_metrics import AUX_LOSS, BY_LAYER, DEAD, ENTROPY, MAX_LOAD, Z_LOSS
+from qlora_jax.training.metrics.eval_metrics import HIGH, LOW, TaskMetric, task_metrics
+from qlora_jax.training.metrics.metrics_file import Record
+from qlora_jax.training.metrics.router_metrics import AUX_LOSS, BY_LAYER, DEAD, ENTROPY, MAX_LOAD, Z_LOSS
 
 GIB = 2**30
 ENDS = ("", LOW, HIGH)  # of the keys of a metric and of its interval

@@ -10,10 +10,10 @@ from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.report.examples import ExampleRow, example_rows
 from qlora_jax.data.report.stats import DataReport
-from qlora_jax.training.eval_metrics import HIGH, LOW, OBJECTIVE_ROWS, loss_interval, perplexity, task_metrics
-from qlora_jax.training.metrics import Record
+from qlora_jax.training.metrics.eval_metrics import HIGH, LOW, OBJECTIVE_ROWS, loss_interval, perplexity, task_metrics
+from qlora_jax.training.metrics.metrics_file import Record
+from qlora_jax.training.metrics.preference_metrics import EVAL, PREFERENCE_LABELS
 from qlora_jax.training.plan.preflight import RunPlan
-from qlora_jax.training.preference_metrics import EVAL, PREFERENCE_LABELS
 
 ROWS_SHOWN = 32
 

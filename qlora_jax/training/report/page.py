@@ -18,11 +18,11 @@ from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import report_lines
 from qlora_jax.page_template import page_template
-from qlora_jax.training.banner import warm_up_text
-from qlora_jax.training.display import format_duration
+from qlora_jax.training.display.banner import warm_up_text
+from qlora_jax.training.display.run_display import format_duration
+from qlora_jax.training.metrics.preference_metrics import ACCURACY, PREFERENCE_LABELS
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
-from qlora_jax.training.preference_metrics import ACCURACY, PREFERENCE_LABELS
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.facts import (
     RunReport,

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.metrics.metrics_file import read_metrics
 
 RECORDED = Path(__file__).resolve().parents[3] / "tests/golden/quickstart_losses.json"
 UNTRAINED = 2  # steps with the loss of the base: the first update has learning rate 0

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.dora import DoRA, InferenceDoRA, row_norms
+from qlora_jax.nn.adapters.dora import DoRA, InferenceDoRA, row_norms
+from qlora_jax.nn.adapters.ia3 import IA3
 from qlora_jax.nn.dropout import apply_dropout
-from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.mixed_stack import MixedStack
 from tests.nn.frozen_linears import LAYER, K, M, N, R, dequantized_layer, random_linear

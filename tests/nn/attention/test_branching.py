@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import aot
-from qlora_jax.nn.attention import causal_attention
-from qlora_jax.nn.attention_tiles import Tiling
-from qlora_jax.nn.branching import Branching, BranchingMask
-from tests.nn.test_attention import SCALE, _inputs, _largest_errors, _plain_value_and_gradients, tiles  # noqa: F401
+from qlora_jax.nn.attention.branching import Branching, BranchingMask
+from qlora_jax.nn.attention.causal import causal_attention
+from qlora_jax.nn.attention.tiles import Tiling
+from tests.nn.attention.test_causal import SCALE, _inputs, _largest_errors, _plain_value_and_gradients, tiles  # noqa: F401
 from tests.nn.trees import random_trees, row_of_trees, visible_keys
 
 SLOW = pytest.mark.slow

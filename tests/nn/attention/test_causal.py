@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn import attention_cpu
-from qlora_jax.nn.attention import cached_attention, causal_attention
-from qlora_jax.nn.attention_tiles import AttentionMask, Tiling
+from qlora_jax.nn.attention import cpu as attention_cpu
+from qlora_jax.nn.attention.causal import cached_attention, causal_attention
+from qlora_jax.nn.attention.tiles import AttentionMask, Tiling
 from tests.nn.gradients import random_array
 from tests.training.compiled_text import TO_READ
 

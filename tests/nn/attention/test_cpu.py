@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.native.library import attention_problem
-from qlora_jax.nn import attention, attention_cpu
-from qlora_jax.nn.attention import causal_attention
-from tests.nn.test_attention import SCALE, _inputs, _plain, _segments, _value_and_gradients
-from tests.nn.test_branching import branching_errors, rows_of_trees, spans_of
+from qlora_jax.nn.attention import causal
+from qlora_jax.nn.attention import cpu as attention_cpu
+from qlora_jax.nn.attention.causal import causal_attention
+from tests.nn.attention.test_branching import branching_errors, rows_of_trees, spans_of
+from tests.nn.attention.test_causal import SCALE, _inputs, _plain, _segments, _value_and_gradients
 
 pytestmark = pytest.mark.skipif(attention_problem() is not None, reason=str(attention_problem()))
 
@@ -31,7 +32,7 @@ def _errors(length, heads, kv_heads, head_dim, batch=2, **visible):
     ids, window = visible.get("segments_BT"), visible.get("window")
     ours = _all(functools.partial(attention_cpu.attention, texts=ids, scale=SCALE, window=window), inputs)
     tiles = _all(
-        lambda q, k, v: attention._attention(q, k, v, (ids, None), attention.ScoreScaling(SCALE, None), window),
+        lambda q, k, v: causal._attention(q, k, v, (ids, None), causal.ScoreScaling(SCALE, None), window),
         inputs,
     )
     plain = _all(lambda *qkv: _plain(*qkv, **visible), [x.astype(jnp.float32) for x in inputs])
@@ -77,7 +78,7 @@ def _handler(q, k, v, scale, *, spans, window, softcap):
 
 
 def _tiles(q, k, v, scale, *, spans, window, softcap):
-    return attention._attention(q, k, v, (spans, None), attention.ScoreScaling(scale, softcap), window)
+    return causal._attention(q, k, v, (spans, None), causal.ScoreScaling(scale, softcap), window)
 
 
 @pytest.mark.parametrize("window", [70, *(pytest.param(each, marks=pytest.mark.slow) for each in (None, 1, 200))])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.native.library import attention_problem
-from qlora_jax.nn import attention_cpu
-from qlora_jax.nn.attention import causal_attention
-from tests.nn.test_attention import SCALE, _errors, _inputs, _plain, _segments
-from tests.nn.test_branching import branching_errors, rows_of_trees
+from qlora_jax.nn.attention import cpu as attention_cpu
+from qlora_jax.nn.attention.causal import causal_attention
+from tests.nn.attention.test_branching import branching_errors, rows_of_trees
+from tests.nn.attention.test_causal import SCALE, _errors, _inputs, _plain, _segments
 
 pytestmark = pytest.mark.skipif(
     attention_problem("float32") is not None, reason=f"C++ attention in f32: {attention_problem('float32')}"

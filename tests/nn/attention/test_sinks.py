@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.native.library import attention_problem
-from qlora_jax.nn import attention_cpu
-from qlora_jax.nn.attention import cached_attention, causal_attention
+from qlora_jax.nn.attention import cpu as attention_cpu
+from qlora_jax.nn.attention.causal import cached_attention, causal_attention
 from tests.marks import some_in_ci
-from tests.nn.test_attention import SCALE, _inputs, _largest_errors, _segments, _visible
-from tests.nn.test_branching import rows_of_trees, spans_of
+from tests.nn.attention.test_branching import rows_of_trees, spans_of
+from tests.nn.attention.test_causal import SCALE, _inputs, _largest_errors, _segments, _visible
 from tests.nn.trees import visible_keys
 
 SLOW = pytest.mark.slow

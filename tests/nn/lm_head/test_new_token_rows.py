@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.new_token_rows import NewTokenRows
+from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows
 from tests.nn.gradients import check_vjp, random_array
 
 

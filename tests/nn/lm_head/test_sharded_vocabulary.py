@@ -10,12 +10,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.aot.collectives import read_collectives
-from qlora_jax.nn.lm_head import Head
-from qlora_jax.nn.lm_head_chunks import chunk_size
-from qlora_jax.nn.lm_head_tiles import TILES, Tile
-from qlora_jax.nn.loss import token_nll
-from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
-from qlora_jax.nn.token_scores import token_scores
+from qlora_jax.nn.lm_head.chunks import chunk_size
+from qlora_jax.nn.lm_head.head import Head
+from qlora_jax.nn.lm_head.loss import token_nll
+from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
+from qlora_jax.nn.lm_head.tiles import TILES, Tile
+from qlora_jax.nn.lm_head.token_scores import token_scores
 from qlora_jax.sharding import FSDP, ROWS, Shard, make_mesh
 from tests.nn.gradients import random_array
 

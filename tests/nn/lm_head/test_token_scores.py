@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.lm_head_tiles import TILES, Tile
-from qlora_jax.nn.token_scores import token_scores
+from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head.tiles import TILES, Tile
+from qlora_jax.nn.lm_head.token_scores import token_scores
 
 M, D = 700, 24
 

@@ -12,13 +12,13 @@ from pallas_kernels.nf4_matmul.shapes import SHAPES
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.experts_config import ExpertsConfig
-from qlora_jax.nn import attention_cpu
+from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.nn.rope import QueryPositionScale, Rope
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.cost.step_shape import F32, StepShape
-from qlora_jax.training.mfu import utilization
+from qlora_jax.training.metrics.mfu import utilization
 from tests.marks import EXHAUSTIVE
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS

@@ -10,7 +10,7 @@ from pallas_kernels.nf4_matmul import api, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.models.families import model_config
-from qlora_jax.training.banner import _matmuls, _trained, warm_up_text
+from qlora_jax.training.display.banner import _matmuls, _trained, warm_up_text
 from tests.pallas_kernels.nf4_matmul.contract import weight
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 

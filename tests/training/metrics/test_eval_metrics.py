@@ -7,8 +7,14 @@ import numpy as np
 
 from qlora_jax.evaluation.metrics import Metric, share
 from qlora_jax.evaluation.statistics import wilson_interval
-from qlora_jax.training.eval_metrics import eval_loss_metrics, flatten_metrics, loss_interval, perplexity, task_metrics
-from qlora_jax.training.trackers import scalars
+from qlora_jax.training.metrics.eval_metrics import (
+    eval_loss_metrics,
+    flatten_metrics,
+    loss_interval,
+    perplexity,
+    task_metrics,
+)
+from qlora_jax.training.metrics.trackers import scalars
 
 
 def test_measures_there_and_back():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from qlora_jax.training.memory_watch import memory_in_use, watch_peak
+from qlora_jax.training.metrics.memory_watch import memory_in_use, watch_peak
 
 
 def test_the_peak_is_what_came_after_the_watch_began():
@@ -38,7 +38,7 @@ def test_what_is_held_now():
     ],
 )
 def test_what_a_device_does_not_tell_is_left_out(statistics, reported, monkeypatch, tmp_path):
-    monkeypatch.setattr("qlora_jax.training.memory_watch._PROCESS", tmp_path)  # a system without /proc
+    monkeypatch.setattr("qlora_jax.training.metrics.memory_watch._PROCESS", tmp_path)  # a system without /proc
     assert memory_in_use([SimpleNamespace(memory_stats=lambda: statistics)]) == reported
 
 
@@ -47,7 +47,7 @@ def devices(*statistics):
 
 
 def test_of_several_devices_the_fullest_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr("qlora_jax.training.memory_watch._PROCESS", tmp_path)
+    monkeypatch.setattr("qlora_jax.training.metrics.memory_watch._PROCESS", tmp_path)
     one = {"bytes_in_use": 5, "peak_bytes_in_use": 9}
     assert memory_in_use(devices(one, one | {"bytes_in_use": 7})) == {"device_bytes": 7, "device_peak_bytes": 9}
     assert memory_in_use(devices(one, None)) == {}
@@ -56,8 +56,8 @@ def test_of_several_devices_the_fullest_counts(monkeypatch, tmp_path):
 
 
 def test_virtual_devices_share_the_growth_of_their_process(monkeypatch):
-    monkeypatch.setattr("qlora_jax.training.memory_watch._watch_process", lambda: lambda: 800)
+    monkeypatch.setattr("qlora_jax.training.metrics.memory_watch._watch_process", lambda: lambda: 800)
     cpu = SimpleNamespace(platform="cpu")
     assert watch_peak([cpu] * 8)() == 100
-    monkeypatch.setattr("qlora_jax.training.memory_watch._watch_process", lambda: lambda: None)
+    monkeypatch.setattr("qlora_jax.training.metrics.memory_watch._watch_process", lambda: lambda: None)
     assert watch_peak([cpu])() is None

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_jax.config import Config, DataArgs, ModelArgs, write_config
-from qlora_jax.training.metrics import MetricsFile, read_metrics
+from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
 
 
 def step_record(step, loss):

@@ -13,7 +13,7 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.rope import Rope
 from qlora_jax.training.cost import flops
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.mfu import NO_WINDOW, causal_pairs, peak_flops, utilization
+from qlora_jax.training.metrics.mfu import NO_WINDOW, causal_pairs, peak_flops, utilization
 from tests.nn.trees import row_of_trees, visible_keys
 
 L, D, N, K, H, F, V, R = 3, 64, 4, 2, 16, 96, 500, 8

@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 
 from qlora_jax.evaluation.statistics import wilson_interval
+from qlora_jax.training.metrics.preference_metrics import means, means_with_intervals, preference_values
 from qlora_jax.training.objectives.dpo import DPO
 from qlora_jax.training.objectives.kto import KTO
 from qlora_jax.training.objectives.orpo import ORPO
 from qlora_jax.training.objectives.sequences import SequenceLogps
-from qlora_jax.training.preference_metrics import means, means_with_intervals, preference_values
 
 BETA = 0.3
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_jax.training import trackers as module
+from qlora_jax.training.metrics import trackers as module
+from qlora_jax.training.metrics.trackers import TRACKERS, scalars, trackers
 from qlora_jax.training.run import dry_run
-from qlora_jax.training.trackers import TRACKERS, scalars, trackers
 from tests.e2e.project import project
 from tests.e2e.test_training import numbers as metrics_of
 from tests.e2e.test_training import run

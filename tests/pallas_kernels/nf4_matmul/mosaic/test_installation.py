@@ -13,11 +13,11 @@ from pallas_kernels.nf4_matmul import api
 from pallas_kernels.nf4_matmul.dispatch import Call
 from pallas_kernels.nf4_matmul.mosaic import installation
 from qlora_jax.models import precision
-from qlora_jax.training import banner
+from qlora_jax.training.display import banner
 from qlora_jax.training.run import train
 from tests.e2e.project import project
 from tests.pallas_kernels.nf4_matmul.contract import weight
-from tests.training.test_banner import session_of
+from tests.training.display.test_banner import session_of
 
 CARDS = {
     "hopper": Device(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability=(9, 0)),
