@@ -1,4 +1,4 @@
-"""Random weights in the block formats of ggml, for tests."""
+"""Random weights in the block formats of ggml and in groups of 4-bit integers, for tests."""
 
 import gguf
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ def random_codes(ggml_type: str, rows: tuple[int, ...], columns: int, seed: int 
     blocks = rng.integers(0, 256, (*rows, columns // block.weights, block.nbytes), np.uint8)
     largest = {"Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 127 * 32, "Q8_0": 127}.get(ggml_type, 16)
     for offset in block.halves:
-        scales = rng.normal(0, 0.3 / largest, blocks.shape[:-1]).astype(np.float16)
+        scales = rng.normal(0, 0.3 / largest, blocks.shape[:-1]).astype(block.half_type)
         blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
     if ggml_type == "MXFP4":
         blocks[..., 0] = rng.integers(119, 125, blocks.shape[:-1])
+    if ggml_type.startswith("INT4"):
+        blocks[..., 2] %= 17
     return blocks.reshape(*rows, row_bytes(ggml_type, columns))
 
 
@@ -29,9 +31,21 @@ def random_ggml(ggml_type: str, stack: tuple[int, ...], shape: tuple[int, int], 
 
 
 def dequantized(weight: GgmlTensor) -> np.ndarray:
-    """Returns the weights that the gguf package computes, f32 [..., N, K]."""
+    """Returns the weights f32 [..., N, K], of INT4 by the formula, of other formats by the gguf package."""
     codes = np.asarray(weight.codes)
+    if weight.ggml_type.startswith("INT4"):
+        return int4_weights(codes, weight.ggml_type)
     rows = gguf.quants.dequantize(
         codes.reshape(-1, codes.shape[-1]), gguf.constants.GGMLQuantizationType[weight.ggml_type]
     )
     return rows.reshape(*codes.shape[:-1], -1)
+
+
+def int4_weights(codes: np.ndarray, ggml_type: str) -> np.ndarray:
+    """Returns scale (code - zero) for uint8 [..., bytes per row] of INT4 blocks: scale, zero, 32 codes in 16 bytes."""
+    block = BLOCK_FORMATS[ggml_type]
+    blocks = codes.reshape(*codes.shape[:-1], -1, block.nbytes)
+    scales = np.ascontiguousarray(blocks[..., :2]).view(block.half_type).astype(np.float32)
+    packed = blocks[..., 3:].reshape(*blocks.shape[:-1], -1, 16)
+    integers = np.concatenate([packed & 15, packed >> 4], -1).reshape(*blocks.shape[:-1], -1)
+    return (scales * (integers.astype(np.float32) - blocks[..., 2:3])).reshape(*codes.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""GgmlTensor: a weight in the bytes of ggml's blocks, as a pytree, and its dequantization.
+"""GgmlTensor: a weight in the bytes of blocks, of ggml or of INT4 groups, as a pytree, and its dequantization.
 
 Dimension key: N out, K in; `...` stacked layers.
 """
@@ -18,7 +18,7 @@ from pallas_kernels.formats.qtensor import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GgmlTensor:
-    """A weight as a GGUF file or an MXFP4 checkpoint stores it: the bytes of its blocks, which run along K.
+    """A weight in codes that a file stores (GGUF, MXFP4, groups of integers): the bytes of its blocks, along K.
 
     Leaf:
       codes: uint8 [..., N, bytes per row], rows in the order of Hugging Face; leading axes are stacked layers, or
@@ -74,4 +74,5 @@ def finite_scales(codes: np.ndarray, ggml_type: str) -> bool:
     blocks = codes.reshape(-1, block.nbytes)
     if ggml_type == "MXFP4":
         return not (blocks[:, 0] == 255).any()  # not a number, in E8M0
-    return all(np.isfinite(np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)).all() for at in block.halves)
+    halves = (np.ascontiguousarray(blocks[:, at : at + 2]).view(block.half_type) for at in block.halves)
+    return all(np.isfinite(each).all() for each in halves)

@@ -1,4 +1,4 @@
-// Products with frozen weights in ggml's blocks on CPUs: two XLA FFI handlers.
+// Products with frozen weights in blocks of ggml or of INT4 groups on CPUs: two XLA FFI handlers.
 //
 //   ggml_dequantize:  w[n, k] of one weight, in f32, rounded once if the result is bf16
 //   ggml_rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; one block of w exists at a time
@@ -200,7 +200,31 @@ struct Mxfp4 {
   }
 };
 
-// Calls work(Format()) with the format of a number, which is that of ggml's enumeration.
+// A group of 4-bit integers with one scale and one zero. Every 16 bytes of codes are 32 weights, low nibbles first.
+template <int64_t kGroup, bool kBfloat16>
+struct Int4 {
+  static constexpr int64_t kWeights = kGroup, kBytes = 3 + kGroup / 2;
+
+  static float scale_of(const uint8_t* block) {
+    if (!kBfloat16) return half(block);
+    const uint32_t bits = static_cast<uint32_t>(load<uint16_t>(block)) << 16;
+    return load<float>(&bits);
+  }
+
+  template <typename Emit>
+  static void decode(const uint8_t* block, const Emit& emit) {
+    const float scale = scale_of(block);
+    const int32_t zero = block[2];
+#pragma GCC unroll 4
+    for (int64_t l = 0; l < kWeights; l += 2 * kLanes) {
+      const Integers packed = load_codes(block + 3 + l / 2);
+      emit(l, scale * to_floats((packed & 15) - zero));
+      emit(l + kLanes, scale * to_floats((packed >> 4) - zero));
+    }
+  }
+};
+
+// Calls work(Format()) with the format of a number: that of ggml's enumeration, or one of ggml_blocks.py.
 template <typename Work>
 ffi::Error with_format(int64_t number, const Work& work) {
   switch (number) {
@@ -213,8 +237,14 @@ ffi::Error with_format(int64_t number, const Work& work) {
     case 13: return work(Q5_K());
     case 14: return work(Q6_K());
     case 39: return work(Mxfp4());
+    case 1032: return work(Int4<32, false>());
+    case 1064: return work(Int4<64, false>());
+    case 1128: return work(Int4<128, false>());
+    case 2032: return work(Int4<32, true>());
+    case 2064: return work(Int4<64, true>());
+    case 2128: return work(Int4<128, true>());
   }
-  return ffi::Error::InvalidArgument("unknown number of a ggml type");
+  return ffi::Error::InvalidArgument("unknown number of a block format");
 }
 
 // ---- one weight of a stack

@@ -35,8 +35,8 @@ class ModelArgs:
         common="the base model: a Hugging Face folder, a GGUF file, or org/name on the Hub",
     )
     quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"] = setting(
-        "4-bit data type of the linear layers; stored: the codes that the files have, unchanged (GGUF, MXFP4, 4 bits "
-        "of bitsandbytes); none leaves them in 16 bits (plain LoRA)",
+        "4-bit data type of the linear layers; stored: the codes that the files have, unchanged (GGUF, MXFP4, GPTQ, "
+        "AWQ, compressed-tensors, 4 bits of bitsandbytes); none leaves them in 16 bits (plain LoRA)",
         "nf4",
         common="4-bit type of the linear layers: nf4, fp4, int4, e2m1, e3m0; stored: the files' codes; none: 16 bits",
     )

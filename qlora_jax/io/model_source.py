@@ -148,6 +148,7 @@ class ModelSource:
       hub_name: "org/name@commit" for a model from the Hub, which identifies these files for good.
       multimodal: the rest of a multimodal checkpoint, if the model is the text half of one.
       drafts: bytes of the tensors of layers that predict further tokens, by their names in the files; not loaded.
+      integer_method: GPTQ, AWQ or compressed-tensors, if the files have its 4-bit integers; otherwise empty.
     """
 
     path: Path
@@ -157,6 +158,7 @@ class ModelSource:
     hub_name: str | None = None
     multimodal: MultimodalParts | None = None
     drafts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    integer_method: str = ""
 
     @property
     def draft_text(self) -> str:

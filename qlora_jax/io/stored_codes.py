@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+from qlora_jax.io.hf.integer_groups import ACT_ORDER
 from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.tensor_map import check_number_of_experts, expert_name, layer_name
-from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat
+from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat, count_by_type
 
 Entries = list[TensorEntry]  # of one layer: one tensor, or one per expert
 
@@ -13,16 +14,18 @@ Entries = list[TensorEntry]  # of one layer: one tensor, or one per expert
 def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
     """Returns the format of the files' own codes.
 
-    For files in 4 bits of bitsandbytes that is the format of these, for others the ggml type of each layer. Layers in
-    16 or 32 bits stay dense.
+    For files in 4 bits of bitsandbytes that is the format of these, for others the block format of each layer. Layers
+    in 16 or 32 bits stay dense.
 
     Raises:
-      ValueError: no linear layer is stored in codes, or the experts of a layer differ in their types.
+      ValueError: no linear layer is stored in codes, GPTQ has reordered the columns of one, or the experts of a layer
+        differ in their types.
     """
     layers = {
         name: [*layer_entries(name, source, config)] for name in (*config.linear_shapes(), *config.expert_shapes())
     }
     entries = [entry for each in layers.values() for layer in each for entry in layer]
+    _check_order(entries, source)
     stored = tuple((name, tuple(_format(each, source) for each in found)) for name, found in layers.items())
     if of_bnb := [entry.read_quantized for entry in entries if entry.read_quantized is not None]:
         first = of_bnb[0]()
@@ -32,10 +35,27 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
         kinds = ", ".join(sorted({entry.file_type for entry in entries}))
         raise ValueError(
             f"model.quant_type: found 'stored', but {source.path} has no codes to keep (found linear layers in "
-            f"{kinds}, expected a quantized GGUF file, MXFP4, or 4 bits of bitsandbytes). Set model.quant_type=nf4, "
-            "which quantizes while loading"
+            f"{kinds}, expected a quantized GGUF file, MXFP4, or 4 bits of GPTQ, AWQ, compressed-tensors or "
+            "bitsandbytes). Set model.quant_type=nf4, which quantizes while loading"
         )
     return dataclasses.replace(weights, quant_type=STORED, stored=stored)
+
+
+def stored_types(source: ModelSource, config: ModelConfig) -> str:
+    """Returns the types of the codes that `stored` keeps of a source's linear layers; empty if there are none."""
+    names = (*config.linear_shapes(), *config.expert_shapes())
+    layers = [layer for name in names for layer in layer_entries(name, source, config)]
+    counts = count_by_type(layer[0].file_type for layer in layers if layer and layer[0].read_stored)
+    return f"{source.integer_method}, {counts}" if counts and source.integer_method else counts
+
+
+def _check_order(entries: Entries, source: ModelSource) -> None:
+    if reordered := [entry.name for entry in entries if entry.file_type == ACT_ORDER]:
+        raise ValueError(
+            f"model.quant_type: found 'stored', but {source.path} has {len(reordered)} layers whose groups are not "
+            f"runs of columns, because calibration reordered them (act-order), such as {reordered[0]}. Set "
+            "model.quant_type=nf4, which dequantizes and quantizes again, or give files made with desc_act=false"
+        )
 
 
 def layer_entries(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Entries]:

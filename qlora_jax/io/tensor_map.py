@@ -40,7 +40,8 @@ def expert_name(stacked: str, expert: int) -> str:
 def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
     """Checks that a source contains exactly the expected tensors, in their shapes.
 
-    If the model ties its head to the embedding, a head tensor that equals the embedding is accepted.
+    If the model ties its head to the embedding, a head tensor that equals the embedding is accepted. So are biases of
+    zeros of layers in INT4, which AutoGPTQ adds to all layers.
 
     Raises:
       ValueError: names all missing, unexpected and mis-shaped tensors.
@@ -50,6 +51,7 @@ def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], 
     head, embedding = (config.hugging_face_name(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
     if config.tie_embeddings and head in extra and _equal_tensors(source, head, embedding):
         extra.remove(head)
+    extra = {name for name in extra if not _is_bias_of_zeros(source, name)}
     problems = lines_by_layer("missing", expected.keys() - found.keys()) + lines_by_layer("unexpected", extra)
     problems += [
         f"shape {list(found[name].shape)} of {name}, expected {list(shape)}"
@@ -60,6 +62,15 @@ def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], 
         more = [f"and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
         lines = "\n".join(f"  {problem[:MAX_WIDTH]}" for problem in [*problems[:MAX_LINES], *more])
         raise ValueError(f"{source.path}: the tensors do not fit the model that its config describes:\n{lines}")
+
+
+def _is_bias_of_zeros(source: ModelSource, name: str) -> bool:
+    """True for the bias of a layer in integers whose values are all zero."""
+    module, _, leaf = name.rpartition(".")
+    weight = source.tensors.get(f"{module}.weight")
+    if leaf != "bias" or weight is None or not weight.file_type.startswith("INT4"):
+        return False
+    return not source.tensors[name].read().any()
 
 
 def check_number_of_experts(source: ModelSource, config: ModelConfig) -> None:

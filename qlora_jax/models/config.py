@@ -1,6 +1,8 @@
 """The features of a decoder. A family file maps a Hugging Face config to them."""
 
+import collections
 import dataclasses
+from collections.abc import Iterable
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
 from qlora_jax.models.experts_config import ExpertsConfig
@@ -257,7 +259,12 @@ class ModelConfig:
 
 
 STORED = "stored"  # quant_type: linear layers keep the codes that the files have
-QUANTIZED, DENSE = "4-bit", "dense"  # formats of layers; others are types of ggml
+QUANTIZED, DENSE = "4-bit", "dense"  # formats of layers; others are types of blocks
+
+
+def count_by_type(types: Iterable[str]) -> str:
+    """Returns types of layers as text, each with its number of layers: "12 layers in Q4_K, 2 layers in Q6_K"."""
+    return ", ".join(f"{count} layers in {kind}" for kind, count in collections.Counter(types).most_common())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,7 +277,7 @@ class WeightFormat:
       double_quant: True if scales are quantized to 8 bits.
       nested_block_size: scales that share one scale.
       dense: (projection's name within a layer, indices of its dense layers), for projections quantized in part.
-      stored: (projection's name within a layer, the ggml type or DENSE of each of its layers).
+      stored: (projection's name within a layer, the type of blocks or DENSE of each of its layers).
       platform: `cpu`, `gpu` or `tpu`, as JAX names it; determines the layout of the codes.
       dtype: dtype of embedding, head, norms, biases and activations.
       experts_on_host: True if the weights of routed experts are in host memory (models/offloaded_experts.py).
@@ -286,8 +293,13 @@ class WeightFormat:
     dtype: str = "bfloat16"
     experts_on_host: bool = False
 
+    @property
+    def stored_counts(self) -> str:
+        """The types of the codes of a file, each with its number of layers; empty if none are kept."""
+        return count_by_type(kind for _, formats in self.stored for kind in formats if kind != DENSE)
+
     def formats(self, name: str, num_layers: int) -> tuple[str, ...]:
-        """Returns the format of each layer of a projection: QUANTIZED, DENSE, or a type of ggml."""
+        """Returns the format of each layer of a projection: QUANTIZED, DENSE, or a type of blocks."""
         if self.quant_type is None:
             return (DENSE,) * num_layers
         if self.quant_type == STORED:

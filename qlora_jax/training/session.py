@@ -20,7 +20,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
-from qlora_jax.io.stored_codes import with_dense_layers
+from qlora_jax.io.stored_codes import stored_types, with_dense_layers
 from qlora_jax.models.add_adapters import add_lora, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -64,6 +64,7 @@ class Session:
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       mesh: the devices that share the model and the rows; None: one device.
       not_loaded: parts of the files that are not loaded, as text; empty if there are none.
+      stored_types: types of the codes that the files have of linear layers, as text; empty if they have none.
       initial_digest: of the initial adapter, with an objective that has a reference (reference_session.py).
     """
 
@@ -86,6 +87,7 @@ class Session:
     questions: Questions | None
     mesh: Mesh | None
     not_loaded: str
+    stored_types: str
     initial_digest: str | None = None
 
 
@@ -383,6 +385,7 @@ def make_session(
         questions=inputs.questions,
         mesh=mesh,
         not_loaded=inputs.source.not_loaded,
+        stored_types=stored_types(inputs.source, inputs.model),
     )
 
 

@@ -95,14 +95,6 @@ def test_the_fingerprint_has_the_codes_alone(mixed_gguf: Path, tmp_path: Path) -
     assert _load(other).fingerprint != found != _load(mixed_gguf, WeightFormat(dtype="float32")).fingerprint
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_other_integer_formats_are_refused_by_name(method: str, tmp_path: Path) -> None:
-    quantization = {"quant_method": method, "bits": 4, "group_size": 128}
-    folder = write_folder(tmp_path / method, CONFIG | {"quantization_config": quantization}, WEIGHTS)
-    with pytest.raises(ValueError, match=f"{method.upper()} has integer zero points.*Give the folder of the 16-bit"):
-        open_model(folder)
-
-
 @pytest.mark.slow
 def test_files_of_bitsandbytes_keep_their_settings(tmp_path: Path) -> None:
     dense = write_folder(tmp_path / "dense", CONFIG, WEIGHTS, 1, **{"tokenizer.json": byte_level()})

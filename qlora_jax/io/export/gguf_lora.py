@@ -50,14 +50,16 @@ def export_gguf_lora(
       progress: called while that base loads, as by `load_model`.
 
     Raises:
-      ValueError: `output` exists, the adapter is not a plain LoRA, a GGUF
-        file cannot hold the model, or (with `with_base`) the base is not the one that the run was trained on.
+      ValueError: `output` exists, the adapter is not a plain LoRA, a GGUF file cannot hold the model or (without
+        `with_base`) its weights, or (with `with_base`) the base is not the one that the run was trained on.
     """
     run = opened.run
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, "gguf-lora")
     check_head(run.head, "gguf-lora")
+    if not with_base:
+        _check_gguf_exists(opened)
     trained = adapter_for_export(run, with_base)
     named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)
@@ -76,6 +78,19 @@ def export_gguf_lora(
     if base is None:
         lines.append(_where_to_apply(opened))
     return ExportResult(path=output / FILE, lines=tuple(lines))
+
+
+def _check_gguf_exists(opened: OpenedModel) -> None:
+    """Checks that the weights that a run was trained on are not integers of GPTQ, AWQ or compressed-tensors.
+
+    Raises:
+      ValueError: they are.
+    """
+    if opened.args.quant_type == STORED and (method := opened.source.integer_method):
+        raise ValueError(
+            f"--format gguf-lora: {opened.source.path} has the integers of {method}, which the run was trained on and "
+            "no GGUF file holds. Add --with_base, which writes these weights dequantized, or use --format gguf, merged"
+        )
 
 
 def _where_to_apply(opened: OpenedModel) -> str:

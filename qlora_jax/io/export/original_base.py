@@ -51,7 +51,7 @@ def check_original(source: ModelSource, slots: Sequence[Slot], compute_dtype: np
     if any(isinstance(slot.quantization_of(index), GgmlTensor) for slot in slots for index in range(len(slot.names))):
         raise ValueError(
             f"{source.path}: --base cannot be compared with the run's base, which keeps the codes of a file "
-            "(model.quant_type=stored). Export without --base, or with --format gguf-lora for the file itself"
+            "(model.quant_type=stored). Export without --base; for a GGUF file, --format gguf-lora needs none"
         )
     trained = dense_tensors(slots, compute_dtype, {})
     pairs = zip(_as_trained(source, slots, compute_dtype), trained, strict=True)

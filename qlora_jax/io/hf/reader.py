@@ -4,18 +4,22 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import ml_dtypes
 import numpy as np
 from pydantic import Field
 
 from qlora_jax.io.draft_layers import draft_layers, split_drafts, without_drafts
+from qlora_jax.io.hf.awq_reader import AWQ
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
+from qlora_jax.io.hf.compressed_tensors_reader import COMPRESSED_TENSORS
 from qlora_jax.io.hf.fused_experts import expert_by_expert
-from qlora_jax.io.hf.gpt_oss_experts import MXFP4, is_mxfp4
+from qlora_jax.io.hf.gpt_oss_experts import is_mxfp4
+from qlora_jax.io.hf.gptq_reader import GPTQ
+from qlora_jax.io.hf.integer_groups import GIVE_16_BITS, check_settings, group_integers
 from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
@@ -23,6 +27,7 @@ from qlora_jax.metadata import MetadataError, Offset, check_value, decode_json, 
 
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}  # U8: codes of quantized weights
+INTEGER_TYPES = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # words of codes, and shapes
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 8 << 20  # of 60,000 tensors
 MAX_INDEX_BYTES = 32 << 20  # of 250,000 tensors; mixtures of experts have one weight per expert
@@ -30,9 +35,11 @@ MAX_AXES = 8
 MAX_FILE_NAME = 255  # characters; the limit of file systems
 # Rotary frequencies and attention masks, which old checkpoints store although the config determines them.
 DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
-INTEGER_ZEROS = {"gptq": "GPTQ", "awq": "AWQ"}  # quant_method -> its name
+INTEGER_METHODS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED_TENSORS}  # by quant_method
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+Types = Mapping[str, np.dtype]  # by their names in safetensors
 
 
 class FolderConfig(TypedDict, total=False):
@@ -67,46 +74,57 @@ def open_folder(folder: Path) -> ModelSource:
             f"{folder}: not a Hugging Face model folder (config.json is missing). {_found_instead(folder)}"
         )
     config = read_config(config_path)
-    quantization = config.get("quantization_config")
-    if quantization is not None and not (is_bnb_4bit(quantization) or is_mxfp4(config, quantization)):
-        raise ValueError(
-            f"{config_path}: quantization_config is not supported (found {shorten(quantization)}, expected 4 bits of "
-            f"bitsandbytes, or mxfp4 of gpt_oss). {_why_unsupported(quantization)}Give the folder of the 16-bit model "
-            "that these weights were made from: loading quantizes it"
-        )
-    entries = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
+    form = _quantized_form(config_path, config)
+    types = form.types
+    entries = {entry.name: entry for path in _weight_files(folder, types) for entry in read_header(path, types)}
     kept, drafts = split_drafts(entries, draft_layers(config))
-    tensors = _one_entry_per_weight(folder, config, kept)
+    tensors = _check_types(folder, expert_by_expert(folder, config, form.grouped(folder, kept)))
     source = ModelSource(
         path=folder,
         config=without_drafts(config),
         tokenizer=read_tokenizer(folder),
         tensors=tensors,
         drafts={name: entry.nbytes for name, entry in drafts.items()},
+        integer_method=form.integer_method,
     )
     if (half := split_multimodal(folder, config, tensors)) is None:
         return source
     return dataclasses.replace(source, config=half.config, tensors=half.tensors, multimodal=half.rest)
 
 
-def _one_entry_per_weight(
-    folder: Path, config: JsonObject, tensors: Mapping[str, TensorEntry]
-) -> Mapping[str, TensorEntry]:
-    """Returns one entry for the codes and constants of a 4-bit weight, and one per weight of each expert."""
+class _Form(NamedTuple):
+    """The form in which files store weights.
+
+    Attributes:
+      types: those that tensors may have.
+      grouped: (folder, tensors) -> one entry for the tensors of each quantized weight; other entries unchanged.
+      integer_method: the name of the method of 4-bit integers, or empty.
+    """
+
+    types: Types
+    grouped: Callable[[Path, Mapping[str, TensorEntry]], Mapping[str, TensorEntry]]
+    integer_method: str = ""
+
+
+def _quantized_form(path: Path, config: JsonObject) -> _Form:
+    """Returns the form that a config describes.
+
+    Raises:
+      ValueError: the quantization_config is not supported.
+    """
     quantization = config.get("quantization_config")
-    if quantization is not None and is_bnb_4bit(quantization):
-        return expert_by_expert(folder, config, group_quantized(folder, tensors))
-    return _check_unquantized(folder, expert_by_expert(folder, config, tensors))
-
-
-def _why_unsupported(quantization: QuantizationConfig) -> str:
-    method = quantization.get("quant_method")
-    if method not in INTEGER_ZEROS:
-        return ""
-    return (
-        f"{INTEGER_ZEROS[method]} has integer zero points per group, (code - zero) * scale, which no format here holds "
-        "exactly. "
-    )
+    if quantization is None or is_mxfp4(config, quantization):
+        return _Form(DTYPES, lambda _, tensors: tensors)
+    if is_bnb_4bit(quantization):
+        return _Form(DTYPES, group_quantized)
+    if (method := INTEGER_METHODS.get(quantization.get("quant_method", ""))) is None:
+        raise ValueError(
+            f"{path}: quantization_config is not supported (found {shorten(quantization)}, expected 4 bits of "
+            f"bitsandbytes, GPTQ, AWQ or compressed-tensors, or mxfp4 of gpt_oss). {GIVE_16_BITS}"
+        )
+    settings = check_settings(path, quantization, method)
+    grouped = functools.partial(group_integers, method=method, settings=settings)
+    return _Form(DTYPES | INTEGER_TYPES, grouped, method.title)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -120,14 +138,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_unquantized(folder: Path, tensors: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
-    """Checks that all tensors are floating point, or codes of MXFP4; returns them.
+def _check_types(folder: Path, tensors: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """Checks that all tensors are floating point, or codes that were recognized; returns them.
 
     Raises:
       ValueError: names a tensor that is not.
     """
-    types = (*FLOAT_TYPES, MXFP4)
-    if odd := [name for name, entry in tensors.items() if entry.file_type not in types]:
+    types = DTYPES.keys() - FLOAT_TYPES.keys() | INTEGER_TYPES.keys()
+    if odd := [name for name, entry in tensors.items() if entry.file_type in types]:
         raise ValueError(
             f"{folder}: {len(odd)} tensors have types that are not supported, such as {odd[0]} (found "
             f"{tensors[odd[0]].file_type}, expected {', '.join(FLOAT_TYPES)}). Convert the model to one of these types"
@@ -135,10 +153,13 @@ def _check_unquantized(folder: Path, tensors: Mapping[str, TensorEntry]) -> Mapp
     return tensors
 
 
-def read_header(path: Path) -> Iterator[TensorEntry]:
+def read_header(path: Path, types: Types = DTYPES) -> Iterator[TensorEntry]:
     """Yields the tensors of one safetensors file in the order of its header; every length and offset is checked.
 
     Tensors that the config determines (DERIVED) are skipped.
+
+    Args:
+      types: those that a tensor may have.
 
     Raises:
       ValueError: the file is truncated, corrupt or has an unsupported type; names the byte offset.
@@ -149,8 +170,8 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
         if DERIVED.fullmatch(name):
             continue
         shape, (begin, end) = tuple(info["shape"]), info["data_offsets"]
-        _check_type(path, name, info)
-        place, dtype = (path, data_start + begin, shape), DTYPES[info["dtype"]]
+        _check_type(path, name, info, types)
+        place, dtype = (path, data_start + begin, shape), types[info["dtype"]]
         yield TensorEntry(
             name=name,
             shape=shape,
@@ -213,14 +234,14 @@ def _check_layout(path: Path, header: dict[str, TensorHeader], data_bytes: int, 
         )
 
 
-def _check_type(path: Path, name: str, info: TensorHeader) -> None:
-    if info["dtype"] not in DTYPES:
+def _check_type(path: Path, name: str, info: TensorHeader, types: Types) -> None:
+    if info["dtype"] not in types:
         raise MetadataError(
             f"{path}: tensor {name} has a type that is not supported (found {shorten(info['dtype'])}, expected "
-            f"{', '.join(DTYPES)}). Convert the model to one of these types"
+            f"{', '.join(types)}). Convert the model to one of these types"
         )
     begin, end = info["data_offsets"]
-    expected = math.prod(info["shape"]) * DTYPES[info["dtype"]].itemsize
+    expected = math.prod(info["shape"]) * types[info["dtype"]].itemsize
     if end - begin != expected:
         raise MetadataError(
             f"{path}: corrupt: tensor {name}, {info['dtype']} {info['shape']}, requires {expected} bytes, but the "
@@ -228,7 +249,7 @@ def _check_type(path: Path, name: str, info: TensorHeader) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path, types: Types) -> list[Path]:
     """Finds model.safetensors, or the shards that the index names, whose tensors are checked against it."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -242,7 +263,7 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder}: {len(missing)} of the {len(shards)} shards in {INDEX} are missing: {', '.join(missing[:20])}. "
             "Download these files into the folder"
         )
-    _check_index(folder, shard_of, shards)
+    _check_index(folder, shard_of, shards, types)
     return [folder / shard for shard in shards]
 
 
@@ -262,8 +283,8 @@ def read_index(path: Path) -> dict[str, str]:
     return {name: shard for name, shard in shard_of.items() if not DERIVED.fullmatch(name)}
 
 
-def _check_index(folder: Path, shard_of: dict[str, str], shards: list[str]) -> None:
-    stored = {(entry.name, shard) for shard in shards for entry in read_header(folder / shard)}
+def _check_index(folder: Path, shard_of: dict[str, str], shards: list[str], types: Types) -> None:
+    stored = {(entry.name, shard) for shard in shards for entry in read_header(folder / shard, types)}
     wrong = sorted(set(shard_of.items()) ^ stored)
     if wrong:
         lines = "\n".join(

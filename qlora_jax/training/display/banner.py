@@ -1,6 +1,5 @@
 """The banners of a run: its device, formats, trained parameters and unused options; on resume, its step."""
 
-import collections
 import math
 from collections.abc import Iterator, Sequence
 
@@ -199,11 +198,11 @@ def _weight_format(session: Session) -> str:
     if weights.quant_type is None:
         return f"{weights.dtype}, not quantized"
     if weights.quant_type == STORED:
-        kinds = collections.Counter(kind for _, formats in weights.stored for kind in formats if kind != DENSE)
-        counts = ", ".join(f"{count} layers in {kind}" for kind, count in kinds.most_common())
-        return f"the codes of the file: {counts}; {rest}"
+        return f"the codes of the file: {session.stored_types}; {rest}"
     double = "double-quantized scales" if weights.double_quant else "float32 scales"
-    return f"{weights.quant_type} in blocks of {args.block_size}, {double}; {rest}"
+    again = f" (quantized again, from {session.stored_types}; model.quant_type=stored keeps these codes)"
+    twice = again if session.stored_types else ""
+    return f"{weights.quant_type} in blocks of {args.block_size}, {double}{twice}; {rest}"
 
 
 def _matmuls(session: Session) -> str:

@@ -40,6 +40,8 @@ def verdict(plan: Plan) -> list[str]:
     requested = plan.requested
     config, relation = requested.config, "fits" if plan.fits else "DOES NOT FIT"
     lines = [f"{relation}: {format_bytes(requested.total)} of the {format_bytes(plan.limit)} that a step may use"]
+    if stored := config.weights.stored_counts:
+        lines.append(f"codes of the files: {stored}")
     if kept := kept_text(config.model, config.weights):
         lines.append(f"in 16 bits: {kept}")
     if received := requested.received:

@@ -193,8 +193,8 @@ def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
         ({"model-q4.gguf": ""}, "contains model-q4.gguf: give the path of that file"),
         ({"config.json": '{"hidden_size": 5,}'}, r"config.json, line 1, column \d+: not JSON"),
         (
-            {"config.json": '{"quantization_config": {"quant_method": "gptq"}}'},
-            "found .*gptq.*16-bit model",
+            {"config.json": '{"quantization_config": {"quant_method": "hqq"}}'},
+            "found .*hqq.*16-bit model",
         ),
     ],
 )

@@ -1,12 +1,13 @@
-"""Tests GgmlTensor: every block format equals the gguf package's dequantization, to the bit."""
+"""Tests GgmlTensor: every block format equals the gguf package's dequantization, or the formula, to the bit."""
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, int4_type, row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml, finite_scales
 from tests.ggml_codes import dequantized, random_ggml
 
@@ -18,7 +19,7 @@ def stack_of(ggml_type: str) -> GgmlTensor:
 
 
 @pytest.mark.parametrize("ggml_type", BLOCK_FORMATS)
-def test_equals_gguf_to_the_bit(ggml_type):
+def test_equals_gguf_or_the_formula_to_the_bit(ggml_type):
     stack = stack_of(ggml_type)
     expected = dequantized(stack)
     found = np.asarray(jax.jit(dequantize_ggml)(stack))
@@ -28,8 +29,20 @@ def test_equals_gguf_to_the_bit(ggml_type):
 
 def test_sizes_and_numbers_are_those_of_gguf():
     for name, block in BLOCK_FORMATS.items():
-        kind = GGMLQuantizationType[name]
-        assert (kind.value, *GGML_QUANT_SIZES[kind]) == (block.number, block.weights, block.nbytes)
+        if not name.startswith("INT4"):
+            kind = GGMLQuantizationType[name]
+            assert (kind.value, *GGML_QUANT_SIZES[kind]) == (block.number, block.weights, block.nbytes)
+    assert not {kind.value for kind in GGMLQuantizationType} & {number for number, _ in INT4.values()}
+
+
+INT4 = {"INT4_128": (1128, 67), "INT4_64_BF16": (2064, 35), "INT4_32": (1032, 19)}
+
+
+def test_blocks_of_int4_are_groups_or_parts_of_them():
+    for group, dtype, name in [(128, "float16", "INT4_128"), (64, ml_dtypes.bfloat16, "INT4_64_BF16")]:
+        assert int4_type(group, np.dtype(dtype)) == name
+        assert (BLOCK_FORMATS[name].number, BLOCK_FORMATS[name].nbytes) == INT4[name]
+    assert [int4_type(size, np.dtype(np.float16)) for size in (96, 320, 4096)] == ["INT4_32", "INT4_64", "INT4_128"]
 
 
 def test_one_layer_and_another_dtype():

@@ -1,0 +1,101 @@
+"""Reads 4-bit weights of GPTQ, as AutoGPTQ and GPTQModel write them.
+
+A weight of N x K is `qweight` I32 [K / 8, N], `qzeros` I32 [G, N / 8], `scales` [G, N] and, from some writers, `g_idx`
+I32 [K], the group of each column. A word has eight integers, the first in the lowest bits. In the first version of the
+format (`checkpoint_format` gptq) each word of `qzeros` is less by 0x11111111, so each zero by one; not in gptq_v2.
+GPTQModel adds that number to the words, not to the integers, which matters if a zero is 0; so does this reader.
+
+Dimension key: N out, K in, G groups per row.
+"""
+
+import functools
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+from qlora_jax.io.hf.integer_groups import (
+    SCALE_TYPES,
+    Groups,
+    IntegerMethod,
+    IntegerWeight,
+    Parts,
+    Settings,
+    column_order,
+    group_setting_problems,
+    group_size_of,
+    matrix_of_words,
+    nibbles,
+    setting_problems,
+    tensor_problems,
+)
+
+ONES = np.uint32(0x11111111)
+
+
+class GptqSettings(TypedDict):
+    """The keys of quantization_config that are used."""
+
+    bits: int
+    group_size: int
+    checkpoint_format: NotRequired[str | None]
+    format: NotRequired[str | None]
+    is_marlin_format: NotRequired[bool | None]
+    pack_dtype: NotRequired[str | None]
+    dynamic: NotRequired[dict[str, object] | None]
+
+
+def _settings_problems(settings: Settings) -> list[str]:
+    problems = setting_problems(
+        settings,
+        {"bits": (4,), "is_marlin_format": (False, None), "pack_dtype": ("int32", None)},
+    )
+    if _format(settings) not in ("gptq", "gptq_v2"):
+        problems.append(f"checkpoint_format: found {_format(settings)}, expected gptq or gptq_v2")
+    problems += group_setting_problems(settings)
+    if others := [rule for rule in settings.get("dynamic") or {} if not rule.startswith("-:")]:
+        problems.append(f"dynamic: found the rule {others[0]}, expected only rules of layers in 16 bits (-:)")
+    return problems
+
+
+def _format(settings: Settings) -> str:
+    return (settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
+
+
+def _weight(parts: Parts, settings: Settings) -> IntegerWeight:
+    words, n = matrix_of_words(parts["qweight"])
+    k = words * 8
+    size = group_size_of(settings["group_size"], k)
+    expected = {
+        "qzeros": (["I32"], (k // size, n // 8)),
+        "scales": ([*SCALE_TYPES], (k // size, n)),
+        "g_idx": (["I32"], (k,)),
+    }
+    problems = [f"found {n} outputs, expected a multiple of 8"] if n % 8 else []
+    if problems := problems + tensor_problems(parts, expected):
+        raise ValueError("; ".join(problems))
+    return IntegerWeight(
+        shape=(n, k),
+        group_size=size,
+        scale_type=SCALE_TYPES[parts["scales"].file_type],
+        read=functools.partial(_read, parts, _format(settings) == "gptq"),
+        order=column_order(parts.get("g_idx"), k, size),
+    )
+
+
+def _read(parts: Parts, zeros_minus_one: bool, first: int, end: int) -> Groups:
+    zeros = parts["qzeros"].read().view(np.uint32)
+    zeros_GN = nibbles(zeros + ONES if zeros_minus_one else zeros)
+    return Groups(
+        codes=nibbles(parts["qweight"].read()[:, first:end].T),
+        zeros=np.ascontiguousarray(zeros_GN[:, first:end].T),
+        scales=np.ascontiguousarray(parts["scales"].read()[:, first:end].T),
+    )
+
+
+GPTQ = IntegerMethod(
+    title="GPTQ",
+    settings=GptqSettings,
+    problems=_settings_problems,
+    parts={"qweight": True, "qzeros": True, "scales": True, "g_idx": False},
+    weight=_weight,
+)
