@@ -1,5 +1,6 @@
 """Runs the project's commands in forked processes, which begin with everything imported and no jax backend."""
 
+import gc
 import os
 import signal
 import sys
@@ -64,6 +65,7 @@ class Running:
         self._printed = printed
         sys.stdout.flush()
         sys.stderr.flush()
+        gc.freeze()  # the child's collections do not visit what it inherits
         self.pid = os.fork()
         if self.pid == 0:
             _become(lambda: run_main(COMMANDS[words[0]].main, list(words[1:])), printed, cache)

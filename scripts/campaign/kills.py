@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from qlora_jax.config import read_config
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, saved_steps
@@ -23,7 +22,7 @@ from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Running, run_command
 from scripts.campaign.isolation import Limits, Run
 from scripts.campaign.ledger import Case, Verdict
-from scripts.campaign.run_results import CACHE, CONFIG, DIGEST, moved, run_digest, tiny_run, write_settings
+from scripts.campaign.run_results import CACHE, CONFIG, DIGEST, TinyRun, moved, run_digest, write_settings
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("anywhere", "after a step", "in a save", "in a save")
@@ -35,50 +34,60 @@ COMPILED = 0.5  # the duration of a run that finds compiled programs, as a part 
 # Room for five eighths of the state: 64 KiB of AdamW, 32 KiB of Lion. Only large arrays have 8-bit state.
 PAGING = dict(paging="on", paging_budget="40KiB")
 EVALUATED = dict(data=dict(eval_fraction=0.2), train=dict(eval_every=2, keep_best=True))
-VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "adamw": {},
-    "adamw_8bit": {"optim": dict(name="adamw_8bit"), "lora": dict(rank=64)},
-    "lion": {"optim": dict(name="lion_32bit")},
-    "lion_8bit": {"optim": dict(name="lion_8bit"), "lora": dict(rank=64)},
-    "paged_adamw": {"optim": dict(name="paged_adamw_32bit", **PAGING)},
-    "paged_adamw_8bit": {
-        "optim": dict(name="paged_adamw_8bit", paging="on", paging_budget="160KiB"),
-        "lora": dict(rank=64),
-    },
-    "paged_lion": {"optim": dict(name="paged_lion_32bit", paging="on", paging_budget="20KiB")},
-    "packed": {"data": dict(packing=True)},
-    "accumulated": {"train": dict(accumulation=2), "lora": dict(dtype="bfloat16")},
-    "dora": {"lora": dict(method="dora")},
-    "ia3": {"lora": dict(method="ia3", dropout=0.0)},
-    "ln_tuning": {"lora": dict(method="ln_tuning", dropout=0.0)},
-    "houlsby": {"lora": dict(method="houlsby", dropout=0.0)},
-    "pissa": {"lora": dict(init="pissa")},
-    "loftq": {"lora": dict(init="loftq"), "optim": dict(name="paged_adamw_32bit", **PAGING)},
-    "full": {"lora": dict(method="full", dropout=0.0), "model": dict(quant_type="none")},
-    "new_tokens": {"model": dict(new_tokens=["<tool>"])},
-    "evaluated": EVALUATED,
-    "sampled": EVALUATED | {"train": EVALUATED["train"] | dict(samples="prompts.txt", sample_tokens=4)},
+UNRANKED = dict(rank=16, dropout=0.0)  # defaults, for methods that have neither
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router"]
+VARIANTS: Mapping[str, TinyRun] = {
+    "adamw": TinyRun(),
+    "adamw_8bit": TinyRun(sections={"optim": dict(name="adamw_8bit"), "lora": dict(rank=64)}),
+    "lion": TinyRun(sections={"optim": dict(name="lion_32bit")}),
+    "lion_8bit": TinyRun(sections={"optim": dict(name="lion_8bit"), "lora": dict(rank=64)}),
+    "paged_adamw": TinyRun(sections={"optim": dict(name="paged_adamw_32bit", **PAGING)}),
+    "paged_adamw_8bit": TinyRun(
+        sections={
+            "optim": dict(name="paged_adamw_8bit", paging="on", paging_budget="160KiB"),
+            "lora": dict(rank=64),
+        }
+    ),
+    "paged_lion": TinyRun(sections={"optim": dict(name="paged_lion_32bit", paging="on", paging_budget="20KiB")}),
+    "buckets": TinyRun(sections={"data": dict(buckets=2)}),
+    "packed": TinyRun(sections={"data": dict(packing=True)}),
+    "accumulated": TinyRun(sections={"train": dict(accumulation=2), "lora": dict(dtype="bfloat16")}),
+    "dora": TinyRun(sections={"lora": dict(method="dora")}),
+    "ia3": TinyRun(sections={"lora": dict(method="ia3", **UNRANKED)}),
+    "ln_tuning": TinyRun(sections={"lora": dict(method="ln_tuning", **UNRANKED)}),
+    "houlsby": TinyRun(sections={"lora": dict(method="houlsby", dropout=0.0)}),
+    "pissa": TinyRun(sections={"lora": dict(init="pissa")}),
+    "loftq": TinyRun(sections={"lora": dict(init="loftq"), "optim": dict(name="paged_adamw_32bit", **PAGING)}),
+    "full": TinyRun(sections={"lora": dict(method="full", **UNRANKED), "model": dict(quant_type="none")}),
+    "keep_16bit": TinyRun(sections={"model": dict(keep_16bit=["v_proj", "layers.1.mlp.down_proj"])}),
+    "new_tokens": TinyRun(sections={"model": dict(new_tokens=["<tool>"])}),
+    "evaluated": TinyRun(sections=EVALUATED),
+    "sampled": TinyRun(
+        sections=EVALUATED | {"train": EVALUATED["train"] | dict(samples="prompts.txt", sample_tokens=4)}
+    ),
+    "dpo": TinyRun(objective="dpo", sections=EVALUATED | {"lora": dict(dropout=0.0)}),
+    "classification": TinyRun(objective="classification", sections=EVALUATED),
+    "experts": TinyRun(
+        family="qwen3moe",
+        sections={"lora": dict(target_parameters=EXPERTS, dropout=0.0), "router": dict(aux_loss_coef=0.01)},
+    ),
+    "offloaded_experts": TinyRun(
+        family="gptoss", sections={"model": dict(experts="offload"), "train": dict(remat="names")}
+    ),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class KilledRun:
-    """Runs of one set of settings.
+    """Runs of one set of settings."""
 
-    Attributes:
-      changes: settings that differ from those of `tiny_run`, by section.
-    """
-
-    changes: Mapping[str, Mapping[str, Any]]
+    run: TinyRun
     shared: str | None = None
 
     def write_sound(self, folder: Path) -> None:
         """Writes the model, the rows, and the digest of an uninterrupted run, which fills the cache of programs."""
         run = folder / "run"
-        sections = {name: dict(values) for name, values in self.changes.items()}
-        if "samples" in sections.get("train", {}):
-            sections["train"]["samples"] = str(folder / "prompts.txt")
-        words = write_settings(tiny_run(folder, run, sections), folder / CONFIG)
+        words = write_settings(moved(self.run.write(folder, run), folder, run), folder / CONFIG)
         began = time.monotonic()
         done = run_command(words, folder / "printed.txt", folder / CACHE)
         if done.status != 0:
@@ -159,7 +168,7 @@ def _saving(run: Path) -> bool:
 
 def campaign() -> Campaign:
     """Returns the campaign."""
-    return Campaign("kills", {name: KilledRun(changes) for name, changes in VARIANTS.items()}, LIMITS)
+    return Campaign("kills", {name: KilledRun(run) for name, run in VARIANTS.items()}, LIMITS)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.config import Config, write_config
+from qlora_jax.config.schema import ObjectiveName
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, saved_steps
 from qlora_jax.training.checkpoint_state import RESUME_KEYS
@@ -18,26 +19,73 @@ from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE
 from scripts.campaign.isolation import FORK
 from tests.e2e.project import project
 from tests.e2e.run_records import comparable_records
+from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.tiny_models import write_folder
 
 STEPS = 8
-DIGEST, CONFIG, CACHE, MODEL, ROWS = "digest.txt", "config.yaml", "cache", "model", "rows.jsonl"
+DIGEST, CONFIG, CACHE = "digest.txt", "config.yaml", "cache"
+MODEL, ROWS, PROMPTS = "model", "rows.jsonl", "prompts.txt"
 PLACES = ("config", "versions")  # of a checkpoint's state: they name paths, and libraries
 
 
-def tiny_run(folder: Path, output: Path, changes: Mapping[str, Mapping[str, Any]]) -> Config:
-    """Writes a model, rows and prompts into `folder` unless they are there; returns the settings of a run."""
-    train = dict(steps=STEPS, micro_batch_size=2, accumulation=1, save_every=1, eval_every=0)
-    data = dict(eval_fraction=0.0)
-    sections = {name: dict(values) for name, values in changes.items()}
-    sections["train"], sections["data"] = train | sections.get("train", {}), data | sections.get("data", {})
-    config = project(folder, base=None, layers=2, **sections)
-    (folder / "prompts.txt").write_text("say sun\nsay moon\n")
-    return dataclasses.replace(config, output=str(output))
+TRAIN = dict(steps=STEPS, micro_batch_size=2, accumulation=1, save_every=1, eval_every=0)
+DATA = dict(eval_fraction=0.0, buckets=1)  # a bucket is a program, which each process traces
+SEPARATE = ("preference", "head", "router")  # sections that `project` does not take
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyRun:
+    """A run of a tiny model.
+
+    Attributes:
+      sections: settings that differ from TRAIN, DATA and those of `project`, by section.
+      objective: loss of the run, which determines its rows.
+      family: a family of tests/io/gguf_families.py; None for a Llama.
+    """
+
+    sections: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    objective: ObjectiveName = "sft"
+    family: str | None = None
+
+    def write(self, folder: Path, output: Path) -> Config:
+        """Writes model, rows and prompts into `folder`; returns the settings of a run."""
+        sections = {name: dict(values) for name, values in self.sections.items()}
+        sections["train"], sections["data"] = TRAIN | sections.get("train", {}), DATA | sections.get("data", {})
+        separate = {name: sections.pop(name) for name in SEPARATE if name in sections}
+        config = project(folder, **sections)
+        changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in separate.items()}
+        (folder / PROMPTS).write_text("say sun\nsay moon\n")
+        if self.objective in ROWS_OF:
+            rows = map(ROWS_OF[self.objective], range(24))
+            (folder / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if self.family is not None:
+            _write_family(folder / MODEL, self.family)
+        return dataclasses.replace(config, objective=self.objective, output=str(output), **changed)
+
+
+def _pair(number: int) -> dict[str, object]:
+    word = WORDS[number % 3]
+    return {"prompt": f"say {word} {number}", "chosen": "yes", "rejected": f"no {word} at all"}
+
+
+def _labelled(number: int) -> dict[str, object]:
+    return {"text": f"{number * 7 % 10} the {WORDS[number % 3]}", "label": WORDS[number % 3]}
+
+
+WORDS = ("sun", "moon", "rain")
+ROWS_OF: Mapping[ObjectiveName, Callable[[int], dict[str, object]]] = {"dpo": _pair, "classification": _labelled}
+
+
+def _write_family(model: Path, family: str) -> None:
+    """Writes another family's config and weights over those of `project`; the tokenizer stays."""
+    _, config = FAMILIES[family]
+    config = config | dict(vocab_size=258, max_position_embeddings=256, bos_token_id=256, eos_token_id=257)
+    write_folder(model, config | dict(pad_token_id=257), random_tensors(config))
 
 
 def moved(config: Config, folder: Path, output: Path) -> Config:
-    """Returns the settings with the files that `tiny_run` wrote into another folder."""
-    samples = None if config.train.samples is None else str(folder / "prompts.txt")
+    """Returns the settings with the files that `TinyRun.write` wrote into another folder."""
+    samples = None if config.train.samples is None else str(folder / PROMPTS)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, path=str(folder / MODEL)),

@@ -18,10 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from scripts.campaign.commands import Running
-from scripts.campaign.run_results import CACHE, CONFIG, tiny_run, write_settings
+from scripts.campaign.run_results import CACHE, CONFIG, TinyRun, moved, write_settings
 
 SETTINGS = {
-    "train": dict(steps=10_000_000, save_every=5, eval_every=20, keep_best=True, sample_tokens=4),
+    "train": dict(
+        steps=10_000_000, save_every=5, eval_every=20, keep_best=True, samples="prompts.txt", sample_tokens=4
+    ),
     "data": dict(eval_fraction=0.2),
     "lora": dict(rank=64),
     "optim": dict(name="paged_adamw_8bit", paging="on", paging_budget="160KiB"),
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     folder = args.output.absolute() / "soak"
     folder.mkdir(parents=True, exist_ok=True)
     run = folder / f"run-{time.time_ns()}"
-    config = tiny_run(folder, run, SETTINGS | {"train": SETTINGS["train"] | dict(samples=str(folder / "prompts.txt"))})
+    config = moved(TinyRun(sections=SETTINGS).write(folder, run), folder, run)
     process = Running(write_settings(config, folder / CONFIG), folder / "printed.txt", folder / CACHE)
     samples = watch(process, args.hours, args.hours * 3600 / 2000, lambda: resident(process.pid))
     crashed = process.ended()

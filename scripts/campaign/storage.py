@@ -25,7 +25,7 @@ from scripts.campaign.disk import make_read_only, resize, small_disk
 from scripts.campaign.isolation import Limits, Run
 from scripts.campaign.ledger import Case, Verdict
 from scripts.campaign.mutations import damage_bytes
-from scripts.campaign.run_results import CACHE, CONFIG, MODEL, moved, run_digest, tiny_run, write_settings
+from scripts.campaign.run_results import CACHE, CONFIG, MODEL, PROMPTS, TinyRun, moved, run_digest, write_settings
 
 LIMITS = Limits(wall_seconds=900.0, cases=50)
 LARGE = 256 << 20
@@ -100,7 +100,7 @@ def _model_of(sound: Path) -> list[str]:
 
 
 def _generate_words(sound: Path, output: Path) -> list[str]:
-    prompts = ["--prompts", str(sound / "prompts.txt"), "--max_new_tokens", "8"]
+    prompts = ["--prompts", str(sound / PROMPTS), "--max_new_tokens", "8"]
     return ["generate", *_model_of(sound), *prompts, "--output", str(output)]
 
 
@@ -129,7 +129,7 @@ TASKS: Mapping[str, FileTask] = {
 
 def write_runs(folder: Path) -> None:
     """Writes a model, rows, a finished run and one that stopped half-way."""
-    config = tiny_run(folder, folder / BASE_RUN, {"train": dict(save_every=2)})
+    config = TinyRun(sections={"train": dict(save_every=2)}).write(folder, folder / BASE_RUN)
     _split_like_gpt2(folder / MODEL / "tokenizer.json")
     words = write_settings(config, folder / CONFIG)
     (folder / "few.jsonl").write_text("".join((folder / "rows.jsonl").read_text().splitlines(keepends=True)[:4]))
