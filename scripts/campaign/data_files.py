@@ -14,6 +14,8 @@ import yaml
 from qlora_jax.config import read_config, to_dict
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.row_kinds import ROW_USES, objectives_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts
 from scripts.campaign.file_kind import FileKind
@@ -24,7 +26,7 @@ from tests.data.sound_rows import SOUND_ROWS
 
 ASSETS = Path(__file__).resolve().parent.parent.parent / "tests/data/assets"
 TEMPLATES = (LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR)
-TEMPLATE_FILE, CACHE, FORMAT_FILE = "template.jinja", "cache", "format.txt"
+TEMPLATE_FILE, CACHE, FORMAT_FILE, OBJECTIVE_FILE = "template.jinja", "cache", "format.txt", "objective.txt"
 
 
 @functools.cache
@@ -42,17 +44,19 @@ def tokenizer() -> Tokenizer:
     )
 
 
-def load(**settings: Any) -> list[object]:
+def load(objective: str = "sft", **settings: Any) -> list[object]:
     """Loads a data set; returns what training and the data report take from it."""
-    data = DataArgs(**settings)
-    dataset = load_dataset(data, tokenizer(), seed=0, micro_batch_size=1, accumulation=1)
+    data, paired = DataArgs(**settings), objective == "kto"
+    dataset = load_dataset(
+        data, tokenizer(), seed=0, micro_batch_size=1, accumulation=1, objective=objective, kl_pairs=paired
+    )
     return [*_batches(dataset), dataset.fingerprint]
 
 
 def _batches(dataset: Dataset) -> list[object]:
     found = []
     for _, batch in zip(range(min(dataset.steps_per_epoch, 20)), dataset.train_batches(), strict=False):
-        found += [batch.inputs, batch.targets, batch.weights]
+        found += [array for _, array in sorted(batch.arrays().items())]
     return found
 
 
@@ -66,11 +70,15 @@ def _rows_of(row_format: str, count: int = 6) -> list[dict[str, Any]]:
 def _write_rows(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows_of("completion")))
     (folder / FORMAT_FILE).write_text("auto")
+    (folder / OBJECTIVE_FILE).write_text("sft")
 
 
 def _damage_rows(chance: random.Random, folder: Path) -> str:
     """Writes rows of any format, some of them damaged, in any file type; at times damages the bytes, too."""
-    row_format = chance.choice(list(SOUND_ROWS))
+    return _damage_rows_of(chance, folder, chance.choice(list(SOUND_ROWS)))
+
+
+def _damage_rows_of(chance: random.Random, folder: Path, row_format: str) -> str:
     rows: list[Any] = _rows_of(row_format)
     for number in chance.sample(range(len(rows)), chance.choice((0, 1, 1, 2, 6))):
         rows[number] = damage_value(chance, rows[number])
@@ -113,6 +121,22 @@ def _read_rows(folder: Path) -> list[object]:
     found = load(train=str(path), format=(folder / FORMAT_FILE).read_text())
     rows = read_prompts(str(path)) if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")) else []
     return [*found, len(rows)]
+
+
+def _damage_objective_rows(chance: random.Random, folder: Path) -> str:
+    """Damages rows of pairs and labels, for an objective that trains on them, or now and then for another one."""
+    formats = [row_format for row_format in FORMATS.values() if row_format.kind != "text"]
+    row_format = chance.choice(formats)
+    objectives = [row_format.objective] if row_format.objective else objectives_of(row_format.kind)
+    objective = chance.choice([*ROW_USES] if chance.random() < 0.1 else objectives)
+    (folder / OBJECTIVE_FILE).write_text(objective)
+    return f"{objective}: {_damage_rows_of(chance, folder, row_format.name)}"
+
+
+def _read_objective_rows(folder: Path) -> list[object]:
+    (path,) = folder.glob("rows.*")
+    objective, row_format = ((folder / name).read_text() for name in (OBJECTIVE_FILE, FORMAT_FILE))
+    return load(objective, train=str(path), format=row_format)
 
 
 def _read_prompts(folder: Path) -> Sequence[object]:
@@ -249,6 +273,9 @@ def _read_cache(folder: Path) -> list[object]:
 
 DATA_KINDS: Mapping[str, FileKind] = {
     "rows": FileKind(write=_write_rows, shared="rows", damage=_damage_rows, read=_read_rows),
+    "objective_rows": FileKind(
+        write=_write_rows, shared="rows", damage=_damage_objective_rows, read=_read_objective_rows
+    ),
     "prompts": FileKind(write=_write_rows, shared="rows", damage=_damage_rows, read=_read_prompts),
     "parquet": FileKind(
         write=_write_parquet, damage=_damage_parquet, read=lambda f: load(train=str(f / "rows.parquet"))

@@ -15,10 +15,12 @@ LIMITS = Limits(cpu_seconds=5.0, wall_seconds=60.0, memory=1 << 30)
 def campaign() -> Campaign:
     """Returns the campaign."""
     from scripts.campaign.data_files import DATA_KINDS
+    from scripts.campaign.mixture_files import MIXTURE_KINDS
     from scripts.campaign.model_files import MODEL_KINDS
     from scripts.campaign.run_files import RUN_KINDS
+    from scripts.campaign.study_files import STUDY_KINDS
 
-    return Campaign("fuzz", {**MODEL_KINDS, **DATA_KINDS, **RUN_KINDS}, LIMITS)
+    return Campaign("fuzz", {**MODEL_KINDS, **MIXTURE_KINDS, **DATA_KINDS, **RUN_KINDS, **STUDY_KINDS}, LIMITS)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ COMPILED = 0.5  # the duration of a run that finds compiled programs, as a part 
 PAGING = dict(paging="on", paging_budget="40KiB")
 EVALUATED = dict(data=dict(eval_fraction=0.2), train=dict(eval_every=2, keep_best=True))
 UNRANKED = dict(rank=16, dropout=0.0)  # defaults, for methods that have neither
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate"]
 VARIANTS: Mapping[str, TinyRun] = {
     "adamw": TinyRun(),
     "adamw_8bit": TinyRun(sections={"optim": dict(name="adamw_8bit"), "lora": dict(rank=64)}),

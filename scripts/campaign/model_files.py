@@ -53,13 +53,18 @@ def _write_gguf_files(folder: Path) -> None:
     for name, (architecture, config) in FAMILIES.items():
         path = folder / f"{name.replace(', ', '-')}.gguf"
         write_family(path, architecture, config, random_tensors(config))
-        metadata, tensors, data = _parts(path)
-        vocabulary = _sentencepiece() if architecture.startswith("gemma") else _byte_level()
-        path.write_bytes(gguf_bytes(metadata | vocabulary, tensors, data, 0))
+        set_vocabulary(path, _sentencepiece() if architecture.startswith("gemma") else byte_level())
     shutil.copy(folder / "llama.gguf", folder / "model.gguf")
 
 
-def _byte_level() -> dict[str, Any]:
+def set_vocabulary(path: Path, vocabulary: Mapping[str, Any]) -> None:
+    """Replaces the vocabulary of a GGUF file by one that encodes any text."""
+    metadata, tensors, data = _parts(path)
+    path.write_bytes(gguf_bytes({**metadata, **vocabulary}, tensors, data, 0))
+
+
+def byte_level() -> dict[str, Any]:
+    """Returns a byte-level vocabulary of 32 tokens."""
     return {
         "tokenizer.ggml.tokens": [*SPECIAL, *LETTERS, "\u0120", "ab", "abc", "\u0120a"],
         "tokenizer.ggml.merges": ["a b", "ab c", "\u0120 a"],
@@ -76,7 +81,7 @@ def _sentencepiece() -> dict[str, Any]:
     }
 
 
-def _damage_gguf(chance: random.Random, folder: Path) -> str:
+def damage_gguf_file(chance: random.Random, folder: Path) -> str:
     """Makes one architecture's file the model, with damaged header values, or with damaged bytes."""
     target = folder / "model.gguf"
     source = chance.choice(sorted(set(folder.glob("*.gguf")) - {target}))
@@ -178,10 +183,11 @@ def _write_hugging_face(folder: Path) -> None:
 def _write_shards(folder: Path) -> None:
     config = tiny_config()
     write_folder(folder / MODEL, config, random_weights(config), shards=3)
-    _add_tokenizer(folder / MODEL)
+    add_tokenizer(folder / MODEL)
 
 
-def _add_tokenizer(folder: Path) -> None:
+def add_tokenizer(folder: Path) -> None:
+    """Writes the files of a tokenizer of whole words."""
     (folder / "tokenizer.json").write_text(tokenizer_json())
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
 
@@ -221,7 +227,7 @@ def _write_families(folder: Path) -> None:
     for name, (_, config) in FAMILIES.items():
         target = folder / name.replace(", ", "-")
         write_folder(target, config, random_tensors(config))
-        _add_tokenizer(target)
+        add_tokenizer(target)
     shutil.copytree(folder / "llama", folder / MODEL)
 
 
@@ -313,7 +319,7 @@ def _of_model(read: Callable[[Path], list[object]], name: str) -> Callable[[Path
 
 
 MODEL_KINDS: Mapping[str, FileKind] = {
-    "gguf": FileKind(write=_write_gguf_files, damage=_damage_gguf, read=_of_model(read_model, "model.gguf")),
+    "gguf": FileKind(write=_write_gguf_files, damage=damage_gguf_file, read=_of_model(read_model, "model.gguf")),
     "safetensors": FileKind(write=_write_hugging_face, damage=_damage_safetensors, read=_of_model(read_model, MODEL)),
     "index": FileKind(write=_write_shards, damage=_damage_index, read=_of_model(read_model, MODEL)),
     "config": FileKind(write=_write_families, damage=_damage_config, read=_of_model(read_model, MODEL)),

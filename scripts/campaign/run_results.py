@@ -52,7 +52,7 @@ class TinyRun:
         sections = {name: dict(values) for name, values in self.sections.items()}
         sections["train"], sections["data"] = TRAIN | sections.get("train", {}), DATA | sections.get("data", {})
         separate = {name: sections.pop(name) for name in SEPARATE if name in sections}
-        config = project(folder, **sections)
+        config = project(folder, layers=2, base=None, **sections)
         changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in separate.items()}
         (folder / PROMPTS).write_text("say sun\nsay moon\n")
         if self.objective in ROWS_OF:
