@@ -22,6 +22,7 @@ from qlora_jax.data.encoder import Finish, check_encodable
 from qlora_jax.data.formats.preference import EQUAL_ANSWERS
 from qlora_jax.data.formats.reasoning import read_thought
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
+from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_plain, read_template_kwargs
 from qlora_jax.data.formats.tool_calls import Tools, called_functions, check_template_shows, read_tools
 from qlora_jax.data.labels import ValueReader, Values, value_reader
 from qlora_jax.data.loss_mask.by_offsets import is_lossy
@@ -32,7 +33,7 @@ from qlora_jax.data.loss_mask.turns import closes_reasoning, text_behind, withou
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
-from qlora_jax.data.tokenizer.render_batches import run_together
+from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
@@ -174,12 +175,16 @@ def make_branch_encoder(
     Args:
       labels: names of the classes, in order.
     """
-    marks = functools.cache(lambda: turn_marks(tokenizer))
+    context_of = by_template_kwargs(lambda one: (one, functools.cache(lambda: turn_marks(one))), tokenizer)
+
+    def write(row: Columns) -> Writing:
+        return (yield from with_variables(_write(row, row_format, use, *context_of(row)), read_template_kwargs(row)))
+
     return BranchEncoder(
         tokenizer=tokenizer,
         use=use,
         chat=tokenizer.chat_template is not None,
-        write=lambda row: _write(row, row_format, tokenizer, use, marks),
+        write=write,
         values=value_reader(use.values, labels, label_columns="label" not in row_format.required),
     )
 
@@ -201,13 +206,14 @@ def _int32(ids: list[int]) -> Int32[np.ndarray, " T"]:
 
 
 def _write(
-    row: Columns, row_format: RowFormat, tokenizer: Tokenizer, use: RowUse, marks: Callable[[], TurnMarks]
+    row: Columns, row_format: RowFormat, use: RowUse, tokenizer: Tokenizer, marks: Callable[[], TurnMarks]
 ) -> Writing:
     """Yields the conversations of a row to render, and returns its texts."""
     assert row_format.texts is not None
     found = row_format.texts(row, tokenizer.chat_template is not None)
     plain = _plain(found, use, tokenizer)
     if plain is not None:
+        check_plain(row)
         return plain
     if tokenizer.chat_template is None:
         raise ValueError("a list of messages needs a chat template, and this model has none. Set data.chat_template")

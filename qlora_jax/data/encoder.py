@@ -13,6 +13,7 @@ import tokenizers
 
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import Columns, RowFormat
+from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_plain, read_template_kwargs
 from qlora_jax.data.formats.tool_calls import read_tools
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
@@ -24,7 +25,7 @@ from qlora_jax.data.loss_mask.spans import SegmentSearch
 from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment, join_text
 from qlora_jax.data.loss_mask.unseen import with_unseen
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
-from qlora_jax.data.tokenizer.render_batches import run_together
+from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Rows per chunk. The encodings of a whole data set would take about 100 bytes per token; in smaller chunks the
@@ -272,13 +273,15 @@ def _with_branched(
 
 
 def _conversations(row_format: RowFormat, tokenizer: Tokenizer, learn: Learn) -> SegmentAll:
-    segmenter, messages = make_segmenter(tokenizer), row_format.messages
+    segmenter_of, messages = by_template_kwargs(make_segmenter, tokenizer), row_format.messages
     assert messages is not None
+    segmenter_of({})  # raises the template's errors before any row is read
     has_tools = "tools" in row_format.optional
 
     def search(row: Columns) -> SegmentSearch:
         chat = messages(row)
-        found = yield from segmenter(chat, read_tools(row) if has_tools else None)
+        segmenting = segmenter_of(row)(chat, read_tools(row) if has_tools else None)
+        found = yield from with_variables(segmenting, read_template_kwargs(row))
         return with_unseen(found.learned(learn), chat)
 
     return lambda rows: run_together(map(search, rows), tokenizer.start_rendering)
@@ -296,7 +299,15 @@ def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:
             "Add eos_token to its files."
         )
     plain = row_format.plain
-    return lambda rows: [RowText(plain(row)) for row in rows]
+
+    def segments(row: Columns) -> RowText | ValueError:
+        try:
+            check_plain(row)
+        except ValueError as error:
+            return error
+        return RowText(plain(row))
+
+    return lambda rows: [segments(row) for row in rows]
 
 
 def _checked(segment_all: SegmentAll, learn: Learn, one_answer: bool) -> SegmentAll:

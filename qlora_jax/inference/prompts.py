@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import RowFormat
+from qlora_jax.data.formats.template_kwargs import check_plain, read_template_kwargs, with_row_kwargs
 from qlora_jax.data.formats.tool_calls import Tools, read_tools
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows
@@ -59,9 +60,11 @@ class Prompter:
         if problems := row_format.check(answered):
             raise ValueError("; ".join(problems))
         if not self.chat:
+            check_plain(columns)
             return self.text(_plain(row_format, answered))
         tools = read_tools(answered) if "tools" in row_format.optional else None
-        return self.conversation(_conversation(row_format, answered), tools)
+        own = dataclasses.replace(self, tokenizer=with_row_kwargs(self.tokenizer, read_template_kwargs(columns)))
+        return own.conversation(_conversation(row_format, answered), tools)
 
 
 def prompter(tokenizer: Tokenizer, *, raw: bool, system: str | None) -> Prompter:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from qlora_jax.data.formats import conversations, labelled, preference
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
 from qlora_jax.data.formats.row_format import Columns, RowFormat
+from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.formats.texts import text_problems
 from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
 from qlora_jax.data.loss_mask.turn_branches import Segment
@@ -228,4 +229,4 @@ _FORMS = (
 )
 FORMATS = {row_format.name: row_format for row_format in (*_FORMS, *preference.FORMS, *labelled.FORMS)}
 # Columns that rows of some format may lack.
-OPTIONAL_COLUMNS = frozenset(name for form in FORMATS.values() for name in form.optional)
+OPTIONAL_COLUMNS = frozenset(name for form in FORMATS.values() for name in form.optional) | {TEMPLATE_KWARGS}

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, template_kwargs_problems
 from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.row_kinds import RowKind, objectives_of
@@ -79,7 +80,7 @@ class RowFormat:
         missing = [name for name in self.required if name not in row]
         if missing:
             return [f"no column {' or '.join(map(repr, missing))}; found {', '.join(map(repr, row))}"]
-        return self.problems(row)
+        return self.problems(row) + (template_kwargs_problems(row) if TEMPLATE_KWARGS in row else [])
 
     def content(self, row: Columns) -> str:
         """Returns the columns that the model sees as canonical text. Rows with equal content have equal ids.
@@ -93,4 +94,6 @@ class RowFormat:
         for name in ("tools", "functions"):  # keeps the hashes of rows from before these existed
             if not columns.get(name):
                 columns.pop(name, None)
+        if row.get(TEMPLATE_KWARGS):
+            columns[TEMPLATE_KWARGS] = row[TEMPLATE_KWARGS]
         return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)

@@ -16,9 +16,9 @@ def read_tools(row: JSONObject) -> Tools | None:
 
     Without tools, those of OpenAI's deprecated column `functions` are returned.
     """
-    if tools := _read(row.get("tools") or None):
+    if tools := decode_json(row.get("tools") or None):
         return tools
-    functions = _read(row.get("functions") or None) or ()
+    functions = decode_json(row.get("functions") or None) or ()
     return [{"type": "function", "function": function} for function in functions] or None
 
 
@@ -29,7 +29,7 @@ def tools_problems(row: JSONObject) -> list[str]:
 
 def _schema_problems(name: str, value: object) -> list[str]:
     try:
-        schemas = _read(value or None)
+        schemas = decode_json(value or None)
     except json.JSONDecodeError as error:
         return [f"{name} is not JSON: {describe_json_error(error)}"]
     if not schemas or (isinstance(schemas, list) and all(isinstance(schema, dict) for schema in schemas)):
@@ -50,7 +50,7 @@ def _call_problems(number: int, call: JSONObject) -> list[str]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
         return [f"tool call {number} needs a function with 'name' and 'arguments'"]
     try:
-        arguments = _read(function["arguments"])
+        arguments = decode_json(function["arguments"])
     except json.JSONDecodeError as error:
         return [f"the arguments of tool call {number} are not JSON: {describe_json_error(error)}"]
     return [] if isinstance(arguments, dict) else [f"the arguments of tool call {number} are not an object"]
@@ -66,21 +66,21 @@ def with_parsed_arguments(message: Message) -> Message:
 def _with_parsed_arguments(call: JSONObject) -> JSONObject:
     if "function" in call:
         return {**call, "function": _with_parsed_arguments(call["function"])}
-    return {**call, "arguments": _read(call["arguments"])}
+    return {**call, "arguments": decode_json(call["arguments"])}
 
 
-def _read(arguments: Any) -> Any:
-    """Returns decoded JSON if `arguments` is text, else `arguments`."""
-    if not isinstance(arguments, str):
-        return arguments
-    if is_too_deep(arguments):
-        raise json.JSONDecodeError(f"nested more than {MAX_DEPTH} levels deep", arguments, 0)
+def decode_json(value: Any) -> Any:
+    """Returns decoded JSON if `value` is text, else `value`."""
+    if not isinstance(value, str):
+        return value
+    if is_too_deep(value):
+        raise json.JSONDecodeError(f"nested more than {MAX_DEPTH} levels deep", value, 0)
     try:
-        return json.loads(arguments)
+        return json.loads(value)
     except json.JSONDecodeError:
         raise
     except ValueError as error:  # a number with thousands of digits
-        raise json.JSONDecodeError(str(error), arguments, 0) from None
+        raise json.JSONDecodeError(str(error), value, 0) from None
 
 
 def called_functions(message: Message) -> list[str]:

@@ -14,6 +14,7 @@ from qlora_jax.data.batching.packing import pack
 from qlora_jax.data.batching.slots import packed_lengths
 from qlora_jax.data.branches import branch_ends
 from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import TEXT_NAMES
 from qlora_jax.data.rows import TokenRows
@@ -125,7 +126,7 @@ def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
     fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
     for name in ("bad_rows", "unseen_rows"):
         fields[name] = tuple(row._replace(path=path) for row in fields[name])
-    used = {*known.required, *known.optional, *counts.labels}  # labels may be columns
+    used = {*known.required, *known.optional, TEMPLATE_KWARGS, *counts.labels}  # labels may be columns
     ignored = tuple(name for name in counts.columns if name not in used)
     return SplitReport(**fields, path=path, form=form, ignored_columns=ignored)
 

@@ -27,11 +27,13 @@ class Rendering(NamedTuple):
         content. A template that fails without it then gets empty text.
       add_generation_prompt: True if the text ends with the prompt of an assistant's turn.
       tools: JSON schemas of the functions that the model may call.
+      variables: variables of the template that this conversation sets; None: none.
     """
 
     messages: Sequence[Message]
     add_generation_prompt: bool = False
     tools: Sequence[Mapping[str, object]] | None = None
+    variables: Mapping[str, object] | None = None
 
 
 def start_process() -> None:

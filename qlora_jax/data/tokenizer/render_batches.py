@@ -1,7 +1,7 @@
 """Runs computations that need rendered conversations, such as those of many rows, and renders many at once."""
 
 import collections
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 from qlora_jax.data.tokenizer.chat_template import Rendering
 
@@ -9,6 +9,21 @@ BATCH = 64  # computations whose conversations are rendered at once
 _AHEAD = 2  # batches that are sent before the texts of the first are used
 
 Texts = Sequence[str | ValueError]
+
+
+def with_variables[T](
+    computation: Generator[Sequence[Rendering], Texts, T], variables: Mapping[str, object]
+) -> Generator[Sequence[Rendering], Texts, T]:
+    """Returns the computation with these variables of the template in each conversation that it yields."""
+    if not variables:
+        return (yield from computation)
+    try:
+        wanted = next(computation)
+        while True:
+            texts = yield [one._replace(variables=variables) for one in wanted]
+            wanted = computation.send(texts)
+    except StopIteration as end:
+        return end.value
 
 
 def run_together[T](

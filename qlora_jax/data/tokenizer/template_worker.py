@@ -40,7 +40,8 @@ from qlora_jax.data.tokenizer.template_protocol import (
 )
 from qlora_jax.sandbox.limits import limit_resources
 
-Call = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None]  # the fields of a Rendering
+# The fields of a Rendering.
+Call = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None, Mapping[str, object] | None]
 
 _LONGEST_ERROR = 2000  # characters
 _BUFFER = 1 << 18  # bytes of requests that are read at once
@@ -144,8 +145,12 @@ def render_conversation(
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
     tools: Sequence[Mapping[str, Any]] | None,
+    own_variables: Mapping[str, object] | None,
 ) -> str:
     """Renders one conversation; see chat_template.render.
+
+    Args:
+      own_variables: those of this conversation, which take precedence.
 
     Raises:
       ValueError: the template does not parse, rejects these messages or fails on them.
@@ -154,6 +159,7 @@ def render_conversation(
     if names := _reasoning_names(template):
         chat = [_with_reasoning(message, names) for message in chat]
     given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
+    given |= own_variables or {}
     compiled = _compile(template)
     try:
         with contextlib.suppress(jinja2.UndefinedError):
