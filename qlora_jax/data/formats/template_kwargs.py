@@ -48,7 +48,7 @@ def with_row_kwargs(tokenizer: Tokenizer, variables: Mapping[str, TemplateValue]
     """Returns the tokenizer with a row's variables, which take precedence over the tokenizer's.
 
     Raises:
-      ValueError: there is no chat template, or it reads no variable of a name.
+      ValueError: the tokenizer has no chat template, or that reads no variable of a name.
     """
     if not variables:
         return tokenizer
@@ -56,7 +56,7 @@ def with_row_kwargs(tokenizer: Tokenizer, variables: Mapping[str, TemplateValue]
 
 
 def by_template_kwargs[T](make: Callable[[Tokenizer], T], tokenizer: Tokenizer) -> Callable[[JSONObject], T]:
-    """Returns a function of a row: what `make` makes of the tokenizer with the row's variables, once for equal ones."""
+    """Returns a function of a row that calls `make` with the row's tokenizer, once for rows with equal variables."""
 
     @functools.lru_cache(_CACHED)
     def made(variables: str) -> T:
