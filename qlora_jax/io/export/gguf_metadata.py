@@ -8,7 +8,8 @@ from typing import NamedTuple
 from gguf.constants import GGMLQuantizationType
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_MODEL_TYPE, Architecture
+from qlora_jax.io.gguf.architecture import Architecture
+from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_MODEL_TYPE
 from qlora_jax.io.gguf.config_reader import config_from_metadata
 from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, tensors_misplaced
 from qlora_jax.io.gguf.header import TensorInfo

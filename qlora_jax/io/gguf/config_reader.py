@@ -11,15 +11,8 @@ from typing import Annotated, TypedDict
 import numpy as np
 from pydantic import FailFast, Field
 
-from qlora_jax.io.gguf.architectures import (
-    ARCHITECTURES,
-    LONGROPE_FACTORS,
-    MIXTURES,
-    PATTERN,
-    TEMPERATURE,
-    Architecture,
-    Variant,
-)
+from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, PATTERN, TEMPERATURE, Architecture, Variant
+from qlora_jax.io.gguf.architectures import ARCHITECTURES, MIXTURES
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.gguf.rope_reader import ATTENTION_FACTORS, ROPE_FACTOR_KEYS, original_context, rope_scaling
 from qlora_jax.io.model_source import JsonObject

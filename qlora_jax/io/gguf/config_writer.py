@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from qlora_jax.io.config_diff import config_differences
-from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS
 from qlora_jax.io.gguf.rope_reader import F32, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
 from qlora_jax.io.model_source import JsonObject

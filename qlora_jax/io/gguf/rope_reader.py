@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, TEMPERATURE, Architecture
+from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, ROPE_FACTORS, TEMPERATURE, Architecture
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.metadata import shorten
