@@ -129,12 +129,12 @@ class Attention(nnx.Module):
         sinks_N = None if self.sinks is None else select_layer(self.sinks.get_value(), layer)
         scale = self.config.query_scale or self.config.head_dim**-0.5
         if cache is None:
-            v = checkpoint_name(v, "value")
+            v = self._clipped(checkpoint_name(v, "value"))
             with jax.named_scope("attention"):
                 texts = {"segments_BT": positions.segments_BT, "spans": positions.spans}
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen, sinks_N=sinks_N)
         else:
-            cache = _write(cache, layer, k, v, positions.index_BT)
+            cache = _write(cache, layer, k, self._clipped(v), positions.index_BT)
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
             out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen, sinks_N=sinks_N)
         out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
@@ -156,7 +156,7 @@ class Attention(nnx.Module):
         return q, k, v
 
     def _turned(self, norm: str, kept_as: str, x_BTNH: jax.Array, positions: Positions, layer) -> jax.Array:
-        """Normalizes queries or keys if the model does, and rotates them.
+        """Normalizes and clips queries or keys if the model does, and rotates them.
 
         Names the norm's input for remat, or the result if the model has no such norm.
         """
@@ -164,12 +164,17 @@ class Attention(nnx.Module):
             x_BTNH = checkpoint_name(x_BTNH, kept_as)
             wide = x_BTNH if self.config.qk_norm == "head" else x_BTNH.reshape(*x_BTNH.shape[:2], -1)
             x_BTNH = getattr(self, norm)(wide, layer).reshape(x_BTNH.shape)
+        x_BTNH = self._clipped(x_BTNH)
         with jax.named_scope("rope"):
             kind = positions.kind_of(self.config, layer)
             x_BTNH = rotate(x_BTNH, positions.cos, positions.sin, kind, self.config.rope_interleaved)
             if norm == "q_norm" and positions.query_scale_BT is not None:
                 x_BTNH *= positions.query_scale_BT[:, :, None, None].astype(x_BTNH.dtype)
         return checkpoint_name(x_BTNH, kept_as) if self.config.qk_norm is None else x_BTNH
+
+    def _clipped(self, x_BTNH: jax.Array) -> jax.Array:
+        limit = self.config.clip_qkv
+        return x_BTNH if limit is None else jnp.clip(x_BTNH, -limit, limit)
 
 
 def _write(cache: KVCache, layer: jax.Array, k: jax.Array, v: jax.Array, index_BT: jax.Array) -> KVCache:

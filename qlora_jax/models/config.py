@@ -74,6 +74,8 @@ class ModelConfig:
       norm: "rms", "layer" (with a bias), or "layer without bias".
       norm_offset: added to the weight of every norm.
       qk_norm: norm of queries and keys before rotation: of each "head", or over the whole "width"; None: no norm.
+      clip_qkv: largest absolute value of queries and keys (after their norm, before rotation) and of values; None: no
+        limit.
       windows: per layer, the number of positions that a query sees; None: all. Empty: no layer has a window.
       ropes: per layer, its rotary embedding; None: no rotation. Empty: all layers have `rope`.
       rope_interleaved: True if rotary pairs are neighbouring dimensions; False: they are half the rotated ones apart.
@@ -113,6 +115,7 @@ class ModelConfig:
     norm: str = _feature("rms")
     norm_offset: float = _feature(0.0)
     qk_norm: str | None = _feature(None)
+    clip_qkv: float | None = _feature(None)
     windows: tuple[int | None, ...] = _feature(())
     ropes: tuple[Rope | None, ...] = _feature(())
     rope_interleaved: bool = _feature(False)

@@ -1,4 +1,4 @@
-"""OLMoE: experts in every layer, and norms over all queries and over all keys."""
+"""OLMoE: experts in every layer, and norms over all queries and over all keys, which may be clipped."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from qlora_jax.models.families.llama import decoder_from_hf
 
 MODEL_TYPES = ("olmoe",)
 
-ONLY = {"hidden_act": "silu", "clip_qkv": None}
+ONLY = {"hidden_act": "silu"}
 DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 
 
@@ -30,6 +30,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
         normalize=attributes.boolean("norm_topk_prob", False),
     )
     bias = attributes.boolean("attention_bias", False)
-    model = decoder_from_hf(attributes, DEFAULTS, qkv_bias=bias, o_bias=bias, qk_norm="width", experts=experts)
+    features = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "width", "experts": experts}
+    model = decoder_from_hf(attributes, DEFAULTS, clip_qkv=attributes.optional("clip_qkv", None), **features)
     attributes.finish()
     return model
