@@ -125,9 +125,13 @@ def _matched_targets(target_modules: str | Sequence[str], every: Mapping[str, La
 
 def _matched_entries(setting: str, entries: Sequence[str], every: Mapping[str, Layers], kind: str) -> dict[str, Layers]:
     """Returns the layers that any of the names matches, of each module of which they match some."""
-    found = [_matched(setting, re.escape(entry), matches_end, every, kind) for entry in entries]
+    found = [_matched(setting, entry, _is_end, every, kind) for entry in entries]
     layers = {name: sorted({layer for one in found for layer in one.get(name, ())}) for name in every}
     return {name: tuple(numbers) for name, numbers in layers.items() if numbers}
+
+
+def _is_end(entry: str, name: str) -> bool:
+    return matches_end(re.escape(entry), name)
 
 
 def values_by_pattern[Value](

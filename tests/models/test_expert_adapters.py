@@ -80,7 +80,10 @@ def test_initial_values_are_those_of_linear_layers():
             dict(target_parameters=["mlp.experts.up_proj"]),
             "matches none of the parameters of experts and routers: model.layers.mlp.experts.gate_up_proj, ",
         ),
-        (dict(target_parameters=["layers.1.mlp.gate"]), "matches none of the parameters of experts and routers"),
+        (
+            dict(target_parameters=["layers.1.mlp.gate"]),
+            "'layers.1.mlp.gate' matches none of the parameters of experts",
+        ),
         (dict(target_modules=["experts.down_proj"]), "matches none of the linear layers"),
         (dict(method="full", target_parameters=[]), "lora.method=full: the model is a mixture of experts"),
     ],
