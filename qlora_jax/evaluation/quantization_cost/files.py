@@ -18,6 +18,7 @@ from qlora_jax.evaluation.quantization_cost.measure import LayerCost
 
 COSTS_FILE, SETTINGS_FILE = "layer_costs.json", "keep_16bit.yaml"
 SHOWN = 15  # layers of the table; the file has all
+EXPERTS_TOGETHER = "a projection's experts of one layer count as one layer: all of them are in 4 bits, or in 16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ def summary(measured: Measured) -> list[str]:
     lines = [
         f"loss per token: {losses}",
         f"all {len(measured.costs)} layers in 4 bits: {together:+.5f}; the sum of their costs is {total:+.5f}",
+        *([EXPERTS_TOGETHER] if any(".experts." in cost.name for cost in measured.costs) else []),
     ]
     if measured.choice is None or measured.kept is None:
         return lines

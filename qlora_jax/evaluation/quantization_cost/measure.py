@@ -1,19 +1,21 @@
 """Measures what 4 bits cost a model: the loss on rows with one layer of one projection quantized, all else in 16 bits.
 
 The increase over the loss with everything in 16 bits is the layer's cost. Each layer takes one evaluation; all run the
-same compiled programs, because only the values of one stack change. Memory holds the model in 16 bits and one stack.
-The experts of a layer are quantized together.
+same compiled programs, because only the values of one stack change. The experts of a layer are quantized together.
+Memory holds the model in 16 bits, and one layer of one projection, with all its experts, once more.
 
 Dimension key: R rows, C layers of projections, S bootstrap samples.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Float64
 
 from qlora_jax.evaluation.loglikelihood import RowScores, score_rows
@@ -57,7 +59,7 @@ def measure_layers(
     """Returns (scores of the model in 16 bits, the cost of each layer, the largest first).
 
     Args:
-      parts: the model in 16 bits, without adapters.
+      parts: the model in 16 bits, without adapters; its arrays are used up.
       rows: the ids of each row, and a mask of the scored ones.
       weights: the 4-bit format, and the dtype of layers in 16 bits.
     """
@@ -72,13 +74,27 @@ def measure_layers(
 
 
 def quantized_one_by_one(parts: ModelParts, weights: WeightFormat) -> Iterator[tuple[Place, ModelParts]]:
-    """Yields (place, the model with this layer rounded to 4 bits and all others as they are)."""
-    for name, row in full_names(combine(parts).config):
-        model = combine(parts)
+    """Yields (place, the model with this layer rounded to 4 bits and all others as they are).
+
+    A layer is replaced within its stack and put back before the next one, so the arrays of `parts` and of the models
+    that were yielded are used up.
+    """
+    model = combine(parts)
+    for name, row in full_names(model.config):
         module = operator.attrgetter(f"model.layers.{name}")(model)
-        stack = module.weight.get_value()
-        module.weight = Frozen(stack.at[row].set(_rounded_layer(stack[row], weights)))
+        original = module.weight.get_value()[row]
+        _replace_layer(module, row, _rounded_layer(original, weights))
         yield (name, row), partition(model)
+        _replace_layer(module, row, original)
+
+
+def _replace_layer(module: nnx.Module, row: int, layer: jax.Array) -> None:
+    module.weight = Frozen(_with_layer(module.weight.get_value(), np.int32(row), layer))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(stack: jax.Array, row: jax.Array | np.int32, layer: jax.Array) -> jax.Array:
+    return stack.at[row].set(layer)
 
 
 def _rounded_layer(layer: jax.Array, weights: WeightFormat) -> jax.Array:
