@@ -1,5 +1,6 @@
 """Runs GGUF files in llama.cpp: for each case (model, lora, rows, texts, prompts) logits, ids and replies.
 
+`scored` rows give the sum of -log p of the tokens after the first, for vocabularies whose logits are too large.
 Attention's cache is kept in f32, so that files in f32 are computed in f32.
 """
 
@@ -21,6 +22,15 @@ def logits(model: llama_cpp.Llama, rows: list[list[int]]) -> np.ndarray:
     return np.stack(found)
 
 
+def loss(model: llama_cpp.Llama, row: list[int]) -> float:
+    model.reset()
+    model.eval(row)
+    scores = model.scores[: len(row) - 1]
+    top = scores.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(scores - top).sum(-1, dtype=np.float64)) + top[:, 0]
+    return float((log_sum - scores[np.arange(len(row) - 1), row[1:]]).sum())
+
+
 def reply(model: llama_cpp.Llama, ids: list[int], count: int) -> list[int]:
     model.reset()
     tokens = model.generate(ids, temp=0.0)
@@ -30,7 +40,8 @@ def reply(model: llama_cpp.Llama, ids: list[int], count: int) -> list[int]:
 given = inputs()
 found = {}
 for name, case in given["cases"].items():
-    longest = max([64, *(len(row) + given["new_tokens"] for row in case["rows"] + case["prompts"])])
+    scored = case.get("scored", [])
+    longest = max([64, *(len(row) + given["new_tokens"] for row in case["rows"] + case["prompts"] + scored)])
     model = llama_cpp.Llama(
         case["model"],
         lora_path=case["lora"],
@@ -45,6 +56,7 @@ for name, case in given["cases"].items():
     )
     if case["rows"]:
         found[f"{name}/logits"] = logits(model, case["rows"])
+    found[f"{name}/losses"] = np.array([loss(model, row) for row in scored])
     ids = [model.tokenize(text.encode(), add_bos=False, special=True) for text in case["texts"]]
     replies = [reply(model, prompt, given["new_tokens"]) for prompt in case["prompts"]]
     found[f"{name}/ids"] = np.array(json.dumps({"texts": ids, "replies": replies}))

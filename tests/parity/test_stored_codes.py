@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.tasks.text import text_task
 from qlora_jax.export import main
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
+from qlora_jax.models.partition import partition
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import byte_level
@@ -20,6 +22,7 @@ from tests.parity.test_llama_cpp import NAMED, TOKENS, VOCABULARY, WITHIN, _case
 from tests.parity.test_peft import _logits, _write_run
 
 LLAMA_CPP = Path(__file__).parent.parent / "oracle/llama_cpp_models.py"
+TRANSFORMERS = LLAMA_CPP.with_name("gguf_row_losses.py")
 LORA = LoraArgs(rank=4, alpha=8.0, target_modules="all-linear")
 
 
@@ -76,6 +79,26 @@ def test_smollm2(tmp_path: Path, smollm2_gguf: Path, local_data, llama_cpp) -> N
     )
     for name, expected in ours.items():
         assert _perplexity(found[f"{name}/logits"], tokens) == pytest.approx(expected, rel=0.01), name
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_gemma(gemma3_gguf: Path, local_data, oracle, llama_cpp) -> None:
+    """Perplexity of 2,044 tokens on a published file in Q4_K_M, against transformers with its dequantized weights."""
+    opened = open_pretrained(model=str(gemma3_gguf))
+    text = str(local_data("wikitext2_valid.txt.gz"))
+    rows = text_task(text, opened.tokenizer, window=512, stride=None, max_tokens=2048, max_positions=8192).rows
+    ours = score_rows(partition(load_base(opened, weight_settings(opened, "stored", "float32"))), rows)
+    tokens = np.stack([np.asarray(ids, np.int32) for ids, _ in rows])
+    theirs = oracle(TRANSFORMERS, path=str(gemma3_gguf), tokens=tokens)["losses"]
+    served = _case(gemma3_gguf, scored=tokens.tolist())
+    of_llama_cpp = llama_cpp(LLAMA_CPP, cases={"alone": served}, new_tokens=0)["alone/losses"]
+    count = tokens[:, 1:].size
+    found, dequantized, in_llama_cpp = (float(np.exp(nll.sum() / count)) for nll in (ours.nll, theirs, of_llama_cpp))
+    print(f"perplexity: ours {found:.4f}, transformers {dequantized:.4f}, llama.cpp {in_llama_cpp:.4f}")
+    assert int(ours.tokens.sum()) == count == 2044
+    assert found == pytest.approx(dequantized, rel=1e-4)
+    assert in_llama_cpp == pytest.approx(found, rel=0.01)
 
 
 @pytest.mark.slow
