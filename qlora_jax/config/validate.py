@@ -108,8 +108,8 @@ def _parameter_problems(lora: LoraArgs) -> list[str]:
         return problems
     wrong = {"dropout": (lora.dropout, 0.0), "init": (lora.init, "default")}
     problems = [
-        f"lora.{name}: found {found!r} with lora.target_parameters, expected {expected!r}. Adapters on parameters have "
-        "neither dropout, as in PEFT, nor an initialization from the weights"
+        f"lora.{name}: found {found!r} with lora.target_parameters, expected {expected!r}: for parameters neither PEFT "
+        "nor this package has dropout or an initialization from the weights. Remove one of the two settings"
         for name, (found, expected) in wrong.items()
         if found != expected
     ]
