@@ -5,8 +5,9 @@ Sources: the papers and model cards of LLaMA (arXiv 2302.13971), Llama 2 (2307.0
 (2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Phi-1.5 and 2 (2309.05463), Phi-3 (2404.14219), Phi-4
 (2412.08905), GPT-NeoX-20B (2204.06745), Pythia (2304.01373), OLMo 3 (2512.13961), Seed-OSS, EXAONE 4 (2507.11407),
 GLM-4-0414 (2406.12793), Granite 3.3, Command R7B (2504.00698), Ministral 3 (2601.08584), Mixtral (2401.04088),
-Qwen1.5-MoE, OLMoE (2409.02060), GLM-4.5 (2508.06471) and gpt-oss (2508.10925), and the config.json of each. A model of
-images and text stands for its text half.
+Qwen1.5-MoE, OLMoE (2409.02060), GLM-4.5 (2508.06471), gpt-oss (2508.10925), Qwen2.5-VL (2502.13923) and Qwen3-VL, and
+the config.json of each. Sizes of GLM-4.5, gpt-oss and Qwen3-MoE are also those of the recipes of Megatron Bridge and
+MindSpeed. A model of images and text stands for its text half.
 """
 
 import difflib
@@ -162,6 +163,11 @@ def _qwen3_moe(*sizes: int) -> Config:
     return _of("qwen3_moe", sizes, 151936, 40960, 1e6, 1e-6) | {"head_dim": 128, "norm_topk_prob": True}
 
 
+def _positions_of_images(*section: int, **others: object) -> Config:
+    """Returns a rope_scaling: the dimensions that time, height and width rotate."""
+    return {"rope_scaling": {"rope_type": "default", "mrope_section": list(section), **others}}
+
+
 def _glm45(*sizes: int, inner: int, count: int, dense: int, scale: float, qk_norm: bool) -> Config:
     """Returns a config; `dense` is the number of dense layers, which come first."""
     experts = {"n_routed_experts": count, "num_experts_per_tok": 8, "n_shared_experts": 1}
@@ -205,6 +211,8 @@ PUBLISHED: dict[str, Config] = {
     "qwen2.5-3b": _qwen2(2048, 11008, 36, 16, 2, vocabulary=151936, tied=True),
     "qwen2.5-14b": _qwen2(5120, 13824, 48, 40, 8, vocabulary=152064),
     "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, vocabulary=152064),
+    "qwen2.5-vl-7b": _qwen2(3584, 18944, 28, 28, 4, vocabulary=152064)
+    | {"model_type": "qwen2_5_vl", "max_position_embeddings": 128000, **_positions_of_images(16, 24, 24)},
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tied=True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, tied=True),
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, tied=True),
@@ -262,10 +270,23 @@ PUBLISHED: dict[str, Config] = {
     "qwen2-57b-a14b": _qwen2_moe(3584, 18944, 28, 28, 4, positions=131072, shared=20480) | _routed(64, 8, 2560),
     "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 48, 32, 4) | _routed(128, 8, 768),
     "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 94, 64, 4) | _routed(128, 8, 1536),
+    "qwen3-vl-30b-a3b": _with_images(
+        "qwen3_vl_moe",
+        _qwen3_moe(2048, 6144, 48, 32, 4)
+        | _routed(128, 8, 768)
+        | {"model_type": "qwen3_vl_moe_text", "rope_theta": 5e6, "max_position_embeddings": 262144}
+        | _positions_of_images(24, 20, 20, mrope_interleaved=True),
+    ),
     "olmoe-1b-7b": _of("olmoe", (2048, 1024, 16, 16, 16), 50304, 4096, 1e4, 1e-5)
     | {"num_experts": 64, "num_experts_per_tok": 8},
     "glm-4.5": _glm45(5120, 12288, 92, 96, 8, inner=1536, count=160, dense=3, scale=2.5, qk_norm=True),
     "glm-4.5-air": _glm45(4096, 10944, 46, 96, 8, inner=1408, count=128, dense=1, scale=1.0, qk_norm=False),
+    "glm-4.5v": _with_images(
+        "glm4v_moe",
+        _glm45(4096, 10944, 46, 96, 8, inner=1408, count=128, dense=1, scale=1.0, qk_norm=False)
+        | {"model_type": "glm4v_moe_text", "rope_theta": 1e4, "max_position_embeddings": 65536}
+        | _positions_of_images(8, 12, 12),
+    ),
     "gpt-oss-20b": _gpt_oss(24, 32),
     "gpt-oss-120b": _gpt_oss(36, 128),
     "gpt-neox-20b": _neox(6144, 44, 64, 50432),

@@ -7,6 +7,7 @@ import pytest
 from qlora_jax.models.experts_config import MAX_EXPERTS
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.expert_attributes import COUNTS, expert_count
+from qlora_jax.models.families.multimodal import alone
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, QueryPositionScale
 from tests.io.gguf_families import MIXTURES
 
@@ -82,8 +83,26 @@ def test_an_unknown_mixture_of_experts_is_refused_as_such():
 
 
 def test_an_unknown_model_of_images_and_text_is_refused_as_such():
-    with pytest.raises(ValueError, match="'qwen2_vl' is not supported: of models of images and text, known are"):
-        model_config(dict(model_type="qwen2_vl", text_config=dict(SMOLLM2)))
+    with pytest.raises(ValueError, match="'idefics3' is not supported: of models of images and text, known are"):
+        model_config(dict(model_type="idefics3", text_config=dict(SMOLLM2)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(model_type="gemma3n", text_config={}), r"'gemma3n' is not supported, because layers have embeddings of"),
+        (dict(model_type="gemma4_text"), "'gemma4_text' is not supported, because layers have embeddings of tokens"),
+        (dict(model_type="mistral3", text_config=dict(model_type="mistral4")), "text_config: .*latent attention"),
+        (dict(model_type="mistral_large4", text_config={}), "is not supported, because .*latent attention"),
+        (
+            dict(model_type="qwen3_5_moe", num_experts=4),
+            r"\(a mixture of experts, num_experts=4\), because most layers",
+        ),
+    ],
+)
+def test_a_model_that_the_decoder_cannot_compute_is_refused_with_the_reason(config, message):
+    with pytest.raises(ValueError, match=message):
+        model_config(config)
 
 
 GEMMA3 = dict(
@@ -278,11 +297,32 @@ def _mixture(name: str, **changes: object) -> dict[str, object]:
     return MIXTURES[name][1] | changes
 
 
-def test_a_mixture_inside_a_multimodal_model_is_refused_by_name():
-    for name, model_type in (("gptoss", "gpt_oss"), ("qwen3moe", "qwen3_moe")):
-        wrapped = dict(model_type="internvl", text_config=_mixture(name))
-        with pytest.raises(ValueError, match=f"text_config: model_type='{model_type}' is a mixture of experts, which"):
-            model_config(wrapped)
+def test_a_mixture_inside_a_multimodal_model_is_that_mixture():
+    for name in ("gptoss", "qwen3moe", "glm4moe"):
+        wrapped = dict(model_type="internvl", text_config=_mixture(name), tie_word_embeddings=False)
+        assert alone(model_config(wrapped)) == model_config(_mixture(name))
+
+
+SECTIONS = dict(type="mrope", mrope_section=[2, 3, 3])
+QWEN_VL = dict(hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+QWEN_VL |= dict(num_key_value_heads=2, max_position_embeddings=128, rope_scaling=SECTIONS, rope_theta=5000.0)
+
+
+def test_sections_of_a_rotation_are_plain_for_text():
+    """A flat config, as Qwen2.5-VL's is published, is that of Qwen2 with the same numbers."""
+    plain = model_config(QWEN_VL | dict(model_type="qwen2", rope_scaling=None, rms_norm_eps=1e-5))
+    images = dict(vision_config=dict(depth=1), image_token_id=5, vision_start_token_id=6, vision_token_id=7)
+    assert alone(model_config(QWEN_VL | images | dict(model_type="qwen2_5_vl"))) == plain
+    scaled = dict(rope_scaling=SECTIONS | dict(type="yarn", factor=4.0, original_max_position_embeddings=32))
+    yarn = alone(model_config(QWEN_VL | images | scaled | dict(model_type="qwen2_vl")))
+    assert yarn.rope.scaling.kind == "yarn"
+    with pytest.raises(ValueError, match="odd_attribute=3 is not known to this model family"):
+        model_config(QWEN_VL | images | dict(model_type="qwen2_5_vl", odd_attribute=3))
+
+
+def test_text_halves_with_sections_need_their_wrapper():
+    with pytest.raises(ValueError, match="model_type='qwen3_vl_text' is not supported"):
+        model_config(QWEN_VL | dict(model_type="qwen3_vl_text"))
 
 
 def test_sizes_of_mixtures_have_limits():

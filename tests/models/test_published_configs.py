@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.multimodal import text_config
 
 PERIODIC = ["sliding_attention"] * 3 + ["full_attention"]
 GENERAL = dict(attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, use_cache=True)
@@ -368,6 +369,125 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
         ),
         None,
     ),
+    "zai-org/GLM-4.5V": (
+        dict(
+            architectures=["Glm4vMoeForConditionalGeneration"],
+            dtype="bfloat16",
+            image_end_token_id=151340,
+            image_start_token_id=151339,
+            image_token_id=151363,
+            model_type="glm4v_moe",
+            text_config=GENERAL
+            | dict(
+                attention_bias=True,
+                bos_token_id=None,
+                dtype="bfloat16",
+                eos_token_id=[151329, 151336, 151338],
+                first_k_dense_replace=1,
+                head_dim=128,
+                hidden_size=4096,
+                image_end_token_id=151340,
+                image_start_token_id=151339,
+                image_token_id=151363,
+                intermediate_size=10944,
+                max_position_embeddings=65536,
+                model_type="glm4v_moe_text",
+                moe_intermediate_size=1408,
+                n_group=1,
+                n_routed_experts=128,
+                n_shared_experts=1,
+                norm_topk_prob=True,
+                num_attention_heads=96,
+                num_experts_per_tok=8,
+                num_hidden_layers=46,
+                num_key_value_heads=8,
+                pad_token_id=151329,
+                partial_rotary_factor=0.5,
+                rms_norm_eps=1e-05,
+                rope_parameters=dict(
+                    mrope_section=[8, 12, 12], partial_rotary_factor=0.5, rope_theta=10000.0, rope_type="default"
+                ),
+                routed_scaling_factor=1.0,
+                router_aux_loss_coef=0.0001,
+                tie_word_embeddings=False,
+                topk_group=1,
+                use_qk_norm=False,
+                vocab_size=151552,
+            ),
+            tie_word_embeddings=False,
+            transformers_version="5.7.0",
+            video_end_token_id=151342,
+            video_start_token_id=151341,
+        ),
+        106_852_245_504,  # those of GLM-4.5-Air
+    ),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": (
+        dict(
+            architectures=["Qwen3VLMoeForConditionalGeneration"],
+            image_token_id=151655,
+            model_type="qwen3_vl_moe",
+            text_config=GENERAL
+            | dict(
+                attention_bias=False,
+                bos_token_id=151643,
+                decoder_sparse_step=1,
+                dtype="bfloat16",
+                eos_token_id=151645,
+                head_dim=128,
+                hidden_size=2048,
+                intermediate_size=6144,
+                max_position_embeddings=262144,
+                mlp_only_layers=[],
+                model_type="qwen3_vl_moe_text",
+                moe_intermediate_size=768,
+                norm_topk_prob=True,
+                num_attention_heads=32,
+                num_experts=128,
+                num_experts_per_tok=8,
+                num_hidden_layers=48,
+                num_key_value_heads=4,
+                rms_norm_eps=1e-06,
+                rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
+                rope_theta=5000000,
+                vocab_size=151936,
+            ),
+            tie_word_embeddings=False,
+            video_token_id=151656,
+            vision_config=dict(deepstack_visual_indexes=[8, 16, 24], depth=27),
+        ),
+        30_532_122_624,  # those of Qwen3-30B-A3B
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        BFLOAT16
+        | dict(
+            architectures=["Qwen2_5_VLForConditionalGeneration"],
+            bos_token_id=151643,
+            eos_token_id=151645,
+            hidden_size=3584,
+            image_token_id=151655,
+            intermediate_size=18944,
+            max_position_embeddings=128000,
+            max_window_layers=28,
+            model_type="qwen2_5_vl",
+            num_attention_heads=28,
+            num_hidden_layers=28,
+            num_key_value_heads=4,
+            rms_norm_eps=1e-06,
+            rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+            rope_theta=1000000.0,
+            sliding_window=32768,
+            tie_word_embeddings=False,
+            transformers_version="4.41.2",
+            use_sliding_window=False,
+            video_token_id=151656,
+            vision_config=dict(depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=3420, num_heads=16),
+            vision_end_token_id=151653,
+            vision_start_token_id=151652,
+            vision_token_id=151654,
+            vocab_size=152064,
+        ),
+        7_615_616_512,  # those of Qwen2.5-7B
+    ),
 }
 
 
@@ -375,5 +495,5 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
 def test_published_configs_are_read(repository: str) -> None:
     config, parameters = PUBLISHED[repository]
     model = model_config(config)
-    assert model.num_layers == config["num_hidden_layers"]
+    assert model.num_layers == text_config(config)["num_hidden_layers"]
     assert parameters is None or model.parameters() == parameters

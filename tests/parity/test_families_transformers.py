@@ -174,10 +174,10 @@ def _gradient_errors(model, lora, gradients, expected: dict[str, np.ndarray]) ->
     """Compares gradients: for y = x (W^T + s A B), the gradient by B is s A^T G^T, with G the gradient by W."""
     config, errors = model.config, []
     for name, leaves in lora.items():
-        for layer in range(config.num_layers):
+        for row, layer in enumerate(config.layers_with(name.removeprefix("model.layers."))):
             by_weight = expected.pop(config.hugging_face_name(layer_name(name, layer)))
-            wanted = 2.0 * np.asarray(leaves["lora_a"][layer]).T @ by_weight.T
-            errors.append(_error(np.asarray(gradients[name]["lora_b"][layer]), wanted))
+            wanted = 2.0 * np.asarray(leaves["lora_a"][row]).T @ by_weight.T
+            errors.append(_error(np.asarray(gradients[name]["lora_b"][row]), wanted))
     assert not expected, f"linear layers without an adapter: {sorted(expected)}"
     return errors
 

@@ -13,7 +13,7 @@ from flax import nnx
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from qlora_jax.io.hf.fused_experts import name_in_files
-from qlora_jax.io.hf.gpt_oss_writer import in_file_order, joined_specs, joined_values
+from qlora_jax.io.hf.fused_writer import in_file_order, joined_specs, joined_values
 from qlora_jax.io.hf.model_writer import other_tensors, write_config, written_dtype
 from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
@@ -82,7 +82,7 @@ def _modules_in_16_bits(weights: WeightFormat, features: ModelConfig, config: Js
 
 
 def _name(name: str, config: JsonObject, names_in_file: Mapping[str, str]) -> str:
-    return names_in_file.get(name) or name_in_files(config, name)
+    return name_in_files(config, names_in_file.get(name, name))
 
 
 def _quantization_of(slot: Slot, index: int) -> QTensor | None:

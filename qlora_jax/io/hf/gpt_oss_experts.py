@@ -21,6 +21,7 @@ from gguf.quants import dequantize
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.model_source import ByteRange, JsonObject, TensorEntry
 from qlora_jax.models.experts_config import FUSED_PROJECTIONS
+from qlora_jax.models.families.multimodal import text_config
 
 MODEL_TYPE = "gpt_oss"
 FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<part>gate_up_proj|down_proj)(?P<kind>|_bias|_blocks|_scales)")
@@ -30,7 +31,7 @@ BLOCK, BLOCK_BYTES = 32, 16  # values of a block, and bytes of their codes
 
 def is_mxfp4(config: JsonObject, quantization: Mapping[str, object]) -> bool:
     """True if a config and its quantization_config describe gpt-oss with experts in MXFP4."""
-    return config.get("model_type") == MODEL_TYPE and quantization.get("quant_method") == "mxfp4"
+    return text_config(config).get("model_type") == MODEL_TYPE and quantization.get("quant_method") == "mxfp4"
 
 
 def expert_by_expert(folder: Path, tensors: Mapping[str, TensorEntry], count: int) -> dict[str, TensorEntry]:
@@ -78,11 +79,12 @@ def _entries(match: re.Match[str], entry: TensorEntry, tensors: Mapping[str, Ten
     if match["kind"] == "_blocks":
         make = functools.partial(_mxfp4, tensors[entry.name.replace("_blocks", "_scales")])
     else:
-        make = _bias if match["kind"] else _dense
+        make = _bias if match["kind"] else transposed_matrix
     parts, leaf = FUSED_PROJECTIONS[match["part"]], "bias" if match["kind"] == "_bias" else "weight"
+    outputs = entry.shape[2 if match["kind"] == "" else 1] // len(parts)
     for place, part in enumerate(parts):
         for expert in range(entry.shape[0]):
-            made = make(entry, ExpertRows(expert, place, len(parts)))
+            made = make(entry, ExpertRows(expert, place, len(parts), outputs))
             yield dataclasses.replace(made, name=f"{match['experts']}.{expert}.{part}.{leaf}")
 
 
@@ -93,6 +95,7 @@ class ExpertRows:
     expert: int
     start: int
     step: int
+    outputs: int
 
     def of(self, first: int, end: int) -> slice:
         """Returns the places in the file of some outputs."""
@@ -105,8 +108,9 @@ class ExpertRows:
         return (ByteRange(stored.path, stored.offset + self.step * first * row, self.step * (end - first) * row),)
 
 
-def _dense(entry: TensorEntry, rows: ExpertRows) -> TensorEntry:
-    _, k, n = entry.shape
+def transposed_matrix(entry: TensorEntry, rows: ExpertRows) -> TensorEntry:
+    """Returns the matrix [N, K] of one projection of an expert, from a fused tensor [E, K, outputs of an expert]."""
+    experts, k, n = entry.shape
 
     def read(first: int, end: int) -> np.ndarray:
         columns = entry.read_rows(rows.expert, rows.expert + 1)[0][:, rows.of(first, end)]
@@ -114,8 +118,8 @@ def _dense(entry: TensorEntry, rows: ExpertRows) -> TensorEntry:
 
     return dataclasses.replace(
         entry,
-        shape=(n // rows.step, k),
-        nbytes=entry.nbytes // (entry.shape[0] * rows.step),
+        shape=(rows.outputs, k),
+        nbytes=entry.nbytes // (experts * n) * rows.outputs,
         read_rows=read,
         ranges_of=lambda first, end: entry.ranges_of(rows.expert, rows.expert + 1),
     )
@@ -127,15 +131,15 @@ def _bias(entry: TensorEntry, rows: ExpertRows) -> TensorEntry:
 
     return dataclasses.replace(
         entry,
-        shape=(entry.shape[1] // rows.step,),
-        nbytes=entry.nbytes // (entry.shape[0] * rows.step),
+        shape=(rows.outputs,),
+        nbytes=entry.nbytes // (entry.shape[0] * entry.shape[1]) * rows.outputs,
         read_rows=read,
         ranges_of=lambda first, end: entry.ranges_of(rows.expert, rows.expert + 1),
     )
 
 
 def _mxfp4(scales: TensorEntry, blocks: TensorEntry, rows: ExpertRows) -> TensorEntry:
-    experts, outputs, groups, _ = blocks.shape
+    experts, _, groups, _ = blocks.shape
     k = groups * BLOCK
 
     def read_stored(first: int, end: int) -> GgmlTensor:
@@ -149,7 +153,7 @@ def _mxfp4(scales: TensorEntry, blocks: TensorEntry, rows: ExpertRows) -> Tensor
 
     return TensorEntry(
         name=blocks.name,
-        shape=(outputs // rows.step, k),
+        shape=(rows.outputs, k),
         file_type=MXFP4,
         nbytes=(blocks.nbytes + scales.nbytes) // (experts * rows.step),
         read_rows=lambda first, end: dequantize(read_stored(first, end).codes, GGMLQuantizationType.MXFP4),

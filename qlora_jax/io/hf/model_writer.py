@@ -15,7 +15,7 @@ import numpy as np
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.hf.fused_experts import name_in_files
-from qlora_jax.io.hf.gpt_oss_writer import in_file_order, joined_specs, joined_values
+from qlora_jax.io.hf.fused_writer import in_file_order, joined_specs, joined_values
 from qlora_jax.io.hf.merging import Mergeables, merge
 from qlora_jax.io.hf.reader import FLOAT_TYPES, INDEX, SINGLE
 from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
@@ -59,7 +59,7 @@ def write_dense_folder(
     order = in_file_order(slots, config)
     named = ((slot, slot.names[index]) for slot, index in order)
     text = [
-        TensorSpec(names_in_file.get(name) or name_in_files(config, name), written_dtype(slot, dtype), slot.shape)
+        TensorSpec(name_in_files(config, names_in_file.get(name, name)), written_dtype(slot, dtype), slot.shape)
         for slot, name in named
     ]
     dense = (dense_tensor(slot, index, compute_dtype, adapters, original) for slot, index in order)

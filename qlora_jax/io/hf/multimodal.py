@@ -1,7 +1,8 @@
 """Splits the tensors of a multimodal checkpoint into the text half and the rest, which is not loaded.
 
-The text half gets the names that it has in transformers' class. Files name it in one of two ways, with the same result:
-`language_model.model.layers.0` and `language_model.lm_head`, or `model.language_model.layers.0` and `lm_head`.
+The text half gets the names that it has in transformers' class. Files name it in one of three ways, with the same
+result: `language_model.model.layers.0` and `language_model.lm_head`, `model.language_model.layers.0` and `lm_head`, or
+`model.layers.0` and `lm_head`.
 """
 
 import dataclasses
@@ -23,7 +24,11 @@ from qlora_jax.models.families.multimodal import (
 )
 
 # (beginning of a name in files, the same in transformers' class).
-OLDER_NAMES = ((f"language_model.{HEAD}.", f"{HEAD}."), ("language_model.model.", f"{WRAPPED}."))
+OLDER_NAMES = (
+    (f"language_model.{HEAD}.", f"{HEAD}."),
+    ("language_model.model.", f"{WRAPPED}."),
+    *((f"{ALONE}.{part}.", f"{WRAPPED}.{part}.") for part in ("embed_tokens", "layers", "norm")),
+)
 HEAD_WEIGHT, EMBEDDING_WEIGHT = f"{HEAD}.weight", f"{WRAPPED}.embed_tokens.weight"
 COMPARED_ROWS = 1024
 

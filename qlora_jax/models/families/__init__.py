@@ -1,6 +1,7 @@
 """Maps Hugging Face configs to the decoder's features, one module per family (docs/families.md: how to add one)."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import TypedDict
 
 from qlora_jax.metadata import check_value, shorten
@@ -29,9 +30,11 @@ from qlora_jax.models.families import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    three_positions,
 )
 from qlora_jax.models.families.expert_attributes import COUNTS
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
+from qlora_jax.models.families.unsupported import REASONS
 
 MODULES = (
     *(llama, mistral, ministral3, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, phi3, phi, gpt_neox),
@@ -39,6 +42,7 @@ MODULES = (
     *(mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, gpt_oss),
 )
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}
+TEXT_HALVES = FAMILIES | dict.fromkeys(three_positions.MODEL_TYPES, three_positions)
 
 
 class ModelKind(TypedDict, total=False):
@@ -60,18 +64,22 @@ def model_config(config: Mapping[str, object], name: str = "config.json") -> Mod
     """
     check_value(config, ModelKind, name)
     if wrapper_of(config) is None:
-        return _text_model(config, name)
-    text = text_config(config, name)
-    return in_wrapper(_text_model(text, f"{name}: {TEXT_CONFIG}"), text["model_type"], name)
+        return _family_of(config, name, FAMILIES).from_hf(config, name)
+    text, name_of_text = text_config(config, name), f"{name}: {TEXT_CONFIG}"
+    family = _family_of(text, name_of_text, TEXT_HALVES)
+    return in_wrapper(family.from_hf(text, name_of_text), text["model_type"], name)
 
 
-def _text_model(config: Mapping[str, object], name: str) -> ModelConfig:
-    model_type = check_value(config, ModelKind, name).get("model_type")
-    if model_type not in FAMILIES:
-        known = f"known are {sorted(FAMILIES)}"
-        if TEXT_CONFIG in config:
-            known = f"of models of images and text, known are {sorted(WRAPPERS)}"
-        experts = [f"{key}={shorten(config[key])}" for key in COUNTS if config.get(key)]
-        mixture = f" (a mixture of experts, {', '.join(experts)})" if experts else ""
-        raise ValueError(f"{name}: model_type={shorten(model_type)} is not supported{mixture}: {known}")
-    return FAMILIES[model_type].from_hf(config, name)
+def _family_of(config: Mapping[str, object], name: str, families: Mapping[str, ModuleType]) -> ModuleType:
+    model_type = check_value(config, ModelKind, name).get("model_type") or ""
+    if model_type in families:
+        return families[model_type]
+    reason = f", because {REASONS[model_type]}" if model_type in REASONS else ""
+    known = f"known are {sorted(families)}"
+    if TEXT_CONFIG in config:
+        known = f"of models of images and text, known are {sorted(WRAPPERS)}"
+    experts = [f"{key}={shorten(config[key])}" for key in COUNTS if config.get(key)]
+    mixture = f" (a mixture of experts, {', '.join(experts)})" if experts else ""
+    raise ValueError(
+        f"{name}: model_type={shorten(config.get('model_type'))} is not supported{mixture}{reason}: {known}"
+    )

@@ -10,7 +10,10 @@ from qlora_jax.nn.router import BEST_OF_GROUP
 # Names of the number of experts in configs of mixtures.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # transformers' default of it, by model_type.
-DEFAULT_COUNTS = {"mixtral": 8, "qwen2_moe": 60, "qwen3_moe": 128, "olmoe": 64, "glm4_moe": 128, "gpt_oss": 128}
+DEFAULT_COUNTS = {
+    **{"mixtral": 8, "qwen2_moe": 60, "qwen3_moe": 128, "olmoe": 64, "glm4_moe": 128, "gpt_oss": 128},
+    **{"qwen3_vl_moe_text": 60, "glm4v_moe_text": 128},
+}
 
 
 def expert_count(config: Mapping[str, object]) -> int:

@@ -16,7 +16,7 @@ ALONE, WRAPPED = "model", "model.language_model"  # names of the decoder's modul
 HEAD = "lm_head"
 LOGIT_FEATURES = ("head_softcap", "logit_scale")
 # Parts of a wrapper that text does not pass through. Published checkpoints have them with and without `model.`.
-OTHER_PARTS = ("vision_tower", "multi_modal_projector", "image_newline")
+OTHER_PARTS = ("vision_tower", "multi_modal_projector", "image_newline", "visual")
 OTHER_MODULES = rf"{ALONE}\.({'|'.join(map(re.escape, OTHER_PARTS))})\..*"
 
 
@@ -27,10 +27,12 @@ class Wrapper:
     Attributes:
       text_type: model_type of the text half if `text_config` has none.
       tied: True if the head is the embedding unless the config says otherwise.
+      flat: True if published configs have the text half's attributes next to the wrapper's, without `text_config`.
     """
 
     text_type: str
     tied: bool = False
+    flat: bool = False
 
 
 WRAPPERS = {
@@ -41,7 +43,15 @@ WRAPPERS = {
     "llava_onevision": Wrapper(text_type="qwen2"),
     "vipllava": Wrapper(text_type="llama"),
     "internvl": Wrapper(text_type="qwen2", tied=True),
+    "qwen2_vl": Wrapper(text_type="qwen2_vl_text", flat=True),
+    "qwen2_5_vl": Wrapper(text_type="qwen2_5_vl_text", flat=True),
+    "qwen3_vl": Wrapper(text_type="qwen3_vl_text"),
+    "qwen3_vl_moe": Wrapper(text_type="qwen3_vl_moe_text"),
+    "glm4v": Wrapper(text_type="glm4v_text"),
+    "glm4v_moe": Wrapper(text_type="glm4v_moe_text"),
 }
+# Attributes of a wrapper, which a flat config has next to those of the text half.
+OF_WRAPPER = ("architectures", "model_type", "transformers_version", "vision_config", TIED)
 
 SIZE_NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # transformers' defaults of sizes, which a `text_config` may omit.
@@ -52,6 +62,15 @@ SIZES = {
     "ministral3": (131072, 4096, 14336, 34, 32),
     "qwen2": (151936, 4096, 22016, 32, 32),
     "qwen3": (151936, 4096, 22016, 32, 32),
+    "mixtral": (32000, 4096, 14336, 32, 32),
+    "qwen3_moe": (151936, 2048, 6144, 24, 32),
+    "gpt_oss": (201088, 2880, 2880, 36, 64),
+    "qwen2_vl_text": (152064, 8192, 29568, 80, 64),
+    "qwen2_5_vl_text": (152064, 8192, 29568, 80, 64),
+    "qwen3_vl_text": (151936, 4096, 22016, 32, 32),
+    "qwen3_vl_moe_text": (151936, 2048, 5632, 24, 16),
+    "glm4v_text": (151552, 4096, 13696, 40, 32),
+    "glm4v_moe_text": (151424, 4096, 10944, 46, 96),
 }
 
 
@@ -103,7 +122,7 @@ def with_text_attributes(config: Mapping[str, object], changes: Mapping[str, obj
     """Returns a config whose text half has these attributes."""
     if not changes:
         return dict(config)
-    if wrapper_of(config) is None:
+    if TEXT_CONFIG not in config:
         return {**config, **changes}
     return {**config, TEXT_CONFIG: {**_stated(config), **changes}}
 
@@ -112,14 +131,9 @@ def in_wrapper(features: ModelConfig, kind: object, name: str) -> ModelConfig:
     """Returns the features of a decoder whose modules have their names inside a wrapper.
 
     Raises:
-      ValueError: the decoder is a mixture of experts; the family's module has another name than the one that a
-        wrapper's prefix replaces; or its logits are capped or scaled, which wrappers in transformers leave out.
+      ValueError: the family's module has another name than the one that a wrapper's prefix replaces; or its logits
+        are capped or scaled, which wrappers in transformers leave out.
     """
-    if features.experts is not None:
-        raise ValueError(
-            f"{name}: {TEXT_CONFIG}: model_type={shorten(kind)} is a mixture of experts, which is not supported inside "
-            "a multimodal model. Use the text model alone."
-        )
     if not features.hugging_face_name(f"{ALONE}.layers").startswith(f"{ALONE}."):
         raise ValueError(
             f"{name}: {TEXT_CONFIG}: model_type={shorten(kind)} is not supported inside a multimodal model. Use the "
@@ -150,7 +164,9 @@ def name_alone(name: str) -> str:
 
 
 def _stated(config: Mapping[str, object], name: str = "config.json") -> Mapping[str, object]:
-    found = config.get(TEXT_CONFIG)
+    wrapper, found = wrapper_of(config), config.get(TEXT_CONFIG)
+    if found is None and wrapper is not None and wrapper.flat:
+        return {key: value for key, value in config.items() if key not in OF_WRAPPER}
     if not isinstance(found, dict):
         raise MetadataError(
             f"{name}: {TEXT_CONFIG}: not an object (found {shorten(found)}, expected the config of the text half). "

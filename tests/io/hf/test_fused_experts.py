@@ -49,6 +49,26 @@ def test_every_form_gives_matrices_of_single_experts(tmp_path: Path, files: dict
             assert file.read(stored.nbytes) == expected[1:3].tobytes()
 
 
+@pytest.mark.parametrize("transposed", [True, False], ids=["as published", "as transformers 5 saves"])
+def test_fused_experts_of_qwen3_vl_moe(tmp_path: Path, transposed: bool) -> None:
+    """Published files have them transposed, gate left of up."""
+    text = {"model_type": "qwen3_vl_moe_text", "num_experts": EXPERTS, "hidden_size": WIDTH}
+    matrices = {"gate_proj": GATES[:, :3], "up_proj": UPS[:, :3], "down_proj": DOWNS[..., :3]}  # no square ones
+    stacks = {part: stack.swapaxes(1, 2) if transposed else stack for part, stack in matrices.items()}
+    pair = np.concatenate([stacks["gate_proj"], stacks["up_proj"]], axis=2 if transposed else 1)
+    experts = "model.language_model.layers.1.mlp.experts"
+    files = {f"{experts}.gate_up_proj": pair, f"{experts}.down_proj": stacks["down_proj"]}
+    files = {name: np.ascontiguousarray(values) for name, values in files.items()}
+    source = open_model(write_folder(tmp_path, {"model_type": "qwen3_vl_moe", "text_config": text}, files))
+    assert len(source.tensors) == len(BY_EXPERT)
+    for part, stack in matrices.items():
+        for expert, expected in enumerate(stack):
+            entry = source.tensors[f"{experts}.{expert}.{part}.weight"]
+            np.testing.assert_array_equal(entry.read(), expected, strict=True)
+            np.testing.assert_array_equal(entry.read_rows(1, 3), expected[1:3], strict=True)
+            assert entry.nbytes == expected.nbytes
+
+
 def test_names_go_both_ways() -> None:
     for config in ({"model_type": "mixtral"}, {"model_type": "qwen3_moe"}):
         for name in (*BY_EXPERT, "model.layers.1.mlp.gate.weight", "model.norm.weight"):

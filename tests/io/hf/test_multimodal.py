@@ -58,6 +58,23 @@ def test_both_generations_of_names_are_one_model(tmp_path: Path) -> None:
     assert first.multimodal.names["lm_head.weight"] == "language_model.lm_head.weight"
 
 
+def test_a_flat_checkpoint_of_qwen(tmp_path: Path) -> None:
+    """Qwen2.5-VL is published with the text half's attributes and names as if it were alone."""
+    config = tiny_config(tie_word_embeddings=False) | {"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}}
+    for attribute in ("attention_bias", "mlp_bias", "rope_scaling"):
+        config.pop(attribute, None)
+    text = random_weights(tiny_config(tie_word_embeddings=False, attention_bias=True))
+    text = {name: values for name, values in text.items() if not name.endswith("o_proj.bias")}
+    source = _checked(
+        open_model(write_folder(tmp_path, config, text | {"visual.blocks.0.norm1.weight": np.ones(4, "f4")}))
+    )
+    assert source.multimodal is not None and str(source.multimodal) == "visual (1 tensor, 16 B)"
+    for name, values in text.items():
+        inside = name.replace("model.", "model.language_model.", 1)
+        assert source.multimodal.names[inside] == name
+        np.testing.assert_array_equal(source.tensors[inside].read(), values)
+
+
 def test_unknown_parts_and_tensors_that_are_there_twice_are_refused(tmp_path: Path) -> None:
     _write(tmp_path / "audio", towers={"audio_tower.weight": np.ones(3, "f4")})
     with pytest.raises(ValueError, match=r"unexpected: audio_tower\.weight"):

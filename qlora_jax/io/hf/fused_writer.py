@@ -1,6 +1,8 @@
-"""Joins the experts of a layer to the tensors of Hugging Face's files of gpt-oss; gpt_oss_experts.py separates them.
+"""Joins the experts of a layer to the fused tensors of Hugging Face's files of gpt-oss and Qwen3-VL-MoE.
 
-The weights of other models are written as they are. Dimension key: E experts, N out, K in.
+gpt_oss_experts.py and fused_experts.py separate them. The weights of other models are written as they are.
+
+Dimension key: E experts, N out, K in.
 """
 
 import itertools
@@ -10,11 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qlora_jax.io.hf.fused_experts import TRANSPOSED
 from qlora_jax.io.hf.gpt_oss_experts import MODEL_TYPE
 from qlora_jax.io.hf.shard_writer import TensorSpec
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.tensor_map import Slot
 from qlora_jax.models.experts_config import FUSED_PROJECTIONS
+from qlora_jax.models.families.multimodal import text_config
 
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.(?P<leaf>weight|bias)")
 FUSED_OF = {part: (fused, place) for fused, parts in FUSED_PROJECTIONS.items() for place, part in enumerate(parts)}
@@ -31,9 +35,18 @@ class Place(NamedTuple):
 def in_file_order(slots: Sequence[Slot], config: JsonObject) -> list[tuple[Slot, int]]:
     """Returns (slot, index of a name) of all tensors, those that a file joins behind each other."""
     names = [(slot, index) for slot in slots for index in range(len(slot.names))]
-    if config.get("model_type") != MODEL_TYPE:
+    if not _is_joined(config):
         return names
     return sorted(names, key=lambda each: _place(each[0].names[each[1]]) or Place(each[0].names[each[1]], 0, 0))
+
+
+def _is_joined(config: JsonObject) -> bool:
+    return text_config(config).get("model_type") in (MODEL_TYPE, *TRANSPOSED)
+
+
+def _takes_turns(config: JsonObject) -> bool:
+    """True if outputs of gate and up take turns in a joined tensor; else those of gate are first."""
+    return text_config(config).get("model_type") == MODEL_TYPE
 
 
 def _place(name: str) -> Place | None:
@@ -55,7 +68,7 @@ def joined_specs(specs: Sequence[TensorSpec], config: JsonObject) -> list[Tensor
 
 def _groups(specs: Sequence[TensorSpec], config: JsonObject) -> Iterator[tuple[str | None, list[TensorSpec]]]:
     """Yields (name of the joined tensor, its parts), or (None, [a tensor that is not joined])."""
-    if config.get("model_type") != MODEL_TYPE:
+    if not _is_joined(config):
         yield from ((None, [spec]) for spec in specs)
         return
     for name, each in itertools.groupby(specs, key=_name_in_file):
@@ -80,18 +93,26 @@ def joined_values(
     """Yields the arrays of the file's tensors from those of the model's, one tensor at a time."""
     stream = iter(values)
     for tensor, parts in _groups(specs, config):
-        yield next(stream) if tensor is None else _joined(stream, _joined_spec(tensor, parts), len(parts))
+        if tensor is None:
+            yield next(stream)
+        else:
+            yield _joined(stream, _joined_spec(tensor, parts), len(parts), _takes_turns(config))
 
 
-def _joined(stream: Iterator[np.ndarray], spec: TensorSpec, arrays: int) -> np.ndarray:
-    """Joins matrices [N, K] or biases [N] of all experts, gate and up in turns, to [E, K, 2N] or [E, 2N].
+def _joined(stream: Iterator[np.ndarray], spec: TensorSpec, arrays: int, turns: bool) -> np.ndarray:
+    """Joins matrices [N, K] or biases [N] of all experts, gate and up, to [E, K, 2N] or [E, 2N].
 
     Args:
       stream: its next `arrays` arrays are joined; one of them is in memory at a time.
+      turns: True if outputs of gate and up take turns.
     """
     joined = np.empty(spec.shape, spec.dtype)
     parts = arrays // spec.shape[0]
+    rows = spec.shape[-1] // parts
+    # transformers transposes the matrices of Qwen3-VL-MoE that it reads, except square ones.
+    upright = not turns and spec.shape[1:] == (spec.shape[-1],) * 2
     for index, each in enumerate(itertools.islice(stream, arrays)):
         expert, part = divmod(index, parts)
-        joined[expert, ..., part::parts] = each.T
+        place = joined[expert].T if upright else joined[expert]
+        place[..., slice(part, None, parts) if turns else slice(part * rows, (part + 1) * rows)] = each.T
     return joined

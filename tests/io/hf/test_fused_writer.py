@@ -1,11 +1,11 @@
-"""Tests that experts of gpt-oss are joined as its files have them, with one expert in memory beside the result."""
+"""Tests that experts are joined as files of gpt-oss and Qwen3-VL-MoE have them, with one expert in memory at a time."""
 
 import weakref
 from collections.abc import Iterator
 
 import numpy as np
 
-from qlora_jax.io.hf.gpt_oss_writer import joined_specs, joined_values
+from qlora_jax.io.hf.fused_writer import joined_specs, joined_values
 from qlora_jax.io.hf.shard_writer import TensorSpec
 
 CONFIG = {"model_type": "gpt_oss"}
@@ -41,3 +41,23 @@ def test_gate_and_up_take_turns_and_one_expert_is_alive() -> None:
             for start, part in enumerate(("gate_proj", "up_proj")):
                 expected = VALUES[f"{STEM}.{expert}.{part}.{leaf}"].T
                 np.testing.assert_array_equal(found[expert, ..., start::2], expected, strict=True)
+
+
+def test_gate_is_left_of_up_in_qwen3_vl_moe() -> None:
+    config = {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text"}}
+    weights = {name: values for name, values in VALUES.items() if name.endswith("weight")}
+    specs = [TensorSpec(name, values.dtype, values.shape) for name, values in weights.items()]
+    (spec,), (found,) = joined_specs(specs, config), joined_values(specs, weights.values(), config)
+    assert (spec.name, spec.shape) == (f"{STEM}.gate_up_proj", (EXPERTS, K, 2 * F))
+    for expert in range(EXPERTS):
+        gate, up = (weights[f"{STEM}.{expert}.{part}.weight"] for part in ("gate_proj", "up_proj"))
+        np.testing.assert_array_equal(found[expert], np.concatenate([gate, up]).T, strict=True)
+
+
+def test_a_square_matrix_of_qwen3_vl_moe_stays_upright() -> None:
+    """transformers transposes matrices of another shape than its own alone."""
+    config = {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "qwen3_vl_moe_text"}}
+    weights = {f"{STEM}.{expert}.down_proj.weight": RNG.normal(size=(K, K)).astype("f4") for expert in range(EXPERTS)}
+    specs = [TensorSpec(name, values.dtype, values.shape) for name, values in weights.items()]
+    (found,) = joined_values(specs, weights.values(), config)
+    np.testing.assert_array_equal(found, np.stack([*weights.values()]), strict=True)
