@@ -7,7 +7,7 @@ from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
 from qlora_jax.terminal.visible import visible
 
-COMMANDS = ("train", "generate", "evaluate", "compare", "arena", "variance", "export", "quantize", "plan")
+COMMANDS = ("train", "generate", "predict", "evaluate", "compare", "arena", "variance", "export", "quantize", "plan")
 
 
 def main() -> None:

@@ -279,8 +279,7 @@ class CausalLM(nnx.Module):
         if self.score is not None:
             raise ValueError(
                 "model: it has no language-model head (found a head for whole sequences, as objectives such as "
-                "classification train). Evaluate it with labels, pairs or embeddings, not with tasks that score or "
-                "generate tokens"
+                "classification train). Use predict for new texts, and evaluate with labels, pairs or embeddings"
             )
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
         return table.head(self.config.head_softcap, self.config.logit_scale)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bridge import inputs, save
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 from trl import RewardConfig, RewardTrainer
 
 PROBLEMS = {
@@ -95,6 +95,13 @@ def merged(case):
     return model(ids, attention_mask=mask).logits, model.config.id2label
 
 
+def probabilities(case):
+    """Returns the scores of transformers' pipeline for texts, in the order of the labels."""
+    classify = pipeline("text-classification", model=case["merged"], top_k=None, batch_size=len(case["texts"]))
+    found = [{one["label"]: one["score"] for one in text} for text in classify(case["texts"])]
+    return [[text[label] for label in classify.model.config.id2label.values()] for text in found]
+
+
 LOSSES = {"reward": reward, "embedding": embedding}
 found = {}
 for name, case in inputs()["cases"].items():
@@ -106,6 +113,8 @@ for name, case in inputs()["cases"].items():
         with torch.no_grad():
             outputs, labels = merged(case)
         found[f"{name}/merged"], found[f"{name}/id2label"] = outputs.numpy(), list(labels.values())
+        if case["objective"] == "classification":
+            found[f"{name}/probabilities"] = probabilities(case)
     for parameter, value in model.named_parameters():
         if value.requires_grad and value.grad is not None:
             found[f"{name}/grad/{parameter.replace('.default', '').replace('.modules_to_save', '')}"] = (

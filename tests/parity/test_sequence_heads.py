@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qlora_jax as q
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.export.merged import export_merged
@@ -56,19 +57,19 @@ class Case:
         return [[[*ids, EOS] if row % 2 else ids for row, ids in enumerate(each)] for each in texts]
 
 
-def names(count: int) -> tuple[str, ...]:
+def names_of(count: int) -> tuple[str, ...]:
     return tuple(f"label {index}" for index in range(count))
 
 
 CASES = {
     "classification": Case(
         Classification(),
-        TrainedHead(objective="classification", labels=names(3)),
+        TrainedHead(objective="classification", labels=names_of(3)),
         {"labels": RNG.integers(0, 3, (ROWS, 1)).astype(np.float32)},
     ),
     "multi_label": Case(
         MultiLabel(head=HeadSpec(outputs=4)),
-        TrainedHead(objective="multi_label", labels=names(4)),
+        TrainedHead(objective="multi_label", labels=names_of(4)),
         {"labels": RNG.integers(0, 2, (ROWS, 1, 4)).astype(np.float32)},
     ),
     "regression": Case(
@@ -90,7 +91,8 @@ CASES = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(pad_token_id=EOS)
     made = write_folder(tmp_path_factory.mktemp("model"), config, random_weights(config))
-    (made / "tokenizer.json").write_text(tokenizer_json())
+    words = json.loads(tokenizer_json()) | {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    (made / "tokenizer.json").write_text(json.dumps(words))
     (made / "tokenizer_config.json").write_text(json.dumps(SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     return made
 
@@ -192,6 +194,7 @@ LAYOUTS = {
 }
 
 
+TEXTS = ["t3 t4 t9", "t7", "t1 t2 t3 t4 t5 t6 t20", "t28 t28"]
 IN_CI = ("classification", "reward", "pairs of texts")
 
 
@@ -222,11 +225,15 @@ def test_losses_outputs_and_gradients_equal_the_oracle(
         given[name] = {"objective": case.head.objective, "outputs": case.head.outputs, **paths, **_data(case)}
         if name in merges:
             export_merged(run, tmp_path / name / "hf", "hf", dtype="float32")
-            given[name]["merged"] = str(tmp_path / name / "hf")
+            given[name] |= {"merged": str(tmp_path / name / "hf"), "texts": TEXTS}
     expected = oracle(SCRIPT, cases=given)
     assert expected["classification/id2label"].tolist() == list(CASES["classification"].head.labels)
     for name in merges:
         np.testing.assert_allclose(expected[f"{name}/merged"], expected[f"{name}/outputs"], atol=1e-4)
+    found = q.classify(*q.load(str(tmp_path / "classification")), TEXTS)
+    probabilities = [[*one.probabilities.values()] for one in found]
+    np.testing.assert_allclose(probabilities, expected["classification/probabilities"], rtol=1e-4)
+    assert [one.label for one in found] == [names_of(3)[index] for index in np.argmax(probabilities, axis=1)]
     for name, case in cases.items():
         for layout in layouts:
             places, length, slots = LAYOUTS[layout]

@@ -13,6 +13,7 @@ from qlora_jax.data.readers.files import Row
 from qlora_jax.evaluation.bootstrapped import bootstrapped
 from qlora_jax.evaluation.head_metrics import spearman_metric
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
+from qlora_jax.evaluation.predictions import normalized
 from qlora_jax.evaluation.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, encode_head_rows, head_of_task
@@ -55,7 +56,7 @@ class EmbeddingsTask:
 
     def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> States:
         """Returns the normalized hidden states of each row's texts; raises ValueError if some are not finite."""
-        return _normalized(self.rows.outputs(parts, progress, cache))
+        return normalized(self.rows.outputs(parts, progress, cache))
 
     def metrics(self, scores: States) -> list[Metric]:
         """Spearman's correlation with the scores; without scores, retrieval among all texts but the anchors."""
@@ -72,13 +73,9 @@ class EmbeddingsTask:
         return lower_outputs(parts, self.rows.texts)
 
 
-def _normalized(states_RKD: States) -> States:
-    return states_RKD / np.maximum(np.linalg.norm(states_RKD, axis=2, keepdims=True), 1e-12)
-
-
 def retrieval_metrics(states_RKD: States) -> list[Metric]:
     """Returns how often an anchor's positive is nearest to it, and the mean reciprocal rank."""
-    reciprocal_R = 1 / _ranks(_normalized(states_RKD))
+    reciprocal_R = 1 / _ranks(normalized(states_RKD))
     count = len(reciprocal_R)
     mean = bootstrapped("mean reciprocal rank", lambda draws: draws @ reciprocal_R / draws.sum(axis=1), count)
     return [share(NEAREST, reciprocal_R == 1), mean]

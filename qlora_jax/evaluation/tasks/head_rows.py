@@ -86,13 +86,14 @@ def encode_head_rows(path: str, rows: Sequence[Row], names: Mapping[str, str] | 
     encoder = make_branch_encoder(row_format, context.tokenizer, ROW_USES[head.objective], head.labels)
     problems: list[Problem] = []
     places, encoded = encoder.begin(rows, problems)()(problems)
-    problems += _too_long(places, encoded, context.max_positions)
+    problems += too_long(places, encoded, context.max_positions)
     raise_problems(path, problems, len(rows))
     texts = [*itertools.chain.from_iterable(map(texts_of, encoded))]
     return HeadRows(path=path, places=places, texts=texts, values=[row.values for row in encoded])
 
 
-def _too_long(places: Sequence[Place], rows: Sequence[EncodedRow], max_positions: int) -> list[Problem]:
+def too_long(places: Sequence[Place], rows: Sequence[EncodedRow], max_positions: int) -> list[Problem]:
+    """Returns the rows that have a text with more tokens than the model has positions."""
     return [
         (place, f"too long (found {longest} tokens; the model has {max_positions} positions). Shorten it")
         for place, row in zip(places, rows, strict=True)

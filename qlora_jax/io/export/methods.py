@@ -55,7 +55,7 @@ def head_refusal(head: TrainedHead | None, form: str) -> str | None:
     if head.pooling == "mean":
         return (
             f"--format {form}: transformers classifies by the hidden state of the last token (found "
-            "head.pooling=mean). Use the run itself: python -m qlora_jax.evaluate --run RUN"
+            "head.pooling=mean). Use the run itself: python -m qlora_jax.predict --run RUN"
         )
     return None
 

@@ -11,12 +11,15 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # possible values of --max-
 VLLM_DEFAULT_RANK = 16
 NOT_LORA = {"IA3": "(IA)^3", "OFT": "OFT", "VERA": "VeRA", "LN_TUNING": "LayerNorm tuning"}  # by peft_type
 MERGED = "merge it into a model for them: --format hf or gguf"
+WITHOUT_GGUF = "merge it into a model for vLLM: --format hf"
+HEAD_TASKS = ("SEQ_CLS", "FEATURE_EXTRACTION")  # whose heads the files of llama.cpp cannot hold
 
 
 def notes_for_readers(config: JsonObject) -> list[str]:
     """Lists how vLLM and llama.cpp would compute something else than the adapter with this adapter_config.json."""
+    merged = WITHOUT_GGUF if config.get("task_type") in HEAD_TASKS else MERGED
     if not_lora := NOT_LORA.get(config["peft_type"]) or ("DoRA" if config["use_dora"] else None):
-        return [f"vLLM and llama.cpp cannot read {not_lora}: {MERGED}"]
+        return [f"vLLM and llama.cpp cannot read {not_lora}: {merged}"]
     notes = [note for note in (_rank_note(config), _pattern_note(config)) if note]
     if config["alpha_pattern"]:
         notes.append(
@@ -30,7 +33,7 @@ def notes_for_readers(config: JsonObject) -> list[str]:
     more = [*(config["modules_to_save"] or []), *config.get("trainable_token_indices", {})]
     if more:
         notes.append(
-            f"vLLM and llama.cpp cannot read an adapter that trains more than LoRA ({', '.join(more)}): {MERGED}"
+            f"vLLM and llama.cpp cannot read an adapter that trains more than LoRA ({', '.join(more)}): {merged}"
         )
     return notes
 

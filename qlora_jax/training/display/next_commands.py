@@ -30,4 +30,7 @@ def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
 def _use(head: TrainedHead | None, run: str) -> dict[str, str]:
     if head is None:
         return {"try it": f"{MODULE}generate --run {run}"}
-    return {"evaluate": f"{MODULE}evaluate --run {run} --{HEAD_TASKS[head.objective]} FILE"}
+    return {
+        "predict": f"{MODULE}predict --run {run} --rows FILE",
+        "evaluate": f"{MODULE}evaluate --run {run} --{HEAD_TASKS[head.objective]} FILE",
+    }

@@ -80,6 +80,13 @@ def test_rslora_is_written_as_an_alpha() -> None:
             ["vLLM and llama.cpp cannot read an adapter that trains more than LoRA (lm"],
         ),
         (
+            dict(modules_to_save=["score"], task_type="SEQ_CLS"),
+            [
+                "vLLM and llama.cpp cannot read an adapter that trains more than LoRA (score): merge it into a model "
+                "for vLLM: --format hf"
+            ],
+        ),
+        (
             dict(trainable_token_indices={"embed_tokens": [3]}),
             ["vLLM and llama.cpp cannot read an adapter that trains more"],
         ),

@@ -35,4 +35,5 @@ def test_runs_with_a_head_are_evaluated_by_it(objective, pooling, task, form):
     config = dataclasses.replace(CONFIG, objective=objective, head=HeadArgs(pooling=pooling))
     found = {name: shlex.split(command)[2:] for name, command in next_commands(config, finished=True).items()}
     assert found["evaluate"] == ["qlora_jax.evaluate", "--run", CONFIG.output, f"--{task}", "FILE"]
+    assert found["predict"] == ["qlora_jax.predict", "--run", CONFIG.output, "--rows", "FILE"]
     assert "try it" not in found and found.get("export", [None])[-1] == form
