@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.terminal.console import Console
 
     runtime.start()
-    plan = plan_of(args)
+    plan = plan_of(args, report=lambda line: print(line, file=sys.stderr, flush=True))
     for note in plan.notes:
         print(f"note: {visible(note)}", file=sys.stderr)
     if "json" in flags:

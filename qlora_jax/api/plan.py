@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import rich.console
@@ -11,6 +11,7 @@ from qlora_jax import runtime
 from qlora_jax.config.parse import from_dict
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import from_config, plan, text
+from qlora_jax.training.plan.progress import ReportedCompiler
 from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
@@ -82,8 +83,11 @@ def make_plan(
     return plan_of(from_dict(PlanArgs, raw))
 
 
-def plan_of(args: PlanArgs) -> MemoryPlan:
+def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -> MemoryPlan:
     """The plan for the settings of the command `plan`.
+
+    Args:
+      report: called with a line of text before each step that is compiled.
 
     Raises:
       ValueError: as `make_plan`.
@@ -102,6 +106,8 @@ def plan_of(args: PlanArgs) -> MemoryPlan:
         total = int(float(runtime.USABLE_MEMORY) * target.memory_bytes)  # CUDA itself needs the rest
         return total if target.card is not None else total // step.devices  # CPU devices share the machine's memory
 
+    if compile_step is not None:
+        compile_step = ReportedCompiler(compile_step, report, plan.MAX_COMPILES + len(settings) - 1)
     setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
     larger = from_config.larger_meshes(setting, target)
     return MemoryPlan(

@@ -47,14 +47,17 @@ def host_sharding() -> NamedSharding:
 
 def check_one_format(weights: WeightFormat, config: ModelConfig) -> None:
     """Raises ValueError if experts that go to host memory have several formats, one line for all projections."""
-    if not weights.experts_on_host:
-        return
-    found = {name: list(weights.parts(name, len(config.layers_with(name)))) for name in config.expert_shapes()}
-    if mixed := [f"{name}: {', '.join(formats)}" for name, formats in found.items() if len(formats) > 1]:
+    if weights.experts_on_host and (mixed := mixed_formats(weights, config)):
         raise ValueError(
             f"model.experts: offload needs one format for all layers of a projection (found {'; '.join(mixed)}). Set "
             "model.experts=device, or another model.quant_type"
         )
+
+
+def mixed_formats(weights: WeightFormat, config: ModelConfig) -> list[str]:
+    """Returns (name: formats) of each projection of experts whose layers have several formats, as text."""
+    found = {name: list(weights.parts(name, len(config.layers_with(name)))) for name in config.expert_shapes()}
+    return [f"{name}: {', '.join(formats)}" for name, formats in found.items() if len(formats) > 1]
 
 
 def with_experts_on_host(parts: ModelParts, weights: WeightFormat) -> ModelParts:

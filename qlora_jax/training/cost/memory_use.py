@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.models.target_layers import ROUTER
 from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
 from qlora_jax.sharding import ROWS, axis_size
 from qlora_jax.training.batch_shapes import batch_shapes
@@ -52,6 +53,17 @@ def offloaded_expert_bytes(step: StepShape) -> dict[str, int]:
     """
     away = step.weights.experts_on_host and step.weights.platform != "cpu"
     return _matrix_bytes(step, [(name, shape) for name, shape in step.matrices() if away and is_routed(name)])
+
+
+def fetched_expert_bytes(step: StepShape) -> int:
+    """Returns the bytes of offloaded experts that an optimizer step fetches.
+
+    Each micro-batch fetches every sparse layer in its forward pass, and once more those that its backward pass visits.
+    """
+    stored, sparse = sum(offloaded_expert_bytes(step).values()), step.layers(ROUTER)
+    if not stored:
+        return 0
+    return step.batch[0] * stored * (sparse + step.layers(ROUTER, step.first_backward)) // sparse
 
 
 def _matrix_bytes(step: StepShape, weights: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:

@@ -2,18 +2,18 @@
 
 On a mesh, everything is that of one device.
 
-At most MAX_COMPILES steps are compiled, because a large model's step takes most of a minute: the requested one, the
-same at about half its length, and the proposed alternatives. Other numbers are interpolated and marked as such.
+A large model's step takes the compiler half a minute, so formulas go first and only what decides is compiled: the
+requested step unless no error of its estimate lets it fit, the change that the plan suggests, or sizes well beyond the
+compiled ones. Other numbers are interpolated and marked as such.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 from qlora_jax.config import plain_name
-from qlora_jax.config.validate import uses
 from qlora_jax.data.batching.buckets import UNIT
-from qlora_jax.sharding import FSDP, AnyMesh, axis_size
+from qlora_jax.sharding import AnyMesh
+from qlora_jax.training.plan.changes import Change, all_lengths, changes, count_fitting, more_devices, row_counts
 from qlora_jax.training.plan.requirements import (
     CompileStep,
     Requirements,
@@ -23,23 +23,9 @@ from qlora_jax.training.plan.requirements import (
     fitted_requirements,
 )
 
-MAX_COMPILES = 4
+MAX_COMPILES = 3
 SCRATCH_ERROR = (0.2, 3.0)  # compiled scratch over estimated scratch, on the models of the tests and docs
-MOST_ROWS = 256  # the largest micro-batch that is searched for
-
-PAGE = "page the optimizer state to host memory"
-LEANER = {
-    "full": "recompute activations in the backward pass",
-    "offload": "recompute activations, and offload the layers' inputs to host memory",
-}  # policies of train.remat with less memory on the device, in order
-
-
-class Change(NamedTuple):
-    """A change of the configuration, its options, and the requirements with it."""
-
-    description: str
-    options: Mapping[str, str | int]
-    requirements: Requirements
+EXTRAPOLATED = 1.25  # tokens per micro-batch over those of the largest compiled step, up to which none is compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +63,7 @@ class _Compiler:
 
     def __init__(self, compile_step: CompileStep | None):
         self._compile, self._left = compile_step, MAX_COMPILES
+        self.exists = compile_step is not None
         self.known: list[Requirements] = []
 
     def compiled(self, config: StepConfig) -> Requirements:
@@ -96,7 +83,13 @@ class _Compiler:
             return dataclasses.replace(fitted_requirements(config, [same]), source=same.source)
         near = [need for need in self.known if need.config.mesh == config.mesh] or self.known
         alike = [need for need in near if need.config.remat == config.remat] or near
-        return fitted_requirements(config, alike) if alike else estimated_requirements(config)
+        nearest = sorted(alike, key=lambda need: -abs(need.config.rows - config.rows))[-2:]
+        return fitted_requirements(config, nearest) if nearest else estimated_requirements(config)
+
+    def within_known(self, config: StepConfig) -> Requirements:
+        """Returns interpolated requirements of a step that is hardly larger than a compiled one, else compiled ones."""
+        largest = max((need.config.rows for need in self.known), default=0)
+        return self.interpolated(config) if config.rows <= EXTRAPOLATED * largest else self.compiled(config)
 
     def _same_program(self, config: StepConfig) -> Requirements | None:
         return next((need for need in self.known if _program(need.config) == _program(config)), None)
@@ -104,7 +97,8 @@ class _Compiler:
 
 def _program(config: StepConfig) -> tuple[object, ...]:
     """Returns the changeable settings that the compiled step depends on."""
-    return config.batch, config.remat, config.lora.dtype, plain_name(config.optim.name), config.mesh
+    on_host = config.weights.experts_on_host
+    return config.batch, config.remat, config.lora.dtype, plain_name(config.optim.name), config.mesh, on_host
 
 
 def make_plan(
@@ -122,21 +116,22 @@ def make_plan(
       larger: meshes of more devices to propose, the smallest first.
     """
     compiler = _Compiler(compile_step)
-    shorter = [config.resized(config.batch[1], part) for part in _shorter(config.batch[2], buckets)]
-    for middle in sorted(shorter, key=lambda each: abs(2 * each.batch[2] - config.batch[2]))[:1]:
-        compiler.compiled(middle)
-    requested = compiler.compiled(config)
-    fits = requested.total <= limit
-    change = None if fits else _nearest(_changes(config, limit, compiler), limit, compiler)
-    more = None if fits else _nearest(_more_devices(config, larger, compiler), limit, compiler)
-    found = compiler.compiled if fits else compiler.interpolated
+    measure = compiler.interpolated
+    found = compiler.within_known
+    change = more = None
+    if not _may_fit(config, limit) or compiler.compiled(config).total > limit:
+        change = _nearest(changes(config, limit, measure), limit, compiler)
+        more = _nearest(more_devices(config, larger, measure), limit, compiler)
+        found = measure
+    longest = _largest(all_lengths(config), limit, compiler, found)
+    largest = _largest(row_counts(config), limit, compiler, found)
     return Plan(
         limit=limit,
-        requested=requested,
-        other_paging=compiler.interpolated(config.replace(paged=not config.paged)),
-        shorter=tuple(compiler.interpolated(each) for each in shorter),
-        longest=_largest(_lengths(config), limit, compiler, found),
-        largest=_largest(_row_counts(config), limit, compiler, found),
+        requested=measure(config),
+        other_paging=measure(config.replace(paged=not config.paged)),
+        shorter=tuple(measure(config.resized(config.batch[1], part)) for part in _shorter(config.batch[2], buckets)),
+        longest=longest,
+        largest=largest,
         change=change,
         more_devices=more,
     )
@@ -151,7 +146,7 @@ def first_fitting(
       limit: bytes of a device that a step may use. A step is not tried if its estimate exceeds them by any error.
       fits: tries a step.
     """
-    tried = (config for config in configs[:-1] if estimated_range(config)[0] <= limit(config))
+    tried = (config for config in configs[:-1] if _may_fit(config, limit(config)))
     return next(filter(fits, tried), configs[-1])
 
 
@@ -160,6 +155,11 @@ def fits(config: StepConfig, limit: int, compile_step: CompileStep | None) -> bo
     if compile_step is None:
         return estimated_requirements(config).total <= limit
     return estimated_range(config)[1] <= limit or compiled_requirements(config, compile_step).total <= limit
+
+
+def _may_fit(config: StepConfig, limit: int) -> bool:
+    """Returns True if a step fits with some error of its estimate."""
+    return estimated_range(config)[0] <= limit
 
 
 def estimated_range(config: StepConfig) -> tuple[float, float]:
@@ -177,121 +177,34 @@ def _shorter(length: int, buckets: Sequence[int]) -> list[int]:
     return [part for part in (length // 2 // UNIT * UNIT, length // 4 // UNIT * UNIT) if part >= UNIT]
 
 
-def _lengths(config: StepConfig) -> list[StepConfig]:
-    """Returns the step at every batch length, up to the model's maximum."""
-    return [config.resized(config.batch[1], n) for n in range(UNIT, config.model.max_positions + 1, UNIT)]
-
-
-def _row_counts(config: StepConfig) -> list[StepConfig]:
-    """Returns the step with every number of rows that the devices can share evenly."""
-    counts = range(config.devices, MOST_ROWS + 1, config.devices)
-    return [config.resized(rows, config.batch[2]) for rows in counts]
-
-
 def _largest(
     configs: list[StepConfig], limit: int, compiler: _Compiler, measure: Callable[[StepConfig], Requirements]
 ) -> Requirements | None:
-    """Returns the largest of increasing steps that fits after `measure`; tries smaller ones if it does not fit."""
-    for _ in range(MAX_COMPILES):
-        index = _count_fitting(configs, limit, compiler) - 1
-        if index < 0:
-            return None
-        need = measure(configs[index])
-        if need.total <= limit:
-            return need
-        configs = configs[:index]
-    return None
+    """Returns the largest of increasing steps that fits after `measure`; None if none does.
 
-
-def _count_fitting(configs: list[StepConfig], limit: int, compiler: _Compiler) -> int:
-    """Returns how many of increasing steps fit, by bisection."""
-    low, high = 0, len(configs)
-    while low < high:
-        middle = (low + high) // 2
-        if compiler.interpolated(configs[middle]).total <= limit:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-def _changes(config: StepConfig, limit: int, compiler: _Compiler) -> Iterator[Change]:
-    """Yields single changes, those with the least effect on the run first, then pairs that change no result.
-
-    The order is: same numbers, same optimizer step, lower precision, another optimizer step.
+    A compiled step moves the interpolated numbers, so the search continues from it, in both directions.
     """
-    rows, length = config.batch[1:]
-    if not config.paged:
-        paged = config.replace(paged=True)
-        yield Change(PAGE, {"optim.paging": "auto"}, compiler.interpolated(paged))
-    for remat in _leaner(config):
-        yield Change(LEANER[remat], {"train.remat": remat}, compiler.interpolated(config.replace(remat=remat)))
-    fewer = [each for each in _row_counts(config) if each.batch[1] < rows]
-    if count := _count_fitting(fewer, limit, compiler):
-        smaller = fewer[count - 1]
-        yield Change(
-            "smaller micro-batches with more accumulation", _batch_options(smaller), compiler.interpolated(smaller)
-        )
-    yield from _lower_precision(config, compiler)
-    lengths = [each for each in _lengths(config) if each.batch[2] < length]
-    if shorter := _count_fitting(lengths, limit, compiler):
-        need = compiler.interpolated(lengths[shorter - 1])
-        yield Change("shorter rows", {"data.max_length": _max_length(need.config)}, need)
-    for remat in () if config.paged else _leaner(config):
-        options = {"optim.paging": "auto", "train.remat": remat}
-        both = config.replace(paged=True, remat=remat)
-        yield Change(f"both {PAGE} and {LEANER[remat]}", options, compiler.interpolated(both))
+    best, count = None, 0
+    for _ in range(2 * MAX_COMPILES):
+        found = count_fitting(configs, limit, compiler.interpolated)
+        if found <= count:
+            break
+        need = measure(configs[found - 1])
+        if need.total <= limit:
+            best, count = need, found
+        else:
+            configs = configs[: found - 1]
+    return best
 
 
-def _max_length(config: StepConfig) -> int:
-    """Returns the limit of one sequence with which a row, of one or more of them, has at most the batch's length."""
-    return config.batch[2] // max(1, config.objective.sequences_per_row)
+def _nearest(proposed: Iterator[Change], limit: int, compiler: _Compiler) -> Change | None:
+    """Returns the first change that fits by interpolation and then as compiled.
 
-
-def _batch_options(config: StepConfig) -> dict[str, str | int]:
-    accumulated, rows, _ = config.batch
-    return {"train.micro_batch_size": rows, "train.accumulation": accumulated}
-
-
-def _more_devices(config: StepConfig, larger: Sequence[AnyMesh], compiler: _Compiler) -> Iterator[Change]:
-    """Yields the step on larger meshes, with at least one row per device and as many rows per optimizer step."""
-    for mesh in larger:
-        on_device = dataclasses.replace(config.weights, experts_on_host=False)  # offloading works on one device
-        on_mesh = config.replace(
-            mesh=mesh, remat="names" if config.remat == "none" else config.remat, weights=on_device
-        )
-        options: dict[str, str | int] = {"mesh.fsdp": axis_size(mesh, FSDP)}
-        if config.weights.experts_on_host:
-            options["model.experts"] = "device"
-        if on_mesh.remat != config.remat:
-            options["train.remat"] = on_mesh.remat
-        if config.batch[1] % on_mesh.devices:
-            on_mesh = on_mesh.resized(-(-config.batch[1] // on_mesh.devices) * on_mesh.devices, config.batch[2])
-            options |= _batch_options(on_mesh)
-        yield Change(f"{on_mesh.devices} devices", options, compiler.interpolated(on_mesh))
-
-
-def _lower_precision(config: StepConfig, compiler: _Compiler) -> Iterator[Change]:
-    """Yields optimizer state in 8 bits, then adapters in bf16."""
-    name = config.optim.name.replace("_32bit", "_8bit")
-    if name != config.optim.name:
-        eight_bit = config.replace(optim=dataclasses.replace(config.optim, name=name))
-        yield Change("store the optimizer state in 8 bits", {"optim.name": name}, compiler.interpolated(eight_bit))
-    if config.lora.dtype != "bfloat16" and uses(config.lora.method, "dtype"):
-        halved = config.replace(lora=dataclasses.replace(config.lora, dtype="bfloat16"))
-        yield Change("store adapters in bfloat16", {"lora.dtype": "bfloat16"}, compiler.interpolated(halved))
-
-
-def _leaner(config: StepConfig) -> Iterator[str]:
-    """Yields remat policies with less memory on the device, in order; a CPU cannot offload."""
-    policies = [remat for remat in LEANER if remat != "offload" or config.weights.platform != "cpu"]
-    yield from policies[policies.index(config.remat) + 1 :] if config.remat in policies else policies
-
-
-def _nearest(changes: Iterator[Change], limit: int, compiler: _Compiler) -> Change | None:
-    """Returns the first change that fits by interpolation and then as compiled."""
-    for change in changes:
-        if change.requirements.total <= limit:
+    Before anything is compiled, a change is also tried if only an error of its estimate lets it fit.
+    """
+    for change in proposed:
+        need = change.requirements
+        if need.total <= limit or (not compiler.known and compiler.exists and _may_fit(need.config, limit)):
             confirmed = compiler.compiled(change.requirements.config)
             if confirmed.total <= limit:
                 return change._replace(requirements=confirmed)

@@ -139,7 +139,7 @@ def _compiled_by(gradients: CompiledGradients, setting: StepConfig) -> CompileSt
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
         in_f32 = dataclasses.replace(setting.lora, dtype="float32")
         update = memory_use.gradient_bytes(dataclasses.replace(setting.step_shape(), lora=in_f32))
-        return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
+        return Temporaries(memory.device.temporaries, update, memory.host.temporaries, memory.host.arguments)
 
     return compile_step
 

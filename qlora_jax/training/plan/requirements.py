@@ -128,11 +128,13 @@ class Temporaries(NamedTuple):
       gradients: of the gradient program, on the device.
       update: of the update program, on the device.
       host: of the gradient program, in host memory.
+      host_arguments: bytes of the gradient program's arguments in host memory.
     """
 
     gradients: int
     update: int
     host: int = 0
+    host_arguments: int = 0
 
 
 # Compiles the real step for one device. Raises what the compiler raises.
@@ -163,6 +165,11 @@ class Requirements:
     def received(self) -> dict[str, int]:
         """Bytes that each device receives from the others in one optimizer step, by kind; by formula."""
         return {kind: one.received for kind, one in communication.exchanges(self.config.step_shape()).items()}
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of experts that cross from host memory to the device in one optimizer step; by formula."""
+        return memory_use.fetched_expert_bytes(self.config.step_shape())
 
 
 def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements:
@@ -200,16 +207,29 @@ def compiled_requirements(config: StepConfig, compile_step: CompileStep) -> Requ
     of the update.
 
     Raises:
-      RuntimeError: train.remat=offload, but the compiled step does not offload the activations.
+      RuntimeError: the compiled step has activations or experts on the device that the settings offload.
     """
     step, temporaries = config.step_shape(), compile_step(config.abstract_step)
-    if temporaries.host < _offloaded_bytes(step):
-        raise RuntimeError(
-            f"train.remat={config.remat}: the compiled step does not offload all activations to host memory (found "
-            f"{format_bytes(temporaries.host)}, expected {format_bytes(_offloaded_bytes(step))}). Set train.remat=full."
-        )
+    _check_offloaded(config, temporaries)
     scratch = max(temporaries.gradients + memory_use.batch_bytes(step), temporaries.update) - _saved_bytes(step)
     return _requirements(config, scratch, "compiled")
+
+
+def _check_offloaded(config: StepConfig, found: Temporaries) -> None:
+    """Raises RuntimeError if less is in host memory than the settings say."""
+    step = config.step_shape()
+    experts = sum(memory_use.offloaded_expert_bytes(step).values())
+    checks = (
+        (f"train.remat={config.remat}", "activations", found.host, _offloaded_bytes(step), "train.remat=full"),
+        ("model.experts=offload", "experts", found.host_arguments, experts, "model.experts=device"),
+    )
+    if problems := [
+        f"{setting}: the compiled step does not offload all {what} to host memory (found {format_bytes(has)}, expected "
+        f"{format_bytes(expected)}). Set {fix}."
+        for setting, what, has, expected, fix in checks
+        if has < expected
+    ]:
+        raise RuntimeError("\n".join(problems))
 
 
 def estimated_requirements(config: StepConfig) -> Requirements:
@@ -238,7 +258,7 @@ def _without_batch(need: Requirements) -> int:
 
 
 def working_set(step: StepShape) -> int:
-    """Estimates a step's scratch in bytes; tests/training/plan/test_plan.py compares it with compiled steps.
+    """Estimates a step's scratch in bytes; tests/training/plan/test_requirements.py compares it with compiled steps.
 
     It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
     layers of a model that is cut over devices. Widths of routed experts have a row per slot. Experts in host memory
@@ -288,4 +308,5 @@ def compile_on_card(card: str) -> CompileStep:
 
 def _temporaries(step: AbstractStep, memory_of: Callable[[Program, dict[str, str]], aot.MemoryUse]) -> Temporaries:
     gradients, update = memory_of(step.gradients(), step.compiler_options), memory_of(step.update(), {})
-    return Temporaries(gradients.device.temporaries, update.device.temporaries, gradients.host.temporaries)
+    host = gradients.host
+    return Temporaries(gradients.device.temporaries, update.device.temporaries, host.temporaries, host.arguments)

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.keep_16bit import kept_text
-from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan
+from qlora_jax.training.plan.changes import MOST_ROWS, Change
+from qlora_jax.training.plan.plan import Plan
 from qlora_jax.training.plan.requirements import KINDS, STATE, Requirements
 
 GIB = 2**30
@@ -47,10 +48,12 @@ def verdict(plan: Plan) -> list[str]:
     if received := requested.received:
         parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in received.items())
         lines.append(f"each device receives {format_bytes(sum(received.values()))} per step: {parts}")
+    if requested.fetched:
+        lines.append(f"routed experts are in host memory: {_offloaded(requested)}")
     if not plan.fits and plan.change is None and plan.more_devices is None:
         lines.append("no single setting makes it fit: use a smaller model or a larger card")
     if plan.change is not None:
-        lines.append(f"nearest change that fits: {_change(plan.change)} ({_total(plan.change.requirements)})")
+        lines.append(f"nearest change that fits: {_change(plan.change)} ({_with_host(plan.change.requirements)})")
     if plan.more_devices is not None:
         total = _total(plan.more_devices.requirements)
         lines.append(f"fits on more devices: {_change(plan.more_devices)} ({total} on each)")
@@ -83,11 +86,23 @@ def _requirements_json(requirements: Requirements) -> dict[str, object]:
     settings = {"batch": config.batch, "remat": config.remat, "paged": config.paged, "source": requirements.source}
     mesh = {} if config.mesh is None else {"mesh": dict(config.mesh.shape), "received": requirements.received}
     sizes = {"total": requirements.total, "device": requirements.device, "host": requirements.host}
-    return settings | mesh | sizes
+    found: dict[str, object] = settings | mesh | sizes
+    return found | {"fetched": requirements.fetched} if requirements.fetched else found
 
 
 def _change(change: Change) -> str:
     return f"{change.description}: " + " ".join(f"--{name} {value}" for name, value in change.options.items())
+
+
+def _with_host(requirements: Requirements) -> str:
+    """Returns the total on the device; with offloaded experts, also their bytes in host memory and per step."""
+    on_device = _total(requirements)
+    return f"{on_device} on the device; {_offloaded(requirements)}" if requirements.fetched else on_device
+
+
+def _offloaded(requirements: Requirements) -> str:
+    host = sum(requirements.host[kind] for kind in ("weights", "constants"))
+    return f"{format_bytes(host)} in host memory, {format_bytes(requirements.fetched)} fetched per optimizer step"
 
 
 def _heading(requirements: Requirements) -> str:
