@@ -43,13 +43,18 @@ def random_integers(
     """
     rng, (n, k) = np.random.default_rng(seed), shape
     size = k if group_size == -1 else group_size
-    zeros = np.full((n, k // size), 8, np.uint8) if symmetric else rng.integers(1, 16, (n, k // size), np.uint8)
+    zeros = np.full((n, k // size), 8, np.uint8) if symmetric else _zeros(rng, (n, k // size))
     exponents = rng.integers(-1, 2, (n, k // size)) - int(np.log2(5 * k**0.5))
     scales = np.ldexp(rng.integers(8, 16, (n, k // size)) / 8, exponents).astype(dtype)
     groups = np.arange(k) // size
     return Integers(
         rng.integers(0, 16, (n, k), np.uint8), zeros, scales, rng.permutation(groups) if act_order else groups
     )
+
+
+def _zeros(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Draws zeros from 1 to 15, most of them near 8: far from it, all weights of a group would have one sign."""
+    return (1 + rng.binomial(14, 0.5, shape)).astype(np.uint8)
 
 
 def words(integers: np.ndarray) -> np.ndarray:
