@@ -13,11 +13,12 @@ def with_digest(text: str) -> str:
     return f'{text[:-1]}, "{KEY}": "{_digest(text)}"}}\n'
 
 
-def without_digest(line: str, place: str) -> str:
+def without_digest(line: str, place: str, fix: str = "Delete this line") -> str:
     """Returns the text that `with_digest` was given; a line without a digest is returned as it is.
 
     Args:
       place: the file and line, for the message.
+      fix: its last sentence.
 
     Raises:
       ValueError: the line is not the one that was written.
@@ -27,7 +28,7 @@ def without_digest(line: str, place: str) -> str:
         return line
     text = line[: found.start()] + "}"
     if _digest(text) != found[1]:
-        raise ValueError(f"{place}: damaged (other values than were written). Delete this line")
+        raise ValueError(f"{place}: damaged (other values than were written). {fix}")
     return text
 
 

@@ -23,6 +23,7 @@ from qlora_jax.comparison.run_files import (
     Job,
     RunOutcome,
     read_job,
+    write_outcome,
 )
 from qlora_jax.io.run_lock import lock_run
 from qlora_jax.metadata import read_json
@@ -75,7 +76,7 @@ def perform(folder: str, stop: threading.Event | None = None) -> None:
         if job["stage"] != "final":
             _remove_checkpoints(path / RUN_FOLDER)  # nobody needs these models
         shutil.rmtree(path / CACHE_FOLDER, ignore_errors=True)
-        write_text(path / OUTCOME_FILE, json.dumps(outcome) + "\n")
+        write_outcome(path, outcome)
 
 
 def _perform(folder: Path, job: Job, stop: threading.Event | None) -> RunOutcome:

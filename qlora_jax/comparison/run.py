@@ -8,7 +8,6 @@ from pathlib import Path
 from qlora_jax.atomic_files import write_text
 from qlora_jax.comparison.run_files import (
     JOB_FILE,
-    MAX_BYTES,
     OUTCOME_FILE,
     RUN_FOLDER,
     SETTINGS_FILE,
@@ -16,12 +15,12 @@ from qlora_jax.comparison.run_files import (
     RunOutcome,
     Stage,
     read_job,
+    read_outcome,
 )
 from qlora_jax.comparison.settings import Settings
 from qlora_jax.comparison.study import Pair, Study, data_settings, output_of, sources
 from qlora_jax.config import Config, ConfigError, write_config
 from qlora_jax.config.parse import is_required, walk_settings
-from qlora_jax.metadata import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,8 +96,8 @@ class Run:
         return (self.folder / OUTCOME_FILE).exists()
 
     def outcome(self) -> RunOutcome:
-        """Returns the outcome of a finished run."""
-        return read_json(self.folder / OUTCOME_FILE, RunOutcome, MAX_BYTES)
+        """Returns the outcome of a finished run; raises ValueError if it is damaged."""
+        return read_outcome(self.folder)
 
     def prepare(self) -> None:
         """Writes the run's files, unless it has them."""

@@ -10,13 +10,18 @@
 A run is finished if its outcome exists. It is written last and complete, so a run counts once or not at all.
 """
 
+import json
+import math
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from qlora_jax.metadata import read_json
+from qlora_jax.atomic_files import write_text
+from qlora_jax.line_digests import with_digest, without_digest
+from qlora_jax.metadata import decode_json, read_json, read_text
 
 SETTINGS_FILE, JOB_FILE, RUN_FOLDER, LOG_FILE = "settings.yaml", "job.json", "run", "log.txt"
 FAILURE_FILE, OUTCOME_FILE = "failure.txt", "outcome.json"
+PERFORM_AGAIN = "Delete this file, and the run is performed again"
 MAX_BYTES = 256 << 20  # of an outcome, which has two numbers per row
 
 Stage = Literal["calibration", "search", "final"]
@@ -64,3 +69,27 @@ class RunOutcome(TypedDict):
 def read_job(folder: Path) -> Job:
     """Returns the content of a run's job.json."""
     return read_json(folder / JOB_FILE, Job)
+
+
+def write_outcome(folder: Path, outcome: RunOutcome) -> None:
+    """Writes a run's outcome.json with a digest."""
+    write_text(folder / OUTCOME_FILE, with_digest(json.dumps(outcome)))
+
+
+def read_outcome(folder: Path) -> RunOutcome:
+    """Reads a run's outcome.json; one that an earlier version wrote has no digest.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = folder / OUTCOME_FILE
+    text = without_digest(read_text(path, MAX_BYTES), f"{path}", PERFORM_AGAIN)
+    outcome = decode_json(text, RunOutcome, path)
+    values, weights = outcome["values"], outcome["weights"]
+    sound = len(values) == len(weights) and all(map(math.isfinite, (*values, *weights)))
+    if not sound or (weights and sum(weights) <= 0):
+        raise ValueError(
+            f"{path}: values, weights: found {len(values)} and {len(weights)} numbers, expected as many, all finite, "
+            f"with weights above zero. {PERFORM_AGAIN}"
+        )
+    return outcome

@@ -1,8 +1,9 @@
 """Finds the format in which a model's files store each layer: codes that are kept as they are, or 16 bits."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from qlora_jax.io.hf.integer_groups import ACT_ORDER
 from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.tensor_map import check_number_of_experts, expert_name, layer_name
@@ -19,7 +20,7 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
 
     Raises:
       ValueError: no linear layer is stored in codes, GPTQ has reordered the columns of one, or the experts of a layer
-        differ in their types.
+        differ in their types; or the config gives rows that are not whole blocks.
     """
     layers = {
         name: [*layer_entries(name, source, config)] for name in (*config.linear_shapes(), *config.expert_shapes())
@@ -38,7 +39,25 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
             f"{kinds}, expected a quantized GGUF file, MXFP4, or 4 bits of GPTQ, AWQ, compressed-tensors or "
             "bitsandbytes). Set model.quant_type=nf4, which quantizes while loading"
         )
+    _check_whole_blocks(stored, source, config)
     return dataclasses.replace(weights, quant_type=STORED, stored=stored)
+
+
+def _check_whole_blocks(
+    stored: Iterable[tuple[str, tuple[str, ...]]], source: ModelSource, config: ModelConfig
+) -> None:
+    """Raises ValueError if the config gives rows that are not whole blocks of the files' codes."""
+    columns = {name: inputs for name, ((_, inputs), _) in config.linear_shapes().items()}
+    columns |= {name: inputs for name, (_, inputs) in config.expert_shapes().items()}
+    wrong = [
+        f"{name}: found {columns[name]} columns, expected a multiple of {BLOCK_FORMATS[form].weights} for {form}"
+        for name, formats in stored
+        for form in dict.fromkeys(formats)
+        if form in BLOCK_FORMATS and columns[name] % BLOCK_FORMATS[form].weights
+    ]
+    if wrong:
+        lines = "\n  ".join(["", *wrong])
+        raise ValueError(f"{source.path}: its config and its codes contradict each other. Download it again:{lines}")
 
 
 def stored_types(source: ModelSource, config: ModelConfig) -> str:

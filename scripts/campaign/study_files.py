@@ -144,13 +144,16 @@ def damage_yaml(chance: random.Random, path: Path) -> str:
 
 
 def _read_comparison(folder: Path) -> list[object]:
-    """Reads a finished study again, and computes its results."""
+    """Reads a finished study again, performs what it lacks, and computes its results."""
     with contextlib.chdir(folder):
         runs = _final_runs()
         check_unchanged(runs)
-        finished = [run for run in runs if run.finished]
-        results = summarize(runs[0].study, finished, dict.fromkeys(runs[0].study.pairs(), 9))
-    return [len(finished), *map(repr, results.estimates), *map(repr, results.differences)]
+        for run in runs:
+            if not run.finished:
+                run.prepare()
+                finish(run)
+        results = summarize(runs[0].study, runs, dict.fromkeys(runs[0].study.pairs(), 9))
+    return [*map(repr, results.estimates), *map(repr, results.differences)]
 
 
 # Layers in 16 bits

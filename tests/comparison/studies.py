@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import yaml
 
 from qlora_jax.comparison.perform import Lost
 from qlora_jax.comparison.run import Run
-from qlora_jax.comparison.run_files import FAILURE_FILE, OUTCOME_FILE
+from qlora_jax.comparison.run_files import FAILURE_FILE, RunOutcome, write_outcome
 from qlora_jax.comparison.run_study import run_study, sized_settings
 from qlora_jax.comparison.study import Study, read_study
 
@@ -75,7 +76,7 @@ def finish(run: Run, loss: float = 1.0, rows: int = 10, **changes: object) -> No
         "values": (weights * (loss + 0.1 * rng.normal(size=rows))).tolist() if run.stage == "final" else [],
         "weights": weights.tolist() if run.stage == "final" else [],
     }
-    (run.folder / OUTCOME_FILE).write_text(json.dumps(outcome | changes))
+    write_outcome(run.folder, cast(RunOutcome, outcome | changes))
 
 
 class Ended:

@@ -1,5 +1,6 @@
 """Models that keep the codes of their files: values, types per layer, meshes, the fingerprint, and errors."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_formats_are_those_of_the_file(mixed_gguf: Path) -> None:
     assert formats["self_attn.q_proj"] == ("Q4_1", "Q8_0") and formats["self_attn.k_proj"] == ("Q4_1", "Q4_1")
     assert formats["mlp.down_proj"] == (DENSE, "Q4_1") and formats["mlp.up_proj"] == (DENSE, DENSE)
     assert weights.parts("mlp.down_proj", 2) == {"Q4_1": (1,), DENSE: (0,)}
+
+
+def test_a_config_whose_rows_are_not_whole_blocks_is_refused_by_file(mixed_gguf: Path) -> None:
+    source = open_model(mixed_gguf)
+    config = dataclasses.replace(model_config(source.config), embed_dim=72)
+    with pytest.raises(
+        ValueError, match=r"(?s)tiny\.gguf: .*q_proj: found 72 columns, expected a multiple of 32 for Q4_1"
+    ):
+        with_dense_layers(FORMAT, source, config)
 
 
 def test_a_mesh_loads_the_same_base(mixed_gguf: Path) -> None:

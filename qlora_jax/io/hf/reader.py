@@ -29,7 +29,9 @@ FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16":
 DTYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}  # U8: codes of quantized weights
 INTEGER_TYPES = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # words of codes, and shapes
 HEADER_LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 8 << 20  # of 60,000 tensors
+# Bytes of a header that is read: of any file (60,000 tensors); per byte of a larger file, whose decoded header then
+# takes less memory than the file has bytes; and of the format.
+SMALL_HEADER, HEADER_SHARE, LARGEST_HEADER = 8 << 20, 1 / 64, 100_000_000
 MAX_INDEX_BYTES = 32 << 20  # of 250,000 tensors; mixtures of experts have one weight per expert
 MAX_AXES = 8
 MAX_FILE_NAME = 255  # characters; the limit of file systems
@@ -43,8 +45,9 @@ Types = Mapping[str, np.dtype]  # by their names in safetensors
 
 
 class FolderConfig(TypedDict, total=False):
-    """The keys of config.json that this file reads; models/families reads the others."""
+    """The keys of config.json that files of weights depend on; models/families reads the others."""
 
+    model_type: str | None
     quantization_config: QuantizationConfig | None
 
 
@@ -131,7 +134,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Reads config.json; models.families.model_config checks the attributes of the model.
 
     Raises:
-      MetadataError: not a JSON object, or quantization_config has values of other types.
+      MetadataError: not a JSON object, or model_type or quantization_config has values of other types.
     """
     config = read_json(path, dict[str, Any])
     check_value(config, FolderConfig, path)
@@ -199,10 +202,11 @@ def _parse_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-        if size < HEADER_LENGTH_BYTES or HEADER_LENGTH_BYTES + length > size or length > MAX_HEADER_BYTES:
+        longest = min(LARGEST_HEADER, max(SMALL_HEADER, int(HEADER_SHARE * size)))
+        if size < HEADER_LENGTH_BYTES or HEADER_LENGTH_BYTES + length > size or length > longest:
             raise MetadataError(
                 f"{path}: truncated or not a safetensors file: byte 0 announces a header of {length} bytes (at most "
-                f"{MAX_HEADER_BYTES} are read), the file has {size} bytes. Download it again."
+                f"{longest} are read), the file has {size} bytes. Download it again."
             )
         text = file.read(length)
     name = f"{path}, header from byte {HEADER_LENGTH_BYTES}"

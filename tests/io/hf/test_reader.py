@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies
 from safetensors.numpy import save_file
 
+from qlora_jax.io.hf import reader
 from qlora_jax.io.hf.reader import read_header, read_index
 from qlora_jax.io.open_model import open_model
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
@@ -133,6 +134,21 @@ def test_damage_is_read_or_refused(sound_bytes: bytes, tmp_path_factory: pytest.
         return
     for entry in entries:
         assert entry.read().shape == entry.shape
+
+
+def test_a_header_may_be_a_small_part_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "SMALL_HEADER", 16)
+    path = write_folder(tmp_path, CONFIG, WEIGHTS) / "model.safetensors"
+    assert len([*read_header(path)]) == len(WEIGHTS)
+    save_file({f"tensor {n}": np.zeros(1, np.float32) for n in range(9)}, path)
+    with pytest.raises(ValueError, match=r"a header of \d+ bytes \(at most 16 are read\)"):
+        list(read_header(path))
+
+
+def test_a_model_type_that_is_not_text_is_refused_by_file(tmp_path: Path) -> None:
+    write_folder(tmp_path, {**CONFIG, "model_type": ["llama"]}, WEIGHTS)
+    with pytest.raises(ValueError, match=r"config\.json: model_type: found \['llama'\], expected text"):
+        open_model(tmp_path)
 
 
 def test_missing_shards_all_named(tmp_path: Path) -> None:
