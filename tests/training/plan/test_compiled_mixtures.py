@@ -85,7 +85,7 @@ PROMISED = {
     ("rtx4090", "qwen3-30b-a3b", "device"): (19.69, 0),
     ("rtx4090", "qwen3-30b-a3b", "offload"): (5.73, 13.93),
     ("h100", "qwen3-30b-a3b", "offload"): (5.76, 13.93),
-    ("rtx4090", "gpt-oss-20b", "device"): (15.3, 0),
+    ("rtx4090", "gpt-oss-20b", "device"): (14.83, 0),
 }
 
 
