@@ -12,6 +12,7 @@ from qlora_jax.config.parse import from_dict
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import from_config, plan, text
 from qlora_jax.training.plan.progress import ReportedCompiler
+from qlora_jax.training.plan.reference import PlannedReference, reference_of_step
 from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
@@ -25,11 +26,13 @@ class MemoryPlan:
       plan: the requirements of the run and of near variants, in bytes by kind.
       title: the planned run and its card.
       notes: why numbers are estimates, or lengths unknown; empty otherwise.
+      reference: the pass over all rows before the first step; None for an objective without a reference.
     """
 
     plan: plan.Plan
     title: str
     notes: tuple[str, ...]
+    reference: PlannedReference | None = None
 
     @property
     def fits(self) -> bool:
@@ -48,11 +51,11 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers in bytes, as the command prints them with --json."""
-        return text.as_json(self.plan)
+        return text.as_json(self.plan, self.reference)
 
     def render(self, console: rich.console.Console) -> None:
         """Prints the table and the verdict."""
-        text.print_plan(self.plan, self.title, console)
+        text.print_plan(self.plan, self.title, console, self.reference)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -114,4 +117,5 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
         plan=plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger),
         title=from_config.plan_title(args, target, setting),
         notes=tuple(notes),
+        reference=reference_of_step(setting, rows.report, args.train),
     )

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 
 from qlora_jax.config import Config, MeshSize
 from qlora_jax.data.batching.batches import NO_ROW, Batch
-from qlora_jax.sharding import ROWS, Device, axis_size, make_mesh, put
+from qlora_jax.sharding import ROWS, AnyMesh, Device, axis_size, make_mesh, put
 from qlora_jax.training.objectives.router_losses import FILLED
 
 MAX_ROWS = 8  # of a batch without gradients; more on a mesh of devices that they do not divide over
@@ -35,7 +35,7 @@ def local_devices(mesh: Mesh | None) -> list[Device]:
     return [jax.local_devices()[0]] if mesh is None else list(mesh.local_devices)
 
 
-def rows_that_divide(rows: int, mesh: Mesh | None) -> int:
+def rows_that_divide(rows: int, mesh: AnyMesh | None) -> int:
     """Returns the least number of rows that divides over the devices and is not smaller than `rows`."""
     devices = axis_size(mesh, *ROWS)
     return -(-rows // devices) * devices

@@ -11,6 +11,7 @@ from pallas_kernels import aot
 from qlora_jax.config import Config, DataArgs, LoraArgs, mesh_choices, paging_of
 from qlora_jax.config.validate import uses
 from qlora_jax.data.batching.buckets import UNIT
+from qlora_jax.data.report.stats import DataReport
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
 from qlora_jax.training.objectives.make_objective import make_objective
@@ -31,11 +32,13 @@ class PlannedRows(NamedTuple):
       buckets: padded lengths of batches, ascending; empty if they are not known.
       objective: the loss.
       branching: True if data rows have branches.
+      report: counts of the data; None if it is not known.
     """
 
     buckets: tuple[int, ...]
     objective: Objective
     branching: bool
+    report: DataReport | None = None
 
 
 def planned_rows(args: PlanArgs) -> tuple[PlannedRows, str | None]:
@@ -56,7 +59,7 @@ def planned_rows(args: PlanArgs) -> tuple[PlannedRows, str | None]:
 
 def rows_of(inputs: Inputs) -> PlannedRows:
     """Returns the rows of a run whose data has been read."""
-    return PlannedRows(inputs.dataset.buckets, inputs.objective, inputs.dataset.branching)
+    return PlannedRows(inputs.dataset.buckets, inputs.objective, inputs.dataset.branching, inputs.dataset.report)
 
 
 def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[StepConfig]:

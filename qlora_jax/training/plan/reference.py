@@ -1,6 +1,7 @@
 """The reference pass of a run in its plan: rows, operations, and memory of its program and its values."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,31 +10,50 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot
 from qlora_jax import runtime
-from qlora_jax.config import Config
+from qlora_jax.config import Config, TrainArgs
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.data.report.stats import SplitReport
+from qlora_jax.data.report.stats import DataReport, SplitReport
 from qlora_jax.sharding import ROWS, part_bytes
 from qlora_jax.training.abstract_step import abstract_batch
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.metrics.mfu import Utilization, utilization
 from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
-from qlora_jax.training.run_mesh import rows_of_batch
+from qlora_jax.training.plan.requirements import ACTIVATIONS, StepConfig, estimated_requirements
+from qlora_jax.training.run_mesh import MAX_ROWS, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Inputs, weights_of
 from qlora_jax.training.step import evaluation_outputs
 
 F32 = 4
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReferencePlan:
-    """The pass over all rows before the first step.
+class ReferenceWork(NamedTuple):
+    """The operations of the pass over all rows before the first step.
 
-    Attributes:
-      rows: training rows and held-out rows.
+    Fields:
+      rows: training rows and held-out rows; 0 if they are not known.
       tokens: their positions, without padding.
       flops: model FLOP.
       epochs: `flops` relative to those of an epoch of training.
+    """
+
+    rows: int
+    tokens: int
+    flops: int
+    epochs: float
+
+    def __str__(self) -> str:
+        """Returns it as text for people."""
+        if not self.rows:
+            return f"FLOP of {self.epochs:.2f} epochs"
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {self.flops:.2g} FLOP, those of {self.epochs:.2f} epochs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferencePlan:
+    """The work of a run's pass (`ReferenceWork`), and the memory of its program and its values.
+
+    Attributes:
       program: bytes of its largest batch, outputs and temporary buffers on a device.
       values: bytes of its results in host memory.
     """
@@ -47,19 +67,14 @@ class ReferencePlan:
 
     def __str__(self) -> str:
         """Returns it as text for people."""
-        return (
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.flops:.2g} FLOP, those of {self.epochs:.2f} epochs; "
-            f"{format_bytes(self.values)} of values"
-        )
+        work = ReferenceWork(self.rows, self.tokens, self.flops, self.epochs)
+        return f"{work}; {format_bytes(self.values)} of values"
 
 
 def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients) -> ReferencePlan | None:
     """Plans the pass and compiles its program for the longest rows; returns None for an objective without reference."""
     if not needs_reference(inputs.objective):
         return None
-    dataset = inputs.dataset
-    splits = [split for split in (dataset.report.train, dataset.report.eval) if split is not None]
-    rows = sum(split.kept for split in splits)
     step = StepShape(
         model=inputs.model,
         weights=weights_of(config, inputs),
@@ -68,16 +83,70 @@ def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients)
         remat=config.train.remat,
         new_tokens=len(inputs.new_ids),
     )
+    work = work_of_rows(step, inputs.dataset.report)
+    values = F32 * work.rows * inputs.objective.sequences_per_row
+    return ReferencePlan(**work._asdict(), program=_program_bytes(config, inputs, gradients), values=values)
+
+
+def work_of_rows(step: StepShape, report: DataReport) -> ReferenceWork:
+    """Returns the work of the pass over these rows."""
+    splits = [split for split in (report.train, report.eval) if split is not None]
     forward = utilization(step, None, backward=False)
     flops = sum(_flops(forward, split) for split in splits)
-    return ReferencePlan(
-        rows=rows,
-        tokens=sum(split.tokens for split in splits),
-        flops=flops,
-        epochs=flops / _flops(utilization(step, None), splits[0]),
-        program=_program_bytes(config, inputs, gradients),
-        values=F32 * rows * inputs.objective.sequences_per_row,
+    rows, tokens = (sum(getattr(split, name) for split in splits) for name in ("kept", "tokens"))
+    return ReferenceWork(rows, tokens, flops, flops / _flops(utilization(step, None), splits[0]))
+
+
+def work_without_rows(step: StepShape) -> ReferenceWork:
+    """Returns the work relative to an epoch's, if all rows are as long as the step's and all targets supervised."""
+    length = step.batch[2]
+    forward, whole = (
+        utilization(step, None, backward=backward).flops(np.full((1, 1, 1), length), length)
+        for backward in (False, True)
     )
+    return ReferenceWork(0, 0, 0, forward / whole)
+
+
+class PlannedReference(NamedTuple):
+    """The pass of a run that is planned before it has a model in memory.
+
+    Fields:
+      share: the part of the run's model FLOP that the pass takes; None if the run's epochs are not known.
+      device: estimated bytes on the device.
+    """
+
+    work: ReferenceWork
+    share: float | None
+    device: int
+
+    def __str__(self) -> str:
+        """Returns it as text for people."""
+        share = "" if self.share is None else f", {self.share:.0%} of the run's"
+        return f"{self.work}{share}; about {format_bytes(self.device)} on the device"
+
+
+def reference_of_step(config: StepConfig, report: DataReport | None, train: TrainArgs) -> PlannedReference | None:
+    """Plans the pass of a run with this longest step; returns None for an objective without reference.
+
+    Args:
+      report: counts of the data; None if it is not known.
+    """
+    if not needs_reference(config.objective):
+        return None
+    step = config.step_shape()
+    work = work_without_rows(step) if report is None else work_of_rows(step, report)
+    epochs = train.epochs
+    if train.steps is not None:
+        epochs = None if report is None else train.steps / report.steps_per_epoch
+    share = None if epochs is None else work.epochs / (work.epochs + epochs)
+    return PlannedReference(work, share, _estimated_bytes(config))
+
+
+def _estimated_bytes(config: StepConfig) -> int:
+    """Estimates the bytes of the pass on the device: a step's, without gradients and saved activations."""
+    rows = rows_that_divide(min(MAX_ROWS, config.batch[1]), config.mesh)
+    device = estimated_requirements(config.replace(batch=(1, rows, config.batch[2]))).device
+    return sum(size for kind, size in device.items() if kind not in ("gradients", ACTIVATIONS))
 
 
 def _flops(counted: Utilization, split: SplitReport) -> int:

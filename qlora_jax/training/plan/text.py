@@ -9,6 +9,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.training.plan.changes import MOST_ROWS, Change
 from qlora_jax.training.plan.plan import Plan
+from qlora_jax.training.plan.reference import PlannedReference
 from qlora_jax.training.plan.requirements import KINDS, STATE, Requirements
 
 GIB = 2**30
@@ -16,7 +17,7 @@ MARKS = {"compiled": "", "fitted": "~", "estimated": "?"}
 LEGEND = {"fitted": "~ interpolated from compiled steps", "estimated": "? estimated by formula, without compiling"}
 
 
-def print_plan(plan: Plan, title: str, console: Console) -> None:
+def print_plan(plan: Plan, title: str, console: Console, reference: PlannedReference | None = None) -> None:
     """Prints a table of bytes by kind, the verdict, and what would fit."""
     columns = [plan.requested, plan.other_paging, *plan.shorter]
     table = Table(title=title, title_justify="left", title_style="bold")
@@ -32,7 +33,8 @@ def print_plan(plan: Plan, title: str, console: Console) -> None:
     if plan.requested.received:
         table.add_row("received per step", *(_gib(sum(requirements.received.values())) for requirements in columns))
     console.print(table)
-    for line in (*_legend(columns), *verdict(plan)):
+    before = [] if reference is None else [f"reference pass before step 1: {reference}"]
+    for line in (*_legend(columns), *verdict(plan), *before):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -64,7 +66,7 @@ def verdict(plan: Plan) -> list[str]:
     return lines
 
 
-def as_json(plan: Plan) -> dict[str, object]:
+def as_json(plan: Plan, reference: PlannedReference | None = None) -> dict[str, object]:
     """Returns every number of the plan in bytes, for JSON."""
     named = {"asked": plan.requested, "otherwise": plan.other_paging, "longest": plan.longest, "largest": plan.largest}
     found: dict[str, object] = {
@@ -73,6 +75,8 @@ def as_json(plan: Plan) -> dict[str, object]:
     found["shorter"] = [_requirements_json(requirements) for requirements in plan.shorter]
     changes = {"change": plan.change, "more_devices": plan.more_devices}
     found |= {name: change and _change_json(change) for name, change in changes.items()}
+    if reference is not None:
+        found["reference"] = reference.work._asdict() | {"share": reference.share, "device": reference.device}
     return {"fits": plan.fits, "limit": plan.limit} | found
 
 
