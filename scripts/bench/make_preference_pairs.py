@@ -57,7 +57,8 @@ def read_question(row: JSONObject) -> Question:
             f"questions: found columns {', '.join(row)}, expected question and answer, or input and output"
         )
     _, *parts = GUANACO.split(row["input"])
-    turns = [{"role": _ROLES[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    spoken = zip(parts[::2], parts[1::2], strict=True)
+    turns: list[Message] = [{"role": _ROLES[who], "content": text.strip()} for who, text in spoken]
     if not turns or turns[-1] != {"role": "assistant", "content": ""}:
         raise ValueError("questions: the input has no '### Assistant:' at its end. Add it")
     return Question(turns[:-1], row["output"])

@@ -2,7 +2,8 @@
 
     python -m scripts.bench.preference_pairs --data FILE [--model FILE.gguf] [--max_length 1024] [--pairs 2] [--turns 7]
 
-The data has a prompt, a chosen and a rejected answer per row, in any format of `--objective dpo`. The methods are:
+The data has a prompt, a chosen and a rejected answer per row, in any format of `--objective dpo`;
+make_preference_pairs.py makes it from GSM8K and OpenAssistant, with any share of prompts. The methods are:
 `padded`, where chosen and rejected are two rows, each with the prompt, in length buckets, as other libraries compute
 them; `branches`, where both are branches of one row, in length buckets; and `packed`, where a row has several pairs.
 Each computes the gradients of the summed log p of all answers, which cost as much as those of DPO, with `--pairs` pairs
@@ -31,7 +32,7 @@ from qlora_jax.config import DataArgs, LoraArgs, ModelArgs
 from qlora_jax.data.batching.batches import NO_ROW, Batch, PlannedStep, fill_batch, plan_epoch, plan_packed_epoch
 from qlora_jax.data.batching.buckets import choose_buckets, count_units
 from qlora_jax.data.batching.packing import pack_length
-from qlora_jax.data.branches import branch_ends
+from qlora_jax.data.branches import whole_texts
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
@@ -64,10 +65,7 @@ def texts_of(pairs: TokenRows) -> TokenRows:
 
 
 def _texts(pairs: TokenRows, index: int) -> Iterator[EncodedRow]:
-    (ids, supervised), branches = pairs.row(index), pairs.branches_of(index)
-    for branch, end in zip(branches, branch_ends(branches, len(ids)), strict=True):
-        parts = slice(0, branch.depth), slice(branch.begin, end)
-        text, mask = (np.concatenate([array[part] for part in parts]) for array in (ids, supervised))
+    for text, mask in whole_texts(*pairs.row(index), pairs.branches_of(index)):
         yield EncodedRow(text, mask, source=int(np.argmax(mask)), cut=False, lossy=False)
 
 

@@ -1,6 +1,7 @@
 """Pairs, labelled answers, classes and embeddings as ids: those of TRL, of inference, and of each text alone."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -196,30 +197,34 @@ def test_ids_and_masks_of_orpo_cpo_and_simpo_equal_those_of_trl(of_trl: list[tup
                 first = max(min(starts), 1)
                 masks = [[at >= first for at in range(len(ids))] for ids in expected]
                 assert texts_of(ours) == [*zip(expected, masks, strict=True)], (name, objective, row)
-                differences |= {*found, "start" if max(starts) > first else None}
-    assert differences == {"bos", "eos", "start", None}
+                differences |= {*itertools.chain(*found), *(("start",) if max(starts) > first else ())}
+    assert differences == {"bos", "eos", "start"}
 
 
 ANSWERS = ("chosen", "rejected")
 
 
-def trl_answer(tokenizer: Tokenizer, their: dict[str, Any], name: str) -> tuple[list[int], int, str | None]:
-    """The ids of trl.experimental and the start of the answer, without what it adds, and the name of that.
+def trl_answer(tokenizer: Tokenizer, their: dict[str, Any], name: str) -> tuple[list[int], int, set[str]]:
+    """The ids of trl.experimental and the start of the answer, without what it adds, and the names of that.
 
-    It adds bos to plain text although the tokenizer does not ask for it. It adds eos to text that does not end with it,
-    although the template ends the turn before.
+    It adds bos although the tokenizer does not ask for it and the template does not write it. It adds eos to text that
+    does not end with it, although the template ends the turn before.
     """
     ids, labels = their[f"{name}_input_ids"], their[f"{name}_labels"]
     start = labels.index(next(id for id in labels if id != -100))
     assert labels == [-100] * start + ids[start:]
-    if tokenizer.chat_template is None:
-        added = not tokenizer.add_bos_token and ids[0] == tokenizer.bos_id
-        return ids[added:], start - added, "bos" if added else None
+    differences: set[str] = set()
+    chat = tokenizer.chat_template is not None
+    first = tokenizer.encode(tokenizer.render([USER]))[0] if chat else tokenizer.bos_id * tokenizer.add_bos_token
+    if ids[0] == tokenizer.bos_id != first:
+        ids, start, differences = ids[1:], start - 1, {"bos"}
+    if not chat:
+        return ids, start, differences
     (end,) = tokenizer.encode(turn_marks(tokenizer).end)[-1:]
     answered = tokenizer.decode(ids[start:-1]).rstrip()
     if ids[-1] == tokenizer.eos_id and answered.endswith(tokenizer.decode([end])):
-        return through_end(tokenizer, ids[:-1]), start, "eos"
-    return through_end(tokenizer, ids), start, None
+        return through_end(tokenizer, ids[:-1]), start, {*differences, "eos"}
+    return through_end(tokenizer, ids), start, differences
 
 
 HARD_TEXTS = [
