@@ -88,7 +88,7 @@ def score_tokens(
 
     def program(parts, tokens_BT, branches_BT, before_M, targets_M, count):
         model = combine(parts)
-        branching = None if branches_BT is None else _branching(branches_BT)
+        branching = None if branches_BT is None else branching_of(branches_BT)
         hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, branching=branching)
         scores = token_scores(hidden_MD[before_M], model.head, targets_M, jnp.arange(before_M.shape[0]) < count)
         return TokenScores(*(gather_rows(of_token_M, mesh, axis=0) for of_token_M in scores))
@@ -97,7 +97,7 @@ def score_tokens(
     return run_on_mesh(program, parts, inputs, mesh, P())
 
 
-def _branching(branches_BT: jax.Array) -> Branching:
+def branching_of(branches_BT: jax.Array) -> Branching:
     """Returns the branching of rows that consist of a prompt, its continuations and padding."""
     depth_B1 = jnp.sum(branches_BT == 0, axis=1, keepdims=True, dtype=jnp.int32)
     continues_BT = (branches_BT > 0) & (branches_BT < PADDING)
@@ -125,12 +125,12 @@ def score_rows(
     """
     model = combine(parts)
     config = model.config
-    _check(rows, model)
+    check_scorable(rows, model)
     nll, misses = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
     done, devices = 0, row_shards(mesh_of(parts))
-    for batch, packed in _batches(pack_rows(rows, share=not config.rotations_depend_on_length), devices):
+    for batch, packed in batches_of(pack_rows(rows, share=not config.rotations_depend_on_length), devices):
         row_K, nll_K, hit_K = _score(parts, batch, packed, cache)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
         np.add.at(misses, row_K, ~hit_K)
@@ -164,7 +164,7 @@ def windows(ids: Sequence[int], size: int, stride: int | None = None, count: int
     return [(row, np.arange(len(row)) >= overlap) for row, overlap in zip(rows, overlaps, strict=True)]
 
 
-def _check(rows: Sequence[ScoredIds], model: CausalLM) -> None:
+def check_scorable(rows: Sequence[ScoredIds], model: CausalLM) -> None:
     max_positions = model.config.max_positions
     problems = [
         f"row {index}: too long (found {len(ids)} tokens; the model has {max_positions} positions)"
@@ -177,7 +177,7 @@ def _check(rows: Sequence[ScoredIds], model: CausalLM) -> None:
         raise ValueError("\n  ".join(["cannot score:", *problems]))
 
 
-def _batches(packed: Sequence[PackedRow], devices: int) -> Iterator[tuple[Batch, Sequence[PackedRow]]]:
+def batches_of(packed: Sequence[PackedRow], devices: int) -> Iterator[tuple[Batch, Sequence[PackedRow]]]:
     """Yields batches, each with the list that its indices refer to: whole texts, then prompts with continuations."""
     for branching in (False, True):
         kind = [one for one in packed if (one.branches is not None) == branching]
@@ -189,13 +189,13 @@ def _score(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, -log p, True if it is the likeliest token) of each scored token of a batch."""
     mesh = mesh_of(parts)
-    inputs, row_K, place_K = _inputs(batch, packed, row_shards(mesh))
+    inputs, row_K, place_K = scoring_inputs(batch, packed, row_shards(mesh))
     scores = cache.get_or_compute(inputs, lambda: score_tokens(parts, *inputs, mesh=mesh))
     nll_K, hit_K = (of_token_M[place_K] for of_token_M in scores)
     return row_K, nll_K, hit_K
 
 
-class _Inputs(NamedTuple):
+class ScoringInputs(NamedTuple):
     """The arguments of `score_tokens` after the model."""
 
     tokens_BT: Int32[np.ndarray, "B T"]
@@ -205,7 +205,9 @@ class _Inputs(NamedTuple):
     count: Int32[np.ndarray, "*S"]
 
 
-def _inputs(batch: Batch, packed: Sequence[PackedRow], devices: int) -> tuple[_Inputs, np.ndarray, np.ndarray]:
+def scoring_inputs(
+    batch: Batch, packed: Sequence[PackedRow], devices: int
+) -> tuple[ScoringInputs, np.ndarray, np.ndarray]:
     """(the arguments of `score_tokens`, the row of each scored token, its index in the result)."""
     members = [packed[index] for index in batch.rows]
     row_K, targets_K = (np.concatenate([getattr(one, name) for one in members]) for name in ("row", "targets"))
@@ -221,19 +223,19 @@ def _inputs(batch: Batch, packed: Sequence[PackedRow], devices: int) -> tuple[_I
     before_M, targets_M = np.zeros((2, devices * padded), np.int32)
     before_M[place_K], targets_M[place_K] = before_K % positions, targets_K
     count = np.squeeze(count_S.astype(np.int32))  # one device has a number
-    return _Inputs(tokens_BT, branches_BT, before_M, targets_M, count), row_K, place_K
+    return ScoringInputs(tokens_BT, branches_BT, before_M, targets_M, count), row_K, place_K
 
 
 def lower_scoring(parts: ModelParts, rows: Sequence[ScoredIds]) -> Iterator[LoweredProgram]:
     """Lowers `score_rows` for the largest batch of whole texts and the largest batch of prompts with continuations."""
     share, devices = not config_of(parts).rotations_depend_on_length, row_shards(mesh_of(parts))
     largest: dict[bool, tuple[Batch, Sequence[PackedRow]]] = {}
-    for batch, packed in _batches(pack_rows(rows, share=share), devices):
+    for batch, packed in batches_of(pack_rows(rows, share=share), devices):
         kind = packed[0].branches is not None
         if kind not in largest or batch.positions > largest[kind][0].positions:
             largest[kind] = batch, packed
     for batch, packed in largest.values():
-        inputs, _, _ = _inputs(batch, packed, devices)
+        inputs, _, _ = scoring_inputs(batch, packed, devices)
         yield lower_program(batch.shape, score_tokens, parts, inputs)
 
 

@@ -50,7 +50,7 @@ def score_models(
             if isinstance(task, ReferenceTask) and reference is not None:
                 before = open_cache(cache_folder, reference)
                 with reporter.scoring(f"{labels[name]}, its reference", task, before) as progress:
-                    found = task.with_reference(scores[task.name][name], reference, progress, before)
+                    found = task.with_reference(scores[task.name][name], parts, reference, progress, cache, before)
                     scores[task.name][name] = found
         del parts, reference  # before the next model is loaded
     return Evaluation(labels=dict(labels), tasks={task.name: task_result(task, scores[task.name]) for task in first})

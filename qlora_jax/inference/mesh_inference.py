@@ -46,20 +46,21 @@ def row_shapes(inputs: PyTree, mesh: AnyMesh | None) -> PyTree:
 
 
 def run_on_mesh(
-    program: Callable[..., PyTree], parts: ModelParts, inputs: tuple[PyTree, ...], mesh: AnyMesh | None, results: PyTree
+    program: Callable[..., PyTree], parts: PyTree, inputs: tuple[PyTree, ...], mesh: AnyMesh | None, results: PyTree
 ) -> PyTree:
     """Returns `program(parts, *inputs)`, which each device of a mesh runs on its own rows; called inside jit.
 
     Args:
       program: on a mesh it gets Shards, and only this device's rows.
+      parts: the ModelParts of a model, or of several.
       inputs: cut by `row_specs`.
       results: PartitionSpecs of the result on a mesh.
     """
     if mesh is None:
         return program(parts, *inputs)
-    specs = parts_specs(parts, mesh)
+    specs = jax.tree.map(lambda one: parts_specs(one, mesh), parts, is_leaf=lambda one: isinstance(one, ModelParts))
 
-    def on_device(parts: ModelParts, *inputs: PyTree) -> PyTree:
+    def on_device(parts: PyTree, *inputs: PyTree) -> PyTree:
         return program(shards_of(parts, specs, mesh), *inputs)
 
     run = jax.shard_map(

@@ -64,6 +64,10 @@ class ResultCache:
         write_result(path, results)
         return results
 
+    def joined(self, other: "ResultCache") -> "ResultCache":
+        """Returns the cache of results that depend on this model and on another."""
+        return ResultCache(self._folder, digest([self._model, other._model]))
+
 
 NO_CACHE = ResultCache()
 

@@ -35,7 +35,7 @@ class Question(NamedTuple):
     """A question with its reference answer.
 
     Fields:
-      result: the number that the answer ends with; None if right and wrong cannot be told apart.
+      result: the number that the answer ends with; None if only a reader can say what is right.
     """
 
     prompt: list[Message]

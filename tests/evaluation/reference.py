@@ -13,6 +13,16 @@ def expected_scores(parts, ids: np.ndarray, scored: np.ndarray) -> tuple[float, 
     return nll, [logits[at - 1].argmax() == ids[at] for at in places]
 
 
+def expected_divergence(parts, reference, ids: np.ndarray, scored: np.ndarray) -> float:
+    """Sum over the scored tokens of sum_v p_v (log p_v - log q_v) at the position before, in float64."""
+    logps = [
+        logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        for logits in (np.asarray(full_logits(one, ids.tolist()), np.float64) for one in (parts, reference))
+    ]
+    before = [at - 1 for at in range(1, len(ids)) if scored[at]]
+    return (np.exp(logps[0]) * (logps[0] - logps[1]))[before].sum()
+
+
 def greedy_row(parts, prompt: np.ndarray, count: int):
     """A row whose `count` scored tokens are those that greedy decoding generates after the prompt."""
     ids = prompt.tolist()

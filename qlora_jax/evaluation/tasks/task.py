@@ -122,9 +122,15 @@ class ReferenceTask[Scores](Protocol):
     """A task that also compares a run with its reference, the model before its training."""
 
     def with_reference(
-        self, scores: Scores, reference: ModelParts, progress: ProgressCallback, cache: ResultCache
+        self,
+        scores: Scores,
+        parts: ModelParts,
+        reference: ModelParts,
+        progress: ProgressCallback,
+        cache: ResultCache,
+        reference_cache: ResultCache,
     ) -> Scores:
-        """Adds the scores of the reference to those of the run; `cache` is that of the reference."""
+        """Adds the scores of the reference to those of the run; each model has its cache."""
         ...
 
 

@@ -21,10 +21,10 @@ from qlora_jax.sharding import FSDP, Shard
 
 def look_up(table_VD: Shard, tokens_M: Int[Array, " M"]) -> Float[Array, "M D"]:
     """Returns the row of each token, to the bit but for the sign of zeros."""
-    place_G = _gathered(tokens_M) - table_VD.start
+    place_G = gather_tokens(tokens_M) - table_VD.start
     part: jax.Array = table_VD.part
     rows_GD = part.at[place_G].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return _summed_own(rows_GD)  # all devices but one add 0
+    return sum_own_tokens(rows_GD)  # all devices but one add 0
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +62,7 @@ class ShardedHead:
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """Returns the logits of this device's tokens in f32."""
-        logits_GV = self.own.logits(_gathered(hidden_MD))
+        logits_GV = self.own.logits(gather_tokens(hidden_MD))
         return lax.all_to_all(logits_GV, FSDP, split_axis=0, concat_axis=1, tiled=True)
 
 
@@ -78,8 +78,8 @@ def sum_over_head(
     if isinstance(head, Head):
         return sum_over_tiles(hidden_CD, head, targets_C, weighted=weighted, first=first)
     start = head.weight_VD.start
-    places_G = _gathered(targets_C) - start
-    run = sum_over_tiles(_gathered(hidden_CD), head.own, places_G, weighted=weighted, first=first)
+    places_G = gather_tokens(targets_C) - start
+    run = sum_over_tiles(gather_tokens(hidden_CD), head.own, places_G, weighted=weighted, first=first)
     return _merged(run, start)
 
 
@@ -93,30 +93,30 @@ def _merged(run: RunningSums, start: jax.Array) -> RunningSums:
     shrink_G = jnp.exp(run.largest_C - largest_G)
     weighted_CD, first_C = None, None
     if run.weighted_CD is not None:
-        weighted_CD = _summed_own(run.weighted_CD * shrink_G[:, None])
+        weighted_CD = sum_own_tokens(run.weighted_CD * shrink_G[:, None])
     if run.first_C is not None:
         ids_G = jnp.where(run.largest_C == largest_G, start + run.first_C, jnp.iinfo(jnp.int32).max)
-        first_C = _own(lax.pmin(ids_G, FSDP))
+        first_C = own_tokens(lax.pmin(ids_G, FSDP))
     return RunningSums(
-        largest_C=_own(largest_G),
-        sum_C=_summed_own(run.sum_C * shrink_G),
-        target_C=_summed_own(run.target_C),  # 0 where the target is another device's row
+        largest_C=own_tokens(largest_G),
+        sum_C=sum_own_tokens(run.sum_C * shrink_G),
+        target_C=sum_own_tokens(run.target_C),  # 0 where the target is another device's row
         weighted_CD=weighted_CD,
         first_C=first_C,
     )
 
 
-def _gathered(x_C: jax.Array) -> jax.Array:
+def gather_tokens(x_C: jax.Array) -> jax.Array:
     """Gathers the tokens of the group."""
     return lax.all_gather(x_C, FSDP, tiled=True)
 
 
-def _summed_own(x_G: jax.Array) -> jax.Array:
+def sum_own_tokens(x_G: jax.Array) -> jax.Array:
     """Sums over the group, and returns the part of this device's tokens."""
     return lax.psum_scatter(x_G, FSDP, scatter_dimension=0, tiled=True)
 
 
-def _own(x_G: jax.Array) -> jax.Array:
+def own_tokens(x_G: jax.Array) -> jax.Array:
     """Returns the part of this device's tokens."""
     size = x_G.shape[0] // lax.axis_size(FSDP)
     return lax.dynamic_slice_in_dim(x_G, lax.axis_index(FSDP) * size, size)

@@ -6,6 +6,7 @@ statistics of the logits are computed in the same pass.
 Dimension key: D embed, V vocab, C tokens of a chunk, W rows of the head in a tile.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -67,24 +68,41 @@ class RunningSums(NamedTuple):
 def sum_over_tiles(
     hidden_CD: jax.Array, head: Head, targets_C: jax.Array, *, weighted: bool = False, first: bool = False
 ) -> RunningSums:
-    """Sums over the whole head: full tiles in a loop, then the rest.
+    """Sums over the whole head.
 
     Args:
       weighted: True to compute `weighted_CD`.
       first: True to compute `first_C`.
     """
-    run, vocabulary = _start(hidden_CD, weighted, first), head.weight_VD.shape[0]
-    rows = tile_size(target_device().platform, hidden_CD.shape[0], vocabulary).rows
+
+    def add(run: RunningSums, tiles: Sequence[Head], start: jax.typing.ArrayLike) -> RunningSums:
+        return _add_tile(run, hidden_CD, tiles[0], targets_C, start)
+
+    return fold_tiles(add, _start(hidden_CD, weighted, first), (head,), hidden_CD.shape[0])
+
+
+def fold_tiles[Run](
+    add: Callable[[Run, Sequence[Head], jax.typing.ArrayLike], Run], run: Run, heads: Sequence[Head], tokens: int
+) -> Run:
+    """Returns the statistics of heads of one vocabulary over all tiles: full ones in a loop, then the rest.
+
+    Args:
+      add: (statistics so far, a tile of each head, its first row) -> statistics.
+      run: the statistics before the first tile.
+      tokens: hidden states of a tile.
+    """
+    vocabulary = heads[0].weight_VD.shape[0]
+    rows = tile_size(target_device().platform, tokens, vocabulary).rows
     if rows == vocabulary:
-        return _add_tile(run, hidden_CD, head, targets_C, 0)
+        return add(run, heads, 0)
     whole, rest = divmod(vocabulary, rows)
 
-    def one(index, run):
-        tile = head.rows(lambda x: jax.lax.dynamic_slice_in_dim(x, index * rows, rows))
-        return _add_tile(run, hidden_CD, tile, targets_C, index * rows)
+    def one(index: jax.Array, run: Run) -> Run:
+        tiles = [head.rows(lambda x: jax.lax.dynamic_slice_in_dim(x, index * rows, rows)) for head in heads]
+        return add(run, tiles, index * rows)
 
     run = jax.lax.fori_loop(0, whole, one, run)
-    return _add_tile(run, hidden_CD, head.rows(lambda x: x[-rest:]), targets_C, whole * rows) if rest else run
+    return add(run, [head.rows(lambda x: x[-rest:]) for head in heads], whole * rows) if rest else run
 
 
 def first_id_where(found_CW: jax.Array, ids_W: jax.Array) -> jax.Array:

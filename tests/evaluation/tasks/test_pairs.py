@@ -9,7 +9,7 @@ from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.statistics import paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, pairs_task
-from tests.evaluation.reference import expected_scores
+from tests.evaluation.reference import expected_divergence, expected_scores
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 
 TOKENIZER = byte_tokenizer()
@@ -47,6 +47,7 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
         for parts in (run, reference)
     )
     tokens = np.array([scored.sum() for _, scored in task.sequences]).reshape(-1, 2)
+    divergences = [expected_divergence(run, reference, *one) for one in task.sequences[0::2]]
     rewards = 0.5 * (before - nll)
     margins = rewards[:, 0] - rewards[:, 1]
     mean = nll / tokens
@@ -54,6 +55,7 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
         "right by reward": (margins > 0).mean(),
         "reward margin": margins.mean(),
         "log ratio to the reference per token": (before - nll).sum() / tokens.sum(),
+        "KL to the reference per token, chosen": sum(divergences) / tokens[:, 0].sum(),
         "right by likelihood": (nll[:, 0] < nll[:, 1]).mean(),
         "right by likelihood per token": (mean[:, 0] < mean[:, 1]).mean(),
         "loss per token, chosen": nll[:, 0].sum() / tokens[:, 0].sum(),

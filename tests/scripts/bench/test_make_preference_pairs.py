@@ -1,4 +1,4 @@
-"""Pairs for the benchmark: questions are read, wrong samples are told from right ones, and prompts get their share."""
+"""Pairs for the benchmark: questions are read, wrong samples differ from right ones, and prompts get their share."""
 
 import pytest
 
