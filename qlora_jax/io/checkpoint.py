@@ -46,7 +46,7 @@ from qlora_jax.io.checkpoint_reader import (
     with_digests,
 )
 from qlora_jax.io.digests import warn_without_digests
-from qlora_jax.io.head_file import TrainedHead, read_head
+from qlora_jax.io.head_file import TrainedHead, read_run_head
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.orbax_processes import meet, named_processes
 from qlora_jax.io.orbax_threads import silence_threads
@@ -311,7 +311,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
         lora=lora,
         fingerprint=state["fingerprint"],
         initial=read_initial(path, config.lora),
-        head=read_head(path),
+        head=read_run_head(path, config.objective),
         start=read_start(path),
         start_digest=state.get(STATE_KEY),
     )

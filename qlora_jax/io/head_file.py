@@ -3,23 +3,26 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config.head_settings import CLASSES, HEADS, HeadObjective
+from qlora_jax.io.digests import json_digest
 from qlora_jax.metadata import read_json
 from qlora_jax.nn.sequence_head import HeadSpec, Pooling
 
 HEAD_FILE = "head.json"
+COPY_IT = "Copy the file from where the head was trained, or from a backup"
 NAMED: dict[str, HeadObjective] = {name: name for name in HEADS}
 
 
 class HeadRecord(TypedDict):
-    """The contents of head.json; see `TrainedHead`."""
+    """The contents of head.json; see `TrainedHead`. A file of an earlier version has no digest of the other values."""
 
     objective: HeadObjective
     labels: list[str]
     pooling: Pooling
+    digest: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,7 @@ def write_head(folder: Path, head: TrainedHead) -> None:
     """Writes head.json into an existing folder, unless the meaning of the outputs is unknown."""
     if head.described:
         record: HeadRecord = {"objective": head.objective, "labels": [*head.labels], "pooling": head.pooling}
+        record["digest"] = json_digest(record)
         write_text(folder / HEAD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -97,17 +101,33 @@ def read_head(folder: Path) -> TrainedHead | None:
     """Reads head.json; None if the folder has none.
 
     Raises:
-      MetadataError: it is damaged.
-      ValueError: labels are missing or repeated.
+      ValueError: it is damaged, or labels are missing or repeated.
     """
     path = folder / HEAD_FILE
     if not path.is_file():
         return None
     found = read_json(path, HeadRecord)
+    digest = found.pop("digest", None)
+    if digest is not None and digest != json_digest(found):
+        raise ValueError(f"{path}: damaged (other values than were written). {COPY_IT}")
     head = TrainedHead(objective=found["objective"], labels=tuple(found["labels"]), pooling=found["pooling"])
     if len(set(head.labels)) < len(head.labels) or bool(head.labels) != (head.objective in CLASSES):
         raise ValueError(
             f"{path}: labels: found {list(head.labels)} with objective={head.objective}, expected unique names for "
-            f"{' and '.join(CLASSES)}, and none for others. Copy the file from where the head was trained"
+            f"{' and '.join(CLASSES)}, and none for others. {COPY_IT}"
+        )
+    return head
+
+
+def read_run_head(run: Path, objective: str) -> TrainedHead | None:
+    """Reads the head.json of a run; None if its objective has no head.
+
+    Raises:
+      ValueError: the file is damaged, or missing.
+    """
+    head = read_head(run)
+    if head is None and objective in NAMED:
+        raise ValueError(
+            f"{run / HEAD_FILE}: missing, but objective={objective} trains the head that it describes. {COPY_IT}"
         )
     return head

@@ -13,7 +13,7 @@ from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
-from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_head, write_head
+from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.progress import loading
 from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
@@ -228,7 +228,7 @@ def run_training(
     is_first = watchdog.group.is_first
     planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
     if resume:
-        check_same_head(f"{run / HEAD_FILE}", read_head(run), planned.inputs.head)
+        check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.inputs.head)
     planned.refuse_oversized(oversized)
     config = without_place(planned.config)
     planned = planned._replace(config=config)

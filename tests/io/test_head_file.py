@@ -1,0 +1,44 @@
+"""head.json: what it holds, and damage to it."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from qlora_jax.config import Config, DataArgs, ModelArgs, write_config
+from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints, open_run
+from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, read_head, write_head
+
+HEAD = TrainedHead(objective="classification", labels=("moon", "sun"), pooling="mean")
+
+
+def test_a_head_is_read_as_it_was_written_also_without_a_digest(tmp_path: Path) -> None:
+    write_head(tmp_path, HEAD)
+    assert read_head(tmp_path) == HEAD
+    record = json.loads((tmp_path / HEAD_FILE).read_text())
+    del record["digest"]
+    (tmp_path / HEAD_FILE).write_text(json.dumps(record))
+    assert read_head(tmp_path) == HEAD
+
+
+@pytest.mark.parametrize(("old", "new"), [("moon", "noon"), ("mean", "last"), ("classification", "multi_label")])
+def test_other_values_than_were_written_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    write_head(tmp_path, HEAD)
+    (tmp_path / HEAD_FILE).write_text((tmp_path / HEAD_FILE).read_text().replace(old, new))
+    with pytest.raises(ValueError, match=r"head\.json: damaged \(other values than were written\)"):
+        read_head(tmp_path)
+
+
+def test_a_run_without_the_file_is_refused(tmp_path: Path) -> None:
+    config = Config(
+        model=ModelArgs(path="m"), data=DataArgs(train="t.jsonl"), objective="classification", output=str(tmp_path)
+    )
+    write_config(config, tmp_path / CONFIG_FILE)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        lora = {"score": {"kernel": jnp.ones((4, 2))}}
+        checkpoints.save(1, lora, {"mu": jnp.zeros(3)}, {"step": 1, "fingerprint": "f"})
+    with pytest.raises(ValueError, match=r"head\.json: missing, but objective=classification trains the head"):
+        open_run(tmp_path)
+    write_head(tmp_path, HEAD)
+    assert open_run(tmp_path).head == HEAD
