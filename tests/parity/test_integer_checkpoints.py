@@ -44,7 +44,7 @@ def _stored(folder: Path) -> Any:
     source = open_model(folder)
     weights = WeightFormat(quant_type=STORED, dtype="float32")
     model = load_model(source, model_config(source.config), weights).model
-    assert isinstance(model.model.layers.mlp.up_proj.weight.get_value(), GgmlTensor)
+    assert isinstance(model.model.layers.self_attn.v_proj.weight.get_value(), GgmlTensor)
     return model
 
 
