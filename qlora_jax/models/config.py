@@ -266,8 +266,9 @@ QUANTIZED, DENSE = "4-bit", "dense"  # formats of layers; others are types of bl
 
 
 def count_by_type(types: Iterable[str]) -> str:
-    """Returns types of layers as text, each with its number of layers: "12 layers in Q4_K, 2 layers in Q6_K"."""
-    return ", ".join(f"{count} layers in {kind}" for kind, count in collections.Counter(types).most_common())
+    """Returns types of layers as text, each with its number of layers: "12 layers in Q4_K, 1 layer in Q6_K"."""
+    counts = collections.Counter(types).most_common()
+    return ", ".join(f"{count} layer{'s' * (count > 1)} in {kind}" for kind, count in counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from scripts.campaign.model_files import (
 from scripts.campaign.mutations import damage_bytes
 from tests.ggml_codes import random_codes
 from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.integer_folders import FORMS, write_integer_folder
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
 
 STORED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # rows of 64 weights have whole blocks of these
@@ -80,6 +81,36 @@ def _damage_mixture(chance: random.Random, folder: Path) -> str:
     return f"{path.name}: bytes of tensors"
 
 
+# GPTQ, AWQ and compressed-tensors
+
+
+def _write_integers(folder: Path) -> None:
+    config = tiny_config()
+    for name, form in FORMS.items():
+        target = folder / name.replace(", ", "-")
+        write_integer_folder(target, form, config, random_weights(config))
+        add_tokenizer(target)
+    shutil.copytree(folder / "gptq", folder / MODEL)
+
+
+def _damage_integers(chance: random.Random, folder: Path) -> str:
+    """Makes one form's folder the model, and removes, cuts or retypes a tensor, or damages as in mixtures."""
+    source = chance.choice(sorted(path for path in folder.iterdir() if path.name != MODEL))
+    shutil.rmtree(folder / MODEL)
+    source.rename(folder / MODEL)
+    if chance.random() < 0.5:
+        return f"{source.name}: {_damage_mixture(chance, folder)}"
+    path = folder / MODEL / "model.safetensors"
+    tensors = load_file(path)
+    name = chance.choice([name for name in tensors if "_proj." in name])
+    values = tensors.pop(name)
+    changes = (None, values[1:], values.T, values[..., None], values.view(np.uint8), values * 0, values[:0])
+    if (changed := chance.choice(changes)) is not None:
+        tensors[name] = np.ascontiguousarray(changed)
+    save_file(tensors, path)
+    return f"{source.name}: {name}, {'removed' if changed is None else f'{changed.dtype} {changed.shape}'}"
+
+
 # Experts of a projection in one tensor, as transformers 5 writes them
 
 
@@ -131,6 +162,7 @@ MIXTURE_KINDS: Mapping[str, FileKind] = {
         write=_write_stored_gguf, damage=damage_gguf_file, read=lambda f: _read_stored(f / "model.gguf")
     ),
     "mxfp4": FileKind(write=_write_mxfp4, damage=_damage_mixture, read=lambda f: _read_stored(f / MODEL)),
+    "integers": FileKind(write=_write_integers, damage=_damage_integers, read=lambda f: _read_stored(f / MODEL)),
     "fused_experts": FileKind(write=_write_fused, damage=_damage_mixture, read=lambda f: read_model(f / MODEL)),
     "multimodal": FileKind(write=_write_multimodal, damage=_damage_multimodal, read=lambda f: read_model(f / MODEL)),
 }

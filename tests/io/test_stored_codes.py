@@ -141,6 +141,7 @@ def test_rows_are_read_in_hugging_faces_order(mixed_gguf: Path) -> None:
 def test_plans_count_the_codes_of_the_file(mixed_gguf: Path) -> None:
     args = ModelArgs(path=str(mixed_gguf), quant_type="stored", compute_dtype="float32")
     weights = planned_weights(args, model_features(args.path), "cpu")
+    assert weights.stored_counts == "10 layers in Q4_1, 1 layer in Q8_0"
     assert weights.stored == with_stored_codes(weights, open_model(mixed_gguf), model_features(args.path)).stored
     with pytest.raises(ValueError, match=r"'stored', whose codes are those of the files .found model.path=qwen3-0.6b"):
         planned_weights(ModelArgs(path="qwen3-0.6b", quant_type="stored"), model_features("qwen3-0.6b"), "cpu")

@@ -1,12 +1,15 @@
 """Tests weights in 4-bit integers of GPTQ, AWQ and compressed-tensors: values and blocks to the bit, and errors."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.hf.integer_groups import ACT_ORDER
 from qlora_jax.io.loader import Loaded, load_model
 from qlora_jax.io.model_source import TensorEntry
@@ -14,6 +17,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from tests.ggml_codes import dequantized
+from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.integer_folders import (
     FORMS,
     Form,
@@ -118,6 +122,31 @@ def test_biases_of_zeros_are_left_out(tmp_path: Path) -> None:
                 _load(folder)
         else:
             _load(folder)
+
+
+@pytest.mark.slow
+def test_integers_of_experts(tmp_path: Path) -> None:
+    """Files have each expert's tensors, and Mixtral's names for them; every expert keeps its integers."""
+    sizes = dict(num_local_experts=3, num_experts_per_tok=2, hidden_size=64, intermediate_size=96)
+    config = FAMILIES["mixtral"][1] | sizes
+    dense = write_integer_folder(tmp_path / "by class", FORMS["awq"], config, random_tensors(config))
+    tensors, renamed = load_file(tmp_path / "by class/model.safetensors"), {}
+    for name, values in tensors.items():
+        for ours, published in {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items():
+            pattern = rf"mlp\.experts\.(\d+)\.{ours}\."
+            name = re.sub(pattern, rf"block_sparse_moe.experts.\1.{published}.", name)
+        renamed[name] = values
+    renamed = {name.replace("mlp.gate.", "block_sparse_moe.gate."): values for name, values in renamed.items()}
+    assert not any(".mlp." in name for name in renamed)
+    described = config | {"quantization_config": dict(FORMS["awq"].config)}
+    loaded = _load(write_folder(tmp_path / "as published", described, renamed))
+    assert loaded.fingerprint == _load(tmp_path / "by class").fingerprint
+    up = loaded.model.model.layers.mlp.experts.up_proj.weight.get_value()
+    assert isinstance(up, GgmlTensor) and up.ggml_type == "INT4_32" and up.stack_shape[1] == 3
+    for layer in range(up.stack_shape[0]):
+        for expert in range(3):
+            expected = dense[f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"]
+            np.testing.assert_array_equal(dequantized(up)[layer, expert], expected)
 
 
 SETTINGS = [

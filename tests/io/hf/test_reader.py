@@ -212,6 +212,7 @@ def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
             {"config.json": '{"quantization_config": {"quant_method": "hqq"}}'},
             "found .*hqq.*16-bit model",
         ),
+        ({"config.json": '{"model_type": {"": "llama"}}'}, r"model_type: found {'': 'llama'}, expected text"),
     ],
 )
 def test_folder_without_a_model(tmp_path: Path, files: dict[str, str], message: str) -> None:
