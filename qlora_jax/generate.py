@@ -98,6 +98,8 @@ def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "Cau
     from qlora_jax.api.load import load_opened
     from qlora_jax.api.progress import loading_bar
     from qlora_jax.io.pretrained import weight_settings
+    from qlora_jax.io.stored_codes import stored_types
+    from qlora_jax.models.config import STORED
 
     settings = weight_settings(opened, args.quant_type, args.compute_dtype, args.keep_16bit, args.experts)
     with loading_bar(True) as progress:
@@ -105,6 +107,9 @@ def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "Cau
     if opened.run is not None and settings.quant_type != opened.args.quant_type:
         trained = f"the adapter was trained on a base in {opened.args.quant_type}"
         console.print(f"note: {trained}, and runs on one in {settings.quant_type}", highlight=False)
+    quantizes = settings.quant_type not in (STORED, "none")
+    if opened.run is None and quantizes and (codes := stored_types(opened.source, opened.features)):
+        console.print(f"note: quantized again, from {codes}; --quant_type stored keeps these codes", highlight=False)
     return model
 
 

@@ -154,10 +154,14 @@ def test_a_run_on_the_codes_is_resumed_evaluated_and_exported(tmp_path: Path, or
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_other_types_quantize_again_and_say_so(tmp_path: Path) -> None:
+def test_other_types_quantize_again_and_say_so(tmp_path: Path, capsys) -> None:
     config, _ = _project(tmp_path, "awq", quant_type="nf4")
     printed = io.StringIO()
     settings: dict[str, Any] = dict(oversized=False, console=Console(file=printed, width=400))
     assert train(config, Path(config.output), resume=False, **settings)
-    kept = "quantized again, from AWQ, 14 layers in INT4_32; model.quant_type=stored keeps these codes"
-    assert kept in printed.getvalue()
+    again = "quantized again, from AWQ, 14 layers in INT4_32; "
+    assert f"{again}model.quant_type=stored keeps these codes" in printed.getvalue()
+    for quant_type, noted in (("nf4", True), ("stored", False)):
+        base = ["--model", config.model.path, "--prompt", "say sun", "--max_new_tokens", "1"]
+        generate.main([*base, "--quant_type", quant_type])
+        assert (f"note: {again}--quant_type stored" in " ".join(capsys.readouterr().err.split())) == noted

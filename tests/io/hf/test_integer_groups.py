@@ -1,5 +1,6 @@
 """Tests weights in 4-bit integers of GPTQ, AWQ and compressed-tensors: values and blocks to the bit, and errors."""
 
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_integers_of_experts(tmp_path: Path) -> None:
     described = config | {"quantization_config": dict(FORMS["awq"].config)}
     loaded = _load(write_folder(tmp_path / "as published", described, renamed))
     assert loaded.fingerprint == _load(tmp_path / "by class").fingerprint
-    up = loaded.model.model.layers.mlp.experts.up_proj.weight.get_value()
+    up = operator.attrgetter("model.model.layers.mlp.experts.up_proj.weight")(loaded).get_value()
     assert isinstance(up, GgmlTensor) and up.ggml_type == "INT4_32" and up.stack_shape[1] == 3
     for layer in range(up.stack_shape[0]):
         for expert in range(3):
