@@ -60,7 +60,7 @@ def test_texts_are_those_that_training_encodes(tokenizer, head, trained, new):
     [
         (CLASSES, [], "rows: contains no texts .found 0"),
         (CLASSES, [{"review": "good"}], "found 'review', expected messages; .*; sentence; text"),
-        (REWARD, [{"text": "sun"}], "found 'text', expected messages; prompt and completion"),
+        (REWARD, [{"text": "sun"}], "found 'text', expected messages; prompt and .*'{prompt: COLUMN, completion"),
         (CLASSES, [{"text": "sun"}, {"text": " "}, {"text": 3}], r"(?s)2 of 3 rows.*rows:2: text is empty"),
         (CLASSES, [{"text": "sun" * 99}], "rows:1: too long .found 297 tokens; the model has 256"),
     ],

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from qlora_jax.data.formats.columns import list_columns
+from qlora_jax.data.formats.columns import PLACEHOLDER, columns_setting, list_columns
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
@@ -47,9 +47,10 @@ def find_unlabelled_format(path: str, rows: Sequence[Row], objectives: Sequence[
         if set(row_format.required) <= set(columns):
             return row_format
     known = "; ".join(" and ".join(row_format.required) for row_format in formats)
+    example = columns_setting("file_columns", dict.fromkeys(formats[-1].required, PLACEHOLDER))
     raise ValueError(
         f"{path}: the columns are not those of texts to predict for (found {list_columns(columns)}, expected {known}). "
-        "Rename the columns (file_columns of the command)"
+        f"Give rows with these, or name the columns of the file: {example}"
     )
 
 
