@@ -56,8 +56,12 @@ class Worker:
         """
         self._process.send_signal(signal.SIGCONT)
         records = [self._work() for _ in range(count)]
-        self._process.send_signal(signal.SIGSTOP)
+        self.pause()
         return records
+
+    def pause(self) -> None:
+        """Stops the process until its next turn."""
+        self._process.send_signal(signal.SIGSTOP)
 
     def _work(self) -> Record:
         assert self._process.stdin and self._process.stdout
@@ -119,14 +123,25 @@ class WorkerGroup:
         Args:
           counted: units of work per turn that count.
         """
+        self.open(name, command)
+        self._counted[name] = counted
+        records = self.turn(name, 1) if name in self._workers else []
+        return records[0] if records else None
+
+    def open(self, name: str, command: list[str]) -> None:
+        """Starts a worker, which is stopped until its first turn."""
         try:
             worker = Worker(command, self._environment, self._timeout_s)
         except OSError as error:
             self.failures[name] = f"{error.filename}: {error.strerror}"
-            return None
-        self._workers[name], self._counted[name] = worker, counted
-        records = self._turn(name, 1)
-        return records[0] if records else None
+            return
+        worker.pause()
+        self._workers[name] = worker
+
+    @property
+    def names(self) -> list[str]:
+        """The workers that have not failed."""
+        return [*self._workers]
 
     def run(self, blocks: int) -> dict[str, Turns]:
         """Returns `blocks` turns of every worker that does not fail.
@@ -135,11 +150,12 @@ class WorkerGroup:
         """
         turns: dict[str, Turns] = {name: [] for name in self._workers}
         for _ in range(blocks):
-            for name in [*self._workers]:
-                turns[name].append(self._turn(name, 1 + self._counted[name])[1:])
+            for name in self.names:
+                turns[name].append(self.turn(name, 1 + self._counted[name])[1:])
         return {name: turns[name] for name in self._workers}
 
-    def _turn(self, name: str, count: int) -> list[Record]:
+    def turn(self, name: str, count: int) -> list[Record]:
+        """Returns the records of `count` units of work of one worker; none if it fails."""
         try:
             return self._workers[name].turn(count)
         except WorkerError as error:

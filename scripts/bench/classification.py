@@ -1,0 +1,195 @@
+"""Compares classification with PyTorch + transformers + peft + bitsandbytes: accuracy and speed on SST-2 and MRPC.
+
+    python -m scripts.bench.classification [--tasks sst2 mrpc] [--seeds 2] [--block 8] [--output FILE] [--steps 2]
+
+Both train LoRA of rank 16 on all linear layers of SmolLM2 in NF4, and a new head, in bfloat16. Each step has the same
+rows for both, in the same order, with the same learning rate; adapter and head start with the same values. Ours packs
+the rows of a step into one row (`data.packing`), and transformers pads them to the longest. After a run each scores the
+held-out rows. The processes take turns of `--block` steps, of which the first does not count.
+
+  accuracy    share of right held-out rows, mean over seeds
+  difference  ours - theirs, with its 95 % interval by bootstrap over held-out rows, and McNemar's p-value of each seed
+  speed       their seconds per step / ours, the median over turns of the same steps, with its 95 % interval
+  scoring     their seconds for the held-out rows / ours, of the last seed
+  whole       seconds of all steps and scorings, compiling included
+
+Of several configurations of the opponent the fastest counts. Before their first update both must have the same loss to
+TOLERANCE nats, otherwise the script ends with an error. Data: QLORA_JAX_LOCAL_DATA is the folder with GLUE's files
+(sst2_train.tsv.gz and so on). The opponent runs in the oracle environment (scripts/setup_oracle.sh). --steps N is a
+smoke test of N steps and few held-out rows; its figures are meaningless.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, wilson_interval
+from scripts.bench.support.classification_job import TASKS, Task, read_split, write_job
+from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, compilation_caches
+from scripts.bench.support.interleave import Record, Turns, WorkerGroup, ratio_interval
+from scripts.fetch_smollm2 import fetch_smollm2
+
+CONFIGURATIONS = {"eager": ["--compile", "none"], "compiled": ["--compile", "layers"]}
+SMOKE_ROWS = 16  # held out, with --steps
+TOLERANCE = 0.02  # nats, in bfloat16
+Runs = dict[str, list[tuple[Turns, Record]]]  # by worker, the turns and the scoring of each seed
+
+
+def commands_of(job: Path, configurations: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the command of ours, and those of the opponent by configuration."""
+    ours = [sys.executable, "-m", "scripts.bench.workers.classification", "--job", str(job)]
+    theirs = [ORACLE, str(OPPONENTS / "torch_classification.py"), "--job", str(job)]
+    return {OURS: ours, **{name: [*theirs, *CONFIGURATIONS[name]] for name in configurations}}
+
+
+def measure(job: Path, configurations: Sequence[str], block: int, timeout_s: float) -> Record:
+    """Returns the figures of a task, and failures."""
+    described = json.loads(job.read_text())
+    runs: Runs = {}
+    with compilation_caches(keep=True) as environment, WorkerGroup(environment, timeout_s) as workers:
+        for name, command in commands_of(job, configurations).items():
+            workers.open(name, command)
+        for run in described["runs"]:
+            for name, record in train_and_score(workers, len(run["steps"]), block).items():
+                runs.setdefault(name, []).append(record)
+            print(f"seed {run['seed']}: {len(run['steps'])} steps by {', '.join(workers.names)}", flush=True)
+        finished = {name: runs[name] for name in workers.names}
+    right = np.array(described["right"])
+    players = {name: summary(each, right) for name, each in finished.items()}
+    return {"players": players, **verdict(finished, right), "failures": workers.failures}
+
+
+def train_and_score(workers: WorkerGroup, steps: int, block: int) -> dict[str, tuple[Turns, Record]]:
+    """Returns the turns of one seed, and the scoring at its end, of each worker that did not fail."""
+    turns: dict[str, Turns] = {name: [] for name in workers.names}
+    for begin in range(0, steps, block):
+        for name in workers.names:
+            turns[name].append(workers.turn(name, min(block, steps - begin)))
+    scorings = {name: workers.turn(name, 1) for name in workers.names}
+    return {name: (turns[name], records[0]) for name, records in scorings.items() if records}
+
+
+def summary(runs: Sequence[tuple[Turns, Record]], right: np.ndarray) -> Record:
+    """Returns the figures of one worker."""
+    right_SR = right_rows(runs, right)
+    mean = float(right_SR.mean())
+    counted = [seconds for turns, _ in runs for seconds in block_seconds(turns)]
+    return {
+        "accuracy": mean,
+        "interval": wilson_interval(mean * len(right), len(right)),
+        "accuracy_by_seed": right_SR.mean(axis=1).tolist(),
+        "steps_s": sum(counted),
+        "scoring_s": runs[-1][1]["seconds"],
+        "whole_s": sum(record["seconds"] for turns, scored in runs for turn in (*turns, [scored]) for record in turn),
+        "first_losses": [turns[0][0]["loss"] for turns, _ in runs],
+        "last_losses": [statistics.mean(record["loss"] for record in turns[-1]) for turns, _ in runs],
+        "peak_rss_mib": runs[-1][1]["peak_rss_mib"],
+    }
+
+
+def right_rows(runs: Sequence[tuple[Turns, Record]], right: np.ndarray) -> np.ndarray:
+    """Returns, for each seed, which held-out rows are right."""
+    return np.array([np.argmax(scored["outputs"], axis=1) == right for _, scored in runs])
+
+
+def block_seconds(turns: Turns) -> list[float]:
+    """Returns the seconds of each turn, without its first step unless it is the only one."""
+    return [sum(record["seconds"] for record in (turn[1:] or turn)) for turn in turns]
+
+
+def verdict(runs: Runs, right: np.ndarray) -> Record:
+    """Returns ours against the fastest opponent; None if either side failed."""
+    seconds = {name: [s for turns, _ in each for s in block_seconds(turns)] for name, each in runs.items()}
+    theirs = min((name for name in runs if name != OURS), key=lambda name: sum(seconds[name]), default=None)
+    if theirs is None or OURS not in runs:
+        return {"opponent": theirs, "speed": None}
+    ratios = [a / b for a, b in zip(seconds[theirs], seconds[OURS], strict=True)]
+    ours_SR, theirs_SR = (right_rows(runs[name], right) for name in (OURS, theirs))
+    before, after = theirs_SR.mean(axis=0), ours_SR.mean(axis=0)
+    return {
+        "opponent": theirs,
+        "speed": statistics.median(ratios),
+        "speed_interval": ratio_interval(ratios),
+        "scoring": runs[theirs][-1][1]["seconds"] / runs[OURS][-1][1]["seconds"],
+        "difference": float((after - before).mean()),
+        "difference_interval": paired_bootstrap(before, after, np.ones(len(right))),
+        "mcnemar": [mcnemar(a, b) for a, b in zip(theirs_SR, ours_SR, strict=True)],
+    }
+
+
+def disagreement(name: str, result: Record) -> list[str]:
+    """Returns the opponents whose loss before the first update differs from ours by more than TOLERANCE."""
+    losses = {player: found["first_losses"] for player, found in result["players"].items()}
+    if OURS not in losses:
+        return []
+    apart = {
+        player: max(abs(a - b) for a, b in zip(each, losses[OURS], strict=True)) for player, each in losses.items()
+    }
+    return [
+        f"{name}: {player}: first loss {value:.3f} nats apart" for player, value in apart.items() if value > TOLERANCE
+    ]
+
+
+def show(name: str, task: Task, result: Record) -> None:
+    """Prints the table of one task."""
+    print(f"\n{name}: {task.held_out}")
+    print(f"{'':<12}" + "".join(f"{column:>14}" for column in ("accuracy", "steps s", "scoring s", "whole s", "MiB")))
+    for player, found in result["players"].items():
+        low, high = found["interval"]
+        accuracy = f"{found['accuracy']:.1%}"
+        cells = "".join(f"{found[field]:>14.1f}" for field in ("steps_s", "scoring_s", "whole_s"))
+        print(f"  {player:<10}{accuracy:>14}{cells}{found['peak_rss_mib']:>14.0f}   [{low:.1%}, {high:.1%}]")
+    for player, failure in result["failures"].items():
+        print(f"  {player}: FAILED: {failure}")
+    if result["speed"] is not None:
+        low, high = result["difference_interval"]
+        p = ", ".join(f"{value:.2f}" for value in result["mcnemar"])
+        print(f"  difference {100 * result['difference']:+.2f} points [{100 * low:.2f}, {100 * high:.2f}], p {p}")
+        low, high = result["speed_interval"]
+        print(
+            f"  speed {result['speed']:.2f}x [{low:.2f}, {high:.2f}], scoring {result['scoring']:.2f}x, against "
+            f"{result['opponent']}"
+        )
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Measures the tasks in order, and rewrites the output file after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS)
+    parser.add_argument("--model", help="a GGUF file or a Hugging Face folder (default: SmolLM2)")
+    parser.add_argument("--configurations", nargs="+", default=["eager"], choices=CONFIGURATIONS)
+    parser.add_argument("--seeds", type=int, help="runs of each task (default: the task's)")
+    parser.add_argument("--block", type=int, default=8, help="steps per turn")
+    parser.add_argument("--steps", type=int, help="a smoke test of so many steps")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a step counts as failed")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    args = parser.parse_args()
+    results: dict[str, Record] = {}
+    for name in args.tasks:
+        task = TASKS[name]
+        try:
+            train, held_out = (read_split(file, task.read) for file in (task.train, task.held_out))
+            model = args.model or str(fetch_smollm2())
+        except OSError as error:
+            sys.exit(f"error: {error}")
+        rows = task.held_out_rows if args.steps is None else SMOKE_ROWS
+        limits = {"train_rows": task.train_rows, "steps": args.steps or task.train_rows}
+        sizes = {"max_length": task.max_length, "seeds": range(args.seeds or task.seeds), **limits}
+        with tempfile.TemporaryDirectory() as folder:
+            job = write_job(Path(folder), model, train, held_out[:rows], **sizes)
+            results[name] = measure(job, args.configurations, args.block, args.timeout)
+        show(name, task, results[name])
+        if args.output:
+            args.output.write_text(json.dumps({"steps": args.steps, "tasks": results}, indent=1))
+    sys.exit("\n".join(problem for name in results for problem in disagreement(name, results[name])) or None)
+
+
+if __name__ == "__main__":
+    main()
