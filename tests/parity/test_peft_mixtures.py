@@ -18,6 +18,7 @@ from tests.marks import some_in_ci
 from tests.parity.test_peft import SCRIPT, _logits, _write_run
 
 SAVE = SCRIPT.with_name("peft_save_adapters.py")
+PARAMETER_SETTINGS = SCRIPT.with_name("peft_parameter_settings.py")
 GATE_UP, DOWN, ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate"
 RUNS = {
     "mixtral": LoraArgs(
@@ -114,3 +115,24 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(config | {"target_parameters": [GATE_UP, DOWN]}))
     with pytest.raises(ValueError, match=r"0\.mlp\.experts\.base_layer\.lora_A\.weight: missing, but the adapter's"):
         open_pretrained(run=str(path.parent))
+
+
+SETTINGS = {
+    "nothing": {},
+    "dropout": {"lora_dropout": 0.1},
+    "dora": {"use_dora": True},
+    "bias": {"lora_bias": True},
+    **{init: {"init_lora_weights": init} for init in ("pissa", "loftq", "olora")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_settings_that_peft_has_for_parameters(oracle) -> None:
+    """Experts have no start from their weights in peft, so lora.init is refused with lora.target_parameters."""
+    config = FAMILIES["mixtral"][1]
+    found = json.loads(
+        str(oracle(PARAMETER_SETTINGS, config=config, targets=[GATE_UP, DOWN], settings=SETTINGS)["found"])
+    )
+    for target, outcomes in found.items():
+        assert [name for name, built in outcomes.items() if built] == ["nothing"], (target, outcomes)
