@@ -29,7 +29,7 @@ from qlora_jax.data.loss_mask.by_offsets import is_lossy
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.shared_prefix import is_always_found
 from qlora_jax.data.loss_mask.turn_marks import TurnMarks, turn_marks
-from qlora_jax.data.loss_mask.turns import closes_reasoning, text_behind, without_other_reasoning
+from qlora_jax.data.loss_mask.turns import search_turn_texts, text_behind
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
@@ -256,11 +256,8 @@ def _behind_prompt(
     """
     found: list[str] = []
     for answer, whole in zip(answers, texts, strict=True):
-        before, other = asked, without_other_reasoning(prompt, answer, asked)
-        if other != [*prompt, *answer] and (not whole.startswith(asked) or closes_reasoning(asked)):
-            alone = yield [Rendering(other[: len(prompt)], True, tools), Rendering(other, tools=tools)]
-            before, whole = map(text_of, alone)
-        found.append(asked + text_behind(len(prompt), other[len(prompt)], before, whole))
+        before, whole, turns = yield from search_turn_texts(prompt, answer, asked, whole, tools)
+        found.append(asked + text_behind(len(prompt), turns[0], before, whole))
     return found
 
 

@@ -16,12 +16,11 @@ from qlora_jax.data.loss_mask.turn_marks import PLACEHOLDER, TurnMarks
 from qlora_jax.data.loss_mask.turns import (
     TEXT_CHANGES,
     check_history,
-    closes_reasoning,
     learned_turn,
     other_end,
     prompt_changes,
+    search_turn_texts,
     text_rewritten,
-    without_other_reasoning,
 )
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together
@@ -82,12 +81,9 @@ def search_turns(
             turns.append(_first_turn(marks, index, message, text_of(found["masked", index]), rendered))
             continue
         whole = rendered if index == len(messages) - 1 else text_of(found["through", index])
-        before = prompt = text_of(found["prompt", index])
-        other = without_other_reasoning(messages[:index], [message], prompt)
-        if other != [*messages[: index + 1]] and (not whole.startswith(prompt) or closes_reasoning(prompt)):
-            alone = yield [Rendering(other[:-1], True, tools), Rendering(other, tools=tools)]
-            before, whole = map(text_of, alone)
-        turn = learned_turn(tokenizer, marks, index, other[-1], before, whole)
+        prompt = text_of(found["prompt", index])
+        before, whole, (other,) = yield from search_turn_texts(messages[:index], [message], prompt, whole, tools)
+        turn = learned_turn(tokenizer, marks, index, other, before, whole)
         turns.append(turn._replace(prompt=prompt))
     check_history(messages, rendered)
     return ConversationTurns(rendered, turns)

@@ -10,13 +10,14 @@ block and continues with the turn. The block may also be closed already, where t
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple
 
 from qlora_jax.data.formats.reasoning import TAGS, Thought, read_thought, without_reasoning
-from qlora_jax.data.formats.tool_calls import called_functions
+from qlora_jax.data.formats.tool_calls import Tools, called_functions
 from qlora_jax.data.loss_mask.turn_branches import LearnedTurn
 from qlora_jax.data.loss_mask.turn_marks import TurnMarks
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Changes that templates make to an assistant's text.
@@ -72,7 +73,7 @@ def closes_reasoning(prompt: str) -> bool:
     return block is not None and any(closing in block.group() for _, closing in TAGS)
 
 
-def without_other_reasoning(earlier: Sequence[Message], turns: Sequence[Message], prompt: str) -> list[Message]:
+def _without_other_reasoning(earlier: Sequence[Message], turns: Sequence[Message], prompt: str) -> list[Message]:
     """Returns messages that end with turns of the same text, if they are not to depend on reasoning in their prompt.
 
     gpt-oss's template removes reasoning of earlier messages once an answer follows, so the prompt of that answer is not
@@ -80,6 +81,50 @@ def without_other_reasoning(earlier: Sequence[Message], turns: Sequence[Message]
     """
     turns = [*map(without_reasoning, turns)] if closes_reasoning(prompt) else [*turns]
     return [*map(without_reasoning, earlier), *turns]
+
+
+class TurnTexts(NamedTuple):
+    """Rendered texts to find the assistant's turns in.
+
+    Fields:
+      before: the messages before the turns, with a generation prompt.
+      whole: these messages and the turns.
+      turns: the turns as they are in `whole`.
+    """
+
+    before: str
+    whole: str
+    turns: list[Message]
+
+
+def search_turn_texts(
+    earlier: Sequence[Message], turns: Sequence[Message], before: str, whole: str, tools: Tools | None
+) -> Generator[Sequence[Rendering], Sequence[str | ValueError], TurnTexts]:
+    """Returns texts with the same turns, of which the whole begins with the other if possible.
+
+    If it does not, it yields the conversation to render without the reasoning of earlier messages, and then without the
+    text of their calls, which gpt-oss's template writes as reasoning.
+
+    Args:
+      before, whole: the rendered messages as they are.
+    """
+    other = _without_other_reasoning(earlier, turns, before)
+    if other != [*earlier, *turns] and (not whole.startswith(before) or closes_reasoning(before)):
+        before, whole = map(text_of, (yield _to_render(other, len(earlier), tools)))
+    bare = [*map(_without_call_text, other[: len(earlier)]), *other[len(earlier) :]]
+    if bare != other and not whole.startswith(before):
+        before, whole = map(text_of, (yield _to_render(bare, len(earlier), tools)))
+    return TurnTexts(before, whole, other[len(earlier) :])
+
+
+def _to_render(messages: Sequence[Message], earlier: int, tools: Tools | None) -> list[Rendering]:
+    return [Rendering(messages[:earlier], True, tools), Rendering(messages, tools=tools)]
+
+
+def _without_call_text(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    return {name: value for name, value in message.items() if name != "content"}
 
 
 def check_history(messages: Sequence[Message], rendered: str) -> None:
