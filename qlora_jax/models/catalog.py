@@ -177,7 +177,9 @@ def _glm45(*sizes: int, inner: int, count: int, dense: int, scale: float, qk_nor
 
 
 def _gpt_oss(layers: int, experts: int) -> Config:
+    """Returns a config of the published files, whose experts are in MXFP4."""
     config = _of("gpt_oss", (2880, 2880, layers, 64, 8), 201088, 131072, 150000.0, 1e-5)
+    config |= {"quantization_config": {"quant_method": "mxfp4"}}
     return config | {"num_local_experts": experts, "num_experts_per_tok": 4, "head_dim": 64, "sliding_window": 128}
 
 

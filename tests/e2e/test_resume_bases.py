@@ -29,7 +29,7 @@ def _wrapped() -> tuple[Config, Tensors]:
     return config, random_tensors(config) | TOWER
 
 
-def _mxfp4() -> tuple[Config, Tensors]:
+def mxfp4_gpt_oss() -> tuple[Config, Tensors]:
     """Returns gpt-oss with random codes of experts."""
     config = FAMILIES["gptoss"][1] | TOKENS | {"quantization_config": {"quant_method": "mxfp4"}}
     tensors = random_tensors(config)
@@ -45,7 +45,7 @@ def _mxfp4() -> tuple[Config, Tensors]:
     return config, found
 
 
-BASES = {"a wrapped mixture": (_wrapped, {}), "experts in MXFP4": (_mxfp4, {"quant_type": "stored"})}
+BASES = {"a wrapped mixture": (_wrapped, {}), "experts in MXFP4": (mxfp4_gpt_oss, {"quant_type": "stored"})}
 
 
 @pytest.mark.parametrize("name", first_slow(list(BASES)))

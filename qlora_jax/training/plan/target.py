@@ -6,12 +6,14 @@ from pathlib import Path
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import ConfigError, ModelArgs
 from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.io.hf.gpt_oss_experts import MXFP4, is_mxfp4
 from qlora_jax.io.hf.hub import fetch_config, hub_name_of
 from qlora_jax.io.hf.reader import read_config
+from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.stored_codes import with_dense_layers
 from qlora_jax.models.catalog import PUBLISHED, nearest
-from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
+from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.paging_budget import physical_memory
@@ -61,41 +63,59 @@ def _size(text: str) -> int:
 def planned_weights(args: ModelArgs, features: ModelConfig, platform: str) -> WeightFormat:
     """Returns the format of the base on a platform; the codes of a file are those that it has.
 
+    Without files, only the codes of gpt-oss are known: MXFP4 of its experts.
+
     Raises:
-      ValueError: `stored` codes of a model without its files, or as `weight_format` and `with_dense_layers`.
+      ValueError: `stored` codes of another model without its files, or as `weight_format` and `with_dense_layers`.
     """
     weights, place = weight_format(args, features, platform), Path(args.path).expanduser()
     if weights.quant_type != STORED:
         return weights
-    if not place.exists() or place.suffix == ".json":
+    if place.exists() and place.suffix != ".json":
+        return with_dense_layers(weights, open_model(place), features)
+    config, _ = model_description(args.path)
+    if not is_mxfp4(config, config.get("quantization_config") or {}):
         raise ValueError(
             f"model.quant_type: found 'stored', whose codes are those of the files (found model.path={args.path}, "
-            "expected a folder or a GGUF file). Give the files, or set model.quant_type=nf4"
+            "expected a folder, a GGUF file, or a config of gpt-oss with experts in MXFP4). Give the files, or set "
+            "model.quant_type=nf4"
         )
-    return with_dense_layers(weights, open_model(place), features)
+    formats = [(name, DENSE) for name in features.linear_shapes()]
+    formats += [(name, MXFP4) for name in features.expert_shapes()]
+    stored = tuple((name, (of_layer,) * len(features.layers_with(name))) for name, of_layer in formats)
+    return dataclasses.replace(weights, stored=stored)
 
 
 def model_features(path: str) -> ModelConfig:
-    """Returns the configuration of a model: a folder, a config.json, a GGUF file, a published model, or a Hub name.
+    """Returns the configuration of a model that `model_description` finds.
+
+    Raises:
+      ValueError: as `model_description`, or the model is not supported.
+    """
+    return model_config(*model_description(path))
+
+
+def model_description(path: str) -> tuple[JsonObject, str]:
+    """Returns (config, its name) of a folder, a config.json, a GGUF file, a published model, or a Hub name.
 
     Only config.json is fetched from the Hub.
 
     Raises:
-      ValueError: the path is none of these, or the model is not supported.
+      ValueError: the path is none of these.
     """
     place = Path(path).expanduser()
     if place.suffix == ".json" and place.is_file():
-        return model_config(read_config(place), str(place))
+        return read_config(place), str(place)
     if (place / "config.json").is_file():
-        return model_features(str(place / "config.json"))
+        return model_description(str(place / "config.json"))
     if place.exists():
         source = open_model(place)
-        return model_config(source.config, source.config_name)
+        return source.config, source.config_name
     if path in PUBLISHED:
-        return model_config(PUBLISHED[path])
+        return PUBLISHED[path], path
     on_hub = hub_name_of(path)
     if on_hub is not None:
-        return model_features(str(fetch_config(on_hub)))
+        return model_description(str(fetch_config(on_hub)))
     hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
     raise ValueError(
         f"{path}: not a file, a folder, a Hub name (org/name) or a published model ({', '.join(PUBLISHED)}).{hint}"

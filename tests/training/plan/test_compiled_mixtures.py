@@ -1,7 +1,5 @@
 """Compiled steps of mixtures: no array of all dequantized experts, and the planned bytes."""
 
-import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.formats.dequantize import dequantize
-from qlora_jax.config import LoraArgs
+from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.nn import experts
@@ -19,6 +17,7 @@ from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.plan.requirements import Temporaries, compiled_requirements
+from qlora_jax.training.plan.target import planned_weights
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import NARROW
 from tests.training.compiled_text import TO_READ, computed, shape_of
@@ -68,11 +67,11 @@ def test_no_array_of_all_experts_is_dequantized(monkeypatch):
     assert of_all_experts(*compiled_here())
 
 
-@functools.cache
 def compiled_for(card: str, name: str, where: str) -> tuple[aot.CompiledFor, Any]:
     """Returns the gradients of one micro-batch of 1,024 tokens, compiled for a card, and their requirements."""
     config = real(name, (1, 1, 1024), rank=16, remat="names")
-    config = config.replace(weights=dataclasses.replace(config.weights, experts_on_host=where == "offload"))
+    settings = ModelArgs(path=name, **SETTINGS[where])
+    config = config.replace(weights=planned_weights(settings, config.model, "gpu"))
     program = config.abstract_step.gradients()
     compiled = aot.compile_for(card, program.function, *program.args, **program.kwargs)
     device, host = compiled.memory.device, compiled.memory.host
@@ -80,12 +79,14 @@ def compiled_for(card: str, name: str, where: str) -> tuple[aot.CompiledFor, Any
     return compiled, compiled_requirements(config, lambda step: temporaries)
 
 
+SETTINGS: dict[str, Any] = {"device": {}, "offload": {"experts": "offload"}, "stored": {"quant_type": "stored"}}
 # GiB on the card and in host memory; the compiled step may exceed the first by at most 1 %.
 PROMISED = {
     ("rtx4090", "qwen3-30b-a3b", "device"): (19.69, 0),
     ("rtx4090", "qwen3-30b-a3b", "offload"): (5.73, 13.93),
     ("h100", "qwen3-30b-a3b", "offload"): (5.76, 13.93),
     ("rtx4090", "gpt-oss-20b", "device"): (14.83, 0),
+    ("rtx4090", "gpt-oss-20b", "stored"): (15.78, 0),
 }
 
 

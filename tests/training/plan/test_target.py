@@ -5,10 +5,11 @@ import json
 import pytest
 
 from pallas_kernels.gpu_specs import CARDS
-from qlora_jax.config import ConfigError
+from qlora_jax.config import ConfigError, ModelArgs
 from qlora_jax.models.families import model_config
-from qlora_jax.training.plan.target import model_features, plan_target
-from tests.io.tiny_models import tiny_config
+from qlora_jax.training.plan.target import model_features, plan_target, planned_weights
+from tests.e2e.test_resume_bases import mxfp4_gpt_oss
+from tests.io.tiny_models import tiny_config, write_folder
 
 
 def test_a_target_is_a_card_or_the_nearest_by_memory():
@@ -32,3 +33,18 @@ def test_a_model_is_a_folder_a_config_or_a_published_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="line 1, column 2: not JSON"):
         model_features(str(tmp_path))
+
+
+def test_the_codes_of_gpt_oss_are_known_from_its_config_and_those_of_other_models_from_files(tmp_path):
+    config, tensors = mxfp4_gpt_oss()
+    features, folder = model_config(config), write_folder(tmp_path / "model", config, tensors)
+    paths = [folder, folder / "config.json"]
+    of_files, of_config = (
+        planned_weights(ModelArgs(path=str(path), quant_type="stored"), features, "gpu") for path in paths
+    )
+    assert of_config == of_files and dict(of_config.stored)["mlp.experts.up_proj"] == ("MXFP4",) * features.num_layers
+    name = "gpt-oss-20b"
+    published = planned_weights(ModelArgs(path=name, quant_type="stored"), model_features(name), "gpu")
+    assert {*dict(published.stored)["mlp.experts.down_proj"]} == {"MXFP4"}
+    with pytest.raises(ValueError, match=r"found 'stored', .*or a config of gpt-oss.*set model.quant_type=nf4"):
+        planned_weights(ModelArgs(path="llama-3-8b", quant_type="stored"), model_features("llama-3-8b"), "gpu")
