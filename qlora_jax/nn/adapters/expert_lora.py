@@ -1,15 +1,18 @@
 """LoRA on routed experts: a pair of matrices per expert, or one pair that all experts share.
 
-Dimension key: E experts, or 1 if they share; P slots, I tiles, C rows per tile, K in, N out, R rank, S sparse layers.
+Dimension key: E experts, or 1 if they share; P slots, I tiles, T tiles of a chunk, C rows per tile, K in,
+N out, R rank, S sparse layers.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.grouped_matmul import Groups
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
@@ -55,10 +58,49 @@ def expert_deltas(
 ) -> Float[Array, "P N"]:
     """Returns scaling * x A_e B_e in x's dtype, for tiles of P / I rows that share an expert e.
 
-    A and B are cast to x's dtype, and sums are in f32. The backward pass selects the matrices of each tile again, so
-    that none of these copies is kept.
+    A and B are cast to x's dtype, and sums are in f32. As many tiles as there are experts are computed together, so the
+    copies of their matrices and their gradients take the bytes of all experts' at most.
     """
     return _forward(x_PK, lora_a_EKR, lora_b_ERN, expert_of_tile_I, scaling)[0]
+
+
+class _Chunk(NamedTuple):
+    """Neighbouring tiles of which the products are computed together.
+
+    Fields:
+      first: the first of the tiles, in the order of the slots.
+      experts_T: the expert of each tile.
+      is_new_T: False for a tile that the chunk before it has, too.
+    """
+
+    first: Int[Array, ""]
+    experts_T: Int[Array, " T"]
+    is_new_T: Bool[Array, " T"]
+
+    def tiles(self, rows_ICK: jax.Array) -> jax.Array:
+        """Returns the rows of the chunk, [T, C, K]."""
+        return jax.lax.dynamic_slice_in_dim(rows_ICK, self.first, len(self.experts_T))
+
+    def put(self, rows_ICK: jax.Array, rows_TCK: jax.Array) -> jax.Array:
+        """Returns all rows with those of the chunk replaced."""
+        return jax.lax.dynamic_update_slice_in_dim(rows_ICK, rows_TCK, self.first, axis=0)
+
+    def add(self, d_EKN: jax.Array, d_TKN: jax.Array) -> jax.Array:
+        """Returns gradients by expert, to which those of the chunk's new tiles are added."""
+        return d_EKN.at[self.experts_T].add(jnp.where(self.is_new_T[:, None, None], d_TKN, 0))
+
+
+def _each_chunk[S](expert_of_tile_I: jax.Array, experts: int, one: Callable[[_Chunk, S], S], state: S) -> S:
+    """Returns the state after all chunks, of as many tiles as there are experts; the last one ends at the last tile."""
+    tiles = len(expert_of_tile_I)
+    size = min(tiles, experts)
+
+    def at(number: jax.Array, state: S) -> S:
+        first = jnp.minimum(number * size, tiles - size)
+        chosen = jax.lax.dynamic_slice_in_dim(expert_of_tile_I, first, size)
+        return one(_Chunk(first, chosen, first + jnp.arange(size) >= number * size), state)
+
+    return jax.lax.fori_loop(0, -(-tiles // size), at, state)
 
 
 def _in_tiles(rows_PK: jax.Array, expert_of_tile_I: jax.Array) -> jax.Array:
@@ -70,10 +112,16 @@ def _scaled(product_ICR: jax.Array, scaling: float, dtype: jnp.dtype) -> jax.Arr
 
 
 def _forward(x_PK, lora_a_EKR, lora_b_ERN, expert_of_tile_I, scaling):
-    dtype = x_PK.dtype
-    x_ICK = _in_tiles(x_PK, expert_of_tile_I)
-    xa_ICR = _scaled(dot_nn(x_ICK, lora_a_EKR.astype(dtype)[expert_of_tile_I]), scaling, dtype)
-    y_ICN = dot_nn(xa_ICR, lora_b_ERN.astype(dtype)[expert_of_tile_I], dtype)
+    dtype, x_ICK = x_PK.dtype, _in_tiles(x_PK, expert_of_tile_I)
+
+    def one(chunk: _Chunk, state):
+        xa_ICR, y_ICN = state
+        a_TKR, b_TRN = (leaf[chunk.experts_T].astype(dtype) for leaf in (lora_a_EKR, lora_b_ERN))
+        xa_TCR = _scaled(dot_nn(chunk.tiles(x_ICK), a_TKR), scaling, dtype)
+        return chunk.put(xa_ICR, xa_TCR), chunk.put(y_ICN, dot_nn(xa_TCR, b_TRN, dtype))
+
+    wide = [jnp.zeros((*x_ICK.shape[:2], leaf.shape[2]), dtype) for leaf in (lora_a_EKR, lora_b_ERN)]
+    xa_ICR, y_ICN = _each_chunk(expert_of_tile_I, len(lora_a_EKR), one, tuple(wide))
     residuals = x_PK, lora_a_EKR, lora_b_ERN, expert_of_tile_I, checkpoint_name(xa_ICR, "lora_xa")
     return y_ICN.reshape(len(x_PK), -1), residuals
 
@@ -82,15 +130,18 @@ def _backward(scaling, residuals, dy_PN):
     x_PK, lora_a_EKR, lora_b_ERN, expert_of_tile_I, xa_ICR = residuals
     dtype = x_PK.dtype
     x_ICK, dy_ICN = (_in_tiles(rows, expert_of_tile_I) for rows in (x_PK, dy_PN))
-    d_xa_ICR = _scaled(dot_nt(dy_ICN, lora_b_ERN.astype(dtype)[expert_of_tile_I]), scaling, dtype)
-    dx_ICK = dot_nt(d_xa_ICR, lora_a_EKR.astype(dtype)[expert_of_tile_I], dtype)
 
-    def by_expert(d_tile: jax.Array, like: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(d_tile, expert_of_tile_I, num_segments=len(like)).astype(like.dtype)
+    def one(chunk: _Chunk, state):
+        dx_ICK, d_a_EKR, d_b_ERN = state
+        a_TKR, b_TRN = (leaf[chunk.experts_T].astype(dtype) for leaf in (lora_a_EKR, lora_b_ERN))
+        x_TCK, dy_TCN, xa_TCR = map(chunk.tiles, (x_ICK, dy_ICN, xa_ICR))
+        d_xa_TCR = _scaled(dot_nt(dy_TCN, b_TRN), scaling, dtype)
+        dx_ICK = chunk.put(dx_ICK, dot_nt(d_xa_TCR, a_TKR, dtype))
+        return dx_ICK, chunk.add(d_a_EKR, dot_tn(x_TCK, d_xa_TCR)), chunk.add(d_b_ERN, dot_tn(xa_TCR, dy_TCN))
 
-    d_a_EKR = by_expert(dot_tn(x_ICK, d_xa_ICR), lora_a_EKR)
-    d_b_ERN = by_expert(dot_tn(xa_ICR, dy_ICN), lora_b_ERN)
-    return dx_ICK.reshape(x_PK.shape), d_a_EKR, d_b_ERN, None
+    zeros = jnp.zeros_like(x_ICK), *(jnp.zeros(leaf.shape, jnp.float32) for leaf in (lora_a_EKR, lora_b_ERN))
+    dx_ICK, d_a_EKR, d_b_ERN = _each_chunk(expert_of_tile_I, len(lora_a_EKR), one, zeros)
+    return dx_ICK.reshape(x_PK.shape), d_a_EKR.astype(lora_a_EKR.dtype), d_b_ERN.astype(lora_b_ERN.dtype), None
 
 
 expert_deltas.defvjp(_forward, _backward)
