@@ -8,6 +8,7 @@ Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-hea
 L layers, M = B T.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -19,8 +20,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
-from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, split_run
+from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, mlp_start, split_run
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
+from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
 from qlora_jax.nn.adapters.full_rank import TrainableTable
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
@@ -216,25 +218,33 @@ class Decoder(nnx.Module):
     def _scan(self, run: range, carry, positions: Positions, remat: str, keys_B, counted_BT):
         """Returns ((hidden states, cache) after the layers of a run, sums of their routers)."""
         graphdef, lora, base = split_run(self.layers, run, self.config)
+        stacks, base = split_host(base)
+        frozen, structure = jax.tree.flatten((base, positions, keys_B, counted_BT))
 
-        def step(carry, per_layer):
+        def step(carry, lora_of_layer, layer, fetched, frozen):
             x_MD, cache = carry
+            base, positions, keys_B, counted_BT = jax.tree.unflatten(structure, frozen)
             x_MD = checkpoint_name(x_MD, LAYER_INPUT)
-            layer, lora_of_layer = per_layer
             # Gathered inside jax.checkpoint, under no name that a policy saves: the backward pass gathers once more,
             # for recomputation and for its own products, and nothing that was gathered is kept.
             lora_of_layer, base_of_layer = gathered(lora_of_layer), gather_run_layer(base, layer, run, self.config)
             layer_keys_B = None if keys_B is None else fold_in_each(keys_B, layer)
-            block = nnx.merge(graphdef, lora_of_layer, base_of_layer)
+            block = nnx.merge(graphdef, lora_of_layer, base_of_layer, fetched)
             x_MD, cache, sums = block(x_MD, positions, layer, layer_keys_B, cache, counted_BT)
             return (x_MD, cache), sums
 
-        policy = REMAT_POLICIES[remat]
-        # XLA unrolls the scan of a run of one layer, and would then share the recomputation with the forward pass.
-        unrolled = len(run) == 1 < self.config.num_layers
-        body = step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=unrolled)
-        layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
-        return jax.lax.scan(body, carry, (layers, lora))
+        def checkpointed(step: Callable) -> Callable:
+            policy = REMAT_POLICIES[remat]
+            # XLA unrolls the scan of a run of one layer, and would then share the recomputation with the forward pass.
+            unrolled = len(run) == 1 < self.config.num_layers
+            return step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=unrolled)
+
+        if stacks:
+            fetching = functools.partial(fetch_layer, first=run.start - mlp_start(run, self.config))
+            at_position = checkpointed(lambda carry, part, at, *rest: step(carry, part, run.start + at, *rest))
+            return prefetching_scan(at_position, fetching, len(run), carry, lora, stacks, frozen)
+        body = checkpointed(lambda carry, per_layer: step(carry, per_layer[1], per_layer[0], nnx.State({}), frozen))
+        return jax.lax.scan(body, carry, (jnp.arange(run.start, run.stop, dtype=jnp.int32), lora))
 
     def _embedded(self, tokens_M: jax.Array) -> jax.Array:
         x_MD = self.embed_tokens(tokens_M)

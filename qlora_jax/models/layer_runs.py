@@ -64,7 +64,7 @@ def mlp_start(run: range, config: ModelConfig) -> int:
 
 
 def gather_run_layer(base: nnx.State, layer: jax.Array, run: range, config: ModelConfig) -> nnx.State:
-    """Brings one layer of each stack that is elsewhere to the device; see `gather_layer`."""
+    """Gathers one layer of each stack that is cut over devices; see `gather_layer`."""
     start = mlp_start(run, config)
     if start == 0:
         return gather_layer(base, layer)

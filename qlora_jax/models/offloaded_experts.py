@@ -1,7 +1,7 @@
 """Routed experts in host memory: their leaves, the memory that holds them, and their shapes for compiling.
 
-Such a leaf is a whole stack in pinned host memory. The decoder's scan fetches one layer of it at a time
-(nn.linear.gather_layer), so the device holds the weights of the layer that runs and not of the others.
+Such a leaf is a whole stack in pinned host memory. The decoder's scan fetches the next layer of it while one runs
+(models.prefetched_layers), so the device holds the weights of two layers.
 """
 
 import dataclasses

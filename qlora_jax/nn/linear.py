@@ -42,14 +42,9 @@ def weight_specs(weight: Weight, mesh: AnyMesh) -> PyTree:
 
 
 def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
-    """Brings one layer of each stack that is elsewhere to the device; other stacks stay stacks.
-
-    Such stacks are the 4-bit ones that are cut over devices, which are gathered, and those in host memory.
-    """
+    """Gathers one layer of each 4-bit stack that is cut over devices; other stacks stay stacks."""
 
     def one(leaf: Any) -> Any:
-        if in_host_memory(leaf):
-            return OneLayer(_fetched(leaf, layer))
         if not (isinstance(leaf, QTensor) and any(map(is_shard, jax.tree.leaves(leaf, is_leaf=is_shard)))):
             return leaf
         return OneLayer(gathered(leaf.layer(layer)))
@@ -60,11 +55,6 @@ def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
 def in_host_memory(leaf: PyTree) -> bool:
     """Returns True if any of these arrays, tracers or ShapeDtypeStructs is in host memory."""
     return any(jax.typeof(each).memory_space == jax.memory.Space.Host for each in jax.tree.leaves(leaf))
-
-
-def _fetched(stack: QTensor | GgmlTensor | jax.Array, layer: jax.Array) -> QTensor | GgmlTensor | jax.Array:
-    one = select_layer(stack, layer) if isinstance(stack, jax.Array) else stack.layer(layer)
-    return jax.device_put(one, jax.memory.Space.Device)
 
 
 def frozen_linear(

@@ -36,6 +36,13 @@ from qlora_jax.training.step import gradients, update
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
 # Near the card's limit, XLA's rematerialization would gather layers once more to save little memory.
 GATHER_ONCE = {"xla_disable_hlo_passes": "rematerialization"}
+# With experts in host memory, the copies of the next layer start before the products of this one: on every card, at
+# most 64 at a time (XLA: 2), and not after the last use of this layer's weights, which would save their memory.
+COPIES_AT_ONCE = {
+    "xla_gpu_enable_latency_hiding_scheduler": "True",
+    "xla_gpu_experimental_parallel_async_compute_limit": "64",
+    "xla_disable_hlo_passes": "loop-schedule-linearizer",
+}
 
 AbstractLora = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
@@ -156,8 +163,14 @@ def abstract_step(
         packed=packed,
         branching=branching,
         mesh=mesh,
-        compiler_options=GATHER_ONCE if weights.platform == "gpu" and axis_size(mesh, FSDP) > 1 else {},
+        compiler_options=_compiler_options(weights, mesh),
     )
+
+
+def _compiler_options(weights: WeightFormat, mesh: AnyMesh | None) -> dict[str, str]:
+    if weights.platform != "gpu":
+        return {}
+    return COPIES_AT_ONCE if weights.experts_on_host else GATHER_ONCE if axis_size(mesh, FSDP) > 1 else {}
 
 
 def _adapted(

@@ -4,6 +4,7 @@ On a mesh they are those of one device: its parts of the arrays that are cut, an
 dimension key of qlora_jax.training.cost.flops.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -59,11 +60,22 @@ def fetched_expert_bytes(step: StepShape) -> int:
     """Returns the bytes of offloaded experts that an optimizer step fetches.
 
     Each micro-batch fetches every sparse layer in its forward pass, and once more those that its backward pass visits.
+    Each scan fetches one layer more, while its last layer runs.
     """
     stored, sparse = sum(offloaded_expert_bytes(step).values()), step.layers(ROUTER)
     if not stored:
         return 0
-    return step.batch[0] * stored * (sparse + step.layers(ROUTER, step.first_backward)) // sparse
+    firsts = 0, step.first_backward
+    fetched = sum(step.layers(ROUTER, first) + _sparse_scans(step, first) for first in firsts)
+    return step.batch[0] * stored * fetched // sparse
+
+
+def _sparse_scans(step: StepShape, first: int) -> int:
+    """Returns the number of runs of neighbouring sparse layers that have the same adapters."""
+    experts, adapted = step.model.experts, (*step.adapted_layers.values(), *step.parameter_layers.values())
+    layers = () if experts is None else [layer for layer in experts.layers if layer >= first]
+    kinds = [(layer - at, *(layer in each for each in adapted)) for at, layer in enumerate(layers)]
+    return len(list(itertools.groupby(kinds)))
 
 
 def _matrix_bytes(step: StepShape, weights: list[tuple[str, tuple[int, int]]]) -> dict[str, int]:

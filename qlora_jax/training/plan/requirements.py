@@ -262,7 +262,7 @@ def working_set(step: StepShape) -> int:
 
     It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
     layers of a model that is cut over devices. Widths of routed experts have a row per slot. Experts in host memory
-    add those of one layer, and adapters on experts their gradients by tile.
+    add those of two layers, and adapters on experts twice their gradients in f32.
     """
     model = step.model
     inner = model.mlp_dim if step.layers(DOWN) else 0
@@ -270,12 +270,13 @@ def working_set(step: StepShape) -> int:
     experts = step.slots * (2 * model.experts.mlp_dim + 2 * model.embed_dim) if model.experts else 0
     layer = 2 * (step.rows * widths + experts) * F32
     of_adapters = [step.parameter_ranks.get(name, 0) * sum(shape) for name, shape in model.expert_targets().items()]
-    layer += F32 * step.tiles[0] * max(of_adapters, default=0) * (not step.lora.share_experts)
+    together = 2 * min(step.tiles[0], model.experts.count if model.experts else 0)
+    layer += F32 * together * max(of_adapters, default=0) * (not step.lora.share_experts)
     shapes = [shape for name, shape in step.matrices() if name.startswith("mlp.")]
     weights = 2 * max(map(dequantized_bytes, shapes))
     fetched = sum(memory_use.offloaded_expert_bytes(step).values())
     fetched //= len(model.experts.layers) if model.experts else 1
-    return memory_use.logits_bytes(step) + layer + weights + fetched + 2 * communication.layer_bytes(step)
+    return memory_use.logits_bytes(step) + layer + weights + 2 * fetched + 2 * communication.layer_bytes(step)
 
 
 # Compilers
