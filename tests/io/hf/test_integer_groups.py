@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.io.hf.integer_groups import ACT_ORDER
+from qlora_jax.io.hf.integer_groups import ACT_ORDER, check_settings
+from qlora_jax.io.hf.reader import INTEGER_METHODS
 from qlora_jax.io.loader import Loaded, load_model
 from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.open_model import open_model
@@ -183,6 +184,24 @@ def test_settings_of_layers_are_refused_together(tmp_path: Path) -> None:
     write_folder(tmp_path, CONFIG | {"quantization_config": quantization}, WEIGHTS)
     with pytest.raises(ValueError, match=r"input_activations: .*num_bits: found 8.*strategy: found 'tensor'"):
         open_model(tmp_path)
+
+
+# All keys that AutoGPTQ, AutoAWQ and llm-compressor write.
+WRITTEN = [
+    dict(batch_size=1, bits=4, block_name_to_quantize=None, cache_block_outputs=True, damp_percent=0.01, dataset=None)
+    | dict(desc_act=False, exllama_config={"version": 1}, group_size=128, max_input_length=None, model_seqlen=None)
+    | dict(module_name_preceding_first_block=None, modules_in_block_to_quantize=None, pad_token_id=None)
+    | dict(quant_method="gptq", sym=True, tokenizer=None, true_sequential=True, use_cuda_fp16=False),
+    dict(bits=4, group_size=128, modules_to_not_convert=None, quant_method="awq", version="gemm", zero_point=True),
+    compressed_config(128, global_compression_ratio=1.24, sparsity_config={}, transform_config={}, version="0.12.2"),
+]
+
+
+@pytest.mark.parametrize("quantization", WRITTEN, ids=lambda each: each["quant_method"])
+def test_settings_that_writers_write_are_accepted(quantization: dict[str, Any], tmp_path: Path) -> None:
+    method = INTEGER_METHODS[quantization["quant_method"]]
+    settings = check_settings(tmp_path, quantization, method)
+    assert settings and all(quantization[key] == value or key == "config_groups" for key, value in settings.items())
 
 
 GOOD = random_integers(SHAPE)
