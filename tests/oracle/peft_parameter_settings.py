@@ -1,4 +1,4 @@
-"""Which settings of LoRA peft takes for target_parameters: `settings` {name: options}, `targets`, a mixture's `config`.
+"""Settings of LoRA that peft takes for target_parameters: `settings` {name: options}, `targets`, a mixture's `config`.
 
 For each target and setting, False if peft refuses or fails to build the adapter.
 """

@@ -64,7 +64,7 @@ def test_experts_are_ranked_chosen_and_trained_with(tmp_path: Path, capsys, name
     chosen, losses = found["chosen"], found["loss per token"]
     assert any(".experts." in entry for entry in chosen["keep_16bit"])
     assert 0 < chosen["added_bytes"] <= 2 * (large - small)
-    # On random rows a random model is no better in 16 bits than in 4, but the layers chosen are those that help.
+    # 16 bits need not be better than 4 for a random model on random rows, but the chosen layers are those that help.
     assert losses["chosen"] < losses["4 bits"] and chosen["interval"][1] < 0
     run = ["--config", str(tmp_path / "costs/keep_16bit.yaml"), "--data.train", str(rows), "--output"]
     run += [str(tmp_path / "run"), "--train.steps", "8", "--train.micro_batch_size", "2", "--train.accumulation", "1"]
