@@ -27,7 +27,7 @@ def batch_shapes(
     found: dict[str, tuple[Shape, Dtype]] = {name: (batch, "int32") for name in ("inputs", "targets")}
     found["weights"] = batch, "float32"
     if isinstance(objective, Routed):
-        found[FILLED] = batch[:2], "int32"
+        found[FILLED] = (*batch[:2], 1), "int32"
     found |= {name: (batch, "int32") for name in _structure(objective, packed=packed, branching=branching)}
     if not objective.sequences_per_row:
         return found

@@ -15,7 +15,6 @@ from jaxtyping import Bool
 from qlora_jax.config import Config, MeshSize
 from qlora_jax.data.batching.batches import NO_ROW, Batch
 from qlora_jax.sharding import ROWS, AnyMesh, Device, axis_size, make_mesh, put
-from qlora_jax.training.objectives.router_losses import FILLED
 
 MAX_ROWS = 8  # of a batch without gradients; more on a mesh of devices that they do not divide over
 
@@ -53,8 +52,7 @@ def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str
     """
     if mesh is None:
         return dict(arrays)
-    # [B, T] and [B, S]; those with C per slot have one axis more, and FILLED one less.
-    axis = min(array.ndim - 2 + (name == FILLED) for name, array in arrays.items())
+    axis = min(array.ndim for array in arrays.values()) - 2  # [B, T] and [B, S]; those with C per slot have one more
     return {name: _place_rows(array, mesh, axis) for name, array in arrays.items()}
 
 

@@ -73,7 +73,7 @@ class Model:
         self.memory = read_memory(self.gradients.compiled(batch).memory_analysis()).device
         self.parts: ModelParts = synthetic_like(step.parts)
         accumulated, rows, length = batch
-        filled = np.full((accumulated, rows), length, np.int32)  # rows of a mixture say which positions count
+        filled = np.full((accumulated, rows, 1), length, np.int32)  # rows of a mixture say which positions count
         self.extra = {FILLED: filled} if config.experts else {}
         self.seconds: list[float] = []
 

@@ -72,7 +72,7 @@ def test_losses_and_gradients_equal_those_of_experts_on_the_device(weights):
     """Both programs are compiled from shapes, as those of a run."""
     here = dataclasses.replace(weights, experts_on_host=False)
     parts, batch = random_mixture(CONFIG, LORA, here), mesh_batch(CONFIG, SHAPE)
-    batch[FILLED] = jnp.full(SHAPE[:2], SHAPE[2] - 1, jnp.int32)
+    batch[FILLED] = jnp.full((*SHAPE[:2], 1), SHAPE[2] - 1, jnp.int32)
     away = on_host(parts)
     assert host_paths(away) == EXPERT_PATHS and not host_paths(parts)
     steps = [

@@ -31,10 +31,10 @@ def test_each_device_has_its_own_rows_in_the_order_of_the_batch(size):
         np.testing.assert_array_equal(shard.data, batch["inputs"][:, number * rows : (number + 1) * rows])
     one = place_batch({"weights": np.ones((8, 3), np.float32)}, mesh)["weights"]
     assert {shard.data.shape for shard in one.addressable_shards} == {(rows, 3)}
-    filled = np.arange(16, dtype=np.int32).reshape(2, 8)
+    filled = np.arange(16, dtype=np.int32).reshape(2, 8, 1)
     both = place_batch(batch | {FILLED: filled}, mesh)
     np.testing.assert_array_equal(both[FILLED], filled)
-    assert {shard.data.shape for shard in both[FILLED].addressable_shards} == {(2, rows)}
+    assert {shard.data.shape for shard in both[FILLED].addressable_shards} == {(2, rows, 1)}
     assert both["inputs"].sharding == place_batch(batch, mesh)["inputs"].sharding
 
 

@@ -28,7 +28,7 @@ from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.router import SIGMOID, Routing
 from qlora_jax.training.objectives.objective import Arrays, Objective, Totals
 
-FILLED = "filled"  # of a batch: positions that each row fills, [A, B]; the others are padding
+FILLED = "filled"  # of a batch: positions that each row fills, [A, B, 1]; the others are padding
 ROUTER = "mlp.gate"
 TOKENS, COUNT = "routed tokens", "count"  # sums over a step
 
@@ -153,7 +153,7 @@ def _is_before_a_router(name: str, model: CausalLM) -> bool:
 
 def step_arrays(objective: Objective, batch: Batch) -> dict[str, np.ndarray]:
     """Returns the arrays of a batch that the compiled step reads."""
-    return batch.arrays() | ({FILLED: batch.filled} if isinstance(objective, Routed) else {})
+    return batch.arrays() | ({FILLED: batch.filled[..., None]} if isinstance(objective, Routed) else {})
 
 
 def unrouted(outputs: PyTree) -> PyTree:
@@ -164,7 +164,7 @@ def unrouted(outputs: PyTree) -> PyTree:
 def counted_positions(micro: Arrays) -> Float[Array, "B T"]:
     """Returns 1 for positions that a row fills, 0 for padding."""
     length = micro["inputs"].shape[-1]
-    return (jnp.arange(length, dtype=jnp.int32)[None] < micro[FILLED][:, None]).astype(jnp.float32)
+    return (jnp.arange(length, dtype=jnp.int32)[None] < micro[FILLED]).astype(jnp.float32)
 
 
 def load_balancing_parts(routing: Routing, tokens: Float[Array, ""]) -> Float[Array, "*AB"]:

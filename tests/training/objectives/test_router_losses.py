@@ -49,7 +49,7 @@ def batch_of(shape: tuple[int, int], lengths: np.ndarray = LENGTHS) -> dict[str,
     real = position < lengths[:, None]
     weights = (real & (position >= lengths[:, None] // 2)).astype(np.float32)
     arrays = {"inputs": np.where(real, tokens[:, :-1], 0), "targets": np.where(real, tokens[:, 1:], 0)}
-    arrays |= {"weights": weights, FILLED: lengths.astype(np.int32)}
+    arrays |= {"weights": weights, FILLED: lengths[:, None].astype(np.int32)}
     return {name: jnp.asarray(array.reshape(*shape, *array.shape[1:])) for name, array in arrays.items()}
 
 
@@ -126,7 +126,7 @@ def _packed(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
                 found[name][0, pack, start:end] = np.asarray(batch[name])[0, row, : LENGTHS[row]]
             found["segments"][0, pack, start:end] = segment
             filled[0, pack] = end
-    return {name: jnp.asarray(array) for name, array in (found | {FILLED: filled}).items()}
+    return {name: jnp.asarray(array) for name, array in (found | {FILLED: filled[..., None]}).items()}
 
 
 def test_closed_forms_of_even_and_collapsed_routing():
