@@ -5,7 +5,8 @@
 The questions are rows of GSM8K (`question`, `answer`) or of OpenAssistant (`input` with turns that begin with
 `### Human:` and `### Assistant:`, `output`). A sample of GSM8K with the right result is not a rejected answer, so the
 question is skipped. `--prompt_share` takes the questions whose prompts are nearest to that share of the pair's tokens,
-and cuts samples so that the pair has it; without it, the first questions are taken.
+and cuts samples so that the pair has it. Questions whose sample ends much earlier are skipped. Without it, the first
+questions are taken.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from scripts.fetch_smollm2 import fetch_smollm2
 
 MIN_ANSWER = 16  # tokens; samples of fewer are hardly answers
+LEAST_OF_LIMIT = 0.75  # a sample that ends earlier would leave the prompts a larger share
 TEMPERATURE = 1.0
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -99,6 +101,8 @@ def make_pairs(path: str, questions: Sequence[Question], rows: int, share: float
         sample = generate_text(
             model, tokenizer, question.prompt, max_new_tokens=limit, temperature=TEMPERATURE, seed=index
         ).strip()
+        if share is not None and len(tokenizer.encode(sample)) < LEAST_OF_LIMIT * limit:
+            continue
         if sample and sample != question.answer.strip() and not is_right(question, sample):
             made += 1
             turns = ({"role": "assistant", "content": text} for text in (question.answer, sample))
