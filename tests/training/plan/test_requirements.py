@@ -19,7 +19,6 @@ from qlora_jax.training.plan.requirements import (
     KINDS,
     PROGRAMS,
     STATE,
-    Requirements,
     StepConfig,
     Temporaries,
     compile_here,
@@ -29,7 +28,7 @@ from qlora_jax.training.plan.requirements import (
     fitted_requirements,
     working_set,
 )
-from tests.marks import EXHAUSTIVE, some_in_ci
+from tests.marks import some_in_ci
 from tests.training.compiled_text import TO_READ
 from tests.training.plan.steps import GIB, TINY, Compiler, real
 
@@ -128,27 +127,24 @@ def test_the_estimate_is_near_what_the_compiler_of_a_cpu_says():
 # Compiled for cards
 
 
-def check_estimate(compiled: Requirements) -> None:
-    """The estimate of a compiled step is within 15 % of it, and its scratch within a factor of three."""
-    assert estimated_requirements(compiled.config).total == pytest.approx(compiled.total, rel=0.15)
-    assert 0.3 < compiled.device["scratch"] / working_set(compiled.config.step_shape()) < 3
-
-
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "card", "batch", "remat"),
-    [
-        pytest.param(*case, marks=EXHAUSTIVE)
-        for case in [
+    some_in_ci(
+        [
             ("smollm2-135m", "rtx4090", (1, 4, 512), "names"),
             ("qwen2-0.5b", "rtx4090", (1, 1, 1024), "names"),
             ("llama-3-8b", "a100", (1, 1, 2048), "full"),
+            ("llama-7b", "a6000", (1, 1, 512), "full"),
             ("llama-65b", "h100", (1, 1, 512), "full"),
-        ]
-    ],
+        ],
+        lambda i: i == 0,
+    ),
 )
 def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, remat):
-    check_estimate(compiled_requirements(real(name, batch, remat=remat), compile_on_card(card)))
+    compiled = compiled_requirements(real(name, batch, remat=remat), compile_on_card(card))
+    assert estimated_requirements(compiled.config).total == pytest.approx(compiled.total, rel=0.15)
+    assert 0.3 < compiled.device["scratch"] / working_set(compiled.config.step_shape()) < 3
 
 
 @needs_compiler
@@ -198,7 +194,6 @@ def test_offloaded_activations_are_host_memory_in_the_compiled_step():
 def test_the_step_takes_no_more_than_it_did(name, card, batch, rank, remat, whole, paged):
     setting = real(name, batch, rank=rank, remat=remat)
     need = compiled_requirements(setting, compile_on_card(card))
-    check_estimate(need)
     assert need.total / GIB <= 1.01 * whole
     assert fitted_requirements(setting.replace(paged=True), [need]).total / GIB <= 1.01 * paged
 
