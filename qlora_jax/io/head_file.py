@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config.head_settings import CLASSES, HEADS, HeadObjective
@@ -17,12 +17,12 @@ NAMED: dict[str, HeadObjective] = {name: name for name in HEADS}
 
 
 class HeadRecord(TypedDict):
-    """The contents of head.json; see `TrainedHead`. A file of an earlier version has no digest of the other values."""
+    """The contents of head.json; see `TrainedHead`. The digest is of the other values."""
 
     objective: HeadObjective
     labels: list[str]
     pooling: Pooling
-    digest: NotRequired[str]
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def check_same_head(place: str, found: TrainedHead | None, expected: TrainedHead
 def write_head(folder: Path, head: TrainedHead) -> None:
     """Writes head.json into an existing folder, unless the meaning of the outputs is unknown."""
     if head.described:
-        record: HeadRecord = {"objective": head.objective, "labels": [*head.labels], "pooling": head.pooling}
-        record["digest"] = json_digest(record)
+        values = {"objective": head.objective, "labels": [*head.labels], "pooling": head.pooling}
+        record = {**values, "digest": json_digest(values)}
         write_text(folder / HEAD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -107,8 +107,8 @@ def read_head(folder: Path) -> TrainedHead | None:
     if not path.is_file():
         return None
     found = read_json(path, HeadRecord)
-    digest = found.pop("digest", None)
-    if digest is not None and digest != json_digest(found):
+    values = {name: value for name, value in found.items() if name != "digest"}
+    if found["digest"] != json_digest(values):
         raise ValueError(f"{path}: damaged (other values than were written). {COPY_IT}")
     head = TrainedHead(objective=found["objective"], labels=tuple(found["labels"]), pooling=found["pooling"])
     if len(set(head.labels)) < len(head.labels) or bool(head.labels) != (head.objective in CLASSES):

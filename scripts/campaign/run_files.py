@@ -1,4 +1,4 @@
-"""Kinds of damaged run folders: checkpoints, their state, metrics and samples, and cached scores."""
+"""Kinds of damaged run folders: checkpoints, their state, metrics and samples, heads, and cached scores."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.io.adapter_init import FILE as INITIAL_FILE
 from qlora_jax.io.adapter_init import read_initial
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
+from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, read_run_head, write_head
 from qlora_jax.training.loop import restore
 from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
 from qlora_jax.training.report.curves import charts
@@ -106,6 +107,15 @@ def _read_records(folder: Path) -> list[object]:
     return [*found, *map(repr, summaries)]
 
 
+def _write_head(folder: Path) -> None:
+    write_head(folder, TrainedHead(objective="classification", labels=("moon", "star", "sun"), pooling="mean"))
+
+
+def _read_head(folder: Path) -> list[object]:
+    """Reads a head as commands do that use a run."""
+    return [repr(read_run_head(folder, "classification"))]
+
+
 def _write_scores(folder: Path) -> None:
     (folder / SCORES).mkdir()
     _read_scores(folder)
@@ -127,5 +137,8 @@ RUN_KINDS: Mapping[str, FileKind] = {
     ),
     "state": FileKind(write=write_run_folder, shared="run", damage=_damage_state, read=_read_run, digested=True),
     "metrics": FileKind(write=write_run_folder, shared="run", damage=_damage_records, read=_read_records),
+    "head": FileKind(
+        write=_write_head, damage=lambda c, f: damage_any(c, f / HEAD_FILE), read=_read_head, digested=True
+    ),
     "scores": FileKind(write=_write_scores, damage=_damage_scores, read=_read_scores, digested=True),
 }
