@@ -79,12 +79,12 @@ def write_dense_folder(
 def other_tensors(multimodal: MultimodalParts | None, dtype: np.dtype) -> tuple[list[TensorSpec], Iterator[np.ndarray]]:
     """Returns the tensors beside the text half (what describes them, their values), equal to those in the files.
 
-    Only a tensor that the files have in 4 bits is dequantized, to `dtype`.
+    Only a tensor that the files have in codes is dequantized, to `dtype`.
     """
     entries = [] if multimodal is None else list(multimodal.others.values())
     kinds = [FLOAT_TYPES.get(entry.file_type, dtype) for entry in entries]
     specs = [TensorSpec(entry.name, kind, entry.shape) for entry, kind in zip(entries, kinds, strict=True)]
-    values = (rounded(entry.name, entry.read(), dtype) if entry.read_quantized else entry.read() for entry in entries)
+    values = (rounded(entry.name, entry.read(), kind) for entry, kind in zip(entries, kinds, strict=True))
     return specs, values
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
+from qlora_jax.io.hf.model_writer import other_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import check_tensors, slots_of, tensor_shapes
@@ -18,6 +18,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import alone
+from tests.io.integer_folders import awq, awq_config, random_integers
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 TOWERS = {"vision_tower.patch.weight": np.ones((3, 4), "f4"), "multi_modal_projector.linear.weight": np.ones(2, "f2")}
@@ -130,6 +131,19 @@ def test_a_whole_checkpoint_is_written_as_it_was(tmp_path: Path, prefixes: dict[
     for name, tensor in expected.items():
         np.testing.assert_array_equal(found[name], tensor, err_msg=name, strict=True)
     assert json.loads((copy / "config.json").read_text()) == source.config
+
+
+def test_codes_of_a_tower_are_written_dequantized_in_the_dtype_of_the_copy(tmp_path: Path) -> None:
+    weight = random_integers((16, 64), 32)
+    codes = {f"vision_tower.fc.{part}": np.ascontiguousarray(values) for part, values in awq(weight).items()}
+    source = open_model(_write(tmp_path / "model", towers=TOWERS | codes, quantization_config=awq_config(32)))
+    specs, values = other_tensors(source.multimodal, np.dtype(np.float16))
+    found = {spec.name: (spec.dtype, each) for spec, each in zip(specs, values, strict=True)}
+    assert found.keys() == {*TOWERS, "vision_tower.fc.weight"}
+    for name, expected in (TOWERS | {"vision_tower.fc.weight": weight.dense().astype(np.float16)}).items():
+        dtype, written = found[name]
+        assert dtype == written.dtype
+        np.testing.assert_array_equal(written, expected, strict=True)
 
 
 def test_files_of_tokenizer_and_images_are_copied(tmp_path: Path) -> None:
