@@ -8,6 +8,7 @@ Dimension key: N out, K in, G groups per row.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -30,6 +31,7 @@ from qlora_jax.io.hf.integer_groups import (
 
 SYMMETRIC_ZERO = 8
 FORMAT = "pack-quantized"
+BY_GROUP = ("group", "dynamic", True)  # values of actorder whose groups are not runs of columns
 
 
 class WeightSettings(TypedDict):
@@ -41,6 +43,7 @@ class WeightSettings(TypedDict):
     strategy: NotRequired[str | None]
     group_size: NotRequired[int | None]
     dynamic: NotRequired[bool | str]
+    actorder: NotRequired[bool | str | None]
 
 
 class LayerSettings(TypedDict):
@@ -98,8 +101,7 @@ def _weight(parts: Parts, settings: Settings) -> IntegerWeight:
         "weight_g_idx": (["I32"], (k,)),
     }
     problems += tensor_problems(parts, expected)
-    if "weight_zero_point" not in parts and not any(each.get("symmetric", True) for each in _weights(settings)):
-        problems.append("missing weight_zero_point")
+    problems += _missing(parts, _weights(settings))
     if problems:
         raise ValueError("; ".join(problems))
     if (shape := parts["weight_shape"].read().tolist()) != [n, k]:
@@ -111,6 +113,14 @@ def _weight(parts: Parts, settings: Settings) -> IntegerWeight:
         read=functools.partial(_read, parts),
         order=column_order(parts.get("weight_g_idx"), k, size),
     )
+
+
+def _missing(parts: Parts, settings: Sequence[WeightSettings]) -> Iterator[str]:
+    """Yields the tensors that every group of layers needs, and that are missing."""
+    if "weight_zero_point" not in parts and not any(each.get("symmetric", True) for each in settings):
+        yield "missing weight_zero_point"
+    if "weight_g_idx" not in parts and all(each.get("actorder") in BY_GROUP for each in settings):
+        yield "missing weight_g_idx, the group of each column with actorder"
 
 
 def _weights(settings: Settings) -> list[WeightSettings]:

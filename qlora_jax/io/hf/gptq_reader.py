@@ -42,6 +42,7 @@ class GptqSettings(TypedDict):
     is_marlin_format: NotRequired[bool | None]
     pack_dtype: NotRequired[str | None]
     dynamic: NotRequired[dict[str, object] | None]
+    desc_act: NotRequired[bool | None]
 
 
 def _settings_problems(settings: Settings) -> list[str]:
@@ -71,6 +72,8 @@ def _weight(parts: Parts, settings: Settings) -> IntegerWeight:
         "g_idx": (["I32"], (k,)),
     }
     problems = [f"found {n} outputs, expected a multiple of 8"] if n % 8 else []
+    if settings.get("desc_act") and size < k and "g_idx" not in parts:
+        problems.append("missing g_idx, the group of each column with desc_act")
     if problems := problems + tensor_problems(parts, expected):
         raise ValueError("; ".join(problems))
     return IntegerWeight(

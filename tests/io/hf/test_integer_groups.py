@@ -205,6 +205,8 @@ def test_settings_that_writers_write_are_accepted(quantization: dict[str, Any], 
 
 
 GOOD = random_integers(SHAPE)
+BY_GROUP = compressed_config()
+BY_GROUP["config_groups"]["group_0"]["weights"]["actorder"] = "group"
 GPTQ_TENSORS, AWQ_TENSORS, PACKED = gptq(GOOD), awq(GOOD), compressed(GOOD)
 DAMAGED = [
     (gptq_config(), GPTQ_TENSORS | {"qzeros": None}, r"missing qzeros: model.layers.\*.mlp.down_proj in layers 1"),
@@ -220,6 +222,8 @@ DAMAGED = [
     (gptq_config(), GPTQ_TENSORS | {"scales": GOOD.scales.T.astype(np.float32)}, "scales: found F32 .*expected F16 or"),
     (gptq_config(), GPTQ_TENSORS | {"qweight": GOOD.codes}, "qweight: found U8 .* expected a matrix of I32"),
     (gptq_config(), GPTQ_TENSORS | {"g_idx": np.full(128, 4, np.int32)}, "g_idx: found groups 4 to 4, expected 0 to 3"),
+    (gptq_config(desc_act=True), gptq(GOOD, with_order=False), "missing g_idx, the group of each column with desc_act"),
+    (BY_GROUP, PACKED, "missing weight_g_idx, the group of each column with actorder"),
     (awq_config(64), AWQ_TENSORS, r"qzeros: found I32 \[4, 8\], expected I32 \[2, 8\]; scales"),
     (compressed_config(64), PACKED, "group_size: found 32 by the shape of weight_scale, expected 64"),
     (compressed_config(symmetric=False), PACKED, "missing weight_zero_point"),
