@@ -24,7 +24,7 @@ from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, Tensor
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-BLOCKED = tuple(BLOCK_FORMATS)
+BLOCKED = tuple(name for name in BLOCK_FORMATS if name in GGMLQuantizationType.__members__)
 
 EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config

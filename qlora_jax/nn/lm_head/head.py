@@ -23,7 +23,7 @@ class Head:
     """A frozen head: softcap tanh(scale (hidden weight^T + bias) / softcap); scale, bias and softcap are optional.
 
     Attributes:
-      weight_VD: [V, D]; nn.lm_head_tiles reads it in tiles of rows.
+      weight_VD: [V, D]; tiles.py reads it in tiles of rows.
       bias_V: [V], or None.
       softcap: cap of the logits, or None.
       masked_V: bool [V], rows that trainable rows replace, with logits of -inf; None: no row.

@@ -1,6 +1,6 @@
 """Cross-entropy of the next token through a head, so that [tokens, vocab] never exists.
 
-The head is read in tiles of its rows (nn.lm_head_tiles). Each tile's exp(logit - largest so far) is summed, and
+The head is read in tiles of its rows (tiles.py). Each tile's exp(logit - largest so far) is summed, and
 multiplied by the tile itself. So one pass gives log-sum-exp and the gradient of the hidden states:
 
   nll = log sum_v exp(l_v) - l_target,    d nll / d hidden = (sum_v exp(l_v) w_v) / (sum_v exp(l_v)) - w_target
