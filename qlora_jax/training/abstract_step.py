@@ -36,10 +36,12 @@ from qlora_jax.training.step import gradients, update
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
 # Near the card's limit, XLA's rematerialization would gather layers once more to save little memory.
 GATHER_ONCE = {"xla_disable_hlo_passes": "rematerialization"}
-# With experts in host memory, the copies of the next layer start before the products of this one: on every card, at
-# most 64 at a time (XLA: 2), and not after the last use of this layer's weights, which would save their memory.
+# With experts in host memory, the copies of the next layer start before the products of this one: on every card, with
+# the latencies that models.prefetched_layers gives and not XLA's estimates, at most 64 at a time (XLA: 2), and not
+# after the last use of this layer's weights, which would save their memory.
 COPIES_AT_ONCE = {
     "xla_gpu_enable_latency_hiding_scheduler": "True",
+    "xla_gpu_enable_analytical_sol_latency_estimator": "False",
     "xla_gpu_experimental_parallel_async_compute_limit": "64",
     "xla_disable_hlo_passes": "loop-schedule-linearizer",
 }
