@@ -97,7 +97,9 @@ def make_pairs(path: str, questions: Sequence[Question], rows: int, share: float
     for index in order:
         if made == rows:
             return
-        question, limit = questions[index], most if share is None else min(most, sample_length(*lengths[index], share))
+        question, limit = questions[index], most if share is None else sample_length(*lengths[index], share)
+        if limit > most:  # the pair would not have the share
+            continue
         sample = generate_text(
             model, tokenizer, question.prompt, max_new_tokens=limit, temperature=TEMPERATURE, seed=index
         ).strip()
