@@ -26,6 +26,7 @@ ACT_ORDER = "INT4 in act-order"  # file_type of weights whose groups are not run
 SCALE_TYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 PART = 32  # weights; a group is whole parts
 WHOLE_ROW = -1  # group_size of one group per row
+SLICE_WEIGHTS = 1 << 20  # weights that are dequantized together, which takes several temporaries of their size
 
 Parts = Mapping[str, TensorEntry]  # the tensors of one weight, by the last part of their names
 Settings = Mapping[str, Any]  # of quantization_config, checked to have the types that a method's TypedDict says
@@ -154,10 +155,14 @@ def _entry(name: str, parts: Parts, method: IntegerMethod, settings: Settings, t
 
 def dequantized(groups: Groups, order: Integer[np.ndarray, "K"] | None = None) -> np.ndarray:
     """Returns the weights, f32 [N, K]; every product is exact."""
+    rows, columns = groups.codes.shape
     if order is None:
-        order = np.arange(groups.codes.shape[1]) // (groups.codes.shape[1] // groups.zeros.shape[1])
-    scales_NG, zeros_NG = groups.scales.astype(np.float32), groups.zeros.astype(np.float32)
-    return (groups.codes.astype(np.float32) - zeros_NG[:, order]) * scales_NG[:, order]
+        order = np.arange(columns) // (columns // groups.zeros.shape[1])
+    weights_NK, step = np.empty((rows, columns), np.float32), max(1, SLICE_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        codes, zeros, scales = (each[start : start + step].astype(np.float32) for each in groups)
+        np.multiply(codes - zeros[:, order], scales[:, order], out=weights_NK[start : start + step])
+    return weights_NK
 
 
 def as_blocks(groups: Groups) -> GgmlTensor:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from qlora_jax.io.hf import integer_groups
 from qlora_jax.io.hf.integer_groups import ACT_ORDER, check_settings
 from qlora_jax.io.hf.reader import INTEGER_METHODS
 from qlora_jax.io.loader import Loaded, load_model
@@ -100,7 +101,8 @@ def test_zeros_of_the_first_version_are_added_to_words(tmp_path: Path) -> None:
     np.testing.assert_array_equal(_one(tmp_path, tensors, gptq_config()).read(), weight.dense())
 
 
-def test_act_order_is_dequantized_but_not_kept(tmp_path: Path) -> None:
+def test_act_order_is_dequantized_but_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer_groups, "SLICE_WEIGHTS", 700)  # a few rows at a time
     form = Form({"act_order": True}, gptq, gptq_config(desc_act=True))
     dense = write_integer_folder(tmp_path, form, CONFIG, WEIGHTS)
     entry = open_model(tmp_path).tensors[f"{NAME}.weight"]
