@@ -82,7 +82,8 @@ def spec_from_folder(source: ModelSource, features: ModelConfig, shapes: Mapping
     model_type = str(text_config(source.config)["model_type"])
     if model_type not in OF_MODEL_TYPE:
         raise ValueError(
-            f"{source.path}: GGUF has no architecture for model_type {model_type!r}. Export with --format hf"
+            f"{source.path}: model_type {model_type!r} has no GGUF architecture that is supported here. Export with "
+            "--format hf"
         )
     architecture = OF_MODEL_TYPE[model_type]
     features = alone(within_windows(features, architecture))

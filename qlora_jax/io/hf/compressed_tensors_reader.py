@@ -94,14 +94,8 @@ def _weight(parts: Parts, settings: Settings) -> IntegerWeight:
     groups = scales.shape[1] if len(scales.shape) == 2 else 0
     size = k // groups if groups else 0
     problems = list(group_size_problems(size, k)) or _size_problems(settings, size, k)
-    expected = {
-        "weight_scale": ([*SCALE_TYPES], (n, groups)),
-        "weight_shape": (["I64"], (2,)),
-        "weight_zero_point": (["I32"], (-(-n // 8), groups)),
-        "weight_g_idx": (["I32"], (k,)),
-    }
-    problems += tensor_problems(parts, expected)
-    problems += _missing(parts, _weights(settings))
+    expected = _expected(n, k, k // size if size else 0)
+    problems += [*tensor_problems(parts, expected), *_missing(parts, _weights(settings))]
     if problems:
         raise ValueError("; ".join(problems))
     if (shape := parts["weight_shape"].read().tolist()) != [n, k]:
@@ -113,6 +107,16 @@ def _weight(parts: Parts, settings: Settings) -> IntegerWeight:
         read=functools.partial(_read, parts),
         order=column_order(parts.get("weight_g_idx"), k, size),
     )
+
+
+def _expected(n: int, k: int, groups: int) -> dict[str, tuple[list[str], tuple[int, ...]]]:
+    """Returns the types and the shape that each tensor of a weight may have."""
+    return {
+        "weight_scale": ([*SCALE_TYPES], (n, groups)),
+        "weight_shape": (["I64"], (2,)),
+        "weight_zero_point": (["I32"], (-(-n // 8), groups)),
+        "weight_g_idx": (["I32"], (k,)),
+    }
 
 
 def _missing(parts: Parts, settings: Sequence[WeightSettings]) -> Iterator[str]:

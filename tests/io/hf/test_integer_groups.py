@@ -206,7 +206,7 @@ def test_settings_that_writers_write_are_accepted(quantization: dict[str, Any], 
     assert settings and all(quantization[key] == value or key == "config_groups" for key, value in settings.items())
 
 
-GOOD = random_integers(SHAPE)
+GOOD, WIDE = random_integers(SHAPE), random_integers((8, 66 * 32))
 BY_GROUP = compressed_config()
 BY_GROUP["config_groups"]["group_0"]["weights"]["actorder"] = "group"
 GPTQ_TENSORS, AWQ_TENSORS, PACKED = gptq(GOOD), awq(GOOD), compressed(GOOD)
@@ -234,6 +234,11 @@ DAMAGED = [
         compressed_config(),
         PACKED | {"weight_scale": GOOD.scales[:, :0]},
         "group_size: found 0, expected a divisor of the 128 inputs",
+    ),
+    (
+        compressed_config(),
+        compressed(WIDE) | {"weight_scale": WIDE.scales[:, :65]},
+        r"weight_scale: found F16 \[8, 65\], expected F16 or BF16 \[8, 66\]",
     ),
 ]
 
