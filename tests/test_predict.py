@@ -1,5 +1,7 @@
 """`python -m qlora_jax.predict` and the functions of the Python face: the head's outputs for files and texts."""
 
+import datetime
+import importlib
 import json
 from pathlib import Path
 
@@ -60,6 +62,24 @@ def test_other_heads_and_rows_are_refused(run, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "sun", "prediction": 1}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: column 'prediction' exists"):
         predict.main(["--run", str(run), "--rows", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(ValueError, match=r"rows: found one str, expected a list .* Put it into a list"):
+        q.classify(model, tokenizer, "sun")
+
+
+def test_columns_stand_next_to_the_predictions_or_are_refused_first(run, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "sun", "reward": 2, "embedding": null}\n')  # names that only other heads add
+    predict.main(["--run", str(run), "--rows", str(rows)])
+    found = json.loads(capsys.readouterr().out)
+    assert [*found] == ["text", "reward", "embedding", "prediction", "probabilities"] and found["reward"] == 2
+    rows.write_text('{"text": "sun"}\n{"text": "moon", "note": "\\ud800"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: column 'note' cannot be written as JSON .*surrogates"):
+        predict.main(["--run", str(run), "--rows", str(rows)])
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["sun", "moon"], "day": [datetime.date(2026, 1, 1)] * 2})
+    importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"(?s)2 of 2 rows.*column 'day' cannot be written as JSON .*date.*Remove it"):
+        predict.main(["--run", str(run), "--rows", str(tmp_path / "rows.parquet")])
 
 
 @pytest.mark.parametrize(

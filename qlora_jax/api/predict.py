@@ -1,6 +1,7 @@
 """`classify`, `score` and `embed`: predictions of a trained sequence head; and the file that `predict` writes."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ from rich.progress import Progress
 from qlora_jax.api.load import load_opened
 from qlora_jax.api.provenance import head_of_model, parts_of
 from qlora_jax.config.head_settings import CLASSES
-from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines
+from qlora_jax.data.readers.files import Place, Row, raise_problems, read_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.predict_settings import PredictArgs
 from qlora_jax.evaluation.predictions import (
-    ADDED,
     Prediction,
+    added_names,
     class_predictions,
     encode_texts,
     normalized,
@@ -80,6 +81,8 @@ def embed(
 
 
 def _outputs(model: CausalLM, tokenizer: Tokenizer, rows: Texts, head: TrainedHead) -> Float64[np.ndarray, "rows _"]:
+    if isinstance(rows, str | Mapping):  # a text is a sequence of texts, its characters
+        raise ValueError(f"rows: found one {type(rows).__name__}, expected a list of texts or rows. Put it into a list")
     named = [_row(number, {"text": row} if isinstance(row, str) else row) for number, row in enumerate(rows)]
     texts = encode_texts("rows", named, head, tokenizer, model.config.max_positions)
     return texts.outputs(parts_of(model))
@@ -113,7 +116,7 @@ def predict_rows(args: PredictArgs, console: Console) -> list[dict[str, object]]
             f"{args.run}: has no sequence head. Use generate, or a run of an objective such as classification"
         )
     head, path = opened.run.head, args.rows or "text"
-    rows = [_row(0, {"text": args.text})] if args.rows is None else _read_texts(path, args)
+    rows = [_row(0, {"text": args.text})] if args.rows is None else _read_texts(path, args, head)
     texts = encode_texts(path, rows, head, opened.tokenizer, opened.features.max_positions)
     with loading(console) as progress:
         model = load_opened(opened, weight_settings(opened, args.quant_type, args.compute_dtype), None, progress)
@@ -129,23 +132,31 @@ def _row(number: int, columns: Mapping[str, object]) -> Row:
     return Row(Place(number + 1, number), dict(columns))
 
 
-def _read_texts(path: str, args: PredictArgs) -> list[Row]:
+def _read_texts(path: str, args: PredictArgs, head: TrainedHead) -> list[Row]:
     """Returns the rows of a file; of a .txt file, a row {"text": line} per line that is not blank.
 
     Raises:
-      ValueError: the file cannot be read, has no row, lacks a column of `file_columns`, or has a column with a name
-        that the predictions get.
+      ValueError: the file cannot be read, has no row, lacks a column of `file_columns`, or has a column that cannot be
+        written next to the predictions; the message lists them.
     """
     if Path(path).name.endswith(TEXT_SUFFIXES):
         lines = [(line, text) for line, text in read_lines(path) if text.strip()]
         rows = [Row(Place(line, number), {"text": text}) for number, (line, text) in enumerate(lines)][: args.max_rows]
     else:
         rows = read_task_rows(path, "rows", args.file_columns, args.max_rows)
-    problems: list[Problem] = [
-        (row.place, f"column {name!r} exists, and the predictions get this name. Rename it")
-        for row in rows
-        for name in ADDED
-        if name in row.data
-    ]
+    problems = [(row.place, problem) for row in rows for problem in _column_problems(row.data, added_names(head))]
     raise_problems(path, problems, len(rows))
     return rows
+
+
+def _column_problems(columns: Mapping[str, object], added: Collection[str]) -> list[str]:
+    """Returns the reasons why a row's columns cannot be written as JSON with those that predictions add."""
+    problems = []
+    for name, value in columns.items():
+        if name in added:
+            problems.append(f"column {name!r} exists, and the predictions get this name. Rename it")
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            problems.append(f"column {name!r} cannot be written as JSON ({error}). Remove it, or make it text")
+    return problems

@@ -138,9 +138,13 @@ _COLUMNS: Mapping[str, Callable[[Float64[np.ndarray, "R C"], TrainedHead], list[
     "reward": _number_columns("reward"),
     "embedding": lambda states_RD, head: [{"embedding": row} for row in normalized(states_RD).tolist()],
 }
-ADDED = ("prediction", "probabilities", "reward", "embedding")
 
 
 def predicted_columns(outputs_RC: Float64[np.ndarray, "R C"], head: TrainedHead) -> list[dict[str, object]]:
     """Returns the columns that the predictions of a head add to each row, as JSON values."""
     return _COLUMNS[head.objective](outputs_RC, head)
+
+
+def added_names(head: TrainedHead) -> set[str]:
+    """Returns the names of the columns that the predictions of a head add."""
+    return {*predicted_columns(np.zeros((1, max(1, head.outputs))), head)[0]}
