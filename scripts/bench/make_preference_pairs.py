@@ -12,6 +12,7 @@ questions are taken.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ class Question(NamedTuple):
 
     prompt: list[Message]
     answer: str
-    result: str | None = None
+    result: float | None = None
 
 
 def read_question(row: JSONObject) -> Question:
@@ -52,7 +53,7 @@ def read_question(row: JSONObject) -> Question:
       ValueError: the row has other columns, or its turns do not end with the assistant's.
     """
     if {"question", "answer"} <= row.keys():
-        result = row["answer"].rpartition("####")[2].strip().replace(",", "")
+        result = _last_number(row["answer"].rpartition("####")[2])
         return Question([{"role": "user", "content": row["question"]}], row["answer"], result)
     if not {"input", "output"} <= row.keys():
         raise ValueError(
@@ -68,8 +69,12 @@ def read_question(row: JSONObject) -> Question:
 
 def is_right(question: Question, sample: str) -> bool:
     """Returns True if the last number of a sample is the result of the question."""
-    numbers = _NUMBER.findall(sample)
-    return question.result is not None and bool(numbers) and numbers[-1].replace(",", "") == question.result
+    return question.result is not None and _last_number(sample) == question.result
+
+
+def _last_number(text: str) -> float | None:
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def nearest_to_share(lengths: Sequence[tuple[int, int]], share: float) -> list[int]:
@@ -129,9 +134,15 @@ def main() -> None:
     runtime.start()
     questions = [read_question(row.data) for row in read_rows(args.questions)]
     path = args.model or str(fetch_smollm2())
+    made = 0
     with Path(args.output).open("w") as file:
         for row in make_pairs(path, questions, args.rows, args.prompt_share, args.max_new_tokens):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            made += 1
+    if made < args.rows:
+        sys.exit(
+            f"error: {args.output}: found {made} pairs, expected {args.rows}. Give more questions, or fewer --rows"
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from scripts.bench.make_preference_pairs import (
 
 def test_questions_of_both_sets_are_read():
     gsm = read_question({"question": "How many?", "answer": "2 + 1,000\n#### 1,002"})
-    assert gsm == Question([{"role": "user", "content": "How many?"}], "2 + 1,000\n#### 1,002", "1002")
+    assert gsm == Question([{"role": "user", "content": "How many?"}], "2 + 1,000\n#### 1,002", 1002)
     turns = "### Human: Hi ### Assistant: Hello ### Human: Why? ### Assistant:"
     found = read_question({"input": turns, "output": "So.", "lang": "en"})
     assert [(turn["role"], turn["content"]) for turn in found.prompt] == [
@@ -34,8 +34,9 @@ def test_other_rows_are_refused(row: dict, problem: str):
 
 
 def test_a_sample_is_right_if_it_ends_with_the_result():
-    question = Question([], "#### 1002", "1002")
+    question = Question([], "#### 1002", 1002)
     assert is_right(question, "It is 7, so 1,002.") and not is_right(question, "1002 or 7")
+    assert is_right(question, "He pays $1,002.00.") and not is_right(question, "It is 1002.5")
     assert not is_right(question, "many") and not is_right(question._replace(result=None), "1002")
 
 
