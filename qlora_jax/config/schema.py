@@ -105,6 +105,7 @@ ROW_COLUMNS = (
     "messages",
     "tools",
     "functions",
+    "chat_template_kwargs",
     "conversations",
     "instruction",
     "input",

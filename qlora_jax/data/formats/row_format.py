@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, template_kwargs_problems
+from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, read_template_kwargs, template_kwargs_problems
 from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.row_kinds import RowKind, objectives_of
@@ -94,6 +94,6 @@ class RowFormat:
         for name in ("tools", "functions"):  # keeps the hashes of rows from before these existed
             if not columns.get(name):
                 columns.pop(name, None)
-        if row.get(TEMPLATE_KWARGS):
-            columns[TEMPLATE_KWARGS] = row[TEMPLATE_KWARGS]
+        if variables := read_template_kwargs(row):
+            columns[TEMPLATE_KWARGS] = variables
         return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)

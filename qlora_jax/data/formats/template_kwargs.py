@@ -18,15 +18,14 @@ def read_template_kwargs(row: JSONObject) -> dict[str, TemplateValue]:
 
     A null is not a variable: files with typed columns write it where a row lacks one.
     """
-    found = decode_json(row.get(TEMPLATE_KWARGS) or None) or {}
+    found = decode_json(_cell(row)) or {}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def template_kwargs_problems(row: JSONObject) -> list[str]:
     """Returns the reasons why the column is not an object of variables; empty if it is."""
-    value = row.get(TEMPLATE_KWARGS)
     try:
-        found = decode_json(value or None)
+        found = decode_json(_cell(row))
     except json.JSONDecodeError as error:
         return [f"{TEMPLATE_KWARGS} is not JSON: {describe_json_error(error)}"]
     if found is None or isinstance(found, dict):
@@ -37,6 +36,12 @@ def template_kwargs_problems(row: JSONObject) -> list[str]:
         f"{TEMPLATE_KWARGS} is not an object of the template's variables (found {type(found).__name__}, expected one "
         'like {"enable_thinking": false}). Rename the column if it is something else'
     ]
+
+
+def _cell(row: JSONObject) -> object:
+    """Returns the row's value; None for an empty cell, as CSV files have it."""
+    value = row.get(TEMPLATE_KWARGS)
+    return None if value == "" else value
 
 
 def _is_value(value: object) -> bool:

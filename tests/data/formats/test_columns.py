@@ -15,6 +15,7 @@ from qlora_jax.config.schema import FormName
 from qlora_jax.config.yaml_files import one_line_yaml, parse_yaml
 from qlora_jax.data.formats.columns import columns_setting, likely_column, rename_columns
 from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load, question
 
@@ -27,7 +28,8 @@ def asked(number: int) -> dict[str, Any]:
 
 def test_settings_know_the_formats_and_their_columns():
     assert get_args(FormName) == ("auto", *FORMATS)
-    assert set(ROW_COLUMNS) == {name for form in FORMATS.values() for name in (*form.required, *form.optional)}
+    of_formats = {name for form in FORMATS.values() for name in (*form.required, *form.optional)}
+    assert set(ROW_COLUMNS) == {*of_formats, TEMPLATE_KWARGS}
     documented = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
     assert [name for name in FORMATS if f" {name} |" not in documented and f" {name}, " not in documented] == []
 

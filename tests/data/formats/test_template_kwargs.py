@@ -12,6 +12,7 @@ from qlora_jax.data.branch_encoder import make_branch_encoder
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.encoder import make_encoder
 from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import ROW_USES
@@ -76,6 +77,7 @@ def test_a_row_has_the_ids_that_the_setting_gives(qwen3: Tokenizer, kind: str):
         ("thinking", "chat_template_kwargs is not JSON"),
         ([1], r"chat_template_kwargs is not an object of the template's variables \(found list"),
         ("3", r"chat_template_kwargs is not an object of the template's variables \(found int"),
+        (False, r"chat_template_kwargs is not an object of the template's variables \(found bool"),
         ({"enable_thinking": {"a": 1}}, "chat_template_kwargs: enable_thinking is dict, expected a truth value"),
         ({"enable_thinkin": True}, "reads no variable of this name .* did you mean 'enable_thinking'"),
         ({"messages": []}, "reads no variable of this name .found 'messages'"),
@@ -104,7 +106,9 @@ def test_rows_of_training_and_evaluation_have_their_variables(qwen3: Tokenizer, 
     for name, some in (("rows", rows), ("pairs", pairs)):
         paths[name] = tmp_path / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in some))
-    data = DataArgs(train=str(paths["rows"]))
+    renamed = paths["rows"].with_name("renamed.jsonl")
+    renamed.write_text(paths["rows"].read_text().replace("chat_template_kwargs", "variables"))
+    data = DataArgs(train=str(renamed), columns={"chat_template_kwargs": "variables"})
     trained = load_dataset(data, qwen3, seed=0, micro_batch_size=1, accumulation=1)
     expected = encode(qwen3, rows)[0]
     assert [trained.train.row(n)[0].tolist() for n in range(2)] == [row.ids.tolist() for row in expected]
@@ -118,6 +122,14 @@ def test_rows_of_training_and_evaluation_have_their_variables(qwen3: Tokenizer, 
     thought = "<think>\nr\n</think>\n\na<|im_end|>"
     assert learned["rows"] == [thought, thought, "a<|im_end|>", "a<|im_end|>"]
     assert learned["pairs"] == [thought, "<think>\n\n</think>\n\nb<|im_end|>", "\n\na<|im_end|>", "\n\nb<|im_end|>"]
+
+
+def test_rows_of_equal_variables_have_equal_content():
+    form = FORMATS["messages"]
+    given = [OFF, json.dumps(OFF), {**OFF, "other": None}], [None, "", {}, {"enable_thinking": None}], [ON]
+    found = [{form.content({**KINDS["messages"], "chat_template_kwargs": one}) for one in each} for each in given]
+    assert [len(each) for each in found] == [1, 1, 1] and len(set.union(*found)) == 3
+    assert found[1] == {form.content(KINDS["messages"])}
 
 
 def test_a_prompt_of_generate_has_its_variables(qwen3: Tokenizer):
