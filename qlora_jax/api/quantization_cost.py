@@ -1,6 +1,8 @@
 """`measure_quantization`: measures the cost of 4 bits for each layer of a model, and chooses layers for 16 bits."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -8,17 +10,18 @@ from flax import nnx
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.evaluation.loglikelihood import score_rows
+from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.quantization_cost.choose import choose_layers, spare_bytes
 from qlora_jax.evaluation.quantization_cost.files import Measured
 from qlora_jax.evaluation.quantization_cost.measure import Progress, measure_layers
 from qlora_jax.evaluation.reporter import Reporter
-from qlora_jax.evaluation.tasks.rows import RowsTask, rows_task
+from qlora_jax.evaluation.tasks.rows import rows_task
+from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.pretrained import OpenedModel, load_base, open_base
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.keep_16bit import full_names, names_of
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import ModelParts, partition
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -67,18 +70,25 @@ def measure_quantization(
     task = rows_task(rows, opened.tokenizer, max_rows=max_rows, max_positions=opened.features.max_positions)
     layers = len(full_names(opened.features))
     reporter.message(f"{task.title}: {layers + 2 + (spare is not None)} evaluations, {layers} of them of one layer")
-    dense, costs = measure_layers(partition(_loaded(opened, reporter, "none")), task.rows, weights, progress)
-    quantized = score_rows(partition(_loaded(opened, reporter, quant_type)), task.rows)
+    score = functools.partial(task.score, progress=lambda done: None, cache=NO_CACHE)
+    dense, costs = measure_layers(partition(_loaded(opened, reporter, "none")), score, weights, progress)
+    quantized = score(partition(_loaded(opened, reporter, quant_type)))
     found = Measured(title=task.title, costs=costs, dense=dense, quantized=quantized, base_bytes=base_bytes)
-    return found if spare is None else _with_choice(found, spare, opened, task, reporter)
+    return found if spare is None else _with_choice(found, spare, opened, score, reporter)
 
 
-def _with_choice(measured: Measured, spare: int, opened: OpenedModel, task: RowsTask, reporter: Reporter) -> Measured:
+def _with_choice(
+    measured: Measured,
+    spare: int,
+    opened: OpenedModel,
+    score: Callable[[ModelParts], RowScores],
+    reporter: Reporter,
+) -> Measured:
     """Adds the layers to keep, and the loss of the base that training would load with them."""
     choice = choose_layers(measured.costs, spare)
     names = names_of(choice.kept, opened.features)
     model = _loaded(opened, reporter, opened.args.quant_type, names)
-    return dataclasses.replace(measured, choice=choice, names=names, kept=score_rows(partition(model), task.rows))
+    return dataclasses.replace(measured, choice=choice, names=names, kept=score(partition(model)))
 
 
 def _loaded(opened: OpenedModel, reporter: Reporter, quant_type: str, keep: list[str] | None = None) -> CausalLM:

@@ -10,20 +10,20 @@ Dimension key: R rows, C layers of projections, S bootstrap samples.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float64
 
-from qlora_jax.evaluation.loglikelihood import RowScores, score_rows
-from qlora_jax.evaluation.shared_prefixes import ScoredIds
+from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.statistics import Weights, resample_counts
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.keep_16bit import full_names, layer_bytes, projections
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.nn.experts import ExpertLinear
+from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import dequantize, quantize
 
@@ -52,7 +52,7 @@ class LayerCost:
 
 def measure_layers(
     parts: ModelParts,
-    rows: Sequence[ScoredIds],
+    score: Callable[[ModelParts], RowScores],
     weights: WeightFormat,
     progress: Progress = lambda done, total, name: None,
 ) -> tuple[RowScores, list[LayerCost]]:
@@ -60,15 +60,15 @@ def measure_layers(
 
     Args:
       parts: the model in 16 bits, without adapters; its arrays are used up.
-      rows: the ids of each row, and a mask of the scored ones.
+      score: returns the scores of rows under a model.
       weights: the 4-bit format, and the dtype of layers in 16 bits.
     """
     config = combine(parts).config
     names = full_names(config)
-    base = score_rows(parts, rows)
+    base = score(parts)
     scores: dict[Place, RowScores] = {}
     for place, quantized in quantized_one_by_one(parts, weights):
-        scores[place] = score_rows(quantized, rows)
+        scores[place] = score(quantized)
         progress(len(scores), len(names), names[place])
     return base, _costs(base, scores, config, weights)
 
@@ -88,7 +88,7 @@ def quantized_one_by_one(parts: ModelParts, weights: WeightFormat) -> Iterator[t
         _replace_layer(module, row, original)
 
 
-def _replace_layer(module: nnx.Module, row: int, layer: jax.Array) -> None:
+def _replace_layer(module: QLinear | ExpertLinear, row: int, layer: jax.Array) -> None:
     module.weight = Frozen(_with_layer(module.weight.get_value(), np.int32(row), layer))
 
 

@@ -19,6 +19,7 @@ from qlora_jax.io.pretrained import load_base, open_base
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format
 from tests.e2e.project import write_model, write_rows
+from tests.e2e.test_reasoning_chats import write_chats, write_tokenizer
 
 BUDGET = "220KiB"
 
@@ -113,3 +114,12 @@ def test_files_that_cannot_be_measured(folder, tmp_path):
     quantize.main(["--model", str(folder / "model"), "--output", str(tmp_path / "nf4")])
     with pytest.raises(ValueError, match="already in 4 bits, so the loss in 16 bits cannot be measured"):
         measure_quantization(str(tmp_path / "nf4"), rows)
+
+
+@pytest.mark.slow
+def test_intervals_resample_rows_although_a_row_has_several_texts(tmp_path):
+    model = write_model(tmp_path / "model", vocab_size=260)
+    write_tokenizer(model)
+    found = measure_quantization(str(model), write_chats(tmp_path / "chats.jsonl", (3, 1, 2)))
+    assert found.title.endswith("3 rows in 6 texts") and len(found.dense.nll) == len(found.quantized.nll) == 3
+    assert all(low < cost.increase < high for cost in found.costs for low, high in [cost.interval])
