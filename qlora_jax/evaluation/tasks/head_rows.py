@@ -12,6 +12,7 @@ from jaxtyping import Float64
 
 from qlora_jax.config import QuestionArgs
 from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.branches import whole_texts
 from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
@@ -103,14 +104,7 @@ def too_long(places: Sequence[Place], rows: Sequence[EncodedRow], max_positions:
 
 def texts_of(row: EncodedRow) -> list[TextIds]:
     """Returns the ids of each text of a row, without the filler at its end."""
-    if not row.branches:
-        return [row.ids[:-1]]
-    ends = [*(branch.begin for branch in row.branches[1:]), len(row.ids)]
-    trunk = row.ids[: row.branches[0].begin]
-    return [
-        np.concatenate([trunk[: branch.depth], row.ids[branch.begin : end - 1]])
-        for branch, end in zip(row.branches, ends, strict=True)
-    ]
+    return [ids[:-1] for ids, _ in whole_texts(row.ids, row.supervised, row.branches)]
 
 
 def head_of_task(context: TaskContext, task: str, objectives: Sequence[str]) -> TrainedHead:
