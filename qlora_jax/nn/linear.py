@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.ggml_matmul import ggml_matmul
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.dropout import fold_in_each
@@ -29,7 +29,7 @@ from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec
 class OneLayer:
     """A weight of one layer in place of a stack: gathered from several devices, or fetched from host memory."""
 
-    weight: QTensor | GgmlTensor | jax.Array
+    weight: QTensor | GgmlTensor | Leaf
 
 
 Weight = QTensor | GgmlTensor | MixedStack | jax.Array  # 4-bit, ggml blocks, of several formats, or dense [L, N, K]
