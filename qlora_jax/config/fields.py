@@ -1,6 +1,7 @@
 """Declares settings: a dataclass field with its help text, and a bound on its values."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,17 @@ UP_TO_ONE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
 WORD = Bound("from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)
 BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**n for n in range(5, 13)])
 NOT_EMPTY = Bound("not empty", lambda value: len(value) > 0)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+DATE = Bound("a date such as 2026-11-28", _is_date)
 
 
 # Returns Any for the same reason as dataclasses.field: it stands where a value of the field's type is expected.

@@ -9,6 +9,7 @@ from qlora_jax.config.fields import (
     AT_LEAST_TWO,
     BELOW_ONE,
     BLOCK_SIZE,
+    DATE,
     NON_NEGATIVE,
     NOT_EMPTY,
     POSITIVE,
@@ -220,6 +221,12 @@ class DataArgs:
         "variables for the chat template: {enable_thinking: false}. The run stores them, and generate and evaluate use "
         "them too",
         {},
+    )
+    template_date: str | None = setting(
+        "the date that templates with strftime_now write, such as 2026-11-28; null: today. A run keeps the date of its "
+        "start when it resumes",
+        None,
+        DATE,
     )
 
     def columns_of(self, path: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.SafeLoader with 2e-4 as a number, and `on` and `off` as text."""
+    """yaml.SafeLoader with 2e-4 as a number, and `on`, `off` and dates as text."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -43,11 +43,13 @@ def _quoted_if_several_lines(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 _OneLineDumper.add_representer(str, _quoted_if_several_lines)
-# YAML 1.1 reads `off` as false, YAML 1.2 as text, which `paging: off` means. The dumper quotes it.
-for _letter in "oO":
-    _Loader.yaml_implicit_resolvers[_letter] = [
-        (tag, pattern) for tag, pattern in _Loader.yaml_implicit_resolvers[_letter] if not tag.endswith(":bool")
-    ]
+# YAML 1.1 reads `off` as false, YAML 1.2 as text, which `paging: off` means; no setting is a date object. The dumper
+# quotes both.
+for _letters, _type in (("oO", ":bool"), ("0123456789", ":timestamp")):
+    for _letter in _letters:
+        _Loader.yaml_implicit_resolvers[_letter] = [
+            (tag, pattern) for tag, pattern in _Loader.yaml_implicit_resolvers[_letter] if not tag.endswith(_type)
+        ]
 
 
 def parse_yaml(text: str) -> object:
@@ -68,7 +70,7 @@ def _parse(text: str) -> tuple[yaml.Node | None, object]:
         return node, None if node is None else loader.construct_document(node)
     except yaml.YAMLError:
         raise
-    except ValueError as error:  # a date that does not exist, or a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits
         raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()

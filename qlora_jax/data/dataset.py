@@ -43,7 +43,12 @@ from qlora_jax.data.rows import (
     concatenate_rows,
     with_branches,
 )
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template, with_template_kwargs
+from qlora_jax.data.tokenizer.tokenizer import (
+    Tokenizer,
+    with_chat_template,
+    with_template_date,
+    with_template_kwargs,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +191,7 @@ def load_dataset(
         tokenizer = with_chat_template(tokenizer, data.chat_template)
     if data.chat_template_kwargs:
         tokenizer = with_template_kwargs(tokenizer, data.chat_template_kwargs, "data.chat_template_kwargs")
+    tokenizer = with_template_date(tokenizer, data.template_date)
     source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective))
     train, held_out = _prepare_train(source), _prepare_eval(source)
     if kl_pairs:

@@ -4,13 +4,13 @@ read -> detect the format -> check -> hold out by hash -> encode with masks -> f
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -117,7 +117,7 @@ class Preparation:
             tokenizer.add_bos_token,
             template,
             dict(tokenizer.chat_template_kwargs),
-            time.strftime("%x") if "strftime_now" in template else "",  # templates may write the date
+            f"{tokenizer.template_date or datetime.date.today()}" if tokenizer.writes_date else "",
             tokenizers.__version__,
             importlib.metadata.version("jinja2"),
             Path(self.path).suffixes,  # the delimiter of columns depends on them

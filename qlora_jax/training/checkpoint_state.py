@@ -23,6 +23,7 @@ MAY_DIFFER = {
     "data.train",
     "data.eval",
     "data.cache",
+    "data.template_date",
     "output",
     "train.eval_every",
     "train.save_every",

@@ -117,9 +117,10 @@ def _without_choice(config: Config) -> Config:
 
 
 def _pinned(config: Config, inputs: Inputs) -> Config:
-    """The configuration with the commit of a model from the Hub, so that the run resumes with the same files."""
-    path = inputs.source.hub_name or config.model.path
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+    """The settings with a Hub model's commit and the date of its template, so that a resumed run has equal rows."""
+    path, date = inputs.source.hub_name or config.model.path, inputs.dataset.tokenizer.template_date
+    data = config.data if date is None else dataclasses.replace(config.data, template_date=f"{date}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path), data=data)
 
 
 def _first_that_fits(

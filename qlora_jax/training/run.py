@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_jax.config import Config, to_dict, write_config
+from qlora_jax.config import Config, read_config, to_dict, write_config
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.adapter_init import read_initial, write_initial
@@ -112,10 +112,17 @@ def dry_run(
     group = group or Group()
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(group, first, config, run):
+        config = _with_date_of_start(config, run) if resume else config
         planned = plan_before_weights(config, console, full=True, group=group)
         if group.is_first:
             _print_dry_run(planned, run, console)
         planned.refuse_oversized(oversized)
+
+
+def _with_date_of_start(config: Config, run: Path) -> Config:
+    """Returns the settings with the date on which the run started, if chat templates write it and none is given."""
+    date = config.data.template_date or read_config(run / CONFIG_FILE).data.template_date
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=date))
 
 
 def _print_dry_run(planned: PlannedRun, run: Path, console: Console) -> None:
@@ -226,6 +233,7 @@ def run_training(
     """
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
     is_first = watchdog.group.is_first
+    config = _with_date_of_start(config, run) if resume else config
     planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
     if resume:
         check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.inputs.head)

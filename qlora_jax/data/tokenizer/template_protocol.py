@@ -11,6 +11,7 @@ from typing import NamedTuple
 HEADER = struct.Struct("<QQ")  # the number of texts, and their bytes
 LENGTHS = "Q"  # type code of an array
 ENCODING = "utf-8", "surrogatepass"  # halves of surrogate pairs are reported later, with their row
+STRFTIME_NOW = "strftime_now"  # the function with which a template writes the date; a request has a date for it
 MEMORY_REACHED, OUTPUT_REACHED = 3, 4  # exit statuses of the worker
 OUTPUT_PER_INPUT = 4  # characters that may be written per byte of the conversations
 

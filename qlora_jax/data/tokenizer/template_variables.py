@@ -11,13 +11,14 @@ import jinja2.nodes
 from jinja2.defaults import DEFAULT_NAMESPACE
 
 from qlora_jax.data.tokenizer.chat_template import MAX_TEMPLATE
+from qlora_jax.data.tokenizer.template_protocol import STRFTIME_NOW
 from qlora_jax.data.tokenizer.template_worker import make_environment
 
 # Variables that a conversation or the tokenizer sets, and functions of the template's environment.
 OWN_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"}
 )
-_FUNCTIONS = frozenset({"raise_exception", "strftime_now", *DEFAULT_NAMESPACE})
+_FUNCTIONS = frozenset({"raise_exception", STRFTIME_NOW, *DEFAULT_NAMESPACE})
 
 
 def template_variables(template: str) -> frozenset[str]:

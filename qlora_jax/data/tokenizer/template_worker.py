@@ -36,6 +36,7 @@ from qlora_jax.data.tokenizer.template_protocol import (
     MEMORY_REACHED,
     OUTPUT_PER_INPUT,
     OUTPUT_REACHED,
+    STRFTIME_NOW,
     Limits,
 )
 from qlora_jax.sandbox.limits import limit_resources
@@ -80,6 +81,12 @@ def _strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
 
 
+def _with_date(variables: Mapping[str, object]) -> Mapping[str, object]:
+    """Returns the variables of a template, with a date among them as the function that writes this date."""
+    date = variables.get(STRFTIME_NOW)
+    return {**variables, STRFTIME_NOW: date.strftime} if isinstance(date, datetime.date) else variables
+
+
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's sandbox without its dozen checks per attribute for attributes that every turn of a chat reads."""
 
@@ -102,7 +109,7 @@ def make_environment(*, optimized: bool = True) -> jinja2.Environment:
 def _compile(template: str) -> jinja2.Template:
     environment = make_environment()
     environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals |= {"raise_exception": _raise_exception, STRFTIME_NOW: _strftime_now}
     try:
         compiled = environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
@@ -158,7 +165,7 @@ def render_conversation(
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
     if names := _reasoning_names(template):
         chat = [_with_reasoning(message, names) for message in chat]
-    given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
+    given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **_with_date(variables)}
     given |= own_variables or {}
     compiled = _compile(template)
     try:

@@ -1,6 +1,7 @@
 """The tokenizer: wraps the `tokenizers` library, built from the plain dict that a model reader returns."""
 
 import dataclasses
+import datetime
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from qlora_jax.data.tokenizer.chat_template import (
     start_rendering,
 )
 from qlora_jax.data.tokenizer.from_gguf import rebuild
+from qlora_jax.data.tokenizer.template_protocol import STRFTIME_NOW
 from qlora_jax.data.tokenizer.template_variables import check_variables
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -37,6 +39,7 @@ class Tokenizer:
       chat_template: jinja source, or None for a base model.
       template_name: the file that the template is from, for messages.
       chat_template_kwargs: variables that every rendering gives the template, such as `enable_thinking`.
+      template_date: the date that the template writes with strftime_now; None for today.
       special_tokens: those of `bos_token`, `eos_token`, `pad_token` and `unk_token` that exist, by name.
       add_bos_token: True if plain text, without a chat template, starts with bos.
       new_ids: ids of tokens that were added to the model's own.
@@ -54,6 +57,7 @@ class Tokenizer:
     rows: int | None = None
     refused: tuple[str, ...] = ()
     chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
+    template_date: datetime.date | None = None
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens around it."""
@@ -102,7 +106,13 @@ class Tokenizer:
 
     @property
     def _variables(self) -> Mapping[str, object]:
-        return {**self.special_tokens, **self.chat_template_kwargs}
+        date = {} if self.template_date is None else {STRFTIME_NOW: self.template_date}
+        return {**self.special_tokens, **self.chat_template_kwargs, **date}
+
+    @property
+    def writes_date(self) -> bool:
+        """True if the chat template may write the date."""
+        return STRFTIME_NOW in (self.chat_template or "")
 
     def _template(self) -> str:
         if self.chat_template is None:
@@ -269,6 +279,26 @@ def with_template_kwargs(tokenizer: Tokenizer, variables: Mapping[str, TemplateV
             raise ValueError(f"{key}: this model has no chat template. Remove {key}, or set a chat template")
         check_variables(tokenizer.chat_template, {*variables}, key)
     return dataclasses.replace(tokenizer, chat_template_kwargs=dict(variables))
+
+
+def with_template_date(tokenizer: Tokenizer, date: str | None) -> Tokenizer:
+    """Returns the tokenizer with the date that its chat template writes, today's if none is given.
+
+    Args:
+      date: as 2026-11-28, the setting data.template_date.
+
+    Raises:
+      ValueError: a date is given, and the template does not write it.
+    """
+    if tokenizer.writes_date:
+        day = datetime.date.today() if date is None else datetime.date.fromisoformat(date)
+        return dataclasses.replace(tokenizer, template_date=day)
+    if date is not None:
+        raise ValueError(
+            f"data.template_date: the chat template does not write the date (found {date}, expected a template with "
+            f"{STRFTIME_NOW}). Remove data.template_date"
+        )
+    return tokenizer
 
 
 def _from_json(text: str) -> tokenizers.Tokenizer:
