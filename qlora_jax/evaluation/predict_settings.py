@@ -13,6 +13,7 @@ from qlora_jax.inference.settings import ComputeDtype, ModelOrRunArgs, QuantType
 class PredictArgs(ModelOrRunArgs):
     """Predicts labels, numbers, rewards or embeddings of texts with a run's sequence head."""
 
+    model: str | None = setting("the path of the run's base, if it moved", None)
     text: str | None = setting("one text", None, NOT_EMPTY, common="one text")
     rows: str | None = setting(
         "file of rows with the columns of the training data, of which label may be missing; for rewards prompt and "

@@ -57,6 +57,5 @@ def check_variables(template: str, given: set[str], key: str) -> None:
     meant = "".join(f"; for {name!r}, did you mean {found[0]!r}?" for name, found in near.items() if found)
     raise ValueError(
         f"{key}: the chat template reads no variable of this name (found {', '.join(map(repr, unknown))}, expected "
-        f"names of {', '.join(sorted(known)) or 'none: it reads no variable'}{meant}). Correct the names, or set a "
-        "chat template that reads them"
+        f"{', '.join(sorted(known)) or 'none'}{meant}). Correct the names, or set a chat template that reads them"
     )
