@@ -24,7 +24,7 @@ _PUBLIC = {
     "make_plan": ("qlora_jax.api.plan", "make_plan"),
     "Config": ("qlora_jax.config", "Config"),
     "prepare_data": ("qlora_jax.api.data", "prepare_data"),
-    "token_nll": ("qlora_jax.nn.lm_head.loss", "token_nll"),
+    "token_nll": ("qlora_jax.nn.lm_head.cross_entropy", "token_nll"),
     "paged": ("qlora_jax.optim.paged_transform", "paged"),
     "adamw_8bit": ("qlora_jax.optim.optimizers_8bit", "adamw_8bit"),
     "lion_8bit": ("qlora_jax.optim.optimizers_8bit", "lion_8bit"),

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from qlora_jax.io.config_diff import config_differences
 from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS
 from qlora_jax.io.gguf.rope_reader import F32, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config_differences import config_differences
 from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.nn.rope import SCALINGS, Rope
 

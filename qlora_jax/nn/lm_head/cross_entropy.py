@@ -8,7 +8,7 @@ multiplied by the tile itself. So one pass gives log-sum-exp and the gradient of
 A head may add a bias, scale its logits, and cap them: l = c tanh(s z / c). Each w_v is then multiplied by its slope
 dl_v / dz_v = s (1 - (l_v / c)^2).
 
-If the head's rows are cut over devices, nn.sharded_vocabulary adds up the sums of all.
+If the head's rows are cut over devices, sharded_vocabulary.py adds up the sums of all.
 
 If some rows of the head train, such as those of new tokens, the custom VJP covers log-sum-exp and target of the frozen
 rows. Autodiff adds the few trainable rows to them.

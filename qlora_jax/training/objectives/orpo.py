@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.lm_head.loss import token_nll
+from qlora_jax.nn.lm_head.cross_entropy import token_nll
 from qlora_jax.training.objectives.objective import Arrays, Totals
 from qlora_jax.training.objectives.pairs import PairObjective, in_pairs
 from qlora_jax.training.objectives.sequences import SequenceLogps, per_token, sum_by_slot

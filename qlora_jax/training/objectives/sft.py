@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.lm_head.loss import token_nll
+from qlora_jax.nn.lm_head.cross_entropy import token_nll
 from qlora_jax.training.objectives.objective import Arrays, Totals
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.nn.lm_head.cross_entropy import token_nll
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.lm_head.loss import token_nll
 from qlora_jax.nn.lm_head.tiles import TILES, Tile
 from tests.nn.gradients import check_vjp, random_array
 

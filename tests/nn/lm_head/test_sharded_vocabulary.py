@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.aot.collectives import read_collectives
 from qlora_jax.nn.lm_head.chunks import chunk_size
+from qlora_jax.nn.lm_head.cross_entropy import token_nll
 from qlora_jax.nn.lm_head.divergence import token_divergence
 from qlora_jax.nn.lm_head.head import Head
-from qlora_jax.nn.lm_head.loss import token_nll
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.lm_head.tiles import TILES, Tile
 from qlora_jax.nn.lm_head.token_scores import token_scores
