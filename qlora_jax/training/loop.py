@@ -2,11 +2,8 @@
 
 import dataclasses
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -289,25 +286,3 @@ def save(session: Session, state: TrainState, checkpoints: Checkpoints) -> None:
         metadata[EVALUATION_DUE] = True
     optimizer_state = session.state_manager.to_checkpoint(state.optimizer_state)
     checkpoints.save(state.step, state.lora, optimizer_state, metadata)
-
-
-@contextmanager
-def stop_on_signals(report: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`, which returns True after SIGINT or SIGTERM; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: object) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        report(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to exit without saving")
-
-    # Python sets signal handlers in the main thread only; elsewhere, signals stay with the program's own handlers.
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

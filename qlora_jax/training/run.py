@@ -9,6 +9,7 @@ from rich.console import Console
 
 from qlora_jax.config import Config, read_config, to_dict, write_config
 from qlora_jax.hosts.group import Group
+from qlora_jax.hosts.stop_signal import stop_on_signals
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
@@ -21,7 +22,7 @@ from qlora_jax.models.partition import Lora
 from qlora_jax.training.display.banner import resume_banner, start_banner, warm_up_text
 from qlora_jax.training.display.next_commands import next_commands
 from qlora_jax.training.display.run_display import Display, print_banner
-from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, save, stop_on_signals
+from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
 from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_metrics
 from qlora_jax.training.metrics.trackers import Log, scalars, trackers
