@@ -114,11 +114,11 @@ def test_content_that_is_not_json(content, message):
 @pytest.mark.parametrize("opened", ["[", '{"a":', '[{"a":', '["",'])
 def test_depth_is_refused_before_decoding(opened, monkeypatch):
     monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was decoded"))
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (opened * 100_000, opened * 100_000 + '"'):
         with pytest.raises(MetadataError, match=r"c.json: nested too deeply \(found more than 200 levels"):
             decode_json(text, object, "c.json")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("text", ['"', "]", "}", "[]", "\\"])

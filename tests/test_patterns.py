@@ -121,10 +121,10 @@ def test_a_class_that_re2_cannot_negate_is_refused():
     [r"(([a-z_.0-9]+)+)+!", r"(.*)*x\d", r"(a|aa)+b$", "(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)!", "(?:(?:.?)*)*!"],
 )
 def test_no_pattern_takes_exponential_time(pattern: str):
-    start = time.perf_counter()
+    start = time.process_time()
     for name in NAMES:
         assert not matches_end(pattern, name + "a" * 200)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_no_pattern_takes_exponential_time(pattern: str):
     ],
 )
 def test_patterns_that_are_refused_by_name(pattern: str, message: str, capfd: pytest.CaptureFixture[str]):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(PatternError, match=message):
         matches_whole(pattern, "q")
     assert len(pattern_problems(pattern)) == 1 and not pattern_problems("q")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert capfd.readouterr() == ("", "")  # RE2 logs to standard error unless it is asked not to

@@ -150,10 +150,10 @@ REFUSED = {
 def test_files_that_would_hang_or_fill_the_memory_are_refused(tmp_path: Path, case: str):
     text, message = REFUSED[case]
     (tmp_path / "c.yaml").write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError, match=f"c.yaml: not a YAML file: .*{message}"):
         read_config(tmp_path / "c.yaml")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):

@@ -21,7 +21,7 @@ from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, wr
 
 HOSTILE: list[Any] = [True, 0, -1, 1.5, math.nan, math.inf, 2**31, 2**63, 10**400, "", "x", "x" * 100_000]
 HOSTILE += [[], [None], [[]], ["x", 3], {}, {"a": 1}, {"a": {"b": []}}]
-LIMIT = 5  # seconds for one file, on a machine that is busy
+LIMIT = 5  # seconds of processor time for one file
 CONFIG = tiny_config()
 WEIGHTS = random_weights(CONFIG)
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -65,14 +65,14 @@ def _open(path: Path) -> None:
 
 def opens_or_names_the_file(path: Path, name: Path) -> bool:
     """Returns False if a ValueError that names the file was raised; anything else that is raised is a failure."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         _open(path)
     except ValueError as error:
         assert str(name) in str(error) and len(str(error)) < 20_000
         return False
     finally:
-        assert time.perf_counter() - start < LIMIT
+        assert time.process_time() - start < LIMIT
     return True
 
 
@@ -111,14 +111,14 @@ def test_a_config_with_an_attribute_of_another_type_is_described_or_refused(fami
     for hostile in HOSTILE[::2]:
         for key, value in config.items():
             for other in changed(value, hostile):
-                start = time.perf_counter()
+                start = time.process_time()
                 try:
                     features = model_config(config | {key: other}, "m/config.json")
                 except ValueError as error:
                     assert str(error).startswith("m/config.json: ") and len(str(error)) < 20_000
                 else:
                     assert features.parameters() > 0 and hash(features)
-                assert time.perf_counter() - start < LIMIT
+                assert time.process_time() - start < LIMIT
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_a_config_with_an_attribute_of_another_type_is_described_or_refused(fami
 )
 def test_sizes_are_compared_with_the_files_before_anything_is_allocated(tmp_path: Path, changes: dict, message: str):
     folder = write_folder(tmp_path, CONFIG | changes, WEIGHTS)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=message) as error:
         source = open_model(folder)
         load_model(source, model_config(source.config, source.config_name), WeightFormat())
     assert str(folder) in str(error.value) and len(str(error.value)) < 50_000
-    assert time.perf_counter() - start < LIMIT
+    assert time.process_time() - start < LIMIT
 
 
 KEYS: dict[str, Any] = {

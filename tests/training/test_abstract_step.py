@@ -87,9 +87,9 @@ def test_an_update_on_a_cpu_holds_no_second_set_of_gradients():
 
 
 def test_65b_takes_no_memory_and_no_time():
-    before = time.perf_counter()
+    before = time.process_time()
     made = abstract_step(REAL_MODELS["llama-65b"], WeightFormat(platform="gpu"), LoraArgs(rank=64), batch=(1, 1, 512))
-    assert time.perf_counter() - before < 5
+    assert time.process_time() - before < 5
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((made.parts, made.state)))
 
 

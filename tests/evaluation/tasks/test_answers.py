@@ -116,10 +116,10 @@ def write(path, rows):
 
 def test_a_pattern_of_a_stranger_takes_no_time(tmp_path):
     """Python's engine would take years for each of the answers."""
-    started = time.perf_counter()
+    started = time.process_time()
     task = task_of(write(tmp_path / "q.jsonl", [{"question": "?", "answer": "a" * 5000 + "!"}]), "((a+)+)+!")
     assert extract_answer("a" * 5000, task.pattern) is None
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def task_of(path, pattern=None, **more):
