@@ -14,9 +14,10 @@ held-out rows. The processes take turns of `--block` steps, of which the first d
   whole       seconds of all steps and scorings, compiling included
 
 Of several configurations of the opponent the fastest counts. Before their first update both must have the same loss to
-TOLERANCE nats, otherwise the script ends with an error. Data: QLORA_JAX_LOCAL_DATA is the folder with GLUE's files
-(sst2_train.tsv.gz and so on). The opponent runs in the oracle environment (scripts/setup_oracle.sh). --steps N is a
-smoke test of N steps and few held-out rows; its figures are meaningless.
+TOLERANCE nats, otherwise the script ends with an error, as it does if ours or all opponents fail. Data:
+QLORA_JAX_LOCAL_DATA is the folder with GLUE's files (sst2_train.tsv.gz and so on). The opponent runs in the oracle
+environment (scripts/setup_oracle.sh). --steps N is a smoke test of N steps and few held-out rows; its figures are
+meaningless.
 """
 
 import argparse
@@ -124,10 +125,13 @@ def verdict(runs: Runs, right: np.ndarray) -> Record:
 
 
 def disagreement(name: str, result: Record) -> list[str]:
-    """Returns the opponents whose loss before the first update differs from ours by more than TOLERANCE."""
+    """Returns the opponents whose loss before the first update differs from ours by more than TOLERANCE.
+
+    If nothing was compared, it returns the failures.
+    """
+    if result["speed"] is None:
+        return [f"{name}: {player}: {failure}" for player, failure in result["failures"].items()]
     losses = {player: found["first_losses"] for player, found in result["players"].items()}
-    if OURS not in losses:
-        return []
     apart = {
         player: max(abs(a - b) for a, b in zip(each, losses[OURS], strict=True)) for player, each in losses.items()
     }

@@ -43,8 +43,10 @@ def test_figures_of_two_seeds():
 def test_without_an_opponent_there_is_no_speed(capsys):
     runs = {"ours": [run([1, 2])]}
     result = {"players": {"ours": bench.summary(runs["ours"], RIGHT)}, **bench.verdict(runs, RIGHT)}
-    bench.show("sst2", TASKS["sst2"], result | {"failures": {"eager": "ended (status 1)"}})
+    result |= {"failures": {"eager": "ended (status 1)"}}
+    bench.show("sst2", TASKS["sst2"], result)
     assert result["speed"] is None and "eager: FAILED: ended" in capsys.readouterr().out
+    assert bench.disagreement("sst2", result) == ["sst2: eager: ended (status 1)"]  # the script ends with an error
 
 
 PROGRAM = """
