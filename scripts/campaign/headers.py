@@ -60,7 +60,11 @@ def _findings(path: Path) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Fuzzes each format; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.campaign.headers", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.campaign.headers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seconds", type=int, default=1800, help="per format")
     parser.add_argument("--seed", type=int, default=0)

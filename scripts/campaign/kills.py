@@ -1,6 +1,6 @@
 """Ends training runs at random moments and resumes them: each must equal an uninterrupted run to the bit.
 
-    python -m scripts.campaign.kills --cases 60 --seed 0 --output DIR [--kinds paged packed ...]
+    python -m scripts.campaign.kills --cases 40 --seed 0 --output DIR [--kinds paged_adamw packed ...]
 
 A case sends SIGKILL, SIGTERM or SIGINT one to three times: anywhere, after a step, or inside a save. Then it resumes
 the run, or starts it again if it had no checkpoint, and compares parameters, optimizer state, data position, metrics

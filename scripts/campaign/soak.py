@@ -70,7 +70,11 @@ def watch(process: Running, hours: float, every: float, size: Callable[[], int])
 
 def main(argv: Sequence[str]) -> int:
     """Soaks; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.campaign.soak", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.campaign.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=1.0)
     args = parser.parse_args(argv)
