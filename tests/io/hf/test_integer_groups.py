@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.offloaded_experts import host_paths
+from qlora_jax.models.partition import partition
 from tests.ggml_codes import dequantized
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.integer_folders import (
@@ -59,9 +62,9 @@ def test_every_layer_has_the_integers_of_the_file(form: str, tmp_path: Path) -> 
         np.testing.assert_array_equal(entry.read_rows(3, 21), expected[3:21], err_msg=name)
 
 
-def _load(folder: Path) -> Loaded:
+def _load(folder: Path, **weights: Any) -> Loaded:
     source = open_model(folder)
-    return load_model(source, model_config(source.config), WeightFormat(quant_type=STORED, dtype="float32"))
+    return load_model(source, model_config(source.config), WeightFormat(quant_type=STORED, dtype="float32", **weights))
 
 
 def _one(folder: Path, tensors: dict[str, np.ndarray], quantization: dict[str, Any]) -> TensorEntry:
@@ -130,7 +133,7 @@ def test_biases_of_zeros_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_integers_of_experts(tmp_path: Path) -> None:
-    """Files have each expert's tensors, and Mixtral's names for them; every expert keeps its integers."""
+    """Files have each expert's tensors, and Mixtral's names for them; every expert keeps its integers, here or away."""
     sizes = dict(num_local_experts=3, num_experts_per_tok=2, hidden_size=64, intermediate_size=96)
     config = FAMILIES["mixtral"][1] | sizes
     dense = write_integer_folder(tmp_path / "by class", FORMS["awq"], config, random_tensors(config))
@@ -151,6 +154,9 @@ def test_integers_of_experts(tmp_path: Path) -> None:
         for expert in range(3):
             expected = dense[f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"]
             np.testing.assert_array_equal(dequantized(up)[layer, expert], expected)
+    away, tokens_BT = _load(tmp_path / "as published", experts_on_host=True), jnp.arange(12).reshape(2, 6)
+    assert host_paths(partition(away.model))
+    np.testing.assert_array_equal(away.model.hidden(tokens_BT), loaded.model.hidden(tokens_BT), strict=True)
 
 
 SETTINGS = [
