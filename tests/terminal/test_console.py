@@ -164,7 +164,7 @@ def _at_run_time(file: str) -> str:
 
 
 def test_nothing_else_prints_but_help_errors_and_json():
-    assert set(calls("print")) == {"__main__.py", "config/command_line.py", "generate.py", "plan.py"}
+    assert set(calls("print")) == {"__main__.py", "config/command_line.py", "generate.py", "plan.py", "predict.py"}
 
 
 def test_rich_itself_would_obey():
