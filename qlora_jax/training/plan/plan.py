@@ -8,6 +8,7 @@ compiled ones. Other numbers are interpolated and marked as such.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 from qlora_jax.config import plain_name
@@ -25,6 +26,8 @@ from qlora_jax.training.plan.requirements import (
 
 MAX_COMPILES = 3
 SCRATCH_ERROR = (0.2, 3.0)  # compiled scratch over estimated scratch, on the models of the tests and docs
+# Settings that scratch depends on most; steps that share them are interpolated from each other.
+SIMILAR = operator.attrgetter("mesh"), operator.attrgetter("remat"), operator.attrgetter("weights.experts_on_host")
 EXTRAPOLATED = 1.25  # tokens per micro-batch over those of the largest compiled step, up to which none is compiled
 
 
@@ -75,14 +78,15 @@ class _Compiler:
         return self.known[-1]
 
     def interpolated(self, config: StepConfig) -> Requirements:
-        """Returns requirements fitted to compiled steps, of the same remat policy if possible; else estimated ones.
+        """Returns requirements fitted to compiled steps, as similar ones as possible; estimated ones if there are none.
 
         Paging changes no program: a step with the optimizer state elsewhere still counts as compiled.
         """
         if same := self._same_program(config):
             return dataclasses.replace(fitted_requirements(config, [same]), source=same.source)
-        near = [need for need in self.known if need.config.mesh == config.mesh] or self.known
-        alike = [need for need in near if need.config.remat == config.remat] or near
+        alike = self.known
+        for setting in SIMILAR:
+            alike = [need for need in alike if setting(need.config) == setting(config)] or alike
         nearest = sorted(alike, key=lambda need: -abs(need.config.rows - config.rows))[-2:]
         return fitted_requirements(config, nearest) if nearest else estimated_requirements(config)
 
