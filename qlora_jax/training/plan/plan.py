@@ -25,7 +25,8 @@ from qlora_jax.training.plan.requirements import (
 )
 
 MAX_COMPILES = 3
-SCRATCH_ERROR = (0.2, 3.0)  # compiled scratch over estimated scratch, on the models of the tests and docs
+# Compiled scratch over estimated scratch. It was 0.25 for gpt-oss-20b on 1 x 8,192 tokens, and falls with the length.
+SCRATCH_ERROR = (0.15, 3.0)
 # Settings that scratch depends on most; steps that share them are interpolated from each other.
 SIMILAR = operator.attrgetter("mesh"), operator.attrgetter("remat"), operator.attrgetter("weights.experts_on_host")
 EXTRAPOLATED = 1.25  # tokens per micro-batch over those of the largest compiled step, up to which none is compiled
