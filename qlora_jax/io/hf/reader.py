@@ -38,6 +38,11 @@ MAX_FILE_NAME = 255  # characters; the limit of file systems
 # Rotary frequencies and attention masks, which old checkpoints store although the config determines them.
 DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 INTEGER_METHODS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED_TENSORS}  # by quant_method
+DESCRIBE = (
+    "If it belongs to codes of GPTQ or AWQ, add quantization_config to config.json: quant_method, and the settings in "
+    "quantize_config.json. Convert other models to one of these types"
+)
+CONVERT = "Convert the model to one of these types"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -242,7 +247,7 @@ def _check_type(path: Path, name: str, info: TensorHeader, types: Types) -> None
     if info["dtype"] not in types:
         raise MetadataError(
             f"{path}: tensor {name} has a type that is not supported (found {shorten(info['dtype'])}, expected "
-            f"{', '.join(types)}). Convert the model to one of these types"
+            f"{', '.join(types)}). {DESCRIBE if info['dtype'] in INTEGER_TYPES else CONVERT}"
         )
     begin, end = info["data_offsets"]
     expected = math.prod(info["shape"]) * types[info["dtype"]].itemsize

@@ -263,6 +263,15 @@ def test_integers_that_belong_to_no_layer_are_refused(tmp_path: Path) -> None:
         _one(tmp_path, GPTQ_TENSORS | {"steps": np.zeros(3, np.int32)}, gptq_config())
 
 
+def test_codes_without_a_quantization_config_are_refused_with_the_setting_that_describes_them(tmp_path: Path) -> None:
+    """Old files of AutoGPTQ have it in quantize_config.json alone."""
+    write_folder(
+        tmp_path, CONFIG, {f"{NAME}.{part}": np.ascontiguousarray(GPTQ_TENSORS[part]) for part in GPTQ_TENSORS}
+    )
+    with pytest.raises(ValueError, match=r"found 'I32'.* add quantization_config to config\.json: quant_method, and"):
+        open_model(tmp_path)
+
+
 def test_scales_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     form = Form(
         {}, lambda w: gptq(w._replace(scales=np.where(w.scales > 0, np.float16("nan"), w.scales))), gptq_config()
