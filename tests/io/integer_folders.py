@@ -57,6 +57,17 @@ def _zeros(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     return (1 + rng.binomial(14, 0.5, shape)).astype(np.uint8)
 
 
+def rounded(weight: np.ndarray, group_size: int) -> Integers:
+    """Rounds a weight to the nearest of 16 values between the least and the most of each group, zero included."""
+    values = weight.astype(np.float32).reshape(len(weight), -1, group_size)
+    low, high = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
+    scales = np.maximum((high - low) / 15, 1e-6).astype(np.float16)
+    zeros = np.clip(np.round(-low / scales.astype(np.float32)), 0, 15)
+    codes = np.clip(np.round(values / scales.astype(np.float32)[..., None]) + zeros[..., None], 0, 15)
+    groups = np.arange(weight.shape[1]) // group_size
+    return Integers(codes.reshape(weight.shape).astype(np.uint8), zeros.astype(np.uint8), scales, groups)
+
+
 def words(integers: np.ndarray) -> np.ndarray:
     """Packs [R, 8 C] into I32 [R, C], the first of eight integers in the lowest bits."""
     packed = np.zeros((len(integers), integers.shape[1] // 8), np.uint32)

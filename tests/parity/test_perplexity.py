@@ -10,7 +10,11 @@ import pytest
 
 from qlora_jax import evaluate
 from qlora_jax.evaluation.tasks.text import text_task
+from qlora_jax.io.hf.model_writer import write_tokenizer
+from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import open_pretrained
+from tests.io.integer_folders import FORMS, rounded
+from tests.io.tiny_models import write_folder
 
 ORACLE = Path(__file__).parent.parent / "oracle/evaluate_text.py"
 # The shipped weights, and their linear layers quantized again to NF4 with double quantization.
@@ -43,6 +47,36 @@ def test_the_codes_of_the_file_have_the_perplexity_of_its_weights(smollm2_gguf, 
     evaluate.main([*words, *options, "--json", str(tmp_path / "scores.json")])
     found = json.loads((tmp_path / "scores.json").read_text())["tasks"]["text"]["columns"]["quantized"]
     assert found["perplexity"]["value"] == pytest.approx(REFERENCE["unquantized"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_integers_of_a_folder_have_the_perplexity_of_their_weights(smollm2_gguf, local_data, tmp_path):
+    write_in_awqs_form(smollm2_gguf, tmp_path / "awq")
+    words = ["--model", str(tmp_path / "awq"), "--text", str(local_data("wikitext2_valid.txt.gz"))]
+    words += ["--max_tokens", "4096", "--compute_dtype", "float32", "--json", str(tmp_path / "scores.json")]
+    found = {}
+    for quant_type in ("stored", "nf4"):
+        evaluate.main([*words, "--quant_type", quant_type])
+        columns = json.loads((tmp_path / "scores.json").read_text())["tasks"]["text"]["columns"]
+        found |= {f"{quant_type} {column}": columns[column]["perplexity"]["value"] for column in columns}
+    assert found["stored quantized"] == pytest.approx(found["nf4 unquantized"], rel=1e-4)
+    assert found["stored quantized"] == pytest.approx(24.676, abs=0.01)
+    assert found["nf4 quantized"] == pytest.approx(33.864, abs=0.01)  # rounded twice
+
+
+def write_in_awqs_form(gguf: Path, folder: Path) -> None:
+    """Writes a model whose linear layers are rounded to integers in groups of 64, as AWQ packs them."""
+    source, form = open_model(gguf), FORMS["awq, groups of 64"]
+    tensors: dict[str, np.ndarray] = {}
+    for name, entry in source.tensors.items():
+        if name.endswith("_proj.weight"):
+            packed = form.pack(rounded(entry.read(), 64))
+            tensors |= {f"{name.removesuffix('weight')}{part}": np.ascontiguousarray(packed[part]) for part in packed}
+        else:
+            tensors[name] = entry.read()
+    write_folder(folder, {**source.config, "quantization_config": dict(form.config)}, tensors)
+    write_tokenizer(folder, open_pretrained(model=str(gguf)).tokenizer, source)
 
 
 @pytest.mark.slow
