@@ -69,6 +69,7 @@ class Running:
         self.pid = os.fork()
         if self.pid == 0:
             _become(lambda: run_main(COMMANDS[words[0]].main, list(words[1:])), printed, cache)
+        gc.unfreeze()  # this process frees its own garbage
         self._status: int | None = None
 
     def ended(self) -> bool:
