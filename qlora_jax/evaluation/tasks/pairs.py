@@ -118,6 +118,8 @@ class PairsTask:
         before = self.score(reference, progress_from(0), reference_cache).nll_P2
         chosen, joined = self.sequences[0::2], cache.joined(reference_cache)
         divergence_P = divergence_of_rows(parts, reference, chosen, progress_from(2 * pairs), joined)
+        reference_cache.hits += joined.hits  # both are reported as one
+        reference_cache.misses += joined.misses
         return dataclasses.replace(scores, reference_P2=before, divergence_P=divergence_P)
 
     def metrics(self, scores: PairScores) -> list[Metric]:

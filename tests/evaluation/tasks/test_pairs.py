@@ -9,6 +9,7 @@ from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.statistics import paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, pairs_task
+from qlora_jax.inference.result_cache import open_cache
 from tests.evaluation.reference import expected_divergence, expected_scores
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 
@@ -67,6 +68,15 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
     assert "reward margin" in str(done)  # the base has no such cell
     assert "right by reward" not in done.tasks["pairs"].metrics["base"]
     assert "right by reward" in done.tasks["pairs"].rows["run"]
+
+
+def test_all_batches_that_a_reference_takes_are_counted(tmp_path):
+    task = task_of(write(tmp_path / "pairs.jsonl", [ROWS[0], ROWS[2]] * 2))
+    run, reference = tiny_parts(0), tiny_parts(1)
+    for counts in ((0, 2), (2, 0)):  # hits and misses: log p of the reference, and the divergence
+        own, other = (open_cache(tmp_path / "cache", parts) for parts in (run, reference))
+        task.with_reference(task.score(run, print, own), run, reference, print, own, other)
+        assert (other.hits, other.misses) == counts
 
 
 def scores(chosen, rejected, reference=None):
