@@ -64,13 +64,18 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
-def saved_fingerprint(run: Path) -> str | None:
-    """The fingerprint of the base in a run's newest checkpoint; None if there is none that can be read."""
+def newest_state(run: Path) -> JsonObject:
+    """The JSON part of a run's newest checkpoint; empty if there is none that can be read."""
     try:
         state, _ = read_state((run / CHECKPOINT_FOLDER / str(max(saved_steps(run), default=0))).absolute())
     except CheckpointError:
-        return None
-    return state.get("fingerprint")
+        return {}
+    return state
+
+
+def saved_fingerprint(run: Path) -> str | None:
+    """The fingerprint of the base in a run's newest checkpoint; None if there is none that can be read."""
+    return newest_state(run).get("fingerprint")
 
 
 @dataclasses.dataclass

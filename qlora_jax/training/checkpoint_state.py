@@ -86,6 +86,21 @@ def _saved_config(session: Session, state: Record) -> Config:
         ) from error
 
 
+def with_date_of_start(config: Config, state: Record) -> Config:
+    """Returns the settings with the date on which the saved run started, if its template writes it and none is set.
+
+    Args:
+      state: of a checkpoint; without settings that this version can read, the result is `config`.
+    """
+    if config.data.template_date is not None:
+        return config
+    try:
+        saved = from_dict(Config, state.get("config", {}), {})
+    except ConfigError:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=saved.data.template_date))
+
+
 def _rows_per_step(config: Config) -> int:
     return config.train.micro_batch_size * config.train.accumulation
 

@@ -7,18 +7,26 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_jax.config import Config, read_config, to_dict, write_config
+from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.stop_signal import stop_on_signals
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
-from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
+from qlora_jax.io.checkpoint import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    Checkpoints,
+    newest_state,
+    saved_fingerprint,
+    saved_steps,
+)
 from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.progress import loading
 from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
+from qlora_jax.training.checkpoint_state import with_date_of_start
 from qlora_jax.training.display.banner import resume_banner, start_banner, warm_up_text
 from qlora_jax.training.display.next_commands import next_commands
 from qlora_jax.training.display.run_display import Display, print_banner
@@ -113,17 +121,11 @@ def dry_run(
     group = group or Group()
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(group, first, config, run):
-        config = _with_date_of_start(config, run) if resume else config
+        config = with_date_of_start(config, newest_state(run)) if resume else config
         planned = plan_before_weights(config, console, full=True, group=group)
         if group.is_first:
             _print_dry_run(planned, run, console)
         planned.refuse_oversized(oversized)
-
-
-def _with_date_of_start(config: Config, run: Path) -> Config:
-    """Returns the settings with the date on which the run started, if chat templates write it and none is given."""
-    date = config.data.template_date or read_config(run / CONFIG_FILE).data.template_date
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=date))
 
 
 def _print_dry_run(planned: PlannedRun, run: Path, console: Console) -> None:
@@ -234,7 +236,7 @@ def run_training(
     """
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
     is_first = watchdog.group.is_first
-    config = _with_date_of_start(config, run) if resume else config
+    config = with_date_of_start(config, newest_state(run)) if resume else config
     planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
     if resume:
         check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.inputs.head)

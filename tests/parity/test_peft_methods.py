@@ -62,7 +62,7 @@ def dropout_takes_every_third_column(monkeypatch: pytest.MonkeyPatch) -> None:
         keep = jnp.arange(x.shape[-1]) % EVERY != 0
         return jnp.where(keep[None], x / jnp.asarray(1 - rate, x.dtype), 0.0)
 
-    for module in ("dropout", "lora", "vera"):
+    for module in ("dropout", "adapters.lora", "adapters.vera"):
         monkeypatch.setattr(f"qlora_jax.nn.{module}.apply_dropout", dropped)
 
 
