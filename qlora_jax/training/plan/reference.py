@@ -51,24 +51,24 @@ class ReferenceWork(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferencePlan:
-    """The work of a run's pass (`ReferenceWork`), and the memory of its program and its values.
+    """The work of a run's pass, and the memory of its program and its values.
 
     Attributes:
       program: bytes of its largest batch, outputs and temporary buffers on a device.
       values: bytes of its results in host memory.
     """
 
-    rows: int
-    tokens: int
-    flops: int
-    epochs: float
+    work: ReferenceWork
     program: int
     values: int
 
     def __str__(self) -> str:
         """Returns it as text for people."""
-        work = ReferenceWork(self.rows, self.tokens, self.flops, self.epochs)
-        return f"{work}; {format_bytes(self.values)} of values"
+        return f"{self.work}; {format_bytes(self.values)} of values"
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Returns its numbers for JSON."""
+        return self.work._asdict() | {"program": self.program, "values": self.values}
 
 
 def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients) -> ReferencePlan | None:
@@ -85,7 +85,7 @@ def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients)
     )
     work = work_of_rows(step, inputs.dataset.report)
     values = F32 * work.rows * inputs.objective.sequences_per_row
-    return ReferencePlan(**work._asdict(), program=_program_bytes(config, inputs, gradients), values=values)
+    return ReferencePlan(work=work, program=_program_bytes(config, inputs, gradients), values=values)
 
 
 def work_of_rows(step: StepShape, report: DataReport) -> ReferenceWork:

@@ -116,7 +116,7 @@ def report_json(report: RunReport) -> dict[str, object]:
             "device_bytes": report.plan.requirements.device,
             "host_bytes": report.plan.requirements.host,
             "questions_bytes": report.plan.question_bytes or None,
-            "reference": None if report.plan.reference is None else dataclasses.asdict(report.plan.reference),
+            "reference": None if report.plan.reference is None else report.plan.reference.to_dict(),
             "limit_bytes": report.plan.limit,
             "micro_batch": list(report.plan.requirements.config.batch[1:]),
             "peak_bytes": report.peak,
