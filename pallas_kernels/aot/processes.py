@@ -1,6 +1,7 @@
 """The compiler processes: one per architecture, started on first use, ended with this process."""
 
 import atexit
+import contextlib
 import functools
 import os
 import pickle
@@ -56,7 +57,7 @@ class _Compiler:
                 pickle.dump(request, process.stdin)
                 process.stdin.flush()
                 return pickle.load(process.stdout)
-            except (EOFError, BrokenPipeError) as error:
+            except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:  # ended between, or inside, messages
                 code = self.end()
                 raise CompilerCrashedError(
                     f"XLA's compiler for {self.architecture} ended with exit code {code}. Its last output is on stderr."
@@ -66,7 +67,9 @@ class _Compiler:
         process, self.process = self.process, None
         if process is None:
             return None
-        with process:  # closes the pipes, which ends the process, and waits for it
+        # Closes the pipes, which ends the process, and waits for it. A process that is dead refuses what is still
+        # in the buffer of its pipe.
+        with contextlib.suppress(BrokenPipeError), process:
             pass
         return process.returncode
 
