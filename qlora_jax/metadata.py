@@ -50,7 +50,7 @@ _EXPECTED = {
     "too_short": "at least {min_length} elements",
     "typed_dict_type": "an object",
 }
-_NO_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}:"'))
 _ESCAPE = re.compile(rb"\\.", re.DOTALL)
 _FEW_ESCAPES = 100  # bytes for each escape, at least
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -71,7 +71,7 @@ def read_json[T](path: FileName, kind: type[T] | GenericAlias, max_bytes: int = 
     Raises:
       MetadataError: the file is too large, not JSON, nested too deeply, or has values of other types.
     """
-    return decode_json(read_text(path, max_bytes), kind, path)
+    return decode_json(read_bytes(path, max_bytes), kind, path)
 
 
 def read_text(path: FileName, max_bytes: int = MAX_BYTES) -> str:
@@ -112,8 +112,13 @@ def decode_json[T](content: str | bytes, kind: type[T] | GenericAlias, name: Fil
     Raises:
       MetadataError: not JSON, nested too deeply, or values of other types; all of them are listed.
     """
-    check_depth(content, name)
-    return check_value(_loads(content, name), kind, name)
+    text = content if isinstance(content, str) else decode_text(content, name)
+    structure = _structure(_to_bytes(content))
+    if _depth(structure) > MAX_DEPTH:
+        raise MetadataError(
+            f"{name}: nested too deeply (found more than {MAX_DEPTH} levels of lists and objects). Download it again."
+        )
+    return check_value(_loads(text, structure.count(b":"), name), kind, name)
 
 
 def check_value[T](value: object, kind: type[T] | GenericAlias, name: FileName) -> T:
@@ -142,32 +147,30 @@ def find_problems(value: object, kind: Kind, key: str = "") -> list[str]:
     return []
 
 
-def check_depth(content: str | bytes, name: FileName) -> None:
-    """Checks without decoding, in linear time, that JSON text has at most MAX_DEPTH levels.
-
-    Raises:
-      MetadataError: it has more.
-    """
-    if is_too_deep(content):
-        raise MetadataError(
-            f"{name}: nested too deeply (found more than {MAX_DEPTH} levels of lists and objects). Download it again."
-        )
-
-
 def is_too_deep(content: str | bytes) -> bool:
     """Returns True if JSON text has more than MAX_DEPTH levels. It is not decoded, and the time is linear."""
     if isinstance(content, str):
         few = content.count("[") + content.count("{") <= MAX_DEPTH
-        return not few and _depth(content.encode("utf-8", "surrogatepass")) > MAX_DEPTH
-    return content.count(b"[") + content.count(b"{") > MAX_DEPTH and _depth(content) > MAX_DEPTH
+    else:
+        few = content.count(b"[") + content.count(b"{") <= MAX_DEPTH
+    return not few and _depth(_structure(_to_bytes(content))) > MAX_DEPTH
 
 
-def _depth(data: bytes) -> int:
-    """Returns the greatest number of open brackets outside of strings."""
-    # All steps but the last run in C. Without escapes, each quote begins or ends a string, also after two adjacent
-    # ones are removed. Every other piece between quotes is then outside of strings.
-    quoted = _without_escapes(data).translate(None, _NO_BRACKETS).replace(b'""', b"")
-    brackets = b"".join(quoted.split(b'"')[::2])
+def _to_bytes(content: str | bytes) -> bytes:
+    return content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+
+
+def _structure(data: bytes) -> bytes:
+    """Returns the brackets and colons of JSON text that are outside of strings."""
+    # All of it runs in C. Without escapes, each quote begins or ends a string, also after two adjacent ones are
+    # removed. Every other piece between quotes is then outside of strings.
+    quoted = _without_escapes(data).translate(None, _NOT_STRUCTURE).replace(b'""', b"")
+    return b"".join(quoted.split(b'"')[::2])
+
+
+def _depth(structure: bytes) -> int:
+    """Returns the greatest number of open brackets."""
+    brackets = structure.replace(b":", b"")
     for pair in (b"[]", b"{}"):  # of neighbours without inner levels, such as merges of a vocabulary, one is enough
         while pair * 2 in brackets:
             brackets = brackets.replace(pair * 2, pair)
@@ -197,10 +200,19 @@ def _adapter(kind: Kind) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
-def _loads(content: str | bytes, name: FileName) -> object:
-    text = content if isinstance(content, str) else decode_text(content, name)
+def _loads(text: str, pairs: int, name: FileName) -> object:
+    """Decodes JSON text with a number of colons outside of strings, which is that of its keys."""
+    keys = 0
+
+    def count(found: dict[str, object]) -> dict[str, object]:
+        nonlocal keys
+        keys += len(found)
+        return found
+
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_hook=count)
+        # An object has a key once, so a repeated one is not counted. It is looked for only then, which takes time.
+        return value if keys == pairs else json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         problem = f"{name}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
     except _RepeatedKeys as error:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, with_config
 
-from qlora_jax.metadata import MAX_DEPTH, Count, MetadataError, check_depth, decode_json, find_problems, read_json
+from qlora_jax.metadata import MAX_DEPTH, Count, MetadataError, decode_json, find_problems, read_json
 
 
 class Scaling(TypedDict):
@@ -132,7 +132,7 @@ def _levels(value: object) -> int:
     return 0 if values is None else 1 + max(map(_levels, values), default=0)
 
 
-TEXTS = st.text(st.sampled_from('[]{}"\\a\n'), max_size=4)
+TEXTS = st.text(st.sampled_from('[]{}":\\a\n'), max_size=4)
 VALUES = st.recursive(
     TEXTS | st.none(), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4)
 )
@@ -145,9 +145,23 @@ def test_the_limit_is_exact(value: object, outer: int, key: str):
     text = json.dumps([value, '"'])
     if _levels(value) + 1 > MAX_DEPTH:
         with pytest.raises(MetadataError, match="nested too deeply"):
-            check_depth(text, "c")
+            decode_json(text, object, "c")
     else:
-        check_depth(text, "c")
+        assert decode_json(text, object, "c") == [value, '"']
+
+
+@given(pairs=st.lists(st.tuples(TEXTS, VALUES), min_size=1, max_size=4), outer=st.lists(TEXTS, max_size=2))
+def test_a_repeated_key_is_found_at_any_depth(pairs: list[tuple[str, object]], outer: list[str]):
+    items = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in pairs]
+    text = "{" + ", ".join(items) + "}"
+    value: object = dict(pairs)
+    for key in outer:
+        text, value = f'[":", {{{json.dumps(key)}: {text}}}]', [":", {key: value}]
+    if len(dict(pairs)) < len(pairs):
+        with pytest.raises(MetadataError, match="c: keys that occur twice in one object"):
+            decode_json(text, object, "c")
+    else:
+        assert decode_json(text, object, "c") == value
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):

@@ -169,11 +169,12 @@ def _read_tokenizer_json(path: Path) -> tuple[str | None, TokenizerJson]:
     if not path.is_file():
         return None, {}
     content = read_bytes(path, MAX_TOKENIZER_BYTES)  # not text, whose line ends take time
-    parsed = decode_json(content, TokenizerJson, path)
+    text = decode_text(content, path)
+    parsed = decode_json(text, TokenizerJson, path)
     model = parsed.get("model", {})
     _check_ids(path, model.get("vocab"))
     _check_merges(path, model)
-    return decode_text(content, path), parsed
+    return text, parsed
 
 
 def _check_ids(path: Path, vocabulary: object) -> None:
