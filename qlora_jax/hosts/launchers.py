@@ -1,6 +1,7 @@
 """Finds the processes of a run: named by settings or variables, or known to the launcher that started them."""
 
 import os
+import zlib
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
@@ -12,14 +13,23 @@ AUTO, OFF = "auto", "off"
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 # Launchers that `auto` finds, with their variable for the number of processes. The others need a package.
 DETECTED = {"ompi": "OMPI_COMM_WORLD_SIZE", "slurm": "SLURM_NTASKS"}
+# Variables that give a value alone, where JAX's detection would also ask a package for it.
+OWN_VARIABLES = {
+    "ompi": {"processes": "OMPI_COMM_WORLD_SIZE", "process": "OMPI_COMM_WORLD_RANK"},
+    "k8s": {"process": "JOB_COMPLETION_INDEX"},
+}
 REQUIRED = {
     "ompi": "Start the processes with mpirun",
     "slurm": "Start the processes with srun",
     "mpi4py": "Start the processes with mpirun, and install mpi4py",
-    "k8s": "Start the processes as an indexed Job of Kubernetes, and install the package kubernetes",
+    "k8s": (
+        "Start the processes as an indexed Job of Kubernetes, and install the package kubernetes or give "
+        "hosts.coordinator and hosts.processes"
+    ),
 }
 CLUSTERS = {"ompi": OmpiCluster, "slurm": SlurmCluster, "mpi4py": Mpi4pyCluster, "k8s": K8sCluster}
 PORT_VARIABLE = "JAX_COORDINATOR_PORT"
+_EPHEMERAL = 61440  # the first of the 4096 ports that JAX's detection takes, too
 _SECONDS = 60  # for a launcher to resolve the address of process 0
 
 
@@ -57,15 +67,15 @@ def find_place(
             raise ValueError(f"hosts.launcher: found {OFF}, but {_listed(given)} is given. Remove one of them")
         return None
     given = _from_variables() | given
-    name = _detected() if launcher == AUTO else launcher
-    if name is not None and len(given) < len(settings):
-        given = _from_launcher(name) | given
+    if missing := [name for name in settings if name not in given]:
+        name = _detected() if launcher == AUTO else launcher
+        given |= {} if name is None else _from_launcher(name, missing)
     if not given or given.get("processes") == 1:
         return None
     if missing := [name for name in settings if name not in given]:
         raise ValueError(
             f"hosts: {_listed(missing)} is missing (found {_listed(given)}). Give it as a setting or as "
-            f"{' and '.join(VARIABLES[name] for name in missing)}, or start the processes with a launcher"
+            f"{_joined(missing)}, or start the processes with a launcher"
         )
     place = Place(str(given["coordinator"]), int(given["processes"]), int(given["process"]))
     _check(place)
@@ -80,43 +90,93 @@ def _from_variables() -> dict[str, str | int]:
     found: dict[str, str | int] = {}
     for name, variable in VARIABLES.items():
         text = os.environ.get(variable)
-        if not text:
-            continue
-        if name != "coordinator" and not text.isdecimal():
-            raise ValueError(f"{variable}: found {text!r}, expected a number. Correct or unset it")
-        found[name] = text if name == "coordinator" else int(text)
+        if text:
+            found[name] = text if name == "coordinator" else _number(variable)
     return found
 
 
+def _number(variable: str) -> int:
+    text = os.environ[variable]
+    if not text.isdecimal():
+        raise ValueError(f"{variable}: found {text!r}, expected a number. Correct or unset it")
+    return int(text)
+
+
 def _detected() -> str | None:
-    """Returns the launcher that started several processes, or None."""
+    """Returns the launcher that started several processes, or None.
+
+    Raises:
+      ValueError: a launcher that only mpi4py can ask has started them.
+    """
+    by_pmi, by_slurm = os.environ.get("PMI_SIZE", "1"), os.environ.get(DETECTED["slurm"])
+    if by_pmi not in ("1", by_slurm):  # srun may set both
+        raise ValueError(
+            f"hosts.launcher: {by_pmi} processes were started by MPICH, Intel MPI or another launcher with PMI (found "
+            f"{AUTO}, expected mpi4py or {OFF}). Install mpi4py and set hosts.launcher to mpi4py, or set it to {OFF} "
+            "for separate runs"
+        )
     for name, variable in DETECTED.items():
-        if os.environ.get(variable, "1") != "1" and _cluster(name).is_env_present():
+        if os.environ.get(variable, "1") != "1" and CLUSTERS[name].is_env_present():
             return name
     return None
 
 
-def _cluster(name: str) -> type[ClusterEnv]:
-    return CLUSTERS[name]
+def _from_launcher(name: str, missing: list[str]) -> dict[str, str | int]:
+    """Returns the missing values from a launcher: from its variables, and what they lack from JAX's detection."""
+    own = {each: variable for each, variable in OWN_VARIABLES.get(name, {}).items() if variable in os.environ}
+    found: dict[str, str | int] = {each: _number(variable) for each, variable in own.items() if each in missing}
+    if name == "ompi" and "coordinator" in missing and (address := _address_on_one_machine()):
+        found["coordinator"] = address
+    left = [each for each in missing if each not in found]
+    if not left or found.get("processes") == 1:
+        return found
+    return found | _detect(CLUSTERS[name], name, left)
 
 
-def _from_launcher(name: str) -> dict[str, str | int]:
-    """Returns all three values from a launcher."""
-    cluster = _cluster(name)
-    if not cluster.is_env_present():
-        raise ValueError(f"hosts.launcher: {name} was not found. {REQUIRED[name]}, or set hosts.launcher to {AUTO}")
+def _address_on_one_machine() -> str | None:
+    """Returns a loopback address if Open MPI has started all processes on this machine."""
+    local, everywhere, job = map(os.environ.get, ("OMPI_COMM_WORLD_LOCAL_SIZE", DETECTED["ompi"], "PMIX_NAMESPACE"))
+    if job is None or local != everywhere:
+        return None
+    port = os.environ.get(PORT_VARIABLE) or _EPHEMERAL + zlib.crc32(job.encode()) % 4096
+    return f"127.0.0.1:{port}"
+
+
+def _detect(cluster: type[ClusterEnv], name: str, missing: list[str]) -> dict[str, str | int]:
+    """Returns the missing values from JAX's detection.
+
+    Raises:
+      ValueError: the launcher was not found, or does not give them.
+    """
     try:
-        processes = cluster.get_process_count()
-        if processes == 1:
-            return {"processes": 1}
-        port = os.environ.get(PORT_VARIABLE)
-        address = cluster.get_coordinator_address(timeout_secs=_SECONDS, override_coordinator_port=cast(str, port))
-        return {"coordinator": address, "processes": processes, "process": cluster.get_process_id()}
-    except RuntimeError as error:
+        found = _ask(cluster, missing) if cluster.is_env_present() else None
+    except Exception as error:  # of JAX's detection, or of the package that it asks
+        why = " ".join(str(each) or type(each).__name__ for each in (error, error.__cause__) if each is not None)
         raise ValueError(
-            f"hosts.launcher: {name} does not say which processes there are: {error}\nCorrect this, or give "
-            f"{_listed(list(VARIABLES))}"
+            f"hosts.launcher: {name} does not give {_listed(missing)}: {why}\nCorrect this, or give {_listed(missing)} "
+            f"as a setting or as {_joined(missing)}"
         ) from error
+    if found is None:
+        raise ValueError(f"hosts.launcher: {name} was not found. {REQUIRED[name]}, or set hosts.launcher to {AUTO}")
+    return found
+
+
+def _ask(cluster: type[ClusterEnv], missing: list[str]) -> dict[str, str | int]:
+    """Returns the missing values; the number of processes alone if there is one, whose place nobody needs."""
+    processes = cluster.get_process_count() if "processes" in missing else None
+    if processes == 1:
+        return {"processes": 1}
+    port = cast(str, os.environ.get(PORT_VARIABLE))
+    ask = {
+        "coordinator": lambda: cluster.get_coordinator_address(timeout_secs=_SECONDS, override_coordinator_port=port),
+        "processes": lambda: processes,
+        "process": cluster.get_process_id,
+    }
+    return {name: ask[name]() for name in missing}
+
+
+def _joined(names: list[str]) -> str:
+    return " and ".join(VARIABLES[name] for name in names)
 
 
 def _check(place: Place) -> None:

@@ -25,7 +25,7 @@ from qlora_jax.terminal.visible import visible, without_passwords
 
 ENDED = 75  # EX_TEMPFAIL: starting the run again may help
 POLL_SECONDS = 1.0
-SILENT_SECONDS = 3.0  # a process that has not counted for so long is the one that JAX has lost
+SILENT_SECONDS = 3.0  # a process that counts may be as late on a busy machine
 LAST_WORDS_SECONDS = 3.0  # for processes to read what others wrote, before process 0 takes the service with it
 ANSWER_SECONDS = 5.0  # for processes to say where they are
 _BEATS, _FAILED = "qlora_jax/watchdog/beats", "qlora_jax/watchdog/failed"
@@ -56,11 +56,13 @@ class Watchdog:
 
     Attributes:
       group: the processes of the run.
+      heartbeat: seconds after which JAX notices that a process has ended.
       stuck_after: the limit in seconds between two calls of `passes`; None: no limit yet.
       position: the newest place that this process has passed.
     """
 
     group: Group
+    heartbeat: float = 0.0
     stuck_after: float | None = None
     position: Position = dataclasses.field(default_factory=lambda: Position(0, "the start", time.monotonic()))
     _beats: dict[int, tuple[str, float]] = dataclasses.field(default_factory=dict)  # (count, when it was new)
@@ -97,8 +99,10 @@ class Watchdog:
 
         The thread may hold locks of JAX's client, so nothing here uses the client.
         """
+        # JAX notices a lost process half a heartbeat after its end or later; its last count may be read late.
+        limit = max(SILENT_SECONDS, self.heartbeat / 2 - 2 * POLL_SECONDS)
         now = time.monotonic()
-        silent = [process for process, (_, at) in self._beats.items() if now - at > SILENT_SECONDS]
+        silent = [process for process, (_, at) in self._beats.items() if now - at > limit]
         # Without a silent one, the connection to process 0 broke, which the others notice at once.
         unknown = ["another process"] if self.group.is_first else [self.group.name(0)]
         names = ", ".join([self.group.name(process) for process in sorted(silent)] or unknown)

@@ -1,11 +1,12 @@
 """Launchers, tried by their variables alone."""
 
+import inspect
 import sys
 import types
 
 import pytest
 
-from qlora_jax.hosts.launchers import Place, find_place
+from qlora_jax.hosts.launchers import CLUSTERS, PORT_VARIABLE, Place, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -21,12 +22,27 @@ OMPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
     "OMPI_VERSION": "4.1.6",
 }
+# The variables of process 1 of 3 on one machine, as `mpirun -n 3` of Open MPI 5.0.11 and of MPICH 5.0.2 set them.
+OMPI_5 = {
+    "OMPI_COMM_WORLD_SIZE": "3",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
+    "OMPI_VERSION": "5.0.11",
+    "PMIX_NAMESPACE": "prterun-vm-15196@1",
+    "PMIX_RANK": "1",
+    "PMIX_SERVER_URI41": "prterun-vm-15196@0.0;tcp4://127.0.0.1:55609",
+    "PRTE_LAUNCHED": "1",
+}
+OMPI_5_ON_TWO = OMPI_5 | {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+MPICH = {"PMI_SIZE": "3", "PMI_RANK": "1", "MPI_LOCALNRANKS": "3", "MPI_LOCALRANKID": "1"}
+K8S = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2", "HOSTNAME": "localhost"}
 BY_HAND = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*SLURM, *OMPI, *BY_HAND):
+    for name in (*SLURM, *OMPI, *OMPI_5, *MPICH, *K8S, *BY_HAND, PORT_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -80,9 +96,59 @@ def test_mpirun_within_slurm_counts_mpis_processes(monkeypatch: pytest.MonkeyPat
     assert place is not None and place[1:] == (4, 2)
 
 
-def test_open_mpi_5_requires_mpi4py(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match=r"hosts.launcher: ompi .*requires mpi4py[\s\S]*give hosts.coordinator"):
-        found(monkeypatch, OMPI | {"OMPI_VERSION": "5.0.3"})
+def test_open_mpi_5_on_one_machine_needs_no_package(monkeypatch: pytest.MonkeyPatch):
+    """Its variables give no address of process 0; all processes compute the same port, other jobs another."""
+    place, other = found(monkeypatch, OMPI_5), found(monkeypatch, OMPI_5 | {"OMPI_COMM_WORLD_RANK": "2"})
+    assert place is not None and place.coordinator.startswith("127.0.0.1:") and place[1:] == (3, 1)
+    assert other == place._replace(process=2)
+    next_job = found(monkeypatch, {"PMIX_NAMESPACE": "prterun-vm-15197@1"})
+    assert next_job is not None and next_job.coordinator != place.coordinator
+    assert found(monkeypatch, {PORT_VARIABLE: "5000"}) == Place("127.0.0.1:5000", 3, 2)
+
+
+def test_open_mpi_5_on_several_machines_requires_an_address_or_mpi4py(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(
+        ValueError,
+        match=r"ompi does not give hosts.coordinator: .*requires mpi4py[\s\S]*or as JAX_COORDINATOR_ADDRESS$",
+    ):
+        found(monkeypatch, OMPI_5_ON_TWO)
+    assert found(monkeypatch, OMPI_5_ON_TWO, coordinator="node1:99") == Place("node1:99", 3, 1)
+
+
+@pytest.mark.parametrize("within", [{}, SLURM | {"SLURM_NTASKS": "2"}])
+def test_mpich_is_refused_instead_of_separate_runs(monkeypatch: pytest.MonkeyPatch, within: dict[str, str]):
+    """Its mpirun leaves SLURM's variables of its own step, one task per machine."""
+    with pytest.raises(
+        ValueError, match=r"3 processes were started by MPICH.*Install mpi4py and set hosts.launcher to"
+    ):
+        found(monkeypatch, within | MPICH)
+    assert found(monkeypatch, {}, "off") is None
+    assert found(monkeypatch, {}, coordinator="node1:99", processes=3, process=1) == Place("node1:99", 3, 1)
+
+
+def test_srun_may_set_the_variables_of_pmi(monkeypatch: pytest.MonkeyPatch):
+    place = found(monkeypatch, SLURM | MPICH | {"PMI_SIZE": SLURM["SLURM_NTASKS"]})
+    assert place is not None and place[1:] == (8, 3)
+
+
+def test_kubernetes_by_variables_asks_no_cluster(monkeypatch: pytest.MonkeyPatch):
+    settings = {"coordinator": "job-0.pods:1234", "processes": 4}
+    assert found(monkeypatch, K8S, "k8s", **settings) == Place("job-0.pods:1234", 4, 2)
+
+
+def test_kubernetes_without_an_account_is_refused_with_the_settings_that_replace_it(monkeypatch: pytest.MonkeyPatch):
+    def load_incluster_config() -> None:
+        raise FileNotFoundError("Service token file does not exist")
+
+    kubernetes = types.ModuleType("kubernetes")
+    config = types.SimpleNamespace(load_incluster_config=load_incluster_config)
+    kubernetes.config = config  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "kubernetes", kubernetes)
+    problem = (
+        r"k8s does not give hosts.coordinator, hosts.processes: Service token[\s\S]*JAX_COORDINATOR_ADDRESS and JAX"
+    )
+    with pytest.raises(ValueError, match=problem):
+        found(monkeypatch, K8S, "k8s")
 
 
 def test_mpi4py(monkeypatch: pytest.MonkeyPatch):
@@ -117,3 +183,12 @@ def test_missing_and_wrong_values(monkeypatch: pytest.MonkeyPatch):
         found(monkeypatch, {}, coordinator="node1", processes=2, process=2)
     with pytest.raises(ValueError, match=r"JAX_NUM_PROCESSES: found 'two', expected a number"):
         found(monkeypatch, {"JAX_NUM_PROCESSES": "two"})
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_jaxs_detection_takes_these_arguments(name: str):
+    """A change of its private classes fails here by name."""
+    cluster = CLUSTERS[name]
+    inspect.signature(cluster.get_coordinator_address).bind(timeout_secs=60, override_coordinator_port=None)
+    for method in (cluster.is_env_present, cluster.get_process_count, cluster.get_process_id):
+        inspect.signature(method).bind()

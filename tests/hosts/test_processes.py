@@ -21,8 +21,15 @@ SLURM = {
     "SLURM_NTASKS": "2",
     "SLURM_STEP_NUM_NODES": "1",
 }
+OMPI_5 = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_VERSION": "5.0.11",
+    "PMIX_NAMESPACE": "prterun-vm-15196@1",
+}
 RUNS = {
-    "stopped": {"actor": 1, "action": "term"},
+    "stopped": {"actor": 1, "action": "term", "variables": OMPI_5},
     "worker killed": {"actor": 1, "action": "kill"},
     "first killed": {"actor": 0, "action": "kill"},
     "worker failed": {"actor": 1, "action": "fail"},
@@ -63,7 +70,7 @@ def test_slurms_processes_train_and_leave_well_although_one_comes_late(runs: dic
     assert all("trained on 4 devices, 2 here, agreed on (7, -1)" in each.out for each in runs["sound"])
 
 
-def test_sigterm_to_one_stops_all_before_the_same_step(runs: dict[str, list[Ended]]):
+def test_sigterm_to_one_of_open_mpi_stops_all_before_the_same_step(runs: dict[str, list[Ended]]):
     assert codes(runs["stopped"]) == [STOPPED, STOPPED], runs["stopped"]
     assert all(f"stopped before step {ACTS_AT}" in each.out for each in runs["stopped"])
 

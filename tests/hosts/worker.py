@@ -15,7 +15,7 @@ from qlora_jax.config import run_main
 from qlora_jax.config.command_line import report_error
 from qlora_jax.hosts.agreed_minimum import AgreedMinimum
 from qlora_jax.hosts.join import joined
-from qlora_jax.hosts.launchers import Place, find_place
+from qlora_jax.hosts.launchers import PORT_VARIABLE, Place, find_place
 from qlora_jax.hosts.shared_folder import sees_first
 from qlora_jax.hosts.stop_signal import StopSignal
 from qlora_jax.hosts.watchdog import Watchdog
@@ -94,7 +94,8 @@ def join_and_train(options: dict[str, Any]) -> None:
     """Joins the other processes, agrees with them, trains, and leaves."""
     process = options["process"]
     time.sleep(options.get("late", {}).get(str(process), 0))
-    os.environ |= options.get("variables", {}) | {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
+    own = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK"), str(process))
+    os.environ |= options.get("variables", {}) | own | {PORT_VARIABLE: str(options["port"])}
     by_hand = f"127.0.0.1:{options['port']}", options.get("expected", options["processes"]), process
     place = find_place("auto", None, None, None) if "variables" in options else Place(*by_hand)
     limits = {"heartbeat": options.get("heartbeat", 5), "join_seconds": options.get("join_seconds", 60)}

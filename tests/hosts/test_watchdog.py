@@ -1,0 +1,38 @@
+"""Messages of the watchdog that need no second process."""
+
+import os
+import time
+
+import pytest
+
+from qlora_jax.hosts.group import Group
+from qlora_jax.hosts.watchdog import ENDED, Watchdog
+
+
+class Exited(BaseException):
+    """Stands for the end of the process."""
+
+
+def message_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], **silent_for: float) -> str:
+    """Returns what process 1 of 4 says when JAX has lost another one; the others were last heard of so long ago."""
+
+    def leave(code: int) -> None:
+        assert code == ENDED
+        raise Exited
+
+    monkeypatch.setattr(os, "_exit", leave)
+    now = time.monotonic()
+    beats = {process: ("7", now - silent_for.get(f"process_{process}", 1.0)) for process in (0, 2, 3)}
+    watchdog = Watchdog(Group(1, 4, [f"process {index} (here)" for index in range(4)]), 30.0, _beats=beats)
+    with pytest.raises(Exited):
+        watchdog.lost()
+    return capfd.readouterr().err
+
+
+def test_a_process_that_is_late_is_not_blamed_for_the_end_of_process_0(monkeypatch, capfd):
+    """The others notice the end of process 0 at once, when a busy machine has kept another from counting."""
+    assert "because process 0 (here) ended" in message_of(monkeypatch, capfd, process_3=9.0)
+
+
+def test_a_process_that_is_silent_for_a_heartbeat_is_blamed(monkeypatch, capfd):
+    assert "because process 3 (here) ended" in message_of(monkeypatch, capfd, process_3=16.0)
