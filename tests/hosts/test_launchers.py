@@ -117,7 +117,7 @@ def test_open_mpi_5_on_several_machines_requires_an_address_or_mpi4py(monkeypatc
 
 @pytest.mark.parametrize("within", [{}, SLURM | {"SLURM_NTASKS": "2"}])
 def test_mpich_is_refused_instead_of_separate_runs(monkeypatch: pytest.MonkeyPatch, within: dict[str, str]):
-    """Its mpirun leaves SLURM's variables of its own step, one task per machine."""
+    """Its mpirun leaves SLURM's variables for the step of mpirun itself, one task per machine."""
     with pytest.raises(
         ValueError, match=r"3 processes were started by MPICH.*Install mpi4py and set hosts.launcher to"
     ):
