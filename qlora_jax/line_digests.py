@@ -1,6 +1,12 @@
-"""Digests at the end of JSON lines, by which a reader notices a changed digit."""
+"""Digests at the end of JSON lines, by which a reader notices a changed digit.
 
+Every file that an earlier version wrote without digests opens with `warn_without_digests`.
+"""
+
+import functools
 import re
+import warnings
+from pathlib import Path
 
 import xxhash
 
@@ -13,23 +19,36 @@ def with_digest(text: str) -> str:
     return f'{text[:-1]}, "{KEY}": "{_digest(text)}"}}\n'
 
 
-def without_digest(line: str, place: str, fix: str = "Delete this line") -> str:
+def without_digest(line: str, place: str, fix: str = "Delete this line", *, required: bool = False) -> str:
     """Returns the text that `with_digest` was given; a line without a digest is returned as it is.
 
     Args:
       place: the file and line, for the message.
       fix: its last sentence.
+      required: True if a line without a digest is an error.
 
     Raises:
       ValueError: the line is not the one that was written.
     """
     found = _AT_END.search(line)
+    if found is None and required:
+        raise ValueError(f"{place}: not a record (found no digest at its end). {fix}")
     if found is None:
         return line
     text = line[: found.start()] + "}"
     if _digest(text) != found[1]:
         raise ValueError(f"{place}: damaged (other values than were written). {fix}")
     return text
+
+
+@functools.cache  # once per folder, of which several files may lack digests
+def warn_without_digests(folder: Path) -> None:
+    """Warns that damage to a folder's files cannot be noticed."""
+    warnings.warn(
+        f"{folder}: an earlier version of qlora_jax wrote it without digests, so damage to it cannot be noticed. Files "
+        "that are written from now on have digests",
+        stacklevel=2,
+    )
 
 
 def _digest(text: str) -> str:

@@ -97,7 +97,7 @@ class Run:
 
     def outcome(self) -> RunOutcome:
         """Returns the outcome of a finished run; raises ValueError if it is damaged."""
-        return read_outcome(self.folder)
+        return read_outcome(self.folder, output_of(self.study))
 
     def prepare(self) -> None:
         """Writes the run's files, unless it has them."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from qlora_jax.atomic_files import write_text
-from qlora_jax.line_digests import with_digest, without_digest
+from qlora_jax.line_digests import warn_without_digests, with_digest, without_digest
 from qlora_jax.metadata import decode_json, read_json, read_text
 
 SETTINGS_FILE, JOB_FILE, RUN_FOLDER, LOG_FILE = "settings.yaml", "job.json", "run", "log.txt"
@@ -76,14 +76,20 @@ def write_outcome(folder: Path, outcome: RunOutcome) -> None:
     write_text(folder / OUTCOME_FILE, with_digest(json.dumps(outcome)))
 
 
-def read_outcome(folder: Path) -> RunOutcome:
-    """Reads a run's outcome.json; one that an earlier version wrote has no digest.
+def read_outcome(folder: Path, study: Path) -> RunOutcome:
+    """Reads a run's outcome.json.
+
+    Args:
+      study: the folder of the study, which is warned of once if an earlier version wrote outcomes without digests.
 
     Raises:
       ValueError: the file is damaged.
     """
     path = folder / OUTCOME_FILE
-    text = without_digest(read_text(path, MAX_BYTES), f"{path}", PERFORM_AGAIN)
+    content = read_text(path, MAX_BYTES)
+    text = without_digest(content, f"{path}", PERFORM_AGAIN)
+    if text == content:
+        warn_without_digests(study)
     outcome = decode_json(text, RunOutcome, path)
     values, weights = outcome["values"], outcome["weights"]
     sound = len(values) == len(weights) and all(map(math.isfinite, (*values, *weights)))

@@ -45,12 +45,12 @@ from qlora_jax.io.checkpoint_reader import (
     read_state,
     with_digests,
 )
-from qlora_jax.io.digests import warn_without_digests
 from qlora_jax.io.head_file import TrainedHead, read_run_head
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.orbax_processes import meet, named_processes
 from qlora_jax.io.orbax_threads import silence_threads
 from qlora_jax.io.start_parameters import STATE_KEY, read_start
+from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.nn.adapters.vera import Projections
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"

@@ -7,11 +7,8 @@ hashes the strips that it holds, and one process combines them.
 The hash is XXH3 with 128 bits. It finds damage, not changes by somebody who also writes new digests.
 """
 
-import functools
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
@@ -99,13 +96,3 @@ def _change(found: ArrayDigest | None, expected: ArrayDigest | None) -> str:
         return "missing" if found is None else "not expected"
     kinds = [f"{digest['dtype']}{digest['shape']}" for digest in (found, expected)]
     return "other values than were saved" if kinds[0] == kinds[1] else f"found {kinds[0]}, expected {kinds[1]}"
-
-
-@functools.cache  # once per run, whose checkpoint and initial adapter may both lack digests
-def warn_without_digests(run: Path) -> None:
-    """Warns that damage to the arrays of a run cannot be noticed."""
-    warnings.warn(
-        f"{run}: an earlier version of qlora_jax saved these arrays without digests, so damage to them cannot be "
-        "noticed. Checkpoints that are saved from now on have digests",
-        stacklevel=2,
-    )

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config.head_settings import CLASSES, HEADS, HeadObjective
 from qlora_jax.io.digests import json_digest
+from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import read_json
 from qlora_jax.nn.sequence_head import HeadSpec, Pooling
 
@@ -17,12 +18,12 @@ NAMED: dict[str, HeadObjective] = {name: name for name in HEADS}
 
 
 class HeadRecord(TypedDict):
-    """The contents of head.json; see `TrainedHead`. The digest is of the other values."""
+    """The contents of head.json; see `TrainedHead`. The digest is of the other values; earlier versions wrote none."""
 
     objective: HeadObjective
     labels: list[str]
     pooling: Pooling
-    digest: str
+    digest: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,9 @@ def read_head(folder: Path) -> TrainedHead | None:
         return None
     found = read_json(path, HeadRecord)
     values = {name: value for name, value in found.items() if name != "digest"}
-    if found["digest"] != json_digest(values):
+    if "digest" not in found:
+        warn_without_digests(folder)
+    elif found["digest"] != json_digest(values):
         raise ValueError(f"{path}: damaged (other values than were written). {COPY_IT}")
     head = TrainedHead(objective=found["objective"], labels=tuple(found["labels"]), pooling=found["pooling"])
     if len(set(head.labels)) < len(head.labels) or bool(head.labels) != (head.objective in CLASSES):

@@ -7,11 +7,13 @@ import random
 import re
 import shutil
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora_jax.config import run_main
 from qlora_jax.inference.result_cache import digest
+from qlora_jax.line_digests import warn_without_digests
 from scripts.campaign.isolation import Run
 from scripts.campaign.ledger import Case, Verdict
 
@@ -19,6 +21,7 @@ LONGEST_MESSAGE = 20_000
 # data.chat_template, vocab_size, config.json; or a key on a line alone: `  output: missing`
 KEY = re.compile(r"\b[a-z]\w*[._]\w+|^ +\w+: ", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+WITHOUT_DIGESTS = "without digests"  # in the warning about a file of which damage removed them
 OURS = ("qlora_jax", "pallas_kernels")
 
 Damage = Callable[[random.Random, Path], str]
@@ -65,8 +68,9 @@ class FileKind:
     def _judge(self, folder: Path, expected: str) -> Verdict:
         found: list[str] = []
         message = io.StringIO()
+        warn_without_digests.cache_clear()  # each case warns
         try:
-            with contextlib.redirect_stderr(message):
+            with contextlib.redirect_stderr(message), warnings.catch_warnings(action="always"):
                 run_main(lambda _: found.append(digest(self.read(folder))), [])
         except SystemExit as end:
             return judge_message(message.getvalue(), folder, end.__context__)
@@ -76,7 +80,9 @@ class FileKind:
             return Verdict("traceback", describe(error))
         if found == [expected]:
             return Verdict("same")
-        return Verdict("silent", "another result") if self.digested else Verdict("other")
+        if not self.digested:
+            return Verdict("other")
+        return Verdict("warned" if WITHOUT_DIGESTS in message.getvalue() else "silent", "another result")
 
 
 def _copy(sound: Path, copy: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.adapter_init import FILE, InitialAdapter, read_initial, subtract_initial, write_initial
-from qlora_jax.io.digests import warn_without_digests
+from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config
 from tests.marks import first_always

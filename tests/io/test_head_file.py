@@ -1,5 +1,6 @@
 """Tests of head.json: reading it back, damage, and a run without it."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +24,16 @@ def test_other_values_than_were_written_are_refused(tmp_path: Path, old: str, ne
     (tmp_path / HEAD_FILE).write_text((tmp_path / HEAD_FILE).read_text().replace(old, new))
     with pytest.raises(ValueError, match=r"head\.json: damaged \(other values than were written\)"):
         read_head(tmp_path)
+
+
+def test_a_file_without_a_digest_is_read_with_one_warning(tmp_path: Path) -> None:
+    write_head(tmp_path, HEAD)
+    record = json.loads((tmp_path / HEAD_FILE).read_text())
+    record.pop("digest")
+    (tmp_path / HEAD_FILE).write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match=f"^{tmp_path}: an earlier version .* without digests") as caught:
+        assert read_head(tmp_path) == read_head(tmp_path) == HEAD
+    assert len(caught) == 1
 
 
 def test_a_run_without_the_file_is_refused(tmp_path: Path) -> None:

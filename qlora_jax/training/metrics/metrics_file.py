@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object per line for each step and each evaluation of a run; each has `step`.
 
 A number that is not finite is written as null, because JSON cannot represent it. A line ends with the key `xxh3_64`, a
-digest of the line without it, by which a reader notices a changed digit. Earlier versions wrote lines without digests.
+digest of the line without it, by which a reader notices a changed digit. Earlier versions wrote files without digests.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from qlora_jax.atomic_files import append_lines, write_text
-from qlora_jax.line_digests import with_digest, without_digest
+from qlora_jax.line_digests import warn_without_digests, with_digest, without_digest
 from qlora_jax.metadata import MetadataError, decode_json, find_problems
 
 Record = dict[str, Any]  # JSON values; docs/training.md lists the keys
@@ -66,12 +66,11 @@ def _problems(record: Record) -> list[str]:
     return problems + [f"{key.removesuffix('_low')}_high: missing" for key in halves]
 
 
-def _decode(line: str, place: str) -> Record:
-    text = without_digest(line, place)
+def _decode(text: str, place: str) -> Record:
     try:
         record = decode_json(text, dict[str, Any], place)
     except MetadataError as error:
-        raise ValueError(f"{place}: found {line[:80]!r}, expected a JSON object. Delete this line") from error
+        raise ValueError(f"{place}: found {text[:80]!r}, expected a JSON object. Delete this line") from error
     if problems := _problems(record):
         raise ValueError(f"{place}: not a record of a run ({'; '.join(problems)}). Correct or delete this line")
     return record
@@ -82,13 +81,19 @@ def _records(path: Path) -> Iterator[Record]:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}. Correct the file") from None
+    has_digests = False
     for number, line in enumerate(lines, 1):
+        place = f"{path}:{number}"
         try:
-            record = _decode(line, f"{path}:{number}")
+            text = without_digest(line, place, required=has_digests)
+            record = _decode(text, place)
         except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 return  # a run killed during a write leaves half a line, always the last one
             raise
+        has_digests = text != line
+        if not has_digests:
+            warn_without_digests(path.parent)
         yield record
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_jax.line_digests import warn_without_digests
 from scripts.campaign.file_kind import FileKind, judge_message
 from scripts.campaign.ledger import FAILURES, Case
 
@@ -47,12 +48,19 @@ def _accepts(folder: Path) -> list[object]:
     return [int(json.loads((folder / "x.json").read_text())["rank"])]
 
 
+def _warns(folder: Path) -> list[object]:
+    if (folder / "x.json").read_text() != '{"rank": 4}':
+        warn_without_digests(folder)
+    return _accepts(folder)
+
+
 CASES = {
     "refused": _kind(_refuses),
     "unclear": _kind(_nameless),
     "traceback": _kind(_broken),
     "other": _kind(_accepts),
     "silent": dataclasses.replace(_kind(_accepts), digested=True),
+    "warned": dataclasses.replace(_kind(_warns), digested=True),
     "same": _kind(lambda folder: [1]),
 }
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qlora_jax.config import Config, DataArgs, ModelArgs, write_config
+from qlora_jax.line_digests import with_digest
 from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
 
 
@@ -53,14 +54,25 @@ def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
             assert found == records or (found == records[:1] and place == len(content) - 1), (place, found)
 
 
-def test_a_line_of_an_earlier_version_has_no_digest(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(step_record(1, 0.5)) + "\n")
-    assert read_metrics(path) == [step_record(1, 0.5)]
+def test_files_of_an_earlier_version_have_no_digests_and_are_read_with_one_warning(tmp_path):
+    path, samples = tmp_path / "metrics.jsonl", tmp_path / "samples.jsonl"
+    for each in (path, samples):
+        each.write_text(2 * (json.dumps(step_record(1, 0.5)) + "\n"))
+    with pytest.warns(UserWarning, match=f"^{tmp_path}: an earlier version .* without digests") as caught:
+        assert read_metrics(path) == read_metrics(samples) == 2 * [step_record(1, 0.5)]
+    assert len(caught) == 1
     write_steps(path, [2], 1)
-    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    assert [record["step"] for record in read_metrics(path)] == [1, 1, 2]
     path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.6'))
     with pytest.raises(ValueError, match=r"metrics\.jsonl:1: damaged \(other values than were written\)"):
+        read_metrics(path)
+
+
+def test_a_line_that_alone_has_no_digest_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1], 0)
+    path.write_text(path.read_text() + json.dumps(step_record(2, 0.5)) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record \(found no digest at its end\)"):
         read_metrics(path)
 
 
@@ -68,7 +80,7 @@ def test_an_evaluation_that_runs_again_is_not_recorded_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [record for step in (1, 2) for record in (step_record(step, 2.0), {"step": step, "eval_loss": 3.0})]
     for evaluated, kept in ((True, 4), (False, 3)):
-        path.write_text("".join(json.dumps(record) + "\n" for record in [*records, step_record(3, 0.5)]))
+        path.write_text("".join(with_digest(json.dumps(record)) for record in [*records, step_record(3, 0.5)]))
         with MetricsFile(path, 2, evaluated=evaluated):
             assert read_metrics(path) == records[:kept]
 
@@ -93,8 +105,8 @@ def test_half_a_last_line_is_dropped(tmp_path, cut):
 
 def test_anything_else_is_told_with_its_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: found 'nonsense"):
+    path.write_text('nonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: found 'nonsense"):
         read_metrics(path)
 
 
@@ -112,7 +124,8 @@ def test_anything_else_is_told_with_its_line(tmp_path):
 )
 def test_values_of_other_types_are_all_named_with_their_line(tmp_path, changes, problem):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(f"{json.dumps(step_record(1, 0.1))}\n{json.dumps(step_record(2, 0.1) | changes)}\n")
+    records = [step_record(1, 0.1), step_record(2, 0.1) | changes]
+    path.write_text("".join(with_digest(json.dumps(record)) for record in records))
     with pytest.raises(ValueError, match=rf"metrics\.jsonl:2: not a record of a run \({problem}"):
         read_metrics(path)
 

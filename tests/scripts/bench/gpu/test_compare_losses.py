@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_jax.line_digests import with_digest
 from scripts.bench.gpu import compare_losses
 
 RECORDED = json.loads(compare_losses.RECORDED.read_text())
@@ -37,8 +38,8 @@ def test_the_command_reads_a_runs_metrics(tmp_path, capsys):
         {"step": 0, "eval_loss": 3.0},
         *(COUNTS | {"step": i + 1, "loss": loss} for i, loss in enumerate(RECORDED[:3])),
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(with_digest(json.dumps(line)) for line in lines))
     assert compare_losses.main(str(path)) == 0
     assert "3 of 75 steps compared" in capsys.readouterr().out
-    path.write_text(path.read_text() + json.dumps(COUNTS | {"step": 4, "loss": None}) + "\n")
+    path.write_text(path.read_text() + with_digest(json.dumps(COUNTS | {"step": 4, "loss": None})))
     assert compare_losses.main(str(path)) == 1
