@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.variance_study.analysis import analyse
     from qlora_jax.variance_study.conditions import design_of
     from qlora_jax.variance_study.page import PageContent, write_results
+    from qlora_jax.variance_study.preferences import add_preferences, build_study_judge
     from qlora_jax.variance_study.questions import read_questions
     from qlora_jax.variance_study.replies import observe
 
@@ -44,7 +45,10 @@ def main(argv: list[str]) -> None:
     design, questions = design_of(args), read_questions(args)
     reporter = ConsoleReporter(Console(stderr=True))
     with lock_run(Path(args.output), reporter.message):
+        judge = build_study_judge(args, reporter)
         observations = observe(args, design, questions, reporter)
+        if judge is not None:
+            observations = add_preferences(args, judge, questions.asked, observations, reporter)
         splits = analyse(args, design, questions.asked, observations)
         path = write_results(PageContent(args, design, questions, observations, splits))
     _print(splits, Console())

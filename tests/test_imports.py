@@ -42,9 +42,9 @@ LAYERS = {
     "qlora_jax.progress_reporter": 6,
     "qlora_jax.training": 7,
     "qlora_jax.tournament": 7,
-    "qlora_jax.variance_study": 7,
     "qlora_jax.api": 8,
     "qlora_jax.comparison": 8,
+    "qlora_jax.variance_study": 8,
 }
 COMMANDS = 9  # every other top-level file: train.py, generate.py, ...
 

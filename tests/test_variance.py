@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from qlora_jax.api.load import load
 from qlora_jax.io.run_lock import lock_run
 from qlora_jax.local_model import LocalModel, OpenedLocalModel
 from tests.e2e.project import write_model
+from tests.tournament.judges.fake_endpoint import Answer, fake_endpoint
+from tests.tournament.tiny_tournament import write_judge_prompts
 
 HOSTILE = '<script>alert(1)</script> & "quoted" \'</div>'
 QUESTIONS = [
@@ -23,7 +26,7 @@ QUESTIONS = [
     {"prompt": "a star", "answer": "star"},
 ]
 SWAPPED = 3  # seed of the order of two examples
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "prompts": "prompts.jsonl",
     "examples": "examples.jsonl",
     "fixed": {"temperature": 1.0, "max_new_tokens": 5},
@@ -54,8 +57,10 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, output: Path, **changes) -> dict:
-    settings = SETTINGS | {"models": {name: str(folder / name) for name in ("first", "second")}} | changes
+def run(folder: Path, output: Path, **changes: Any) -> dict:
+    settings: dict[str, Any] = (
+        SETTINGS | {"models": {name: str(folder / name) for name in ("first", "second")}} | changes
+    )
     settings |= {key: str(folder / settings[key]) for key in ("prompts", "examples")}
     file = output.parent / f"{output.name}.yaml"
     file.write_text(yaml.safe_dump(settings | {"output": str(output)}, sort_keys=False))
@@ -79,7 +84,8 @@ def test_replies_are_those_of_the_model_under_the_condition(folder):
     model, tokenizer = load(str(folder / "second"))
     turns = [("user", "1"), ("assistant", "one"), ("user", "2"), ("assistant", "two"), ("user", "a star")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    for settings in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 1}):
+    samplings: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 1}]
+    for settings in samplings:
         assert generate_text(model, tokenizer, messages, max_new_tokens=5, **settings) in stored
     swapped = [*messages[2:4], *messages[:2], {"role": "user", "content": "a star"}]
     assert np.random.default_rng(SWAPPED).permutation(2).tolist() == [1, 0]
@@ -124,6 +130,25 @@ def test_a_finished_study_loads_no_model(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(OpenedLocalModel, "load", lambda *args: pytest.fail("a model was loaded"))
     again = run(folder, tmp_path / "study")
     assert again["splits"] == results(folder / "study")["splits"]
+
+
+@pytest.mark.slow
+def test_a_judge_compares_the_stored_replies(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "study", tmp_path / "study")
+    monkeypatch.setattr(OpenedLocalModel, "load", lambda *args: pytest.fail("a model was loaded"))
+    prompts = write_judge_prompts(tmp_path)
+    with fake_endpoint(lambda message, before: Answer("The first one.\n1")) as endpoint:
+        judge = {"kind": "endpoint", "url": endpoint.url, "model": "m", "prompts": prompts}
+        judged = run(folder, tmp_path / "study", measures=["judge", "length"], judge=judge)
+        asked = len(endpoint.requests)
+        assert asked > 2 * len(QUESTIONS)
+        run(folder, tmp_path / "study", measures=["judge", "length"], judge=judge)
+    assert len(endpoint.requests) == asked
+    splits = [split for split in judged["splits"] if split["measure"] == "judge"]
+    assert [(split["factor"], split["models"], split["mean"]) for split in splits] == [
+        (factor, ["first", "second"], 0.0) for factor in SETTINGS["vary"]
+    ]
+    assert "preference" in (tmp_path / "study/variance.html").read_text()
 
 
 @pytest.mark.slow

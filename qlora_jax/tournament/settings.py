@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from qlora_jax.config import ConfigError
@@ -178,13 +178,23 @@ def judge_settings(given: Mapping[str, Value]) -> AnyJudgeArgs:
     return from_dict(JUDGE_SETTINGS[str(given["kind"])], _without_kind(given))
 
 
+def judge_problems(where: str, given: Mapping[str, Value], kinds: Sequence[str]) -> list[str]:
+    """The problems of a judge's settings; `kinds` are those that it may have."""
+    kind = given.get("kind")
+    if kind not in kinds:
+        return [f"{where}.kind: found {kind!r}, expected one of {', '.join(kinds)}. Set it"]
+    return [f"{where}.{problem}" for problem in find_problems(JUDGE_SETTINGS[str(kind)], _without_kind(given), {})]
+
+
 def public_settings(args: ArenaArgs) -> dict[str, object]:
     """The settings as JSON values, without the passwords in addresses of judges."""
-    judges = {
-        name: {key: without_passwords(str(value)) if key == "url" else value for key, value in given.items()}
-        for name, given in args.judges.items()
-    }
+    judges = {name: public_judge(given) for name, given in args.judges.items()}
     return dataclasses.asdict(dataclasses.replace(args, judges=judges))
+
+
+def public_judge(given: Mapping[str, Value]) -> dict[str, Value]:
+    """The settings of a judge without a password in its address."""
+    return {key: without_passwords(str(value)) if key == "url" else value for key, value in given.items()}
 
 
 def _system_schema(values: Mapping[str, Value]) -> type[SystemArgs] | type[RecordedRepliesArgs]:
@@ -215,13 +225,9 @@ def _system_problems(args: ArenaArgs) -> list[str]:
 def _judge_problems(args: ArenaArgs) -> list[str]:
     problems = []
     for name, given in args.judges.items():
+        problems += judge_problems(f"judges.{name}", given, [*JUDGE_SETTINGS])
         kind = given.get("kind")
-        if kind not in JUDGE_SETTINGS:
-            problems.append(f"judges.{name}.kind: found {kind!r}, expected one of {', '.join(JUDGE_SETTINGS)}. Set it")
-            continue
-        found = find_problems(JUDGE_SETTINGS[kind], _without_kind(given), {})
-        problems += [f"judges.{name}.{problem}" for problem in found]
-        if not args.systems and kind != "verdicts":
+        if not args.systems and kind in JUDGE_SETTINGS and kind != "verdicts":
             problems.append(f"judges.{name}: a judge of kind {kind} needs replies (found no systems). Set systems")
     if not args.systems and not args.judges:
         problems.append("systems, judges: found neither. Set systems to models, or judges to files of verdicts")

@@ -57,7 +57,10 @@ class Split:
 def analyse(
     args: VarianceArgs, design: Design, questions: Sequence[Question], observations: Observations
 ) -> list[Split]:
-    """Splits each measure for each factor: the difference of each model to the first, then each model's own score."""
+    """Splits each measure for each factor: the difference of each model to the first, then each model's own score.
+
+    A judge's preferences are about two models, so those of a single model are not split.
+    """
     splits = []
     for measure, (factor, levels) in itertools.product(args.measures, design.factors.items()):
         tables = {
@@ -69,7 +72,8 @@ def analyse(
         first, *others = tables
         names = [*levels]
         splits += [_pair(measure, factor, names, [first, other], tables) for other in others]
-        splits += [_single(measure, factor, names, model, table) for model, table in tables.items()]
+        if measure != "judge":
+            splits += [_single(measure, factor, names, model, table) for model, table in tables.items()]
     return splits
 
 

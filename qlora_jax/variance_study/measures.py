@@ -14,6 +14,7 @@ TITLES: dict[Measure, str] = {
     "answer": "right answers (0 or 1)",
     "likelihood": "log likelihood of the answer, nats per token",
     "length": "length of the reply, tokens",
+    "judge": "the judge's preference for the reply over that of the first model, from -1 to 1",
 }
 
 
@@ -34,6 +35,9 @@ def score(
         case "likelihood":
             assert observed.likelihood is not None
             return observed.likelihood
+        case "judge":
+            assert observed.preference is not None
+            return observed.preference
 
 
 def _is_right(reply: str, question: Question, pattern: str | None) -> bool:

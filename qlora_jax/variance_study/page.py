@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.page_template import page_template
+from qlora_jax.tournament.settings import public_judge
 from qlora_jax.variance_study.analysis import Split
 from qlora_jax.variance_study.conditions import Design
 from qlora_jax.variance_study.example_prompts import ChosenPrompt, choose_prompts
@@ -54,7 +55,7 @@ def write_results(content: PageContent) -> Path:
     """Writes both files into the study's folder; returns the page's path."""
     folder = Path(content.args.output)
     results = {
-        "settings": dataclasses.asdict(content.args),
+        "settings": dataclasses.asdict(content.args) | {"judge": public_judge(content.args.judge)},
         "prompts": len(content.questions.asked),
         "splits": [dataclasses.asdict(split) for split in content.splits],
         "examples": [

@@ -19,13 +19,18 @@ class Question(NamedTuple):
     """One prompt.
 
     Fields:
-      id: number of its row in the file, from 1.
+      row: its row in the file.
       answers: texts that are right; empty if no measure needs them.
     """
 
-    id: str
+    row: Row
     prompt: str
     answers: Sequence[str]
+
+    @property
+    def id(self) -> str:
+        """The number of its row, from 1."""
+        return str(self.row.place.number + 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ def _question(row: Row, args: VarianceArgs, *, answered: bool) -> Question:
     if answered and (not answers or len(answers) < len(given)):
         fix = "Set answer_column, or leave the measures answer and likelihood out"
         raise ValueError(f"{args.answer_column}: found {answer!r}, expected a text or a list of texts. {fix}")
-    return Question(str(row.place.number + 1), prompt, answers if answered else [])
+    return Question(row, prompt, answers if answered else [])
 
 
 def _worded(question: Question, condition: ConditionArgs) -> str:

@@ -51,10 +51,12 @@ class Observed(NamedTuple):
     Fields:
       replies: to each prompt, in order.
       likelihood: mean log likelihood of each answer's tokens, in nats; None if no measure needs it.
+      preference: the judge's for each reply over that of the first model, from -1 to 1; None without a judge.
     """
 
     replies: Sequence[ObservedReply]
     likelihood: Float64[np.ndarray, " prompts"] | None
+    preference: Float64[np.ndarray, " prompts"] | None = None
 
 
 Observations = Mapping[str, Mapping[ConditionArgs, Observed]]  # by model

@@ -9,9 +9,11 @@ from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NO
 from qlora_jax.config.parse import find_problems, from_dict
 from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs, QuantType, folder_problems
 from qlora_jax.patterns import text_pattern_problems
+from qlora_jax.tournament.settings import judge_problems
 
 Value = str | int | float | bool | None
-Measure = Literal["answer", "likelihood", "length"]
+Measure = Literal["answer", "likelihood", "length", "judge"]
+JUDGES = ("endpoint", "model")
 PROMPT = "{prompt}"  # stands for the prompt in a paraphrase
 
 
@@ -63,9 +65,15 @@ class VarianceArgs:
     fixed: ConditionArgs = dataclasses.field(default_factory=ConditionArgs)
     measures: list[Measure] = setting(
         "scores of a reply: answer: 1 if it is a right answer; likelihood: log likelihood per token of the first "
-        "answer as the reply; length: tokens; the first chooses the extreme examples",
+        "answer as the reply; length: tokens; judge: the judge's preference for it over the first model's reply; the "
+        "first chooses the extreme examples",
         ["answer", "likelihood", "length"],
         NOT_EMPTY,
+    )
+    judge: dict[str, Value] = setting(
+        f"the judge, as in arena, of the kind {' or '.join(JUDGES)}: {{kind: model, path: models/judge, prompts: "
+        "judge.jsonl}",
+        {},
     )
     answer_pattern: str | None = setting("regular expression that finds the answer in a reply", None, NOT_EMPTY)
     examples: str | None = setting("file of solved examples, shown before each prompt", None, NOT_EMPTY)
@@ -80,6 +88,7 @@ class VarianceArgs:
 def check_variance(args: VarianceArgs) -> None:
     """Raises ConfigError if settings contradict each other; the message lists all contradictions."""
     problems = [*folder_problems("output", args.output), *_model_problems(args), *_factor_problems(args)]
+    problems += _judge_problems(args)
     if len({*args.measures}) < len(args.measures):
         problems.append(f"measures: found {', '.join(args.measures)}, expected each once. Remove the repeated ones")
     if args.examples is None and "example_order" in _varied(args):
@@ -123,6 +132,12 @@ def _model_problems(args: VarianceArgs) -> list[str]:
     if len(args.models) < 2:
         problems.append(f"models: found {len(args.models)}, expected 2 or more to compare. Add another")
     return problems
+
+
+def _judge_problems(args: VarianceArgs) -> list[str]:
+    if "judge" in args.measures:
+        return judge_problems("judge", args.judge, JUDGES)
+    return ["judge: found a judge, but no measure judge. Add it to measures, or remove the judge"] if args.judge else []
 
 
 def _factor_problems(args: VarianceArgs) -> list[str]:

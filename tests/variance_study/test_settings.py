@@ -73,6 +73,10 @@ def test_each_condition_differs_from_the_fixed_one_in_its_factor_alone():
         ({"answer_pattern": "(a"}, "answer_pattern: "),
         ({"answer_pattern": r"(a)\1"}, "(found '(a)\\\\1')"),
         ({"measures": ["answer", "answer"]}, "measures: found answer, answer, expected each once"),
+        ({"measures": ["judge"]}, "judge.kind: found None, expected one of endpoint, model. Set it"),
+        ({"measures": ["judge"], "judge": {"kind": "person"}}, "judge.kind: found 'person', expected one of endpoint"),
+        ({"measures": ["judge"], "judge": {"kind": "model", "path": "a"}}, "judge.prompts: missing"),
+        ({"judge": {"kind": "model", "path": "a", "prompts": "b"}}, "judge: found a judge, but no measure judge"),
     ],
 )
 def test_contradictions_are_named(tmp_path, changes, message):

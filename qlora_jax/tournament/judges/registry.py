@@ -1,6 +1,6 @@
 """The kinds of judges, and the judges that the settings of a tournament name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from qlora_jax.tournament.judges.judge import Judge
 from qlora_jax.tournament.judges.model import ModelJudge
 from qlora_jax.tournament.judges.person import PersonJudge
 from qlora_jax.tournament.judges.recorded import RecordedJudge, read_verdicts
-from qlora_jax.tournament.settings import ArenaArgs, judge_settings
+from qlora_jax.tournament.settings import ArenaArgs, Value, judge_settings
 
 
 class Context(NamedTuple):
@@ -30,13 +30,16 @@ BUILDERS: dict[str, Callable[[Any, Context], Judge]] = {
 }
 
 
-def build_judges(args: ArenaArgs, reporter: Reporter) -> dict[str, Judge]:
-    """The judges by name.
+def build_judge(given: Mapping[str, Value], context: Context) -> Judge:
+    """The judge of settings that `judge_problems` accepts.
 
     Raises:
-      ValueError: a key, a file or a model of a judge is missing or cannot be used.
+      ValueError: its key, its file or its model is missing or cannot be used.
     """
-    return {
-        name: BUILDERS[str(given["kind"])](judge_settings(given), Context(name, Path(args.output), reporter))
-        for name, given in args.judges.items()
-    }
+    return BUILDERS[str(given["kind"])](judge_settings(given), context)
+
+
+def build_judges(args: ArenaArgs, reporter: Reporter) -> dict[str, Judge]:
+    """The judges by name; raises ValueError as `build_judge` does."""
+    folder = Path(args.output)
+    return {name: build_judge(given, Context(name, folder, reporter)) for name, given in args.judges.items()}
