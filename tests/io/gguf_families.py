@@ -124,9 +124,34 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES |= MIXTURES
+# Text halves of models of images and text, by the wrapper's model_type: llama.cpp's architecture, the family that
+# computes the same on text, further attributes, and the rotary pairs that turn by time, height and width. With these
+# numbers llama.cpp turns all of Qwen3-VL's interleaved pairs. llama-cpp-python 0.3.36 does not read qwen2vl's epsilon,
+# and takes 0.
+TEXT_HALVES: dict[str, tuple[str, str, dict[str, Any], list[int]]] = {
+    "qwen2_vl": ("qwen2vl", "qwen2", dict(rms_norm_eps=1e-9), [2, 3, 3]),
+    "qwen2_5_vl": ("qwen2vl", "qwen2", dict(rms_norm_eps=1e-9, tie_word_embeddings=True), [2, 3, 3]),
+    "qwen3_vl": ("qwen3vl", "qwen3", {}, [22, 21, 21]),
+    "qwen3_vl_moe": ("qwen3vlmoe", "qwen3moe", {}, [6, 5, 5]),
+    "glm4v": ("glm4", "glm4", dict(partial_rotary_factor=0.5), [1, 1, 2]),
+    "glm4v_moe": ("glm4moe", "glm4moe", dict(use_qk_norm=False), [2, 3, 3]),
+}
+DEEPSTACK = ("qwen3vl", "qwen3vlmoe")  # whose first layers add features of images
 ROTARY = ("llama", "smollm3", "granite", "mistral3")
 ONE_MORE = ("gemma", "gemma2", "gemma3")
-WITHOUT_ROTATED = ("qwen2", "qwen3", "olmo2", "exaone4", "seed_oss", "qwen2moe", "qwen3moe", "olmoe", *ONE_MORE)
+WITHOUT_ROTATED = (
+    "qwen2vl",
+    *DEEPSTACK,
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "exaone4",
+    "seed_oss",
+    "qwen2moe",
+    "qwen3moe",
+    "olmoe",
+    *ONE_MORE,
+)
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -138,10 +163,30 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarra
     return {name: drawn[name] for name in shapes}  # experts of one projection behind each other, as a writer has them
 
 
-def write_family(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
-    """The file that the converter would make."""
+def with_images(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(config of a model of images and text, config of the text model that computes the same on text)."""
+    _, family, changes, sections = TEXT_HALVES[kind]
+    text = FAMILIES[family][1] | changes
+    rope = {"rope_type": "default", "mrope_section": sections}
+    half = text | {"model_type": f"{kind}_text", "rope_scaling": rope}
+    whole = {"model_type": kind, "text_config": half, "tie_word_embeddings": text.get("tie_word_embeddings", False)}
+    return whole, text
+
+
+def write_family(
+    path: Path,
+    architecture: str,
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    sections: list[int] | None = None,
+) -> Path:
+    """The file that the converter would make; with `sections`, of the text half of a model of images and text."""
     writer = gguf.GGUFWriter(path, architecture)
     _add_sizes(writer, architecture, config)
+    if sections is not None:
+        writer.add_rope_dimension_sections([*sections, 0][:4])
+        if architecture in DEEPSTACK:
+            writer.add_num_deepstack_layers(3)
     add_vocabulary(writer)
     writer.add_pad_token_id(0)
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
@@ -151,7 +196,10 @@ def write_family(path: Path, architecture: str, config: dict[str, Any], tensors:
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         found = f"{found}.weight" if name.endswith(".sinks") else found
-        writer.add_tensor(found, np.ascontiguousarray(converted(architecture, config, name, values)))
+        values = converted(architecture, config, name, values)
+        if sections is not None and architecture == "glm4":
+            values = rotary_halves(config, name, values)
+        writer.add_tensor(found, np.ascontiguousarray(values))
     if scaling := config.get("rope_scaling"):
         _add_scaling(writer, config, scaling)
     writer.write_header_to_file()
@@ -247,6 +295,16 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
     writer.add_rope_scaling_attn_factors(scaling["attention_factor"])
     writer.add_tensor("rope_factors_long.weight", np.asarray(scaling["long_factor"], np.float32))
     writer.add_tensor("rope_factors_short.weight", np.asarray(scaling["short_factor"], np.float32))
+
+
+def rotary_halves(config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
+    """Moves the rows of GLM-4V's queries and keys as the converter does: rotary pairs, once neighbours, are halves."""
+    if ".q_proj." not in name and ".k_proj." not in name:
+        return values
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    by_head = values.reshape(-1, head_dim, *values.shape[1:])
+    turned, rest = np.split(by_head, [int(head_dim * config["partial_rotary_factor"])], axis=1)
+    return np.concatenate([turned[:, ::2], turned[:, 1::2], rest], axis=1).reshape(values.shape)
 
 
 def converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:

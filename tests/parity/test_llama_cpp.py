@@ -23,9 +23,10 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.multimodal import with_text_attributes
 from tests.data.tokenizer.test_from_gguf import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
-from tests.io.gguf_families import FAMILIES, MIXTURES, random_tensors
+from tests.io.gguf_families import FAMILIES, MIXTURES, TEXT_HALVES, random_tensors, with_images
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level
 from tests.marks import some_in_ci
@@ -38,7 +39,7 @@ NAMED = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
 TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
 # Written from a folder alone: adapters, runs and merging do not depend on the architecture.
 WITHOUT_RUN = ("olmo3", "exaone4", "exaone4, windows", "seed_oss", "glm4", "granite", "cohere2", "ministral3")
-WITHOUT_RUN += tuple(MIXTURES)
+WITHOUT_RUN += (*MIXTURES, *TEXT_HALVES)
 # llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
 ARCHITECTURES = [name for name in CONFIGS if name not in ("phi3", *WITHOUT_RUN)]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
@@ -54,7 +55,7 @@ WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_
 NEW_TOKENS = 24
 IN_Q8_0 = ("--with_base", "--base_dtype", "q8_0")
 WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
-WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
+WITH_LORA |= {"gemma2": "rslora", "smollm3": "all", "glm4v": "all"}
 # Adapters on experts and routers, of which llama.cpp multiplies those of each token's experts alone.
 ON_EXPERTS = {
     "mixtral": LoraArgs(rank=4, alpha=8.0, target_parameters=["gate_up_proj", "down_proj", "gate"]),
@@ -69,11 +70,14 @@ def _run(tmp_path: Path, name: str, lora: LoraArgs = LORAS["all"], **changes: An
 
 def _folder(tmp_path: Path, name: str, **changes: Any) -> Path:
     """A model in a folder."""
+    files: dict[str, Any] = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
+    if name in TEXT_HALVES:
+        config = with_text_attributes(with_images(name)[0], {"vocab_size": VOCABULARY} | changes)
+        return write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
     # llama.cpp's contexts hold 256 tokens at least, and LongRoPE goes by what they hold.
     lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
     config = CONFIGS[name][1] | {k: v for k, v in lengths.items() if k in CONFIGS[name][1]}
     config |= {"vocab_size": VOCABULARY} | changes
-    files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
     return write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
 
 
@@ -167,12 +171,12 @@ def test_loras(tmp_path: Path, llama_cpp) -> None:
         run, model = _run(tmp_path, name, LORAS[lora])
         main(["--run", str(run), "--format", "gguf-lora", "--with_base"])
         ours[name] = _logits(model, TOKENS)
-        files = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}
+        files: dict[str, Any] = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}
         cases[name] = _case(**files, rows=TOKENS.tolist())
         cases[f"{name}, alone"] = _case(files["model"], rows=TOKENS.tolist())
     rounded = tmp_path / "q8_0"
     main(["--run", str(tmp_path / "llama"), "--format", "gguf-lora", "--output", str(rounded), *IN_Q8_0])
-    files = {"model": rounded / "base-q8_0.gguf", "lora": rounded / "adapter.gguf"}
+    files: dict[str, Any] = {"model": rounded / "base-q8_0.gguf", "lora": rounded / "adapter.gguf"}
     cases["llama, q8_0"] = _case(**files, rows=TOKENS.tolist())
     cases["llama, q8_0, alone"] = _case(files["model"], rows=TOKENS.tolist())
     found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
@@ -211,7 +215,7 @@ def test_new_tokens(tmp_path: Path, llama_cpp) -> None:
     texts = [f"{new[0]}some text{new[1]}", new[1], *CORPUS]
     for name, size in {"padded": VOCABULARY, "full": tokenizer_size(), "file": tokenizer_size()}.items():
         config = FAMILIES["qwen2"][1] | {"vocab_size": size, "max_position_embeddings": 512}
-        files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
+        files: dict[str, Any] = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
         folder = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
         base = _gguf_of(folder, tmp_path / "base.gguf") if name == "file" else folder
         model, _ = _write_run(tmp_path / name, base, LORAS["all"], new=new)
@@ -269,7 +273,10 @@ def test_sentencepiece(tmp_path: Path, llama_cpp, oracle, kind: str, name: str) 
     made = oracle(SCRIPT.with_name("sentencepiece_bpe.py"), corpus=_strings(600), strings=texts)
     metadata = json.loads(str(made[f"{kind}/metadata"]))
     config = FAMILIES[name][1] | {"vocab_size": len(metadata["tokens"])}
-    files = {"tokenizer.json": rebuild(metadata).to_str(), "tokenizer_config.json": '{"bos_token": "<s>"}'}
+    files: dict[str, Any] = {
+        "tokenizer.json": rebuild(metadata).to_str(),
+        "tokenizer_config.json": '{"bos_token": "<s>"}',
+    }
     tensors = random_tensors(config)
     opened = open_pretrained(model=str(write_folder(tmp_path / "model", config, tensors, **files)))
     write_gguf(tmp_path / "model.gguf", export_spec(opened).spec, list(tensors), iter(tensors.values()), "float32")

@@ -11,7 +11,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.gguf.architecture import Architecture
 from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_MODEL_TYPE
 from qlora_jax.io.gguf.config_reader import config_from_metadata
-from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, tensors_misplaced
+from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, image_metadata, tensors_misplaced
 from qlora_jax.io.gguf.header import TensorInfo
 from qlora_jax.io.gguf.tokenizer_writer import tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, typed_keys
@@ -89,6 +89,7 @@ def spec_from_folder(source: ModelSource, features: ModelConfig, shapes: Mapping
     features = alone(within_windows(features, architecture))
     gguf_names = {name: architecture.gguf_name(name_alone(name)) for name in shapes}
     metadata, tables = config_metadata(features, architecture)
+    metadata |= image_metadata(source.path, source.config, architecture)
     config = config_from_metadata(source.path, architecture, metadata, frozenset(gguf_names.values()), tables)
     if problems := _problems(architecture, features, model_config(config), gguf_names.values()):
         lines = "\n  ".join(problems)

@@ -28,6 +28,10 @@ LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "
 RMS_EPS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 PATTERN = "attention.sliding_window_pattern"  # one number, or per layer whether it has a window
 TEMPERATURE = "attention.temperature_scale"
+# Of models of images and text, for each position of a token (time, height, width, one more that is 0 on text) the
+# number of rotary pairs that turn by it.
+SECTIONS = "rope.dimension_sections"
+DEEPSTACK = "n_deepstack_layers"  # number of the first layers that add features of images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,7 @@ class Architecture:
       modules: Hugging Face's module by GGUF's name, for those that differ from MODULES.
       layers: prefix of the layers' names.
       permutes_rotary_rows: the converter moved the rows of q and k, so that rotary pairs are neighbours.
+      rotary_halves: the converter moved the rows of q and k, so that rotary pairs, neighbours before, are halves.
       fused_by_part: the converter moved the rows of fused queries, keys and values from Hugging Face's order (per head)
         to all queries, all keys, all values.
       norm_offset: the constant that the converter added to every norm's weight.
@@ -64,6 +69,7 @@ class Architecture:
       only: keys that may have one value alone; files that are written have it.
       neutral: keys that may have one value alone, which changes nothing; they are not written.
       equal: keys that may have the value of another key alone, which changes nothing; they are not written.
+      sections: SECTIONS is required; a token of text has equal positions, so the rotation is the plain one.
       ignored: prefixes of keys of other parts of the model, such as an image tower.
       biases: attributes without a key -> the tensor whose presence implies them.
       partial: the attribute for the rotated fraction of a head; None if all of it is rotated.
@@ -91,6 +97,7 @@ class Architecture:
     modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers: str = "model.layers"
     permutes_rotary_rows: bool = False
+    rotary_halves: bool = False
     fused_by_part: bool = False
     norm_offset: float = 0.0
     eps: Mapping[str, str] = dataclasses.field(default_factory=lambda: RMS_EPS)
@@ -100,6 +107,7 @@ class Architecture:
     only: Mapping[str, int] = dataclasses.field(default_factory=dict)
     neutral: Mapping[str, int | bool] = dataclasses.field(default_factory=dict)
     equal: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sections: bool = False
     ignored: tuple[str, ...] = ()
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     partial: str | None = None

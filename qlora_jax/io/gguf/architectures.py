@@ -1,6 +1,17 @@
 """The GGUF architectures that are read and written: a table, in llama.cpp's names and Hugging Face's."""
 
-from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, ROPE_FACTORS, TEMPERATURE, Architecture, Variant
+import dataclasses
+from typing import Any
+
+from qlora_jax.io.gguf.architecture import (
+    DEEPSTACK,
+    LONGROPE_FACTORS,
+    ROPE_FACTORS,
+    SECTIONS,
+    TEMPERATURE,
+    Architecture,
+    Variant,
+)
 
 ROUTED = {
     "ffn_gate_inp": "mlp.gate",
@@ -26,7 +37,7 @@ INNER_WIDTH = {"expert_feed_forward_length": "moe_intermediate_size"}
 SAME_WIDTH = {"expert_feed_forward_length": "feed_forward_length"}
 SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 
-ALL = (
+TEXT = (
     Architecture(
         name="llama",
         model_type="llama",
@@ -330,20 +341,37 @@ ALL = (
         always=("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"),
     ),
 )
-# Mixtures whose architecture has the name of a dense one; the number of experts tells them apart.
-MIXTURES = {
-    "llama": Architecture(
-        name="llama",
-        model_type="mixtral",
-        class_name="MixtralForCausalLM",
-        modules=ROUTED,
-        permutes_rotary_rows=True,
-        required={"expert_count": "num_local_experts", **EXPERTS_USED},
-        fixed=SILU,
-        equal=SAME_WIDTH,
-        rope_tables=(ROPE_FACTORS,),
-    )
-}
-ARCHITECTURES = {architecture.name: architecture for architecture in ALL}
+MIXTRAL = Architecture(
+    name="llama",
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    modules=ROUTED,
+    permutes_rotary_rows=True,
+    required={"expert_count": "num_local_experts", **EXPERTS_USED},
+    fixed=SILU,
+    equal=SAME_WIDTH,
+    rope_tables=(ROPE_FACTORS,),
+)
+_OF_NAME = {architecture.name: architecture for architecture in TEXT}
+
+
+def _text_half(of: str, *model_types: str, name: str = "", **others: Any) -> Architecture:
+    """Returns the architecture of text halves of models of images and text, which are read as models of `of`."""
+    return dataclasses.replace(_OF_NAME[of], name=name or of, also=model_types, sections=True, **others)
+
+
+TEXT_HALVES = (
+    _text_half("qwen2", "qwen2_vl_text", "qwen2_5_vl_text", name="qwen2vl"),
+    _text_half("qwen3", "qwen3_vl_text", name="qwen3vl", ignored=(DEEPSTACK,)),
+    _text_half("qwen3moe", "qwen3_vl_moe_text", name="qwen3vlmoe", ignored=(DEEPSTACK,)),
+)
+GLM4V, GLM4V_MOE = _text_half("glm4", "glm4v_text", rotary_halves=True), _text_half("glm4moe", "glm4v_moe_text")
+# Architectures that have the name of another one; a key that files of the other one lack tells them apart.
+OF_KEY = {("llama", "expert_count"): MIXTRAL, ("glm4", SECTIONS): GLM4V, ("glm4moe", SECTIONS): GLM4V_MOE}
+ARCHITECTURES = _OF_NAME | {architecture.name: architecture for architecture in TEXT_HALVES}
 # The first architecture of a model_type is the one that is written.
-OF_MODEL_TYPE = {kind: each for each in reversed((*ALL, *MIXTURES.values())) for kind in (each.model_type, *each.also)}
+OF_MODEL_TYPE = {
+    kind: each
+    for each in reversed((*ARCHITECTURES.values(), *OF_KEY.values()))
+    for kind in (each.model_type, *each.also)
+}

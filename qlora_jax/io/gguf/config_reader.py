@@ -11,8 +11,8 @@ from typing import Annotated, TypedDict
 import numpy as np
 from pydantic import FailFast, Field
 
-from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, PATTERN, TEMPERATURE, Architecture, Variant
-from qlora_jax.io.gguf.architectures import ARCHITECTURES, MIXTURES
+from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, PATTERN, SECTIONS, TEMPERATURE, Architecture, Variant
+from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_KEY
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.gguf.rope_reader import ATTENTION_FACTORS, ROPE_FACTOR_KEYS, original_context, rope_scaling
 from qlora_jax.io.model_source import JsonObject
@@ -76,6 +76,7 @@ type Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 type Texts = Annotated[list[str], FailFast()]
 type Flags = Annotated[list[bool], FailFast()]
 type Numbers[T] = Annotated[list[T], FailFast()]
+type FourCounts = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=4, max_length=4)]
 
 # Types of keys without the architecture's prefix.
 GgufMetadata = TypedDict(
@@ -126,8 +127,8 @@ def architecture_of(path: Path, metadata: Metadata) -> Architecture:
         raise ValueError(
             f"{path}: architecture is not supported (found {shorten(name)}, expected {', '.join(ARCHITECTURES)})"
         )
-    dense = ARCHITECTURES[name]
-    return MIXTURES.get(name, dense) if metadata.get(f"{name}.expert_count") else dense
+    others = (each for (shared, key), each in OF_KEY.items() if shared == name and metadata.get(f"{name}.{key}"))
+    return next(others, ARCHITECTURES[name])
 
 
 def number_of_layers(architecture: Architecture, metadata: Metadata) -> int:
@@ -252,7 +253,8 @@ def _problems(architecture: Architecture, keys: Metadata) -> list[str]:
     shared = FLOATS - {key for other in ARCHITECTURES.values() for key in _own_keys(other)}
     numbers = {*required, *OPTIONAL, *shared, *of_architecture, "rope.scaling.original_context_length"} - BOOLEANS
     known = {*numbers, *of_architecture, "rope.scaling.type", *only, *architecture.equal, *DESCRIPTIVE}
-    problems = [f"{key}: missing" for key in required if key not in keys]
+    always = [*required, *([SECTIONS] if architecture.sections else [])]
+    problems = [f"{key}: missing" for key in always if key not in keys]
     problems += [f"{key}: unknown key (found {shorten(keys[key])})" for key in sorted(keys.keys() - known)]
     problems += [
         f"{key}: found {shorten(keys[key])}, expected {value}"
@@ -274,12 +276,15 @@ def _problems(architecture: Architecture, keys: Metadata) -> list[str]:
 def _own_keys(architecture: Architecture) -> set[str]:
     """The keys that some architectures have, and this one."""
     each = (architecture.eps, architecture.attributes, architecture.query_scale, architecture.rope_attributes)
-    return {key for table in each for key in table} | ({PATTERN} if architecture.window_period else set())
+    lists = {PATTERN: architecture.window_period, SECTIONS: architecture.sections}
+    return {key for table in each for key in table} | {key for key, has in lists.items() if has}
 
 
 def _kind(key: str, architecture: Architecture) -> Kind:
     if key == PATTERN and architecture.window_period:
         return Count | Flags
+    if key == SECTIONS:
+        return FourCounts
     return bool if key in BOOLEANS else Positive if key in FLOATS else Count
 
 
@@ -294,9 +299,21 @@ def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
         return [f"attention.head_count: found {keys['attention.head_count']}, expected at most {width}, the width"]
     if architecture.partial and rotated > head_dim:
         return [f"rope.dimension_count: found {rotated}, expected at most {head_dim}, the length of a head"]
+    if architecture.sections and (problem := _section_problem(keys[SECTIONS], rotated or head_dim)):
+        return [problem]
     whole = ("attention.value_length",) if architecture.partial else ("attention.value_length", "rope.dimension_count")
     return [
         f"{key}: found {keys[key]}, expected {head_dim}, the length of a head"
         for key in whole
         if keys.get(key, head_dim) != head_dim
     ]
+
+
+def _section_problem(sections: list[int], rotated: int) -> str | None:
+    """Returns the problem of sections of which some pairs would not turn by a position that tokens of text have."""
+    if sections[3] == 0 and 2 * sum(sections) == rotated:
+        return None
+    half = rotated // 2
+    return (
+        f"{SECTIONS}: found {sections}, expected three numbers with sum {half}, half of the rotated dimensions, then 0"
+    )

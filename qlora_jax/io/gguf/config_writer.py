@@ -5,18 +5,23 @@ Features that GGUF cannot store are found by reading the metadata back: they com
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.architecture import DEEPSTACK, LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, SECTIONS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS
 from qlora_jax.io.gguf.rope_reader import F32, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.config_differences import config_differences
 from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.models.families.multimodal import text_config
+from qlora_jax.models.families.three_positions import sections_of
 from qlora_jax.nn.rope import SCALINGS, Rope
 
+# transformers' default of the layers of Qwen3-VL's vision tower whose features the first layers of the text half add.
+DEEPSTACK_LAYERS = (8, 16, 24)
 Tables = dict[str, np.ndarray]
 GEMMA3_PATTERN = 6  # llama.cpp's default without the key: every sixth layer has no window
 
@@ -50,6 +55,29 @@ def config_metadata(features: ModelConfig, architecture: Architecture) -> tuple[
         key: float(value) if key in FLOATS else value for key, value in keys.items()
     }  # a config.json may contain 50 for 50.0
     return {f"{architecture.name}.{key}": value for key, value in typed.items()}, used
+
+
+def image_metadata(path: Path, config: JsonObject, architecture: Architecture) -> JsonObject:
+    """Returns the keys of a text half that matter to images alone; llama.cpp needs them to load the file.
+
+    Args:
+      config: the config of the whole model.
+
+    Raises:
+      ValueError: the config lacks them.
+    """
+    if not architecture.sections:
+        return {}
+    sections = sections_of(text_config(config))
+    if sections is None:
+        raise ValueError(
+            f"{path}: rope_scaling.mrope_section: missing (expected three numbers, without which llama.cpp cannot load "
+            f"{architecture.name}). Export with --format hf"
+        )
+    keys: JsonObject = {SECTIONS: [*sections, 0]}
+    if DEEPSTACK in architecture.ignored:
+        keys[DEEPSTACK] = len(config.get("vision_config", {}).get("deepstack_visual_indexes", DEEPSTACK_LAYERS))
+    return {f"{architecture.name}.{key}": value for key, value in keys.items()}
 
 
 def _optional(architecture: Architecture, features: ModelConfig) -> JsonObject:

@@ -147,20 +147,28 @@ def transform_of(path: Path, info: TensorInfo, architecture: Architecture, confi
     part = match["part"] if match else ""
     if part.endswith("norm"):
         return RowTransform(offset=architecture.norm_offset)
-    heads, groups = config["num_attention_heads"], 0
+    heads = config["num_key_value_heads" if part == "attn_k" else "num_attention_heads"]
     if architecture.permutes_rotary_rows and part in ("attn_q", "attn_k"):
-        heads, groups = heads if part == "attn_q" else config["num_key_value_heads"], 2
-    elif architecture.fused_by_part and part == "attn_qkv":
-        groups = 3
-    if not groups:
-        return RowTransform()
+        _check_rows(path, info, heads, 2, "an even number of rows")
+        return RowTransform(order=_rotary_order(info.shape[0], heads))
+    if architecture.fused_by_part and part == "attn_qkv":
+        _check_rows(path, info, heads, 3, "as many rows of queries, keys and values")
+        return RowTransform(order=_fused_order(info.shape[0], heads))
+    if architecture.rotary_halves and part in ("attn_q", "attn_k"):
+        assert architecture.partial is not None
+        head_dim = config["head_dim"]
+        _check_rows(path, info, heads, head_dim, f"{head_dim} rows")
+        rotated = int(head_dim * config[architecture.partial])
+        return RowTransform(order=_halves_order(info.shape[0], head_dim, rotated))
+    return RowTransform()
+
+
+def _check_rows(path: Path, info: TensorInfo, heads: int, groups: int, what: str) -> None:
     if info.shape[0] % (groups * heads) or info.nbytes % info.shape[0]:
-        what = "an even number of rows" if groups == 2 else "as many rows of queries, keys and values"
         raise ValueError(
             f"{path}: tensor {info.name}, {info.type.name} {list(info.shape)}: its rows cannot be reordered (expected "
             f"{heads} heads of {what}). Download it again"
         )
-    return RowTransform(order=(_rotary_order if groups == 2 else _fused_order)(info.shape[0], heads))
 
 
 def _read_table(path: Path, info: TensorInfo) -> np.ndarray:
@@ -216,6 +224,13 @@ def _row_bytes(info: TensorInfo) -> int:
 def _rotary_order(rows: int, heads: int) -> np.ndarray:
     """Positions of Hugging Face's rows in the file, where the two rows of a rotary pair are neighbours."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
+
+
+def _halves_order(rows: int, head_dim: int, rotated: int) -> np.ndarray:
+    """Positions of Hugging Face's rows, whose rotary pairs are neighbours, in the file, where they are halves."""
+    of_head = np.arange(head_dim)
+    of_head[:rotated] = np.arange(rotated).reshape(2, rotated // 2).T.reshape(rotated)
+    return (np.arange(0, rows, head_dim)[:, None] + of_head).reshape(rows)
 
 
 def _fused_order(rows: int, heads: int) -> np.ndarray:

@@ -46,7 +46,7 @@ KINDS = {
     float: GGUFValueType.FLOAT32,
     str: GGUFValueType.STRING,
 }
-ITEM_KINDS = KINDS | {int: GGUFValueType.INT32}  # of token types, the only array of integers
+ITEM_KINDS = KINDS | {int: GGUFValueType.INT32}  # as the gguf package writes arrays of integers
 
 
 class Key(NamedTuple):

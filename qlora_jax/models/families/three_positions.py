@@ -93,6 +93,13 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     return half.family({**half.defaults, **stated, **rotations, **half.fixed}, name)
 
 
+def sections_of(config: Mapping[str, object]) -> list[object] | None:
+    """Returns the numbers of rotary pairs that turn by time, height and width, unchecked; None without them."""
+    stated = (config.get(name) for name in ROPE_ATTRIBUTES)
+    sections = [numbers.get(SECTIONS[0]) for numbers in stated if isinstance(numbers, Mapping)]
+    return next((each for each in sections if isinstance(each, list)), None)
+
+
 def _of_text(numbers: object) -> object:
     """Returns the numbers of a rotary embedding without its sections."""
     if not isinstance(numbers, Mapping):

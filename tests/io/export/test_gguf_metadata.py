@@ -15,8 +15,8 @@ from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, open_pretrained
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.multimodal import name_alone
-from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
+from qlora_jax.models.families.multimodal import name_alone, with_text_attributes
+from tests.io.gguf_families import FAMILIES, ONE_MORE, TEXT_HALVES, random_tensors, with_images, write_family
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level, gemma, sentencepiece
 
@@ -38,9 +38,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = FAMILIES | {
 
 def _folder(path: Path, config: dict[str, Any], tokenizer: str | None = None, size: int = VOCABULARY, **named: Any):
     """(a model in a folder, its tensors)."""
-    config = config | {"vocab_size": size}
+    config = with_text_attributes(config, {"vocab_size": size})
     tensors = random_tensors(config)
-    files = {"tokenizer.json": tokenizer or byte_level(), "tokenizer_config.json": json.dumps(NAMED | named)}
+    files: dict[str, Any] = {
+        "tokenizer.json": tokenizer or byte_level(),
+        "tokenizer_config.json": json.dumps(NAMED | named),
+    }
     return open_pretrained(model=str(write_folder(path, config, tensors, **files))), tensors
 
 
@@ -154,7 +157,7 @@ NOTES = {"olmo": ["NFC"], "tekken": ["combining marks"], "gemma3": ["more than 3
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers_return(tmp_path: Path, name: str) -> None:
     make, model, pre = TOKENIZERS[name]
-    named = {} if model == "gpt2" else {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    named: dict[str, Any] = {} if model == "gpt2" else {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = FAMILIES[name if name in FAMILIES else "llama"][1]
     opened, tensors = _folder(tmp_path / "model", config, make(), **named)
     path, notes = _written(tmp_path / "new.gguf", opened, tensors)
@@ -204,7 +207,7 @@ def test_the_name_says_whether_special_tokens_take_the_space_behind_them(tmp_pat
     text["added_tokens"].append(
         text["added_tokens"][0] | {"id": len(text["model"]["vocab"]), "content": "<|endoftext|>"}
     )
-    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    named: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>"}
     for folder, expected in {
         "mine": "phi-3 mine" if strips else "mine",
         "my-Phi3": "my-Phi3" if strips else None,
@@ -218,7 +221,7 @@ def test_the_name_says_whether_special_tokens_take_the_space_behind_them(tmp_pat
 def test_a_text_half_gives_the_file_of_its_text_model(tmp_path: Path, name: str, wrapper: str) -> None:
     alone, tensors = _folder(tmp_path / "alone/model", CONFIGS[name][1])
     folder = tmp_path / "half/model"
-    files = {
+    files: dict[str, Any] = {
         file: (tmp_path / "alone/model" / file).read_text() for file in ("tokenizer.json", "tokenizer_config.json")
     }
     weights = {f"language_model.{key}": tensor for key, tensor in tensors.items()}
@@ -230,3 +233,39 @@ def test_a_text_half_gives_the_file_of_its_text_model(tmp_path: Path, name: str,
     expected, _ = _written(tmp_path / "alone.gguf", alone, tensors)
     found, _ = _written(tmp_path / "half.gguf", half, {names[key]: tensor for key, tensor in tensors.items()})
     assert found.read_bytes() == expected.read_bytes()
+
+
+def _half_folder(path: Path, kind: str, **changes: Any) -> tuple[OpenedModel, dict[str, np.ndarray], dict[str, Any]]:
+    """(a model of images and text in a folder, its text half's tensors, config of the text model)."""
+    whole, text = with_images(kind)
+    opened, tensors = _folder(path, whole | {"vision_config": {"deepstack_visual_indexes": [1, 2, 4]}} | changes)
+    return opened, tensors, text | {"vocab_size": VOCABULARY}
+
+
+@pytest.mark.parametrize("kind", TEXT_HALVES)
+def test_a_text_half_with_three_positions_is_what_the_converter_writes(tmp_path: Path, kind: str) -> None:
+    architecture, _, _, sections = TEXT_HALVES[kind]
+    half, tensors, text = _half_folder(tmp_path / "model", kind)
+    path, _ = _written(tmp_path / "half.gguf", half, tensors)
+    alone = {name_alone(name): values for name, values in tensors.items()}
+    like = write_family(tmp_path / "like.gguf", architecture, text, alone, sections)
+    ours, its = (parse_header(each) for each in (path, like))
+    keys = {key: value for key, value in its.metadata.items() if key.startswith(architecture)}
+    lists = {key: keys.pop(key) for key in list(keys) if isinstance(keys[key], list)}
+    assert list(lists.values()) == [[*sections, 0]] == [ours.metadata[key] for key in lists]
+    assert {key: ours.metadata.get(key, 0) for key in keys} == pytest.approx(keys)
+    infos = ({info.name: info for info in header.tensors} for header in (ours, its))
+    files = (np.fromfile(each, np.uint8) for each in (path, like))
+    found, expected = (
+        {name: (info.shape, file[info.offset :][: info.nbytes].tobytes()) for name, info in of_file.items()}
+        for of_file, file in zip(infos, files, strict=True)
+    )
+    assert found == expected
+
+
+def test_sections_that_a_file_needs_are_in_the_config(tmp_path: Path) -> None:
+    rope = {"rope_scaling": {"rope_type": "default"}}
+    half, tensors, _ = _half_folder(tmp_path / "model", "qwen3_vl")
+    half.source.config["text_config"] |= rope
+    with pytest.raises(ValueError, match=r"rope_scaling.mrope_section: missing .*--format hf"):
+        _written(tmp_path / "half.gguf", half, tensors)

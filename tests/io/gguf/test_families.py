@@ -14,11 +14,13 @@ from qlora_jax.io.gguf.reader import transform_of
 from qlora_jax.io.gguf.writer import spec_from_file, write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
-from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
+from qlora_jax.models.families.multimodal import alone
+from tests.io.gguf_families import FAMILIES, ONE_MORE, TEXT_HALVES, random_tensors, with_images, write_family
 
 
 def test_every_architecture_is_tried():
-    assert {architecture for architecture, _ in FAMILIES.values()} == ARCHITECTURES.keys()
+    tried = {architecture for architecture, *_ in (*FAMILIES.values(), *TEXT_HALVES.values())}
+    assert tried == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -31,6 +33,36 @@ def test_config_and_tensors_return(tmp_path: Path, name: str) -> None:
     rounding = 1e-7 if architecture in ONE_MORE else 0  # 1 is added and taken away
     for tensor, values in tensors.items():
         np.testing.assert_allclose(source.tensors[tensor].read(), values, rtol=0, atol=rounding, err_msg=tensor)
+
+
+@pytest.mark.parametrize("kind", TEXT_HALVES)
+def test_text_halves_are_text_models(tmp_path: Path, kind: str) -> None:
+    """A file with three positions per token is a model of the family that computes the same on text."""
+    architecture, _, _, sections = TEXT_HALVES[kind]
+    whole, text = with_images(kind)
+    tensors = random_tensors(text)
+    source = open_model(write_family(tmp_path / "t.gguf", architecture, text, tensors, sections))
+    assert model_config(source.config) == model_config(text) == alone(model_config(whole))
+    assert source.tensors.keys() == tensors.keys()
+    for tensor, values in tensors.items():
+        np.testing.assert_array_equal(source.tensors[tensor].read(), values, err_msg=tensor)
+
+
+SECTIONS = {
+    "missing": (None, "missing"),
+    "a fourth position": ([2, 3, 2, 1], r"found \[2, 3, 2, 1\], expected three numbers with sum 8, half of "),
+    "too few": ([2, 3, 2], r"found \[2, 3, 2, 0\], expected three numbers with sum 8"),
+    "negative": ([-2, 5, 5], "found -2"),
+}
+
+
+@pytest.mark.parametrize("problem", SECTIONS)
+def test_sections_that_text_does_not_ignore_are_refused(tmp_path: Path, problem: str) -> None:
+    sections, message = SECTIONS[problem]
+    text = with_images("qwen2_vl")[1]
+    path = write_family(tmp_path / "t.gguf", "qwen2vl", text, random_tensors(text), sections)
+    with pytest.raises(ValueError, match=rf"qwen2vl.rope.dimension_sections(\.0)?: {message}"):
+        open_model(path)
 
 
 def test_layers_for_further_tokens_are_left_out(tmp_path: Path) -> None:
