@@ -7,7 +7,7 @@ from typing import NamedTuple
 from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.results import Evaluation, task_result
 from qlora_jax.evaluation.tasks.task import AnyTask, PreparedTask, ReferenceTask
-from qlora_jax.inference.result_cache import open_cache
+from qlora_jax.inference.result_cache import ResultCache, open_cache
 from qlora_jax.models.partition import ModelParts
 
 
@@ -42,18 +42,29 @@ def score_models(
     """
     first = next(iter(tasks.values()))
     scores: dict[str, dict[str, object]] = {task.name: {} for task in first}  # each task has its own type of scores
-    for name, parts, reference in models:
-        cache = open_cache(cache_folder, parts)  # hashes the model, once for all tasks
-        for task in tasks[name]:
-            with reporter.scoring(labels[name], task, cache) as progress:
-                scores[task.name][name] = task.score(parts, progress, cache)
-            if isinstance(task, ReferenceTask) and reference is not None:
-                before = open_cache(cache_folder, reference)
-                with reporter.scoring(f"{labels[name]}, its reference", task, before) as progress:
-                    found = task.with_reference(scores[task.name][name], parts, reference, progress, cache, before)
-                    scores[task.name][name] = found
-        del parts, reference  # before the next model is loaded
+    for model in models:
+        cache = open_cache(cache_folder, model.parts)  # hashes the model, once for all tasks
+        for task in tasks[model.name]:
+            scores[task.name][model.name] = _score(model, task, labels[model.name], cache, cache_folder, reporter)
+        del model  # before the next one is loaded
     return Evaluation(labels=dict(labels), tasks={task.name: task_result(task, scores[task.name]) for task in first})
+
+
+def _score(
+    model: ScoredModel,
+    task: AnyTask,
+    label: str,
+    cache: ResultCache,
+    cache_folder: str | Path | None,
+    reporter: Reporter,
+) -> object:
+    """Scores a model on a task, together with its reference if it has one and the task compares with it."""
+    if not isinstance(task, ReferenceTask) or model.reference is None:
+        with reporter.scoring(label, task, cache) as progress:
+            return task.score(model.parts, progress, cache)
+    of_both = cache.joined(open_cache(cache_folder, model.reference))
+    with reporter.scoring(f"{label} and its reference", task, of_both) as progress:
+        return task.score_with_reference(model.parts, model.reference, progress, of_both)
 
 
 def prepare_tasks(tasks: Iterable[AnyTask], report: Callable[[str], object]) -> None:

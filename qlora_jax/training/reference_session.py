@@ -13,12 +13,13 @@ from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.start_parameters import NO_CHANGE, read_start, start_digest, write_start
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.display.run_display import format_duration
+from qlora_jax.training.evaluation.forward import evaluation_outputs
+from qlora_jax.training.evaluation.reference_parameters import ReferenceParameters
 from qlora_jax.training.loop import TrainState
 from qlora_jax.training.objectives.objective import needs_reference
 from qlora_jax.training.reference_logps import ReferencePass, reference_folder, reference_key
 from qlora_jax.training.run_mesh import rows_of_batch
 from qlora_jax.training.session import Session
-from qlora_jax.training.step import evaluation_outputs
 
 
 class ReferenceStopped(Exception):
@@ -27,6 +28,8 @@ class ReferenceStopped(Exception):
 
 def with_initial(session: Session, resumed: Path | None) -> Session:
     """Returns the session with its initial parameters and their digest, if its objective has a reference.
+
+    They stay in host memory if there are held-out rows, which are compared with them.
 
     A resumed run has them again: from RUN/start.safetensors, otherwise from the seed, RUN/initial.safetensors or
     `lora.start`.
@@ -42,7 +45,9 @@ def with_initial(session: Session, resumed: Path | None) -> Session:
     start = None if resumed is None else read_start(resumed)
     if start is not None:
         session = dataclasses.replace(session, parts=session.parts.with_lora(_placed(start, session.parts.lora)))
-    return dataclasses.replace(session, initial_digest=start_digest(session.parts.lora))
+    lora, has_held_out = session.parts.lora, session.dataset.eval is not None
+    reference = ReferenceParameters.of(lora, session.mesh) if has_held_out else None
+    return dataclasses.replace(session, initial_digest=start_digest(lora), reference=reference)
 
 
 def _placed(start: AdapterArrays, like: Lora) -> Lora:

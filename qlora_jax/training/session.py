@@ -38,6 +38,7 @@ from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.evaluation.questions import Questions, open_questions
+from qlora_jax.training.evaluation.reference_parameters import ReferenceParameters
 from qlora_jax.training.evaluation.samples import Samples, open_samples
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
@@ -66,6 +67,7 @@ class Session:
       not_loaded: parts of the files that are not loaded, as text; empty if there are none.
       stored_types: types of the codes that the files have of linear layers, as text; empty if they have none.
       initial_digest: of the initial adapter, with an objective that has a reference (reference_session.py).
+      reference: the initial adapter, if held-out rows are compared with it.
     """
 
     config: Config
@@ -89,6 +91,7 @@ class Session:
     not_loaded: str
     stored_types: str
     initial_digest: str | None = None
+    reference: ReferenceParameters | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

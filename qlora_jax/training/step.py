@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,13 +84,17 @@ def row_outputs(
       keys_B: the key of each row; None without dropout and noise.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
     """
-    branching = Branching(micro["parents"], micro["depths"]) if "parents" in micro else None
-    texts = {"segments_BT": micro.get("segments"), "branching": branching}
-    how = {"remat": remat, "keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha, **texts}
+    how = {"remat": remat, "keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha, **text_separation(micro)}
     if isinstance(objective, Routed):
         hidden_MD, routing = model.hidden_with_routing(micro["inputs"], counted_positions(micro), **how)
         return RoutedOutputs(outputs=objective.outputs(model, hidden_MD, micro), routing=routing)
     return objective.outputs(model, model.hidden(micro["inputs"], **how), micro)
+
+
+def text_separation(micro: dict[str, jax.Array]) -> dict[str, Any]:
+    """Returns the arguments of `CausalLM.hidden` that separate the data rows and branches of a micro-batch."""
+    branching = Branching(micro["parents"], micro["depths"]) if "parents" in micro else None
+    return {"segments_BT": micro.get("segments"), "branching": branching}
 
 
 @functools.partial(jax.jit, static_argnames=("remat", "mesh", "neftune_noise_alpha", "objective"))
@@ -318,33 +322,3 @@ def _update(
         norm = global_norm(grads, specs)  # before the update, which sees only a part of the gradients
     updates, state = optax.with_extra_args_support(optimizer).update(grads, state, lora, norm=norm)
     return cast(Lora, apply_updates(lora, updates)), state, norm
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def evaluation_loss(
-    parts: ModelParts, batch: dict[str, jax.Array], *, mesh: AnyMesh | None = None
-) -> Float[Array, " B"]:
-    """Returns each row's sum of losses in nats, without dropout; `batch` is as in `gradients`, without the axis A."""
-    return _forward(parts, batch, SUPERVISED, mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("objective", "mesh"))
-def evaluation_outputs(
-    parts: ModelParts, batch: dict[str, jax.Array], *, objective: Objective, mesh: AnyMesh | None = None
-) -> PyTree:
-    """Returns the objective's outputs for each row, without dropout; `batch` is as in `evaluation_loss`."""
-    return _forward(parts, batch, objective, mesh)
-
-
-def _forward(parts: ModelParts, batch: dict[str, jax.Array], objective: Objective, mesh: AnyMesh | None) -> PyTree:
-    """Returns the outputs of all rows on every device."""
-    if mesh is None:
-        return row_outputs(objective, combine(parts), batch, remat="none", keys_B=None)
-    specs = parts_specs(parts, mesh)
-
-    def per_device(parts: ModelParts, batch: dict[str, jax.Array]) -> PyTree:
-        own = row_outputs(objective, _model(parts, specs, mesh), batch, remat="none", keys_B=None)
-        return jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=0), own)
-
-    run = jax.shard_map(per_device, mesh=mesh, in_specs=(specs, P(ROWS)), out_specs=P(), check_vma=False)
-    return run(parts, batch)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from qlora_jax.api.evaluate import evaluate_side_by_side
 from qlora_jax.config import Config, MeshArgs
+from qlora_jax.config.sizes import format_bytes
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.training import reference_logps
 from qlora_jax.training.metrics.metrics_file import read_metrics
@@ -67,7 +68,8 @@ def test_a_run_starts_at_its_reference_and_learns_the_preference(finished):
     held = [record for record in records if "eval_loss" in record]
     first, last = held[0], held[-1]
     assert first["eval_loss"] == pytest.approx(np.log(2)) and first["eval_rewards_accuracy"] == 0.5
-    assert first["eval_log_ratio_per_token"] == first["eval_rewards_margin"] == 0
+    assert first["eval_log_ratio_per_token"] == first["eval_rewards_margin"] == first["eval_kl_chosen"] == 0
+    assert 0 < last["eval_kl_rejected_low"] < last["eval_kl_rejected"] < last["eval_kl_rejected_high"]
     assert last["eval_rewards_accuracy"] == 1 and last["eval_loss"] < 0.6 < first["eval_loss"]
     assert last["eval_rewards_margin_low"] < last["eval_rewards_margin"] < last["eval_rewards_margin_high"]
     (step,) = (record for record in records if record.get("step") == 6 and "loss" in record)
@@ -137,6 +139,10 @@ def test_the_run_is_right_by_reward_where_training_says_so(finished):
     done = evaluate_side_by_side(EvaluateArgs(run=config.output, pairs=pairs, columns=["quantized", "checkpoint"]))
     found = done.tasks["pairs"].metrics
     assert found["checkpoint"]["right by reward"].value == 1 and "right by reward" not in found["quantized"]
+    held = [record for record in read_metrics(Path(config.output) / "metrics.jsonl") if "eval_kl_chosen" in record]
+    for answer in ("chosen", "rejected"):  # of all pairs here, of those held out there
+        kl = found["checkpoint"][f"KL to the reference per token, {answer}"].value
+        assert kl == pytest.approx(held[-1][f"eval_kl_{answer}"], rel=0.5)
     changes = {change.name: change for change in done.tasks["pairs"].comparisons["quantized", "checkpoint"]}
     assert changes["right by likelihood"].difference >= 0 and "right by reward" not in changes
 
@@ -149,6 +155,8 @@ def test_a_dry_run_counts_the_reference_pass(finished, tmp_path):
     assert "reference pass  24 rows, " in out.getvalue()
     report = json.loads((tmp_path / "planned" / "report.json").read_text())
     facts, train = report["memory_plan"]["reference"], report["data"]["train"]
-    assert facts["rows"] == 24 and facts["values"] == 24 * 2 * 4 and facts["program"] > 0
+    assert facts["rows"] == 24 and facts["values"] == 24 * 2 * 4 and facts["program"] > facts["parameters"]
+    adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in lora_at(config, 6))
+    assert facts["parameters"] == adapter and f"{format_bytes(adapter)} of its adapter" in out.getvalue()
     # A forward pass of all rows, which takes a third to a half of forward and backward, against an epoch's rows.
     assert 1 / 3 < facts["epochs"] * train["tokens"] / facts["tokens"] < 1 / 2

@@ -19,13 +19,14 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import token_rows
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.training.evaluation.forward import evaluation_loss
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.plan.from_config import planned_rows, step_configs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.run import train
 from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
-from qlora_jax.training.step import evaluation_loss, gradients
+from qlora_jax.training.step import gradients
 from tests.data.loss_mask.reasoning_templates import REASONING_TEMPLATES
 from tests.e2e.project import byte_tokenizer_json, project, stop_after
 from tests.e2e.run_records import comparable_records

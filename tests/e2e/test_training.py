@@ -28,10 +28,11 @@ from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.training import loop
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.evaluation.forward import evaluation_loss
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import dry_run, lock_output, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare, weights_of
-from qlora_jax.training.step import evaluation_loss, gradients, update
+from qlora_jax.training.step import gradients, update
 from tests.e2e.project import project, stop_after, write_model, write_rows
 from tests.e2e.run_records import comparable_records
 from tests.marks import first_always

@@ -1,4 +1,4 @@
-"""Losses, log-probabilities and LoRA gradients of TRL's trainers on given ids.
+"""Losses, log-probabilities and LoRA gradients of TRL's trainers on given ids, and divergences by torch.
 
 `cases`: {name: [trainer, settings]}. The reference of DPO and KTO is the adapter in the folder `start`, the policy that
 in `policy`, over the model in `base`.
@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from tokenizers import Tokenizer
+from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -95,6 +96,23 @@ def logps_of_labelled(trainer) -> tuple[list, list]:
     return policy, reference
 
 
+def divergences(answers: tuple[str, str], some: list[dict]) -> list[list[float]]:
+    """The sum over each answer's tokens of KL(policy || reference) at the position before."""
+    base = AutoModelForCausalLM.from_pretrained(given["base"], attn_implementation="eager", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, given["start"], adapter_name="start")
+    model.load_adapter(given["policy"], adapter_name="policy")
+    return [[divergence_of(model, row["prompt"], row[answer]) for answer in answers] for row in some]
+
+
+def divergence_of(model: PeftModel, prompt: list[int], answer: list[int]) -> float:
+    logps = {}
+    for name in ("policy", "start"):
+        model.set_adapter(name)
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        logps[name] = logits.double().log_softmax(-1)
+    return float(kl_div(logps["start"], logps["policy"], reduction="sum", log_target=True))
+
+
 def loss_of(trainer: str, made_trainer) -> torch.Tensor:
     """The loss of all rows in one batch."""
     if trainer == "dpo":
@@ -117,5 +135,7 @@ for name, (trainer, settings) in given["cases"].items():
     if name in ("dpo", "kto"):
         with torch.no_grad():
             policy, reference = logps_of_pairs(each) if name == "dpo" else logps_of_labelled(each)
-        found |= {f"{name}/policy": torch.tensor(policy).numpy(), f"{name}/reference": torch.tensor(reference).numpy()}
+            of_rows = (("chosen", "rejected"), pairs) if name == "dpo" else (("completion", "KL"), labelled)
+            parts = {"policy": policy, "reference": reference, "divergence": divergences(*of_rows)}
+        found |= {f"{name}/{part}": torch.tensor(values).numpy() for part, values in parts.items()}
 save(**found)

@@ -18,9 +18,10 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, ModelParts, partition
+from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.objectives.make_objective import make_objective
 from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.step import evaluation_outputs, gradients
+from qlora_jax.training.step import gradients
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.marks import EXHAUSTIVE
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs
@@ -108,20 +109,24 @@ def _batch(form: str, objective: Objective, reference: np.ndarray | None) -> dic
     return batch_of(rows, FORMS[form], 64, packed=form == "packed", sequences=sequences).arrays()
 
 
-@functools.cache
-def _logps(folder: Path, seed: int, kind: str) -> np.ndarray:
-    """log p of the sequences [rows, 2] under the adapter of a seed."""
-    objective = _objective("dpo" if kind == "pair" else "kto")
+def _sequences(kind: str) -> dict[str, jax.Array]:
+    """The batch of all rows, each with two sequences."""
     rows = pair_rows(PAIRS) if kind == "pair" else labelled_rows(LABELLED)
     batch = batch_of(rows, [[[index] for index in range(6)]], 64, packed=False, sequences=2).arrays()
-    parts = _parts(folder).with_lora(_random_lora(_parts(folder), seed))
-    first = {name: jnp.asarray(array[0]) for name, array in batch.items()}
-    return np.asarray(evaluation_outputs(parts, first, objective=objective).logps_BS)
+    return {name: jnp.asarray(array[0]) for name, array in batch.items()}
+
+
+@functools.cache
+def _reference_logps(folder: Path, kind: str) -> np.ndarray:
+    """log p of the sequences [rows, 2] under the reference."""
+    parts = _parts(folder).with_lora(_random_lora(_parts(folder), 1))
+    objective = _objective("dpo" if kind == "pair" else "kto")
+    return np.asarray(evaluation_outputs(parts, _sequences(kind), objective=objective).logps_BS)
 
 
 def _check(found: dict[str, np.ndarray], name: str, form: str, base: Path) -> None:
     objective = _objective(name)
-    reference = _logps(base, 1, objective.row_kind)
+    reference = _reference_logps(base, objective.row_kind)
     parts = _parts(base).with_lora(_random_lora(_parts(base), 2))
     grads, loss = gradients(parts, _batch(form, objective, reference), None, remat="names", objective=objective)
     where = f"{name}, {form}"
@@ -159,8 +164,10 @@ def test_objectives_equal_trl(tmp_path: Path, oracle, chosen: list[tuple[str, st
         cases={name: CASES[name][2:] for name in dict.fromkeys(name for name, _ in chosen)},
     )
     for name, kind in (("dpo", "pair"), ("kto", "labelled")):
-        for seed, model in ((1, "reference"), (2, "policy")):
-            ours, theirs = _logps(base, seed, kind), found[f"{name}/{model}"]
-            np.testing.assert_allclose(ours, theirs, rtol=TOLERANCE, err_msg=f"{name}/{model}")
+        both = _parts(base).with_lora(policy), _parts(base).with_lora(start)
+        compared = compared_outputs(both, _sequences(kind))
+        ours = {"reference": _reference_logps(base, kind), "policy": compared.logps_BS, "divergence": compared.kl_BS}
+        for part, values in ours.items():
+            np.testing.assert_allclose(values, found[f"{name}/{part}"], rtol=TOLERANCE, err_msg=f"{name}/{part}")
     for name, form in chosen:
         _check(found, name, form, base)

@@ -20,7 +20,7 @@ from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.readers.files import Problem, raise_problems
 from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.divergence import divergence_of_rows
+from qlora_jax.evaluation.divergence import compare_rows
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.measures import MEASURES
 from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues
@@ -37,13 +37,13 @@ from qlora_jax.models.partition import ModelParts
 OBJECTIVE = "dpo"  # whose rows are pairs
 RIGHT_BY_REWARD, RIGHT_BY_LIKELIHOOD, MARGIN = "right by reward", "right by likelihood", "reward margin"
 LOG_RATIO = "log ratio to the reference per token"
-DIVERGENCE = "KL to the reference per token, chosen"
+DIVERGENCES = tuple(f"KL to the reference per token, {answer}" for answer in ("chosen", "rejected"))
 LONGER = "chosen is longer"
 KINDS: dict[str, MetricKind] = {
     RIGHT_BY_REWARD: "share",
     MARGIN: "number",
     LOG_RATIO: "number",
-    DIVERGENCE: "number",
+    **dict.fromkeys(DIVERGENCES, "number"),
     RIGHT_BY_LIKELIHOOD: "share",
     f"{RIGHT_BY_LIKELIHOOD} per token": "share",
     "loss per token, chosen": "number",
@@ -59,13 +59,13 @@ class PairScores:
     Fields:
       nll_P2: the sum of -log p over the tokens of an answer.
       reference_P2: the same under the reference; None for a model without one.
-      divergence_P: the sum of KL(model || reference) over the tokens of the chosen answer; None without a reference.
+      divergence_P2: the sum of KL(model || reference) over the tokens of an answer; None without a reference.
     """
 
     nll_P2: Float64[np.ndarray, "P 2"]
     tokens_P2: Int64[np.ndarray, "P 2"]
     reference_P2: Float64[np.ndarray, "P 2"] | None = None
-    divergence_P: Float64[np.ndarray, " P"] | None = None
+    divergence_P2: Float64[np.ndarray, "P 2"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,28 +99,20 @@ class PairsTask:
         scores = score_rows(parts, self.sequences, progress, cache)
         return PairScores(nll_P2=scores.nll.reshape(-1, 2), tokens_P2=scores.tokens.reshape(-1, 2))
 
-    def with_reference(
-        self,
-        scores: PairScores,
-        parts: ModelParts,
-        reference: ModelParts,
-        progress: ProgressCallback,
-        cache: ResultCache,
-        reference_cache: ResultCache,
+    def score_with_reference(
+        self, parts: ModelParts, reference: ModelParts, progress: ProgressCallback, cache: ResultCache
     ) -> PairScores:
-        """Adds the scores of the model before its training, and the divergence from it."""
-        pairs = self.size // 2
-
-        def progress_from(first: int) -> ProgressCallback:
-            """Counts answers for the first two of three rounds over the pairs, and pairs for the last."""
-            return lambda done: progress((first + done) * 2 // 3)
-
-        before = self.score(reference, progress_from(0), reference_cache).nll_P2
-        chosen, joined = self.sequences[0::2], cache.joined(reference_cache)
-        divergence_P = divergence_of_rows(parts, reference, chosen, progress_from(2 * pairs), joined)
-        reference_cache.hits += joined.hits  # both are reported as one
-        reference_cache.misses += joined.misses
-        return dataclasses.replace(scores, reference_P2=before, divergence_P=divergence_P)
+        """Scores a run and the model before its training on each answer, and the divergence of the run from it."""
+        found = compare_rows(parts, reference, self.sequences, progress, cache)
+        nll_P2, reference_P2, divergence_P2 = (
+            sums.reshape(-1, 2) for sums in (found.nll, found.reference_nll, found.divergence)
+        )
+        return PairScores(
+            nll_P2=nll_P2,
+            tokens_P2=np.array([scored[1:].sum() for _, scored in self.sequences]).reshape(-1, 2),
+            reference_P2=reference_P2,
+            divergence_P2=divergence_P2,
+        )
 
     def metrics(self, scores: PairScores) -> list[Metric]:
         """Accuracies, margin, log ratio and losses; the accuracies of each group; and the number of ties."""
@@ -159,8 +151,9 @@ class PairsTask:
                 MARGIN: RowValues(margin_P, one_P),
                 LOG_RATIO: RowValues(ratio_P2.sum(axis=1), tokens_P2.sum(axis=1)),
             }
-        if scores.divergence_P is not None:
-            found[DIVERGENCE] = RowValues(scores.divergence_P, tokens_P2[:, 0])
+        if scores.divergence_P2 is not None:
+            for name, divergence_P, tokens_P in zip(DIVERGENCES, scores.divergence_P2.T, tokens_P2.T, strict=True):
+                found[name] = RowValues(divergence_P, tokens_P)
         mean_P2 = scores.nll_P2 / tokens_P2
         return found | {
             RIGHT_BY_LIKELIHOOD: RowValues(_right(scores.nll_P2[:, 1] - scores.nll_P2[:, 0]), one_P),

@@ -121,16 +121,10 @@ class RowValuesTask[Scores](Protocol):
 class ReferenceTask[Scores](Protocol):
     """A task that also compares a run with its reference, the model before its training."""
 
-    def with_reference(
-        self,
-        scores: Scores,
-        parts: ModelParts,
-        reference: ModelParts,
-        progress: ProgressCallback,
-        cache: ResultCache,
-        reference_cache: ResultCache,
+    def score_with_reference(
+        self, parts: ModelParts, reference: ModelParts, progress: ProgressCallback, cache: ResultCache
     ) -> Scores:
-        """Adds the scores of the reference to those of the run; each model has its cache."""
+        """Scores a run together with its reference; `cache` has results of both."""
         ...
 
 

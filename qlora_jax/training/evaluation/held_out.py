@@ -3,6 +3,7 @@
 Dimension key: B rows of a batch, R held-out rows.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -14,6 +15,7 @@ from jaxtyping import Float64, PyTree
 
 from qlora_jax.data.batching.batches import PRESENT, Batch
 from qlora_jax.models.partition import Lora
+from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_loss, evaluation_outputs
 from qlora_jax.training.evaluation.held_out_heads import held_out_head_metrics
 from qlora_jax.training.metrics.eval_metrics import eval_loss_metrics, objective_loss_metrics
 from qlora_jax.training.metrics.preference_metrics import means_with_intervals, preference_values
@@ -21,7 +23,6 @@ from qlora_jax.training.objectives.objective import Objective, PreferenceObjecti
 from qlora_jax.training.objectives.sequences import SequenceLogps
 from qlora_jax.training.run_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Session
-from qlora_jax.training.step import evaluation_loss, evaluation_outputs
 
 
 def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:
@@ -59,16 +60,24 @@ def _token_loss(session: Session, lora: Lora, before_batch: Callable[[], None]) 
 
 def _outputs(session: Session, lora: Lora, before_batch: Callable[[], None]) -> tuple[list[Batch], PyTree]:
     """Returns (the batches, the model's outputs for their rows, with leaves [R, ...])."""
-    batches, outputs = [], []
+    compute, batches, outputs = _forward_pass(session, lora), [], []
     for batch in session.dataset.eval_batches(rows_of_batch(session.config, session.mesh)):
         before_batch()
         read = read_by_outputs(batch.arrays(), session.objective)
         arrays = place_batch({name: array[0] for name, array in read.items()}, session.mesh)
-        parts = session.parts.with_lora(lora)
-        found = evaluation_outputs(parts, arrays, objective=session.objective, mesh=session.mesh)
+        found = compute(arrays)
         batches.append(batch)
         outputs.append(jax.tree.map(lambda leaf, batch=batch: jnp.asarray(np.asarray(leaf)[is_row(batch)]), found))
     return batches, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+
+
+def _forward_pass(session: Session, lora: Lora) -> Callable[[dict[str, jax.Array]], PyTree]:
+    """Returns a function from a batch to the model's outputs, with the divergence if there is a reference."""
+    parts = session.parts.with_lora(lora)
+    if session.reference is None:
+        return functools.partial(evaluation_outputs, parts, objective=session.objective, mesh=session.mesh)
+    both = parts, session.parts.with_lora(session.reference.on_devices())
+    return functools.partial(compared_outputs, both, mesh=session.mesh)
 
 
 def losses_of_rows(

@@ -3,8 +3,9 @@
 Held-out metrics have intervals. The names mean what TRL's mean; docs/preferences.md compares them. All are ratios of
 sums over rows.
 
-`log_ratio_per_token` is the mean of log p - log p of the reference over the tokens of the data's answers. It is not the
-KL divergence, whose answers would be the model's own, and it may be negative.
+`kl_chosen` and `kl_rejected` are held-out metrics: KL(model || reference) over the whole vocabulary, averaged over the
+tokens of the answers. `log_ratio_per_token` is the mean of log p - log p of the reference over the tokens of the data's
+answers. It is not the KL divergence, and it may be negative.
 
 Dimension key: R rows of a step or of the held-out data.
 """
@@ -23,17 +24,20 @@ from qlora_jax.evaluation.metrics import RowValues
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap_of, wilson_interval
 from qlora_jax.training.metrics.eval_metrics import HIGH, LOW
 from qlora_jax.training.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
-from qlora_jax.training.objectives.sequences import SequenceLogps
+from qlora_jax.training.objectives.sequences import ComparedLogps, SequenceLogps
 
 EVAL = "eval_"  # prefix of the held-out metrics
 CHOSEN, REJECTED, MARGIN, ACCURACY = "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"
 LOG_RATIO, KTO_KL, LOGP_CHOSEN, LOGP_REJECTED = "log_ratio_per_token", "kto_kl", "logp_chosen", "logp_rejected"
+KL_CHOSEN, KL_REJECTED = "kl_chosen", "kl_rejected"
 PREFERENCE_LABELS = {
     ACCURACY: "right by reward",
     MARGIN: "reward margin",
     CHOSEN: "reward of chosen",
     REJECTED: "reward of rejected",
     LOG_RATIO: "log ratio to the reference per token",
+    KL_CHOSEN: "KL to the reference per token of chosen",
+    KL_REJECTED: "KL to the reference per token of rejected",
     KTO_KL: "KL of KTO",
     LOGP_CHOSEN: "log p per token of chosen",
     LOGP_REJECTED: "log p per token of rejected",
@@ -48,12 +52,14 @@ class AnswerScores:
       logps: the sum of log p over its tokens.
       rewards: as the objective defines them.
       reference: the sum of log p under the reference; None for objectives without one.
+      kl: the sum of KL(model || reference) over its tokens; None if it is not computed, as in training steps.
     """
 
     logps: Float64[np.ndarray, " R"]
     tokens: Float64[np.ndarray, " R"]
     rewards: Float64[np.ndarray, " R"]
     reference: Float64[np.ndarray, " R"] | None
+    kl: Float64[np.ndarray, " R"] | None
 
 
 def pair_values(chosen: AnswerScores, rejected: AnswerScores) -> dict[str, RowValues]:
@@ -67,6 +73,9 @@ def pair_values(chosen: AnswerScores, rejected: AnswerScores) -> dict[str, RowVa
         LOGP_CHOSEN: RowValues(chosen.logps, chosen.tokens),
         LOGP_REJECTED: RowValues(rejected.logps, rejected.tokens),
     }
+    if chosen.kl is not None and rejected.kl is not None:
+        found[KL_CHOSEN] = RowValues(chosen.kl, chosen.tokens)
+        found[KL_REJECTED] = RowValues(rejected.kl, rejected.tokens)
     if chosen.reference is None or rejected.reference is None:
         return found
     ratios_R = chosen.logps - chosen.reference + rejected.logps - rejected.reference
@@ -90,6 +99,9 @@ def labelled_values(
         LOGP_CHOSEN: RowValues(answers.logps * desirable, answers.tokens * desirable),
         LOGP_REJECTED: RowValues(answers.logps * undesirable, answers.tokens * undesirable),
     }
+    if answers.kl is not None:
+        found[KL_CHOSEN] = RowValues(answers.kl * desirable, answers.tokens * desirable)
+        found[KL_REJECTED] = RowValues(answers.kl * undesirable, answers.tokens * undesirable)
     if answers.reference is not None:
         found[LOG_RATIO] = RowValues(answers.logps - answers.reference, answers.tokens)
     if kl_ratios is not None:
@@ -147,7 +159,7 @@ def preference_values(
     """Returns the rows' parts of the metrics of an objective, flat over all rows and packs.
 
     Args:
-      outputs: sums of log p and of tokens, [..., S].
+      outputs: sums of log p, of tokens and possibly of the divergence, [..., S].
       arrays: `present` and the objective's values, with the same shapes.
     """
     rewards_BS = objective.rewards(outputs, {name: jnp.asarray(array) for name, array in arrays.items()})
@@ -163,6 +175,7 @@ def preference_values(
             tokens=flat(outputs.tokens_BS, place),
             rewards=flat(rewards_BS, place),
             reference=flat(arrays[REFERENCE], place) if REFERENCE in arrays else None,
+            kl=flat(outputs.kl_BS, place) if isinstance(outputs, ComparedLogps) else None,
         )
 
     if objective.row_kind == "pair":

@@ -1,4 +1,4 @@
-"""Log-probabilities of the sequences in a batch: sums over the supervised tokens of each.
+"""Log-probabilities of the sequences in a batch, and their divergence: sums over the supervised tokens of each.
 
 Dimension key: B rows, S slots, T positions, M = B T, D embed.
 """
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.lm_head.cross_entropy import token_nll
+from qlora_jax.nn.lm_head.divergence import compare_tokens
 from qlora_jax.training.objectives.objective import Arrays
 
 
@@ -37,6 +38,38 @@ def sequence_logps(model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Array
     slots = micro[PRESENT].shape[-1]
     logps_BS = sum_by_slot(-nll_M.reshape(weights_BT.shape) * weights_BT, micro["sequences"], slots)
     return SequenceLogps(logps_BS, sum_by_slot(weights_BT, micro["sequences"], slots))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ComparedLogps(SequenceLogps):
+    """Log-probabilities of sequences, and the divergence of the model from its reference on their tokens.
+
+    Attributes:
+      kl_BS: sum over the supervised tokens of KL(model || reference) over the whole vocabulary, in nats.
+    """
+
+    kl_BS: Float[Array, "*A B S"]
+
+
+def compared_logps(
+    model: CausalLM,
+    hidden_MD: Float[Array, "M D"],
+    reference: CausalLM,
+    reference_MD: Float[Array, "M D"],
+    micro: Arrays,
+) -> ComparedLogps:
+    """Returns `sequence_logps` of a model with its divergence from a reference; not differentiable."""
+    weights_BT, slots = micro["weights"], micro[PRESENT].shape[-1]
+    targets_M, wanted_M = micro["targets"].reshape(-1), weights_BT.reshape(-1) > 0
+    with jax.named_scope("head"):
+        found = compare_tokens(hidden_MD, model.head, reference_MD, reference.head, targets_M, wanted_M)
+
+    def summed(values_M: jax.Array) -> jax.Array:
+        return sum_by_slot(values_M.reshape(weights_BT.shape) * weights_BT, micro["sequences"], slots)
+
+    tokens_BS = sum_by_slot(weights_BT, micro["sequences"], slots)
+    return ComparedLogps(summed(-found.nll_M), tokens_BS, summed(found.divergence_M))
 
 
 def sum_by_slot(

@@ -1,4 +1,4 @@
-"""The reference pass of a run in its plan: rows, operations, and memory of its program and its values."""
+"""The reference of a run in its plan: operations of the pass, and memory of programs, values and parameters."""
 
 import dataclasses
 from typing import NamedTuple
@@ -16,13 +16,14 @@ from qlora_jax.data.report.stats import DataReport, SplitReport
 from qlora_jax.sharding import ROWS, part_bytes
 from qlora_jax.training.abstract_step import abstract_batch
 from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.cost.memory_use import lora_bytes
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.metrics.mfu import Utilization, utilization
 from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.plan.requirements import ACTIVATIONS, StepConfig, estimated_requirements
 from qlora_jax.training.run_mesh import MAX_ROWS, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Inputs, weights_of
-from qlora_jax.training.step import evaluation_outputs
 
 F32 = 4
 
@@ -51,28 +52,36 @@ class ReferenceWork(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReferencePlan:
-    """The work of a run's pass, and the memory of its program and its values.
+    """The work of a run's pass, and the memory of its programs, its values and its parameters.
 
     Attributes:
-      program: bytes of its largest batch, outputs and temporary buffers on a device.
+      program: bytes on a device of the largest batch, outputs and temporary buffers of the pass; with held-out rows,
+        those of their comparison with the reference, and of its parameters.
       values: bytes of its results in host memory.
+      parameters: bytes of the reference's adapter in host memory; 0 without held-out rows.
     """
 
     work: ReferenceWork
     program: int
     values: int
+    parameters: int
 
     def __str__(self) -> str:
         """Returns it as text for people."""
-        return f"{self.work}; {format_bytes(self.values)} of values"
+        adapter = f", {format_bytes(self.parameters)} of its adapter" if self.parameters else ""
+        return f"{self.work}; {format_bytes(self.values)} of values{adapter}"
 
     def to_dict(self) -> dict[str, int | float]:
         """Returns its numbers for JSON."""
-        return self.work._asdict() | {"program": self.program, "values": self.values}
+        return self.work._asdict() | {
+            "program": self.program,
+            "values": self.values,
+            "parameters": self.parameters,
+        }
 
 
 def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients) -> ReferencePlan | None:
-    """Plans the pass and compiles its program for the longest rows; returns None for an objective without reference."""
+    """Plans the pass and compiles a program for the longest rows; returns None for an objective without reference."""
     if not needs_reference(inputs.objective):
         return None
     step = StepShape(
@@ -85,7 +94,9 @@ def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients)
     )
     work = work_of_rows(step, inputs.dataset.report)
     values = F32 * work.rows * inputs.objective.sequences_per_row
-    return ReferencePlan(work=work, program=_program_bytes(config, inputs, gradients), values=values)
+    parameters = 0 if inputs.dataset.eval is None else part_bytes(gradients.parts.lora)
+    program = parameters + _program_bytes(config, inputs, gradients)
+    return ReferencePlan(work=work, program=program, values=values, parameters=parameters)
 
 
 def work_of_rows(step: StepShape, report: DataReport) -> ReferenceWork:
@@ -112,7 +123,7 @@ class PlannedReference(NamedTuple):
 
     Fields:
       share: the part of the run's model FLOP that the pass takes; None if the run's epochs are not known.
-      device: estimated bytes on the device.
+      device: estimated bytes on the device, with the reference's adapter unless no rows are held out.
     """
 
     work: ReferenceWork
@@ -139,7 +150,8 @@ def reference_of_step(config: StepConfig, report: DataReport | None, train: Trai
     if train.steps is not None:
         epochs = None if report is None else train.steps / report.steps_per_epoch
     share = None if epochs is None else work.epochs / (work.epochs + epochs)
-    return PlannedReference(work, share, _estimated_bytes(config))
+    parameters = 0 if report is not None and report.eval is None else lora_bytes(step)
+    return PlannedReference(work, share, parameters + _estimated_bytes(config))
 
 
 def _estimated_bytes(config: StepConfig) -> int:
@@ -157,8 +169,12 @@ def _flops(counted: Utilization, split: SplitReport) -> int:
 
 
 def _program_bytes(config: Config, inputs: Inputs, gradients: CompiledGradients) -> int:
-    batch = _batch(config, inputs, gradients.mesh)
-    lowered = evaluation_outputs.lower(gradients.parts, batch, objective=inputs.objective, mesh=gradients.mesh)
+    """Returns the bytes of the comparison with held-out rows, which includes the pass; otherwise those of the pass."""
+    batch, parts, mesh = _batch(config, inputs, gradients.mesh), gradients.parts, gradients.mesh
+    if inputs.dataset.eval is None:
+        lowered = evaluation_outputs.lower(parts, batch, objective=inputs.objective, mesh=mesh)
+    else:
+        lowered = compared_outputs.lower((parts, parts), batch, mesh=mesh)
     memory = aot.read_memory(lowered.compile().memory_analysis()).device
     runtime.give_memory_back()
     return part_bytes(batch) + memory.temporaries + memory.outputs - memory.aliases

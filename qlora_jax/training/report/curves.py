@@ -96,13 +96,14 @@ def _preference_charts(records: Sequence[Record], steps: Sequence[Record]) -> li
         ]
         return [found[0], found[1]._replace(values=moving_average(found[1].values))]
 
-    rewards, logps = (
+    rewards, logps, divergences = (
         [*lines(f"{kind}_chosen", "chosen, "), *lines(f"{kind}_rejected", "rejected, ", main=False)]
-        for kind in ("rewards", "logp")
+        for kind in ("rewards", "logp", "kl")
     )
     return [
         Chart("Pairs with a higher reward for the chosen answer", "%", lines("rewards_accuracy", "", scale=100.0)),
         Chart("Rewards", "", rewards),
+        Chart("KL divergence from the reference", "nats per token", divergences),
         Chart("Log p of answers minus that of the reference", "nats per token", lines("log_ratio_per_token", "")),
         Chart("Log p of answers", "nats per token", logps, from_zero=False),
     ]

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from qlora_jax.evaluation.divergence import compare_given_tokens
+from qlora_jax.evaluation.loglikelihood import batches_of, score_tokens, scoring_inputs
 from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.score import ScoredModel, score_models
+from qlora_jax.evaluation.shared_prefixes import pack_rows
 from qlora_jax.evaluation.statistics import paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, pairs_task
 from qlora_jax.inference.result_cache import open_cache
@@ -48,7 +51,7 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
         for parts in (run, reference)
     )
     tokens = np.array([scored.sum() for _, scored in task.sequences]).reshape(-1, 2)
-    divergences = [expected_divergence(run, reference, *one) for one in task.sequences[0::2]]
+    divergences = np.array([expected_divergence(run, reference, *one) for one in task.sequences]).reshape(-1, 2)
     rewards = 0.5 * (before - nll)
     margins = rewards[:, 0] - rewards[:, 1]
     mean = nll / tokens
@@ -56,7 +59,8 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
         "right by reward": (margins > 0).mean(),
         "reward margin": margins.mean(),
         "log ratio to the reference per token": (before - nll).sum() / tokens.sum(),
-        "KL to the reference per token, chosen": sum(divergences) / tokens[:, 0].sum(),
+        "KL to the reference per token, chosen": divergences[:, 0].sum() / tokens[:, 0].sum(),
+        "KL to the reference per token, rejected": divergences[:, 1].sum() / tokens[:, 1].sum(),
         "right by likelihood": (nll[:, 0] < nll[:, 1]).mean(),
         "right by likelihood per token": (mean[:, 0] < mean[:, 1]).mean(),
         "loss per token, chosen": nll[:, 0].sum() / tokens[:, 0].sum(),
@@ -70,13 +74,26 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
     assert "right by reward" in done.tasks["pairs"].rows["run"]
 
 
-def test_all_batches_that_a_reference_takes_are_counted(tmp_path):
+def test_results_of_a_model_and_its_reference_are_cached_together(tmp_path):
+    task = task_of(write(tmp_path / "pairs.jsonl", [ROWS[0], ROWS[2]] * 2))
+    run, references, done = tiny_parts(0), [tiny_parts(1), tiny_parts(2)], []
+    for reference, counts in ((0, (0, 1)), (0, (1, 0)), (1, (0, 1))):  # hits and misses
+        cache = open_cache(tmp_path / "cache", run).joined(open_cache(tmp_path / "cache", references[reference]))
+        task.score_with_reference(run, references[reference], done.append, cache)
+        assert (cache.hits, cache.misses) == counts and done[-1] == task.size
+
+
+def test_a_reference_costs_one_more_forward_pass(tmp_path):
+    """Hidden states are computed once per model; the divergence adds little more than sums over the logits."""
     task = task_of(write(tmp_path / "pairs.jsonl", [ROWS[0], ROWS[2]] * 2))
     run, reference = tiny_parts(0), tiny_parts(1)
-    for counts in ((0, 2), (2, 0)):  # hits and misses: log p of the reference, and the divergence
-        own, other = (open_cache(tmp_path / "cache", parts) for parts in (run, reference))
-        task.with_reference(task.score(run, print, own), run, reference, print, own, other)
-        assert (other.hits, other.misses) == counts
+    ((batch, packed),) = batches_of(pack_rows(task.sequences, share=True), 1)
+    inputs, _, _ = scoring_inputs(batch, packed, 1)
+    alone, both = (
+        program.lower(parts, *inputs).compile().cost_analysis()["flops"]
+        for program, parts in ((score_tokens, run), (compare_given_tokens, (run, reference)))
+    )
+    assert alone < both < 2.5 * alone
 
 
 def scores(chosen, rejected, reference=None):

@@ -1,11 +1,11 @@
-"""KL divergences computed tile by tile, against float64 sums over all logits."""
+"""Comparisons of two models computed tile by tile, against float64 sums over all logits."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.lm_head.divergence import token_divergence
+from qlora_jax.nn.lm_head.divergence import compare_tokens
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head.tiles import TILES, Tile
 from tests.nn.gradients import random_array
@@ -18,10 +18,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TILES, "cpu", Tile(32, 32))
 
 
-def definition(logits: jax.Array, others: jax.Array) -> np.ndarray:
+def definition(logits: jax.Array, others: jax.Array, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(-log p of the targets, -log q of them, KL(p || q))."""
     logps = [np.asarray(one, np.float64) for one in (logits, others)]
     logps = [one - np.log(np.exp(one).sum(axis=1, keepdims=True)) for one in logps]
-    return (np.exp(logps[0]) * (logps[0] - logps[1])).sum(axis=1)
+    nll, other_nll = (-one[np.arange(len(targets)), targets] for one in logps)
+    return nll, other_nll, (np.exp(logps[0]) * (logps[0] - logps[1])).sum(axis=1)
 
 
 def heads(kind: str) -> tuple[Head | HeadWithRows | TrainableHead, Head | HeadWithRows | TrainableHead]:
@@ -37,25 +39,28 @@ def heads(kind: str) -> tuple[Head | HeadWithRows | TrainableHead, Head | HeadWi
 
 
 @pytest.mark.parametrize("kind", ["frozen", "softcap", "rows", "trainable"])
-def test_divergence_is_that_of_all_logits(kind: str):
+def test_a_comparison_is_that_of_all_logits(kind: str):
     hidden, near = random_array(M, D, seed=8), random_array(M, D, seed=8) + random_array(M, D, seed=9) / 20
     head, other_head = heads(kind)
     wanted = np.random.default_rng(0).random(M) < 0.6
-    found = jax.jit(token_divergence)(hidden, head, near, other_head, jnp.asarray(wanted))
-    expected = definition(head.logits(hidden), other_head.logits(near))
-    np.testing.assert_allclose(found, np.where(wanted, expected, 0), rtol=1e-4, atol=1e-5)
-    assert np.median(expected) > 0.001
+    targets = np.arange(M) + (V + 3 - M) * (kind == "rows")  # the last of these are trainable rows
+    found = jax.jit(compare_tokens)(hidden, head, near, other_head, jnp.asarray(targets), jnp.asarray(wanted))
+    expected = definition(head.logits(hidden), other_head.logits(near), targets)
+    for of_token, of_all in zip(found, expected, strict=True):
+        np.testing.assert_allclose(of_token, np.where(wanted, of_all, 0), rtol=1e-4, atol=1e-5)
+    assert np.median(expected[-1]) > 0.001
 
 
 def test_equal_predictions_do_not_diverge():
     hidden, head = random_array(M, D, seed=8), heads("frozen")[0]
-    found = token_divergence(hidden, head, hidden, head, jnp.ones(M, bool))
-    np.testing.assert_allclose(found, 0, atol=1e-6)
+    found = compare_tokens(hidden, head, hidden, head, jnp.arange(M), jnp.ones(M, bool))
+    np.testing.assert_allclose(found.divergence_M, 0, atol=1e-6)
+    np.testing.assert_array_equal(found.nll_M, found.other_nll_M)
 
 
 def test_logits_beyond_exp():
     hidden, near, head = 60 * random_array(M, D, seed=8), 60 * random_array(M, D, seed=9), heads("frozen")[0]
-    found = token_divergence(hidden, head, near, head, jnp.ones(M, bool))
+    found = compare_tokens(hidden, head, near, head, jnp.arange(M), jnp.ones(M, bool)).divergence_M
     logps = [np.asarray(jax.nn.log_softmax(head.logits(one)), np.float64) for one in (hidden, near)]
     np.testing.assert_allclose(found, (np.exp(logps[0]) * (logps[0] - logps[1])).sum(axis=1), rtol=1e-4, atol=1e-3)
     assert np.max(found) > 100

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.aot.collectives import read_collectives
 from qlora_jax.nn.lm_head.chunks import chunk_size
 from qlora_jax.nn.lm_head.cross_entropy import token_nll
-from qlora_jax.nn.lm_head.divergence import token_divergence
+from qlora_jax.nn.lm_head.divergence import compare_tokens
 from qlora_jax.nn.lm_head.head import Head
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.lm_head.tiles import TILES, Tile
@@ -156,8 +156,9 @@ def test_divergence_of_a_head_that_is_cut():
     """Each device's largest logit is far from the others', for both predictions."""
     scale = jnp.repeat(jnp.arange(1.0, 9.0), V // 8)[:, None]
     hidden, other, weight = random_array(M, D), random_array(M, D, seed=3), random_array(V, D) * scale
-    wanted = wanted_of(250)
-    run = on_mesh(lambda head, x, y, wanted: token_divergence(x, head, y, head, wanted), (2, 4))
-    expected = token_divergence(hidden, Head(weight), other, Head(weight), wanted)
-    np.testing.assert_allclose(run(weight, None, hidden, other, wanted), expected, rtol=1e-5, atol=1e-5)
-    assert np.max(expected) > 5
+    wanted, targets = wanted_of(250), jnp.arange(M) % V
+    run = on_mesh(lambda head, x, y, *tokens: compare_tokens(x, head, y, head, *tokens), (2, 4))
+    expected = compare_tokens(hidden, Head(weight), other, Head(weight), targets, wanted)
+    for found, whole in zip(run(weight, None, hidden, other, targets, wanted), expected, strict=True):
+        np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)
+    assert np.max(expected.divergence_M) > 5

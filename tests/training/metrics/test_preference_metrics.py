@@ -12,7 +12,7 @@ from qlora_jax.training.metrics.preference_metrics import means, means_with_inte
 from qlora_jax.training.objectives.dpo import DPO
 from qlora_jax.training.objectives.kto import KTO
 from qlora_jax.training.objectives.orpo import ORPO
-from qlora_jax.training.objectives.sequences import SequenceLogps
+from qlora_jax.training.objectives.sequences import ComparedLogps, SequenceLogps
 
 BETA = 0.3
 
@@ -77,6 +77,22 @@ def test_answers_with_labels_are_counted_by_label():
     only_good = arrays | {"labels": np.ones((7, 2), np.float32)}
     found = means(preference_values(KTO(beta=BETA), outputs, only_good))
     assert "rewards_rejected" not in found and "rewards_margin" not in found
+
+
+def test_divergences_are_averaged_over_the_tokens_of_each_answer():
+    outputs, _, tokens, reference = outputs_of((40, 2))
+    kl = np.random.default_rng(2).uniform(0, 3, (40, 2)).astype(np.float32)
+    compared = ComparedLogps(outputs.logps_BS, outputs.tokens_BS, jnp.array(kl))
+    arrays = {"present": np.ones((40, 2), np.float32), "reference": reference}
+    found = means_with_intervals(preference_values(DPO(beta=BETA), compared, arrays))
+    for place, answer in enumerate(("chosen", "rejected")):
+        assert found[f"eval_kl_{answer}"] == pytest.approx(kl[:, place].sum() / tokens[:, place].sum(), rel=1e-5)
+        assert 0 < found[f"eval_kl_{answer}_low"] < found[f"eval_kl_{answer}"] < found[f"eval_kl_{answer}_high"]
+    labels = np.tile(np.arange(40)[:, None] % 3 == 0, 2).astype(np.float32)
+    found = means(preference_values(KTO(beta=BETA), compared, arrays | {"labels": labels}))
+    good = labels[:, 0] == 1
+    assert found["kl_chosen"] == pytest.approx(kl[good, 0].sum() / tokens[good, 0].sum(), rel=1e-5)
+    assert found["kl_rejected"] == pytest.approx(kl[~good, 0].sum() / tokens[~good, 0].sum(), rel=1e-5)
 
 
 def test_intervals_are_those_of_the_normal_approximation():
