@@ -76,7 +76,7 @@ def encode_texts(
     """
     if not rows:
         raise ValueError(f"{path}: contains no texts (found 0, expected at least one). Give texts")
-    row_format = find_unlabelled_format(path, rows, objectives_of(head))
+    row_format = find_unlabelled_format(path, rows, objectives_of(head), head.text_columns)
     check_rows(path, rows, row_format)
     encoder = make_branch_encoder(row_format, tokenizer, use_of(row_format))
     problems: list[Problem] = []

@@ -23,6 +23,7 @@ class HeadRecord(TypedDict):
     objective: HeadObjective
     labels: list[str]
     pooling: Pooling
+    text_columns: NotRequired[list[list[str]]]
     digest: NotRequired[str]
 
 
@@ -34,12 +35,16 @@ class TrainedHead:
       objective: the objective that trained it.
       labels: names of the outputs, for classification and multi_label; else empty.
       pooling: the hidden state that stands for a sequence.
+      text_columns: the columns of the texts that it was trained on, of each format of its rows, such as sentence1 and
+        sentence2; empty for objectives whose rows are not texts with labels. Another head of the same meaning may have
+        others.
       described: False for an adapter of another library, which does not say what its outputs mean.
     """
 
     objective: HeadObjective
     labels: tuple[str, ...] = ()
     pooling: Pooling = "last"
+    text_columns: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False)
     described: bool = True
 
     @property
@@ -65,12 +70,15 @@ class TrainedHead:
         return f"objective={self.objective}, pooling={self.pooling}{labels}"
 
 
-def head_of(objective: str, labels: tuple[str, ...], pooling: Pooling) -> TrainedHead | None:
+def head_of(
+    objective: str, labels: tuple[str, ...], pooling: Pooling, text_columns: tuple[tuple[str, ...], ...] = ()
+) -> TrainedHead | None:
     """Returns the head that an objective trains; None if it has none."""
     named = NAMED.get(objective)
     if named is None:
         return None
-    return TrainedHead(objective=named, labels=labels if named in CLASSES else (), pooling=pooling)
+    labels = labels if named in CLASSES else ()
+    return TrainedHead(objective=named, labels=labels, pooling=pooling, text_columns=text_columns)
 
 
 def check_same_head(place: str, found: TrainedHead | None, expected: TrainedHead | None) -> None:
@@ -94,6 +102,8 @@ def write_head(folder: Path, head: TrainedHead) -> None:
     """Writes head.json into an existing folder, unless the meaning of the outputs is unknown."""
     if head.described:
         values = {"objective": head.objective, "labels": [*head.labels], "pooling": head.pooling}
+        if head.text_columns:
+            values["text_columns"] = [[*columns] for columns in head.text_columns]
         record = {**values, "digest": json_digest(values)}
         write_text(folder / HEAD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
@@ -113,7 +123,12 @@ def read_head(folder: Path) -> TrainedHead | None:
         warn_without_digests(folder)
     elif found["digest"] != json_digest(values):
         raise ValueError(f"{path}: damaged (other values than were written). {COPY_IT}")
-    head = TrainedHead(objective=found["objective"], labels=tuple(found["labels"]), pooling=found["pooling"])
+    head = TrainedHead(
+        objective=found["objective"],
+        labels=tuple(found["labels"]),
+        pooling=found["pooling"],
+        text_columns=tuple(map(tuple, found.get("text_columns", []))),
+    )
     if len(set(head.labels)) < len(head.labels) or bool(head.labels) != (head.objective in CLASSES):
         raise ValueError(
             f"{path}: labels: found {list(head.labels)} with objective={head.objective}, expected unique names for "

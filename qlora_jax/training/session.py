@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
 from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
@@ -159,7 +160,8 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         labels=config.head.labels or (),
         kl_pairs=objective.kl_pairs,
     )
-    head = head_of(config.objective, dataset.labels, config.head.pooling)
+    columns = learned_columns(side.form for side, _ in dataset.report.sources)
+    head = head_of(config.objective, dataset.labels, config.head.pooling, columns)
     if prepared is not None:
         check_same_head("model", prepared.head, head)
     objective = fit_to_data(objective, head, sequences=dataset.sequences)

@@ -70,7 +70,9 @@ def test_a_classifier_learns_continues_in_memory_and_is_evaluated(tmp_path: Path
     first = q.finetune(q.add_adapter(base, q.LoRA(rank=4)), tokenizer, train_rows, output=tmp_path / "a", **settings)
     found = losses(tmp_path / "a")
     assert np.mean(found[-4:]) < 0.5 * np.mean(found[:4])
-    assert open_run(tmp_path / "a").head == TrainedHead(objective="classification", labels=("moon", "star", "sun"))
+    head = open_run(tmp_path / "a").head
+    assert head is not None and head.text_columns == (("text",),)
+    assert head == TrainedHead(objective="classification", labels=("moon", "star", "sun"))
     again = q.finetune(
         first.model, tokenizer, train_rows, output=tmp_path / "b", **settings | {"steps": 4, "learning_rate": 1e-4}
     )

@@ -1,5 +1,7 @@
 """Predictions of heads: texts encoded as in training, and probabilities against scipy's."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.special
@@ -53,6 +55,34 @@ def test_texts_are_those_that_training_encodes(tokenizer, head, trained, new):
     expected = encode_head_rows("rows", rows_of(trained), None, context).texts[0]
     (found,) = encode_texts("rows", rows_of(new), head, tokenizer, 256).texts
     np.testing.assert_array_equal(found, expected)
+
+
+PAIRS = dataclasses.replace(CLASSES, text_columns=(("sentence1", "sentence2"),))
+SINGLE = dataclasses.replace(CLASSES, text_columns=(("sentence",),))
+
+
+def test_the_columns_of_training_are_read_first(tokenizer):
+    row = {"text": "a", "sentence": "sun", "question": "why?"}  # question-sentence has more columns
+    for head, expected in ((SINGLE, "sun"), (CLASSES, "why?\nsun"), (NUMBER, "why?\nsun")):
+        (found,) = encode_texts("rows", rows_of(row), head, tokenizer, 256).texts
+        assert found.tolist() == tokenizer.encode(expected)
+    renamed = {"premise": "sun", "hypothesis": "moon"}
+    assert len(encode_texts("rows", rows_of(renamed), PAIRS, tokenizer, 256).texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "columns", "message"),
+    [
+        (PAIRS, {"text": "sun"}, "found text, expected sentence1 and sentence2.*{sentence1: COLUMN, sentence2: COLUMN"),
+        (SINGLE, {"sentence1": "sun", "sentence2": "moon"}, "found sentence1 and sentence2, expected sentence.*COLUMN"),
+    ],
+)
+def test_rows_with_another_number_of_texts_are_refused(tokenizer, head, columns, message):
+    context = TaskContext(tokenizer=tokenizer, max_positions=256, stop_ids=frozenset(), head=head)
+    with pytest.raises(ValueError, match=f"rows: the head was trained on rows with another number of texts .{message}"):
+        encode_texts("rows", rows_of(columns), head, tokenizer, 256)
+    with pytest.raises(ValueError, match=message):
+        encode_head_rows("rows", rows_of(columns | {"label": "a"}), None, context)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tests of head.json: reading it back, damage, and a run without it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,8 +15,10 @@ HEAD = TrainedHead(objective="classification", labels=("moon", "sun"), pooling="
 
 
 def test_a_head_is_read_as_it_was_written(tmp_path: Path) -> None:
-    write_head(tmp_path, HEAD)
-    assert read_head(tmp_path) == HEAD
+    for columns in ((), (("text",), ("premise", "hypothesis"))):
+        write_head(tmp_path, dataclasses.replace(HEAD, text_columns=columns))
+        found = read_head(tmp_path)
+        assert found is not None and found == HEAD and found.text_columns == columns
 
 
 @pytest.mark.parametrize(("old", "new"), [("moon", "noon"), ("mean", "last"), ("classification", "multi_label")])

@@ -1,7 +1,7 @@
 """Formats of rows for which sequence heads predict: those of training, without the column `label`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from qlora_jax.data.formats.columns import PLACEHOLDER, columns_setting, list_columns
 from qlora_jax.data.formats.registry import FORMATS
@@ -31,21 +31,28 @@ FORMATS_OF: dict[str, Sequence[str]] = {
 }
 
 
-def find_unlabelled_format(path: str, rows: Sequence[Row], objectives: Sequence[str]) -> RowFormat:
-    """Returns the first format of the objectives whose columns the rows have; a label is not required.
+def find_unlabelled_format(
+    path: str, rows: Sequence[Row], objectives: Sequence[str], learned: Sequence[Sequence[str]] = ()
+) -> RowFormat:
+    """Returns the format of the objectives whose columns the rows have; a label is not required.
+
+    Of several formats, the first whose columns the head was trained on; otherwise the first with as many texts.
 
     Args:
       path: file name for errors.
+      learned: the text columns that the head was trained on; empty if they are not known.
 
     Raises:
-      ValueError: no format fits; the message has the columns and all formats.
+      ValueError: no format fits; the message has the columns and all formats. Or the head was trained on another number
+        of texts per row.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
     names = dict.fromkeys(name for objective in objectives for name in FORMATS_OF[objective])
     formats = [_without_label(FORMATS[name]) for name in names]
-    for row_format in formats:
-        if set(row_format.required) <= set(columns):
-            return row_format
+    if fitting := [row_format for row_format in formats if set(row_format.required) <= set(columns)]:
+        found = min(fitting, key=lambda row_format: _distance(row_format, learned))
+        check_text_count(path, found, learned)
+        return found
     known = "; ".join(" and ".join(row_format.required) for row_format in formats)
     example = columns_setting("file_columns", dict.fromkeys(formats[-1].required, PLACEHOLDER))
     raise ValueError(
@@ -54,9 +61,43 @@ def find_unlabelled_format(path: str, rows: Sequence[Row], objectives: Sequence[
     )
 
 
+def _distance(row_format: RowFormat, learned: Sequence[Sequence[str]]) -> int:
+    """Returns 0 for a format that the head was trained on, 1 for one with as many texts, and 2 for others."""
+    columns = text_columns(row_format)
+    return 0 if columns in learned else 1 if len(columns) in map(len, learned) else 2
+
+
+def check_text_count(path: str, row_format: RowFormat, learned: Sequence[Sequence[str]]) -> None:
+    """Checks that rows have as many texts as those that the head was trained on, if these are known.
+
+    Raises:
+      ValueError: they have another number of texts.
+    """
+    columns = text_columns(row_format)
+    if not learned or len(columns) in map(len, learned):
+        return
+    expected = " or ".join(dict.fromkeys(" and ".join(names) for names in learned))
+    example = columns_setting("file_columns", dict.fromkeys(learned[0], PLACEHOLDER))
+    raise ValueError(
+        f"{path}: the head was trained on rows with another number of texts (found {' and '.join(columns)}, expected "
+        f"{expected}). Give rows with these columns, or name the columns of the file: {example}"
+    )
+
+
+def text_columns(row_format: RowFormat) -> tuple[str, ...]:
+    """Returns the columns of a format that a head reads."""
+    return tuple(name for name in row_format.required if name != LABEL)
+
+
+def learned_columns(forms: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Returns the text columns of training rows in formats with these names, each once; only of texts with labels."""
+    labelled = (FORMATS[form] for form in forms if FORMATS[form].kind == "class")
+    return tuple(dict.fromkeys(map(text_columns, labelled)))
+
+
 def _without_label(row_format: RowFormat) -> RowFormat:
-    required = tuple(name for name in row_format.required if name != LABEL)
-    return dataclasses.replace(row_format, name=row_format.name.removesuffix(f"-{LABEL}"), required=required)
+    name = row_format.name.removesuffix(f"-{LABEL}")
+    return dataclasses.replace(row_format, name=name, required=text_columns(row_format))
 
 
 def use_of(row_format: RowFormat) -> RowUse:

@@ -16,6 +16,7 @@ from qlora_jax.data.branches import whole_texts
 from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.formats.unlabelled import check_text_count
 from qlora_jax.data.loss_mask.reference import EncodedRow, SequenceValues
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.row_kinds import ROW_USES
@@ -83,6 +84,7 @@ def encode_head_rows(path: str, rows: Sequence[Row], names: Mapping[str, str] | 
     head = context.head
     assert head is not None
     row_format = detect_format(path, rows, names=names, setting="file_columns", objective=head.objective)
+    check_text_count(path, row_format, head.text_columns)
     check_rows(path, rows, row_format)
     encoder = make_branch_encoder(row_format, context.tokenizer, ROW_USES[head.objective], head.labels)
     problems: list[Problem] = []
