@@ -12,13 +12,21 @@ from qlora_jax.data.readers.json_rows import JSONObject, shorten
 # Our columns, in training data and in question files, and names that other tools and data sets use for the same.
 SYNONYMS = {
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
-    "prompt": ("question", "query", "input", "instruction", "problem", "user"),
+    "prompt": ("question", "query", "input", "instruction", "problem", "user", "history"),
     "completion": ("answer", "response", "output", "target", "solution", "assistant", "chosen"),
     "instruction": ("task", "request"),
     "output": ("response", "answer", "target"),
     "text": ("content", "body", "document", "passage", "sentence", "review", "comment"),
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "winner", "better"),
-    "rejected": ("rejected_response", "response_rejected", "dispreferred", "refused", "loser", "worse"),
+    "rejected": (
+        "rejected_response",
+        "response_rejected",
+        "non_preferred",
+        "dispreferred",
+        "refused",
+        "loser",
+        "worse",
+    ),
     "label": ("labels", "class", "category", "target", "score", "rating"),
     "anchor": ("query", "question", "sentence1", "text1"),
     "positive": ("pos", "answer", "passage", "document", "sentence2", "text2"),
@@ -29,6 +37,7 @@ SYNONYMS = {
 }
 PLACEHOLDER = "COLUMN"  # stands for the name of a column that nothing suggests
 _GENERIC = {"text", "column", "field", "value"}  # words that do not describe a column's content
+_NEGATIONS = {"non", "not"}  # words that turn a column's meaning into its opposite
 _MAX_SHOWN = 20
 
 
@@ -71,7 +80,7 @@ def _no_columns(missing: Sequence[str], columns: Collection[str]) -> str:
 
 
 def likely_column(name: str, columns: Collection[str], synonyms: Sequence[str] = ()) -> str | None:
-    """Returns the column that is probably meant by `name`: that name, a synonym, a similar name, or one of its words.
+    """Returns the column that is probably meant by `name`: that name, a synonym, a similar name, or some of its words.
 
     Case and characters other than letters and digits do not matter.
     """
@@ -80,8 +89,14 @@ def likely_column(name: str, columns: Collection[str], synonyms: Sequence[str] =
     by_words = {_words(column): column for column in reversed([*columns])}
     wanted = [_words(word) for word in (name, *synonyms)]
     close = difflib.get_close_matches(_words(name), by_words, n=1, cutoff=0.8)
-    containing = [words for word in wanted for words in by_words if word in {*words.split()} - _GENERIC]
+    containing = [words for word in wanted for words in by_words if _describes(word, words)]
     return next((by_words[words] for words in (*wanted, *close, *containing) if words in by_words), None)
+
+
+def _describes(wanted: str, words: str) -> bool:
+    """Returns True if a column's words have the wanted ones in this order, and the same negations."""
+    same_sense = _NEGATIONS & {*wanted.split()} == _NEGATIONS & {*words.split()}
+    return same_sense and wanted not in _GENERIC and f" {wanted} " in f" {words} "
 
 
 def _words(column: str) -> str:

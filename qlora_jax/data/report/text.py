@@ -131,9 +131,11 @@ def _pairs(split: SplitReport) -> list[tuple[str, str]]:
     longer = {"chosen": split.longer_chosen, "rejected": split.longer_rejected}
     longer["neither"] = split.rows - sum(longer.values())
     shares = ", ".join(f"{name} {count / split.rows:.1%}" for name, count in longer.items())
+    extra = split.extra_tokens / split.rows
+    difference = f"chosen is {abs(extra):.1f} tokens {'shorter' if extra < 0 else 'longer'} on average"
     return [
         ("dropped pairs", ", ".join(f"{count:,} {what}" for what, count in dropped.items())),
-        ("longer answer", f"{shares}; chosen is {split.extra_tokens / split.rows:+.1f} tokens longer on average"),
+        ("longer answer", f"{shares}; {difference}"),
     ]
 
 

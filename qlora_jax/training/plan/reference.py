@@ -68,8 +68,8 @@ class ReferencePlan:
 
     def __str__(self) -> str:
         """Returns it as text for people."""
-        adapter = f", {format_bytes(self.parameters)} of its adapter" if self.parameters else ""
-        return f"{self.work}; {format_bytes(self.values)} of values{adapter}"
+        parameters = f" and {format_bytes(self.parameters)} of parameters" if self.parameters else ""
+        return f"{self.work}; {format_bytes(self.values)} of values{parameters} in host memory"
 
     def to_dict(self) -> dict[str, int | float]:
         """Returns its numbers for JSON."""

@@ -47,9 +47,14 @@ def test_a_report_of_pairs(plain_tokenizer: Tokenizer, pairs: str, tmp_path: Pat
         assert lines["too long"] == "2 truncated (data.max_length 7)"
         assert lines["dropped pairs"] == "1 identical, 1 with prompts that differ, 0 made identical by truncation"
         assert lines["longer answer"] == (
-            "chosen 50.0%, rejected 25.0%, neither 25.0%; chosen is +0.8 tokens longer on average"
+            "chosen 50.0%, rejected 25.0%, neither 25.0%; chosen is 0.8 tokens longer on average"
         )
         assert lines["bad rows"].startswith("3 dropped") and "note" not in lines
+
+
+def test_chosen_answers_may_be_shorter(plain_tokenizer: Tokenizer, write_rows: Callable):
+    report = load(plain_tokenizer, "dpo", train=write_rows([pair(1, 3)])).report
+    assert dict(report_lines(report))["longer answer"].endswith("; chosen is 2.0 tokens shorter on average")
 
 
 def test_all_bad_pairs_are_listed_with_their_lines(plain_tokenizer: Tokenizer, pairs: str):
@@ -144,6 +149,16 @@ def test_counts_survive_json():
             "dpo",
             {"input": "Q", "chosen": "A", "rejected": "B"},
             "Nearest: preference. Set --data.columns '{prompt: input}'",
+        ),
+        (
+            "dpo",
+            {"history": [], "preferred": "A", "other": "B"},
+            "Nearest: preference. Set --data.columns '{prompt: history, chosen: preferred, rejected: COLUMN}'",
+        ),
+        (
+            "dpo",
+            {"input": "Q", "non_preferred_output": "B", "preferred_output": "A"},
+            "{prompt: input, chosen: preferred_output, rejected: non_preferred_output}'",
         ),
         ("dpo", {"a": 1}, "for example with --data.columns '{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"),
     ],
