@@ -31,7 +31,7 @@ class TokenComparison(NamedTuple):
 
     Fields:
       nll_M, other_nll_M: -log p(target) and -log q(target), in nats.
-      divergence_M: KL(p || q) in nats; rounding may make that of equal predictions slightly negative.
+      divergence_M: KL(p || q) in nats; at least 0, also where rounding would make it negative.
     """
 
     nll_M: jax.Array
@@ -62,7 +62,7 @@ class ComparisonSums(NamedTuple):
         """The scores of the tokens."""
         lse_C = jnp.log(self.sum_C) + self.largest_C
         other_lse_C = jnp.log(self.other_sum_C) + self.other_largest_C
-        divergence_C = self.weighted_C / self.sum_C - lse_C + other_lse_C
+        divergence_C = jnp.maximum(self.weighted_C / self.sum_C - lse_C + other_lse_C, 0.0)
         return TokenComparison(lse_C - self.target_C, other_lse_C - self.other_target_C, divergence_C)
 
 
@@ -84,7 +84,8 @@ def compare_tokens(
         other_head = other_head.cast(other_MD.dtype)
 
     def of_chunk(both_C2D: jax.Array, head: Head | ShardedHead | HeadWithRows, targets_C: jax.Array) -> TokenComparison:
-        return _sums(head, other_head, *jnp.split(both_C2D, 2, axis=1), targets_C).comparison
+        hidden_CD, other_CD = jnp.split(both_C2D, 2, axis=1)
+        return _sums(head, other_head, hidden_CD, other_CD, targets_C).comparison
 
     return map_token_chunks(of_chunk, jnp.concatenate([hidden_MD, other_MD], axis=1), head, targets_M, wanted_M)
 
@@ -109,7 +110,9 @@ def _over_tiles(
     head: Head, other_head: Head, hidden_CD: jax.Array, other_CD: jax.Array, targets_C: jax.Array
 ) -> ComparisonSums:
     zeros_C = jnp.zeros(hidden_CD.shape[0], jnp.float32)
-    start = ComparisonSums(zeros_C - jnp.inf, *[zeros_C] * 3, zeros_C - jnp.inf, zeros_C, zeros_C)
+    of_one = {"sum_C": zeros_C, "target_C": zeros_C, "weighted_C": zeros_C}
+    of_other = {"other_sum_C": zeros_C, "other_target_C": zeros_C}
+    start = ComparisonSums(largest_C=zeros_C - jnp.inf, other_largest_C=zeros_C - jnp.inf, **of_one, **of_other)
 
     def add(run: ComparisonSums, tiles: Sequence[Head], first: ArrayLike) -> ComparisonSums:
         logits_CW, others_CW = tiles[0].logits(hidden_CD), tiles[1].logits(other_CD)

@@ -1,5 +1,6 @@
 """The display of a run: a banner, then a live line in a terminal, or plain lines in a file or pipe."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -139,13 +140,13 @@ def _memory_text(record: Record) -> str:
 
 
 def evaluation_lines(record: Record) -> list[str]:
-    """Formats an evaluation: `held-out loss 1.250 [1.201, 1.304], perplexity 3.490`, and a line per question task."""
+    """Formats an evaluation: `held-out loss 1.250 [1.201, 1.304], perplexity 3.490`, then preferences and tasks."""
     lines = []
     if "eval_loss" in record:
         interval = " [{:.3f}, {:.3f}]".format(*ends) if (ends := loss_interval(record)) else ""
         perplexity = f", perplexity {record['eval_perplexity']:.3f}" if "eval_perplexity" in record else ""
         lines.append(f"held-out loss {record['eval_loss']:.3f}{interval}{perplexity}")
-    lines += [", ".join(preferences)] if (preferences := _preference_texts(record)) else []
+    lines += _preference_lines(record)
     for task in QUESTION_KINDS:
         metrics = [
             f"{metric.label} {metric.value:.1%} [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
@@ -155,18 +156,21 @@ def evaluation_lines(record: Record) -> list[str]:
     return lines
 
 
-def _preference_texts(record: Record) -> list[str]:
-    """Formats held-out preferences: `right by reward 81.2% [74.3, 86.5]`, `reward margin 0.413 [0.330, 0.498]`."""
-    texts = []
-    for name, label in PREFERENCE_LABELS.items():
-        if f"{EVAL}{name}" not in record:
-            continue
-        value, low, high = (record[f"{EVAL}{name}{end}"] for end in ("", LOW, HIGH))
-        if name == ACCURACY:
-            texts.append(f"{label} {value:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
-        else:
-            texts.append(f"{label} {value:.3f} [{low:.3f}, {high:.3f}]")
-    return texts
+def _preference_lines(record: Record) -> list[str]:
+    """Formats held-out preferences: `right by reward 81.2% [74.3, 86.5], reward margin 0.413 [0.330, 0.498]` and so on.
+
+    The labels are in pairs, of which each has a line.
+    """
+    pairs = itertools.batched(PREFERENCE_LABELS, 2)
+    known = [[_preference_text(record, name) for name in two if f"{EVAL}{name}" in record] for two in pairs]
+    return [", ".join(texts) for texts in known if texts]
+
+
+def _preference_text(record: Record, name: str) -> str:
+    value, low, high = (record[f"{EVAL}{name}{end}"] for end in ("", LOW, HIGH))
+    if name == ACCURACY:
+        return f"{PREFERENCE_LABELS[name]} {value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{PREFERENCE_LABELS[name]} {value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 class Display:

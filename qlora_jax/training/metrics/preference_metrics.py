@@ -35,12 +35,12 @@ PREFERENCE_LABELS = {
     MARGIN: "reward margin",
     CHOSEN: "reward of chosen",
     REJECTED: "reward of rejected",
-    LOG_RATIO: "log ratio to the reference per token",
     KL_CHOSEN: "KL to the reference per token of chosen",
     KL_REJECTED: "KL to the reference per token of rejected",
-    KTO_KL: "KL of KTO",
     LOGP_CHOSEN: "log p per token of chosen",
     LOGP_REJECTED: "log p per token of rejected",
+    LOG_RATIO: "log ratio to the reference per token",
+    KTO_KL: "KL of KTO",
 }
 
 

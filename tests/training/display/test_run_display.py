@@ -56,13 +56,13 @@ def test_questions_have_a_line_for_each_kind():
     assert out.getvalue() == "step 0/5  letters: right by letter 25.0% [10.0, 48.2]\n"
 
 
-def test_preferences_have_a_line_of_their_own():
+def test_preferences_have_lines_of_two_metrics():
     record = {"step": 3, "eval_loss": 0.5, "eval_loss_low": 0.4, "eval_loss_high": 0.6, "eval_rows": 7}
     for name, value in (("rewards_accuracy", 0.9), ("rewards_margin", 1.0), ("logp_chosen", -2.0)):
         record |= {f"eval_{name}": value, f"eval_{name}_low": value - 0.1, f"eval_{name}_high": value + 0.1}
     assert evaluation_lines(record) == [
         "held-out loss 0.500 [0.400, 0.600]",
-        "right by reward 90.0% [80.0, 100.0], reward margin 1.000 [0.900, 1.100], "
+        "right by reward 90.0% [80.0, 100.0], reward margin 1.000 [0.900, 1.100]",
         "log p per token of chosen -2.000 [-2.100, -1.900]",
     ]
 
