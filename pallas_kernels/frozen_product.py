@@ -34,7 +34,7 @@ class FrozenProduct(NamedTuple):
 
 def differentiable(
     one_way: Callable[[Direction, jax.Array, Weights, Any, str | None], jax.Array],
-) -> Callable[..., Any]:
+) -> Callable[..., jax.Array]:
     """Returns the function (x, weights, place, implementation) -> x W^T, differentiable in x alone.
 
     Args:

@@ -27,6 +27,7 @@ ROWS = (DATA, FSDP)  # the axes over which the rows of a batch lie
 BLOCK = 256  # elements of a block of 8-bit optimizer state, which a cut never separates
 
 AnyMesh = Mesh | AbstractMesh
+Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # tracers are jax.Arrays
 Device = Any  # jax.Device, which JAX does not export as a type
 
 
@@ -133,7 +134,7 @@ def shards_of(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
     return jax.tree.map(functools.partial(_marked, count=axis_size(mesh, FSDP)), tree, specs)
 
 
-def _marked(leaf: Any, spec: P, count: int) -> Any:
+def _marked(leaf: Leaf, spec: P, count: int) -> Leaf | Shard:
     axis = cut_axis(spec)
     return leaf if axis is None else Shard(part=leaf, axis=axis - leaf.ndim, count=count)
 
@@ -167,7 +168,7 @@ def own_rows(x: jax.Array, mesh: AnyMesh | None, axis: int) -> jax.Array:
 def placed_shapes(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
     """Returns the shapes of a tree, with the places that `place` would give its leaves."""
 
-    def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def shape(leaf: Leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree, named(mesh, specs))
@@ -178,7 +179,7 @@ def part_bytes(tree: PyTree) -> int:
     return sum(math.prod(_part_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _part_shape(leaf: Any) -> tuple[int, ...]:
+def _part_shape(leaf: Leaf) -> tuple[int, ...]:
     sharding = getattr(leaf, "sharding", None)  # NumPy's arrays have none
     return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 

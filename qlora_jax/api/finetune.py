@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.head_file import TrainedHead, read_head
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
-from qlora_jax.training.metrics.metrics_file import read_metrics
+from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 from qlora_jax.training.run import METRICS_FILE, lock_output, run_training
 from qlora_jax.training.session import PreparedModel
 
@@ -45,7 +45,7 @@ class FinetuneRun:
     finished: bool
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Record]:
         """One record per step and per evaluation: "step", "loss", "eval_loss" and so on, as in metrics.jsonl."""
         return read_metrics(self.folder / METRICS_FILE)
 

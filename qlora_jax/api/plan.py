@@ -49,7 +49,7 @@ class MemoryPlan:
         """Device memory that a step may use."""
         return self.plan.limit
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """All numbers in bytes, as the command prints them with --json."""
         return text.as_json(self.plan, self.reference)
 

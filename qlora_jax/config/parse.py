@@ -178,7 +178,7 @@ def _build[T](schema: type[T], raw: Mapping[str, Any]) -> T:
     return make(**arguments)
 
 
-def from_dict[T](schema: type[T], raw: Mapping[str, Any], sources: Sources = types.MappingProxyType({})) -> T:
+def from_dict[T](schema: type[T], raw: Mapping[str, object], sources: Sources = types.MappingProxyType({})) -> T:
     """The dataclass that a nested dict describes.
 
     Raises:

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -119,7 +118,7 @@ def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield from _keys(value, f"{prefix}{name.value}.")
 
 
-def read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: str | os.PathLike) -> tuple[dict[str, object], dict[str, str]]:
     """Returns (the file's nested dict, {dotted key: "file:line"}).
 
     Raises:
@@ -153,7 +152,7 @@ def read_config(path: str | os.PathLike) -> Config:
     return config
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> dict[str, object]:
     """The configuration as nested plain dicts, including defaults."""
     return dataclasses.asdict(config)
 

@@ -32,8 +32,9 @@ from qlora_jax.data.loss_mask.turn_marks import TurnMarks, turn_marks
 from qlora_jax.data.loss_mask.turns import search_turn_texts, text_behind
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
-from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
+from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 

@@ -113,7 +113,7 @@ class Group:
           Disagreement: some differ; the message has every difference, with the processes.
         """
         texts = self.gather(name, json.dumps(values, sort_keys=True, default=str))
-        found: list[dict[str, Any]] = [json.loads(text) for text in texts]
+        found: list[dict[str, object]] = [json.loads(text) for text in texts]
         keys = sorted({key for each in found for key in each})
         lines = [f"{key}: {grouped(each)}" for key in keys if len(set(each := _values(found, key))) > 1]
         if lines:

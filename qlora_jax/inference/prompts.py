@@ -11,7 +11,7 @@ from qlora_jax.data.formats.template_kwargs import check_plain, read_template_kw
 from qlora_jax.data.formats.tool_calls import Tools, read_tools
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Column that makes a row a prompt -> the format of training data that the row then has.

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class _State(TypedDict, total=False):
     evaluation_due: bool
     fingerprint: str
     data_fingerprint: str
-    config: dict[str, Any]
+    config: JsonObject
     versions: dict[str, str]
     mesh: dict[str, PositiveInt]
     digests: Digests
@@ -95,7 +95,7 @@ def read_state(checkpoint: Path) -> tuple[JsonObject, Digests | None]:
     _check_readable(checkpoint, STATE)
     path = checkpoint / STATE / "metadata"
     try:
-        state = read_json(path, dict[str, Any], STATE_BYTES)
+        state = read_json(path, JsonObject, STATE_BYTES)
         digests = check_value(state, _State, path).get(DIGESTS)
     except FileNotFoundError:
         raise DamagedCheckpoint(path, checkpoint.name, "missing") from None

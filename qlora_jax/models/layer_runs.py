@@ -6,10 +6,12 @@ without what its layers lack. Dimension key: L layers.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.mlp import MixtureMLP
@@ -85,12 +87,12 @@ def _first_row(layers: tuple[int, ...] | None, run: range) -> int:
     return run.start if layers is None else layers.index(run.start)
 
 
-def _rows(stack: Any, first: int, count: int) -> Any:
+def _rows(stack: PyTree, first: int, count: int) -> PyTree:
     """Returns rows of a stack, which may be cut over devices along another axis."""
     return jax.tree.map(lambda leaf: leaf[first : first + count], stack)
 
 
-def _at(module: nnx.Module, path: list[Any]) -> nnx.Module:
+def _at(module: nnx.Module, path: Sequence[object]) -> nnx.Module:
     for name in path:
         module = getattr(module, str(name))
     return module

@@ -6,7 +6,6 @@ All else is whole on every device: norms, biases, layers that are not quantized,
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,14 +16,14 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.partition import ModelParts, is_table
 from qlora_jax.nn.linear import weight_specs
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.sharding import AnyMesh, lora_spec, named, place, table_spec
+from qlora_jax.sharding import AnyMesh, Leaf, lora_spec, named, place, table_spec
 
 
 def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
     """Returns the PartitionSpec of every leaf, in the structure of `parts`, whose leaves need only a shape."""
     tables_train = any(is_table(name) for name in parts.lora)
 
-    def base_spec(path: tuple[Any, ...], leaf: Any) -> PyTree:
+    def base_spec(path: jax.tree_util.KeyPath, leaf: PyTree) -> PyTree:
         if isinstance(leaf, QTensor | MixedStack):
             return weight_specs(leaf, mesh)
         if is_table(module_of(path)) and not tables_train:
@@ -37,14 +36,14 @@ def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
     return dataclasses.replace(parts, lora=lora_specs(parts.lora, mesh), base=base)
 
 
-def lora_specs(lora: Mapping[str, Mapping[str, Any]], mesh: AnyMesh) -> dict[str, dict[str, P]]:
+def lora_specs(lora: Mapping[str, Mapping[str, Leaf]], mesh: AnyMesh) -> dict[str, dict[str, P]]:
     """Returns the PartitionSpec of every LoRA parameter; gradients and moments are cut alike.
 
     Args:
       lora: arrays, tracers or ShapeDtypeStructs.
     """
 
-    def spec(name: str, leaf: Any) -> P:
+    def spec(name: str, leaf: Leaf) -> P:
         return P() if is_table(name) else lora_spec(leaf.shape, mesh)
 
     return {name: {leaf: spec(name, value) for leaf, value in leaves.items()} for name, leaves in lora.items()}
@@ -63,7 +62,7 @@ def born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.
     return jax.jit(draw, out_shardings=named(mesh, specs))(key)
 
 
-def module_of(path: tuple[Any, ...]) -> str:
+def module_of(path: jax.tree_util.KeyPath) -> str:
     """Returns the dotted name of the module that holds a leaf of the base."""
     names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
     return ".".join(names[:-1])

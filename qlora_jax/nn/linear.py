@@ -6,7 +6,7 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -44,7 +44,7 @@ def weight_specs(weight: Weight, mesh: AnyMesh) -> PyTree:
 def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
     """Gathers one layer of each 4-bit stack that is cut over devices; other stacks stay stacks."""
 
-    def one(leaf: Any) -> Any:
+    def one(leaf: PyTree) -> PyTree:
         if not (isinstance(leaf, QTensor) and any(map(is_shard, jax.tree.leaves(leaf, is_leaf=is_shard)))):
             return leaf
         return OneLayer(gathered(leaf.layer(layer)))

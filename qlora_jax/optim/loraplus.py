@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -20,7 +19,7 @@ def rate_factors(ratio: float | None) -> Factors | None:
     if ratio is None:
         return None
 
-    def factor(path: tuple[Any, ...], leaf: object) -> float:
+    def factor(path: jax.tree_util.KeyPath, leaf: object) -> float:
         return ratio if getattr(path[-1], "key", None) in FAST_LEAVES else 1.0
 
     return functools.partial(jax.tree_util.tree_map_with_path, factor)

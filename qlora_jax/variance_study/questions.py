@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int32
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.variance_study.settings import PROMPT, ConditionArgs, VarianceArgs
 

@@ -23,7 +23,7 @@ from qlora_jax.api.load import load
 from qlora_jax.data.formats.conversations import GUANACO
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.readers.json_rows import JSONObject
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from scripts.fetch_smollm2 import fetch_smollm2
 

@@ -13,7 +13,7 @@ from qlora_jax.data.formats.reasoning import has_other_name, reasoning_problems,
 from qlora_jax.data.formats.texts import text_problem
 from qlora_jax.data.formats.tool_calls import call_problems
 from qlora_jax.data.readers.json_rows import JSONObject
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 
 # Types of parts that hold text, in OpenAI's Chat Completions and Responses.
 TEXT_PARTS = ("text", "input_text", "output_text")

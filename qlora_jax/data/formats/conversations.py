@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from qlora_jax.data.readers.json_rows import JSONObject
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 
 # Roles in `messages`. Besides the usual four: gpt-oss's templates call the system developer. Other templates call a
 # tool function, ipython (Llama 3) or observation (GLM-4).

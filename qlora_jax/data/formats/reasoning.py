@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 
 REASONING = "reasoning_content"
 # Other names of the field: OpenRouter's and vLLM's, and that of gpt-oss's template.

@@ -11,7 +11,7 @@ from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.formats.texts import text_problems
 from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
 from qlora_jax.data.loss_mask.turn_branches import Segment
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.
 ALPACA_WITH_INPUT = (

@@ -9,7 +9,7 @@ from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, read_templat
 from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.row_kinds import RowKind, objectives_of
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 
 Columns = JSONObject  # of one row, by name
 Text = str | Sequence[Message]  # plain text, or a conversation or the end of one

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_jax.data.readers.json_rows import JSONObject, describe_json_error
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.metadata import MAX_DEPTH, is_too_deep
 
 Tools = Sequence[JSONObject]

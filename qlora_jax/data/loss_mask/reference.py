@@ -25,7 +25,7 @@ from qlora_jax.data.formats.tool_calls import Tools
 from qlora_jax.data.loss_mask.spans import conversation_segments
 from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 SequenceValues = Sequence[float] | Sequence[Sequence[float]] | Float32[np.ndarray, "..."]

@@ -24,8 +24,9 @@ from qlora_jax.data.loss_mask.spans import SegmentSearch, search_segments, searc
 from qlora_jax.data.loss_mask.turn_branches import LearnedTurn, RowText, Segment, build_row_text
 from qlora_jax.data.loss_mask.turn_marks import TurnMarks, turn_marks
 from qlora_jax.data.loss_mask.turns import TEXT_CHANGES, closes_reasoning
-from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
+from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Letters and digits only: a template that trims or escapes texts does not change them.

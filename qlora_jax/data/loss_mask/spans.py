@@ -22,8 +22,9 @@ from qlora_jax.data.loss_mask.turns import (
     search_turn_texts,
     text_rewritten,
 )
-from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
+from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # A search for segments, which yields the conversations that it needs and is sent their texts (render_batches.py).

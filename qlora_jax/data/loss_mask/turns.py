@@ -17,7 +17,8 @@ from qlora_jax.data.formats.reasoning import TAGS, Thought, read_thought, withou
 from qlora_jax.data.formats.tool_calls import Tools, called_functions
 from qlora_jax.data.loss_mask.turn_branches import LearnedTurn
 from qlora_jax.data.loss_mask.turn_marks import TurnMarks
-from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
+from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Changes that templates make to an assistant's text.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qlora_jax.data.formats.reasoning import read_thought
 from qlora_jax.data.loss_mask.turn_branches import RowText, join_text
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.template_protocol import Message
 
 
 def with_unseen(row: RowText, messages: Sequence[Message]) -> RowText:

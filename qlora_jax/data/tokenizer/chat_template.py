@@ -7,12 +7,10 @@ conversations of many rows are sent to it at once.
 import itertools
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qlora_jax.data.tokenizer.template_process import ProcessEnded, TemplateProcess
-from qlora_jax.data.tokenizer.template_protocol import Limits
-
-Message = Mapping[str, Any]  # a JSON object: `content` is text, but `tool_calls` is a list, and templates read more
+from qlora_jax.data.tokenizer.template_protocol import Limits, Message, Tool
 
 MAX_TEMPLATE = 1 << 20  # characters; published ones have thousands
 _process = TemplateProcess(Limits())
@@ -32,7 +30,7 @@ class Rendering(NamedTuple):
 
     messages: Sequence[Message]
     add_generation_prompt: bool = False
-    tools: Sequence[Mapping[str, object]] | None = None
+    tools: Sequence[Tool] | None = None
     variables: Mapping[str, object] | None = None
 
 

@@ -6,7 +6,11 @@ the fields of a Rendering each. A reply has a HEADER, a byte for each text (1 fo
 """
 
 import struct
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Message = Mapping[str, Any]  # a JSON object: `content` is text, but `tool_calls` is a list, and templates read more
+Tool = Mapping[str, object]  # the JSON schema of a function that the model may call
 
 HEADER = struct.Struct("<QQ")  # the number of texts, and their bytes
 LENGTHS = "Q"  # type code of an array

@@ -14,14 +14,13 @@ from qlora_jax.config.fields import TemplateValue
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
 from qlora_jax.data.tokenizer.chat_template import (
     MAX_TEMPLATE,
-    Message,
     Rendering,
     render,
     start_process,
     start_rendering,
 )
 from qlora_jax.data.tokenizer.from_gguf import rebuild
-from qlora_jax.data.tokenizer.template_protocol import STRFTIME_NOW
+from qlora_jax.data.tokenizer.template_protocol import STRFTIME_NOW, Message
 from qlora_jax.data.tokenizer.template_variables import check_variables
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")

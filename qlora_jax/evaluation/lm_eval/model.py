@@ -23,7 +23,7 @@ from qlora_jax.models.partition import ModelParts, combine
 MAX_NEW_TOKENS = 256  # the default of the harness' own backends
 ContextAndContinuation = tuple[list[int], list[int]]
 # generation_kwargs without `until`; their values are numbers and booleans.
-Settings = tuple[tuple[str, Any], ...]
+Settings = tuple[tuple[str, object], ...]
 
 
 class LmEvalModel(TemplateLM):
@@ -128,7 +128,7 @@ def _args(request: Instance) -> tuple[Any, ...]:
     return request.args
 
 
-def _group_by_settings(settings: Sequence[Mapping[str, Any]]) -> dict[Settings, list[int]]:
+def _group_by_settings(settings: Sequence[Mapping[str, object]]) -> dict[Settings, list[int]]:
     """Indices of the requests with each combination of settings; stop texts do not matter."""
     groups: dict[Settings, list[int]] = {}
     for index, each in enumerate(settings):

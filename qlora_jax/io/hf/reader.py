@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -135,13 +135,13 @@ def _quantized_form(path: Path, config: JsonObject) -> _Form:
     return _Form(DTYPES | INTEGER_TYPES, grouped, method.title)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> JsonObject:
     """Reads config.json; models.families.model_config checks the attributes of the model.
 
     Raises:
       MetadataError: not a JSON object, or model_type or quantization_config has values of other types.
     """
-    config = read_json(path, dict[str, Any])
+    config = read_json(path, JsonObject)
     check_value(config, FolderConfig, path)
     return config
 
@@ -215,7 +215,7 @@ def _parse_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
             )
         text = file.read(length)
     name = f"{path}, header from byte {HEADER_LENGTH_BYTES}"
-    header = decode_json(text, dict[str, Any], name)
+    header = decode_json(text, JsonObject, name)
     header.pop("__metadata__", None)
     return check_value(header, dict[str, TensorHeader], name), HEADER_LENGTH_BYTES + length
 

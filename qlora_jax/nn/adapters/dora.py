@@ -5,7 +5,6 @@ Dimension key: L layers, M rows, K in, N out, R rank.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +177,7 @@ def stack_norms(
     return _on_every_device(program, arrays, specs, mesh)
 
 
-def _stack_norms(arrays: tuple[Any, Any, Weight, jax.Array], scaling: float) -> jax.Array:
+def _stack_norms(arrays: tuple[PyTree, PyTree, Weight, jax.Array], scaling: float) -> jax.Array:
     *factors, weight, weight_norms2 = arrays
 
     def norms(layer: jax.Array) -> jax.Array:
@@ -211,7 +210,7 @@ def _squared_norms(weight: Weight) -> jax.Array:
     return jax.lax.map(of_one, weight)
 
 
-def _on_every_device(program: Callable[[Any], jax.Array], arrays: PyTree, specs: PyTree, mesh: AnyMesh) -> jax.Array:
+def _on_every_device(program: Callable[[PyTree], jax.Array], arrays: PyTree, specs: PyTree, mesh: AnyMesh) -> jax.Array:
     """Returns `program(arrays)`, which every device of a mesh computes for itself; cut arrays are Shards."""
     run = jax.shard_map(
         lambda parts: program(shards_of(parts, specs, mesh)),

@@ -42,7 +42,7 @@ class _Step(TypedDict):
 
 class _Sample(TypedDict):
     step: NonNegativeInt
-    prompt: dict[str, Any]
+    prompt: Record
     reply: str
     end: str
 
@@ -68,7 +68,7 @@ def _problems(record: Record) -> list[str]:
 
 def _decode(text: str, place: str) -> Record:
     try:
-        record = decode_json(text, dict[str, Any], place)
+        record = decode_json(text, Record, place)
     except MetadataError as error:
         raise ValueError(f"{place}: found {text[:80]!r}, expected a JSON object. Delete this line") from error
     if problems := _problems(record):
