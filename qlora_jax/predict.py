@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_jax import allocator
 from qlora_jax.atomic_files import write_named_text
 from qlora_jax.config import Command, run_main
-from qlora_jax.evaluation.predict_settings import PredictArgs, check_predict
+from qlora_jax.evaluation.heads.predict_settings import PredictArgs, check_predict
 from qlora_jax.terminal.console import Console
 from qlora_jax.terminal.visible import visible_json
 

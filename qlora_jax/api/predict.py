@@ -14,8 +14,8 @@ from qlora_jax.api.provenance import head_of_model, parts_of
 from qlora_jax.config.head_settings import CLASSES
 from qlora_jax.data.readers.files import Place, Row, raise_problems, read_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.predict_settings import PredictArgs
-from qlora_jax.evaluation.predictions import (
+from qlora_jax.evaluation.heads.predict_settings import PredictArgs
+from qlora_jax.evaluation.heads.predictions import (
     Prediction,
     added_names,
     class_predictions,

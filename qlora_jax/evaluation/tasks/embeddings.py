@@ -11,10 +11,10 @@ from jaxtyping import Float64
 
 from qlora_jax.data.readers.files import Row
 from qlora_jax.evaluation.bootstrapped import bootstrapped
-from qlora_jax.evaluation.head_metrics import spearman_metric
+from qlora_jax.evaluation.heads.metrics import spearman_metric
+from qlora_jax.evaluation.heads.predictions import normalized
+from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
-from qlora_jax.evaluation.predictions import normalized
-from qlora_jax.evaluation.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, encode_head_rows, head_of_task
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.config import QuestionArgs
-from qlora_jax.evaluation.head_metrics import RIGHT, class_details, class_metrics, multi_label_metrics, number_metrics
+from qlora_jax.evaluation.heads.metrics import RIGHT, class_details, class_metrics, multi_label_metrics, number_metrics
+from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share_change, share_of_rows
-from qlora_jax.evaluation.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram

@@ -20,7 +20,7 @@ from qlora_jax.data.formats.unlabelled import check_text_count
 from qlora_jax.data.loss_mask.reference import EncodedRow, SequenceValues
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.row_kinds import ROW_USES
-from qlora_jax.evaluation.sequence_outputs import TextIds, sequence_outputs
+from qlora_jax.evaluation.heads.sequence_outputs import TextIds, sequence_outputs
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_task_rows
 from qlora_jax.inference.result_cache import ResultCache

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float64
 
+from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
-from qlora_jax.evaluation.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from qlora_jax.evaluation.head_metrics import (
+from qlora_jax.evaluation.heads.metrics import (
     _correlation,
     _ranks,
     class_details,

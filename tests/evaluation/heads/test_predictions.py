@@ -8,7 +8,7 @@ import scipy.special
 
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from qlora_jax.evaluation.predictions import class_predictions, encode_texts, predicted_columns
+from qlora_jax.evaluation.heads.predictions import class_predictions, encode_texts, predicted_columns
 from qlora_jax.evaluation.tasks.head_rows import encode_head_rows
 from qlora_jax.evaluation.tasks.task import TaskContext
 from qlora_jax.io.head_file import TrainedHead
