@@ -99,16 +99,20 @@ def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
 
 
 def _parameter_adapters(step: StepShape, without: tuple[str, ...] = ()) -> Iterator[tuple[tuple[int, int], int]]:
-    """Yields ((out, in), 2 rows R, summed over layers) of each adapter on experts and routers.
-
-    Adapters on experts multiply all P slots.
-    """
+    """Yields ((out, in), 2 rows R, summed over layers) of each adapter on experts and routers."""
     shapes = dict(parameter_shapes(step.model).values())
     for name, rank in step.parameter_ranks.items():
         if name in without:
             continue
-        rows = step.rows if name == ROUTER else step.slots
+        rows = step.rows if name == ROUTER else _slots_in_chunks(step)
         yield shapes[name], 2 * rows * rank * len(step.parameter_layers[name])
+
+
+def _slots_in_chunks(step: StepShape) -> int:
+    """Returns the rows that adapters on experts multiply: P slots, in whole chunks of E tiles unless experts share."""
+    tiles, rows = step.tiles
+    together = 1 if step.lora.share_experts else step.experts_together
+    return -(-tiles // together) * together * rows
 
 
 def dora_flops(step: StepShape, *, first: int = 0) -> int:

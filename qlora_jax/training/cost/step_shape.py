@@ -247,6 +247,11 @@ class StepShape:
         return most_tiles(self.pairs, self.experts.count, tile), tile
 
     @property
+    def experts_together(self) -> int:
+        """The number of tiles whose adapters are computed together; 0 without experts."""
+        return 0 if self.experts is None else min(self.tiles[0], self.experts.count)
+
+    @property
     def experts(self) -> ExpertsConfig | None:
         """The features of the model's experts."""
         return self.model.experts
