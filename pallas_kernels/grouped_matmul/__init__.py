@@ -9,4 +9,5 @@ from pallas_kernels.grouped_matmul.groups import Groups as Groups
 from pallas_kernels.grouped_matmul.groups import combine_rows as combine_rows
 from pallas_kernels.grouped_matmul.groups import gather_rows as gather_rows
 from pallas_kernels.grouped_matmul.groups import group_rows as group_rows
-from pallas_kernels.grouped_matmul.groups import weigh_rows as weigh_rows
+from pallas_kernels.grouped_matmul.groups import rows_of_pairs as rows_of_pairs
+from pallas_kernels.grouped_matmul.groups import weights_of_slots as weights_of_slots

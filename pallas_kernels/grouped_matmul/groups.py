@@ -3,7 +3,8 @@
 A token and one of its chosen experts are a pair; pair m k + j is choice j of token m. A slot is a row of the grouped
 arrays. Rows move by gathers alone, in both directions and in the gradients, because scatters are slow.
 
-Dimension key: M tokens, k choices per token, E experts, P slots, I tiles, C rows per tile, P = I C, K or N width.
+Dimension key: M tokens, k choices per token, Q = M k pairs, E experts, P slots, I tiles, C rows per tile, P = I C,
+K or N width.
 """
 
 import dataclasses
@@ -127,36 +128,30 @@ def _gather_backward(groups, dy_PK):
 gather_rows.defvjp(_gather_forward, _gather_backward)
 
 
-def _rows_of_pairs(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "M k N"]:
-    return y_PN.at[groups.slot_of_pair_Mk].get(mode="promise_in_bounds")
+def rows_of_pairs(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "Q N"]:
+    """Returns the rows of all pairs, in the order of the tokens and their choices: Q = M k rows, without padding."""
+    return y_PN.at[groups.slot_of_pair_Mk.reshape(-1)].get(mode="promise_in_bounds")
+
+
+def weights_of_slots(weights_Mk: Float[Array, "M k"], groups: Groups) -> Float[Array, " P"]:
+    """Returns the weight of each slot's pair, in f32; 0 in padding."""
+    return _weights_of_slots(weights_Mk.astype(jnp.float32), groups)
 
 
 @jax.custom_vjp
-def weigh_rows(x_PK: Float[Array, "P K"], groups: Groups, weights_Mk: Float[Array, "M k"]) -> Float[Array, "P K"]:
-    """Returns weight * x for the pair of each slot, in x's dtype; zeros in padding.
-
-    Rows are weighed before their last product, so that the gradient of the weights reads no result of experts.
-    """
-    return _weighed(x_PK, groups, weights_Mk)
+def _weights_of_slots(weights_Mk: Float[Array, "M k"], groups: Groups) -> Float[Array, " P"]:
+    return weights_Mk.reshape(-1).at[groups.pair_of_slot_P].get(mode="fill", fill_value=0)
 
 
-def _weighed(x_PK: jax.Array, groups: Groups, weights_Mk: jax.Array) -> jax.Array:
-    weight_P = weights_Mk.reshape(-1).astype(jnp.float32).at[groups.pair_of_slot_P].get(mode="fill", fill_value=0)
-    return (x_PK.astype(jnp.float32) * weight_P[:, None]).astype(x_PK.dtype)
+def _weights_forward(weights_Mk, groups):
+    return _weights_of_slots(weights_Mk, groups), groups
 
 
-def _weigh_forward(x_PK, groups, weights_Mk):
-    return _weighed(x_PK, groups, weights_Mk), (x_PK, groups, weights_Mk)
+def _weights_backward(groups, d_weight_P):
+    return d_weight_P.at[groups.slot_of_pair_Mk].get(mode="promise_in_bounds"), None
 
 
-def _weigh_backward(residuals, dy_PK):
-    x_PK, groups, weights_Mk = residuals
-    dweight_P = jnp.sum(dy_PK.astype(jnp.float32) * x_PK.astype(jnp.float32), axis=1)
-    dweights_Mk = dweight_P.at[groups.slot_of_pair_Mk].get(mode="promise_in_bounds").astype(weights_Mk.dtype)
-    return _weighed(dy_PK, groups, weights_Mk), None, dweights_Mk
-
-
-weigh_rows.defvjp(_weigh_forward, _weigh_backward)
+_weights_of_slots.defvjp(_weights_forward, _weights_backward)
 
 
 @jax.custom_vjp
@@ -166,7 +161,8 @@ def combine_rows(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "M N
 
 
 def _combined(y_PN: jax.Array, groups: Groups) -> jax.Array:
-    return jnp.sum(_rows_of_pairs(y_PN, groups).astype(jnp.float32), axis=1).astype(y_PN.dtype)
+    y_MkN = rows_of_pairs(y_PN, groups).reshape(*groups.slot_of_pair_Mk.shape, -1)
+    return jnp.sum(y_MkN.astype(jnp.float32), axis=1).astype(y_PN.dtype)
 
 
 def _combine_forward(y_PN, groups):

@@ -46,7 +46,7 @@ def _expert_by_expert(
 
         return jax.lax.fori_loop(bounds[expert], bounds[expert + 1], one_tile, y_PB)
 
-    y_PB = jnp.zeros((len(rows_PA), expert_shape(weights)[1 - contract]), rows_PA.dtype)
+    y_PB = _zeros(rows_PA, expert_shape(weights)[1 - contract])
     return jax.lax.fori_loop(0, jnp.count_nonzero(jnp.diff(bounds)), one_expert, y_PB)
 
 
@@ -60,7 +60,18 @@ def _tile_by_tile(
         index = _flat_index(layer, experts, groups.expert_of_tile_I[tile])
         return _put(y_PN, product(_tile(x_PK, groups, tile), flat, index), groups, tile)
 
-    return jax.lax.fori_loop(0, groups.tiles, one_tile, jnp.zeros((len(x_PK), expert_shape(weights)[0]), x_PK.dtype))
+    y_PN = _zeros(x_PK, expert_shape(weights)[0])
+    return jax.lax.fori_loop(0, groups.tiles, one_tile, y_PN)
+
+
+def _zeros(rows_PA: Float[Array, "P A"], width: int) -> Float[Array, "P B"]:
+    """Returns zeros for the results of rows.
+
+    They depend on the rows, so that XLA makes them where they are needed. It would hoist constants out of a scan over
+    layers, where they stay in memory during the whole step.
+    """
+    zero, _ = jax.lax.optimization_barrier((jnp.zeros((), rows_PA.dtype), rows_PA))
+    return jnp.full((len(rows_PA), width), zero)
 
 
 def tile_bounds(groups: Groups, experts: int) -> Int[Array, " bounds"]:

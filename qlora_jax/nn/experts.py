@@ -7,16 +7,23 @@ D embed, N out, K in.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.grouped_matmul import Groups, combine_rows, gather_rows, group_rows, grouped_matmul, weigh_rows
+from pallas_kernels.grouped_matmul import (
+    Groups,
+    combine_rows,
+    gather_rows,
+    group_rows,
+    grouped_matmul,
+    weights_of_slots,
+)
 from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
+from qlora_jax.nn.expert_activation import weighted_activation
 from qlora_jax.nn.linear import OneLayer
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
-from qlora_jax.nn.mlp import GateActivation, gated_activation
+from qlora_jax.nn.mlp import GateActivation
 from qlora_jax.nn.variables import Frozen, select_layer
 
 # 4-bit or in ggml's blocks with the leading axes [S, E], of several formats, or dense [S, E, N, K].
@@ -48,15 +55,13 @@ class ExpertLinear(ExpertAdapter):
         x_PK: Float[Array, "P K"],
         layer: jax.Array,
         groups: Groups,
-        weights_Mk: Float[Array, "M k"] | None = None,
+        weight_P: Float[Array, " P"] | None = None,
     ) -> Float[Array, "P N"]:
         """Returns the result for the expert of each slot, with the adapter if one is set.
 
         Args:
-          weights_Mk: factors of the results, by which x and the bias are multiplied; None: no factors.
+          weight_P: factors of the bias, by which x is already multiplied; None: no factors.
         """
-        if weights_Mk is not None:
-            x_PK = weigh_rows(x_PK, groups, weights_Mk)
         weight, row = self.weight.get_value(), layer
         if isinstance(weight, OneLayer):
             weight, row = jax.tree.map(lambda leaf: leaf[None], weight.weight), 0
@@ -68,7 +73,7 @@ class ExpertLinear(ExpertAdapter):
         if self.bias is not None:
             bias_IN = select_layer(self.bias[...], layer)[groups.expert_of_tile_I]
             bias_PN = jnp.repeat(bias_IN.astype(y_PN.dtype), groups.tile, axis=0)
-            y_PN = y_PN + (bias_PN if weights_Mk is None else weigh_rows(bias_PN, groups, weights_Mk))
+            y_PN = y_PN + (bias_PN if weight_P is None else (bias_PN * weight_P[:, None]).astype(y_PN.dtype))
         return y_PN if self.adapter is None else y_PN + self.adapter(x_PK, groups)
 
 
@@ -104,10 +109,10 @@ class Experts(nnx.Module):
         groups = group_rows(experts_Mk, self.count)
         x_PD = gather_rows(x_MD, groups)
         gate_PF, up_PF = self._gate_and_up(x_PD, layer, groups)
-        gate_PF, up_PF = checkpoint_name(gate_PF, "mlp_gate"), checkpoint_name(up_PF, "mlp_up")
+        weight_P = weights_of_slots(weights_Mk, groups)
         with jax.named_scope("swiglu"):
-            inner_PF = gated_activation(gate_PF, up_PF, self.activation)
-        return combine_rows(self.down_proj(inner_PF, layer, groups, weights_Mk), groups)
+            inner_PF = weighted_activation(gate_PF, up_PF, weight_P, groups, self.activation)
+        return combine_rows(self.down_proj(inner_PF, layer, groups, weight_P), groups)
 
     def _gate_and_up(self, x_PD: jax.Array, layer: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
         gate_PF, up_PF = self.gate_proj(x_PD, layer, groups), self.up_proj(x_PD, layer, groups)

@@ -75,6 +75,25 @@ class ClampedSwiglu(NamedTuple):
 GateActivation = str | ClampedSwiglu  # a key of ACTIVATIONS, or one that takes gate and up together
 
 
+def gated_value(gate: jax.Array, up: jax.Array, activation: GateActivation) -> jax.Array:
+    """Returns act(gate) * up, or a clamped SwiGLU, in f32."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if isinstance(activation, ClampedSwiglu):
+        return activation.value(gate, up)
+    return ACTIVATIONS[activation].value(gate) * up
+
+
+def gated_gradients(
+    gate: jax.Array, up: jax.Array, dy: jax.Array, activation: GateActivation
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (d_gate, d_up) of `gated_value` in f32."""
+    gate, up, dy = (x.astype(jnp.float32) for x in (gate, up, dy))
+    if isinstance(activation, ClampedSwiglu):
+        return activation.gradients(gate, up, dy)
+    value, slope = ACTIVATIONS[activation].with_slope(gate)
+    return dy * up * slope, dy * value
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gated_activation(
     gate: Float[Array, "... F"], up: Float[Array, "... F"], activation: GateActivation
@@ -84,22 +103,12 @@ def gated_activation(
 
 
 def _gated_forward(gate, up, activation):
-    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
-    if isinstance(activation, ClampedSwiglu):
-        out = activation.value(gate32, up32)
-    else:
-        out = ACTIVATIONS[activation].value(gate32) * up32
-    return out.astype(gate.dtype), (gate, up)
+    return gated_value(gate, up, activation).astype(gate.dtype), (gate, up)
 
 
 def _gated_backward(activation, residuals, dy):
-    gate, up = (r.astype(jnp.float32) for r in residuals)
-    dy32 = dy.astype(jnp.float32)
-    if isinstance(activation, ClampedSwiglu):
-        d_gate, d_up = activation.gradients(gate, up, dy32)
-    else:
-        value, slope = ACTIVATIONS[activation].with_slope(gate)
-        d_gate, d_up = dy32 * up * slope, dy32 * value
+    gate, up = residuals
+    d_gate, d_up = gated_gradients(gate, up, dy, activation)
     return d_gate.astype(dy.dtype), d_up.astype(dy.dtype)
 
 

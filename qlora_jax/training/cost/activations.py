@@ -123,11 +123,11 @@ def _before_qk_norm(model: ModelConfig) -> int:
 
 
 def _inner(step: StepShape) -> int:
-    """Returns the bytes of gate and up: of dense MLPs and shared experts [M, F], of routed experts [P, F]."""
+    """Returns the bytes of gate and up: of dense MLPs and shared experts [M, F], of routed experts [M k, F]."""
     model, first = step.model, step.first_backward
     of_dense = step.layers(DOWN, first) * step.rows * model.mlp_dim
     if (experts := step.experts) is not None:
-        inner = step.slots * experts.mlp_dim + step.rows * experts.shared_mlp_dim
+        inner = step.pairs * experts.mlp_dim + step.rows * experts.shared_mlp_dim
         of_dense += step.layers(ROUTER, first) * inner
     return (1 + model.gated) * of_dense * step.itemsize
 
@@ -142,13 +142,6 @@ def _routed(step: StepShape) -> int:
 
 def _shared_width(model: ModelConfig) -> int:
     return 0 if model.experts is None else model.experts.shared_mlp_dim
-
-
-def _inner_of_experts(step: StepShape) -> int:
-    """Returns the bytes of the experts' inner activations [P, F], which the gradient of the router's weights reads."""
-    if step.experts is None:
-        return 0
-    return step.layers(ROUTER, step.first_backward) * step.slots * step.experts.mlp_dim * step.itemsize
 
 
 def _experts_inputs(step: StepShape) -> int:
@@ -179,7 +172,6 @@ READ: dict[str, Formula] = {
     "before queries' and keys' norms": _wide(_before_qk_norm),
     "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
     "shared expert's inner activation": _wide(_shared_width, SHARED_DOWN),
-    "experts' inner activation": _inner_of_experts,
     "experts' inputs": _experts_inputs,
     # A second copy with joined heads: the backward pass of attention saves the other shape.
     "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, OUT),
