@@ -129,6 +129,25 @@ def test_the_recorded_vicuna_verdicts_give_the_table_of_the_paper(local_data):
 
 
 @pytest.mark.slow
+def test_one_game_for_both_orders_gives_the_table_of_the_paper_but_for_gpt4(local_data):
+    """The outcome is the mean of the verdicts in both orders, by which the paper's scores avoid the judge's bias."""
+    outcomes = {(game.prompt, game.first, game.second): game.outcome for game in vicuna(local_data)}
+    both = {
+        (prompt, first, second): (outcome + 1 - outcomes[prompt, second, first]) / 2
+        for (prompt, first, second), outcome in outcomes.items()
+        if first < second and (prompt, second, first) in outcomes
+    }
+    games, rng = read_games([Game(*key, 0.5, "gpt-4") for key in both]), np.random.default_rng(0)
+    played = zip(games.prompt, games.first, games.second, strict=True)
+    means = np.array([both[games.prompts[p], games.systems[a], games.systems[b]] for p, a, b in played])
+    final_OS = ratings_by_ordering(games._replace(outcome=means), 10_000, rng)
+    found = dict(zip(games.systems, final_OS.mean(axis=0), strict=True))
+    assert len(both) == 2_227
+    assert {name: found[name] for name in PAPER} == pytest.approx(PAPER, abs=5)
+    assert found["gpt4"] - 1348 == pytest.approx(23, abs=2)
+
+
+@pytest.mark.slow
 def test_the_first_512_games_of_an_ordering_give_the_whole_table_of_the_paper(local_data):
     games, rng = read_games(vicuna(local_data)), np.random.default_rng(0)
     in_order = np.tile(np.arange(len(games.outcome)), (4_000, 1))
