@@ -57,7 +57,8 @@ class ProgramScores:
 
     Fields:
       outcomes: index in REASONS of each reply.
-      cut_off: number of replies that ended because of max_new_tokens, or because the model has no position left.
+      cut_off: number of programs that ended because of max_new_tokens, or because the model has no position left;
+        text after the end of a program does not count.
     """
 
     outcomes: Int64[np.ndarray, "problems samples"]
@@ -114,15 +115,16 @@ class ProgramsTask:
             progress=progress,
             cache=cache,
         )
-        programs = [
-            self._program(problem, self.tokenizer.decode(reply.ids))
+        written = [
+            (problem, self.tokenizer.decode(reply.ids), reply.end)
             for problem, of_problem in zip(self.problems, replies, strict=True)
             for reply in of_problem
         ]
+        programs = [self._program(problem, text) for problem, text, _ in written]
         outcomes = np.concatenate(
             [self._run(programs[start : start + _BATCH], cache) for start in range(0, len(programs), _BATCH)]
         )
-        cut_off = sum(reply.end != "stop" for of_problem in replies for reply in of_problem)
+        cut_off = sum(end != "stop" and self._is_unfinished(problem, text) for problem, text, end in written)
         return ProgramScores(outcomes=outcomes.reshape(-1, self.samples), cut_off=cut_off)
 
     def metrics(self, scores: ProgramScores) -> list[Metric]:
@@ -136,7 +138,7 @@ class ProgramsTask:
         return [
             *(self._pass_at(scores, k) for k in self.pass_at),
             *(Metric(name, "count", sum(counts[one] for one in reasons)) for name, reasons in failed.items()),
-            Metric(f"replies cut off ({self.max_new_tokens} tokens)", "count", scores.cut_off),
+            Metric(f"programs cut off ({self.max_new_tokens} tokens)", "count", scores.cut_off),
         ]
 
     def compare(self, before: ProgramScores, after: ProgramScores) -> list[Comparison]:
@@ -171,6 +173,10 @@ class ProgramsTask:
         else:
             source = source_of_chat(problem.prompt, reply, problem.entry_point)
         return Program(source=source, entry_point=problem.entry_point, setup=problem.prompt, test=problem.test)
+
+    def _is_unfinished(self, problem: Problem, reply: str) -> bool:
+        """Returns True if more text after the reply would belong to its program."""
+        return self._program(problem, reply) != self._program(problem, f"{reply}more")
 
     def _run(self, programs: Sequence[Program], cache: ResultCache) -> Int64[np.ndarray, " programs"]:
         def run() -> list[np.ndarray]:

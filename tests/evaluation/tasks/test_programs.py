@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from qlora_jax.evaluation.tasks.programs import (
     source_of_chat,
     source_of_continuation,
 )
-from qlora_jax.inference.decode import Reply
+from qlora_jax.inference.decode import EndReason, Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from qlora_jax.inference.sampling import GREEDY, Sampling
-from qlora_jax.sandbox.programs import Limits, Program
+from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
 from qlora_jax.sandbox.runner import run_programs
 from tests.e2e.project import TEMPLATE
 from tests.inference.tiny import byte_tokenizer, tiny_parts
@@ -42,7 +43,7 @@ def write(path, rows):
 
 
 def task_of(path, tokenizer=None, **changes):
-    settings = dict(
+    settings: dict[str, Any] = dict(
         named_stop_ids=[],
         pass_at=[1],
         samples=1,
@@ -89,7 +90,7 @@ def test_code_is_found_in_a_chat(reply, source):
     assert source_of_chat(ADD["prompt"], reply, "add") == source.replace("{prompt}", ADD["prompt"])
 
 
-def answer_with(monkeypatch, *replies: str, ended: str = "stop"):
+def answer_with(monkeypatch, *replies: str, ended: EndReason = "stop"):
     """Makes the model reply to every prompt with these."""
     encoded = [Reply(byte_tokenizer().encode(reply), ended) for reply in replies]
     monkeypatch.setattr(programs, "sampled_replies", lambda parts, prompts, **how: [encoded] * len(prompts))
@@ -113,7 +114,7 @@ def test_replies_are_run(monkeypatch, tmp_path):
         "failed: a test is not met": 2,
         "failed: an error": 2,
         "failed: a limit, or ended early": 0,
-        "replies cut off (20 tokens)": 0,
+        "programs cut off (20 tokens)": 0,
     }
     monkeypatch.setattr(programs, "run_programs", None)
     assert (task.score(tiny_parts(), lambda done: None, cache).outcomes == scores.outcomes).all()
@@ -121,6 +122,24 @@ def test_replies_are_run(monkeypatch, tmp_path):
     first, second = task.compare(scores, better)
     assert (first.name, first.difference) == ("pass@1", pytest.approx(2 / 3))
     assert first.interval == pytest.approx((2 / 3, 2 / 3)) and second.difference == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "replies", "cut_off"),
+    [
+        (None, [RIGHT, RIGHT + "\ndef main():\n    x"], 1),
+        (TEMPLATE, [f"```python\n{RIGHT}", f"```python\n{RIGHT}```\nThis adds"], 1),
+    ],
+    ids=["continued", "chat"],
+)
+def test_only_programs_that_the_limit_ended_are_cut_off(monkeypatch, tmp_path, template, replies, cut_off):
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
+    task = task_of(write(tmp_path / "p.jsonl", [ADD]), tokenizer, samples=2, sealed=False, max_positions=900)
+    monkeypatch.setattr(programs, "run_programs", lambda found, *args, **how: [ProgramOutcome("passed")] * len(found))
+    expected_by_end: dict[EndReason, int] = {"length": cut_off, "stop": 0}
+    for ended, expected in expected_by_end.items():
+        answer_with(monkeypatch, *replies, ended=ended)
+        assert task.score(tiny_parts(), lambda done: None, NO_CACHE).cut_off == expected
 
 
 @pytest.mark.parametrize(
