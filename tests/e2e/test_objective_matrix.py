@@ -68,6 +68,7 @@ CASES = [
     Case("kto", False, "lora", LION_8BIT, CUT),
     Case("orpo", False, "lora_fa", ADAMW),
     Case("orpo", True, "full", LION),
+    Case("orpo", False, "full", PAGED),
     Case("cpo", True, "dora", ADAMW_8BIT, CUT),
     Case("simpo", True, "lora", PAGED | {"paging_budget": "520KiB"}),
 ]
@@ -89,13 +90,14 @@ def config_of(case: Case, folder: Path) -> Config:
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows_of(case.objective)))
     full = case.method == "full"
+    held_out = 0.4 if case.objective in ("dpo", "kto") else 0.0  # compared with the reference
     lora = dict(method=case.method) if full else dict(method=case.method, rank=64)
     config = project(
         folder,
         base=SIZES,
         model=dict(quant_type="none" if full else "nf4"),
         lora=lora | dict(dropout=0.0, **({"rank": 16} if full else {})),
-        data=dict(train=str(data), eval_fraction=0.0, max_length=64, packing=case.packing, buckets=1),
+        data=dict(train=str(data), eval_fraction=held_out, max_length=64, packing=case.packing, buckets=1),
         optim=dict(schedule="constant", warmup_start="first", learning_rate=1e-3) | case.optim,
         train=dict(steps=2, micro_batch_size=2, accumulation=2, save_every=1, eval_every=0),
         mesh=dataclasses.asdict(case.mesh),

@@ -76,6 +76,9 @@ def test_a_run_starts_at_its_reference_and_learns_the_preference(finished):
     assert step["rewards_margin"] == pytest.approx(step["rewards_chosen"] - step["rewards_rejected"], abs=1e-6)
     assert f"reference: log p of {held[0]['eval_rows'] + rows_of(config)} rows" in output
     assert "right by reward 100.0%" in output
+    page = (Path(config.output) / "report.html").read_text()
+    assert "KL divergence from the reference, nats per token" in page
+    assert "held out: KL to the reference per token of rejected" in page
     documented = set(re.findall(r"`([\w*]+)`", Path("docs/training.md").read_text()))
     known = {key for key in documented if not key.endswith("*")}
     starts = tuple(key.removesuffix("*") for key in documented if key.endswith("*"))

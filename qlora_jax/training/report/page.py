@@ -192,17 +192,21 @@ def _preferences(report: RunReport) -> list[tuple[str, str]]:
     found = []
     for name, (first, last) in preference_summary(report.records).items():
         form = "{:.1%}" if name == ACCURACY else "{:.3f}"
-        ends = (form.format(value) for value in last["interval"])
         change = f"{form.format(first['value'])} → {form.format(last['value'])}"
-        found.append((f"held out: {PREFERENCE_LABELS[name]}", f"{change} [{', '.join(ends)}]"))
+        found.append((f"held out: {PREFERENCE_LABELS[name]}", f"{change} {_interval(last['interval'], form)}"))
     return found
+
+
+def _interval(ends: Sequence[float], form: str) -> str:
+    """Returns an interval as text without a place where a line may break."""
+    return "[{}]".format(",\N{NO-BREAK SPACE}".join(form.format(value) for value in ends))
 
 
 def _held_out(done: TrainingSummary) -> list[tuple[str, str]]:
     first, last, best = done["first_eval"], done["last_eval"], done["best_eval"]
     if first is None or last is None or best is None:
         return []
-    interval = " [{:.3f}, {:.3f}]".format(*last["interval"]) if last["interval"] else ""
+    interval = f" {_interval(last['interval'], '{:.3f}')}" if last["interval"] else ""
     tiles = [("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}{interval}")]
     if first["perplexity"] is not None and last["perplexity"] is not None:
         tiles.append(("perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"))
