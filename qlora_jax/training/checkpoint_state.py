@@ -1,6 +1,7 @@
 """The JSON part of a checkpoint, and the check that a run may resume from it."""
 
 import dataclasses
+import warnings
 
 import jax
 import jaxlib
@@ -47,6 +48,8 @@ MAY_DIFFER = {
 # They may differ as well, if their product, the rows of an optimizer step, is the same.
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
+MESH_KEY = "mesh"
+
 # Keys of the state that a resumed run requires.
 RESUME_KEYS = ("step", "position", "best", "fingerprint", "data_fingerprint", "config")
 
@@ -62,7 +65,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "data_fingerprint": session.dataset.fingerprint,
         "config": to_dict(session.config),
         **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
-        "mesh": mesh_size(session.mesh)._asdict(),
+        MESH_KEY: mesh_size(session.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }
 
@@ -111,8 +114,18 @@ def _is_same_data(session: Session, state: Record, saved: Config) -> bool:
     return state["data_fingerprint"] in (dataset.fingerprint, earlier)
 
 
+def warn_of_other_masks(config: Config, state: Record) -> None:
+    """Warns if the saved run drew its dropout masks in another way: per micro-batch, before a run could have a mesh."""
+    if config.lora.dropout and MESH_KEY not in state:
+        warnings.warn(
+            f"{config.output}: lora.dropout: an earlier version of qlora_jax, with other dropout masks, saved the "
+            f"checkpoint of step {state['step']}. The losses will differ from those of an uninterrupted run.",
+            stacklevel=2,
+        )
+
+
 def check_resumable(session: Session, state: Record) -> None:
-    """Checks that a resumed run gives the same results as an uninterrupted one.
+    """Checks that a resumed run gives the same results as an uninterrupted one; warns of other dropout masks.
 
     Raises:
       ValueError: the checkpoint lacks a required key; or settings, base model or data differ, with each difference.
@@ -153,3 +166,4 @@ def check_resumable(session: Session, state: Record) -> None:
             f"{session.config.output}: cannot resume from the checkpoint of step {state['step']}, because these "
             "differ:\n  " + "\n  ".join(problems) + "\nUse the same settings, or another output folder."
         )
+    warn_of_other_masks(session.config, state)
