@@ -25,7 +25,7 @@ class MeshArgs:
         "auto: 1 if the run fits one device, else the fewest that it fits",
         AUTO,
         _SIZE,
-        common="devices that share the weights and the rows; auto: as few as the run fits",
+        common="devices that share the weights and the rows; auto: the fewest on which it fits",
     )
 
 

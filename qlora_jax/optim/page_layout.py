@@ -80,7 +80,7 @@ class Layout:
         return self.owner_spec(self.owners[index])
 
     def owner_spec(self, owner: int | None) -> P:
-        """Returns how the state leaves of a parameter are cut: as it is. A leaf that all pages share is not cut."""
+        """Returns the cut of a parameter's state, which is the parameter's. State that all pages share is not cut."""
         return P() if owner is None else self.specs[owner]
 
     @property

@@ -125,7 +125,7 @@ def _local_theta(features: ModelConfig) -> float | None:
 
 
 def _log_multiplier(features: ModelConfig) -> float | None:
-    """Yarn's `mscale_all_dim`, which llama.cpp takes for `mscale` too; no scale of queries: a model without the key."""
+    """Returns Yarn's `mscale_all_dim`, which llama.cpp uses as `mscale` too; None if queries have no scale."""
     return None if features.query_position_scale is None else features.rope.scaling.number("mscale_all_dim", 0.0)
 
 

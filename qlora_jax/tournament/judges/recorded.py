@@ -12,7 +12,7 @@ from qlora_jax.tournament.prompt_file import id_text
 
 
 class RecordedJudge:
-    """Gives the verdicts of a file; matches that are not in it stay to be judged.
+    """Gives the verdicts of a file; matches that are not in it remain without a verdict.
 
     Attributes:
       verdicts: the verdict on each match of the file, in order.

@@ -156,7 +156,7 @@ def first_fitting(
 
 
 def fits(config: StepConfig, limit: int, compile_step: CompileStep | None) -> bool:
-    """Returns True if a step fits; compiles it, if it can, unless it fits with any error of its estimate."""
+    """Returns True if a step fits. Compiles it if possible, unless it fits even with its estimate's largest error."""
     if compile_step is None:
         return estimated_requirements(config).total <= limit
     return estimated_range(config)[1] <= limit or compiled_requirements(config, compile_step).total <= limit
