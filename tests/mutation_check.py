@@ -38,9 +38,9 @@ MUTATIONS = [
         "tests/pallas_kernels/formats",
     ),
     Mutation(
-        "pallas_kernels/nf4_matmul/api.py",
-        'product("backward", dy_MN, weights, layer, implementation)',
-        'product("backward", dy_MN * 2, weights, layer, implementation)',
+        "pallas_kernels/frozen_product.py",
+        'return one_way("backward", dy, weights',
+        'return one_way("backward", dy * 2, weights',
         "tests/pallas_kernels/nf4_matmul/test_contract.py",
     ),
     Mutation(
@@ -57,19 +57,19 @@ MUTATIONS = [
     ),
     Mutation("qlora_jax/nn/rope.py", "return _turn(dy_BTNH, cos, -sin", "return _turn(dy_BTNH, cos, sin", "tests/nn"),
     Mutation(
-        "qlora_jax/training/step.py",
+        "qlora_jax/training/objectives/sft.py",
         "jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)",
         "jnp.mean(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)",
         "tests/e2e/test_training.py",
     ),
     Mutation(
         "qlora_jax/data/batching/batches.py",
-        "segments[at][span.stop :] += 1",
-        "segments[at][span.stop :] += 0",
+        "first + row.segments[-1] + 1",
+        "first + row.segments[-1]",
         "tests/data/batching",
     ),
     Mutation(
-        "qlora_jax/data/batching/batches.py",
+        "qlora_jax/data/branches.py",
         "ids[:-1], ids[1:], supervised[1:]",
         "ids[:-1], ids[1:], supervised[:-1]",
         "tests/data/batching",
@@ -80,7 +80,7 @@ MUTATIONS = [
         "first = owner_of_character[begin]",
         "tests/data/loss_mask",
     ),
-    Mutation("qlora_jax/optim/schedule.py", "step / max(1, warmup)", "(step + 1) / max(1, warmup)", "tests/optim"),
+    Mutation("qlora_jax/optim/schedule.py", "(step + first) / max", "(step + first + 1) / max", "tests/optim"),
     Mutation(
         "qlora_jax/optim/pager.py", "    pool.evict_to(budget_bytes)\n", "    pass\n", "tests/optim/test_pager.py"
     ),
