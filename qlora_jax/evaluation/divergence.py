@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
@@ -17,6 +16,7 @@ from qlora_jax.evaluation.loglikelihood import batches_of, branching_of, check_s
 from qlora_jax.evaluation.shared_prefixes import ScoredIds, pack_rows
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
+from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.lm_head.divergence import TokenComparison, compare_tokens
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
@@ -36,7 +36,7 @@ class RowComparison:
     divergence: Float64[np.ndarray, " rows"]
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(ModelFunction, static_argnames="mesh")
 def compare_given_tokens(
     both: tuple[ModelParts, ModelParts],
     tokens_BT: Int[Array, "B T"],

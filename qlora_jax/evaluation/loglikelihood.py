@@ -25,6 +25,7 @@ from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.lm_head.token_scores import TokenScores, token_scores
@@ -65,7 +66,7 @@ class RowScores:
         return RowScores(nll=self.nll[rows], tokens=self.tokens[rows], exact=self.exact[rows], begins=self.begins[rows])
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(ModelFunction, static_argnames="mesh")
 def score_tokens(
     parts: ModelParts,
     tokens_BT: Int[Array, "B T"],

@@ -29,6 +29,7 @@ from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import ROWS, AnyMesh, gather_rows, mesh_of, named
 
@@ -113,7 +114,7 @@ class _Limits(NamedTuple):
         return DecodeStep(row, token, "length" if generated == self.max_new_tokens else None)
 
 
-@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
+@functools.partial(ModelFunction, static_argnames="mesh", donate_argnames="cache")
 def prefill_chunk(
     parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
@@ -168,7 +169,7 @@ def next_token(
     return run_on_mesh(program, parts, (last_BD, keys_B, index), mesh, P())
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "mesh"), donate_argnames="cache")
+@functools.partial(ModelFunction, static_argnames=("sampling", "mesh"), donate_argnames="cache")
 def decode_step(
     parts: ModelParts,
     tokens_B: Int[Array, " B"],

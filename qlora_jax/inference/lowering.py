@@ -17,6 +17,7 @@ from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.offloaded_experts import with_memory_of
 from qlora_jax.models.partition import ModelParts, combine
@@ -39,7 +40,7 @@ class LoweredProgram(NamedTuple):
 
 def lower_program(
     shape: str,
-    function: jax.stages.Wrapped,
+    function: ModelFunction,
     parts: ModelParts,
     inputs: tuple[object, ...],
     extra_bytes: int = 0,

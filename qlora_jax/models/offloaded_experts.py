@@ -70,6 +70,17 @@ def with_memory_of(shapes: ModelParts, parts: ModelParts) -> ModelParts:
     return _with_host_leaves(shapes, set(host_paths(parts)))
 
 
+def has_experts_on_host(parts: ModelParts) -> bool:
+    """Returns True if the experts of a model, arrays or ShapeDtypeStructs, are in host memory.
+
+    It reads the leaves of experts alone, because it runs before each decoded token.
+    """
+    found = parts.base
+    for key in EXPERTS:
+        found = found.get(key, {})
+    return in_host_memory(found)
+
+
 def host_paths(parts: ModelParts) -> list[Path]:
     """Returns the paths of a base's leaves in host memory, whether they are arrays or ShapeDtypeStructs."""
     return [path for path, variable in nnx.to_flat_state(parts.base) if in_host_memory(variable)]

@@ -24,6 +24,15 @@ from qlora_jax.nn.linear import OneLayer, in_host_memory
 Position = Int[Array, ""] | int
 Step = Callable[[PyTree, PyTree, Position, PyTree, PyTree], tuple[PyTree, PyTree]]
 Fetch = Callable[[PyTree, Position], PyTree]
+# XLA's options, with which the copies of the next layer start before the products of this one: on every card, with the
+# latency below and not XLA's estimates, at most 64 at a time (XLA: 2), and not after the last use of this layer's
+# weights, which would save their memory.
+COPIES_AT_ONCE = {
+    "xla_gpu_enable_latency_hiding_scheduler": "True",
+    "xla_gpu_enable_analytical_sol_latency_estimator": "False",
+    "xla_gpu_experimental_parallel_async_compute_limit": "64",
+    "xla_disable_hlo_passes": "loop-schedule-linearizer",
+}
 LONG = str(10**12)  # ns, XLA's estimate of a copy: longer than a layer, so that copies start before it
 SAVED = True, True, False, False, False  # arguments of a step that have a gradient, and that it may save
 

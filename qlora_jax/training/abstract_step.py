@@ -22,6 +22,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.offloaded_experts import check_one_format, with_experts_on_host
 from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.mesh_state import state_specs
@@ -36,15 +37,6 @@ from qlora_jax.training.step import gradients, update
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
 # Near the card's limit, XLA's rematerialization would gather layers once more to save little memory.
 GATHER_ONCE = {"xla_disable_hlo_passes": "rematerialization"}
-# With experts in host memory, the copies of the next layer start before the products of this one: on every card, with
-# the latencies that models.prefetched_layers gives and not XLA's estimates, at most 64 at a time (XLA: 2), and not
-# after the last use of this layer's weights, which would save their memory.
-COPIES_AT_ONCE = {
-    "xla_gpu_enable_latency_hiding_scheduler": "True",
-    "xla_gpu_enable_analytical_sol_latency_estimator": "False",
-    "xla_gpu_experimental_parallel_async_compute_limit": "64",
-    "xla_disable_hlo_passes": "loop-schedule-linearizer",
-}
 
 AbstractLora = dict[str, dict[str, jax.ShapeDtypeStruct]]
 

@@ -18,13 +18,14 @@ from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
+from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 TextIds = Int32[np.ndarray, " _"]
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(ModelFunction, static_argnames="mesh")
 def outputs_of_batch(
     parts: ModelParts, tokens_BT: Int[Array, "B T"], lengths_B: Int[Array, " B"], *, mesh: AnyMesh | None = None
 ) -> Float[Array, "B C"]:

@@ -12,7 +12,6 @@ import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
@@ -31,6 +30,7 @@ from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.inference.token_ids import id_problems
+from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
@@ -213,7 +213,7 @@ def mean_over_subjects(right: Bool[np.ndarray, " questions"], subjects: Sequence
     return float(np.mean([right[names == name].mean() for name in sorted(set(subjects))]))
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(ModelFunction, static_argnames="mesh")
 def _letter_logits(
     parts: ModelParts,
     tokens_BT: Int[Array, "B T"],

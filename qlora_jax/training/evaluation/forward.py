@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.inference.mesh_inference import run_on_mesh
+from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import AnyMesh, gather_rows
 from qlora_jax.training.objectives.objective import Objective
@@ -19,7 +20,7 @@ from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.step import row_outputs, text_separation
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(ModelFunction, static_argnames="mesh")
 def evaluation_loss(
     parts: ModelParts, batch: dict[str, jax.Array], *, mesh: AnyMesh | None = None
 ) -> Float[Array, " B"]:
@@ -27,7 +28,7 @@ def evaluation_loss(
     return _forward(SUPERVISED, parts, batch, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "mesh"))
+@functools.partial(ModelFunction, static_argnames=("objective", "mesh"))
 def evaluation_outputs(
     parts: ModelParts, batch: dict[str, jax.Array], *, objective: Objective, mesh: AnyMesh | None = None
 ) -> PyTree:
@@ -42,7 +43,7 @@ def _forward(objective: Objective, parts: ModelParts, batch: dict[str, jax.Array
     return _of_all_rows(outputs, parts, batch, mesh)
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.partial(ModelFunction, static_argnames="mesh")
 def compared_outputs(
     both: tuple[ModelParts, ModelParts], batch: dict[str, jax.Array], *, mesh: AnyMesh | None = None
 ) -> ComparedLogps:
