@@ -153,17 +153,23 @@ def _write_parquet(folder: Path) -> None:
     (folder / FORMAT_FILE).write_text("auto")
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path, **settings)
 
 
 def _damage_parquet(chance: random.Random, folder: Path) -> str:
     row_format = chance.choice(("alpaca", "messages", "completion", "text"))
     path = folder / "rows.parquet"
     _write_table(path, _rows_of(row_format, 9))
+    _damage_table(chance, path)
+    return row_format
+
+
+def _damage_table(chance: random.Random, path: Path) -> None:
+    """Damages a Parquet file, half of the time in its footer."""
     content = path.read_bytes()
     footer = int.from_bytes(content[-8:-4], "little") + 8
     if chance.random() < 0.5:
@@ -171,7 +177,32 @@ def _damage_parquet(chance: random.Random, folder: Path) -> str:
     else:
         content = damage_bytes(chance, content)
     path.write_bytes(content)
-    return row_format
+
+
+def _chats_with_parts(count: int) -> list[dict[str, Any]]:
+    """Returns chats whose contents are lists of one to three parts, next to a column of other lists."""
+    parts = [[{"type": "text", "text": f"part {index} "} for index in range(1 + n % 3)] for n in range(count)]
+    turns = [[{"role": "user", "content": own}, {"role": "assistant", "content": own[:1]}] for own in parts]
+    return [{"messages": own * (1 + n % 2), "tags": [["a"], []] * (n % 3)} for n, own in enumerate(turns)]
+
+
+def _write_lists(folder: Path) -> None:
+    _write_table(folder / "rows.parquet", _chats_with_parts(12))
+
+
+def _damage_lists(chance: random.Random, folder: Path) -> str:
+    """Writes chats with lists of parts in some form, and damages the file."""
+    settings = dict(
+        row_group_size=chance.choice((1, 4, 100)),
+        data_page_size=chance.choice((1, 16, 1 << 20)),
+        compression=chance.choice(("none", "zstd")),
+        use_dictionary=chance.random() < 0.7,
+        store_schema=chance.random() < 0.5,
+    )
+    _write_table(folder / "rows.parquet", _chats_with_parts(12), **settings)
+    if chance.random() < 0.9:
+        _damage_table(chance, folder / "rows.parquet")
+    return str(settings)
 
 
 # Templates
@@ -279,6 +310,9 @@ DATA_KINDS: Mapping[str, FileKind] = {
     "prompts": FileKind(write=_write_rows, shared="rows", damage=_damage_rows, read=_read_prompts),
     "parquet": FileKind(
         write=_write_parquet, damage=_damage_parquet, read=lambda f: load(train=str(f / "rows.parquet"))
+    ),
+    "parquet_lists": FileKind(
+        write=_write_lists, damage=_damage_lists, read=lambda f: load(train=str(f / "rows.parquet"))
     ),
     "template": FileKind(write=_write_template, damage=_damage_template, read=_read_template),
     "yaml": FileKind(write=_write_config, damage=_damage_config, read=_read_config),

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_jax.data.readers.gzip_file import MAX_RATIO, MAX_UNPACKED
+from qlora_jax.data.readers.json_rows import MAX_ROW
 
 MAGIC = b"PAR1"  # a file's first bytes
 _BATCH = 1024  # rows in memory at once, unless they may be large
 _BATCH_BYTES = 128 << 20
+_MAX_COLUMN = 1 << 30  # bytes of a column of lists that may be in memory at once
 _INT32 = 0x15  # an integer in the next field of a structure, in Thrift's compact protocol
 
 
@@ -30,8 +32,13 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _check_sizes(path, file.metadata)
             _check_names(path, file.schema_arrow.names)
-            for batch in file.iter_batches(_rows_per_batch(path, file.metadata)):
+            rows, repeating = _rows_per_batch(path, file.metadata), _repeating_columns(path, file)
+            read = 0
+            for batch in _checked_batches(path, repeating, rows) if repeating else file.iter_batches(rows):
+                read += batch.num_rows
                 yield from batch.to_pylist()
+            if read != file.metadata.num_rows:  # pyarrow does not notice
+                raise _corrupt(path, f"it declares {file.metadata.num_rows:,} rows and has {read:,}")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: a text in the Parquet file is not UTF-8 ({error}). Write it as UTF-8.") from error
     except MemoryError as error:
@@ -69,11 +76,103 @@ def _rows_per_batch(path: Path, metadata: Any) -> int:
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     with path.open("rb") as file:
         bytes_per_row = [
-            _largest_value(file, group.column(index)) * -(-group.column(index).num_values // max(group.num_rows, 1))
+            _row_size(file, group.column(index), group.num_rows)
             for group in groups
             for index in range(group.num_columns)
         ]
     return max(1, min([_BATCH, *(_BATCH_BYTES // max(size, 1) for size in bytes_per_row)]))
+
+
+def _row_size(file: BinaryIO, column: Any, rows: int) -> int:
+    """Returns a bound on the bytes of an average row of a column (ColumnChunkMetaData)."""
+    repeated = _largest_value(file, column) * -(-column.num_values // max(rows, 1))
+    return repeated + column.total_uncompressed_size // max(rows, 1)
+
+
+def _repeating_columns(path: Path, file: Any) -> list[str]:
+    """Returns the texts inside of lists of which one row may have more than _MAX_COLUMN bytes, by repeating a value."""
+    indices = [index for index in range(len(file.schema)) if file.schema.column(index).max_repetition_level]
+    groups = range(file.metadata.num_row_groups)
+    with path.open("rb") as stream:
+        chunks = ((file.metadata.row_group(group).column(index), group) for index in indices for group in groups)
+        found = [chunk.path_in_schema for chunk, group in chunks if _may_be_large(path, stream, chunk, group)]
+    return list(dict.fromkeys(found))
+
+
+def _may_be_large(path: Path, stream: BinaryIO, column: Any, group: int) -> bool:
+    """True if a part of a column (ColumnChunkMetaData) may have more than _MAX_COLUMN bytes by its dictionary."""
+    if not column.has_dictionary_page or "DELTA_BYTE_ARRAY" in column.encodings:  # pyarrow reads one of them at a time
+        return False
+    bound = _largest_value(stream, column) * column.num_values  # as if one value filled the dictionary
+    if bound <= _MAX_COLUMN:
+        return False
+    return _longest_in_dictionary(path, column.path_in_schema, group) * column.num_values > _MAX_COLUMN
+
+
+def _longest_in_dictionary(path: Path, name: str, group: int) -> int:
+    """Returns the bytes of the longest value in a column's dictionary; a large number if its first row has no value."""
+    from pyarrow import compute, parquet  # pyright: ignore[reportMissingImports]
+
+    with parquet.ParquetFile(path, read_dictionary=[name], page_checksum_verification=True) as file:
+        first = next(file.iter_batches(1, row_groups=[group], columns=[name]), None)
+    leaves = [] if first is None else [leaf for leaf in _leaves(first.column(0)) if hasattr(leaf, "dictionary")]
+    lengths = [compute.call_function("binary_length", [leaf.dictionary]).to_pylist() for leaf in leaves]
+    return max((length for each in lengths for length in each), default=_MAX_COLUMN)
+
+
+def _checked_batches(path: Path, columns: Sequence[str], rows: int) -> Iterator[Any]:
+    """Yields rows (pyarrow.RecordBatch) in which a value is once in memory, however often the columns repeat it.
+
+    Raises:
+      ValueError: a row is longer than other files' rows may be.
+    """
+    from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+
+    number = 0
+    with parquet.ParquetFile(path, read_dictionary=list(columns), page_checksum_verification=True) as file:
+        groups = range(file.metadata.num_row_groups)  # each has its own dictionaries, which pyarrow does not merge
+        for batch in (batch for group in groups for batch in file.iter_batches(rows, row_groups=[group])):
+            for row in (batch.slice(index, 1) for index in range(batch.num_rows)):
+                number += 1
+                for name, values in zip(row.schema.names, row.columns, strict=True):
+                    if (size := _decoded_size(values)) > MAX_ROW:
+                        raise ValueError(
+                            f"{path}:{number}: {name}: too long (found {size:,} bytes, expected at most {MAX_ROW:,}). "
+                            "Split the row into several."
+                        )
+                yield row
+
+
+def _leaves(array: Any) -> Iterator[Any]:
+    """Yields the arrays inside of the lists, maps and structures of a pyarrow.Array."""
+    from pyarrow import types  # pyright: ignore[reportMissingImports]
+
+    kind = array.type
+    if types.is_struct(kind):
+        for inner in array.flatten():
+            yield from _leaves(inner)
+    elif types.is_map(kind):
+        start, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        for inner in (array.keys, array.items):
+            yield from _leaves(inner.slice(start, end - start))
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        yield from _leaves(array.flatten())
+    else:
+        yield array
+
+
+def _decoded_size(array: Any) -> int:
+    """Returns the bytes of an array whose values from dictionaries are written out."""
+    from pyarrow import compute  # pyright: ignore[reportMissingImports]
+
+    size = 0
+    for leaf in _leaves(array):
+        if hasattr(leaf, "dictionary"):
+            lengths = compute.call_function("binary_length", [leaf.dictionary])
+            size += compute.call_function("sum", [lengths.cast("int64").take(leaf.indices)]).as_py() or 0
+        else:
+            size += leaf.nbytes
+    return size
 
 
 def _largest_value(file: BinaryIO, column: Any) -> int:
