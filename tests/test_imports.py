@@ -143,13 +143,13 @@ def test_public_names_do_not_initialize_a_backend():
 def test_public_names_survive_the_import_of_every_submodule():
     modules = sorted(name for name in read_graph() if name.startswith("qlora_jax.") and name.count(".") == 1)
     code = (
-        "import importlib, types, qlora_jax\n"
+        "import importlib, qlora_jax\n"
         f"for name in {modules}: importlib.import_module(name)\n"
         "found = {name: getattr(qlora_jax, name) for name in qlora_jax.__all__}\n"
-        "print([name for name, value in found.items() if isinstance(value, types.ModuleType)])"
+        "print([name for name, value in found.items() if not callable(value)])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['nn']"  # a submodule itself
+    assert done.stdout.strip() == "['nn']"  # a submodule itself; the others can be called
 
 
 def test_an_unknown_name_raises_with_the_known_ones():
