@@ -120,10 +120,10 @@ def _granite(*sizes: int, attention: float, logits: float) -> Config:
     return _of("granite", sizes, 49159, 131072, 1e7, 1e-5) | scales | {"tie_word_embeddings": True}
 
 
-def _ministral3(*sizes: int, tied: bool = False) -> Config:
-    config = _of("ministral3", sizes, 131072, 262144, 1e6, 1e-5)
+def _ministral3(*sizes: int, theta: float = 1e6, tied: bool = False) -> Config:
+    config = _of("ministral3", sizes, 131072, 262144, theta, 1e-5)
     del config["rope_theta"]
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
+    rope = {"rope_type": "yarn", "rope_theta": theta, "factor": 16.0, "original_max_position_embeddings": 16384}
     rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
     return config | {"head_dim": 128, "rope_parameters": rope, "tie_word_embeddings": tied}
 
@@ -265,7 +265,7 @@ PUBLISHED: dict[str, Config] = {
     | {"logit_scale": 0.25, "sliding_window": 4096},
     "ministral-3-3b": _ministral3(3072, 9216, 26, 32, 8, tied=True),
     "ministral-3-8b": _ministral3(4096, 14336, 34, 32, 8),
-    "ministral-3-14b": _ministral3(5120, 16384, 40, 32, 8),
+    "ministral-3-14b": _ministral3(5120, 16384, 40, 32, 8, theta=1e9),
     "mixtral-8x7b": _mixtral(4096, 14336, 32, 32, 8, positions=32768),
     "mixtral-8x22b": _mixtral(6144, 16384, 56, 48, 8, positions=65536),
     "qwen1.5-moe-a2.7b": _qwen2_moe(2048, 5632, 24, 16, 16, positions=8192, shared=5632) | _routed(60, 4, 1408),

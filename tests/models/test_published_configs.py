@@ -1,15 +1,20 @@
 """Configs as published on the Hugging Face Hub, under names of its repositories, and their numbers of parameters.
 
-They are quoted in public repositories; that of EXAONE is put together from two quotations.
+They are quoted in public repositories; that of EXAONE is put together from two quotations. Those of OLMo 3 32B
+(rasbt/LLMs-from-scratch, ch05/13_olmo3) and Ministral 3 14B (a data set's README for its base model, and the number of
+parameters counted from its config.json) are quoted as numbers under other names.
 Attributes that do not describe the computation (torch_dtype and the like) are kept as well: they must not be refused.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models import catalog
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.multimodal import text_config
+from qlora_jax.models.families.multimodal import alone, text_config
 
 PERIODIC = ["sliding_attention"] * 3 + ["full_attention"]
 GENERAL = dict(attention_dropout=0.0, hidden_act="silu", initializer_range=0.02, use_cache=True)
@@ -66,6 +71,51 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
             vocab_size=100278,
         ),
         7_298_011_136,
+    ),
+    "allenai/Olmo-3-1125-32B": (
+        GENERAL
+        | dict(
+            architectures=["Olmo3ForCausalLM"],
+            attention_bias=False,
+            hidden_size=5120,
+            intermediate_size=27648,
+            layer_types=PERIODIC * 16,
+            max_position_embeddings=65536,
+            model_type="olmo3",
+            num_attention_heads=40,
+            num_hidden_layers=64,
+            num_key_value_heads=8,
+            rms_norm_eps=1e-06,
+            rope_scaling=dict(attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0)
+            | dict(original_max_position_embeddings=8192, rope_type="yarn"),
+            rope_theta=500000,
+            sliding_window=4096,
+            tie_word_embeddings=False,
+            vocab_size=100278,
+        ),
+        None,
+    ),
+    "mistralai/Ministral-3-14B-Base-2512": (
+        dict(
+            model_type="mistral3",
+            text_config=GENERAL
+            | dict(
+                head_dim=128,
+                hidden_size=5120,
+                intermediate_size=16384,
+                max_position_embeddings=262144,
+                model_type="ministral3",
+                num_attention_heads=32,
+                num_hidden_layers=40,
+                num_key_value_heads=8,
+                rms_norm_eps=1e-05,
+                rope_parameters=dict(beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0)
+                | dict(mscale_all_dim=1.0, original_max_position_embeddings=16384, rope_theta=1e9, rope_type="yarn"),
+                vocab_size=131072,
+            ),
+            tie_word_embeddings=False,
+        ),
+        13_506_073_600,
     ),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": (
         dict(
@@ -489,6 +539,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int | None]] = {
         7_615_616_512,  # those of Qwen2.5-7B
     ),
 }
+
+
+# Names in the catalog of configs whose source was found later.
+IN_CATALOG = {"olmo3-32b": "allenai/Olmo-3-1125-32B", "ministral-3-14b": "mistralai/Ministral-3-14B-Base-2512"}
+
+
+@pytest.mark.parametrize("name", IN_CATALOG)
+def test_the_catalog_has_the_published_features(name: str) -> None:
+    assert model_config(catalog.PUBLISHED[name]) == alone(model_config(PUBLISHED[IN_CATALOG[name]][0]))
+
+
+def test_the_catalog_has_the_features_of_a_published_file(gemma3_gguf: Path) -> None:
+    assert model_config(catalog.PUBLISHED["gemma-3-270m"]) == model_config(open_model(gemma3_gguf).config)
 
 
 @pytest.mark.parametrize("repository", PUBLISHED)
