@@ -53,7 +53,7 @@ def batches_by_length(lengths: Sequence[int], devices: int = 1) -> list[Batch]:
     made: list[Batch] = []
     for length, count in reversed(_groups([padded_length(n) for n in lengths], devices)):
         group, longest_first = longest_first[:count], longest_first[count:]
-        size, _ = _split(count, length, devices)
+        size, _ = equal_batches(count, length, devices)
         made += [Batch(group[start : start + size], size, length) for start in range(0, count, size)]
     return made
 
@@ -75,12 +75,12 @@ def _groups(padded: Sequence[int], devices: int) -> list[tuple[int, int]]:
 
 
 def _cost(count: int, length: int, devices: int) -> int:
-    size, batches = _split(count, length, devices)
+    size, batches = equal_batches(count, length, devices)
     return SHAPE_COST + size // devices * batches * length
 
 
-def _split(count: int, length: int, devices: int) -> tuple[int, int]:
-    """(B, number of batches) of equal batches within BATCH_TOKENS a device that leave the fewest rows empty.
+def equal_batches(count: int, length: int, devices: int) -> tuple[int, int]:
+    """Returns (B, number of batches) of equal batches within BATCH_TOKENS per device that leave the fewest rows empty.
 
     Allows up to twice the minimum number of batches: 15 rows, of which 8 fit, make 3 batches of 5, not 2 of 8.
     """

@@ -1,5 +1,8 @@
 """A tiny random model, and a tokenizer of bytes, for tests of inference."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +37,16 @@ def tiny_config(max_positions: int = MAX_POSITIONS) -> ModelConfig:
     )
 
 
-def tiny_parts(seed: int = 0, max_positions: int = MAX_POSITIONS):
-    """The parts of a model with random dense f32 weights and adapters that do something."""
+def tiny_parts(seed: int = 0, max_positions: int = MAX_POSITIONS, **changes: Any):
+    """The parts of a model with random dense f32 weights and adapters that do something.
+
+    Args:
+      changes: fields of the config.
+    """
     weights = WeightFormat(quant_type=None, dtype="float32")
 
     def build() -> CausalLM:
-        model = CausalLM(tiny_config(max_positions), weights)
+        model = CausalLM(dataclasses.replace(tiny_config(max_positions), **changes), weights)
         add_lora(model, LoraArgs(rank=2), jax.random.key(0))
         return model
 
