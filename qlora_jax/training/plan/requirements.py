@@ -260,23 +260,38 @@ def _without_batch(need: Requirements) -> int:
 def working_set(step: StepShape) -> int:
     """Estimates a step's scratch in bytes; tests/training/plan/test_requirements.py compares it with compiled steps.
 
-    It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
-    layers of a model that is cut over devices. Widths of routed experts have a row per slot. Experts in host memory
-    add those of two layers, and adapters on experts twice their gradients in f32.
+    It is the larger of two, which are not live together: one tile of logits, or the backward pass of one layer. A
+    model that is cut over devices adds two gathered layers, and experts in host memory add those of two layers.
     """
+    fetched = sum(memory_use.offloaded_expert_bytes(step).values())
+    fetched //= len(step.experts.layers) if step.experts else 1
+    return max(memory_use.logits_bytes(step), _layer_bytes(step) + 2 * fetched) + 2 * communication.layer_bytes(step)
+
+
+def _layer_bytes(step: StepShape) -> int:
+    """Returns two f32 arrays of each width of a layer, two dequantized MLP weights, and the work of routed experts."""
     model = step.model
     inner = model.mlp_dim if step.layers(DOWN) else 0
     widths = 2 * inner + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    experts = step.slots * (2 * model.experts.mlp_dim + 2 * model.embed_dim) if model.experts else 0
-    layer = 2 * (step.rows * widths + experts) * F32
-    of_adapters = [step.parameter_ranks.get(name, 0) * sum(shape) for name, shape in model.expert_targets().items()]
-    together = 2 * min(step.tiles[0], model.experts.count if model.experts else 0)
-    layer += F32 * together * max(of_adapters, default=0) * (not step.lora.share_experts)
     shapes = [shape for name, shape in step.matrices() if name.startswith("mlp.")]
-    weights = 2 * max(map(dequantized_bytes, shapes))
-    fetched = sum(memory_use.offloaded_expert_bytes(step).values())
-    fetched //= len(model.experts.layers) if model.experts else 1
-    return memory_use.logits_bytes(step) + layer + weights + 2 * fetched + 2 * communication.layer_bytes(step)
+    return 2 * (F32 * step.rows * widths + max(map(dequantized_bytes, shapes))) + _experts_work(step)
+
+
+def _experts_work(step: StepShape) -> int:
+    """Returns the bytes of slots' rows that are live together, and twice the f32 gradients of adapters on experts.
+
+    The gradient of the activation reads gate, up and the gradient of its result, next to that of down's result. Those
+    of gate and up have two results as wide as the layer. Adapters add their inputs and results.
+    """
+    if step.experts is None:
+        return 0
+    embed, inner = step.model.embed_dim, step.experts.mlp_dim
+    shapes = step.model.expert_targets()
+    adapted = [shape for name, shape in shapes.items() if name in step.parameter_ranks]
+    live = max(embed + 3 * inner, 2 * embed + 2 * inner) + max(map(sum, adapted), default=0)
+    ranks = [step.parameter_ranks.get(name, 0) * sum(shape) for name, shape in shapes.items()]
+    together = (not step.lora.share_experts) * step.experts_together
+    return step.slots * live * step.itemsize + 2 * F32 * together * max(ranks, default=0)
 
 
 # Compilers
