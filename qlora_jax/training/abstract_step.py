@@ -37,6 +37,15 @@ from qlora_jax.training.step import gradients, update
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
 # Near the card's limit, XLA's rematerialization would gather layers once more to save little memory.
 GATHER_ONCE = {"xla_disable_hlo_passes": "rematerialization"}
+# XLA would merge most gathers of a layer into two, which end before its first product, and on some cards hide none.
+# Smaller ones hide behind products if several may start ahead. They wait for each other on their one stream: NCCL may
+# deadlock with several.
+GATHER_AHEAD = {
+    "xla_gpu_enable_latency_hiding_scheduler": "True",
+    "xla_gpu_all_gather_combine_threshold_bytes": str(4 * 2**20),
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+    "xla_gpu_experimental_enable_collective_multi_streaming": "False",
+}
 
 AbstractLora = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
@@ -164,7 +173,9 @@ def abstract_step(
 def _compiler_options(weights: WeightFormat, mesh: AnyMesh | None) -> dict[str, str]:
     if weights.platform != "gpu":
         return {}
-    return COPIES_AT_ONCE if weights.experts_on_host else GATHER_ONCE if axis_size(mesh, FSDP) > 1 else {}
+    if weights.experts_on_host:
+        return COPIES_AT_ONCE
+    return GATHER_ONCE | GATHER_AHEAD if axis_size(mesh, FSDP) > 1 else {}
 
 
 def _adapted(

@@ -1,15 +1,11 @@
 """Share of the gathered weight bytes that products hide, by XLA's schedule for cards that need not be here.
 
-python scripts/bench/gather_overlap.py --model llama-3-8b --card h100 --cards 8 [--pipelined]
+python scripts/bench/gather_overlap.py --model llama-3-8b --card h100 --cards 8 [--option NAME=VALUE ...]
 """
 
 import argparse
 import os
 
-PIPELINED = (
-    "--xla_gpu_enable_pipelined_all_gather=true "
-    "--xla_gpu_enable_while_loop_unrolling=WHILE_LOOP_UNROLLING_DOUBLE_BUFFER"
-)
 GIB = 2**30
 
 
@@ -21,11 +17,9 @@ def main() -> None:
     parser.add_argument("--cards", type=int, default=8, help="devices along mesh.fsdp")
     parser.add_argument("--length", type=int, default=2048, help="tokens of the one row on each card")
     parser.add_argument("--remat", default="full")
-    parser.add_argument("--pipelined", action="store_true", help="with XLA's pipelined collectives")
+    parser.add_argument("--option", action="append", default=[], help="of XLA, in place of a run's; NAME= removes it")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if args.pipelined:  # read when the compiler's process starts
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PIPELINED}".strip()
     report(args)
 
 
@@ -49,9 +43,9 @@ def report(args: argparse.Namespace) -> None:
         mesh=absent_mesh(1, args.cards),
     )
     program = step.gradients()
-    compiled = aot.compile_for(
-        args.card, program.function, *program.args, **program.kwargs, compiler_options=step.compiler_options
-    )
+    options = step.compiler_options | dict(option.split("=", 1) for option in args.option)
+    options = {name: value for name, value in options.items() if value}
+    compiled = aot.compile_for(args.card, program.function, *program.args, **program.kwargs, compiler_options=options)
     gathers = read_gathers(compiled.text)
     for name, backward in (("forward", False), ("backward", True)):
         share = hidden_share(gathers, backward=backward)

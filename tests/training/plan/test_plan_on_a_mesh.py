@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pallas_kernels import aot
+from pallas_kernels.aot.overlap import hidden_share, read_gathers
 from qlora_jax import plan as command
 from qlora_jax.config import ConfigError, LoraArgs, OptimArgs
 from qlora_jax.config.parse import from_dict
@@ -151,8 +152,11 @@ def test_auto_may_use_as_many_cards_as_there_are():
 # Compiled for cards
 
 
-def check_compiled(config: StepConfig, card: str) -> float:
-    """The compiled gradients take and exchange the formulas' bytes; returns GiB per card, with the state."""
+def check_compiled(config: StepConfig, card: str) -> tuple[float, list[float]]:
+    """The compiled gradients take and exchange the formulas' bytes; returns GiB per card, and hidden shares.
+
+    The GiB have the optimizer's state. The shares are those of gathers behind products, forward and backward, in %.
+    """
     step, counted = config.abstract_step, config.step_shape()
     program = step.gradients()
     compiled = aot.compile_for(
@@ -160,7 +164,8 @@ def check_compiled(config: StepConfig, card: str) -> float:
     )
     assert compiled.memory.device.arguments == memory_use.argument_bytes(counted)
     check_exchanges(config, compiled.text)
-    return (compiled.memory.device.total + memory_use.optimizer_bytes(counted)) / GIB
+    shares = [hidden_share(read_gathers(compiled.text), backward=backward).percent for backward in (False, True)]
+    return (compiled.memory.device.total + memory_use.optimizer_bytes(counted)) / GIB, shares
 
 
 @needs_compiler
@@ -176,21 +181,23 @@ def test_a_small_step_is_compiled_for_two_cards():
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("name", "card", "sizes", "length", "remat", "most"),
+    ("name", "card", "sizes", "length", "remat", "most", "hidden"),
     [
         pytest.param(*case, marks=EXHAUSTIVE)
         for case in [
-            ("llama-3-8b", "h100", (1, 8), 2048, "full", 4.0),
-            ("llama-3-8b", "h100", (2, 4), 2048, "full", 5.0),
-            ("llama-3-8b", "l40s", (1, 8), 2048, "full", 4.0),
-            ("llama-3-8b", "rtx4090", (1, 2), 2048, "full", 6.0),
-            ("llama-2-70b", "rtx4090", (1, 2), 2048, "full", 22.4),
-            ("llama-2-70b", "rtx3090", (1, 2), 2048, "full", 22.4),
-            ("llama-3.1-405b", "h100", (1, 4), 2048, "full", 66.0),
-            ("llama-3.1-405b", "h100", (1, 8), 2048, "full", 40.0),
-            ("llama-3.1-405b", "l40s", (1, 8), 2048, "full", 40.0),
+            ("llama-3-8b", "h100", (1, 8), 2048, "full", 4.0, 90),
+            ("llama-3-8b", "h100", (2, 4), 2048, "full", 5.0, 90),
+            ("llama-3-8b", "l40s", (1, 8), 2048, "full", 4.0, 90),
+            ("llama-3-8b", "rtx4090", (1, 2), 2048, "full", 6.0, 90),
+            # XLA starts fewer gathers ahead, the less memory is free: none here
+            ("llama-2-70b", "rtx4090", (1, 2), 2048, "full", 22.4, 0),
+            ("llama-2-70b", "rtx3090", (1, 2), 2048, "full", 22.4, 0),
+            ("llama-3.1-405b", "h100", (1, 4), 2048, "full", 66.0, 89),
+            ("llama-3.1-405b", "h100", (1, 8), 2048, "full", 40.0, 89),
+            ("llama-3.1-405b", "l40s", (1, 8), 2048, "full", 40.0, 18),
         ]
     ],
 )
-def test_large_models_take_no_more_than_promised(name, card, sizes, length, remat, most):
-    assert check_compiled(real(name, sizes, length=length, remat=remat), card) <= most
+def test_large_models_keep_promises_of_memory_and_of_hidden_gathers(name, card, sizes, length, remat, most, hidden):
+    used, shares = check_compiled(real(name, sizes, length=length, remat=remat), card)
+    assert used <= most and min(shares) >= hidden, (used, shares)
