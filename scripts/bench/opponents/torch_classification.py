@@ -23,15 +23,21 @@ SCORED_TOKENS = 4096  # positions of a batch of held-out texts, padding included
 
 
 def build(job, dtype):
-    """Returns the trainable model, its layers in NF4."""
+    """Returns the trainable model, its layers in NF4.
+
+    Weights are quantized in f32, as ours are: from values in bf16, 0.5 % of the bytes of codes differ.
+    """
     path = job["model"]
     folder, file = (path, None) if os.path.isdir(path) else os.path.split(os.path.abspath(path))
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, gguf_file=file, num_labels=len(job["labels"]), dtype=param_dtype(dtype), attn_implementation="sdpa"
+        folder, gguf_file=file, num_labels=len(job["labels"]), dtype=torch.float32, attn_implementation="sdpa"
     )
     model.config.use_cache, model.config.pad_token_id = False, job["pad"]
     quantize_nf4(model, matmul_dtype(dtype))
     model.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(param_dtype(dtype))
     config = peft.LoraConfig(
         r=job["rank"], lora_alpha=job["alpha"], lora_dropout=0.0, target_modules=LINEAR_LAYERS, task_type="SEQ_CLS"
     )

@@ -138,6 +138,14 @@ class WorkerGroup:
         worker.pause()
         self._workers[name] = worker
 
+    def once(self, name: str, command: list[str]) -> Record | None:
+        """Returns the record of a process's first unit and ends it; None if it failed."""
+        self.open(name, command)
+        records = self.turn(name, 1) if name in self._workers else []
+        if name in self._workers:
+            self._workers.pop(name).close()
+        return records[0] if records else None
+
     @property
     def names(self) -> list[str]:
         """The workers that have not failed."""
