@@ -22,9 +22,10 @@ from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.bad_rows import all_bad_message, count_reasons, first_rows
-from qlora_jax.data.branch_encoder import make_branch_encoder
-from qlora_jax.data.branched_counts import count_branched
-from qlora_jax.data.branches import longest_text
+from qlora_jax.data.branches.counts import count_branched
+from qlora_jax.data.branches.encoder import make_branch_encoder
+from qlora_jax.data.branches.fit import fit_branches
+from qlora_jax.data.branches.tree import longest_text
 from qlora_jax.data.encoder import (
     CHUNK,
     Finish,
@@ -34,7 +35,6 @@ from qlora_jax.data.encoder import (
     prefetch_map,
     row_problems,
 )
-from qlora_jax.data.fit_branches import fit_branches
 from qlora_jax.data.formats.columns import check_names_exist, rename_columns
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.lookalikes import count_lookalikes

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.data.branches import Branch, branch_ends
+from qlora_jax.data.branches.tree import Branch, branch_ends
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse

@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Float32, Int32
 
-from qlora_jax.data.branches import Branch
+from qlora_jax.data.branches.tree import Branch
 from qlora_jax.data.formats.tool_calls import Tools
 from qlora_jax.data.loss_mask.spans import conversation_segments
 from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.branches.encoder import make_branch_encoder
 from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.unlabelled import find_unlabelled_format, use_of
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems

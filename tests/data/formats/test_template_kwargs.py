@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.branches.encoder import make_branch_encoder
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.encoder import make_encoder
 from qlora_jax.data.formats.detect import detect_format

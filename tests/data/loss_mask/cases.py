@@ -4,7 +4,7 @@ import json
 
 from hypothesis import strategies as st
 
-from qlora_jax.data.branches import Branch
+from qlora_jax.data.branches.tree import Branch
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer

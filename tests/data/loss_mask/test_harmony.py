@@ -12,8 +12,8 @@ from qlora_jax.data.encoder import make_encoder
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens, with_template_kwargs
+from tests.data.branches.test_encoder import encoded, texts_of
 from tests.data.loss_mask.test_encode_branches import check_row, encode, learned_turns
-from tests.data.test_branch_encoder import encoded, texts_of
 
 TOKENS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|constrain|>"]
 GPT_OSS = """

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.branches import Branch
-from qlora_jax.data.fit_branches import fit_branches
+from qlora_jax.data.branches.fit import fit_branches
+from qlora_jax.data.branches.tree import Branch
 from qlora_jax.data.lengths import Limits
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place

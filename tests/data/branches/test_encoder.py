@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.branch_encoder import WrittenRow, encode_written, make_branch_encoder
-from qlora_jax.data.branches import branch_ends
+from qlora_jax.data.branches.encoder import WrittenRow, encode_written, make_branch_encoder
+from qlora_jax.data.branches.tree import branch_ends
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.loss_mask.reference import EncodedRow, loss_mask
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
@@ -22,7 +22,7 @@ from tests.data.conftest import sentencepiece_tokenizer
 from tests.data.formats.test_tool_calls import HERMES, WEATHER, called, conversation
 from tests.data.loss_mask.reasoning_templates import REASONING_TEMPLATES
 
-ORACLE = Path(__file__).parents[1] / "oracle/trl_datasets.py"
+ORACLE = Path(__file__).parents[2] / "oracle/trl_datasets.py"
 
 
 def turn(role: str, content: str) -> dict[str, Any]:
