@@ -97,8 +97,8 @@ def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "Cau
     """Loads the model in the weight format of the settings, by default that of training."""
     from qlora_jax.api.load import load_opened
     from qlora_jax.api.progress import loading_bar
+    from qlora_jax.io.loading.stored_codes import stored_types
     from qlora_jax.io.pretrained import weight_settings
-    from qlora_jax.io.stored_codes import stored_types
     from qlora_jax.models.config import STORED
 
     settings = weight_settings(opened, args.quant_type, args.compute_dtype, args.keep_16bit, args.experts)

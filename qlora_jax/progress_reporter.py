@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from qlora_jax.io.loader import Progress as LoadProgress
-from qlora_jax.io.progress import loading
+from qlora_jax.io.loading.loader import Progress as LoadProgress
+from qlora_jax.io.loading.progress import loading
 
 
 class Reporter:

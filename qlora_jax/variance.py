@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     args, _ = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
-    from qlora_jax.io.run_lock import lock_run
+    from qlora_jax.io.run_folder.run_lock import lock_run
     from qlora_jax.progress_reporter import ConsoleReporter
     from qlora_jax.variance_study.analysis import analyse
     from qlora_jax.variance_study.conditions import design_of

@@ -104,7 +104,7 @@ def test_imports_go_down():
     [
         ("pallas_kernels.formats.tables", "qlora_jax.config"),
         ("qlora_jax.nn.linear", "qlora_jax.models.decoder"),
-        ("qlora_jax.io.loader", "qlora_jax.inference.decode"),
+        ("qlora_jax.io.loading.loader", "qlora_jax.inference.decode"),
         ("qlora_jax.quant.blockwise", "qlora_jax.data.rows"),
         ("qlora_jax.train", "qlora_jax.generate"),
         ("qlora_jax.training.loop", "qlora_jax.train"),

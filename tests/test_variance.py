@@ -12,7 +12,7 @@ import yaml
 from qlora_jax import variance
 from qlora_jax.api.generate import generate_text
 from qlora_jax.api.load import load
-from qlora_jax.io.run_lock import lock_run
+from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.local_model import LocalModel, OpenedLocalModel
 from tests.e2e.project import write_model
 from tests.tournament.judges.fake_endpoint import Answer, fake_endpoint

@@ -9,7 +9,7 @@ from flax import nnx
 from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import attach, parts_of, provenance_of
 from qlora_jax.config import Config, DataArgs, LoraArgs, validate
-from qlora_jax.io.adapter_init import check_decomposable
+from qlora_jax.io.loading.adapter_init import check_decomposable
 from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.pretrained import load_for_training
 from qlora_jax.models.decoder import CausalLM

@@ -9,7 +9,7 @@ from qlora_jax.api.provenance import Provenance, attach
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.fields import TemplateValue
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.loader import Progress
+from qlora_jax.io.loading.loader import Progress
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, is_finetuned, load_checked, open_base, open_finetuned
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine

@@ -26,8 +26,8 @@ from qlora_jax.evaluation.heads.predictions import (
 from qlora_jax.evaluation.tasks.task_file import read_task_rows
 from qlora_jax.inference.result_cache import open_cache
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.io.loading.progress import loading
 from qlora_jax.io.pretrained import open_pretrained, weight_settings
-from qlora_jax.io.progress import loading
 from qlora_jax.models.decoder import CausalLM
 
 # Texts; or rows with the columns of training data, such as {"sentence1": ..., "sentence2": ...}.

@@ -3,8 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
-from qlora_jax.io.loader import Progress
-from qlora_jax.io.progress import loading
+from qlora_jax.io.loading.loader import Progress
+from qlora_jax.io.loading.progress import loading
 from qlora_jax.terminal.console import Console
 
 

@@ -13,7 +13,7 @@ from qlora_jax.comparison.run_study import run_study, sized_settings
 from qlora_jax.comparison.settings import CompareArgs
 from qlora_jax.comparison.study import Study, output_of, read_study
 from qlora_jax.comparison.table_file import write_table
-from qlora_jax.io.run_lock import lock_run
+from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.terminal.console import Console
 
 WIDTH = 160  # of tables that are not printed to a terminal

@@ -25,7 +25,7 @@ from qlora_jax.comparison.run_files import (
     read_job,
     write_outcome,
 )
-from qlora_jax.io.run_lock import lock_run
+from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.metadata import read_json
 from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 
@@ -109,13 +109,13 @@ def _train(folder: Path, job: Job, stop: threading.Event | None) -> None:
 
 
 def _has_checkpoint(run: Path) -> bool:
-    from qlora_jax.io.checkpoint import saved_steps  # importing orbax takes seconds
+    from qlora_jax.io.run_folder.checkpoint import saved_steps  # importing orbax takes seconds
 
     return bool(saved_steps(run))
 
 
 def _remove_checkpoints(run: Path) -> None:
-    from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER
+    from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER
 
     if (run / CHECKPOINT_FOLDER).exists():
         shutil.rmtree(run / CHECKPOINT_FOLDER)

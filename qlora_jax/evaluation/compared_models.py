@@ -14,7 +14,6 @@ from qlora_jax.evaluation.score import ScoredModel
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, ReferenceTask, TaskContext
-from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.pretrained import (
     OpenedModel,
     TemplateKwargs,
@@ -25,7 +24,8 @@ from qlora_jax.io.pretrained import (
     parts_before_training,
     weight_settings,
 )
-from qlora_jax.io.start_parameters import FILE as START_FILE
+from qlora_jax.io.run_folder.checkpoint import Run
+from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from rich.progress import Progress, TextColumn
 
 from qlora_jax.evaluation.tasks.task import AnyTask, ProgressCallback
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.io.loader import Progress as LoadProgress
-from qlora_jax.io.progress import loading
+from qlora_jax.io.loading.loader import Progress as LoadProgress
+from qlora_jax.io.loading.progress import loading
 
 
 class Reporter:

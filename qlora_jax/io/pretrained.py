@@ -19,16 +19,16 @@ from qlora_jax.data.tokenizer.tokenizer import (
     with_new_tokens,
     with_template_kwargs,
 )
-from qlora_jax.io.adapter_init import InitialAdapter, WeightDecomposer, subtract_initial
-from qlora_jax.io.checkpoint import CONFIG_FILE, Run, open_run
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.tokenizer import read_tokenizer
-from qlora_jax.io.loader import Loaded, Progress, load_model, unchanged
+from qlora_jax.io.loading.adapter_init import InitialAdapter, WeightDecomposer, subtract_initial
+from qlora_jax.io.loading.loader import Loaded, Progress, load_model, unchanged
 from qlora_jax.io.model_source import ModelSource, TokenizerData
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_model_of, is_adapter, read_adapter
 from qlora_jax.io.peft.start_adapter import check_shapes, read_start_adapter, starting_parameters
-from qlora_jax.io.start_parameters import FILE, start_digest
+from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Run, open_run
+from qlora_jax.io.run_folder.start_parameters import FILE, start_digest
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_jax.atomic_files import write_text
-from qlora_jax.io.run_lock import lock_run
+from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.examples import choose_examples
 from qlora_jax.tournament.judges.judge import Judge

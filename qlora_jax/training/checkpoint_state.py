@@ -10,8 +10,8 @@ import orbax.checkpoint
 
 from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import ConfigError, from_dict
-from qlora_jax.io.start_parameters import FILE as START_FILE
-from qlora_jax.io.start_parameters import STATE_KEY
+from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
+from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.run_mesh import mesh_size

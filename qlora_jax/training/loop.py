@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from qlora_jax.data.batching.batches import START, Batch
-from qlora_jax.io.checkpoint import Checkpoints, saved_steps
+from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation

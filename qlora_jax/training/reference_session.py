@@ -10,7 +10,7 @@ import numpy as np
 
 from qlora_jax.hosts.group import Group
 from qlora_jax.io.peft.writer import AdapterArrays
-from qlora_jax.io.start_parameters import NO_CHANGE, read_start, start_digest, write_start
+from qlora_jax.io.run_folder.start_parameters import NO_CHANGE, read_start, start_digest, write_start
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.display.run_display import format_duration
 from qlora_jax.training.evaluation.forward import evaluation_outputs

@@ -11,9 +11,11 @@ from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.stop_signal import stop_on_signals
 from qlora_jax.hosts.watchdog import Watchdog
-from qlora_jax.io.adapter_init import read_initial, write_initial
-from qlora_jax.io.base_fingerprint import same_form
-from qlora_jax.io.checkpoint import (
+from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
+from qlora_jax.io.loading.adapter_init import read_initial, write_initial
+from qlora_jax.io.loading.base_fingerprint import same_form
+from qlora_jax.io.loading.progress import loading
+from qlora_jax.io.run_folder.checkpoint import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     Checkpoints,
@@ -21,10 +23,8 @@ from qlora_jax.io.checkpoint import (
     saved_fingerprint,
     saved_steps,
 )
-from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
-from qlora_jax.io.locked_checkpoints import LockedCheckpoints
-from qlora_jax.io.progress import loading
-from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
+from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
+from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.checkpoint_state import with_date_of_start
 from qlora_jax.training.display.banner import resume_banner, start_banner, warm_up_text

@@ -13,15 +13,15 @@ from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
 from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
-from qlora_jax.io.loader import Loaded, Progress, load_model
+from qlora_jax.io.loading.adapter_init import InitialAdapter, check_decomposable, subtract_initial
+from qlora_jax.io.loading.loader import Loaded, Progress, load_model
+from qlora_jax.io.loading.stored_codes import stored_types, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
-from qlora_jax.io.stored_codes import stored_types, with_dense_layers
 from qlora_jax.models.add_adapters import add_lora, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -60,7 +60,7 @@ class Session:
       gradients: the gradient program, compiled for the longest batches.
       state_manager: the optimizer's update, resident or paged.
       utilization: computes the device's utilization per step.
-      fingerprint: of the base, from io.loader.
+      fingerprint: of the base, from io.loading.base_fingerprint.
       total_steps: optimizer steps of the whole run.
       dropout_key: folded with step, place of the row in it, layer and name; None without dropout and noise.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
@@ -122,7 +122,7 @@ class PreparedModel:
     """A model in memory, ready to train: a base with an adapter.
 
     Attributes:
-      fingerprint: of the base, from io.loader.
+      fingerprint: of the base, from io.loading.base_fingerprint.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       head: the sequence head, if the model has one.
     """

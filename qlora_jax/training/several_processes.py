@@ -17,7 +17,7 @@ from qlora_jax.hosts.stop_signal import StopSignal
 from qlora_jax.hosts.warm_up import connect_groups
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.inference.result_cache import digest
-from qlora_jax.io.run_lock import RunLock, follow_lock
+from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock
 from qlora_jax.training.loop import Reporter
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.session import Inputs

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import LoraArgs, ModelArgs
-from qlora_jax.io.adapter_init import WeightDecomposer, adapted_tensors
+from qlora_jax.io.loading.adapter_init import WeightDecomposer, adapted_tensors
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format

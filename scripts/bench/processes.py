@@ -30,7 +30,7 @@ from flax import nnx
 from qlora_jax import runtime
 from qlora_jax.hosts.join import joined
 from qlora_jax.hosts.launchers import Place
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_jax.config import read_config
-from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, saved_steps
+from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, saved_steps
 from qlora_jax.training.run import METRICS_FILE
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Running, run_command

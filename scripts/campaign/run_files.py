@@ -13,10 +13,10 @@ from rich.console import Console
 
 from qlora_jax.config import Config, read_config
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.io.adapter_init import FILE as INITIAL_FILE
-from qlora_jax.io.adapter_init import read_initial
-from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
 from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, read_run_head, write_head
+from qlora_jax.io.loading.adapter_init import FILE as INITIAL_FILE
+from qlora_jax.io.loading.adapter_init import read_initial
+from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
 from qlora_jax.training.loop import restore
 from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
 from qlora_jax.training.report.curves import charts

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qlora_jax.config import read_config
 from qlora_jax.inference.result_cache import digest
-from qlora_jax.io.checkpoint import saved_steps
+from qlora_jax.io.run_folder.checkpoint import saved_steps
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Finished, Running, run_command
 from scripts.campaign.disk import make_read_only, resize, small_disk

@@ -12,7 +12,7 @@ from flax import nnx
 import qlora_jax as q
 from qlora_jax import export, generate, train
 from qlora_jax.io.peft.reader import is_adapter
-from qlora_jax.io.run_lock import lock_run
+from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from tests.api.conftest import QUICK
 from tests.e2e.project import write_model, write_rows

@@ -96,7 +96,7 @@ def test_submitit_and_a_killed_job(runs, tmp_path):
 def test_ray_and_a_killed_worker(runs, tmp_path):
     """A worker of a local cluster is killed while it waits for a run's lock; the run is started again."""
     pytest.importorskip("ray")
-    from qlora_jax.io.run_lock import lock_run
+    from qlora_jax.io.run_folder.run_lock import lock_run
 
     (runs[0].folder / "trained").unlink()  # it waits for the lock before it trains
     lines: list[str] = []

@@ -20,7 +20,7 @@ from rich.console import Console
 import qlora_jax as q
 from qlora_jax.api.provenance import parts_of
 from qlora_jax.config import Config, ConfigError, LoraArgs, MeshArgs
-from qlora_jax.io.checkpoint import open_run
+from qlora_jax.io.run_folder.checkpoint import open_run
 from qlora_jax.training import planned_run
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import train

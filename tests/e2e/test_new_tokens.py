@@ -13,7 +13,6 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from qlora_jax.config import Config
-from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.open_model import open_model
@@ -25,6 +24,7 @@ from qlora_jax.io.pretrained import (
     parts_before_training,
     weight_settings,
 )
+from qlora_jax.io.run_folder.checkpoint import Run, open_run
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from qlora_jax.training.run import train

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.io.checkpoint import open_run
+from qlora_jax.io.run_folder.checkpoint import open_run
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
 from tests.e2e.test_training import _stop_and_resume, first_losses_before_and_after, numbers, run

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from qlora_jax.io.checkpoint import Checkpoints
+from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.optim.page_pool import PagingError
 from qlora_jax.training import loop
 from qlora_jax.training.metrics.metrics_file import read_metrics

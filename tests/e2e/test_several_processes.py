@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qlora_jax.config import Config, MeshArgs, read_config, write_config
 from qlora_jax.hosts.watchdog import ENDED
-from qlora_jax.io.checkpoint import open_run, saved_steps
+from qlora_jax.io.run_folder.checkpoint import open_run, saved_steps
 from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 from qlora_jax.training.run import dry_run, train
 from tests.e2e.run_records import comparable_records

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from qlora_jax.config import HostsArgs, MeshArgs
 from qlora_jax.data.batching.batches import window_order
-from qlora_jax.io.base_fingerprint import same_form
-from qlora_jax.io.checkpoint import Checkpoints, open_run
-from qlora_jax.io.checkpoint_reader import read_state
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.peft import export_peft
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.base_fingerprint import same_form
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.pretrained import open_finetuned
+from qlora_jax.io.run_folder.checkpoint import Checkpoints, open_run
+from qlora_jax.io.run_folder.checkpoint_reader import read_state
 from qlora_jax.training import loop
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
@@ -216,7 +216,7 @@ def test_a_run_of_an_earlier_version_resumes_with_the_fingerprint_it_has(finishe
         assert not same_form(state["fingerprint"], earlier)
         return state | {"fingerprint": earlier}, digests
 
-    monkeypatch.setattr("qlora_jax.io.checkpoint.read_state", read)
+    monkeypatch.setattr("qlora_jax.io.run_folder.checkpoint.read_state", read)
     assert run(finished, resume=True)
     monkeypatch.setattr("qlora_jax.training.run.saved_fingerprint", lambda run: None)
     with pytest.raises(ValueError, match="the base model: fingerprint"):
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_another_version_is_an_error(finished, monkeypatch, chan
         change(state)
         return state, digests
 
-    monkeypatch.setattr("qlora_jax.io.checkpoint.read_state", read)
+    monkeypatch.setattr("qlora_jax.io.run_folder.checkpoint.read_state", read)
     with pytest.raises(ValueError, match=problem):
         run(finished, resume=True)
 

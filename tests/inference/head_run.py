@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
-from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.head_file import TrainedHead, write_head
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition

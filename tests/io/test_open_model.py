@@ -11,7 +11,7 @@ import gguf
 import pytest
 
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels.formats.layouts import repack
 from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.add_adapters import add_lora, linears
 from qlora_jax.models.config import WeightFormat

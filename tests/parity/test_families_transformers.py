@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
+from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import WeightFormat

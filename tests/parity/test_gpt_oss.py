@@ -17,10 +17,10 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.export import main
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.gguf import writer
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
+from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import open_pretrained
-from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config

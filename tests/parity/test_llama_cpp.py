@@ -18,7 +18,7 @@ from qlora_jax.io.export.dtypes import MERGED_DTYPES
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.config import WeightFormat

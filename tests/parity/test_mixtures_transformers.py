@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import WeightFormat

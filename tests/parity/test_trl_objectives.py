@@ -11,7 +11,7 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, PreferenceArgs
 from qlora_jax.io.export.peft import in_peft_format
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.writer import write_adapter
 from qlora_jax.models.add_adapters import add_lora

@@ -20,7 +20,7 @@ from qlora_jax.evaluation.reporter import ConsoleReporter
 from qlora_jax.evaluation.results import Evaluation, TaskResult, print_tables
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.inference.terminal_chat import show_reply
-from qlora_jax.io.progress import loading
+from qlora_jax.io.loading.progress import loading
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.display.run_display import Display, print_banner
 from tests.inference.test_terminal_chat import TOKENIZER, steps_of

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from qlora_jax.config import OptimArgs
-from qlora_jax.io.checkpoint import Checkpoints
+from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.optim.page_pool import PagingError, Transfers
 from qlora_jax.optim.pager import PagedState
 from qlora_jax.sharding import AnyMesh, make_mesh

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.io.start_parameters import NO_CHANGE
+from qlora_jax.io.run_folder.start_parameters import NO_CHANGE
 from qlora_jax.training import reference_logps
 from qlora_jax.training.reference_logps import (
     ReferencePass,

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.atomic_files import staged_folder
-from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
@@ -21,11 +20,12 @@ from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
-from qlora_jax.io.loader import Progress
+from qlora_jax.io.loading.loader import Progress
+from qlora_jax.io.loading.tensor_map import expert_name, layer_name, slots_of
 from qlora_jax.io.peft.writer import AdapterArrays, effective_alphas
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
-from qlora_jax.io.tensor_map import expert_name, layer_name, slots_of
+from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.models.config import STORED, ModelConfig
 from qlora_jax.models.target_layers import adapter_layers, some_layers
 

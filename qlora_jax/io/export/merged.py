@@ -14,7 +14,6 @@ import numpy as np
 
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
-from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.merged_heads import load_headed, with_score
 from qlora_jax.io.export.methods import check_head, check_method
@@ -25,11 +24,12 @@ from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_padding import head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
-from qlora_jax.io.loader import Progress, load_model
+from qlora_jax.io.loading.loader import Progress, load_model
+from qlora_jax.io.loading.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
-from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
+from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE, CausalLM
 from qlora_jax.models.families import model_config

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.adapter_init import InitialAdapter
-from qlora_jax.io.checkpoint import Run
+from qlora_jax.io.loading.adapter_init import InitialAdapter
+from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.models.add_adapters import Factors
 
 NOTE = (

@@ -8,14 +8,14 @@ import numpy as np
 
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.head_padding import head_padding
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
-from qlora_jax.io.loader import Progress
+from qlora_jax.io.loading.loader import Progress
+from qlora_jax.io.loading.tensor_map import slots_of, with_tables
 from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
@@ -27,7 +27,7 @@ from qlora_jax.io.peft.target_parameters import expert_parameters, expert_tensor
 from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
-from qlora_jax.io.tensor_map import slots_of, with_tables
+from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.models.add_adapters import ia3_targets, vera_projections
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.target_layers import adapter_layers, some_layers

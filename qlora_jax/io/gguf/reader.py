@@ -14,12 +14,12 @@ from gguf.quants import dequantize
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.io.draft_layers import split_drafts, without_drafts
 from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, config_from_metadata, number_of_layers
 from qlora_jax.io.gguf.expert_stacks import split_experts
 from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
+from qlora_jax.io.loading.draft_layers import split_drafts, without_drafts
 from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.

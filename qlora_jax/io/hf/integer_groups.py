@@ -17,8 +17,8 @@ from jaxtyping import Integer, Shaped, UInt8
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, int4_type
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from qlora_jax.io.loading.tensor_map import MAX_LINES, lines_by_layer
 from qlora_jax.io.model_source import TensorEntry
-from qlora_jax.io.tensor_map import MAX_LINES, lines_by_layer
 from qlora_jax.metadata import check_value, shorten
 
 GIVE_16_BITS = "Give the folder of the 16-bit model that these weights were made from: loading quantizes it"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.io.tensor_map import EXPERT, LAYER, Slot
+from qlora_jax.io.loading.tensor_map import EXPERT, LAYER, Slot
 from qlora_jax.models.add_adapters import linears, norms
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP

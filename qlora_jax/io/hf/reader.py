@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 from pydantic import Field
 
-from qlora_jax.io.draft_layers import draft_layers, split_drafts, without_drafts
 from qlora_jax.io.hf.awq_reader import AWQ
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
 from qlora_jax.io.hf.compressed_tensors_reader import COMPRESSED_TENSORS
@@ -22,6 +21,7 @@ from qlora_jax.io.hf.gptq_reader import GPTQ
 from qlora_jax.io.hf.integer_groups import GIVE_16_BITS, check_settings, group_integers
 from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
+from qlora_jax.io.loading.draft_layers import draft_layers, split_drafts, without_drafts
 from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
 from qlora_jax.metadata import MetadataError, Offset, check_value, decode_json, read_json, shorten
 

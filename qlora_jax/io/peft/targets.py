@@ -6,8 +6,8 @@ layers_to_transform. A regular expression or a full name in target_modules holds
 
 from collections.abc import Mapping
 
+from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.peft.config import AdapterConfig
-from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.patterns import matches_whole, pattern_problems
 

@@ -16,7 +16,7 @@ from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
-from qlora_jax.io.checkpoint import CONFIG_FILE
+from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 from qlora_jax.models.config import DENSE, STORED, ModelConfig
 from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.models.model_sharding import module_of

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from qlora_jax.config import Config
 from qlora_jax.config.head_settings import HEAD_TASKS
-from qlora_jax.io.checkpoint import CONFIG_FILE
 from qlora_jax.io.export.methods import head_refusal, refusal
 from qlora_jax.io.head_file import TrainedHead, head_of
 from qlora_jax.io.peft.writer import is_gguf
+from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 
 MODULE = "python -m qlora_jax."
 

@@ -26,7 +26,7 @@ from qlora_jax.evaluation.tasks.head_rows import encode_head_rows
 from qlora_jax.evaluation.tasks.task import TaskContext
 from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.head_file import TrainedHead
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.head_adapters import split_head, with_head
 from qlora_jax.models.add_adapters import add_lora

@@ -35,9 +35,9 @@ from qlora_jax.data.encoder import CHUNK, make_encoder
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template
-from qlora_jax.io.checkpoint import Checkpoints
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 

@@ -22,7 +22,7 @@ import numpy as np
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.evaluation.loglikelihood import ScoredIds, score_rows
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition

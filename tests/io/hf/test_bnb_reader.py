@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.reader import SINGLE
-from qlora_jax.io.loader import read_quantized
+from qlora_jax.io.loading.loader import read_quantized
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from tests.io.tiny_models import random_weights, tiny_config, write_folder

@@ -15,7 +15,7 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.hf import integer_groups
 from qlora_jax.io.hf.integer_groups import ACT_ORDER, check_settings
 from qlora_jax.io.hf.reader import INTEGER_METHODS
-from qlora_jax.io.loader import Loaded, load_model
+from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import STORED, WeightFormat

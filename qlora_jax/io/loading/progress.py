@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from rich import progress as bars
 from rich.console import Console
 
-from qlora_jax.io.loader import Progress
+from qlora_jax.io.loading.loader import Progress
 
 
 @contextlib.contextmanager

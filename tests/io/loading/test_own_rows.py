@@ -10,11 +10,11 @@ import pytest
 from pallas_kernels.formats.layouts import convert_codes, layout_problem
 from pallas_kernels.formats.parts import Cut
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io import own_rows
-from qlora_jax.io.base_fingerprint import SUFFIX, new_digest
-from qlora_jax.io.loader import read_quantized, read_quantized_rows
+from qlora_jax.io.loading import own_rows
+from qlora_jax.io.loading.base_fingerprint import SUFFIX, new_digest
+from qlora_jax.io.loading.loader import read_quantized, read_quantized_rows
+from qlora_jax.io.loading.own_rows import OwnRows, Processes, all_rows, rows_of_parts
 from qlora_jax.io.model_source import ModelSource, TensorEntry
-from qlora_jax.io.own_rows import OwnRows, Processes, all_rows, rows_of_parts
 from qlora_jax.quant import quantize
 from tests.marks import some_in_ci
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.io.locked_checkpoints import LockedCheckpoints
-from qlora_jax.io.run_lock import LOCK_FILE, FolderLostError, lock_run
+from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
+from qlora_jax.io.run_folder.run_lock import LOCK_FILE, FolderLostError, lock_run
 from tests.conftest import ROOT
 
 HELD = r"run: another process writes in this folder \(process {} on .+, since 20\d\d-.+\)\. Wait until it ends"
@@ -35,7 +35,7 @@ def test_a_second_one_is_refused_with_the_process_that_holds_it(tmp_path: Path) 
 HOLDS = """
 import os, sys, time
 from pathlib import Path
-from qlora_jax.io.run_lock import lock_run
+from qlora_jax.io.run_folder.run_lock import lock_run
 
 with lock_run(Path(sys.argv[1]), print):
     if os.fork() == 0:
@@ -64,7 +64,7 @@ def test_a_forked_child_neither_holds_nor_releases_it(tmp_path: Path) -> None:
     code = f"""
 import os
 from pathlib import Path
-from qlora_jax.io.run_lock import FolderLostError, lock_run
+from qlora_jax.io.run_folder.run_lock import FolderLostError, lock_run
 folder = Path({str(tmp_path)!r}) / "run"
 with lock_run(folder, print) as lock:
     if os.fork() == 0:

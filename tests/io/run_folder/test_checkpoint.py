@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.io.checkpoint import CheckpointError, Checkpoints, open_run, saved_steps
+from qlora_jax.io.run_folder.checkpoint import CheckpointError, Checkpoints, open_run, saved_steps
 from tests.conftest import SMALL_DISK_BYTES
 
 LORA = {"model.layers.mlp.up_proj": {"lora_a": jnp.arange(60000.0), "lora_b": jnp.ones(5)}}

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from qlora_jax.io.progress import loading
+from qlora_jax.io.loading.progress import loading
 
 
 def _output(terminal: bool) -> str:

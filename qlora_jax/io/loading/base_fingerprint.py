@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from qlora_jax.io.own_rows import STRIP, OwnRows, all_rows
+from qlora_jax.io.loading.own_rows import STRIP, OwnRows, all_rows
 
 SUFFIX = "-strips"
 

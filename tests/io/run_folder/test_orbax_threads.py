@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from qlora_jax.io.orbax_threads import silence_threads
+from qlora_jax.io.run_folder.orbax_threads import silence_threads
 
 PROGRAM = """
 import resource, sys
 import jax.numpy as jnp
 from pathlib import Path
-from qlora_jax.io.checkpoint import CheckpointError, Checkpoints
+from qlora_jax.io.run_folder.checkpoint import CheckpointError, Checkpoints
 
 lora = {f"p{i}": {"lora_a": jnp.arange(60000.0) ** 1.5, "lora_b": jnp.ones(5)} for i in range(4)}
 state = {f"m{i}": jnp.arange(60000.0) ** 1.5 for i in range(4)}

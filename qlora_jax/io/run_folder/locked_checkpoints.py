@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from jaxtyping import PyTree
 
-from qlora_jax.io.checkpoint import Checkpoints
-from qlora_jax.io.run_lock import RunLock
+from qlora_jax.io.run_folder.checkpoint import Checkpoints
+from qlora_jax.io.run_folder.run_lock import RunLock
 
 
 class LockedCheckpoints(Checkpoints):

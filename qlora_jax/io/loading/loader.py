@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, finite_scales
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.base_fingerprint import BaseDigest, new_digest
-from qlora_jax.io.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
+from qlora_jax.io.loading.base_fingerprint import BaseDigest, new_digest
+from qlora_jax.io.loading.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
+from qlora_jax.io.loading.own_rows import OwnRows, all_rows, joined, read_own
+from qlora_jax.io.loading.stored_codes import with_dense_layers
+from qlora_jax.io.loading.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
-from qlora_jax.io.own_rows import OwnRows, all_rows, joined, read_own
-from qlora_jax.io.stored_codes import with_dense_layers
-from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.offloaded_experts import check_one_format, host_sharding, is_on_host
@@ -49,7 +49,7 @@ class Loaded:
     """A model with its weights, and the fingerprint that identifies its base.
 
     Attributes:
-      fingerprint: see qlora_jax.io.base_fingerprint.
+      fingerprint: see qlora_jax.io.loading.base_fingerprint.
     """
 
     model: CausalLM

@@ -19,8 +19,15 @@ import optax
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, to_dict, write_config
-from qlora_jax.io.checkpoint import CONFIG_FILE, CheckpointError, Checkpoints, open_run
-from qlora_jax.io.checkpoint_reader import LORA, OPTIMIZER, DamagedCheckpoint, Digests, read_arrays, read_state
+from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, CheckpointError, Checkpoints, open_run
+from qlora_jax.io.run_folder.checkpoint_reader import (
+    LORA,
+    OPTIMIZER,
+    DamagedCheckpoint,
+    Digests,
+    read_arrays,
+    read_state,
+)
 from tests.marks import first_always
 
 CONFIG = Config(model=ModelArgs(path="model"), data=DataArgs(train="rows.jsonl"), output="run")
@@ -237,7 +244,7 @@ def test_links_to_files_are_followed_and_broken_ones_are_damage(copy, intact):
 READ_WITHOUT_DESCRIPTORS = """
 import contextlib, os, resource, sys
 from pathlib import Path
-from qlora_jax.io.checkpoint_reader import LORA, CheckpointError, DamagedCheckpoint, read_arrays, read_state
+from qlora_jax.io.run_folder.checkpoint_reader import LORA, CheckpointError, DamagedCheckpoint, read_arrays, read_state
 
 checkpoint = Path(sys.argv[1])
 digests = read_state(checkpoint)[1][LORA]

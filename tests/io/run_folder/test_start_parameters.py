@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qlora_jax.io.start_parameters import FILE, NO_CHANGE, read_start, start_digest, write_start
+from qlora_jax.io.run_folder.start_parameters import FILE, NO_CHANGE, read_start, start_digest, write_start
 
 ZERO, ONE = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)
 
