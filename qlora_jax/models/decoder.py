@@ -253,7 +253,7 @@ class Decoder(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A decoder and its head. All leaves of a new model are placeholders, which `io.loader` fills.
+    """A decoder and its head. All leaves of a new model are placeholders, which `io.loading.loader` fills.
 
     Args:
       config: the model's features.
