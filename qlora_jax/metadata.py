@@ -28,6 +28,7 @@ MAX_PROBLEMS = 1000  # counted in one error
 type Count = Annotated[int, Field(ge=1, lt=2**31)]
 type Offset = Annotated[int, Field(ge=0, lt=2**53)]  # bytes in a file, or rows of an array
 
+JsonObject = dict[str, Any]  # a decoded JSON object of unknown content, whose values the reader checks
 Kind = Any  # an annotation that pydantic knows: Python has no type for these
 FileName = str | os.PathLike
 # Texts for pydantic's types of errors; {} is filled in from the error's context.

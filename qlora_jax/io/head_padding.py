@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families.multimodal import text_config
 
 

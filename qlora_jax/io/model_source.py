@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.parts import Rows
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config.sizes import format_bytes
-
-JsonObject = dict[str, Any]  # a decoded JSON object whose keys differ between families or versions
+from qlora_jax.metadata import JsonObject
 
 PREFETCH_DEPTH = 4  # tensors
 CHUNK = 1 << 20  # bytes per read

@@ -22,9 +22,9 @@ from qlora_jax.api.generate import generate_text
 from qlora_jax.api.load import load
 from qlora_jax.data.formats.conversations import GUANACO
 from qlora_jax.data.readers.files import read_rows
-from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.metadata import JsonObject
 from scripts.fetch_smollm2 import fetch_smollm2
 
 MIN_ANSWER = 16  # tokens; samples of fewer are hardly answers
@@ -46,7 +46,7 @@ class Question(NamedTuple):
     result: float | None = None
 
 
-def read_question(row: JSONObject) -> Question:
+def read_question(row: JsonObject) -> Question:
     """Returns the question of a row of GSM8K or OpenAssistant.
 
     Raises:

@@ -12,8 +12,8 @@ from qlora_jax.data.formats.conversations import role_problems
 from qlora_jax.data.formats.reasoning import has_other_name, reasoning_problems, with_our_name
 from qlora_jax.data.formats.texts import text_problem
 from qlora_jax.data.formats.tool_calls import call_problems
-from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.metadata import JsonObject
 
 # Types of parts that hold text, in OpenAI's Chat Completions and Responses.
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -30,7 +30,7 @@ def current_messages(messages: Sequence[Message]) -> Sequence[Message]:
     return [_current(message, has_function_calls) for message in messages]
 
 
-def message_problems(row: JSONObject) -> list[str]:
+def message_problems(row: JsonObject) -> list[str]:
     """Returns the reasons why `messages` is not a conversation from which the assistant's turns can be learned."""
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):

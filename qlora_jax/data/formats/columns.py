@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 
 from qlora_jax.config.yaml_files import one_line_yaml
-from qlora_jax.data.readers.json_rows import JSONObject, shorten
+from qlora_jax.data.readers.json_rows import shorten
+from qlora_jax.metadata import JsonObject
 
 # Our columns, in training data and in question files, and names that other tools and data sets use for the same.
 SYNONYMS = {
@@ -42,7 +43,7 @@ _MAX_SHOWN = 20
 
 
 def rename_columns(
-    row: JSONObject, names: Mapping[str, str], setting: str, optional: Collection[str] = ()
+    row: JsonObject, names: Mapping[str, str], setting: str, optional: Collection[str] = ()
 ) -> dict[str, object]:
     """Returns the row with our names of its columns; the other columns keep theirs.
 

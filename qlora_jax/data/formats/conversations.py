@@ -4,8 +4,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.metadata import JsonObject
 
 # Roles in `messages`. Besides the usual four: gpt-oss's templates call the system developer. Other templates call a
 # tool function, ipython (Llama 3) or observation (GLM-4).
@@ -40,7 +40,7 @@ def role_problems(role: str) -> list[str]:
     return [f"unknown role {role!r}; known are {', '.join(ROLES)}{meant}"]
 
 
-def sharegpt_problems(row: JSONObject) -> list[str]:
+def sharegpt_problems(row: JsonObject) -> list[str]:
     """Returns the reasons why `conversations` is not a list of turns with known speakers."""
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -54,7 +54,7 @@ def sharegpt_problems(row: JSONObject) -> list[str]:
     return problems
 
 
-def sharegpt_messages(row: JSONObject) -> list[Message]:
+def sharegpt_messages(row: JsonObject) -> list[Message]:
     """Returns the turns as messages."""
     return [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, read_template_kwargs, template_kwargs_problems
 from qlora_jax.data.loss_mask.turn_branches import Segment
-from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.row_kinds import RowKind, objectives_of
 from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.metadata import JsonObject
 
-Columns = JSONObject  # of one row, by name
+Columns = JsonObject  # of one row, by name
 Text = str | Sequence[Message]  # plain text, or a conversation or the end of one
 
 

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 
 from qlora_jax.config.fields import TemplateValue
 from qlora_jax.data.formats.tool_calls import decode_json
-from qlora_jax.data.readers.json_rows import JSONObject, describe_json_error
+from qlora_jax.data.readers.json_rows import describe_json_error
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_template_kwargs
+from qlora_jax.metadata import JsonObject
 
 TEMPLATE_KWARGS = "chat_template_kwargs"
 _CACHED = 64  # variables that rows have
 
 
-def read_template_kwargs(row: JSONObject) -> dict[str, TemplateValue]:
+def read_template_kwargs(row: JsonObject) -> dict[str, TemplateValue]:
     """Returns the row's variables. They may be JSON text, because typed columns cannot hold every object.
 
     A null is not a variable: files with typed columns write it where a row lacks one.
@@ -22,7 +23,7 @@ def read_template_kwargs(row: JSONObject) -> dict[str, TemplateValue]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def template_kwargs_problems(row: JSONObject) -> list[str]:
+def template_kwargs_problems(row: JsonObject) -> list[str]:
     """Returns the reasons why the column is not an object of variables; empty if it is."""
     try:
         found = decode_json(_cell(row))
@@ -38,7 +39,7 @@ def template_kwargs_problems(row: JSONObject) -> list[str]:
     ]
 
 
-def _cell(row: JSONObject) -> object:
+def _cell(row: JsonObject) -> object:
     """Returns the row's value; None for an empty cell, as CSV files have it."""
     value = row.get(TEMPLATE_KWARGS)
     return None if value == "" else value
@@ -60,7 +61,7 @@ def with_row_kwargs(tokenizer: Tokenizer, variables: Mapping[str, TemplateValue]
     return with_template_kwargs(tokenizer, {**tokenizer.chat_template_kwargs, **variables}, TEMPLATE_KWARGS)
 
 
-def by_template_kwargs[T](make: Callable[[Tokenizer], T], tokenizer: Tokenizer) -> Callable[[JSONObject], T]:
+def by_template_kwargs[T](make: Callable[[Tokenizer], T], tokenizer: Tokenizer) -> Callable[[JsonObject], T]:
     """Returns a function of a row that calls `make` with the row's tokenizer, once for rows with equal variables."""
 
     @functools.lru_cache(_CACHED)
@@ -70,7 +71,7 @@ def by_template_kwargs[T](make: Callable[[Tokenizer], T], tokenizer: Tokenizer) 
     return lambda row: made(json.dumps(read_template_kwargs(row), sort_keys=True) if row.get(TEMPLATE_KWARGS) else "{}")
 
 
-def check_plain(row: JSONObject) -> None:
+def check_plain(row: JsonObject) -> None:
     """Raises ValueError if a row that is plain text has variables, because no template writes it."""
     if read_template_kwargs(row):
         raise ValueError(f"{TEMPLATE_KWARGS}: the row is plain text, which no chat template writes. Remove the column")

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 
-from qlora_jax.data.readers.json_rows import JSONObject
+from qlora_jax.metadata import JsonObject
 
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def text_problems(row: JSONObject, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
+def text_problems(row: JsonObject, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
     """Returns the problems of these columns, which the row has."""
     problems = [text_problem(name, row[name], name in may_be_blank) for name in names]
     return [problem for problem in problems if problem]

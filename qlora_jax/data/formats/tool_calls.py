@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_jax.data.readers.json_rows import JSONObject, describe_json_error
+from qlora_jax.data.readers.json_rows import describe_json_error
 from qlora_jax.data.tokenizer.template_protocol import Message
-from qlora_jax.metadata import MAX_DEPTH, is_too_deep
+from qlora_jax.metadata import MAX_DEPTH, JsonObject, is_too_deep
 
-Tools = Sequence[JSONObject]
+Tools = Sequence[JsonObject]
 
 
-def read_tools(row: JSONObject) -> Tools | None:
+def read_tools(row: JsonObject) -> Tools | None:
     """Returns the row's `tools`, or None. They may be JSON text, because typed columns cannot contain schemas.
 
     Without tools, those of OpenAI's deprecated column `functions` are returned.
@@ -22,7 +22,7 @@ def read_tools(row: JSONObject) -> Tools | None:
     return [{"type": "function", "function": function} for function in functions] or None
 
 
-def tools_problems(row: JSONObject) -> list[str]:
+def tools_problems(row: JsonObject) -> list[str]:
     """Returns the reasons why `tools` and `functions` are not lists of schemas; empty if they are."""
     return [problem for name in ("tools", "functions") for problem in _schema_problems(name, row.get(name))]
 
@@ -45,7 +45,7 @@ def call_problems(message: Message) -> list[str]:
     return [problem for number, call in enumerate(calls) for problem in _call_problems(number, call)]
 
 
-def _call_problems(number: int, call: JSONObject) -> list[str]:
+def _call_problems(number: int, call: JsonObject) -> list[str]:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
         return [f"tool call {number} needs a function with 'name' and 'arguments'"]
@@ -63,7 +63,7 @@ def with_parsed_arguments(message: Message) -> Message:
     return {**message, "tool_calls": [_with_parsed_arguments(call) for call in message["tool_calls"]]}
 
 
-def _with_parsed_arguments(call: JSONObject) -> JSONObject:
+def _with_parsed_arguments(call: JsonObject) -> JsonObject:
     if "function" in call:
         return {**call, "function": _with_parsed_arguments(call["function"])}
     return {**call, "arguments": decode_json(call["arguments"])}

@@ -25,13 +25,13 @@ from qlora_jax.data.readers.json_rows import (
     SPACE,
     TOO_LONG,
     BadValue,
-    JSONObject,
     json_array,
     json_lines,
     limited_lines,
     shorten,
 )
 from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
+from qlora_jax.metadata import JsonObject
 
 _SHOWN = 8
 _GZIP = b"\x1f\x8b"
@@ -55,7 +55,7 @@ class Row(NamedTuple):
     """A row of a file: its place, and its columns by name."""
 
     place: Place
-    data: JSONObject
+    data: JsonObject
 
 
 class BrokenRow(NamedTuple):

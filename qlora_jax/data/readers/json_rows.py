@@ -3,12 +3,10 @@
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from qlora_jax.metadata import MAX_DEPTH, is_too_deep
-
-JSONObject = Mapping[str, Any]  # decoded JSON of unknown content: row formats check the types of its values
 
 SPACE = " \t\r\n"
 MAX_ROW = 64 << 20  # characters; a row of text that models can use has a few millions

@@ -15,8 +15,7 @@ from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, PATTERN, SECTIONS, 
 from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_KEY
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.gguf.rope_reader import ATTENTION_FACTORS, ROPE_FACTOR_KEYS, original_context, rope_scaling
-from qlora_jax.io.model_source import JsonObject
-from qlora_jax.metadata import Count, Kind, check_value, find_problems, shorten
+from qlora_jax.metadata import Count, JsonObject, Kind, check_value, find_problems, shorten
 from qlora_jax.models.families.attributes import LIMITS
 
 REQUIRED = {

@@ -12,7 +12,7 @@ import numpy as np
 from qlora_jax.io.gguf.architecture import DEEPSTACK, LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, SECTIONS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS
 from qlora_jax.io.gguf.rope_reader import F32, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.config_differences import config_differences
 from qlora_jax.models.experts_config import ExpertsConfig

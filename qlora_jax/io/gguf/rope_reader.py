@@ -8,8 +8,7 @@ import numpy as np
 
 from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, ROPE_FACTORS, TEMPERATURE, Architecture
 from qlora_jax.io.gguf.header import Metadata
-from qlora_jax.io.model_source import JsonObject
-from qlora_jax.metadata import shorten
+from qlora_jax.metadata import JsonObject, shorten
 
 ROPE_FACTOR_KEYS = ("rope.scaling.factor", "rope.scale_linear")  # the second in old files; 0 means unset
 # LongRoPE's, and yarn's in files of OLMo 3 from 2025; yarn's in later files.

@@ -22,7 +22,7 @@ from qlora_jax.data.tokenizer.from_gguf import (
 )
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf.tokenizer_reader import PREFIX, tokenizer_from_metadata
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import JsonObject
 
 # Any two known ways of splitting text differ on at least one of these texts.
 PROBES = (

@@ -5,7 +5,7 @@ api/vllm/lora/peft_helper (unsupported features; one alpha over one rank scales 
 convert_lora_to_gguf.py, which reads lora_alpha, a rank per module, and only tensors named lora_A and lora_B.
 """
 
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import JsonObject
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # possible values of --max-lora-rank
 VLLM_DEFAULT_RANK = 16

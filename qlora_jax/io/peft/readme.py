@@ -2,7 +2,7 @@
 
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.head_padding import Padding
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import JsonObject
 
 README = """\
 ---

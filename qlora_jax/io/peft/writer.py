@@ -19,8 +19,8 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.io.head_file import TrainedHead, write_head
 from qlora_jax.io.head_padding import Padding
 from qlora_jax.io.loading.tensor_map import layer_name
-from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.peft.readme import readme
+from qlora_jax.metadata import JsonObject
 from qlora_jax.patterns import matches_end
 
 PREFIX = "base_model.model."

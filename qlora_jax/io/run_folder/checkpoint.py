@@ -36,7 +36,6 @@ from qlora_jax.config.fields import TemplateValue
 from qlora_jax.config.parse import from_dict
 from qlora_jax.io.head_file import TrainedHead, read_run_head
 from qlora_jax.io.loading.adapter_init import InitialAdapter, read_initial
-from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.run_folder.checkpoint_reader import (
     LORA,
     OPTIMIZER,
@@ -51,6 +50,7 @@ from qlora_jax.io.run_folder.orbax_processes import meet, named_processes
 from qlora_jax.io.run_folder.orbax_threads import silence_threads
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY, read_start
 from qlora_jax.line_digests import warn_without_digests
+from qlora_jax.metadata import JsonObject
 from qlora_jax.nn.adapters.vera import Projections
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"

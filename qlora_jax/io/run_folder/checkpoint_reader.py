@@ -16,11 +16,10 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from pydantic import NonNegativeInt, PositiveInt
 
-from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.run_folder.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.io.run_folder.orbax_processes import named_processes
 from qlora_jax.io.run_folder.orbax_threads import silence_threads
-from qlora_jax.metadata import MetadataError, check_value, read_json
+from qlora_jax.metadata import JsonObject, MetadataError, check_value, read_json
 
 LORA, OPTIMIZER, STATE = "lora", "optimizer", "state"  # the parts of a checkpoint
 PARTS = (LORA, OPTIMIZER)  # those of arrays

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families import model_config
 
 SIZES = {
