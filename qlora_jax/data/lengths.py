@@ -15,7 +15,7 @@ Overlong = Literal["error", "drop", "truncate-left", "truncate-right"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
+class LengthLimits:
     """Limits on the length of rows, in ids.
 
     Fields:
@@ -54,7 +54,7 @@ class FittedRows:
     lost_branches: int = 0
 
 
-def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: Limits) -> FittedRows:
+def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: LengthLimits) -> FittedRows:
     """Returns rows of at most `max_length` ids and at least one target, in order.
 
     The other rows are truncated, dropped or reported as problems.
@@ -98,7 +98,7 @@ def _take(row: EncodedRow, kept: Int64[np.ndarray, " kept"]) -> EncodedRow:
     )
 
 
-def _limit_parts(row: EncodedRow, limits: Limits) -> EncodedRow:
+def _limit_parts(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
     """Returns the row with its source and its target truncated on the right."""
     if limits.source is None and limits.target is None:
         return row
@@ -107,7 +107,7 @@ def _limit_parts(row: EncodedRow, limits: Limits) -> EncodedRow:
     return _take(row, np.concatenate([source, target]))
 
 
-def _truncate(row: EncodedRow, limits: Limits) -> EncodedRow:
+def _truncate(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
     """Returns the first `max_length` ids of the row's texts, or bos and their last ones."""
     if _longest(row) <= limits.max_length:
         return row
@@ -119,7 +119,7 @@ def _truncate(row: EncodedRow, limits: Limits) -> EncodedRow:
     return _take(row, _last(row, positions, limits))
 
 
-def _last(row: EncodedRow, text: Int64[np.ndarray, " ids"], limits: Limits) -> Int64[np.ndarray, " kept"]:
+def _last(row: EncodedRow, text: Int64[np.ndarray, " ids"], limits: LengthLimits) -> Int64[np.ndarray, " kept"]:
     """Returns the last `max_length` indices of a text's ids, of which the first one is that of its bos."""
     if len(text) <= limits.max_length:
         return text
@@ -127,7 +127,7 @@ def _last(row: EncodedRow, text: Int64[np.ndarray, " ids"], limits: Limits) -> I
     return np.concatenate([first, text[len(text) - limits.max_length + len(first) :]])
 
 
-def _truncate_tree_right(row: EncodedRow, limits: Limits) -> EncodedRow:
+def _truncate_tree_right(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
     """Returns the row with the first `max_length` ids of its trunk and of each branch's text."""
     trunk = np.arange(min(row.branches[0].begin, limits.max_length))
     spans = [
@@ -137,7 +137,7 @@ def _truncate_tree_right(row: EncodedRow, limits: Limits) -> EncodedRow:
     return _take_tree(row, trunk, [(span, branch.depth) for branch, span in spans])
 
 
-def _truncate_tree_left(row: EncodedRow, limits: Limits) -> EncodedRow:
+def _truncate_tree_left(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
     """Returns the row with the last `max_length` ids of its trunk and of each branch's text.
 
     Branches that leave the removed beginning of the trunk are dropped. A branch whose text is too long behind the rest

@@ -41,7 +41,7 @@ from qlora_jax.data.formats.lookalikes import count_lookalikes
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.holdout import Split, check_splits, content_hash
-from qlora_jax.data.lengths import FittedRows, Limits, fit_lengths, nothing_left_message
+from qlora_jax.data.lengths import FittedRows, LengthLimits, fit_lengths, nothing_left_message
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import (
     BrokenRow,
@@ -88,9 +88,9 @@ class Preparation:
         return ROW_USES[self.objective]
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> LengthLimits:
         """Limits on the length of rows."""
-        return Limits(
+        return LengthLimits(
             max_length=self.data.max_length,
             overlong=self.data.overlong,
             source=self.data.source_max_length,

@@ -32,7 +32,7 @@ from qlora_jax.data.batching.packing import pack_length
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.encoder import CHUNK, make_encoder, prefetch_map
 from qlora_jax.data.formats.detect import detect_format
-from qlora_jax.data.lengths import Limits, fit_lengths
+from qlora_jax.data.lengths import LengthLimits, fit_lengths
 from qlora_jax.data.readers.files import Row, read_rows
 from qlora_jax.data.rows import TokenRows, concatenate_rows, token_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +58,8 @@ def library(encode: Callable[..., object], texts: list[str]) -> None:
 
 def to_packs(path: str, rows: list[Row], tokenizer: Tokenizer) -> TokenRows:
     """Encodes rows in memory and plans an epoch of packs."""
-    encoder, limits = make_encoder(detect_format(path, rows), tokenizer), Limits(max_length=MAX_LENGTH, overlong="drop")
+    encoder = make_encoder(detect_format(path, rows), tokenizer)
+    limits = LengthLimits(max_length=MAX_LENGTH, overlong="drop")
     chunks = (encoder.segment_rows(chunk, []) for chunk in itertools.batched(rows, CHUNK))
     pieces = []
     for texts, encodings in prefetch_map(encoder.encode_texts, chunks):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from scripts.campaign.isolation import FORK, Limits, Run, run_isolated
+from scripts.campaign.isolation import FORK, CaseRunner, Limits, run_isolated
 from scripts.campaign.ledger import Case, Ledger, Verdict, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,7 +30,7 @@ class Kind(Protocol):
         """Writes the files that all cases of this kind start from, into a new folder."""
         ...
 
-    def start(self, sound: Path, scratch: Path) -> Run:
+    def start(self, sound: Path, scratch: Path) -> CaseRunner:
         """Returns the function that runs a case; called in the process that runs cases.
 
         Args:

@@ -14,7 +14,7 @@ from pathlib import Path
 from qlora_jax.config import run_main
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.line_digests import warn_without_digests
-from scripts.campaign.isolation import Run
+from scripts.campaign.isolation import CaseRunner
 from scripts.campaign.ledger import Case, Verdict
 
 LONGEST_MESSAGE = 20_000
@@ -50,7 +50,7 @@ class FileKind:
         """Writes the sound files."""
         self.write(folder)
 
-    def start(self, sound: Path, scratch: Path) -> Run:
+    def start(self, sound: Path, scratch: Path) -> CaseRunner:
         """Reads the sound files, and returns the function that runs a case."""
         copy = scratch / "case"
         _copy(sound, copy)

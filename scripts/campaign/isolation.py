@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scripts.campaign.ledger import Case, Verdict
 
-Run = Callable[[Case], Verdict]
+CaseRunner = Callable[[Case], Verdict]
 FORK = multiprocessing.get_context("fork")  # the child inherits imported modules; no jax backend may run before
 
 READY = Verdict("ready")
@@ -37,7 +37,9 @@ class Limits:
     cases: int = 200
 
 
-def run_isolated(cases: Sequence[Case], start: Callable[[], Run], limits: Limits) -> Iterator[tuple[Case, Verdict]]:
+def run_isolated(
+    cases: Sequence[Case], start: Callable[[], CaseRunner], limits: Limits
+) -> Iterator[tuple[Case, Verdict]]:
     """Yields each case with its verdict, in order.
 
     Args:
@@ -51,7 +53,9 @@ def run_isolated(cases: Sequence[Case], start: Callable[[], Run], limits: Limits
             yield case, verdict
 
 
-def _run_batch(batch: Sequence[Case], start: Callable[[], Run], limits: Limits) -> Iterator[tuple[Case, Verdict]]:
+def _run_batch(
+    batch: Sequence[Case], start: Callable[[], CaseRunner], limits: Limits
+) -> Iterator[tuple[Case, Verdict]]:
     """Yields verdicts until the batch or its process ends; at least one."""
     receiver, sender = FORK.Pipe(duplex=False)
     process = FORK.Process(target=_serve, args=(batch, start, limits, sender))
@@ -91,7 +95,7 @@ def _end_of(process: BaseProcess, limits: Limits) -> Verdict:
     return Verdict("crash", name)
 
 
-def _serve(batch: Sequence[Case], start: Callable[[], Run], limits: Limits, sender: Connection) -> None:
+def _serve(batch: Sequence[Case], start: Callable[[], CaseRunner], limits: Limits, sender: Connection) -> None:
     os.setpgrp()
     run = start()
     sender.send(READY)
@@ -103,7 +107,7 @@ def _serve(batch: Sequence[Case], start: Callable[[], Run], limits: Limits, send
         sender.send(_measured(case, run, limits))
 
 
-def _measured(case: Case, run: Run, limits: Limits) -> Verdict:
+def _measured(case: Case, run: CaseRunner, limits: Limits) -> Verdict:
     before = _reset_peak()
     # The default action of SIGPROF ends the process, also inside compiled code.
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds or 0.0)

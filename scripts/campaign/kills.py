@@ -20,7 +20,7 @@ from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, saved_steps
 from qlora_jax.training.run import METRICS_FILE
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Running, run_command
-from scripts.campaign.isolation import Limits, Run
+from scripts.campaign.isolation import CaseRunner, Limits
 from scripts.campaign.ledger import Case, Verdict
 from scripts.campaign.run_results import CACHE, CONFIG, DIGEST, TinyRun, moved, run_digest, write_settings
 
@@ -96,7 +96,7 @@ class KilledRun:
         (folder / DIGEST).write_text(run_digest(run))
         shutil.rmtree(run)
 
-    def start(self, sound: Path, scratch: Path) -> Run:
+    def start(self, sound: Path, scratch: Path) -> CaseRunner:
         """Returns the function that runs a case."""
         expected, seconds = (sound / DIGEST).read_text(), float((sound / SECONDS).read_text())
 

@@ -22,7 +22,7 @@ from qlora_jax.io.run_folder.checkpoint import saved_steps
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Finished, Running, run_command
 from scripts.campaign.disk import make_read_only, resize, small_disk
-from scripts.campaign.isolation import Limits, Run
+from scripts.campaign.isolation import CaseRunner, Limits
 from scripts.campaign.ledger import Case, Verdict
 from scripts.campaign.mutations import damage_bytes
 from scripts.campaign.run_results import CACHE, CONFIG, MODEL, PROMPTS, TinyRun, moved, run_digest, write_settings
@@ -165,7 +165,7 @@ class DiskKind:
         """Writes the runs, and measures the command on a large disk."""
         write_runs(folder)
 
-    def start(self, sound: Path, scratch: Path) -> Run:
+    def start(self, sound: Path, scratch: Path) -> CaseRunner:
         """Runs the command undisturbed, and returns the function that runs a case."""
         with small_disk(scratch / DISK, LARGE) as disk:
             output = disk / OUTPUT
@@ -312,7 +312,7 @@ class DamagedRun:
         """Writes the runs."""
         write_runs(folder)
 
-    def start(self, sound: Path, scratch: Path) -> Run:
+    def start(self, sound: Path, scratch: Path) -> CaseRunner:
         """Uses the sound run, and returns the function that runs a case."""
         run, output, printed = scratch / "run", scratch / OUTPUT, scratch / "printed.txt"
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data.branches.tree import branch_problem, longest_text
-from qlora_jax.data.lengths import FittedRows, Limits, Overlong, fit_lengths
+from qlora_jax.data.lengths import FittedRows, LengthLimits, Overlong, fit_lengths
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -93,7 +93,7 @@ def fitted(drawn: list[Shape], overlong: Overlong, limit: int) -> tuple[dict[int
     for row in rows:
         row.ids[0] = 1
     places = [Place(n + 1, n) for n in range(len(rows))]
-    kept = fit_lengths(rows, places, Limits(max_length=limit, overlong=overlong, bos_id=1))
+    kept = fit_lengths(rows, places, LengthLimits(max_length=limit, overlong=overlong, bos_id=1))
     return dict(enumerate(rows)), kept
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from qlora_jax.data.branches.tree import MIN_BRANCH, Branch, branch_ends, longest_text
-from qlora_jax.data.lengths import FittedRows, Limits
+from qlora_jax.data.lengths import FittedRows, LengthLimits
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 from qlora_jax.data.row_kinds import RowUse
@@ -20,7 +20,7 @@ _Marked = tuple[Int32[np.ndarray, " _"], Bool[np.ndarray, " _"]]  # ids, and Tru
 
 
 def fit_branches(
-    rows: Sequence[EncodedRow], places: Sequence[Place], limits: Limits, use: RowUse
+    rows: Sequence[EncodedRow], places: Sequence[Place], limits: LengthLimits, use: RowUse
 ) -> tuple[FittedRows, int]:
     """Returns rows whose texts have at most `max_length` ids, and the number of pairs that became equal.
 
@@ -49,14 +49,14 @@ def fit_branches(
     return fitted, equal
 
 
-def _too_long(longest: int, limits: Limits) -> str:
+def _too_long(longest: int, limits: LengthLimits) -> str:
     return (
         f"found {longest} tokens in one text, expected at most {limits.max_length} (data.max_length). Raise it, or set "
         "data.overlong to drop or truncate-right."
     )
 
 
-def truncate_texts(row: EncodedRow, limits: Limits, use: RowUse) -> EncodedRow | None:
+def truncate_texts(row: EncodedRow, limits: LengthLimits, use: RowUse) -> EncodedRow | None:
     """Returns the row with each text of at most `max_length` ids; None if a text has no target left."""
     trunk, texts = _split(row, use)
     if limits.overlong == "truncate-left":
@@ -87,14 +87,14 @@ def _split(row: EncodedRow, use: RowUse) -> tuple[_Marked, list[_Marked]]:
     return trunk, texts
 
 
-def _cut_left(trunk: _Marked, texts: list[_Marked], limits: Limits) -> tuple[_Marked, list[_Marked]]:
+def _cut_left(trunk: _Marked, texts: list[_Marked], limits: LengthLimits) -> tuple[_Marked, list[_Marked]]:
     if not len(trunk[0]):
         return trunk, [_without_first(text, len(text[0]) - limits.max_length, limits) for text in texts]
     longest = max(len(ids) for ids, _ in texts)
     return _without_first(trunk, len(trunk[0]) + longest - limits.max_length, limits), texts
 
 
-def _without_first(text: _Marked, count: int, limits: Limits) -> _Marked:
+def _without_first(text: _Marked, count: int, limits: LengthLimits) -> _Marked:
     """Returns the text without its first `count` ids, or as many as it has; a bos at its beginning stays."""
     if count <= 0:
         return text

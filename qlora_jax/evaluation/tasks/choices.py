@@ -21,7 +21,7 @@ from qlora_jax.models.partition import ModelParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Choice:
+class ChoiceQuestion:
     """One question: its options as rows in which the option's tokens are scored, and the index of the right one."""
 
     options: Sequence[ScoredIds]
@@ -47,7 +47,7 @@ class ChoicesTask:
     """Share of questions whose likeliest option is right; see `task.Task` for the members."""
 
     title: str
-    choices: Sequence[Choice]
+    choices: Sequence[ChoiceQuestion]
     name: str = "choices"
 
     @property
@@ -125,14 +125,15 @@ def choices_task(
     options = read_each(path, rows, lambda row: _encode_options(read_question(row.data), tokenizer))
     check_lengths(path, rows, options, max_positions)
     choices = [
-        Choice(options=encoded, answer=question.answer) for encoded, question in zip(options, questions, strict=True)
+        ChoiceQuestion(options=encoded, answer=question.answer)
+        for encoded, question in zip(options, questions, strict=True)
     ]
     return ChoicesTask(title=f"{path}: {len(choices)} questions", choices=choices)
 
 
 def score_choices(
     parts: ModelParts,
-    choices: Sequence[Choice],
+    choices: Sequence[ChoiceQuestion],
     progress: Callable[[int], None] = lambda options_done: None,
     cache: ResultCache = NO_CACHE,
 ) -> ChoiceScores:
@@ -145,7 +146,7 @@ def score_choices(
     return ChoiceScores(by_sum=by_sum, tied_by_sum=tied_by_sum, by_mean=by_mean, tied_by_mean=tied_by_mean)
 
 
-def _options(choices: Sequence[Choice]) -> list[ScoredIds]:
+def _options(choices: Sequence[ChoiceQuestion]) -> list[ScoredIds]:
     """All options of all questions, in order."""
     return [option for choice in choices for option in choice.options]
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.data.branches.fit import fit_branches
 from qlora_jax.data.branches.tree import Branch
-from qlora_jax.data.lengths import Limits
+from qlora_jax.data.lengths import LengthLimits
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.row_kinds import ROW_USES
@@ -31,7 +31,7 @@ def pair(prompt: list[int], *answers: list[int], head: bool = False, branches: b
 
 def fitted(row: EncodedRow, objective: str, max_length: int, overlong: Any) -> tuple[EncodedRow | None, dict[str, int]]:
     """The row, or None if it is dropped, and the counts that are not zero."""
-    limits = Limits(max_length=max_length, overlong=overlong, bos_id=BOS)
+    limits = LengthLimits(max_length=max_length, overlong=overlong, bos_id=BOS)
     found, equal = fit_branches([row], [Place(3, 2)], limits, ROW_USES[objective])
     counts = {"truncated": found.truncated, "overlong": found.overlong, "empty": found.unsupervised, "equal": equal}
     assert [place for place in found.places] == [Place(3, 2)] * len(found.rows)
@@ -103,7 +103,7 @@ def test_labelled_answers_are_cut_like_pairs():
 
 def test_longer_rows_are_errors_or_dropped():
     assert fitted(pair(PROMPT, LONG, SHORT), "dpo", 7, "drop") == (None, {"overlong": 1})
-    limits = Limits(max_length=7, overlong="error")
+    limits = LengthLimits(max_length=7, overlong="error")
     rows, places = [pair(PROMPT, LONG, SHORT), pair(PROMPT, SHORT, LONG[:3])], [Place(1, 0), Place(2, 1)]
     found, _ = fit_branches(rows, places, limits, ROW_USES["dpo"])
     assert [place for place, _ in found.problems] == [Place(1, 0)] and len(found.rows) == 1

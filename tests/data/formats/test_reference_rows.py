@@ -11,7 +11,7 @@ from qlora_jax.config.suggestions import CHOICES
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples, make_encoder
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.lengths import Limits, fit_lengths
+from qlora_jax.data.lengths import LengthLimits, fit_lengths
 from qlora_jax.data.readers.files import Place, Row, read_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -53,7 +53,7 @@ def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which
     texts = encoder.segment_rows(rows, problems)
     places, encoded = encoder.mask_rows(texts, encoder.encode_texts(texts), problems)
     assert problems == [] and len(encoded) == len(rows)
-    limits = Limits(max_length=source + target, overlong="error", source=source, target=target)
+    limits = LengthLimits(max_length=source + target, overlong="error", source=source, target=target)
     fitted = fit_lengths(encoded, places, limits)
     for ours, theirs in zip(fitted.rows, GOLDEN["forms"][name]["tokens"][which], strict=True):
         assert ours.ids.tolist() == theirs["ids"]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.tasks.choices import Choice, choices_task, score_choices
+from qlora_jax.evaluation.tasks.choices import ChoiceQuestion, choices_task, score_choices
 from tests.evaluation.reference import expected_scores, greedy_row
 from tests.inference.tiny import VOCAB, byte_tokenizer, tiny_parts
 
@@ -38,7 +38,7 @@ def test_choices_by_sum_and_by_mean(parts):
     ]
     nll = np.array([expected_scores(parts, *option)[0] for option in options])
     by_sum, by_mean = int(nll.argmin()), int((nll / (1, 3, 9)).argmin())
-    scores = score_choices(parts, [Choice(options=options, answer=answer) for answer in range(3)])
+    scores = score_choices(parts, [ChoiceQuestion(options=options, answer=answer) for answer in range(3)])
     assert scores.by_sum.tolist() == [answer == by_sum for answer in range(3)]
     assert scores.by_mean.tolist() == [answer == by_mean for answer in range(3)]
     assert by_sum != by_mean and not scores.tied_by_sum.any()
@@ -50,8 +50,8 @@ def test_a_tie_is_reported_and_not_right(parts):
         (np.array([5, 6, 7, 8], np.int32), np.arange(4) >= 2),
     )
     choices = [
-        Choice(options=[likely, likely, unlikely], answer=0),
-        Choice(options=[likely, unlikely, unlikely], answer=2),
+        ChoiceQuestion(options=[likely, likely, unlikely], answer=0),
+        ChoiceQuestion(options=[likely, unlikely, unlikely], answer=2),
     ]
     scores = score_choices(parts, choices)
     assert scores.by_sum.tolist() == [False, False]
