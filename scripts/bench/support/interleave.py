@@ -140,11 +140,10 @@ class WorkerGroup:
 
     def once(self, name: str, command: list[str]) -> Record | None:
         """Returns the record of a process's first unit and ends it; None if it failed."""
-        self.open(name, command)
-        records = self.turn(name, 1) if name in self._workers else []
+        record = self.start(name, command)
         if name in self._workers:
             self._workers.pop(name).close()
-        return records[0] if records else None
+        return record
 
     @property
     def names(self) -> list[str]:

@@ -51,8 +51,9 @@ def test_without_an_opponent_there_is_no_speed(capsys):
 
 PROGRAM = """
 import json, sys
+loss = 0.5 if sys.argv[-1] in ("float32", "fp32") else 0.6
 for i, _ in enumerate(sys.stdin):
-    print(json.dumps({"seconds": i + 1, "loss": 0.5, "outputs": [[0, 1], [1, 0]]}), flush=True)
+    print(json.dumps({"seconds": i + 1, "loss": loss, "outputs": [[0, 1], [1, 0]]}), flush=True)
 """
 FAILS = "import sys\nsys.exit('no such layer')"
 
@@ -70,16 +71,25 @@ def test_workers_take_turns_until_the_last_step_and_then_score():
 def test_a_worker_that_fails_leaves_the_figures_of_the_others(monkeypatch, tmp_path):
     programs = {"ours": PROGRAM, "eager": PROGRAM, "compiled": FAILS}
     commands = {name: [sys.executable, "-S", "-c", program] for name, program in programs.items()}
-    monkeypatch.setattr(bench, "commands_of", lambda *_: commands)
+    monkeypatch.setattr(bench, "commands_of", lambda _, names: {name: commands[name] for name in ("ours", *names)})
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"runs": [{"seed": seed, "steps": [[], [], []]} for seed in (0, 1)], "right": [1, 1]}))
-    found = bench.measure(job, [], 2, 30.0)
+    found = bench.measure(job, ["eager", "compiled"], 2, 30.0)
     assert found["players"].keys() == {"ours", "eager"} and found["players"]["ours"]["accuracy"] == 0.5
     assert (found["opponent"], found["speed"], found["difference"]) == ("eager", 1.0, 0.0)
     assert found["failures"]["compiled"].endswith("no such layer")
+    assert found["float32"] == {"ours": 0.5, "eager": 0.5} and found["players"]["ours"]["first_losses"] == [0.6, 0.6]
     assert bench.disagreement("sst2", found) == []
-    found["players"]["eager"]["first_losses"] = [0.5, 0.53]
-    assert bench.disagreement("sst2", found) == ["sst2: eager: first loss 0.030 nats apart"]
+    found["float32"]["eager"] = 0.503
+    assert bench.disagreement("sst2", found) == ["sst2: first loss -0.00300 nats apart in float32"]
+
+
+def test_a_loss_in_float32_that_cannot_be_computed_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "commands_of", lambda *_: {"ours": ["/nowhere"], "eager": ["/nowhere"]})
+    with WorkerGroup() as workers:
+        found = {"speed": 1.0, "float32": bench.first_losses_float32(workers, tmp_path), "failures": workers.failures}
+    problems = [f"sst2: {name}, float32: /nowhere: No such file or directory" for name in ("ours", "eager")]
+    assert bench.disagreement("sst2", found) == problems
 
 
 def test_files_that_are_absent_are_named(monkeypatch, tmp_path):
