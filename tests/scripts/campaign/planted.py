@@ -4,11 +4,11 @@ import os
 import signal
 import time
 
-from scripts.campaign.isolation import Limits, Run, run_isolated
+from scripts.campaign.isolation import CaseRunner, Limits, run_isolated
 from scripts.campaign.ledger import Case, Verdict
 
 
-def start() -> Run:
+def start() -> CaseRunner:
     return run
 
 
