@@ -15,8 +15,8 @@ from pallas_kernels.devices import target_device
 from pallas_kernels.grouped_matmul import Groups, rows_of_pairs
 from qlora_jax.nn.mlp import GateActivation, gated_gradients, gated_value
 
-# On CPUs the gradients are computed for so many rows at a time: XLA writes several f32 intermediates, which then stay
-# in cache. On GPUs it fuses all rows in one kernel.
+# Rows whose gradients are computed together on CPUs, where XLA writes several f32 intermediates: they stay in cache. On
+# GPUs it fuses all rows in one kernel.
 BLOCK = 128
 Gradients = tuple[Float[Array, "B F"], Float[Array, "B F"], Float[Array, " B"]]  # of gate, up and weights
 
@@ -37,14 +37,18 @@ def weighted_activation(
     Args:
       weight_P: f32, from `weights_of_slots`.
     """
-    return _forward(gate_PF, up_PF, weight_P, groups, activation)[0]
+    return _weighted(gate_PF, up_PF, weight_P, activation)
+
+
+def _weighted(gate_PF, up_PF, weight_P, activation: GateActivation) -> Float[Array, "P F"]:
+    return (gated_value(gate_PF, up_PF, activation) * weight_P[:, None]).astype(gate_PF.dtype)
 
 
 def _forward(gate_PF, up_PF, weight_P, groups, activation):
     gate_QF = checkpoint_name(rows_of_pairs(gate_PF, groups), "mlp_gate")
     up_QF = checkpoint_name(rows_of_pairs(up_PF, groups), "mlp_up")
-    y_PF = gated_value(_in_slots(gate_QF, groups), _in_slots(up_QF, groups), activation) * weight_P[:, None]
-    return y_PF.astype(gate_PF.dtype), (gate_QF, up_QF, weight_P, groups)
+    y_PF = _weighted(_in_slots(gate_QF, groups), _in_slots(up_QF, groups), weight_P, activation)
+    return y_PF, (gate_QF, up_QF, weight_P, groups)
 
 
 def _in_slots(x_QF: Float[Array, "Q F"], groups: Groups) -> Float[Array, "P F"]:
