@@ -44,14 +44,6 @@ class ModelFunction[**Inputs, Result]:
         """Lowers the function, as a jitted function does."""
         return self._jitted(model).lower(model, *args, **kwargs)
 
-    def clear_cache(self) -> None:
-        """Forgets the compiled programs."""
-        self.plain.clear_cache()
-        self.prefetching.clear_cache()
-
-    def _cache_size(self) -> int:
-        return self.plain._cache_size() + self.prefetching._cache_size()
-
     def _jitted(self, model: Models) -> Any:
         models = model if isinstance(model, tuple) else (model,)
         prefetches = target_device().platform == "gpu" and any(map(has_experts_on_host, models))

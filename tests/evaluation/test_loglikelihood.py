@@ -67,10 +67,10 @@ def test_one_compilation_for_each_shape(parts):
     rng = np.random.default_rng(3)
     rows = [row(rng, length) for length in (30, *rng.integers(65, 129, 100), 500, 500)]
     shapes = {(batch.size, batch.length) for batch in batches_by_length([len(ids) - 1 for ids, _ in rows])}
-    loglikelihood.score_tokens.clear_cache()
+    loglikelihood.score_tokens.plain.clear_cache()
     for _ in range(2):
         score_rows(parts, rows)
-    assert loglikelihood.score_tokens._cache_size() == len(shapes) == 2
+    assert loglikelihood.score_tokens.plain._cache_size() == len(shapes) == 2
 
 
 def test_rows_that_share_a_prompt_have_the_scores_that_each_has_alone(parts):
