@@ -24,9 +24,9 @@ from qlora_jax.nn.linear import OneLayer, in_host_memory
 Position = Int[Array, ""] | int
 Step = Callable[[PyTree, PyTree, Position, PyTree, PyTree], tuple[PyTree, PyTree]]
 Fetch = Callable[[PyTree, Position], PyTree]
-# XLA's options, with which the copies of the next layer start before the products of this one: on every card, with the
-# latency below and not XLA's estimates, at most 64 at a time (XLA: 2), and not after the last use of this layer's
-# weights, which would save their memory.
+# With these options of XLA the copies of the next layer start before the products of this one, on every card: XLA takes
+# the latency below instead of its estimates, and starts up to 64 copies at a time instead of 2. It does not wait for
+# the last use of this layer's weights, which would save their memory.
 COPIES_AT_ONCE = {
     "xla_gpu_enable_latency_hiding_scheduler": "True",
     "xla_gpu_enable_analytical_sol_latency_estimator": "False",

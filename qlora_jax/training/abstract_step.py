@@ -38,7 +38,7 @@ TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, 
 # Near the card's limit, XLA's rematerialization would gather layers once more to save little memory.
 GATHER_ONCE = {"xla_disable_hlo_passes": "rematerialization"}
 # XLA would merge most gathers of a layer into two, which end before its first product, and on some cards hide none.
-# Smaller ones hide behind products if several may start ahead. They wait for each other on their one stream: NCCL may
+# Smaller ones hide behind products if several may start ahead. They run in order on one stream, because NCCL may
 # deadlock with several.
 GATHER_AHEAD = {
     "xla_gpu_enable_latency_hiding_scheduler": "True",

@@ -115,7 +115,7 @@ def _is_same_data(session: Session, state: Record, saved: Config) -> bool:
 
 
 def warn_of_other_masks(config: Config, state: Record) -> None:
-    """Warns if the saved run drew its dropout masks in another way: per micro-batch, before a run could have a mesh."""
+    """Warns if the checkpoint is of a version that drew dropout masks per micro-batch, and whose state has no mesh."""
     if config.lora.dropout and MESH_KEY not in state:
         warnings.warn(
             f"{config.output}: lora.dropout: an earlier version of qlora_jax, with other dropout masks, saved the "

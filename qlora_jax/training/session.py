@@ -201,17 +201,16 @@ def headed_parts(config: Config, inputs: Inputs, parts: ModelParts) -> ModelPart
 
 def compile_gradients(config: Config, inputs: Inputs, mesh: Mesh | None = None) -> CompiledGradients:
     """Compiles the run's gradient program for its longest batches, before `prepare` takes memory."""
-    weights, remat = weights_of(config, inputs), config.train.remat
     shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
     step = abstract_step(
         inputs.model,
-        weights,
+        weights_of(config, inputs),
         config.lora,
         batch=shape,
         new_ids=inputs.new_ids,
         packed=inputs.dataset.packed,
         branching=inputs.dataset.branching,
-        remat=remat,
+        remat=config.train.remat,
         neftune_noise_alpha=config.train.neftune_noise_alpha,
         objective=inputs.objective,
         router=config.router,
@@ -366,8 +365,7 @@ def make_session(
     initial: InitialAdapter | None,
 ) -> Session:
     """The session of a run at step 0, from a model in memory, which is placed on the run's devices."""
-    dataset, mesh = inputs.dataset, gradients.mesh
-    weights = weights_of(config, inputs)
+    dataset, mesh, weights = inputs.dataset, gradients.mesh, weights_of(config, inputs)
     total_steps = steps_of_run(config.train, dataset.steps_per_epoch)
     key = jax.random.key(config.train.seed)
     return Session(

@@ -88,7 +88,7 @@ class PreferenceObjective(Objective, Protocol):
 def read_by_outputs[A](arrays: Mapping[str, A], objective: Objective) -> dict[str, A]:
     """Returns the arrays of a batch without the objective's values, which `outputs` does not read.
 
-    So the reference pass, which has no reference yet, and held-out evaluation run the same compiled programs.
+    So the reference pass, which has no reference yet, and held-out evaluation read the same arrays.
     """
     return {name: array for name, array in arrays.items() if name not in objective.values}
 

@@ -50,7 +50,7 @@ class RunPlan:
       limit: bytes that the run may use.
       device: the limit as text.
       questions: the memory of questions; None for a run without questions.
-      reference: the reference pass; None for an objective without a reference.
+      reference: the work and memory of the reference; None for an objective without one.
     """
 
     requirements: Requirements
@@ -61,7 +61,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """True if the step, the questions and the reference pass fit."""
+        """True if the step, the questions and the reference fit."""
         return self.peak_bytes <= self.limit
 
     @property
@@ -76,7 +76,7 @@ class RunPlan:
 
     @property
     def reference_bytes(self) -> int:
-        """Bytes on the device during the reference pass; 0 without a reference."""
+        """Bytes on the device during the reference pass or the held-out comparison; 0 without a reference."""
         return 0 if self.reference is None else self._resident + self.reference.program
 
     @property
@@ -112,7 +112,7 @@ class RunPlan:
                 "and run qlora-jax evaluate after training."
             )
         if self.reference_bytes > self.limit:
-            required = f"the reference pass needs {format_bytes(self.reference_bytes)} of {format_bytes(self.limit)}"
+            required = f"the reference needs {format_bytes(self.reference_bytes)} of {format_bytes(self.limit)}"
             lines.append(f"DOES NOT FIT: {required}. Lower train.micro_batch_size or data.max_length.")
         return "\n  ".join(lines)
 

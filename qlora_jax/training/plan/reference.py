@@ -58,7 +58,7 @@ class ReferencePlan:
       program: bytes on a device of the largest batch, outputs and temporary buffers of the pass; with held-out rows,
         those of their comparison with the reference, and of its parameters.
       values: bytes of its results in host memory.
-      parameters: bytes of the reference's adapter in host memory; 0 without held-out rows.
+      parameters: bytes of a device's part of the reference's adapter, in host memory; 0 without held-out rows.
     """
 
     work: ReferenceWork
