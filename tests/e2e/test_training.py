@@ -333,14 +333,14 @@ def test_compilations_are_one_a_length_and_one_update(tmp_path):
     config = project(tmp_path)
     session = session_of(config)
     assert len(session.gradients) == 1  # for the longest batches, before the model was loaded
-    for function in (update, evaluation_loss):
+    for function in (update, evaluation_loss.plain):
         function.clear_cache()
     with Checkpoints(Path(config.output), config.train.keep) as checkpoints:
         loop.run_steps(session, loop.initial_state(session), checkpoints, Records(), lambda: False)
     assert len(session.dataset.buckets) == 2
     assert len(session.gradients) == len(session.dataset.buckets)
     assert update._cache_size() == 1
-    assert evaluation_loss._cache_size() <= len(session.dataset.eval_buckets)
+    assert evaluation_loss.plain._cache_size() <= len(session.dataset.eval_buckets)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tmp_path):

@@ -122,10 +122,10 @@ def test_ids_without_a_row_are_errors(parts, outside: int):
 
 
 def test_compilations_are_as_many_as_stated(parts):
-    decode.prefill_chunk.clear_cache()
+    decode.prefill_chunk.plain.clear_cache()
     decode.next_token.clear_cache()
     for seed in range(2):
         for length in (3, 64, 65, 200, 256, 300, 511):  # chunks of every size; 512 slots for all
             sampling = dataclasses.replace(DRAWN, seed=seed)  # another seed compiles nothing
             generate(parts, prompts_of(length, seed=seed), sampling=sampling, max_new_tokens=260, stop_ids=range(VOCAB))
-    assert decode.prefill_chunk._cache_size() + decode.next_token._cache_size() == decode.COMPILATIONS
+    assert decode.prefill_chunk.plain._cache_size() + decode.next_token._cache_size() == decode.COMPILATIONS
