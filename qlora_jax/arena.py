@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.arena`: a tournament between models, runs and recorded replies, decided by judges."""
+"""`qlora-jax arena`: a tournament between models, runs and recorded replies, decided by judges."""
 
 import sys
 

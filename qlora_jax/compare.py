@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.compare STUDY.yaml`: methods, tasks and seeds with equal budgets, and tests between methods."""
+"""`qlora-jax compare STUDY.yaml`: methods, tasks and seeds with equal budgets, and tests between methods."""
 
 from qlora_jax import allocator
 from qlora_jax.comparison.settings import CompareArgs

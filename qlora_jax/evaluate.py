@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.evaluate`: scores a base unquantized and quantized, and one or two runs, side by side."""
+"""`qlora-jax evaluate`: scores a base unquantized and quantized, and one or two runs, side by side."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.export`: a run's adapter, or its model with the adapter merged, for other libraries."""
+"""`qlora-jax export`: a run's adapter, or its model with the adapter merged, for other libraries."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.generate`: replies of a model or run to one prompt, a file of prompts, or in a chat."""
+"""`qlora-jax generate`: replies of a model or run to one prompt, a file of prompts, or in a chat."""
 
 import contextlib
 import functools

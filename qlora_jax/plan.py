@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.plan`: the memory that a run needs on a card, which may be absent, before any download."""
+"""`qlora-jax plan`: the memory that a run needs on a card, which may be absent, before any download."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.predict`: labels, numbers, rewards or embeddings of new texts, by a run's sequence head."""
+"""`qlora-jax predict`: labels, numbers, rewards or embeddings of new texts, by a run's sequence head."""
 
 import json
 import sys

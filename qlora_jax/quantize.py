@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.quantize`: a model in 4 bits or back in 16, and what 4 bits cost each of its layers."""
+"""`qlora-jax quantize`: a model in 4 bits or back in 16, and what 4 bits cost each of its layers."""
 
 import dataclasses
 import functools
@@ -112,7 +112,7 @@ def _measure(args: QuantizeArgs, rows: str) -> None:
     print_costs(found, console)
     check_choice(found)
     if found.choice is not None:
-        text = f"next: python -m qlora_jax.train --config {Path(args.output) / SETTINGS_FILE} --data.train ..."
+        text = f"next: qlora-jax train --config {Path(args.output) / SETTINGS_FILE} --data.train ..."
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

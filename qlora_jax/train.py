@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.train`: one finetuning run, from a model and data on disk to checkpoints and a report."""
+"""`qlora-jax train`: one finetuning run, from a model and data on disk to checkpoints and a report."""
 
 import itertools
 import shlex

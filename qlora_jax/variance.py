@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.variance STUDY.yaml`: splits differences between models into model, prompts and sampling."""
+"""`qlora-jax variance STUDY.yaml`: splits differences between models into model, prompts and sampling."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.arena` with tiny models: replies, a judge of ours, and a second start."""
+"""`qlora-jax arena` with tiny models: replies, a judge of ours, and a second start."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.compare`: from a study file to the page, stopped and continued."""
+"""`qlora-jax compare`: from a study file to the page, stopped and continued."""
 
 import csv
 import importlib

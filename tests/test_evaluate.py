@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.evaluate`, from the command line to the table and the file."""
+"""`qlora-jax evaluate`, from the command line to the table and the file."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.generate`: output, files and errors."""
+"""`qlora-jax generate`: output, files and errors."""
 
 import io
 import json
@@ -150,7 +150,7 @@ def test_help_lists_every_setting_and_its_default(capsys):
         generate.main(["--help", "all"])
     printed = capsys.readouterr().out
     assert left.value.code == 0
-    assert printed.startswith("usage: python -m qlora_jax.generate [--config FILE] [--key value ...]")
+    assert printed.startswith("usage: qlora-jax generate [--config FILE] [--key value ...]")
     for name in ("--raw", "--prompts TEXT|null", "--max_new_tokens INT", "[256]", "{auto,nf4,"):
         assert name in printed
 

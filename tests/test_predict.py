@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.predict` and the functions of the Python face: the head's outputs for files and texts."""
+"""`qlora-jax predict` and the functions of the Python face: the head's outputs for files and texts."""
 
 import datetime
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.variance` on two tiny models: replies, results, the page, and an interrupted study."""
+"""`qlora-jax variance` on two tiny models: replies, results, the page, and an interrupted study."""
 
 import json
 import shutil

@@ -125,7 +125,7 @@ def finetune(
       eval_every: steps between evaluations; 0, the default: only at the end.
       save_every: steps between checkpoints; 100 by default.
       seed: random seed of shuffling and dropout; 0 by default.
-      config: more settings by dotted name, such as {"optim.name": "adamw_8bit"} (`python -m qlora_jax.train --help all`
+      config: more settings by dotted name, such as {"optim.name": "adamw_8bit"} (`qlora-jax train --help all`
         lists them); or a `Config`, of which the sections model and lora are ignored.
       resume: continue the run in `output` from its newest checkpoint.
       oversized: start even if the memory plan says that the run does not fit.

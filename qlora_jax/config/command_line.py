@@ -54,7 +54,7 @@ class Command[T]:
     """The command-line interface of one command.
 
     Attributes:
-      name: of its module, `train` for `python -m qlora_jax.train`.
+      name: of its module, `train` for `qlora-jax train`.
       summary: one sentence for `--help` and for the list of commands.
       example: arguments of a typical call.
       schema: the dataclass of its settings.
@@ -75,8 +75,9 @@ class Command[T]:
 
     @property
     def prog(self) -> str:
-        """The shell command without arguments."""
-        return f"python -m qlora_jax.{self.name}"
+        """The shell command without arguments: as a module, if it was called so."""
+        module, main = f"qlora_jax.{self.name}", sys.modules["__main__"].__spec__
+        return f"python -m {module}" if main is not None and main.name == module else f"qlora-jax {self.name}"
 
     def read(self, argv: Sequence[str]) -> tuple[T, set[str]]:
         """Returns (the validated settings, the names of the flags given); `--help` prints and exits.

@@ -136,7 +136,7 @@ def test_flags():
 def test_resume_without_settings_prints_the_command(output):
     with pytest.raises(ValueError, match="settings are missing") as error:
         train.main([*output, "--resume"])
-    assert str(error.value).endswith("\n  python -m qlora_jax.train --config 'my run/config.yaml' --resume")
+    assert str(error.value).endswith("\n  qlora-jax train --config 'my run/config.yaml' --resume")
     with pytest.raises(ValueError, match=r"data\.train: missing"):
         train.main([*output, "--model", "m", "--resume"])
 
@@ -159,7 +159,7 @@ def test_help_all_lists_every_setting(capsys):
 def test_help_starts_with_usage_and_an_example_that_reads(name, capsys):
     command = importlib.import_module(f"qlora_jax.{name}").COMMAND
     text = printed_help(command, ["--help"], capsys)
-    assert text.startswith(f"usage: python -m qlora_jax.{name} ") and command.example in text
+    assert text.startswith(f"usage: qlora-jax {name} ") and command.example in text
     command.read(shlex.split(command.example))
 
 
@@ -173,6 +173,13 @@ def test_help_of_many_settings_fits_one_screen(command, shown, left_out, capsys,
     assert len(text.splitlines()) <= 50
     assert text.rstrip().endswith(f"--help all lists all {len([*walk_settings(command.COMMAND.schema)])} settings.")
     assert f"--{shown} " in text and f"--{left_out} " not in text
+
+
+def test_help_shows_how_the_command_was_called():
+    for words, shown in ((["qlora_jax", "plan"], "qlora-jax plan"), (["qlora_jax.plan"], "python -m qlora_jax.plan")):
+        command = [sys.executable, "-m", *words, "--help"]
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert text.startswith(f"usage: {shown} [") and f"\n  {shown} {plan.COMMAND.example}\n" in text
 
 
 def test_the_package_lists_its_commands():

@@ -9,7 +9,7 @@ ADAPTERS, MERGED = ("peft", "gguf-lora"), ("hf", "gguf")
 GGUF_FORMS = ("gguf-lora", "gguf")
 NONLINEAR = "an adapter with a nonlinearity between its two products cannot be merged into a weight"
 NO_BOTTLENECKS = "neither peft nor llama.cpp has bottleneck adapters after attention or MLP"
-IN_RUN = "Use the run itself: python -m qlora_jax.generate --run RUN, or evaluate"
+IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
 MERGE_IT = "Export one model instead: --format hf or gguf"
 
 # Method -> format -> (the reason, what to do).
@@ -55,7 +55,7 @@ def head_refusal(head: TrainedHead | None, form: str) -> str | None:
     if head.pooling == "mean":
         return (
             f"--format {form}: transformers classifies by the hidden state of the last token (found "
-            "head.pooling=mean). Use the run itself: python -m qlora_jax.predict --run RUN"
+            "head.pooling=mean). Use the run itself: qlora-jax predict --run RUN"
         )
     return None
 

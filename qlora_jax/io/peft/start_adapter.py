@@ -48,7 +48,7 @@ def read_start_adapter(
     if missing := adapter.tables.keys() - set(trainable_table_names(model, args)):
         raise ValueError(
             f"lora.start={folder}: it contains all of {' and '.join(sorted(missing))}. Add them to "
-            "lora.modules_to_save to train them further; or merge it (python -m qlora_jax.export --run FOLDER --format "
+            "lora.modules_to_save to train them further; or merge it (qlora-jax export --run FOLDER --format "
             "hf) and train that model"
         )
     if adapter.new_ids not in ((), new_ids):
@@ -59,7 +59,7 @@ def read_start_adapter(
     if adapter.projections is not None:
         raise ValueError(
             f"lora.start={folder}: its vera_A and vera_B are not those of projection_prng_key "
-            f"{adapter.args.projection_prng_key}, which a run would use. Merge it (python -m qlora_jax.export --run "
+            f"{adapter.args.projection_prng_key}, which a run would use. Merge it (qlora-jax export --run "
             "FOLDER --format hf) and train that model"
         )
     like = dataclasses.replace(args, method=LIKE.get(args.method, args.method))

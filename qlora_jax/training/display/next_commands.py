@@ -10,27 +10,27 @@ from qlora_jax.io.head_file import TrainedHead, head_of
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 
-MODULE = "python -m qlora_jax."
+PROGRAM = "qlora-jax"
 
 
 def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
     """Returns commands to type next, quoted for a shell, by their purpose; none that the run's settings refuse."""
     run = shlex.quote(config.output)
     if not finished:
-        return {"resume": f"{MODULE}train --config {shlex.quote(str(Path(config.output) / CONFIG_FILE))} --resume"}
+        return {"resume": f"{PROGRAM} train --config {shlex.quote(str(Path(config.output) / CONFIG_FILE))} --resume"}
     head = head_of(config.objective, (), config.head.pooling)
     found = _use(head, run)
     for form in ("peft", "hf"):
         if refusal(config.lora.method, form) is None and head_refusal(head, form) is None:
             with_base = " --with_base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF
-            return found | {"export": f"{MODULE}export --run {run} --format {form}{with_base}"}
+            return found | {"export": f"{PROGRAM} export --run {run} --format {form}{with_base}"}
     return found
 
 
 def _use(head: TrainedHead | None, run: str) -> dict[str, str]:
     if head is None:
-        return {"try it": f"{MODULE}generate --run {run}"}
+        return {"try it": f"{PROGRAM} generate --run {run}"}
     return {
-        "predict": f"{MODULE}predict --run {run} --rows FILE",
-        "evaluate": f"{MODULE}evaluate --run {run} --{HEAD_TASKS[head.objective]} FILE",
+        "predict": f"{PROGRAM} predict --run {run} --rows FILE",
+        "evaluate": f"{PROGRAM} evaluate --run {run} --{HEAD_TASKS[head.objective]} FILE",
     }

@@ -10,7 +10,7 @@ from qlora_jax.io.export.methods import check_method, refusal
     [
         ("bitfit", "peft", "neither peft nor llama.cpp has .* biases. Export one model instead: --format hf or gguf"),
         ("full", "gguf-lora", "all of the model was trained"),
-        ("houlsby", "hf", "cannot be merged .* Use the run itself: python -m qlora_jax.generate --run"),
+        ("houlsby", "hf", "cannot be merged .* Use the run itself: qlora-jax generate --run"),
         ("pfeiffer", "peft", "has bottleneck adapters"),
     ],
 )

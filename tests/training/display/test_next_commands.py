@@ -12,14 +12,14 @@ CONFIG = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="it'
 
 
 def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
-    finished = {name: shlex.split(command)[3:] for name, command in next_commands(CONFIG, finished=True).items()}
+    finished = {name: shlex.split(command)[2:] for name, command in next_commands(CONFIG, finished=True).items()}
     assert finished["try it"] == ["--run", CONFIG.output]
     assert finished["export"] == ["--run", CONFIG.output, "--format", "peft"]
     for method, form in {"bitfit": "hf", "houlsby": None}.items():
         commands = next_commands(dataclasses.replace(CONFIG, lora=LoraArgs(method=method)), finished=True)
         assert ("export" in commands) == (form is not None) and (form is None or form in commands["export"])
     go_on = next_commands(CONFIG, finished=False)["resume"]
-    assert shlex.split(go_on)[3:] == ["--config", CONFIG.output + "/config.yaml", "--resume"]
+    assert shlex.split(go_on)[2:] == ["--config", CONFIG.output + "/config.yaml", "--resume"]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
 )
 def test_runs_with_a_head_are_evaluated_by_it(objective, pooling, task, form):
     config = dataclasses.replace(CONFIG, objective=objective, head=HeadArgs(pooling=pooling))
-    found = {name: shlex.split(command)[2:] for name, command in next_commands(config, finished=True).items()}
-    assert found["evaluate"] == ["qlora_jax.evaluate", "--run", CONFIG.output, f"--{task}", "FILE"]
-    assert found["predict"] == ["qlora_jax.predict", "--run", CONFIG.output, "--rows", "FILE"]
+    found = {name: shlex.split(command)[1:] for name, command in next_commands(config, finished=True).items()}
+    assert found["evaluate"] == ["evaluate", "--run", CONFIG.output, f"--{task}", "FILE"]
+    assert found["predict"] == ["predict", "--run", CONFIG.output, "--rows", "FILE"]
     assert "try it" not in found and found.get("export", [None])[-1] == form
