@@ -111,7 +111,7 @@ def _parameter_adapters(step: StepShape, without: tuple[str, ...] = ()) -> Itera
 def _slots_in_chunks(step: StepShape) -> int:
     """Returns the rows that adapters on experts multiply: P slots, in whole chunks of E tiles unless experts share."""
     tiles, rows = step.tiles
-    together = 1 if step.lora.share_experts else step.experts_together
+    together = 1 if step.lora.share_experts else step.tiles_together
     return -(-tiles // together) * together * rows
 
 

@@ -247,8 +247,8 @@ class StepShape:
         return most_tiles(self.pairs, self.experts.count, tile), tile
 
     @property
-    def experts_together(self) -> int:
-        """The number of tiles whose adapters are computed together; 0 without experts."""
+    def tiles_together(self) -> int:
+        """The number of tiles of which an adapter on experts is computed together; 0 without experts."""
         return 0 if self.experts is None else min(self.tiles[0], self.experts.count)
 
     @property

@@ -290,7 +290,7 @@ def _experts_work(step: StepShape) -> int:
     adapted = [shape for name, shape in shapes.items() if name in step.parameter_ranks]
     live = max(embed + 3 * inner, 2 * embed + 2 * inner) + max(map(sum, adapted), default=0)
     ranks = [step.parameter_ranks.get(name, 0) * sum(shape) for name, shape in shapes.items()]
-    together = (not step.lora.share_experts) * step.experts_together
+    together = (not step.lora.share_experts) * step.tiles_together
     return step.slots * live * step.itemsize + 2 * F32 * together * max(ranks, default=0)
 
 
