@@ -27,7 +27,7 @@ ROWS = (DATA, FSDP)  # the axes over which the rows of a batch lie
 BLOCK = 256  # elements of a block of 8-bit optimizer state, which a cut never separates
 
 AnyMesh = Mesh | AbstractMesh
-Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # tracers are jax.Arrays
+Leaf = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct  # tracers are jax.Arrays
 Device = Any  # jax.Device, which JAX does not export as a type
 
 

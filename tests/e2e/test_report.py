@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from qlora_jax.line_digests import with_digest
 from qlora_jax.training.run import dry_run, lock_output, train
 from qlora_jax.training.session import open_inputs
 from tests.e2e.project import project, stop_after
@@ -101,7 +102,7 @@ def ended(reported, tmp_path_factory):
         {"step": n, "prompt": {"prompt": text}, "reply": text, "end": "stop"} for n in (0, 199) for text in HOSTILE
     ]
     for name, records in {"metrics": [*steps, {"step": 199, "eval_loss": 2.0}], "samples": replies}.items():
-        text = "".join(json.dumps(record) + "\n" for record in records)
+        text = "".join(with_digest(json.dumps(record)) for record in records)
         (Path(config.output) / f"{name}.jsonl").write_text(text)
     (Path(config.output) / "checkpoints" / "199").mkdir(parents=True)
     dry_run(config, Path(config.output), resume=True, oversized=False, console=Console(file=io.StringIO()))
