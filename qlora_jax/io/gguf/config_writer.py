@@ -6,13 +6,14 @@ Features that GGUF cannot store are found by reading the metadata back: they com
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from qlora_jax.io.gguf.architecture import DEEPSTACK, LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, SECTIONS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS
 from qlora_jax.io.gguf.rope_reader import F32, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
-from qlora_jax.metadata import JsonObject
+from qlora_jax.metadata import JsonObject, check_value
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.config_differences import config_differences
 from qlora_jax.models.experts_config import ExpertsConfig
@@ -24,6 +25,16 @@ from qlora_jax.nn.rope import SCALINGS, Rope
 DEEPSTACK_LAYERS = (8, 16, 24)
 Tables = dict[str, np.ndarray]
 GEMMA3_PATTERN = 6  # llama.cpp's default without the key: every sixth layer has no window
+
+
+class _VisionConfig(TypedDict, total=False):
+    deepstack_visual_indexes: list[int]
+
+
+class _WholeConfig(TypedDict, total=False):
+    """The keys of a model of images and text that its text half's file depends on."""
+
+    vision_config: _VisionConfig
 
 
 def config_metadata(features: ModelConfig, architecture: Architecture) -> tuple[JsonObject, Tables]:
@@ -64,7 +75,7 @@ def image_metadata(path: Path, config: JsonObject, architecture: Architecture) -
       config: the config of the whole model.
 
     Raises:
-      ValueError: the config lacks them.
+      ValueError: the config lacks them, or has values of other types.
     """
     if not architecture.sections:
         return {}
@@ -76,7 +87,8 @@ def image_metadata(path: Path, config: JsonObject, architecture: Architecture) -
         )
     keys: JsonObject = {SECTIONS: [*sections, 0]}
     if DEEPSTACK in architecture.ignored:
-        keys[DEEPSTACK] = len(config.get("vision_config", {}).get("deepstack_visual_indexes", DEEPSTACK_LAYERS))
+        vision = check_value(config, _WholeConfig, path).get("vision_config", {})
+        keys[DEEPSTACK] = len(vision.get("deepstack_visual_indexes", DEEPSTACK_LAYERS))
     return {f"{architecture.name}.{key}": value for key, value in keys.items()}
 
 

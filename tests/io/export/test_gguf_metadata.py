@@ -269,3 +269,16 @@ def test_sections_that_a_file_needs_are_in_the_config(tmp_path: Path) -> None:
     half.source.config["text_config"] |= rope
     with pytest.raises(ValueError, match=r"rope_scaling.mrope_section: missing .*--format hf"):
         _written(tmp_path / "half.gguf", half, tensors)
+
+
+@pytest.mark.parametrize(
+    ("vision", "problem"),
+    [
+        (None, "vision_config: found None, expected an object"),
+        ({"deepstack_visual_indexes": 3}, "vision_config.deepstack_visual_indexes: found 3, expected a list"),
+    ],
+)
+def test_a_damaged_vision_config_is_an_error_with_its_key(tmp_path: Path, vision: object, problem: str) -> None:
+    half, tensors, _ = _half_folder(tmp_path / "model", "qwen3_vl", vision_config=vision)
+    with pytest.raises(ValueError, match=problem):
+        _written(tmp_path / "half.gguf", half, tensors)
