@@ -136,7 +136,7 @@ def _from_launcher(name: str, missing: list[str]) -> dict[str, str | int]:
 def _address_on_one_machine() -> str | None:
     """Returns a loopback address if Open MPI has started all processes on this machine."""
     local, everywhere, job = map(os.environ.get, ("OMPI_COMM_WORLD_LOCAL_SIZE", DETECTED["ompi"], "PMIX_NAMESPACE"))
-    if job is None or local != everywhere:
+    if job is None or local is None or local != everywhere:
         return None
     port = os.environ.get(PORT_VARIABLE) or _EPHEMERAL + zlib.crc32(job.encode()) % 4096
     return f"127.0.0.1:{port}"

@@ -115,6 +115,12 @@ def test_open_mpi_5_on_several_machines_requires_an_address_or_mpi4py(monkeypatc
     assert found(monkeypatch, OMPI_5_ON_TWO, coordinator="node1:99") == Place("node1:99", 3, 1)
 
 
+def test_pmix_alone_gives_no_address(monkeypatch: pytest.MonkeyPatch):
+    """srun --mpi=pmix sets its namespace, whether or not all processes are on one machine."""
+    with pytest.raises(ValueError, match=r"hosts.launcher: ompi was not found"):
+        found(monkeypatch, {"PMIX_NAMESPACE": "slurm.pmix.1.0"}, "ompi", processes=2, process=1)
+
+
 @pytest.mark.parametrize("within", [{}, SLURM | {"SLURM_NTASKS": "2"}])
 def test_mpich_is_refused_instead_of_separate_runs(monkeypatch: pytest.MonkeyPatch, within: dict[str, str]):
     """Its mpirun leaves SLURM's variables for the step of mpirun itself, one task per machine."""
