@@ -1,4 +1,4 @@
-"""The compiled gradient programs of a run, one per batch shape."""
+"""The compiled programs of a run: its gradients, one per batch shape, and its forward passes."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora, ModelParts
 from qlora_jax.training.abstract_step import AbstractLora, AbstractStep
+from qlora_jax.training.evaluation.compiled_forward import CompiledForward
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.step import StepLoss
 
@@ -20,14 +21,19 @@ class CompiledGradients:
     """`training.step.gradients` of one run, compiled from shapes before any weight is read.
 
     The compiler takes 300 MB and returns them before the weights or a step's scratch need memory. The peak of the
-    process is therefore the largest of the three, not their sum. A new shape is compiled when its first batch arrives.
+    process is therefore the largest of the three, not their sum. A run compiles all of its shapes by then
+    (`PlannedRun.compile_shorter`); any other is compiled when its first batch arrives.
 
     Args:
       step: the run's step; its batch's shape is replaced.
+
+    Attributes:
+      forward: the forward passes of the same model.
     """
 
     def __init__(self, step: AbstractStep):
         self._step = step
+        self.forward = CompiledForward(step.parts, step.mesh)
         self._compiled: dict[Shape, jax.stages.Compiled] = {}
 
     @property

@@ -18,9 +18,11 @@ from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
+from qlora_jax.training.objectives.objective import needs_reference
 from qlora_jax.training.paging_budget import device_bytes
 from qlora_jax.training.plan.plan import first_fitting
 from qlora_jax.training.plan.preflight import RunPlan, longest_step, plan_run
+from qlora_jax.training.plan.reference import forward_batch
 from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.run_mesh import run_mesh
 from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs
@@ -41,6 +43,20 @@ class PlannedRun(NamedTuple):
     gradients: CompiledGradients
     plan: RunPlan
     refused: Mapping[MeshSize, Sequence[str]]
+
+    def compile_shorter(self) -> None:
+        """Compiles the programs for all lengths, so that no compiler needs memory next to the weights."""
+        settings, dataset, objective = self.config.train, self.inputs.dataset, self.inputs.objective
+        for length in dataset.buckets:
+            self.gradients.compiled((settings.accumulation, settings.micro_batch_size, length))
+        if objective.sequences_per_row == 0:
+            return
+        for length in dataset.eval_buckets:
+            batch = forward_batch(self.config, self.inputs, self.gradients.mesh, length)
+            if needs_reference(objective) or dataset.eval is not None:
+                self.gradients.forward.outputs(objective, batch)
+            if needs_reference(objective) and dataset.eval is not None:
+                self.gradients.forward.comparison(batch)
 
     def refuse_oversized(self, allowed: bool) -> None:
         """Raises ValueError with the nearest change that fits if the run does not fit and is not allowed to start."""

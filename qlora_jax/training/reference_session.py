@@ -1,6 +1,7 @@
 """Gives a session the reference log-probabilities that its objective reads, before the first step."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,12 @@ import numpy as np
 from qlora_jax.hosts.group import Group
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.run_folder.start_parameters import NO_CHANGE, read_start, start_digest, write_start
-from qlora_jax.models.partition import Lora
+from qlora_jax.models.partition import Lora, ModelParts
 from qlora_jax.training.display.run_display import format_duration
-from qlora_jax.training.evaluation.forward import evaluation_outputs
+from qlora_jax.training.evaluation.compiled_forward import ForwardBatch
 from qlora_jax.training.evaluation.reference_parameters import ReferenceParameters
 from qlora_jax.training.loop import TrainState
-from qlora_jax.training.objectives.objective import needs_reference
+from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.reference_logps import ReferencePass, reference_folder, reference_key
 from qlora_jax.training.run_mesh import rows_of_batch
 from qlora_jax.training.session import Session
@@ -105,9 +106,7 @@ def with_reference(
     compute_dtype = session.weights.dtype
     reference = ReferencePass(
         parts=session.parts,
-        logps_of_batch=lambda parts, arrays: (
-            evaluation_outputs(parts, arrays, objective=session.objective, mesh=session.mesh).logps_BS
-        ),
+        logps_of_batch=functools.partial(_logps, session),
         key=reference_key(session.config, session.fingerprint, session.initial_digest, compute_dtype),
         folder=reference_folder(session.config),
         rows=rows_of_batch(session.config, session.mesh),
@@ -118,6 +117,12 @@ def with_reference(
     dataset = reference.run(session.dataset)
     message(f"reference: done in {format_duration(time.monotonic() - began)}")
     return dataclasses.replace(session, dataset=dataset)
+
+
+def _logps(session: Session, parts: ModelParts, arrays: ForwardBatch) -> jax.Array:
+    """Returns log p of a batch's sequences, [B, S]."""
+    read = read_by_outputs(arrays, session.objective)
+    return session.gradients.forward.outputs(session.objective, read)(parts, read).logps_BS
 
 
 def reference_rows(session: Session) -> int:

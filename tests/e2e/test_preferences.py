@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
@@ -19,17 +20,21 @@ from qlora_jax.config import Config, MeshArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.training import reference_logps
+from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import dry_run, train
+from qlora_jax.training.session import Session, prepare
 from tests.e2e.project import project, stop_after
 from tests.e2e.run_records import comparable_records
+
+BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def write_pairs(path: Path, count: int = 24) -> Path:
     words = ["sun", "moon", "rain"]
     rows = [
-        {"prompt": f"say {words[n % 3]} {n}", "chosen": "yes", "rejected": f"no {words[n % 3]} at all"}
-        for n in range(count)
+        {"prompt": f"say {word} {n}" + " now" * 15 * (n % 4 == 0), "chosen": "yes", "rejected": f"no {word} at all"}
+        for n, word in zip(range(count), itertools.cycle(words), strict=False)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -37,7 +42,7 @@ def write_pairs(path: Path, count: int = 24) -> Path:
 
 def pairs_project(folder: Path, **changes) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"train": str(write_pairs(folder / "pairs.jsonl")), "eval_fraction": 0.3, "max_length": 64, "buckets": 1}
+    data = {"train": str(write_pairs(folder / "pairs.jsonl")), "eval_fraction": 0.3, "max_length": 128, "buckets": 2}
     steps = {"steps": 6, "micro_batch_size": 2, "save_every": 2, "eval_every": 3}
     settings = {"lora": {"dropout": 0.0}, "optim": {"learning_rate": 3e-3}, "data": data, "train": steps}
     merged = {section: values | changes.get(section, {}) for section, values in settings.items()}
@@ -56,10 +61,41 @@ def lora_at(config: Config, step: int) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Config, str]:
+def compiled() -> dict[str, list[str]]:
+    """Names of the programs that the finished run compiled before and after it started to load weights."""
+    return {"before": [], "after": []}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compiled) -> tuple[Config, str]:
     """A run of 6 steps, uninterrupted, and its output."""
     config = pairs_project(tmp_path_factory.mktemp("finished"))
-    return config, run(config)
+    names = compiled["before"]
+
+    def listen(event: str, seconds: float, fun_name: str = "", **_: object) -> None:
+        if event == BACKEND_COMPILE_EVENT:
+            names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+    def load(*args, **kwargs) -> Session:
+        nonlocal names
+        names = compiled["after"]
+        return prepare(*args, **kwargs)
+
+    for function in (evaluation_outputs, compared_outputs):
+        function.clear_cache()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_jax.training.run.prepare", load)
+        output = run(config)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return config, output
+
+
+def test_no_program_of_the_model_is_compiled_next_to_the_weights(finished, compiled):
+    lengths = json.loads((Path(finished[0].output) / "report.json").read_text())["data"]["buckets"]
+    programs = ("gradients", "evaluation_outputs", "compared_outputs")
+    assert {name: compiled["before"].count(name) for name in programs} == dict.fromkeys(programs, len(lengths))
+    assert not set(programs) & set(compiled["after"]) and "update" in compiled["after"]
 
 
 def test_a_run_starts_at_its_reference_and_learns_the_preference(finished):

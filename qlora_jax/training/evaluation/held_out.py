@@ -3,7 +3,6 @@
 Dimension key: B rows of a batch, R held-out rows.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -15,7 +14,7 @@ from jaxtyping import Float64, PyTree
 
 from qlora_jax.data.batching.batches import PRESENT, Batch
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_loss, evaluation_outputs
+from qlora_jax.training.evaluation.forward import evaluation_loss
 from qlora_jax.training.evaluation.held_out_heads import held_out_head_metrics
 from qlora_jax.training.metrics.eval_metrics import eval_loss_metrics, objective_loss_metrics
 from qlora_jax.training.metrics.preference_metrics import means_with_intervals, preference_values
@@ -73,11 +72,11 @@ def _outputs(session: Session, lora: Lora, before_batch: Callable[[], None]) -> 
 
 def _forward_pass(session: Session, lora: Lora) -> Callable[[dict[str, jax.Array]], PyTree]:
     """Returns a function from a batch to the model's outputs, with the divergence if there is a reference."""
-    parts = session.parts.with_lora(lora)
+    parts, forward = session.parts.with_lora(lora), session.gradients.forward
     if session.reference is None:
-        return functools.partial(evaluation_outputs, parts, objective=session.objective, mesh=session.mesh)
+        return lambda arrays: forward.outputs(session.objective, arrays)(parts, arrays)
     both = parts, session.parts.with_lora(session.reference.on_devices())
-    return functools.partial(compared_outputs, both, mesh=session.mesh)
+    return lambda arrays: forward.comparison(arrays)(both, arrays)
 
 
 def losses_of_rows(

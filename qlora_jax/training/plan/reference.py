@@ -9,7 +9,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot
-from qlora_jax import runtime
 from qlora_jax.config import Config, TrainArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.data.report.stats import DataReport, SplitReport
@@ -18,7 +17,6 @@ from qlora_jax.training.abstract_step import abstract_batch
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.memory_use import lora_bytes
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.metrics.mfu import Utilization, utilization
 from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.plan.requirements import ACTIVATIONS, StepConfig, estimated_requirements
@@ -170,19 +168,16 @@ def _flops(counted: Utilization, split: SplitReport) -> int:
 
 def _program_bytes(config: Config, inputs: Inputs, gradients: CompiledGradients) -> int:
     """Returns the bytes of the comparison with held-out rows, which includes the pass; otherwise those of the pass."""
-    batch, parts, mesh = _batch(config, inputs, gradients.mesh), gradients.parts, gradients.mesh
-    if inputs.dataset.eval is None:
-        lowered = evaluation_outputs.lower(parts, batch, objective=inputs.objective, mesh=mesh)
-    else:
-        lowered = compared_outputs.lower((parts, parts), batch, mesh=mesh)
-    memory = aot.read_memory(lowered.compile().memory_analysis()).device
-    runtime.give_memory_back()
+    batch, forward = forward_batch(config, inputs, gradients.mesh, max(inputs.dataset.eval_buckets)), gradients.forward
+    alone = inputs.dataset.eval is None
+    program = forward.outputs(inputs.objective, batch) if alone else forward.comparison(batch)
+    memory = aot.read_memory(program.memory_analysis()).device
     return part_bytes(batch) + memory.temporaries + memory.outputs - memory.aliases
 
 
-def _batch(config: Config, inputs: Inputs, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the arrays of the pass's longest batch, [B, T] and [B, S]."""
-    shape = (1, rows_of_batch(config, mesh), max(inputs.dataset.eval_buckets))
+def forward_batch(config: Config, inputs: Inputs, mesh: Mesh | None, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the arrays of a batch of the reference pass or of held-out rows, [B, T] and [B, S]."""
+    shape = (1, rows_of_batch(config, mesh), length)
     arrays = read_by_outputs(
         abstract_batch(shape, inputs.objective, branching=inputs.dataset.branching), inputs.objective
     )
