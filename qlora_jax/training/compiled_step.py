@@ -21,8 +21,7 @@ class CompiledGradients:
     """`training.step.gradients` of one run, compiled from shapes before any weight is read.
 
     The compiler takes 300 MB and returns them before the weights or a step's scratch need memory. The peak of the
-    process is therefore the largest of the three, not their sum. A run compiles all of its shapes by then
-    (`PlannedRun.compile_shorter`); any other is compiled when its first batch arrives.
+    process is therefore the largest of the three, not their sum. A new shape is compiled when its first batch arrives.
 
     Args:
       step: the run's step; its batch's shape is replaced.

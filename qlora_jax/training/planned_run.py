@@ -44,11 +44,9 @@ class PlannedRun(NamedTuple):
     plan: RunPlan
     refused: Mapping[MeshSize, Sequence[str]]
 
-    def compile_shorter(self) -> None:
-        """Compiles the programs for all lengths, so that no compiler needs memory next to the weights."""
-        settings, dataset, objective = self.config.train, self.inputs.dataset, self.inputs.objective
-        for length in dataset.buckets:
-            self.gradients.compiled((settings.accumulation, settings.micro_batch_size, length))
+    def compile_forward(self) -> None:
+        """Compiles the forward passes of an objective over sequences, so that no compiler works next to the weights."""
+        dataset, objective = self.inputs.dataset, self.inputs.objective
         if objective.sequences_per_row == 0:
             return
         for length in dataset.eval_buckets:

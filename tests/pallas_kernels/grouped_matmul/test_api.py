@@ -25,7 +25,8 @@ def mixed(x_MK, weights, experts_Mk, weights_Mk, layer, tile=None):
     """Computes the mixture by the op: [M, K] -> [M, N]."""
     groups = group_rows(jnp.asarray(experts_Mk), jax.tree.leaves(weights)[0].shape[1], tile)
     y_PN = grouped_matmul(gather_rows(x_MK, groups), weights, groups, layer)
-    return combine_rows((y_PN * weights_of_slots(weights_Mk, groups)[:, None]).astype(y_PN.dtype), groups)
+    weighed_PN = y_PN.astype(jnp.float32) * weights_of_slots(weights_Mk, groups)[:, None]
+    return combine_rows(weighed_PN.astype(y_PN.dtype), groups)
 
 
 def check(weights, tokens, k, pattern="random", tile=None, dtype=jnp.float32, roundings=2):

@@ -64,7 +64,8 @@ def test_rows_and_gradients_move_as_autodiff_of_plain_indexing_moves_them(dtype)
 
     def moved(x, weights):
         weight_P = weights_of_slots(weights, groups)
-        return combine_rows((gather_rows(x, groups) * scale_P * weight_P[:, None]).astype(dtype), groups)
+        scaled_PK = (gather_rows(x, groups) * scale_P).astype(jnp.float32)
+        return combine_rows((scaled_PK * weight_P[:, None]).astype(dtype), groups)
 
     def plain(x, weights):
         y = x[:, None] * scale_P[groups.slot_of_pair_Mk]
