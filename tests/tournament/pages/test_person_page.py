@@ -67,6 +67,11 @@ def test_fifty_judgements_with_a_reload_in_the_middle(browser, tmp_path):
     page.close()
     page = context.new_page()  # the browser was closed
     page.goto(judge.page.as_uri())
+    for _ in range(20):  # on a busy machine, a new tab may open before Chromium has stored what a closed one wrote
+        if page.inner_text("#count") != "0 of 51 judged":
+            break
+        page.wait_for_timeout(500)
+        page.reload()
     assert page.inner_text("#count") == "50 of 51 judged"
     with page.expect_download() as download:
         page.keyboard.press("s")
