@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qlora_jax.data.formats.registry import FORMATS
@@ -13,6 +13,7 @@ from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.metadata import JsonObject
 
 # Column that makes a row a prompt -> the format of training data that the row then has.
 PROMPT_COLUMNS = {"messages": "messages", "prompt": "completion", "instruction": "alpaca"}
@@ -46,7 +47,7 @@ class Prompter:
             self.tokenizer.render([*system, *messages], add_generation_prompt=True, tools=tools)
         )
 
-    def row(self, columns: Mapping[str, object]) -> list[int]:
+    def row(self, columns: JsonObject) -> list[int]:
         """Ids of a row that has one of PROMPT_COLUMNS; an answer at its end is dropped.
 
         Raises:
@@ -125,7 +126,7 @@ def encode_prompts(path: str, rows: Sequence[Row], prompter: Prompter, max_posit
     return encoded
 
 
-def _with_answer(columns: Mapping[str, object]) -> dict[str, object]:
+def _with_answer(columns: JsonObject) -> dict[str, object]:
     """The row with a placeholder answer, so that it has a format of training data."""
     answered = {**columns, "completion": _ANSWER, "output": _ANSWER}
     match columns.get("messages"):
@@ -134,12 +135,12 @@ def _with_answer(columns: Mapping[str, object]) -> dict[str, object]:
     return answered
 
 
-def _conversation(row_format: RowFormat, answered: Mapping[str, object]) -> Sequence[Message]:
+def _conversation(row_format: RowFormat, answered: JsonObject) -> Sequence[Message]:
     assert row_format.messages is not None
     return row_format.messages(answered)[:-1]
 
 
-def _plain(row_format: RowFormat, answered: Mapping[str, object]) -> str:
+def _plain(row_format: RowFormat, answered: JsonObject) -> str:
     if row_format.plain is None:
         raise ValueError(
             f"rows of the format {row_format.name!r} require a chat template. Remove --raw or set --chat_template"
