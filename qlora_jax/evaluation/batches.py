@@ -5,8 +5,8 @@ On a mesh each device has the same number of rows of a batch.
 Dimension key: B rows of a batch, T positions.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,10 +16,10 @@ SHAPE_COST = 4096  # compiling a shape takes about as long as a device's computi
 MIN_STEP = 16
 
 
-class Batch(NamedTuple):
-    """Indices of rows, and the shape [B, T] to which they are padded."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """The shape of a batch: `size` is B, and `length` is T."""
 
-    rows: list[int]
     size: int
     length: int
 
@@ -32,6 +32,13 @@ class Batch(NamedTuple):
     def shape(self) -> str:
         """The shape as text."""
         return f"{self.size} x {self.length} tokens"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch(BatchShape):
+    """Indices of rows, at most B, which are padded to T."""
+
+    rows: list[int]
 
 
 def padded_length(length: int) -> int:
@@ -54,7 +61,8 @@ def batches_by_length(lengths: Sequence[int], devices: int = 1) -> list[Batch]:
     for length, count in reversed(_groups([padded_length(n) for n in lengths], devices)):
         group, longest_first = longest_first[:count], longest_first[count:]
         size, _ = equal_batches(count, length, devices)
-        made += [Batch(group[start : start + size], size, length) for start in range(0, count, size)]
+        starts = range(0, count, size)
+        made += [Batch(rows=group[start : start + size], size=size, length=length) for start in starts]
     return made
 
 

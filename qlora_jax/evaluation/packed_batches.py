@@ -3,40 +3,37 @@
 Dimension key: B packs of a batch, T positions, S slots for the texts of a pack.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from qlora_jax.data.batching.packing import pack
-from qlora_jax.evaluation.batches import BATCH_TOKENS, SHAPE_COST, batches_by_length, equal_batches, padded_length
+from qlora_jax.evaluation.batches import (
+    BATCH_TOKENS,
+    SHAPE_COST,
+    Batch,
+    BatchShape,
+    batches_by_length,
+    equal_batches,
+    padded_length,
+)
 
 FACTORS = (1, 2, 4)  # lengths of a row, in multiples of the longest text
 
 
-class PackedBatch(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatch(BatchShape):
     """Indices of the texts of each pack, and the batch's shape.
 
     Fields:
       packs: at most B; the text of slot s is the pack's item s.
-      size, length, slots: B, T and S.
+      slots: S.
     """
 
     packs: list[list[int]]
-    size: int
-    length: int
     slots: int
-
-    @property
-    def positions(self) -> int:
-        """The number of positions, B T."""
-        return self.size * self.length
-
-    @property
-    def shape(self) -> str:
-        """The shape as text."""
-        return f"{self.size} x {self.length} tokens"
 
     def arrays(self, texts: Sequence[Int32[np.ndarray, "_"]]) -> tuple[Int32[np.ndarray, "B T"], ...]:
         """Returns the ids of all texts of the batch, and the slot of each position, which is S for padding."""
@@ -61,7 +58,7 @@ def packed_batches(lengths: Sequence[int], devices: int = 1, *, share: bool = Tr
       share: False: leave each text alone in a row of about its length.
     """
     unpacked = batches_by_length(lengths, devices)
-    made = [[PackedBatch([[row] for row in batch.rows], batch.size, batch.length, 1) for batch in unpacked]]
+    made = [[_one_per_row(batch) for batch in unpacked]]
     if share and len(unpacked) > 1:
         longest = padded_length(max(lengths))
         rows = [factor * longest for factor in FACTORS if factor == 1 or factor * longest <= BATCH_TOKENS]
@@ -69,11 +66,16 @@ def packed_batches(lengths: Sequence[int], devices: int = 1, *, share: bool = Tr
     return min(made, key=lambda batches: _cost(batches, devices))
 
 
+def _one_per_row(batch: Batch) -> PackedBatch:
+    return PackedBatch(packs=[[row] for row in batch.rows], size=batch.size, length=batch.length, slots=1)
+
+
 def _packed(lengths: Sequence[int], length: int, devices: int) -> list[PackedBatch]:
     packs = pack(np.array(lengths, np.int64), length, np.arange(len(lengths)))
     slots = 1 << (max(map(len, packs)) - 1).bit_length()  # few values, because each compiles
     size, batches = equal_batches(len(packs), length, devices)
-    return [PackedBatch(packs[at * size : (at + 1) * size], size, length, slots) for at in range(batches)]
+    pieces = [packs[at * size : (at + 1) * size] for at in range(batches)]
+    return [PackedBatch(packs=piece, size=size, length=length, slots=slots) for piece in pieces]
 
 
 def _cost(batches: Sequence[PackedBatch], devices: int) -> int:

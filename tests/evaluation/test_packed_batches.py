@@ -36,7 +36,7 @@ def test_many_texts_leave_few_positions_empty(least, most):
 
 def test_few_texts_are_not_packed():
     (batch,) = packed_batches([9, 100, 30], devices=2)
-    assert batch == ([[1], [2], [0]], 4, padded_length(100), 1)
+    assert batch == PackedBatch(packs=[[1], [2], [0]], size=4, length=padded_length(100), slots=1)
 
 
 def test_without_sharing_each_text_has_a_row_of_about_its_length():

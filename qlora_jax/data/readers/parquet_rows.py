@@ -100,7 +100,7 @@ def _repeating_columns(path: Path, file: Any) -> list[str]:
 
 
 def _may_be_large(path: Path, stream: BinaryIO, column: Any, group: int) -> bool:
-    """True if a part of a column (ColumnChunkMetaData) may have more than _MAX_COLUMN bytes by its dictionary."""
+    """Returns True if a chunk of a column (ColumnChunkMetaData) may have more than _MAX_COLUMN bytes."""
     if not column.has_dictionary_page or "DELTA_BYTE_ARRAY" in column.encodings:  # pyarrow reads one of them at a time
         return False
     bound = _largest_value(stream, column) * column.num_values  # as if one value filled the dictionary
