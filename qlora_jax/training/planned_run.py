@@ -44,17 +44,26 @@ class PlannedRun(NamedTuple):
     plan: RunPlan
     refused: Mapping[MeshSize, Sequence[str]]
 
-    def compile_forward(self) -> None:
-        """Compiles the forward passes of an objective over sequences, so that no compiler works next to the weights."""
-        dataset, objective = self.inputs.dataset, self.inputs.objective
+    def compile_all_lengths(self, *, resume: bool) -> None:
+        """Compiles the programs of an objective over sequences, so that no compiler works next to the weights.
+
+        With the programs of its forward passes, the memory of the process would exceed the plan otherwise.
+
+        Args:
+          resume: True for a run that has its reference log-probabilities already.
+        """
+        settings, dataset, objective = self.config.train, self.inputs.dataset, self.inputs.objective
         if objective.sequences_per_row == 0:
             return
+        has_held_out, reference, forward = dataset.eval is not None, needs_reference(objective), self.gradients.forward
         for length in dataset.eval_buckets:
             batch = forward_batch(self.config, self.inputs, self.gradients.mesh, length)
-            if needs_reference(objective) or dataset.eval is not None:
-                self.gradients.forward.outputs(objective, batch)
-            if needs_reference(objective) and dataset.eval is not None:
-                self.gradients.forward.comparison(batch)
+            if (not resume) if reference else has_held_out:
+                forward.outputs(objective, batch)
+            if reference and has_held_out:
+                forward.comparison(batch)
+        for length in dataset.buckets:
+            self.gradients.compiled((settings.accumulation, settings.micro_batch_size, length))
 
     def refuse_oversized(self, allowed: bool) -> None:
         """Raises ValueError with the nearest change that fits if the run does not fit and is not allowed to start."""

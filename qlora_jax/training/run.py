@@ -241,8 +241,8 @@ def run_training(
     if resume:
         check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.inputs.head)
     planned.refuse_oversized(oversized)
-    with console.status("compiling the forward passes"):
-        planned.compile_forward()
+    with console.status("compiling the programs of all lengths"):
+        planned.compile_all_lengths(resume=resume)
     config = without_place(planned.config)
     planned = planned._replace(config=config)
     peak = watch_peak(local_devices(planned.gradients.mesh))

@@ -91,9 +91,9 @@ def finished(tmp_path_factory, compiled) -> tuple[Config, str]:
     return config, output
 
 
-def test_no_forward_pass_is_compiled_next_to_the_weights(finished, compiled):
+def test_no_program_of_the_model_is_compiled_next_to_the_weights(finished, compiled):
     lengths = json.loads((Path(finished[0].output) / "report.json").read_text())["data"]["buckets"]
-    programs = ("evaluation_outputs", "compared_outputs")
+    programs = ("gradients", "evaluation_outputs", "compared_outputs")
     assert {name: compiled["before"].count(name) for name in programs} == dict.fromkeys(programs, len(lengths))
     assert not set(programs) & set(compiled["after"]) and "update" in compiled["after"]
 
