@@ -1,13 +1,11 @@
 """The compiled forward passes of a run, for its reference and its held-out rows, one per batch shape."""
 
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
 
 import jax
 import numpy as np
 
 from qlora_jax import runtime
-from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.sharding import AnyMesh
 from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
@@ -32,22 +30,22 @@ class CompiledForward:
 
     def outputs(self, objective: Objective, batch: ForwardBatch) -> jax.stages.Compiled:
         """Returns `evaluation_outputs` for batches of this shape: a function of (parts, batch)."""
-        return self._program(evaluation_outputs, self._parts, batch, objective=objective)
+        return self._program(evaluation_outputs.lower, self._parts, batch, objective=objective)
 
     def comparison(self, batch: ForwardBatch) -> jax.stages.Compiled:
         """Returns `compared_outputs` for batches of this shape: a function of (both parts, batch)."""
-        return self._program(compared_outputs, (self._parts, self._parts), batch)
+        return self._program(compared_outputs.lower, (self._parts, self._parts), batch)
 
     def _program(
         self,
-        function: ModelFunction[..., Any],
+        lower: Callable[..., jax.stages.Lowered],
         model: ModelParts | tuple[ModelParts, ModelParts],
         batch: ForwardBatch,
         **static: Hashable,
     ) -> jax.stages.Compiled:
-        key = (function, *static.values(), *sorted((name, array.shape) for name, array in batch.items()))
+        key = (lower, *static.values(), *sorted((name, array.shape) for name, array in batch.items()))
         if key not in self._compiled:
-            lowered = function.lower(model, dict(batch), mesh=self._mesh, **static)
+            lowered = lower(model, dict(batch), mesh=self._mesh, **static)
             self._compiled[key] = lowered.compile()
             runtime.give_memory_back()
         return self._compiled[key]
