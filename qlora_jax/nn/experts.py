@@ -72,8 +72,8 @@ class ExpertLinear(ExpertAdapter):
                 y_PN = grouped_matmul(x_PK, weight, groups, row)
         if self.bias is not None:
             bias_IN = select_layer(self.bias[...], layer)[groups.expert_of_tile_I]
-            bias_PN = jnp.repeat(bias_IN.astype(y_PN.dtype), groups.tile, axis=0)
-            y_PN = y_PN + (bias_PN if weight_P is None else (bias_PN * weight_P[:, None]).astype(y_PN.dtype))
+            bias_PN = jnp.repeat(bias_IN.astype(jnp.float32), groups.tile, axis=0)
+            y_PN = y_PN + (bias_PN if weight_P is None else bias_PN * weight_P[:, None]).astype(y_PN.dtype)
         return y_PN if self.adapter is None else y_PN + self.adapter(x_PK, groups)
 
 

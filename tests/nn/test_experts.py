@@ -83,3 +83,14 @@ def test_results_and_gradients_equal_those_of_a_loop(name, share):
     found, expected = jax.jit(lambda: (results(grouped), results(looped)))()
     for one, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, wanted, atol=2e-5 * float(np.abs(wanted).max()))
+
+
+def test_results_in_16_bits_are_near_those_of_a_loop():
+    experts, choice = make_experts(share=False), jnp.asarray(CHOICES["balanced"], jnp.int32)
+    x_MD, weights_Mk = normal(len(choice), WIDTH), normal(*choice.shape)
+    graphdef, state = nnx.split(experts)
+    half = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
+    found = jax.jit(lambda x_MD: half(x_MD, choice, weights_Mk, jnp.int32(1)))(x_MD.astype(jnp.bfloat16))
+    expected = loop(experts, x_MD, choice, weights_Mk, 1)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02 * float(jnp.abs(expected).max()))

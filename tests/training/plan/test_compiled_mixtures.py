@@ -33,7 +33,7 @@ def of_all_experts(text: str, step: StepShape) -> list[str]:
     """Returns the computed arrays of floats that are as large as a layer's dequantized experts, and not of rows."""
     assert step.experts is not None
     least = step.experts.count * min(map(math.prod, step.model.expert_shapes().values()))
-    rows = {step.rows, step.slots, step.batch[2], step.model.vocab_size}
+    rows = {step.rows, step.pairs, step.slots, step.batch[2], step.model.vocab_size}
     return [
         kind
         for kind in computed(text)
