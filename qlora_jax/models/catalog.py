@@ -268,7 +268,7 @@ PUBLISHED: dict[str, Config] = {
     "ministral-3-14b": _ministral3(5120, 16384, 40, 32, 8, theta=1e9),
     "mixtral-8x7b": _mixtral(4096, 14336, 32, 32, 8, positions=32768),
     "mixtral-8x22b": _mixtral(6144, 16384, 56, 48, 8, positions=65536),
-    "qwen1.5-moe-a2.7b": _qwen2_moe(2048, 5632, 24, 16, 16, positions=8192, shared=5632) | _routed(60, 4, 1408),
+    "qwen1.5-moe-a2.7b": _qwen2_moe(2048, 5632, 24, 16, 16, positions=32768, shared=5632) | _routed(60, 4, 1408),
     "qwen2-57b-a14b": _qwen2_moe(3584, 18944, 28, 28, 4, positions=131072, shared=20480) | _routed(64, 8, 2560),
     "qwen3-30b-a3b": _qwen3_moe(2048, 6144, 48, 32, 4) | _routed(128, 8, 768),
     "qwen3-235b-a22b": _qwen3_moe(4096, 12288, 94, 64, 4) | _routed(128, 8, 1536),
