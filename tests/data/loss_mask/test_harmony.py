@@ -33,11 +33,17 @@ GPT_OSS = """
     {%- set listed = '\n\n# Tools\n\n' + types.text if tools else '' %}
     {{- said('developer', '# Instructions\n\n' + rules + listed, '<|end|>') }}
 {%- endif %}
-{%- set called = namespace(name='') %}
+{%- set called = namespace(name=none) %}
 {%- set rest = messages[1:] if rules else messages %}
 {%- for message in rest %}
+    {%- if message.role == 'assistant' %}
+        {%- for key in ['content', 'thinking'] %}
+            {%- if key in message and '<|channel|>' in message[key] %}{{ raise_exception(key) }}{% endif %}
+        {%- endfor %}
+    {%- endif %}
     {%- if message.role == 'user' %}{{ said('user', message.content, '<|end|>') }}
     {%- elif message.role == 'tool' %}
+        {%- if called.name is none %}{{ raise_exception('a result without a call') }}{% endif %}
         {%- set header = 'functions.' + called.name + ' to=assistant<|channel|>commentary' %}
         {{- said(header, message.content | tojson, '<|end|>') }}
     {%- elif 'tool_calls' in message %}
@@ -52,9 +58,9 @@ GPT_OSS = """
         {%- set header = 'assistant to=functions.' + call.name + '<|channel|>commentary json' %}
         {{- said(header, call.arguments | tojson, '<|call|>') }}
     {%- elif loop.last and not add_generation_prompt %}
-        {%- if message.thinking %}{{ think(message.thinking) }}{% endif %}
+        {%- if 'thinking' in message %}{{ think(message.thinking) }}{% endif %}
         {{- said('assistant<|channel|>final', message.content, '<|return|>') }}
-    {%- else %}{{ said('assistant<|channel|>final', message.content, '<|end|>') }}
+    {%- else %}{% set called.name = none %}{{ said('assistant<|channel|>final', message.content, '<|end|>') }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
@@ -131,6 +137,21 @@ def test_the_texts_that_the_model_learns_to_write(gpt_oss: Tokenizer):
         think.format("r3") + final.format("a1"),
         think.format("r4") + final.format("a2"),
     }
+
+
+def test_keys_without_a_value_are_left_out(gpt_oss: Tokenizer):
+    """Published rows have `thinking` in every message and `content` in calls; the template looks into both."""
+    chat = [{"content": None, "thinking": None, **message} for message in [*LOOP[:3], user("q2"), answer("a2")]]
+    chat[1]["thinking"], chat[-1]["thinking"] = chat[1].pop("reasoning_content"), "r2"
+    replies = [
+        gpt_oss.decode(reply)
+        for _, reply in learned_turns(encode(make_encoder(FORMATS["messages"], gpt_oss), chat, TOOLS))
+    ]
+    assert "<|channel|>analysis<|message|>r2<|end|><|start|>assistant<|channel|>final<|message|>a2<|return|>" in replies
+    assert sum("analysis<|message|>r1<|end|>" in reply for reply in replies) == 1
+    assert (
+        gpt_oss.decode(encode(make_encoder(FORMATS["messages"], gpt_oss), chat, TOOLS).ids.tolist()).count("None") == 0
+    )
 
 
 def test_an_answer_of_a_pair_is_that_of_sft(gpt_oss: Tokenizer):
