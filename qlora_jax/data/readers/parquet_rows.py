@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 
 from qlora_jax.data.readers.gzip_file import MAX_RATIO, MAX_UNPACKED
 from qlora_jax.data.readers.json_rows import MAX_ROW
+from qlora_jax.data.readers.parquet_footer import BYTE_ARRAY, DELTA_BYTE_ARRAY, ColumnChunk, RowGroup, read_row_groups
 
 MAGIC = b"PAR1"  # a file's first bytes
 _BATCH = 1024  # rows in memory at once, unless they may be large
@@ -30,9 +31,10 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
         ) from None
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_sizes(path, file.metadata)
+            groups = _row_groups(path)
+            _check_sizes(path, groups, file.metadata.num_rows, len(file.schema))
             _check_names(path, file.schema_arrow.names)
-            rows, repeating = _rows_per_batch(path, file.metadata), _repeating_columns(path, file)
+            rows, repeating = _rows_per_batch(path, groups), _repeating_columns(path, groups, file.schema)
             read = 0
             for batch in _checked_batches(path, repeating, rows) if repeating else file.iter_batches(rows):
                 read += batch.num_rows
@@ -49,64 +51,65 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
         raise _corrupt(path, error) from error
 
 
-def _check_sizes(path: Path, metadata: Any) -> None:
-    """Raises ValueError if the file's declared sizes and its own do not go together.
+def _row_groups(path: Path) -> list[RowGroup]:
+    try:
+        return read_row_groups(path)
+    except ValueError as error:
+        raise _corrupt(path, error) from error
 
-    Args:
-      metadata: pyarrow.parquet.FileMetaData, which has no types.
-    """
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    if sum(group.num_rows for group in groups) != metadata.num_rows or any(group.num_rows < 0 for group in groups):
-        raise _corrupt(path, f"it declares {metadata.num_rows:,} rows, and other numbers for its parts")
+
+def _check_sizes(path: Path, groups: Sequence[RowGroup], rows: int, columns: int) -> None:
+    """Raises ValueError if the file's declared sizes and its own do not go together."""
+    if sum(group.rows for group in groups) != rows or any(group.rows < 0 for group in groups):
+        raise _corrupt(path, f"it declares {rows:,} rows, and other numbers for its parts")
+    if any(len(group.columns) != columns for group in groups):
+        raise _corrupt(path, f"it declares {columns:,} columns, and other numbers for its parts")
     size = path.stat().st_size
-    for column in (group.column(index) for group in groups for index in range(group.num_columns)):
-        packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
-        start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
-        if start < len(MAGIC) or packed < 0 or unpacked < 0 or start + packed > size:
-            raise _corrupt(path, f"the column {column.path_in_schema} is not inside the file")
-        if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
+    for chunk in (chunk for group in groups for chunk in group.columns):
+        start = min(chunk.data_page, chunk.dictionary_page or chunk.data_page)
+        if start < len(MAGIC) or chunk.packed < 0 or chunk.unpacked < 0 or start + chunk.packed > size:
+            raise _corrupt(path, f"the column {chunk.name} is not inside the file")
+        if chunk.unpacked > max(MAX_UNPACKED, MAX_RATIO * chunk.packed):
             raise ValueError(
-                f"{path}: the column {column.path_in_schema} unpacks to more than {MAX_RATIO} times its size (found "
-                f"{packed:,} and {unpacked:,} bytes). If you trust it, write the file without compression."
+                f"{path}: the column {chunk.name} unpacks to more than {MAX_RATIO} times its size (found "
+                f"{chunk.packed:,} and {chunk.unpacked:,} bytes). If you trust it, write the file without compression."
             )
 
 
-def _rows_per_batch(path: Path, metadata: Any) -> int:
+def _rows_per_batch(path: Path, groups: Sequence[RowGroup]) -> int:
     """Returns the number of rows to decode at once. A value that the file has once may be in each of them."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     with path.open("rb") as file:
-        bytes_per_row = [
-            _row_size(file, group.column(index), group.num_rows)
-            for group in groups
-            for index in range(group.num_columns)
-        ]
+        bytes_per_row = [_row_size(file, chunk, group.rows) for group in groups for chunk in group.columns]
     return max(1, min([_BATCH, *(_BATCH_BYTES // max(size, 1) for size in bytes_per_row)]))
 
 
-def _row_size(file: BinaryIO, column: Any, rows: int) -> int:
-    """Returns a bound on the bytes of an average row of a column (ColumnChunkMetaData)."""
-    repeated = _largest_value(file, column) * -(-column.num_values // max(rows, 1))
-    return repeated + column.total_uncompressed_size // max(rows, 1)
+def _row_size(file: BinaryIO, chunk: ColumnChunk, rows: int) -> int:
+    """Returns a bound on the bytes of an average row of a column."""
+    repeated = _largest_value(file, chunk) * -(-chunk.values // max(rows, 1))
+    return repeated + chunk.unpacked // max(rows, 1)
 
 
-def _repeating_columns(path: Path, file: Any) -> list[str]:
-    """Returns the texts inside of lists of which one row may have more than _MAX_COLUMN bytes, by repeating a value."""
-    indices = [index for index in range(len(file.schema)) if file.schema.column(index).max_repetition_level]
-    groups = range(file.metadata.num_row_groups)
-    with path.open("rb") as stream:
-        chunks = ((file.metadata.row_group(group).column(index), group) for index in indices for group in groups)
-        found = [chunk.path_in_schema for chunk, group in chunks if _may_be_large(path, stream, chunk, group)]
+def _repeating_columns(path: Path, groups: Sequence[RowGroup], schema: Any) -> list[str]:
+    """Returns the texts inside of lists of which one row may have more than _MAX_COLUMN bytes, by repeating a value.
+
+    Args:
+      schema: pyarrow.parquet.ParquetSchema, which has no types.
+    """
+    indices = [index for index in range(len(schema)) if schema.column(index).max_repetition_level]
+    with path.open("rb") as file:
+        chunks = ((group.columns[index], number) for index in indices for number, group in enumerate(groups))
+        found = [chunk.name for chunk, number in chunks if _may_be_large(path, file, chunk, number)]
     return list(dict.fromkeys(found))
 
 
-def _may_be_large(path: Path, stream: BinaryIO, column: Any, group: int) -> bool:
-    """Returns True if a chunk of a column (ColumnChunkMetaData) may have more than _MAX_COLUMN bytes."""
-    if not column.has_dictionary_page or "DELTA_BYTE_ARRAY" in column.encodings:  # pyarrow reads one of them at a time
+def _may_be_large(path: Path, file: BinaryIO, chunk: ColumnChunk, group: int) -> bool:
+    """Returns True if a chunk of a column may have more than _MAX_COLUMN bytes."""
+    if chunk.dictionary_page is None or DELTA_BYTE_ARRAY in chunk.encodings:  # pyarrow reads one of them at a time
         return False
-    bound = _largest_value(stream, column) * column.num_values  # as if one value filled the dictionary
+    bound = _largest_value(file, chunk) * chunk.values  # as if one value filled the dictionary
     if bound <= _MAX_COLUMN:
         return False
-    return _longest_in_dictionary(path, column.path_in_schema, group) * column.num_values > _MAX_COLUMN
+    return _longest_in_dictionary(path, chunk.name, group) * chunk.values > _MAX_COLUMN
 
 
 def _longest_in_dictionary(path: Path, name: str, group: int) -> int:
@@ -175,16 +178,16 @@ def _decoded_size(array: Any) -> int:
     return size
 
 
-def _largest_value(file: BinaryIO, column: Any) -> int:
-    """Returns a bound on the bytes of a value that the column (ColumnChunkMetaData) may repeat; 0 if there is none."""
-    if column.physical_type != "BYTE_ARRAY":
+def _largest_value(file: BinaryIO, chunk: ColumnChunk) -> int:
+    """Returns a bound on the bytes of a value that the column may repeat; 0 if there is none."""
+    if chunk.physical_type != BYTE_ARRAY:
         return 0
-    if "DELTA_BYTE_ARRAY" in column.encodings:  # a value may begin with the one before it
-        return column.total_uncompressed_size
-    if not column.has_dictionary_page:
+    if DELTA_BYTE_ARRAY in chunk.encodings:  # a value may begin with the one before it
+        return chunk.unpacked
+    if chunk.dictionary_page is None:
         return 0
-    file.seek(column.dictionary_page_offset)
-    return _unpacked_page_size(file.read(16), column.total_uncompressed_size)
+    file.seek(chunk.dictionary_page)
+    return _unpacked_page_size(file.read(16), chunk.unpacked)
 
 
 def _unpacked_page_size(header: bytes, otherwise: int) -> int:

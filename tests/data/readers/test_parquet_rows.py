@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.readers import parquet_rows
 from qlora_jax.data.readers.files import read_rows
+from qlora_jax.data.readers.parquet_footer import read_row_groups
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load
 
@@ -36,11 +37,11 @@ read_rows(sys.argv[1])
 """
 
 
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
+def write_parquet(path: Path, rows: list[dict[str, Any]], row_group_size: int = 2) -> str:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, the extra `parquet`, is not installed")
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=row_group_size)
     return str(path)
 
 
@@ -175,12 +176,9 @@ def test_a_list_that_repeats_a_value_beyond_the_memory_is_an_error_with_its_row_
 
 
 def test_ordinary_columns_are_read_in_large_batches(tmp_path: Path):
-    pytest.importorskip("pyarrow", reason="pyarrow, the extra `parquet`, is not installed")
-    from pyarrow import parquet
-
     texts = [{"prompt": f"{n} " + "word " * 50, "completion": ["yes", "no"][n % 2]} for n in range(5000)]
-    path = Path(write_parquet(tmp_path / "rows.parquet", texts))
-    assert parquet_rows._rows_per_batch(path, parquet.ParquetFile(path).metadata) == 1024
+    path = Path(write_parquet(tmp_path / "rows.parquet", texts, row_group_size=500))
+    assert parquet_rows._rows_per_batch(path, read_row_groups(path)) == 1024
     header = bytes([0x15, 4, 0x15, 0x80, 0x80, 0x80, 0x08, 0x15, 0])
     assert parquet_rows._unpacked_page_size(header, 7) == 8 << 20
     assert parquet_rows._unpacked_page_size(b"\x00" * 16, 7) == 7
