@@ -1,9 +1,10 @@
 """Each family against transformers, in f32: random tiny models in which every feature is away from its default.
 
-Logits of rows padded on either side and of packed rows; the loss and the gradient of every adapter; and decoding over a
-key-value cache against the whole row at once.
+Logits of rows padded on either side and of packed rows; decoding over a key-value cache against the whole row at once;
+the loss, and the gradient of every A and B, with random adapters on every linear layer.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loading.loader import load_model
@@ -20,13 +22,14 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import combine, partition
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.training.step import row_nll
 from tests.training.compiled_text import TO_READ
 
 ORACLE = Path(__file__).parent.parent / "oracle/family_rows.py"
 TOLERANCE = 1e-4
 VOCAB, LENGTH, PADDING, CUT, CHUNK = 97, 36, 11, 15, 12
+SCALING = 2.0
 SIZES = dict(
     vocab_size=VOCAB,
     hidden_size=64,
@@ -151,33 +154,67 @@ def _decoded(model, tokens_BT):
     return np.concatenate(found, axis=1)
 
 
-def _loss_and_gradients(model, tokens_BT):
-    """The sum of -log p of each next token, and its gradient by every lora_b, whose lora_a are as drawn."""
-    add_lora(model, LoraArgs(rank=4, alpha=8.0), jax.random.key(0))
-    parts = partition(model)
+def adapted(model, spec: LoraArgs) -> ModelParts:
+    """Adds random adapters and subtracts each A B from its weight, so that the model computes what it did.
+
+    Weights in codes cannot change, so their B stays zero.
+    """
+    add_lora(model, spec, jax.random.key(0))
+    parts, rng = partition(model), np.random.default_rng(0)
+    base, lora = dict(nnx.to_flat_state(parts.base)), {}
+    for name, leaves in parts.lora.items():
+        weights = _weights_of(base, tuple(name.split(".")))
+        b = leaves["lora_b"]
+        if all(isinstance(base[path].get_value(), jax.Array) for path in weights):
+            b = jnp.asarray(0.3 * rng.standard_normal(b.shape, "f4"))
+        lora[name] = {"lora_a": leaves["lora_a"], "lora_b": b}
+        deltas = jnp.split(SCALING * jnp.swapaxes(leaves["lora_a"] @ b, -1, -2), len(weights), axis=-2)
+        for path, delta in zip(weights, deltas, strict=True):
+            if b.any():
+                base[path] = base[path].replace(base[path].get_value() - delta)
+    return dataclasses.replace(parts, lora=lora, base=nnx.from_flat_state(list(base.items())))
+
+
+def _weights_of(base: dict, name: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Returns the paths of the weights of an adapter; gate and up of experts share one."""
+    if name[-2:] == ("experts", "gate_up_proj"):
+        return [(*name[:-1], half, "weight") for half in ("gate_proj", "up_proj")]
+    return [(*name, "weight")]
+
+
+def loss_and_gradients(parts: ModelParts, tokens_BT):
+    """Returns the sum of -log p of each next token, and its gradient by every adapter."""
     tokens_BT, targets_BT = jnp.asarray(tokens_BT), jnp.roll(tokens_BT, -1, axis=1)
     weights_BT = jnp.ones(tokens_BT.shape, jnp.float32).at[:, -1].set(0)
 
     def loss(lora):
-        model = combine(parts.with_lora(lora))
         micro = {"inputs": tokens_BT, "targets": targets_BT, "weights": weights_BT}
-        return row_nll(model, micro, remat="names", keys_B=None).sum()
+        return row_nll(combine(parts.with_lora(lora)), micro, remat="names", keys_B=None).sum()
 
-    return parts.lora, *compiled(jax.value_and_grad(loss))(parts.lora)
+    return compiled(jax.value_and_grad(loss))(parts.lora)
 
 
 def _error(actual, expected) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def _gradient_errors(model, lora, gradients, expected: dict[str, np.ndarray]) -> list[float]:
-    """Compares gradients: for y = x (W^T + s A B), the gradient by B is s A^T G^T, with G the gradient by W."""
-    config, errors = model.config, []
+def errors_of_adapter(leaves, gradients, by_weight_KN) -> list[float]:
+    """Compares gradients of one layer: for W + s (A B)^T, those by A and B are s G B^T and s A^T G, G that by W^T."""
+    a, b = np.asarray(leaves["lora_a"]), np.asarray(leaves["lora_b"])
+    errors = [_error(np.asarray(gradients["lora_b"]), SCALING * np.swapaxes(a, -1, -2) @ by_weight_KN)]
+    if b.any():
+        errors.append(_error(np.asarray(gradients["lora_a"]), SCALING * by_weight_KN @ np.swapaxes(b, -1, -2)))
+    return errors
+
+
+def _gradient_errors(config, lora, gradients, expected: dict[str, np.ndarray]) -> list[float]:
+    errors = []
     for name, leaves in lora.items():
+        assert leaves["lora_b"].any(), name
         for row, layer in enumerate(config.layers_with(name.removeprefix("model.layers."))):
             by_weight = expected.pop(config.hugging_face_name(layer_name(name, layer)))
-            wanted = 2.0 * np.asarray(leaves["lora_a"][row]).T @ by_weight.T
-            errors.append(_error(np.asarray(gradients[name]["lora_b"][row]), wanted))
+            one, found = (jax.tree.map(lambda leaf, row=row: leaf[row], each) for each in (leaves, gradients[name]))
+            errors += errors_of_adapter(one, found, by_weight.T)
     assert not expected, f"linear layers without an adapter: {sorted(expected)}"
     return errors
 
@@ -190,10 +227,11 @@ def errors_of(name: str, model, expected: dict[str, np.ndarray], tokens: np.ndar
     if name not in LENGTH_MATTERS:
         errors["packed"] = _error(packed, wanted["packed"])
     errors["decoded"] = _error(_decoded(model, tokens[:1])[0], wanted["right"])
-    lora, nll, gradients = _loss_and_gradients(model, tokens)
+    parts = adapted(model, LoraArgs(rank=4, alpha=4 * SCALING))
+    nll, gradients = loss_and_gradients(parts, tokens)
     errors["loss"] = _error(nll, wanted["nll"])
     of_weights = {k.removeprefix("gradient/"): v for k, v in wanted.items() if k.startswith("gradient/")}
-    errors["gradients"] = max(_gradient_errors(model, lora, gradients, of_weights))
+    errors["gradients"] = max(_gradient_errors(model.config, parts.lora, gradients, of_weights))
     return {f"{name}, {kind}": error for kind, error in errors.items()}
 
 

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -21,16 +20,23 @@ from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import open_pretrained
-from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import combine, partition
-from qlora_jax.training.step import row_nll
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import byte_level
 from tests.marks import some_in_ci
-from tests.parity.test_families_transformers import CUT, LENGTH, PADDING, SIZES, VOCAB
+from tests.parity.test_families_transformers import (
+    CUT,
+    LENGTH,
+    PADDING,
+    SCALING,
+    SIZES,
+    VOCAB,
+    adapted,
+    errors_of_adapter,
+    loss_and_gradients,
+)
 from tests.parity.test_families_transformers import _decoded as decoded
 from tests.parity.test_families_transformers import _error as error
 from tests.parity.test_families_transformers import _logits as logits
@@ -61,6 +67,9 @@ CONFIGS = {
     "f32": CONFIG | dict(attention_bias=False, layer_types=["full_attention", "sliding_attention"]),
 }
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+ADAPTERS = LoraArgs(
+    rank=4, alpha=4 * SCALING, target_parameters=[*(f"mlp.experts.{name}" for name in EXPERTS), "mlp.router"]
+)
 
 
 def _loaded(path: Path, quant_type: str | None):
@@ -73,38 +82,21 @@ def _loaded(path: Path, quant_type: str | None):
     return model
 
 
-def _loss_and_gradients(model, tokens):
-    """Returns the adapters, the sum of -log p of each next token, and its gradient by every lora_b."""
-    parameters = [f"mlp.experts.{name}" for name in EXPERTS]
-    add_lora(model, LoraArgs(rank=4, alpha=8.0, target_parameters=[*parameters, "mlp.router"]), jax.random.key(0))
-    parts = partition(model)
-    micro = {"inputs": jnp.asarray(tokens), "targets": jnp.roll(tokens, -1, axis=1)}
-    micro["weights"] = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)
-
-    @jax.jit
-    def loss(lora):
-        return row_nll(combine(parts.with_lora(lora)), micro, remat="names", keys_B=None).sum()
-
-    return parts.lora, *jax.value_and_grad(loss)(parts.lora)
-
-
-def _by_weight(name: str, layer: int, expected: dict[str, np.ndarray], model) -> np.ndarray:
+def _by_weight(name: str, layer: int, expected: dict[str, np.ndarray], config) -> np.ndarray:
     """Returns the oracle's gradient by W^T [K, N], or [E, K, N] of all experts, with gate before up."""
-    theirs = model.config.hugging_face_name(layer_name(name, layer))
+    theirs = config.hugging_face_name(layer_name(name, layer))
     if ".experts." not in name:
         return expected.pop(f"{theirs}.weight").T
     gradient = expected.pop(theirs)
     return gradient if name.endswith("down_proj") else np.concatenate([gradient[..., ::2], gradient[..., 1::2]], axis=2)
 
 
-def _gradient_errors(model, lora, gradients, expected: dict[str, np.ndarray]) -> list[float]:
-    """Compares gradients: for y = x (W^T + s A B), the gradient by B is s A^T G^T, with G the gradient by W."""
+def _gradient_errors(config, lora, gradients, expected: dict[str, np.ndarray]) -> list[float]:
     errors = []
     for name, leaves in lora.items():
-        for layer in range(model.config.num_layers):
-            a = np.asarray(leaves["lora_a"][layer])
-            wanted = 2.0 * np.swapaxes(a, -1, -2) @ _by_weight(name, layer, expected, model)
-            errors.append(error(np.asarray(gradients[name]["lora_b"][layer]), wanted))
+        for layer in range(config.num_layers):
+            one, found = (jax.tree.map(lambda leaf, at=layer: leaf[at], each) for each in (leaves, gradients[name]))
+            errors += errors_of_adapter(one, found, _by_weight(name, layer, expected, config))
     assert not [name for name in expected if "bias" not in name], f"weights without an adapter: {sorted(expected)}"
     return errors
 
@@ -143,12 +135,13 @@ def test_gpt_oss(oracle, tmp_path, name):
     errors["right"] = error(right, wanted["right"])
     errors["left"] = error(left[PADDING:], wanted["left"])
     errors["packed"] = error(packed, wanted["packed"])
-    if name == "f32":  # before a release
-        errors["decoded"] = error(decoded(model, tokens[:1])[0], wanted["right"])
-    lora, nll, gradients = _loss_and_gradients(model, tokens)
+    errors["decoded"] = error(decoded(model, tokens[:1])[0], wanted["right"])
+    parts = adapted(model, ADAPTERS)
+    assert parts.lora["model.layers.mlp.experts.down_proj"]["lora_b"].any() == (name == "f32")
+    nll, gradients = loss_and_gradients(parts, tokens)
     errors["loss"] = error(nll, wanted["nll"])
     of_weights = {k.removeprefix("gradient/"): v for k, v in wanted.items() if k.startswith("gradient/")}
-    errors["gradients"] = max(_gradient_errors(model, lora, gradients, of_weights))
+    errors["gradients"] = max(_gradient_errors(model.config, parts.lora, gradients, of_weights))
     assert max(errors.values()) < TOLERANCE, {name: error for name, error in errors.items() if error >= TOLERANCE}
 
 
