@@ -15,10 +15,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import MIDPOINTS
 from qlora_jax import quant
+from qlora_jax.io.loading.loader import load_model
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
 from qlora_jax.quant.double_quant import quantize_constants
+from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.tiny_models import write_folder
 
 SCRIPT = Path(__file__).resolve().parent.parent / "oracle/bnb_quantize.py"
 COUNT = 30  # weights in a group
@@ -219,3 +226,38 @@ def test_equals_bitsandbytes_on_thousands_of_weights(oracle) -> None:
             if different := differences(weight, settings, expected, flushed):
                 failures.append(f"{name}[{i}]: {', '.join(different)}")
     assert not failures, f"{len(failures)} weights differ:\n" + "\n".join(failures[:40])
+
+
+@pytest.mark.slow
+def test_each_expert_of_a_loaded_mixture_equals_bitsandbytes(oracle, tmp_path: Path) -> None:
+    """Blocks, nested blocks and the offset end with each expert's matrix, as if it were a weight of its own."""
+    config = FAMILIES["qwen3moe"][1] | {"moe_intermediate_size": 64}
+    weights = {name: 3.0 ** (n % 5) * each for n, (name, each) in enumerate(random_tensors(config).items())}
+    source = open_model(write_folder(tmp_path, config, weights))
+    for nested in (False, True):
+        model = load_model(
+            source, model_config(source.config), WeightFormat(dtype="float32", double_quant=nested)
+        ).model
+        stacks = {
+            name: getattr(model.model.layers.mlp.experts, name).weight.get_value()
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
+        settings = {"quant_type": "nf4", "block_size": 64, "double_quant": nested}
+        given = {name: experts_of(weights, name, stack.stack_shape) for name, stack in stacks.items()}
+        results = oracle(SCRIPT, settings={name: settings | {"dtype": "float32"} for name in given}, **given)
+        for name, stack in stacks.items():
+            outputs = {key.removeprefix(f"{name}."): v for key, v in results.items() if key.startswith(f"{name}.")}
+            for index, place in enumerate(np.ndindex(*stack.stack_shape)):
+                expert = repack(jax.tree.map(lambda leaf, at=place: np.asarray(leaf[at]), stack), "bnb")
+                expected = {key: values[index] for key, values in outputs.items()}
+                if nested:
+                    assert ulps(expert.nested_offset, expected["nested_offset"]) <= 2
+                    absmax = quant.quantize_numpy(given[name][index], **settings | {"double_quant": False}).absmax
+                    expert = with_oracle_offset(expert, absmax, expected["nested_offset"])
+                assert not numpy_differences(expert, expected), (name, place)
+
+
+def experts_of(weights: dict[str, np.ndarray], name: str, stack: tuple[int, ...]) -> np.ndarray:
+    """The matrices of all experts of a projection, by layer and expert."""
+    names = (f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight" for layer, expert in np.ndindex(*stack))
+    return np.stack([weights[each] for each in names])
