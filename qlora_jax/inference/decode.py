@@ -340,6 +340,7 @@ def _decode(
     last_BD, cache = _prefill(parts, model, batch)
     running = set(range(rows))
     next_B = next_token(parts, last_BD, batch.keys_B, np.int32(0), sampling, mesh=batch.mesh)
+    append = decode_step.jitted(parts)
     for index in itertools.count():
         tokens_B = np.asarray(next_B)
         steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
@@ -347,7 +348,7 @@ def _decode(
         if running:  # positions of rows that have ended are clipped to the cache; their tokens are not read
             start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
             given = next_B, start_B, cache, batch.keys_B, np.int32(index + 1)
-            next_B, cache = decode_step(parts, *given, sampling, mesh=batch.mesh)
+            next_B, cache = append(parts, *given, sampling, mesh=batch.mesh)
         yield from steps  # meanwhile the device computes the next token
         if not running:
             return

@@ -34,17 +34,18 @@ class ModelFunction[**Inputs, Result]:
 
     def __call__(self, model: Models, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Result:
         """Calls the function."""
-        return self._jitted(model)(model, *args, **kwargs)
+        return self.jitted(model)(model, *args, **kwargs)
 
     def trace(self, model: Models, *args: Any, **kwargs: Any) -> jax.stages.Traced:
         """Traces the function, as a jitted function does."""
-        return self._jitted(model).trace(model, *args, **kwargs)
+        return self.jitted(model).trace(model, *args, **kwargs)
 
     def lower(self, model: Models, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function, as a jitted function does."""
-        return self._jitted(model).lower(model, *args, **kwargs)
+        return self.jitted(model).lower(model, *args, **kwargs)
 
-    def _jitted(self, model: Models) -> Any:
+    def jitted(self, model: Models) -> Any:
+        """Returns the jitted function for a model. A loop that calls it for each token asks once."""
         models = model if isinstance(model, tuple) else (model,)
         prefetches = target_device().platform == "gpu" and any(map(has_experts_on_host, models))
         return self.prefetching if prefetches else self.plain

@@ -71,10 +71,7 @@ def with_memory_of(shapes: ModelParts, parts: ModelParts) -> ModelParts:
 
 
 def has_experts_on_host(parts: ModelParts) -> bool:
-    """Returns True if the experts of a model, arrays or ShapeDtypeStructs, are in host memory.
-
-    It reads the leaves of experts alone, because it runs before each decoded token.
-    """
+    """Returns True if the experts of a model, arrays or ShapeDtypeStructs, are in host memory."""
     found = parts.base
     for key in EXPERTS:
         found = found.get(key, {})

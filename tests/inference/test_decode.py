@@ -10,6 +10,7 @@ import pytest
 from qlora_jax.inference import decode
 from qlora_jax.inference.decode import generate, stream
 from qlora_jax.inference.sampling import Sampling, choose
+from qlora_jax.models.model_function import ModelFunction
 from tests.inference.tiny import VOCAB, full_logits, tiny_parts
 
 GREEDY = Sampling()
@@ -104,6 +105,13 @@ def test_steps_come_one_by_one(parts):
     steps = stream(parts, [prompt], sampling=GREEDY, max_new_tokens=3, stop_ids=[])
     tokens = naive(parts, prompt, 3, GREEDY)
     assert list(steps) == [(0, tokens[0], None), (0, tokens[1], None), (0, tokens[2], "length")]
+
+
+def test_the_program_is_chosen_once_for_all_tokens(parts, monkeypatch):
+    chosen, jitted = [], ModelFunction.jitted
+    monkeypatch.setattr(ModelFunction, "jitted", lambda self, model: chosen.append(self) or jitted(self, model))
+    generate(parts, prompts_of(5), sampling=GREEDY, max_new_tokens=4, stop_ids=[])
+    assert chosen == [decode.prefill_chunk, decode.decode_step]
 
 
 def test_bad_prompts_are_told_all_at_once(parts):

@@ -50,10 +50,10 @@ def test_a_card_and_its_host_memory_choose_the_options(monkeypatch):
         ).parts
         for away in (True, False)
     }
-    assert function._jitted(shapes[True]) is function.plain
+    assert function.jitted(shapes[True]) is function.plain
     monkeypatch.setattr(model_function, "target_device", lambda: Device(platform="gpu", kind="a card"))
-    assert function._jitted(shapes[True]) is function._jitted((shapes[False], shapes[True])) is function.prefetching
-    assert function._jitted(shapes[False]) is function.plain
+    assert function.jitted(shapes[True]) is function.jitted((shapes[False], shapes[True])) is function.prefetching
+    assert function.jitted(shapes[False]) is function.plain
 
 
 @pytest.mark.parametrize("card", [pytest.param("rtx4090", marks=EXHAUSTIVE)])  # XLA's own order is this on an H100
