@@ -230,7 +230,7 @@ def test_equals_bitsandbytes_on_thousands_of_weights(oracle) -> None:
 
 @pytest.mark.slow
 def test_each_expert_of_a_loaded_mixture_equals_bitsandbytes(oracle, tmp_path: Path) -> None:
-    """Blocks, nested blocks and the offset end with each expert's matrix, as if it were a weight of its own."""
+    """Blocks, nested blocks and the offset end with each expert's matrix, as those of a single weight do."""
     config = FAMILIES["qwen3moe"][1] | {"moe_intermediate_size": 64}
     weights = {name: 3.0 ** (n % 5) * each for n, (name, each) in enumerate(random_tensors(config).items())}
     source = open_model(write_folder(tmp_path, config, weights))
