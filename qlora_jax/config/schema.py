@@ -235,6 +235,10 @@ class DataArgs:
         by_file = {file: names for file, names in (self.columns or {}).items() if isinstance(names, dict)}
         return by_file.get(path, by_name)
 
+    def format_of(self, path: str) -> str:
+        """Returns the name of one file's row format, or "auto"."""
+        return self.format if isinstance(self.format, str) else self.format.get(path, "auto")
+
 
 OptimizerName = Literal[
     "adamw_32bit",

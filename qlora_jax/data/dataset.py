@@ -298,10 +298,9 @@ def _prepare_eval(source: _Source) -> list[_Prepared]:
 
 def _prepare(path: str, split: Split | None, source: _Source, *, in_memory: bool) -> _Prepared:
     data, tokenizer = source.data, source.tokenizer
-    row_format = data.format if isinstance(data.format, str) else data.format.get(path, "auto")
     preparation = Preparation(
         path=path,
-        row_format=row_format,
+        row_format=data.format_of(path),
         split=split,
         hashed=data.eval is not None,
         tokenizer=tokenizer,

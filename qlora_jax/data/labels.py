@@ -1,16 +1,19 @@
 """Reads the labels of rows, margins included, and finds the names of classes in training data."""
 
+import contextlib
+import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.formats.columns import list_columns, rename_columns
+from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.formats.row_format import Columns
-from qlora_jax.data.readers.files import Row, stream_rows
+from qlora_jax.data.readers.files import Place, Row, stream_rows
 from qlora_jax.data.readers.json_rows import shorten
 from qlora_jax.data.row_kinds import ROW_USES, ValueKind
 
@@ -18,6 +21,7 @@ Values = Mapping[str, Sequence[float] | Sequence[Sequence[float]]]
 ValueReader = Callable[[Columns], Values]
 
 MAX_CLASSES = 1000
+FIRST_ROWS = 64  # whose columns say what kind of rows a file without labels has
 # Files of text, such as CSV, have no other way to write a truth value.
 _TRUTH = {"1": 1.0, "0": 0.0, "true": 1.0, "false": 0.0}
 # A whole number as a column of numbers with gaps has it in text.
@@ -56,7 +60,7 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
     Rows that cannot be read are skipped; preparing them reports them.
 
     Raises:
-      ValueError: there are too few classes, or too many.
+      ValueError: there are too few classes, or too many; or the rows are of another objective.
     """
     kind = ROW_USES[objective].values
     if kind not in ("class", "classes"):
@@ -64,6 +68,8 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
     paths, found = [data.train] if isinstance(data.train, str) else [*data.train], {}
     for path in paths:
         found |= dict.fromkeys(_names_in(path, data.columns_of(path), kind))
+    for path in () if found else paths:
+        _check_format(data, path, objective)
     least = 2 if kind == "class" else 1
     if not least <= len(found) <= MAX_CLASSES:
         raise ValueError(
@@ -76,17 +82,31 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
 
 def _names_in(path: str, names: Mapping[str, str], kind: ValueKind) -> Iterable[str]:
     known: set[str] = set()
-    for row in stream_rows(path):
-        if not isinstance(row, Row):
-            continue
+    for columns in _renamed_rows(path, names):
         try:
-            new = set(_label_names(kind, rename_columns(row.data, names, "data.columns", OPTIONAL_COLUMNS))) - known
+            new = set(_label_names(kind, columns)) - known
         except (KeyError, ValueError):
             continue
         known |= new
         yield from new
         if len(known) > MAX_CLASSES:
             return
+
+
+def _renamed_rows(path: str, names: Mapping[str, str]) -> Iterator[Columns]:
+    """Yields the rows that have the columns of `names`, under our names."""
+    for row in stream_rows(path):
+        if isinstance(row, Row):
+            with contextlib.suppress(ValueError):
+                yield rename_columns(row.data, names, "data.columns", OPTIONAL_COLUMNS)
+
+
+def _check_format(data: DataArgs, path: str, objective: str) -> None:
+    """Raises ValueError if the columns of the file's first rows fit no format of the objective."""
+    names = data.columns_of(path)
+    first = [Row(Place(1, 0), columns) for columns in itertools.islice(_renamed_rows(path, names), FIRST_ROWS)]
+    if first:
+        detect_format(path, first, data.format_of(path), names=names, objective=objective)
 
 
 def _order(name: str) -> tuple[bool, float, str]:

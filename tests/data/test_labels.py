@@ -100,6 +100,14 @@ def test_a_missing_column_of_labels_is_an_error_with_the_setting(tokenizer, writ
         load(tokenizer, labels=labels, **{**named, "train": write_rows([{"text": "t", "label": 1}, {"text": "t"}])})
 
 
+@pytest.mark.parametrize("objective", ["classification", "multi_label"])
+def test_rows_of_another_kind_are_named_rather_than_their_missing_labels(write_rows: Callable, objective: str):
+    path = write_rows([{"asked": "Q", "chosen": "a", "rejected": "b"}] * 2)
+    data = DataArgs(train=path, columns={"prompt": "asked"})
+    with pytest.raises(ValueError, match=rf"{path}: objective: {objective} trains on .*format 'preference'.*to dpo, "):
+        find_labels(data, objective)
+
+
 @pytest.mark.parametrize("objective", ["classification", "regression"])
 def test_columns_of_labels_are_of_multi_label_only(tokenizer, write_rows: Callable, objective: str):
     path = write_rows([{"text": "t", "a": 1}])

@@ -76,11 +76,17 @@ def _of_other_objectives(rows: Sequence[Row], columns: Sequence[str], formats: S
 def _other_kind(found: RowFormat, objective: str) -> str:
     """Returns the problem of rows that another objective needs, and the settings that may be meant."""
     kind, others = ROW_USES[objective].kind, found.objectives
-    formats = ", ".join(form.name for form in FORMATS.values() if objective in form.objectives)
+    formats = [form.name for form in FORMATS.values() if objective in form.objectives]
+    usable = f"the format{'s' if len(formats) > 1 else ''} {_one_of(formats)}"
     return (
         f"{objective} trains on {DESCRIPTIONS[kind]} (found {DESCRIPTIONS[found.kind]}: format {found.name!r}). Set "
-        f"objective to {' or '.join(others)}, or use rows of one of the formats {formats}."
+        f"objective to {_one_of(others)}, or use rows of {usable}."
     )
+
+
+def _one_of(names: Sequence[str]) -> str:
+    *before, last = names
+    return f"{', '.join(before)} or {last}" if before else last
 
 
 def _matches_a_row(rows: Sequence[Row], row_format: RowFormat) -> bool:

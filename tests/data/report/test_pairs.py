@@ -132,12 +132,12 @@ def test_counts_survive_json():
         (
             "sft",
             {"prompt": "Q", "chosen": "A", "rejected": "B"},
-            "sft trains on texts.*Set objective to dpo or orpo or cpo",
+            "sft trains on texts.*Set objective to dpo, orpo, cpo, simpo or reward, or use rows of the formats ",
         ),
         (
             "kto",
             {"prompt": "Q", "chosen": "A", "rejected": "B"},
-            "kto trains on answers with a label.*one of the formats unp",
+            "kto trains on answers with a label.*, or use rows of the format unpaired-preference[.]",
         ),
         ("classification", {"anchor": "Q", "positive": "A"}, "texts that mean the same.*Set objective to embedding"),
         (
