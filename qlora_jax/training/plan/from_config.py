@@ -15,7 +15,7 @@ from qlora_jax.data.report.stats import DataReport
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
 from qlora_jax.training.objectives.make_objective import make_objective
-from qlora_jax.training.objectives.objective import Objective
+from qlora_jax.training.objectives.objective import Objective, needs_reference
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
@@ -39,6 +39,11 @@ class PlannedRows(NamedTuple):
     objective: Objective
     branching: bool
     report: DataReport | None = None
+
+    @property
+    def compared(self) -> bool:
+        """True if held-out rows are compared with the reference, or may be."""
+        return needs_reference(self.objective) and (self.report is None or self.report.eval is not None)
 
 
 def planned_rows(args: PlanArgs) -> tuple[PlannedRows, str | None]:
@@ -129,6 +134,7 @@ def run_step_config(
         new_ids=new_ids,
         packed=config.data.packing,
         branching=rows.branching,
+        compared=rows.compared,
         neftune_noise_alpha=train.neftune_noise_alpha,
         objective=rows.objective,
         router=config.router,

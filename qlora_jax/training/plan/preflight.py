@@ -86,7 +86,8 @@ class RunPlan:
 
     def rows(self) -> dict[str, str]:
         """Returns the plan as rows of a banner."""
-        parts = [f"{kind} {format_bytes(self.requirements.device[kind])}" for kind in KINDS]
+        sizes = self.requirements.device
+        parts = [f"{kind} {format_bytes(sizes[kind])}" for kind in KINDS if sizes[kind]]
         host = sum(self.requirements.host.values())
         total = f"{format_bytes(self.requirements.total)} of {self.device}"
         batch = "{1} x {2} tokens".format(*self.requirements.config.batch)

@@ -121,7 +121,7 @@ class PlannedReference(NamedTuple):
 
     Fields:
       share: the part of the run's model FLOP that the pass takes; None if the run's epochs are not known.
-      device: estimated bytes on the device, with the reference's adapter unless no rows are held out.
+      device: estimated bytes on the device, with the reference's adapter if held-out rows are compared with it.
     """
 
     work: ReferenceWork
@@ -148,7 +148,7 @@ def reference_of_step(config: StepConfig, report: DataReport | None, train: Trai
     if train.steps is not None:
         epochs = None if report is None else train.steps / report.steps_per_epoch
     share = None if epochs is None else work.epochs / (work.epochs + epochs)
-    parameters = 0 if report is not None and report.eval is None else lora_bytes(step)
+    parameters = lora_bytes(step) if config.compared else 0
     return PlannedReference(work, share, parameters + _estimated_bytes(config))
 
 

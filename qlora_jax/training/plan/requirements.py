@@ -25,9 +25,9 @@ from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
 
-STATE, ACTIVATIONS = "optimizer state", "saved activations"
+STATE, ACTIVATIONS, REFERENCE = "optimizer state", "saved activations", "reference"
 PROGRAMS = "programs"
-KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", PROGRAMS)
+KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", REFERENCE, PROGRAMS)
 # On a CPU, programs take part of the planned memory. This covers the programs of the loader and the update, and the
 # library pages that they touch. Measured by scripts/bench/plan_memory.py, nearly the same for every model.
 CPU_PROGRAMS = 80 * 2**20
@@ -45,6 +45,7 @@ class StepConfig:
       new_ids: ids of the new tokens, whose embedding rows train.
       packed: True if each row of a batch packs several data rows.
       branching: True if data rows have branches.
+      compared: True if held-out rows are compared with the reference, whose adapter stays in host memory.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       router: losses of a mixture's routers.
       mesh: the devices that share the rows and the model; None: one device.
@@ -60,6 +61,7 @@ class StepConfig:
     new_ids: tuple[int, ...] = ()
     packed: bool = False
     branching: bool = False
+    compared: bool = False
     neftune_noise_alpha: float | None = None
     objective: Objective = SUPERVISED
     router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
@@ -146,7 +148,7 @@ class Requirements:
     """The bytes that one step requires, by kind.
 
     Attributes:
-      device: bytes on the device for each of KINDS; scratch is its peak.
+      device: bytes on the device for each of KINDS; scratch is its peak. On a CPU, those of the reference are here.
       host: bytes in host memory for each of KINDS.
       source: `compiled`, `fitted` to compiled steps, or `estimated` by formula.
     """
@@ -176,7 +178,8 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
     step = config.step_shape()
     frozen, lora, state = memory_use.frozen_bytes(step), memory_use.lora_bytes(step), memory_use.optimizer_bytes(step)
     away = memory_use.offloaded_expert_bytes(step)
-    codes = frozen["codes"] - away["codes"]
+    codes, on_cpu = frozen["codes"] - away["codes"], config.weights.platform == "cpu"
+    reference = lora if config.compared else 0
     device = {
         "weights": codes + frozen["tables"] + frozen["vectors"] + frozen["projections"] + frozen["routers"],
         "constants": frozen["constants"] - away["constants"],
@@ -185,9 +188,11 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
         STATE: min(state, PAGES_IN_FLIGHT) if config.paged else state,
         ACTIVATIONS: _saved_bytes(step),
         "scratch": scratch,
-        PROGRAMS: CPU_PROGRAMS if config.weights.platform == "cpu" else 0,
+        REFERENCE: reference if on_cpu else 0,
+        PROGRAMS: CPU_PROGRAMS if on_cpu else 0,
     }
     on_host = {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded_bytes(step)}
+    on_host |= {REFERENCE: 0 if on_cpu else reference}
     host = dict.fromkeys(KINDS, 0) | on_host | {"weights": away["codes"], "constants": away["constants"]}
     return Requirements(config=config, device=device, host=host, source=source)
 

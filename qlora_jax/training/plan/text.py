@@ -24,7 +24,7 @@ def print_plan(plan: Plan, title: str, console: Console, reference: PlannedRefer
     table.add_column("GiB on the device" if plan.requested.config.mesh is None else "GiB on each device")
     for requirements in columns:
         table.add_column(_heading(requirements), justify="right")
-    for kind in KINDS:
+    for kind in (kind for kind in KINDS if any(requirements.device[kind] for requirements in columns)):
         table.add_row(kind, *(_gib(requirements.device[kind]) for requirements in columns))
     table.add_row(
         "total", *(_gib(requirements.total) + MARKS[requirements.source] for requirements in columns), style="bold"

@@ -20,6 +20,7 @@ from qlora_jax.training.plan.requirements import (
     ACTIVATIONS,
     KINDS,
     PROGRAMS,
+    REFERENCE,
     STATE,
     StepConfig,
     Temporaries,
@@ -59,6 +60,15 @@ def test_paged_state_is_counted_where_it_is():
     assert paged.device[STATE] <= need.device[STATE]
     big = real("llama-65b", (1, 1, 512))
     assert estimated_requirements(big.replace(paged=True)).total < estimated_requirements(big).total - 5.5e9
+
+
+def test_the_reference_is_counted_where_it_is():
+    """On a CPU it takes the planned memory."""
+    adapter = memory_use.lora_bytes(TINY.step_shape())
+    for of, places in ((TINY, (adapter, 0)), (on_gpu(TINY), (0, adapter))):
+        alone, compared = (estimated_requirements(of.replace(compared=compared)) for compared in (False, True))
+        assert (compared.total - alone.total, sum(compared.host.values())) == places
+        assert (compared.device[REFERENCE], compared.host[REFERENCE]) == places
 
 
 def on_gpu(setting: StepConfig, **changes) -> StepConfig:
