@@ -196,9 +196,8 @@ def test_a_dry_run_counts_the_reference_pass(finished, tmp_path):
     facts, train = report["memory_plan"]["reference"], report["data"]["train"]
     assert facts["rows"] == 24 and facts["values"] == 24 * 2 * 4 and facts["program"] > facts["parameters"]
     adapter = sum(leaf.size * leaf.dtype.itemsize for leaf in lora_at(config, 6))
-    assert (
-        facts["parameters"] == report["memory_plan"]["device_bytes"]["reference"] == adapter
-    )  # a CPU's, so the host's
+    on_host = report["memory_plan"]["device_bytes"]["reference"]  # a CPU's memory is the host's
+    assert facts["parameters"] == on_host == adapter
     assert f"{format_bytes(adapter)} of parameters in host memory" in out.getvalue()
     # A forward pass of all rows, which takes a third to a half of forward and backward, against an epoch's rows.
     assert 1 / 3 < facts["epochs"] * train["tokens"] / facts["tokens"] < 1 / 2

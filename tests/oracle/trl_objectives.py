@@ -113,6 +113,12 @@ def divergence_of(model: PeftModel, prompt: list[int], answer: list[int]) -> flo
     return float(kl_div(logps["start"], logps["policy"], reduction="sum", log_target=True))
 
 
+def logps_of_cpo(trainer) -> torch.Tensor:
+    """log p of chosen and rejected [pairs, 2]; means per token where the loss reads these."""
+    with torch.no_grad():
+        return torch.stack(trainer.concatenated_forward(trainer.model, cpo_batch(trainer, pairs))[:2], dim=1)
+
+
 def loss_of(trainer: str, made_trainer) -> torch.Tensor:
     """The loss of all rows in one batch."""
     if trainer == "dpo":
@@ -138,4 +144,6 @@ for name, (trainer, settings) in given["cases"].items():
             of_rows = (("chosen", "rejected"), pairs) if name == "dpo" else (("completion", "KL"), labelled)
             parts = {"policy": policy, "reference": reference, "divergence": divergences(*of_rows)}
         found |= {f"{name}/{part}": torch.tensor(values).numpy() for part, values in parts.items()}
+    if trainer in ("cpo", "orpo"):
+        found[f"{name}/logps"] = logps_of_cpo(each).numpy()
 save(**found)

@@ -21,6 +21,7 @@ from qlora_jax.models.partition import Lora, ModelParts, partition
 from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.objectives.make_objective import make_objective
 from qlora_jax.training.objectives.objective import Objective
+from qlora_jax.training.objectives.sequences import SequenceLogps
 from qlora_jax.training.step import gradients
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.marks import EXHAUSTIVE
@@ -124,12 +125,27 @@ def _reference_logps(folder: Path, kind: str) -> np.ndarray:
     return np.asarray(evaluation_outputs(parts, _sequences(kind), objective=objective).logps_BS)
 
 
+def _check_logps(outputs: SequenceLogps, found: dict[str, np.ndarray], name: str, form: str) -> None:
+    """Compares log p of each row's sequences; TRL's CPO and ORPO return means per token where their loss reads them."""
+    objective, _, trainer, settings = CASES[name]
+    rows, each = np.array(FORMS[form]), _objective(name).sequences_per_row  # [A, B, R]; the other slots are empty
+    slots, shape = rows.shape[-1] * each, (*rows.shape, each)
+    logps, tokens = (np.asarray(sums)[..., :slots].reshape(shape) for sums in (outputs.logps_BS, outputs.tokens_BS))
+    if objective == "orpo" or (trainer == "cpo" and settings.get("loss_type") in ("ipo", "simpo")):
+        logps = logps / np.maximum(tokens, 1)
+    expected = found[f"{name}/logps" if trainer in ("cpo", "orpo") else f"{trainer}/policy"][rows, :each]
+    there = rows >= 0
+    assert set(rows[there]) == set(range(6)) and np.abs(expected).min() > 0.1
+    np.testing.assert_allclose(logps[there], expected[there], rtol=TOLERANCE, err_msg=f"{name}, {form}")
+
+
 def _check(found: dict[str, np.ndarray], name: str, form: str, base: Path) -> None:
     objective = _objective(name)
     reference = _reference_logps(base, objective.row_kind)
     parts = _parts(base).with_lora(_random_lora(_parts(base), 2))
     grads, loss = gradients(parts, _batch(form, objective, reference), None, remat="names", objective=objective)
     where = f"{name}, {form}"
+    _check_logps(loss.outputs, found, name, form)
     np.testing.assert_allclose(loss.total / loss.count, found[f"{name}/loss"], rtol=TOLERANCE, err_msg=where)
     ours = _in_peft_format(base, grads)[1]
     theirs = {key.partition("/grad/")[2]: value for key, value in found.items() if key.startswith(f"{name}/grad/")}
@@ -143,7 +159,7 @@ def _check(found: dict[str, np.ndarray], name: str, form: str, base: Path) -> No
 @pytest.mark.parametrize(
     "chosen",
     [
-        [("dpo", "packed"), ("kto", "packed"), ("kto", "one micro-batch")],
+        [("dpo", "packed"), ("kto", "packed"), ("kto", "one micro-batch"), ("orpo", "packed")],
         pytest.param([(name, form) for name in CASES for form in FORMS], marks=EXHAUSTIVE),
     ],
     ids=["some", "all"],
@@ -161,7 +177,7 @@ def test_objectives_equal_trl(tmp_path: Path, oracle, chosen: list[tuple[str, st
         policy=_write_adapter(tmp_path / "policy", base, policy),
         pairs=[pair._asdict() for pair in PAIRS],
         labelled=[row._asdict() for row in LABELLED],
-        cases={name: CASES[name][2:] for name in dict.fromkeys(name for name, _ in chosen)},
+        cases={name: CASES[name][2:] for name in dict.fromkeys(["dpo", "kto", *(name for name, _ in chosen)])},
     )
     for name, kind in (("dpo", "pair"), ("kto", "labelled")):
         both = _parts(base).with_lora(policy), _parts(base).with_lora(start)
