@@ -24,6 +24,37 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
 
 
+def mean_interval(values: Float64[np.ndarray, " rows"]) -> tuple[float, float]:
+    """95 % interval of the mean of values from 0 to 1, which has a width even if all of them are equal.
+
+    That of Agresti and Coull (1998) for shares, with sums in place of counts: it adds z^2 / 2 rows of 0 and as many
+    of 1. A bootstrap covers too little if most values are 0 or 1.
+    """
+    low, high = _with_rows(values, Z_95**2 / 2, Z_95**2 / 2)
+    return max(0.0, low), min(1.0, high)
+
+
+def mean_change_interval(changes: Float64[np.ndarray, " rows"]) -> tuple[float, float]:
+    """95 % interval of the mean of paired changes from -1 to 1, which has a width even if all of them are equal.
+
+    That of Agresti and Min (2005) for shares, with sums in place of counts: it adds half a row of each of the four
+    outcomes of a pair, of which two change nothing.
+    """
+    low, high = _with_rows(changes, 0.5, 0.5, lowest=-1.0, unchanged=1.0)
+    return max(-1.0, low), min(1.0, high)
+
+
+def _with_rows(
+    values: Float64[np.ndarray, " rows"], low: float, high: float, *, lowest: float = 0.0, unchanged: float = 0.0
+) -> tuple[float, float]:
+    """Returns the normal interval of the mean after adding rows: `low` of `lowest`, `high` of 1, `unchanged` of 0."""
+    rows = len(values) + low + high + unchanged
+    mean = (values.sum() + low * lowest + high) / rows
+    variance = (np.square(values).sum() + low * lowest**2 + high) / rows - mean**2
+    half = Z_95 * math.sqrt(variance / rows)
+    return float(mean - half), float(mean + half)
+
+
 def mcnemar(a: Bool[np.ndarray, " rows"], b: Bool[np.ndarray, " rows"]) -> float:
     """Two-sided exact p-value of the hypothesis that two models are equally good (McNemar 1947).
 

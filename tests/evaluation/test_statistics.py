@@ -5,8 +5,18 @@ import itertools
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
-from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.statistics import (
+    Z_95,
+    mcnemar,
+    mean_change_interval,
+    mean_interval,
+    paired_bootstrap,
+    wilson_interval,
+)
+from qlora_jax.evaluation.tasks.programs import pass_at_k
+from tests.marks import some_in_ci
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (130, 400), (1, 2850)])
@@ -32,6 +42,43 @@ def test_intervals_and_tests_equal_those_of_scipy(a, b):
     assert wilson_interval(a, b) == pytest.approx((interval.low, interval.high), rel=1e-12, abs=1e-15)
     only_a, only_b = np.arange(b) < a, np.arange(b) >= a
     assert mcnemar(only_a, only_b) == pytest.approx(stats.binomtest(a, b).pvalue, rel=1e-12)
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 10), (3, 10), (10, 10), (130, 400), (1, 2850)])
+def test_an_interval_of_zeros_and_ones_is_that_of_statsmodels(right, rows):
+    expected = proportion_confint(right, rows, method="agresti_coull")
+    assert mean_interval((np.arange(rows) < right).astype(float)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("better", "worse", "rows"), [(0, 0, 20), (3, 1, 10), (10, 0, 10), (16, 59, 794)])
+def test_an_interval_of_changed_shares_is_that_of_agresti_and_min(better, worse, rows):
+    b, c, n = better + 0.5, worse + 0.5, rows + 2
+    half = Z_95 * np.sqrt(b + c - (b - c) ** 2 / n) / n
+    expected = max(-1, (b - c) / n - half), min(1, (b - c) / n + half)
+    places = np.arange(rows)
+    changes = (places < better).astype(float) - (places >= rows - worse)
+    assert mean_change_interval(changes) == pytest.approx(expected, rel=1e-9)
+
+
+CHANCES = [(2, 0.1), (0.02, 0.98), (0.05, 1), (1, 1), (50, 50), (5, 95), (0.2, 0.2)]
+STUDIES = itertools.product([10, 24, 164], [(20, 10), (3, 1), (20, 1)], CHANCES)
+
+
+@pytest.mark.parametrize(("rows", "replies", "chances"), some_in_ci([*STUDIES], lambda index: index < 2))
+def test_intervals_of_pass_at_k_cover_the_truth(rows, replies, chances):
+    """Problems whose chances to be solved are drawn from a beta distribution; a bootstrap covers 7 to 96 %."""
+    rng, studies, (samples, k) = np.random.default_rng(0), 1000, replies
+    drawn, others = rng.beta(*chances, (2, 164_000)) * np.array([[1], [0.8]])
+    at_k = np.array([pass_at_k(samples, passed, k) for passed in range(samples + 1)])
+    p, q = (every[: studies * rows].reshape(studies, rows) for every in (drawn, others))
+    values, after = at_k[rng.binomial(samples, p)], at_k[rng.binomial(samples, q)]
+    truth, changed = (float((1 - (1 - every) ** k).mean()) for every in (drawn, others))
+    for intervals, wanted in (
+        ([mean_interval(each) for each in values], truth),
+        ([mean_change_interval(each) for each in after - values], changed - truth),
+    ):
+        low, high = np.array(intervals).T
+        assert np.mean((low <= wanted) & (wanted <= high)) > 0.93
 
 
 def test_mcnemar_counts_coin_throws():

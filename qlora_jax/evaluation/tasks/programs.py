@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64
 from qlora_jax.config import QUESTION_KINDS, QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change
-from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap
+from qlora_jax.evaluation.statistics import mean_change_interval, mean_interval
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
@@ -158,14 +158,13 @@ class ProgramsTask:
         values = scores.pass_at(k)
         if self.samples == 1:
             return share(f"pass@{k}", values == 1)
-        return Metric(f"pass@{k}", "share", float(values.mean()), bootstrap(values, np.ones(len(values), np.int64)))
+        return Metric(f"pass@{k}", "share", float(values.mean()), mean_interval(values))
 
     def _pass_at_change(self, before: ProgramScores, after: ProgramScores, k: int) -> Comparison:
         old, new = before.pass_at(k), after.pass_at(k)
         if self.samples == 1:
             return share_change(f"pass@{k}", old == 1, new == 1)
-        interval = paired_bootstrap(old, new, np.ones(len(old), np.int64))
-        return Comparison(f"pass@{k}", "share", float(new.mean() - old.mean()), interval)
+        return Comparison(f"pass@{k}", "share", float(new.mean() - old.mean()), mean_change_interval(new - old))
 
     def _program(self, problem: Problem, reply: str) -> Program:
         if self.tokenizer.chat_template is None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.evaluation.same_inputs import check_same_inputs
+from qlora_jax.evaluation.statistics import mean_change_interval, mean_interval
 from qlora_jax.evaluation.tasks import programs
 from qlora_jax.evaluation.tasks.programs import (
     ProgramScores,
@@ -121,7 +122,9 @@ def test_replies_are_run(monkeypatch, tmp_path):
     better = ProgramScores(outcomes=np.zeros((2, 3), np.int64), cut_off=0)
     first, second = task.compare(scores, better)
     assert (first.name, first.difference) == ("pass@1", pytest.approx(2 / 3))
-    assert first.interval == pytest.approx((2 / 3, 2 / 3)) and second.difference == 0
+    assert first.interval == pytest.approx(mean_change_interval(np.full(2, 2 / 3))) and second.difference == 0
+    equal = {metric.name: metric.interval for metric in task.metrics(scores)}["pass@1"]
+    assert equal == pytest.approx(mean_interval(np.full(2, 1 / 3))) and equal[0] < 1 / 3 < equal[1]
 
 
 @pytest.mark.parametrize(
