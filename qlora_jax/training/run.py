@@ -264,7 +264,7 @@ def run_training(
         if not is_first:
             return Trained(lora=state.lora, step=state.step, finished=finished)
         reported = _write_reports(planned, run, peak, limited=not finished)
-        _print_end(config, state, session.total_steps, finished=finished, reported=reported, console=console)
+        _print_end(planned, state, session.total_steps, finished=finished, reported=reported, console=console)
     return Trained(lora=state.lora, step=state.step, finished=finished)
 
 
@@ -370,8 +370,9 @@ def _session(planned: PlannedRun, resumed: Path | None, model: PreparedModel | N
 
 
 def _print_end(
-    config: Config, state: TrainState, total_steps: int, *, finished: bool, reported: bool, console: Console
+    planned: PlannedRun, state: TrainState, total_steps: int, *, finished: bool, reported: bool, console: Console
 ) -> None:
+    config = planned.config
     run, step = Path(config.output), state.step
     reports = {"report": f"{run / PAGE_FILE}", "loss plot": f"{run / PLOT_FILE}"}
     if not reported:
@@ -387,6 +388,6 @@ def _print_end(
         lines["trace"] = f"{run / TRACE_FOLDER}: open its perfetto_trace.json.gz in https://ui.perfetto.dev"
     if config.train.keep_best and state.best.step:
         lines["best"] = f"step {state.best.step}, held-out loss {state.best.loss:.3f}: --step {state.best.step}"
-    lines |= next_commands(config, finished=finished)
+    lines |= next_commands(config, planned.inputs.source.config, finished=finished)
     early = f", after {state.best.since} evaluations without a lower held-out loss" if step < total_steps else ""
     print_banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)

@@ -57,7 +57,7 @@ def export_gguf_lora(
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, "gguf-lora")
-    check_head(run.head, "gguf-lora")
+    check_head(run.head, "gguf-lora", opened.source.config)
     if not with_base:
         _check_gguf_exists(opened)
     trained = adapter_for_export(run, with_base)

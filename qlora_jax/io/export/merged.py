@@ -82,7 +82,7 @@ def export_merged(
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, form)
-    check_head(run.head, form)
+    check_head(run.head, form, opened.source.config)
     original = None if base is None else _open_original(base, opened, run)
     file = export_spec(opened) if form == "gguf" else None
     prompts = _prompts(opened)

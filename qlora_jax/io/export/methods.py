@@ -4,12 +4,17 @@ from collections.abc import Mapping
 
 from qlora_jax.config.lora_settings import MethodName
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.metadata import JsonObject
+from qlora_jax.models.families.multimodal import WRAPPERS
 
 ADAPTERS, MERGED = ("peft", "gguf-lora"), ("hf", "gguf")
 GGUF_FORMS = ("gguf-lora", "gguf")
 NONLINEAR = "an adapter with a nonlinearity between its two products cannot be merged into a weight"
 NO_BOTTLENECKS = "neither peft nor llama.cpp has bottleneck adapters after attention or MLP"
 IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
+PREDICT = "Use the run itself: qlora-jax predict --run RUN"
+# Model types for which transformers 5.24 has no class for sequence classification.
+NO_CLASSIFIER = {"cohere2", "glm4_moe", "granite", "olmoe", *WRAPPERS} - {"gemma3"}
 MERGE_IT = "Export one model instead: --format hf or gguf"
 
 # Method -> format -> (the reason, what to do).
@@ -43,8 +48,12 @@ def check_method(method: MethodName, form: str) -> None:
         raise ValueError(problem)
 
 
-def head_refusal(head: TrainedHead | None, form: str) -> str | None:
-    """Returns why a format cannot hold a run's sequence head, and what to do; None if it can."""
+def head_refusal(head: TrainedHead | None, form: str, base: JsonObject) -> str | None:
+    """Returns why a format cannot hold a run's sequence head, and what to do; None if it can.
+
+    Args:
+      base: config.json of the base.
+    """
     if head is None or (head.objective == "embedding" and form not in GGUF_FORMS):
         return None
     if form in GGUF_FORMS:
@@ -55,16 +64,24 @@ def head_refusal(head: TrainedHead | None, form: str) -> str | None:
     if head.pooling == "mean":
         return (
             f"--format {form}: transformers classifies by the hidden state of the last token (found "
-            "head.pooling=mean). Use the run itself: qlora-jax predict --run RUN"
+            f"head.pooling=mean). {PREDICT}"
+        )
+    if base.get("model_type") in NO_CLASSIFIER:
+        return (
+            f"--format {form}: transformers has no class for sequence classification of this family (found model_type="
+            f"{base['model_type']}). {PREDICT}"
         )
     return None
 
 
-def check_head(head: TrainedHead | None, form: str) -> None:
+def check_head(head: TrainedHead | None, form: str, base: JsonObject) -> None:
     """Checks that a format can hold a run's sequence head.
+
+    Args:
+      base: config.json of the base.
 
     Raises:
       ValueError: it cannot.
     """
-    if problem := head_refusal(head, form):
+    if problem := head_refusal(head, form, base):
         raise ValueError(problem)

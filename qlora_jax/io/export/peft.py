@@ -61,7 +61,7 @@ def export_peft(
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, "peft")
-    check_head(run.head, "peft")
+    check_head(run.head, "peft", opened.source.config)
     base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     trained = adapter_for_export(run, with_base)

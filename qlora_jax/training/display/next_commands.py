@@ -9,19 +9,24 @@ from qlora_jax.io.export.methods import head_refusal, refusal
 from qlora_jax.io.head_file import TrainedHead, head_of
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
+from qlora_jax.metadata import JsonObject
 
 PROGRAM = "qlora-jax"
 
 
-def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
-    """Returns commands to type next, quoted for a shell, by their purpose; none that the run's settings refuse."""
+def next_commands(config: Config, base: JsonObject, *, finished: bool) -> dict[str, str]:
+    """Returns commands to type next, quoted for a shell, by their purpose; none that the run's settings refuse.
+
+    Args:
+      base: config.json of the base.
+    """
     run = shlex.quote(config.output)
     if not finished:
         return {"resume": f"{PROGRAM} train --config {shlex.quote(str(Path(config.output) / CONFIG_FILE))} --resume"}
     head = head_of(config.objective, (), config.head.pooling)
     found = _use(head, run)
     for form in ("peft", "hf"):
-        if refusal(config.lora.method, form) is None and head_refusal(head, form) is None:
+        if refusal(config.lora.method, form) is None and head_refusal(head, form, base) is None:
             with_base = " --with_base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF
             return found | {"export": f"{PROGRAM} export --run {run} --format {form}{with_base}"}
     return found
