@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul.groups import choose_tile
 from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
+from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
@@ -21,6 +22,7 @@ from qlora_jax.models.config import DENSE, STORED, ModelConfig
 from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.models.model_sharding import module_of
 from qlora_jax.models.partition import Lora, is_table
+from qlora_jax.models.prefetched_layers import split_host
 from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.optim.schedule import warmup_steps
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
@@ -66,10 +68,12 @@ def _facts(session: Session) -> Rows:
         **_whole_on_each(session),
         "weights": _weight_format(session),
         **({"in 16 bits": kept} if (kept := kept_text(session.model, session.weights)) else {}),
+        **_host_experts(session),
         "matmuls": _matmuls(session),
         "attention": _attention(session),
         "trained": _trained(session),
         **_new_tokens(session),
+        **_router_losses(config.router),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
         **_warm_up(config, session.total_steps),
@@ -119,6 +123,19 @@ def _base_size(session: Session) -> str:
         return ""
     size = f", {_megabytes(base)}"
     return size if session.mesh is None else f"{size}, {_share(jax.tree.leaves(base)) / 1e6:,.0f} MB on each device"
+
+
+def _host_experts(session: Session) -> Rows:
+    """Returns a row on the experts in host memory."""
+    stacks, _ = split_host(session.parts.base)
+    size = format_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(stacks)))
+    return {"experts": f"in host memory, {size}; the device holds two layers of them"} if stacks else {}
+
+
+def _router_losses(router: RouterArgs) -> Rows:
+    factors = {"load balancing": router.aux_loss_coef, "z-loss": router.z_loss_coef}
+    text = ", ".join(f"{factor:g} x {name}" for name, factor in factors.items() if factor)
+    return {"router losses": text} if text else {}
 
 
 def _share(leaves: list[jax.Array]) -> int:

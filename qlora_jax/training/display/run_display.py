@@ -119,8 +119,8 @@ def _router_text(record: Record) -> str:
     """Formats the least balanced layer of a mixture: `router max load 2.1x, 3 dead experts`; empty without experts."""
     if MAX_LOAD not in record:
         return ""
-    dead = f", {record[DEAD]:.0f} dead experts" if record[DEAD] else ""
-    return f"router max load {record[MAX_LOAD]:.1f}x{dead}"
+    dead, plural = f"{record[DEAD]:.0f}", "" if record[DEAD] == 1 else "s"
+    return f"router max load {record[MAX_LOAD]:.1f}x" + (f", {dead} dead expert{plural}" if record[DEAD] else "")
 
 
 def _paging_text(record: Record) -> str:

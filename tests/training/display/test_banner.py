@@ -5,12 +5,16 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from pallas_kernels.nf4_matmul import api, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs
+from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.models.families import model_config
-from qlora_jax.training.display.banner import _matmuls, _trained, warm_up_text
+from qlora_jax.models.offloaded_experts import host_sharding
+from qlora_jax.nn.variables import Frozen
+from qlora_jax.training.display.banner import _host_experts, _matmuls, _router_losses, _trained, warm_up_text
 from tests.pallas_kernels.nf4_matmul.contract import weight
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 
@@ -53,6 +57,20 @@ def test_experts_are_multiplied_in_tiles():
     session.parts.base["experts"] = jax.tree.map(lambda leaf: leaf[None, None], weight((64, 128)))
     products = _matmuls.__wrapped__(session)
     assert products.startswith("reference") and products.endswith("; experts: loop, 16 rows per tile")
+
+
+def test_experts_in_host_memory_and_losses_of_routers_have_rows():
+    base = nnx.State({str(i): Frozen(jax.device_put(jnp.ones((3, 2**i, 64)), host_sharding())) for i in (3, 4)})
+    here = nnx.State({"norm": Frozen(jnp.ones(7))})
+    (text,) = _host_experts.__wrapped__(
+        SimpleNamespace(parts=SimpleNamespace(base=nnx.merge_state(base, here)))
+    ).values()
+    assert text == "in host memory, 18.00 KiB; the device holds two layers of them"
+    assert not _host_experts.__wrapped__(SimpleNamespace(parts=SimpleNamespace(base=here)))
+    assert _router_losses(RouterArgs(aux_loss_coef=0.01, z_loss_coef=1e-3)) == {
+        "router losses": "0.01 x load balancing, 0.001 x z-loss"
+    }
+    assert not _router_losses(RouterArgs())
 
 
 def test_the_fixed_matrices_of_lora_fa_are_not_counted_as_trained():

@@ -34,6 +34,7 @@ def test_numbers_and_lists_are_stored_and_shown(tmp_path):
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["router_max_load_by_layer"] for record in records] == [[2.5, 1.5]] * 2
     assert "router max load 2.5x, 3 dead experts" in status_line(records[0], Throughput(), 1)
+    assert status_line(records[0] | {"router_dead_experts": 1.0}, Throughput(), 1).endswith("2.5x, 1 dead expert")
     drawn = {chart.caption: [[*line.values] for line in chart.lines] for chart in charts(records, 0)}
     assert drawn["Load of the busiest expert over the mean load"] == [[2.5, 2.5], [2.0, 2.0]]
     np.testing.assert_allclose(drawn["Entropy of the experts' loads over its maximum"], [[0.8, 0.8], [0.85, 0.85]])
