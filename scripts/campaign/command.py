@@ -1,7 +1,9 @@
 """The command line of a campaign: runs the cases that its ledger lacks, and prints its summary."""
 
 import argparse
+import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from scripts.campaign.ledger import Case, Ledger, Verdict, summary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOUND = "sound"  # the folder of undamaged files
+SHARED_MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 
 
 class Kind(Protocol):
@@ -40,11 +43,19 @@ class Kind(Protocol):
 
 
 class Campaign(NamedTuple):
-    """A campaign: its name, its kinds of cases, and the limits of a case."""
+    """A campaign.
+
+    Fields:
+      name: names its files and its command.
+      kinds: kinds of cases.
+      limits: limits of a case.
+      prepare: called with the campaign's folder in each process that runs cases.
+    """
 
     name: str
     kinds: Mapping[str, Kind]
     limits: Limits
+    prepare: Callable[[Path], None] = lambda output: None
 
 
 def run_campaign(campaign: Campaign, argv: Sequence[str], description: str | None) -> int:
@@ -84,11 +95,23 @@ def _run(cases: Sequence[Case], campaign: Campaign, ledger: Ledger, output: Path
     for name in dict.fromkeys(case.kind for case in cases):
         kind, own = campaign.kinds[name], [case for case in cases if case.kind == name]
         sound = sound_files(name, kind, output)
-        with tempfile.TemporaryDirectory(prefix=f"{name}-") as scratch:
-            for case, verdict in run_isolated(own, lambda: kind.start(sound, Path(scratch)), campaign.limits):  # noqa: B023
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=scratch_folder()) as scratch:
+            start = functools.partial(_start, campaign, kind, sound, Path(scratch), output)
+            for case, verdict in run_isolated(own, start, campaign.limits):
                 ledger.record(case, verdict, version)
                 if time.monotonic() > deadline:
                     return
+
+
+def scratch_folder() -> Path | None:
+    """Returns a folder in memory, where files are written at once; None where it is absent or small."""
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ROOM
+    return SHARED_MEMORY if roomy else None
+
+
+def _start(campaign: Campaign, kind: Kind, sound: Path, scratch: Path, output: Path) -> CaseRunner:
+    campaign.prepare(output)
+    return kind.start(sound, scratch)
 
 
 def sound_files(name: str, kind: Kind, output: Path) -> Path:
@@ -115,7 +138,7 @@ def _show(campaign: Campaign, case: Case, output: Path) -> str:
     kind = campaign.kinds[case.kind]
     sound, scratch = sound_files(case.kind, kind, output), Path(tempfile.mkdtemp(prefix=f"{case.kind}-"))
     try:
-        verdict = kind.start(sound, scratch)(case)
+        verdict = _start(campaign, kind, sound, scratch, output)(case)
     except Exception:
         verdict = Verdict("traceback", traceback.format_exc())
     return f"{case}\nfiles: {scratch}\n{verdict.outcome}: {verdict.detail}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import random
 import re
@@ -37,6 +38,7 @@ class FileKind:
       damage: damages the files in a folder; returns what it did.
       read: reads the files in a folder; returns all that later steps depend on: arrays, texts, numbers.
       shared: name of the sound files, if several kinds have the same.
+      variants: True if `write` makes folders, of which each case damages one.
       digested: True if the files hold digests or are generated again, so that no other result is acceptable.
     """
 
@@ -44,6 +46,7 @@ class FileKind:
     damage: Damage
     read: Read
     shared: str | None = None
+    variants: bool = False
     digested: bool = False
 
     def write_sound(self, folder: Path) -> None:
@@ -51,17 +54,25 @@ class FileKind:
         self.write(folder)
 
     def start(self, sound: Path, scratch: Path) -> CaseRunner:
-        """Reads the sound files, and returns the function that runs a case."""
+        """Reads sound files, and returns the function that runs a case; a variant is read when a case has it first."""
         copy = scratch / "case"
-        _copy(sound, copy)
-        expected = digest(self.read(copy))
+        sources = sorted(sound.iterdir()) if self.variants else [sound]
+
+        @functools.cache
+        def expected(source: Path) -> str:
+            _copy(source, copy)
+            return digest(self.read(copy))
+
+        expected(sources[0])  # imports and caches are not part of a case
 
         def run(case: Case) -> Verdict:
-            _copy(sound, copy)
             chance = random.Random(f"{case.seed}/{case.kind}/{case.number}")
+            source = chance.choice(sources)
+            result = expected(source)
+            _copy(source, copy)
             damage = self.damage(chance, copy)
-            verdict = self._judge(copy, expected)
-            return verdict._replace(detail=f"{verdict.detail} | {damage}"[:2000])
+            verdict = self._judge(copy, result)
+            return verdict._replace(detail=f"{verdict.detail} | {source.name}: {damage}"[:2000])
 
         return run
 

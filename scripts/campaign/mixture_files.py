@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from qlora_jax.config import ModelArgs
 from qlora_jax.io.pretrained import open_base
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.model_files import (
+    GGUF,
     MODEL,
     add_tokenizer,
     byte_level,
@@ -23,6 +23,7 @@ from scripts.campaign.model_files import (
     read_model,
     read_opened,
     set_vocabulary,
+    variant,
 )
 from scripts.campaign.mutations import damage_bytes
 from tests.ggml_codes import random_codes
@@ -45,9 +46,8 @@ def _read_stored(path: Path) -> list[object]:
 def _write_stored_gguf(folder: Path) -> None:
     config = tiny_config()
     for name in STORED_TYPES:
-        path = write_gguf(folder / f"{name}.gguf", config, random_weights(config), GGMLQuantizationType[name])
+        path = write_gguf(variant(folder, name) / GGUF, config, random_weights(config), GGMLQuantizationType[name])
         set_vocabulary(path, byte_level())
-    shutil.copy(folder / "Q4_0.gguf", folder / "model.gguf")
 
 
 # gpt-oss in MXFP4
@@ -87,19 +87,15 @@ def _damage_mixture(chance: random.Random, folder: Path) -> str:
 def _write_integers(folder: Path) -> None:
     config = tiny_config()
     for name, form in FORMS.items():
-        target = folder / name.replace(", ", "-")
+        target = variant(folder, name) / MODEL
         write_integer_folder(target, form, config, random_weights(config))
         add_tokenizer(target)
-    shutil.copytree(folder / "gptq", folder / MODEL)
 
 
 def _damage_integers(chance: random.Random, folder: Path) -> str:
-    """Makes one form's folder the model, and removes, cuts or retypes a tensor, or damages as in mixtures."""
-    source = chance.choice(sorted(path for path in folder.iterdir() if path.name != MODEL))
-    shutil.rmtree(folder / MODEL)
-    source.rename(folder / MODEL)
+    """Removes, cuts or retypes a tensor, or damages as in mixtures."""
     if chance.random() < 0.5:
-        return f"{source.name}: {_damage_mixture(chance, folder)}"
+        return _damage_mixture(chance, folder)
     path = folder / MODEL / "model.safetensors"
     tensors = load_file(path)
     name = chance.choice([name for name in tensors if "_proj." in name])
@@ -108,7 +104,7 @@ def _damage_integers(chance: random.Random, folder: Path) -> str:
     if (changed := chance.choice(changes)) is not None:
         tensors[name] = np.ascontiguousarray(changed)
     save_file(tensors, path)
-    return f"{source.name}: {name}, {'removed' if changed is None else f'{changed.dtype} {changed.shape}'}"
+    return f"{name}, {'removed' if changed is None else f'{changed.dtype} {changed.shape}'}"
 
 
 # Experts of a projection in one tensor, as transformers 5 writes them
@@ -159,10 +155,12 @@ def _damage_multimodal(chance: random.Random, folder: Path) -> str:
 
 MIXTURE_KINDS: Mapping[str, FileKind] = {
     "stored_gguf": FileKind(
-        write=_write_stored_gguf, damage=damage_gguf_file, read=lambda f: _read_stored(f / "model.gguf")
+        write=_write_stored_gguf, variants=True, damage=damage_gguf_file, read=lambda f: _read_stored(f / GGUF)
     ),
     "mxfp4": FileKind(write=_write_mxfp4, damage=_damage_mixture, read=lambda f: _read_stored(f / MODEL)),
-    "integers": FileKind(write=_write_integers, damage=_damage_integers, read=lambda f: _read_stored(f / MODEL)),
+    "integers": FileKind(
+        write=_write_integers, variants=True, damage=_damage_integers, read=lambda f: _read_stored(f / MODEL)
+    ),
     "fused_experts": FileKind(write=_write_fused, damage=_damage_mixture, read=lambda f: read_model(f / MODEL)),
     "multimodal": FileKind(write=_write_multimodal, damage=_damage_multimodal, read=lambda f: read_model(f / MODEL)),
 }

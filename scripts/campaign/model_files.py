@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from tests.io.gguf_families import FAMILIES, random_tensors, write_family
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 TEXT = "def f(x):\n    return x ** 12  # na\u00efve \U0001f469\u200d\U0001f52c <s>"
-MODEL, BASE, ADAPTER = "model", "base", "adapter"
+MODEL, BASE, ADAPTER, GGUF = "model", "base", "adapter", "model.gguf"
 
 
 def read_opened(opened: OpenedModel) -> list[object]:
@@ -51,10 +50,16 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 def _write_gguf_files(folder: Path) -> None:
     for name, (architecture, config) in FAMILIES.items():
-        path = folder / f"{name.replace(', ', '-')}.gguf"
+        path = variant(folder, name) / GGUF
         write_family(path, architecture, config, random_tensors(config))
         set_vocabulary(path, _sentencepiece() if architecture.startswith("gemma") else byte_level())
-    shutil.copy(folder / "llama.gguf", folder / "model.gguf")
+
+
+def variant(folder: Path, name: str) -> Path:
+    """Returns a new folder for one of a kind's variants."""
+    made = folder / name.replace(", ", "-")
+    made.mkdir()
+    return made
 
 
 def set_vocabulary(path: Path, vocabulary: Mapping[str, Any]) -> None:
@@ -82,10 +87,8 @@ def _sentencepiece() -> dict[str, Any]:
 
 
 def damage_gguf_file(chance: random.Random, folder: Path) -> str:
-    """Makes one architecture's file the model, with damaged header values, or with damaged bytes."""
-    target = folder / "model.gguf"
-    source = chance.choice(sorted(set(folder.glob("*.gguf")) - {target}))
-    source.replace(target)
+    """Damages values of the header, or bytes."""
+    target = folder / GGUF
     content = target.read_bytes()
     if chance.random() < 0.4:
         header = gguf.GGUFReader(target).data_offset
@@ -96,7 +99,7 @@ def damage_gguf_file(chance: random.Random, folder: Path) -> str:
     else:
         content, how = _damage_header(chance, target), "values of the header"
     target.write_bytes(content)
-    return f"{source.name}: {how}"
+    return how
 
 
 def _damage_header(chance: random.Random, path: Path) -> bytes:
@@ -225,17 +228,13 @@ def _damage_index(chance: random.Random, folder: Path) -> str:
 
 def _write_families(folder: Path) -> None:
     for name, (_, config) in FAMILIES.items():
-        target = folder / name.replace(", ", "-")
+        target = variant(folder, name) / MODEL
         write_folder(target, config, random_tensors(config))
         add_tokenizer(target)
-    shutil.copytree(folder / "llama", folder / MODEL)
 
 
 def _damage_config(chance: random.Random, folder: Path) -> str:
-    """Makes one family's folder the model, with a damaged config.json."""
-    source = chance.choice(sorted(path for path in folder.iterdir() if path.name != MODEL))
-    shutil.rmtree(folder / MODEL)
-    source.rename(folder / MODEL)
+    """Damages config.json, at times after adding a key."""
     path = folder / MODEL / "config.json"
     if chance.random() < 0.2:
         added = chance.choice(
@@ -243,7 +242,7 @@ def _damage_config(chance: random.Random, folder: Path) -> str:
         )
         value = {"rope_type": "llama3", "factor": 8.0, "quant_method": "bitsandbytes", "load_in_4bit": True}
         path.write_text(json.dumps(json.loads(path.read_text()) | {added: value}))
-    return f"{source.name}: {damage_file(chance, path)}"
+    return damage_file(chance, path)
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -319,10 +318,10 @@ def _of_model(read: Callable[[Path], list[object]], name: str) -> Callable[[Path
 
 
 MODEL_KINDS: Mapping[str, FileKind] = {
-    "gguf": FileKind(write=_write_gguf_files, damage=damage_gguf_file, read=_of_model(read_model, "model.gguf")),
+    "gguf": FileKind(write=_write_gguf_files, variants=True, damage=damage_gguf_file, read=_of_model(read_model, GGUF)),
     "safetensors": FileKind(write=_write_hugging_face, damage=_damage_safetensors, read=_of_model(read_model, MODEL)),
     "index": FileKind(write=_write_shards, damage=_damage_index, read=_of_model(read_model, MODEL)),
-    "config": FileKind(write=_write_families, damage=_damage_config, read=_of_model(read_model, MODEL)),
+    "config": FileKind(write=_write_families, variants=True, damage=_damage_config, read=_of_model(read_model, MODEL)),
     "tokenizer": FileKind(write=_write_tokenizer, damage=_damage_tokenizer, read=_of_model(read_model, MODEL)),
     "peft": FileKind(write=_write_adapter, damage=_damage_adapter, read=_read_adapter),
     "bitsandbytes": FileKind(write=_write_quantized, damage=_damage_quantized, read=_of_model(read_model, MODEL)),

@@ -77,6 +77,27 @@ def test_each_outcome(tmp_path: Path, outcome: str):
     assert (outcome in FAILURES) == (outcome in ("unclear", "traceback", "silent"))
 
 
+def test_a_variant_is_compared_with_its_own_sound_files(tmp_path: Path):
+    def write(folder: Path) -> None:
+        for rank in range(3):
+            (folder / f"rank-{rank}").mkdir()
+            (folder / f"rank-{rank}" / "x.json").write_text(f'{{"rank": {rank}}}')
+
+    def damage(chance: random.Random, folder: Path) -> str:
+        (path,) = folder.iterdir()  # other variants are not copied
+        path.write_text(path.read_text() + " ")
+        return path.read_text()
+
+    sound = tmp_path / "sound"
+    sound.mkdir()
+    write(sound)
+    kind = FileKind(write=write, damage=damage, read=_accepts, variants=True, digested=True)
+    run = kind.start(sound, tmp_path)
+    verdicts = [run(Case("planted", 0, number)) for number in range(20)]
+    assert {verdict.outcome for verdict in verdicts} == {"same"}
+    assert {verdict.detail for verdict in verdicts} == {f' | rank-{n}: {{"rank": {n}}} ' for n in range(3)}
+
+
 @pytest.mark.parametrize(
     ("message", "outcome"),
     [
