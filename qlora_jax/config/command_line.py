@@ -30,7 +30,7 @@ from qlora_jax.config.parse import (
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 from qlora_jax.config.yaml_files import parse_yaml, read_yaml
-from qlora_jax.terminal.visible import visible, without_passwords
+from qlora_jax.terminal.visible import fit_to_print
 
 # `--model X` is `--model.path X` where there is such a setting.
 SHORT_NAMES = {"model": "model.path"}
@@ -328,7 +328,7 @@ def _print_warning(
     """Prints a warning for the user as one line; one for programmers keeps its place in the code."""
     is_for_user = issubclass(category, UserWarning | RuntimeWarning)
     text = str(message) if is_for_user else f"{filename}:{lineno}: {category.__name__}: {message}"
-    print(f"warning: {visible(without_passwords(text))}", file=sys.stderr)
+    print(f"warning: {fit_to_print(text)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -369,5 +369,5 @@ def report_error(error: BaseException) -> int | None:
         return 141
     if not isinstance(error, ValueError | OSError) or os.environ.get("QLORA_JAX_TRACEBACK") == "1":
         return None
-    print(f"error: {visible(without_passwords(_message(error)))}", file=sys.stderr)
+    print(f"error: {fit_to_print(_message(error))}", file=sys.stderr)
     return 2

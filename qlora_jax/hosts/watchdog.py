@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from qlora_jax.hosts.group import Group, client
-from qlora_jax.terminal.visible import visible, without_passwords
+from qlora_jax.terminal.visible import fit_to_print
 
 ENDED = 75  # EX_TEMPFAIL: starting the run again may help
 POLL_SECONDS = 1.0
@@ -130,7 +130,7 @@ class Watchdog:
     def _say(self, text: str) -> None:
         cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress display hides it
         name = self.group.name(self.group.process)
-        text = visible(without_passwords(text))
+        text = fit_to_print(text)
         sys.stderr.write(f"{cursor}error: {name}: ended, because {text}\n")
         sys.stderr.flush()
 

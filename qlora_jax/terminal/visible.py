@@ -18,6 +18,26 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in VISIBLE if code >= 32}
 # The part of a URL between :// and @, which has the user name and the password. The last @ before the path ends it.
 _USERINFO = re.compile(r"(?<=://)[^\s/?#]*@")
 
+_LONGEST_LINE = 4000  # characters
+_BEGINNING, _END = 2000, 1000  # of a longer line
+
+
+def fit_to_print(text: str) -> str:
+    """Returns a message in which values of files can neither command the terminal nor fill it, without passwords."""
+    return visible(shorten_lines(without_passwords(text)))
+
+
+def shorten_lines(text: str) -> str:
+    """Returns the text without the middle of lines of more than 4,000 characters."""
+    return "\n".join(map(_shorten_line, text.split("\n")))
+
+
+def _shorten_line(line: str) -> str:
+    left_out = len(line) - _BEGINNING - _END
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return f"{line[:_BEGINNING]} ... ({left_out:,} characters left out) ... {line[-_END:]}"
+
 
 def visible(text: str) -> str:
     """Returns the text with its control characters replaced by visible ones."""

@@ -217,6 +217,15 @@ def test_user_errors_show_no_traceback(capsys, monkeypatch, error, message):
         run_main(fail_with(error))
 
 
+def test_a_value_of_a_file_cannot_fill_the_terminal_with_a_message(capsys):
+    key, fix = "tokenizer: eos_token ", ": not in the vocabulary. Correct its files."
+    with pytest.raises(SystemExit):
+        run_main(fail_with(ValueError(f"{key}{'x' * 10**6}{fix}\nsecond line")), [])
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {key}xxx") and printed.endswith(f"xxx{fix}\nsecond line\n")
+    assert len(printed) < 4000 and "(997,064 characters left out)" in printed
+
+
 def test_a_closed_pipe_is_not_an_error():
     code = "from qlora_jax.config import run_main\ndef main(argv):\n    while True: print('a line')\nrun_main(main)"
     command = [sys.executable, "-c", code]
