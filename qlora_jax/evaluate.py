@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
     from qlora_jax.api.evaluate import evaluate_side_by_side
-    from qlora_jax.evaluation.reporter import ConsoleReporter
     from qlora_jax.evaluation.results import WIDTH, print_tables
+    from qlora_jax.progress_reporter import ConsoleReporter
 
     runtime.start()
     reporter = ConsoleReporter(Console(stderr=True))

@@ -1,6 +1,7 @@
-"""Reports the progress of a tournament or study: to nobody, or to a console."""
+"""Reports the progress of long work: to nobody, or to a console."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -11,23 +12,28 @@ from qlora_jax.io.loading.loader import Progress as LoadProgress
 from qlora_jax.io.loading.progress import loading
 
 
-class Reporter:
+class ProgressReporter:
     """Receives progress and ignores it; subclasses show it."""
 
     def message(self, text: str) -> None:
         """Receives one line for people."""
 
-    def loading(self, name: str) -> AbstractContextManager[LoadProgress | None]:
+    def loading(self) -> AbstractContextManager[LoadProgress | None]:
         """Returns a context manager for the loading of a model; it gives a progress callback, or None."""
         return contextlib.nullcontext()
 
-    def counting(self, label: str, total: int, done: int) -> AbstractContextManager[Callable[[], None]]:
-        """Returns a context manager for many small results; it gives a callback for each further one."""
-        return contextlib.nullcontext(lambda: None)
+    def counting(self, label: str, total: int | None, stored: int = 0) -> AbstractContextManager[Callable[[int], None]]:
+        """Returns a context manager for many results; it gives a callback that receives how many are done.
+
+        Args:
+          total: how many results there will be; None if unknown.
+          stored: how many are done already.
+        """
+        return contextlib.nullcontext(lambda done: None)
 
 
-class ConsoleReporter(Reporter):
-    """Prints messages, and shows progress bars in a terminal."""
+class ConsoleReporter(ProgressReporter):
+    """Prints messages, shows progress bars in a terminal, and prints how long the work took."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -36,21 +42,20 @@ class ConsoleReporter(Reporter):
         """Prints the text in a dim style."""
         self._console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
-    @contextlib.contextmanager
-    def loading(self, name: str) -> Iterator[LoadProgress]:
+    def loading(self) -> AbstractContextManager[LoadProgress]:
         """Shows how much of a model is loaded."""
-        self.message(f"{name}: loading")
-        with loading(self._console) as progress:
-            yield progress
+        return loading(self._console)
 
     @contextlib.contextmanager
-    def counting(self, label: str, total: int, done: int) -> Iterator[Callable[[], None]]:
-        """Shows how many results there are, and prints their number at the end."""
+    def counting(self, label: str, total: int | None, stored: int = 0) -> Iterator[Callable[[int], None]]:
+        """Shows how many results are done; prints their number and the seconds at the end, after an error too."""
+        started = time.perf_counter()
         columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
         with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
-            line = bar.add_task(label, total=total, completed=done)
+            line = bar.add_task(label, total=total, completed=stored)
             try:
-                yield lambda: bar.advance(line)
+                yield lambda done: bar.update(line, completed=done)
             finally:
-                now = int(bar.tasks[line].completed)
-                self.message(f"{label}: {now:,} of {total:,}" + (f" ({done:,} stored before)" if done else ""))
+                done = f"{int(bar.tasks[line].completed):,}" + (f" of {total:,}" if total is not None else "")
+                before = f" ({stored:,} stored before)" if stored else ""
+                self.message(f"{label}: {done} in {time.perf_counter() - started:.0f} s{before}")

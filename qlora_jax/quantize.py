@@ -99,7 +99,7 @@ def _measure(args: QuantizeArgs, rows: str) -> None:
     from qlora_jax.atomic_files import staged_folder
     from qlora_jax.evaluation.quantization_cost.files import SETTINGS_FILE, check_choice, print_costs, write_files
     from qlora_jax.evaluation.quantization_cost.progress import print_progress
-    from qlora_jax.evaluation.reporter import ConsoleReporter
+    from qlora_jax.progress_reporter import ConsoleReporter
     from qlora_jax.terminal.console import Console
 
     console, messages = Console(), Console(stderr=True)

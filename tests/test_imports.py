@@ -37,16 +37,16 @@ LAYERS = {
     "qlora_jax.models": 4,
     "qlora_jax.io": 5,
     "qlora_jax.inference": 5,
-    "qlora_jax.evaluation": 6,
     "qlora_jax.local_model": 6,
     "qlora_jax.progress_reporter": 6,
-    "qlora_jax.training": 7,
-    "qlora_jax.tournament": 7,
-    "qlora_jax.api": 8,
-    "qlora_jax.comparison": 8,
-    "qlora_jax.variance_study": 8,
+    "qlora_jax.evaluation": 7,
+    "qlora_jax.training": 8,
+    "qlora_jax.tournament": 8,
+    "qlora_jax.api": 9,
+    "qlora_jax.comparison": 9,
+    "qlora_jax.variance_study": 9,
 }
-COMMANDS = 9  # every other top-level file: train.py, generate.py, ...
+COMMANDS = 10  # every other top-level file: train.py, generate.py, ...
 
 Graph = dict[str, set[str]]
 

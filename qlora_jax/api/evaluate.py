@@ -10,7 +10,6 @@ from qlora_jax.config import ConfigError
 from qlora_jax.config.parse import from_dict
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.compared_models import load_compared, open_compared
-from qlora_jax.evaluation.reporter import ConsoleReporter, Reporter
 from qlora_jax.evaluation.results import Evaluation
 from qlora_jax.evaluation.score import ScoredModel, prepare_tasks, score_models
 from qlora_jax.evaluation.settings import EvaluateArgs, TaskArgs, check_tasks
@@ -18,6 +17,7 @@ from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.progress_reporter import ConsoleReporter, ProgressReporter
 from qlora_jax.terminal.console import Console
 
 
@@ -85,7 +85,7 @@ def evaluate_model(
     all_tasks = [*build_tasks(args, _context(models, reader)), *tasks]
     if not all_tasks:
         raise ValueError(f"{', '.join(files)}, tasks: found none, expected at least one to score. Give one")
-    reporter = ConsoleReporter(Console(stderr=True)) if progress else Reporter()
+    reporter = ConsoleReporter(Console(stderr=True)) if progress else ProgressReporter()
     prepare_tasks(all_tasks, reporter.message)
     return score_models(
         (ScoredModel(name, parts_of(one)) for name, one in models.items()),
@@ -96,7 +96,9 @@ def evaluate_model(
     )
 
 
-def evaluate_side_by_side(args: EvaluateArgs, *, raw: bool = False, reporter: Reporter | None = None) -> Evaluation:
+def evaluate_side_by_side(
+    args: EvaluateArgs, *, raw: bool = False, reporter: ProgressReporter | None = None
+) -> Evaluation:
     """Loads and scores, one at a time, the unquantized base, the quantized base, and the checkpoints of the runs.
 
     Args:
@@ -107,7 +109,7 @@ def evaluate_side_by_side(args: EvaluateArgs, *, raw: bool = False, reporter: Re
     Raises:
       ValueError: a model or a task's file cannot be used, or two runs are not comparable.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or ProgressReporter()
     compared = open_compared(args, raw=raw)
     tasks = {name: model.tasks for name, model in compared.items()}
     prepare_tasks(next(iter(tasks.values())), reporter.message)

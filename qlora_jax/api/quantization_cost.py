@@ -14,7 +14,6 @@ from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.quantization_cost.choose import choose_layers, spare_bytes
 from qlora_jax.evaluation.quantization_cost.files import Measured
 from qlora_jax.evaluation.quantization_cost.measure import Progress, measure_layers
-from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.pretrained import OpenedModel, load_base, open_base
@@ -22,6 +21,7 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.keep_16bit import full_names, names_of
 from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.progress_reporter import ProgressReporter
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -36,7 +36,7 @@ def measure_quantization(
     budget: str | None = None,
     max_rows: int | None = None,
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "float32",
-    reporter: Reporter | None = None,
+    reporter: ProgressReporter | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> Measured:
     """Measures what 4 bits cost each layer of each projection: the increase of the loss on rows.
@@ -60,7 +60,7 @@ def measure_quantization(
       ValueError: files are missing, damaged or not supported, the model is in 4 bits already, or the budget is too
         small.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or ProgressReporter()
     args = ModelArgs(path=path, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype)
     opened = open_base(args)
     _check_16_bits(opened)
@@ -82,7 +82,7 @@ def _with_choice(
     spare: int,
     opened: OpenedModel,
     score: Callable[[ModelParts], RowScores],
-    reporter: Reporter,
+    reporter: ProgressReporter,
 ) -> Measured:
     """Adds the layers to keep, and the loss of the base that training would load with them."""
     choice = choose_layers(measured.costs, spare)
@@ -91,7 +91,9 @@ def _with_choice(
     return dataclasses.replace(measured, choice=choice, names=names, kept=score(partition(model)))
 
 
-def _loaded(opened: OpenedModel, reporter: Reporter, quant_type: str, keep: list[str] | None = None) -> CausalLM:
+def _loaded(
+    opened: OpenedModel, reporter: ProgressReporter, quant_type: str, keep: list[str] | None = None
+) -> CausalLM:
     args = dataclasses.replace(opened.args, quant_type=quant_type, keep_16bit=keep or [])
     with reporter.loading() as progress:
         return load_base(opened, args, progress)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypedDict
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.score import ScoredModel
 from qlora_jax.evaluation.settings import EvaluateArgs
@@ -26,6 +25,7 @@ from qlora_jax.io.pretrained import (
 )
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
+from qlora_jax.progress_reporter import ProgressReporter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def open_compared(args: EvaluateArgs, *, raw: bool) -> dict[str, ComparedModel]:
 
 
 def load_compared(
-    args: EvaluateArgs, compared: Mapping[str, ComparedModel], reporter: Reporter
+    args: EvaluateArgs, compared: Mapping[str, ComparedModel], reporter: ProgressReporter
 ) -> Iterator[ScoredModel]:
     """Loads the models one at a time; models of one run and one quant_type share their base.
 

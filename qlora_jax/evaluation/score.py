@@ -1,14 +1,15 @@
 """Scores models on tasks, one model at a time."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.results import Evaluation, task_result
-from qlora_jax.evaluation.tasks.task import AnyTask, PreparedTask, ReferenceTask
+from qlora_jax.evaluation.tasks.task import AnyTask, PreparedTask, ProgressCallback, ReferenceTask
 from qlora_jax.inference.result_cache import ResultCache, open_cache
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.progress_reporter import ProgressReporter
 
 
 class ScoredModel(NamedTuple):
@@ -29,7 +30,7 @@ def score_models(
     labels: Mapping[str, str],
     *,
     cache_folder: str | Path | None,
-    reporter: Reporter,
+    reporter: ProgressReporter,
 ) -> Evaluation:
     """Scores each model on its tasks, and compares each model with the next.
 
@@ -56,15 +57,26 @@ def _score(
     label: str,
     cache: ResultCache,
     cache_folder: str | Path | None,
-    reporter: Reporter,
+    reporter: ProgressReporter,
 ) -> object:
     """Scores a model on a task, together with its reference if it has one and the task compares with it."""
     if not isinstance(task, ReferenceTask) or model.reference is None:
-        with reporter.scoring(label, task, cache) as progress:
+        with _reported(f"{label}: {task.name}", task, cache, reporter) as progress:
             return task.score(model.parts, progress, cache)
     of_both = cache.joined(open_cache(cache_folder, model.reference))
-    with reporter.scoring(f"{label} and its reference", task, of_both) as progress:
+    with _reported(f"{label} and its reference: {task.name}", task, of_both, reporter) as progress:
         return task.score_with_reference(model.parts, model.reference, progress, of_both)
+
+
+@contextlib.contextmanager
+def _reported(label: str, task: AnyTask, cache: ResultCache, reporter: ProgressReporter) -> Iterator[ProgressCallback]:
+    """Reports how many rows are scored, and at the end how many batches were cached."""
+    hits, misses = cache.hits, cache.misses
+    with reporter.counting(label, task.size) as progress:
+        yield progress
+    hits, misses = cache.hits - hits, cache.misses - misses  # both 0 without a cache
+    if hits + misses:
+        reporter.message(f"{label}: {hits:,} of {hits + misses:,} batches cached")
 
 
 def prepare_tasks(tasks: Iterable[AnyTask], report: Callable[[str], object]) -> None:

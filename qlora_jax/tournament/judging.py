@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.record_file import RecordFile, stored_records
 from qlora_jax.tournament.judges.judge import Attempts, Judge, Judgement, JudgeStopped, Record, Verdict
 from qlora_jax.tournament.matches import Match, Transcripts
@@ -57,7 +57,12 @@ def check_texts(judges: Mapping[str, Judge], matches: Sequence[Match], transcrip
 
 
 def judge_matches(
-    name: str, judge: Judge, matches: Sequence[Match], transcripts: Transcripts, folder: Path, reporter: Reporter
+    name: str,
+    judge: Judge,
+    matches: Sequence[Match],
+    transcripts: Transcripts,
+    folder: Path,
+    reporter: ProgressReporter,
 ) -> Judged:
     """Judges the matches without a verdict; each judgement is on the disk before the next one is made.
 
@@ -75,14 +80,14 @@ def judge_matches(
         found = _on_matches(stored.path, stored.records, matches, transcripts)
         verdicts = {judgement.match for judgement in found if judgement.verdict is not None}
         missing = [match for match in matches if match not in verdicts]
-        stopped = None
-        with reporter.counting(f"{name}: judgements", len(matches), len(matches) - len(missing)) as advance:
+        with reporter.counting(f"{name}: judgements", len(matches), len(verdicts)) as progress:
 
             def record(judgement: Judgement) -> None:
                 stored.append(_to_stored(judgement, transcripts))
                 found.append(judgement)
                 if judgement.verdict is not None:
-                    advance()
+                    verdicts.add(judgement.match)
+                    progress(len(verdicts))
 
             stopped = _judge(judge, missing, transcripts, record)
     return Judged(len(matches), _last(found), _sum(found), stopped)

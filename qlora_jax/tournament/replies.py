@@ -12,7 +12,7 @@ from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.prompts import encode_prompts
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.local_model import LocalModel, open_local_model
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.record_file import Inputs, RecordFile, stored_records
 from qlora_jax.tournament.prompt_file import Prompt, id_text
 from qlora_jax.tournament.settings import ArenaArgs, RecordedRepliesArgs, SystemArgs, system_settings
@@ -66,7 +66,9 @@ class _Generated(NamedTuple):
     path: Path
 
 
-def collect_replies(args: ArenaArgs, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, dict[str, str]]:
+def collect_replies(
+    args: ArenaArgs, prompts: Sequence[Prompt], reporter: ProgressReporter
+) -> dict[str, dict[str, str]]:
     """The replies of each system by the id of the prompt; generates those that are missing.
 
     All systems are opened, all prompts encoded, and all stored replies checked before the first model is loaded. One
@@ -131,16 +133,17 @@ def _open(name: str, system: SystemArgs, args: ArenaArgs, prompts: Sequence[Prom
     return _Generated(name, system, generation, inputs, ids, Path(args.output) / "replies" / f"{name}.jsonl")
 
 
-def _generate(system: _Generated, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, str]:
+def _generate(system: _Generated, prompts: Sequence[Prompt], reporter: ProgressReporter) -> dict[str, str]:
     """Generates the replies that are not stored, and stores each as soon as it is complete."""
     with RecordFile(system.path, system.inputs, StoredReply) as file:
         replies = _on_prompts(system, file.records, prompts)
         missing = [index for index, prompt in enumerate(prompts) if prompt.id not in replies]
         if not missing:
             return replies
-        with reporter.loading(system.name) as progress:
+        reporter.message(f"{system.name}: loading")
+        with reporter.loading() as progress:
             model = open_local_model(system.model, system.generation.system).load(progress)
-        with reporter.counting(f"{system.name}: replies", len(prompts), len(replies)) as advance:
+        with reporter.counting(f"{system.name}: replies", len(prompts), len(replies)) as progress:
             for row, reply in _replies_of(model, [system.ids[index] for index in missing], system.generation):
                 index, text = missing[row], model.tokenizer.decode(reply.ids)
                 name = prompts[index].id
@@ -152,7 +155,7 @@ def _generate(system: _Generated, prompts: Sequence[Prompt], reporter: Reporter)
                 }
                 file.append(StoredReply(**stored, reply=text))
                 replies[name] = text
-                advance()
+                progress(len(replies))
     return replies
 
 

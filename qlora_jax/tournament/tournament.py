@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.io.run_folder.run_lock import lock_run
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.examples import choose_examples
 from qlora_jax.tournament.judges.judge import Judge
 from qlora_jax.tournament.judges.recorded import RecordedJudge
@@ -22,7 +22,7 @@ from qlora_jax.tournament.settings import ArenaArgs, public_settings
 RESULTS_FILE, PAGE_FILE = "results.json", "results.html"
 
 
-def hold_tournament(args: ArenaArgs, reporter: Reporter) -> Results:
+def hold_tournament(args: ArenaArgs, reporter: ProgressReporter) -> Results:
     """Generates missing replies, asks for missing judgements, and writes the results into the folder `output`.
 
     Judges, prompts, models and all stored files are opened first, so that a wrong path, a missing key or another

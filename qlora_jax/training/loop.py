@@ -29,7 +29,7 @@ EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only i
 
 
 @runtime_checkable
-class Reporter(Protocol):
+class TrainingReporter(Protocol):
     """Receives the records of a run, such as metrics.jsonl, the display and the trackers."""
 
     def step(self, record: Record) -> None:
@@ -110,7 +110,7 @@ def run_steps(
     session: Session,
     state: TrainState,
     checkpoints: Checkpoints,
-    reporter: Reporter,
+    reporter: TrainingReporter,
     stop: Callable[[], bool],
     before_step: Callable[[], None] = lambda: None,
 ) -> TrainState:
@@ -157,7 +157,7 @@ def timed[T](batches: Iterable[T]) -> Iterator[tuple[T, float]]:
 
 
 def train_step(
-    session: Session, state: TrainState, batch: Batch, data_seconds: float, reporter: Reporter
+    session: Session, state: TrainState, batch: Batch, data_seconds: float, reporter: TrainingReporter
 ) -> TrainState:
     """Runs one optimizer step and reports it; `data_seconds` is the time waited for its batch."""
     began = time.perf_counter()
@@ -220,7 +220,7 @@ def _non_finite(session: Session, batch: Batch, step: int, row_losses_AB: np.nda
 
 
 def evaluate(
-    session: Session, state: TrainState, checkpoints: Checkpoints, reporter: Reporter, stop: Callable[[], bool]
+    session: Session, state: TrainState, checkpoints: Checkpoints, reporter: TrainingReporter, stop: Callable[[], bool]
 ) -> TrainState:
     """Reports sample replies, the held-out loss and question metrics.
 
@@ -256,7 +256,7 @@ def _room_for_questions(session: Session, state: TrainState) -> TrainState:
 
 
 def _measure(
-    session: Session, state: TrainState, reporter: Reporter, stop: Callable[[], bool]
+    session: Session, state: TrainState, reporter: TrainingReporter, stop: Callable[[], bool]
 ) -> tuple[list[Record], dict[str, float]]:
     """Returns (the sample replies, the entries of the evaluation's record).
 

@@ -30,7 +30,7 @@ from qlora_jax.training.checkpoint_state import with_date_of_start
 from qlora_jax.training.display.banner import resume_banner, start_banner, warm_up_text
 from qlora_jax.training.display.next_commands import next_commands
 from qlora_jax.training.display.run_display import Display, print_banner
-from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, save
+from qlora_jax.training.loop import TrainingReporter, TrainState, initial_state, restore, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
 from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_metrics
 from qlora_jax.training.metrics.trackers import Log, scalars, trackers
@@ -53,7 +53,7 @@ from qlora_jax.training.session import (
     steps_of_run,
 )
 from qlora_jax.training.several_processes import (
-    NoReport,
+    SilentReporter,
     connect_devices,
     lock_together,
     stop_together,
@@ -158,7 +158,7 @@ def _records(path: Path) -> list[Record]:
     return read_metrics(path) if path.exists() else []
 
 
-class _Report(Reporter):
+class _FileReporter(TrainingReporter):
     """Writes each record to metrics.jsonl, displays it, and sends its numbers to the trackers."""
 
     def __init__(self, metrics: MetricsFile, samples: MetricsFile, display: Display, logs: Sequence[Log]):
@@ -297,7 +297,7 @@ def _train_on(
     settings, is_first = session.config.train, watchdog.group.is_first
     display = Display(session.total_steps, state.step, settings.log_every, console)
     with (
-        _reporter(state, display, logs, run) if is_first else contextlib.nullcontext(NoReport()) as reporter,
+        _reporter(state, display, logs, run) if is_first else contextlib.nullcontext(SilentReporter()) as reporter,
         display,
         stop_on_signals(display.message) as asked,
         explain_out_of_memory(plan),
@@ -323,13 +323,13 @@ def _train_on(
 
 
 @contextlib.contextmanager
-def _reporter(state: TrainState, display: Display, logs: Sequence[Log], run: Path) -> Iterator[Reporter]:
+def _reporter(state: TrainState, display: Display, logs: Sequence[Log], run: Path) -> Iterator[TrainingReporter]:
     evaluated = not state.evaluation_due
     with (
         MetricsFile(run / METRICS_FILE, state.step, evaluated=evaluated) as metrics,
         MetricsFile(run / SAMPLES_FILE, state.step, evaluated=evaluated) as samples,
     ):
-        yield _Report(metrics, samples, display, logs)
+        yield _FileReporter(metrics, samples, display, logs)
 
 
 def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None], *, limited: bool) -> bool:

@@ -18,7 +18,7 @@ from qlora_jax.hosts.warm_up import connect_groups
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock
-from qlora_jax.training.loop import Reporter
+from qlora_jax.training.loop import TrainingReporter
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.session import Inputs
 
@@ -136,7 +136,7 @@ def without_place(config: Config) -> Config:
     return dataclasses.replace(config, hosts=hosts)
 
 
-class NoReport(Reporter):
+class SilentReporter(TrainingReporter):
     """Reports nothing: process 0 does."""
 
     def step(self, record: Record) -> None: ...

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.inference.result_cache import digest
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.judge import OUTCOMES, TIE, UNREADABLE, Judge
 from qlora_jax.tournament.judges.registry import Context, build_judge
 from qlora_jax.tournament.judging import Judged, check_inputs, judge_matches
@@ -25,7 +25,7 @@ NAME = "judge"  # of its file of judgements
 FIRST_MODEL, OTHER_MODEL = "first model", "other model"  # the systems of a match
 
 
-def build_study_judge(args: VarianceArgs, reporter: Reporter) -> Judge | None:
+def build_study_judge(args: VarianceArgs, reporter: ProgressReporter) -> Judge | None:
     """Returns the judge of a study, or None if no measure needs one.
 
     Raises:
@@ -39,7 +39,11 @@ def build_study_judge(args: VarianceArgs, reporter: Reporter) -> Judge | None:
 
 
 def add_preferences(
-    args: VarianceArgs, judge: Judge, questions: Sequence[Question], observations: Observations, reporter: Reporter
+    args: VarianceArgs,
+    judge: Judge,
+    questions: Sequence[Question],
+    observations: Observations,
+    reporter: ProgressReporter,
 ) -> Observations:
     """Returns the observations with the judge's preferences; those of the first model are 0.
 
@@ -79,7 +83,7 @@ def _transcripts(questions: Sequence[Question], conditions: Sequence[tuple[Obser
     return Transcripts(prompts=prompts, replies=replies)
 
 
-def _report(other: str, judged: Judged, reporter: Reporter) -> None:
+def _report(other: str, judged: Judged, reporter: ProgressReporter) -> None:
     """Raises ValueError if verdicts are missing; reports how many are unreadable."""
     missing = [one for one in judged.judgements.values() if one.verdict is None]
     absent = judged.matches - len(judged.judgements) + len(missing)

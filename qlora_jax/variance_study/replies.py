@@ -18,7 +18,7 @@ from qlora_jax.inference.result_cache import digest
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.inference.settings import LocalModelArgs
 from qlora_jax.local_model import LocalModel, OpenedLocalModel, open_local_model
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.record_file import Inputs, RecordFile
 from qlora_jax.variance_study.conditions import Design
 from qlora_jax.variance_study.questions import EncodedReply, Questions, encode_reply
@@ -62,7 +62,7 @@ class Observed(NamedTuple):
 Observations = Mapping[str, Mapping[ConditionArgs, Observed]]  # by model
 
 
-def observe(args: VarianceArgs, design: Design, questions: Questions, reporter: Reporter) -> Observations:
+def observe(args: VarianceArgs, design: Design, questions: Questions, reporter: ProgressReporter) -> Observations:
     """Returns what every model does under every condition; generates what is not stored.
 
     Raises:
@@ -106,7 +106,7 @@ class _Source:
         self._ids = {one: _prompt_ids(name, opened, questions, one) for one in conditions}
         self._rows = {one: _answer_rows(name, opened, questions, one) for one in conditions} if self._likelihood else {}
 
-    def observe(self, reporter: Reporter) -> dict[ConditionArgs, Observed]:
+    def observe(self, reporter: ProgressReporter) -> dict[ConditionArgs, Observed]:
         """Returns what the model does under each condition, in memory only as long as something is missing."""
         model: LocalModel | None = None
         found = {}
@@ -119,7 +119,8 @@ class _Source:
                 new_ids = [one for one in ids if _key(one) not in stored]
                 new_rows = [one for one in rows if _key(one) not in scored]
                 if (new_ids or new_rows) and model is None:
-                    with reporter.loading(self.name) as progress:
+                    reporter.message(f"{self.name}: loading")
+                    with reporter.loading() as progress:
                         model = open_local_model(self._settings, None).load(progress)
                 if model is not None and new_ids:
                     stored |= _generate(model, new_ids, condition, replies, reporter, label)
@@ -168,7 +169,7 @@ def _generate(
     ids: Sequence[Sequence[int]],
     condition: ConditionArgs,
     stored: RecordFile[ObservedReply],
-    reporter: Reporter,
+    reporter: ProgressReporter,
     label: str,
 ) -> dict[str, ObservedReply]:
     """Generates replies, and stores each as soon as it is complete."""
@@ -176,14 +177,14 @@ def _generate(
         temperature=condition.temperature, top_k=condition.top_k, top_p=condition.top_p, seed=condition.seed
     )
     found: dict[str, ObservedReply] = {}
-    with reporter.counting(label, len(ids), 0) as advance:
+    with reporter.counting(label, len(ids)) as progress:
         for row, reply in model.reply_each(ids, sampling, condition.max_new_tokens):
             key = _key(ids[row])
             found[key] = ObservedReply(
                 prompt=key, reply=model.tokenizer.decode(reply.ids), end=reply.end, tokens=len(reply.ids)
             )
             stored.append(found[key])
-            advance()
+            progress(len(found))
     return found
 
 

@@ -14,7 +14,7 @@ from qlora_jax.comparison.study import read_study
 from qlora_jax.config.command_line import read_arguments
 from qlora_jax.config.validate import validate
 from qlora_jax.io.pretrained import open_base
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.record_file import RecordFile
 from qlora_jax.tournament.judging import StoredJudgement
 from qlora_jax.tournament.tournament import RESULTS_FILE, hold_tournament
@@ -61,7 +61,7 @@ def _read_tournament(folder: Path) -> list[object]:
         "orderings": 10,
         "prior_sd": 400.0,
     }
-    results = hold_tournament(arena_args(**settings), Reporter())
+    results = hold_tournament(arena_args(**settings), ProgressReporter())
     stored = json.loads((folder / "arena" / RESULTS_FILE).read_text())
     return [json.dumps(stored["standings"], sort_keys=True), *results.standings]
 

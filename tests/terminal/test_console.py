@@ -16,11 +16,10 @@ from rich.text import Text
 
 from qlora_jax import generate
 from qlora_jax.config import run_main
-from qlora_jax.evaluation.reporter import ConsoleReporter
 from qlora_jax.evaluation.results import Evaluation, TaskResult, print_tables
-from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.inference.terminal_chat import show_reply
 from qlora_jax.io.loading.progress import loading
+from qlora_jax.progress_reporter import ConsoleReporter
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.display.run_display import Display, print_banner
 from tests.inference.test_terminal_chat import TOKENIZER, steps_of
@@ -58,8 +57,8 @@ def tensor_names(console: Console) -> None:
         progress(1, 4, HOSTILE)
 
 
-def evaluation_labels(console: Console) -> None:
-    with ConsoleReporter(console).scoring(HOSTILE, NamedTask(), NO_CACHE) as progress:
+def progress_labels(console: Console) -> None:
+    with ConsoleReporter(console).counting(HOSTILE, 2) as progress:
         progress(1)
 
 
@@ -68,22 +67,11 @@ def evaluation_tables(console: Console) -> None:
     print_tables(Evaluation(labels={"m": HOSTILE}, tasks={"t": result}), console)
 
 
-class NamedTask:
-    """A task of which a reporter reads only name and size."""
-
-    name, title, size, inputs = HOSTILE, HOSTILE, 2, ()
-
-    def score(self, *arguments):
-        raise NotImplementedError
-
-    metrics = compare = lower = score
-
-
 def replies(console: Console) -> None:
     show_reply(steps_of(SHOWN.replace("␛", "\x1b")), TOKENIZER, console)
 
 
-WAYS = [lines, tables, banner, run_display, tensor_names, evaluation_labels, evaluation_tables, replies]
+WAYS = [lines, tables, banner, run_display, tensor_names, progress_labels, evaluation_tables, replies]
 
 
 @pytest.mark.parametrize("print_with", WAYS, ids=lambda way: way.__name__)

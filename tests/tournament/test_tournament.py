@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.tournament import hold_tournament
 from tests.marks import EXHAUSTIVE
 from tests.tournament.judges.fake_endpoint import Answer, fake_endpoint
@@ -42,7 +42,7 @@ def endpoint_judge(folder: Path, url: str, **settings) -> dict:
 
 
 def hold(settings: dict, **judges: dict):
-    return hold_tournament(arena_args(**settings, judges=judges), Reporter())
+    return hold_tournament(arena_args(**settings, judges=judges), ProgressReporter())
 
 
 def lines_of(settings: dict, judge: str) -> list[dict]:

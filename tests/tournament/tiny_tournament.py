@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.config.parse import from_dict
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.matches import Transcripts
 from qlora_jax.tournament.prompt_file import read_tournament_prompts
 from qlora_jax.tournament.replies import collect_replies
@@ -61,7 +61,7 @@ def arena_args(**settings: Any) -> ArenaArgs:
 
 def transcripts_of(args: ArenaArgs) -> Transcripts:
     prompts = read_tournament_prompts(args)
-    replies = collect_replies(args, prompts, Reporter())
+    replies = collect_replies(args, prompts, ProgressReporter())
     return Transcripts(prompts={prompt.id: prompt for prompt in prompts}, replies=replies)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from qlora_jax.config.parse import from_dict
 from qlora_jax.data.readers.files import Place, Row
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.judge import FIRST, SECOND, TIE, UNREADABLE, Judgement
 from qlora_jax.variance_study.analysis import analyse
 from qlora_jax.variance_study.conditions import design_of
@@ -47,7 +47,7 @@ class NumberJudge:
                 record(Judgement(match, FIRST if first > second else SECOND if second > first else TIE))
 
 
-class Messages(Reporter):
+class Messages(ProgressReporter):
     def __init__(self):
         self.lines = []
 

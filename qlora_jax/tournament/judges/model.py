@@ -9,7 +9,7 @@ from qlora_jax.evaluation.shared_prefixes import ScoredIds
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.local_model import LocalModel, open_local_model
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.judge import FIRST, SECOND, TIE, UNREADABLE, Attempts, Judgement, Record, Verdict
 from qlora_jax.tournament.judges.judge_prompt import JudgePrompts, parse_verdict, read_judge_prompts
 from qlora_jax.tournament.matches import Match, Transcripts
@@ -24,7 +24,7 @@ class ModelJudge:
 
     remembers = False
 
-    def __init__(self, args: ModelJudgeArgs, reporter: Reporter):
+    def __init__(self, args: ModelJudgeArgs, reporter: ProgressReporter):
         """Opens the model without its weights; raises ValueError if it or the file of prompts cannot be used."""
         self._args, self._reporter = args, reporter
         self._prompts: JudgePrompts = read_judge_prompts(args.prompts)
@@ -51,7 +51,8 @@ class ModelJudge:
         fitting = {match: found for match, found in ids.items() if len(found) <= room}
         if not fitting:
             return
-        with self._reporter.loading(self._args.path) as progress:
+        self._reporter.message(f"{self._args.path}: loading")
+        with self._reporter.loading() as progress:
             model = opened.load(progress)
         judged = self._by_review if self._args.reads == "review" else self._by_likelihood
         for judgement in judged(model, fitting):

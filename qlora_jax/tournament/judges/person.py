@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.metadata import read_json
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.judge import Judgement, Record, Verdict
 from qlora_jax.tournament.matches import Match, Transcripts, unordered
 from qlora_jax.tournament.pages.person_page import ExportedVerdicts, PageKey, draw_key, match_of, person_page
@@ -25,7 +25,7 @@ class PersonJudge:
 
     remembers = True
 
-    def __init__(self, name: str, args: PersonArgs, folder: Path, reporter: Reporter):
+    def __init__(self, name: str, args: PersonArgs, folder: Path, reporter: ProgressReporter):
         """Reads the key and the exported file, if there are any.
 
         Args:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows
 from qlora_jax.evaluation.tasks.task_file import read_each
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.judge import VERDICTS, Judgement, Record, Verdict
 from qlora_jax.tournament.matches import Match, Transcripts
 from qlora_jax.tournament.prompt_file import id_text
@@ -20,7 +20,7 @@ class RecordedJudge:
 
     remembers = True
 
-    def __init__(self, name: str, verdicts: Mapping[Match, Verdict], reporter: Reporter):
+    def __init__(self, name: str, verdicts: Mapping[Match, Verdict], reporter: ProgressReporter):
         self.verdicts = verdicts
         self._name, self._reporter = name, reporter
 

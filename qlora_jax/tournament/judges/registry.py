@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.endpoint import EndpointJudge
 from qlora_jax.tournament.judges.judge import Judge
 from qlora_jax.tournament.judges.model import ModelJudge
@@ -18,7 +18,7 @@ class Context(NamedTuple):
 
     name: str
     folder: Path
-    reporter: Reporter
+    reporter: ProgressReporter
 
 
 # kind -> (its settings, the context) -> judge; the settings are those of settings.JUDGE_SETTINGS.
@@ -39,7 +39,7 @@ def build_judge(given: Mapping[str, Value], context: Context) -> Judge:
     return BUILDERS[str(given["kind"])](judge_settings(given), context)
 
 
-def build_judges(args: ArenaArgs, reporter: Reporter) -> dict[str, Judge]:
+def build_judges(args: ArenaArgs, reporter: ProgressReporter) -> dict[str, Judge]:
     """The judges by name; raises ValueError as `build_judge` does."""
     folder = Path(args.output)
     return {name: build_judge(given, Context(name, folder, reporter)) for name, given in args.judges.items()}

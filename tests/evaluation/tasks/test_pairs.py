@@ -7,12 +7,12 @@ import pytest
 
 from qlora_jax.evaluation.divergence import compare_given_tokens
 from qlora_jax.evaluation.loglikelihood import batches_of, score_tokens, scoring_inputs
-from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.shared_prefixes import pack_rows
 from qlora_jax.evaluation.statistics import paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, pairs_task
 from qlora_jax.inference.result_cache import open_cache
+from qlora_jax.progress_reporter import ProgressReporter
 from tests.evaluation.reference import expected_divergence, expected_scores
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 
@@ -44,7 +44,9 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
     run, reference = tiny_parts(0), tiny_parts(1)
     models = [ScoredModel("base", reference), ScoredModel("run", run, reference)]
     labels = {"base": "base", "run": "run"}
-    done = score_models(models, {name: [task] for name in labels}, labels, cache_folder=tmp_path, reporter=Reporter())
+    done = score_models(
+        models, {name: [task] for name in labels}, labels, cache_folder=tmp_path, reporter=ProgressReporter()
+    )
     found = {name: metric.value for name, metric in done.tasks["pairs"].metrics["run"].items()}
     nll, before = (
         np.array([expected_scores(parts, *one)[0] for one in task.sequences]).reshape(-1, 2)

@@ -10,7 +10,6 @@ import pytest
 from qlora_jax.config import QuestionArgs
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
-from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.tasks.registry import TASKS, build_tasks
@@ -18,6 +17,7 @@ from qlora_jax.evaluation.tasks.task import PreparedTask, ProgressCallback, Task
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.progress_reporter import ProgressReporter
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 
 
@@ -76,7 +76,7 @@ def test_a_registered_task_is_built_scored_and_compared(task):
     models = {"a": tiny_parts(0), "b": tiny_parts(1)}
     tasks, labels = {name: [task] for name in models}, {name: name.upper() for name in models}
     scored = (ScoredModel(name, parts) for name, parts in models.items())
-    evaluation = score_models(scored, tasks, labels, cache_folder=None, reporter=Reporter())
+    evaluation = score_models(scored, tasks, labels, cache_folder=None, reporter=ProgressReporter())
     result = evaluation.tasks["spelling"]
     expected = {name: score_rows(parts, task.words).exact.mean() for name, parts in models.items()}
     assert {name: metrics["spelled right"].value for name, metrics in result.metrics.items()} == expected

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.person import PersonJudge
 from qlora_jax.tournament.matches import unordered
 from qlora_jax.tournament.settings import PersonArgs
@@ -18,7 +18,7 @@ def transcripts(tmp_path):
 
 
 def ask(folder, transcripts, **settings):
-    judge = PersonJudge("anna", PersonArgs(**settings), folder, Reporter())
+    judge = PersonJudge("anna", PersonArgs(**settings), folder, ProgressReporter())
     found = []
     judge.judge(transcripts.matches(), transcripts, found.append)
     return judge, found
@@ -80,7 +80,7 @@ def test_exported_verdicts_come_back_as_the_keys_systems(tmp_path, transcripts):
 
 def test_changed_settings_are_refused_and_pairs_that_the_page_lacks_are_reported(tmp_path):
     messages = []
-    reporter = Reporter()
+    reporter = ProgressReporter()
     reporter.message = messages.append
     two, three = (transcripts_of(arena_args(**write_tournament(tmp_path, systems=systems))) for systems in (2, 3))
     for transcripts in (two, three):

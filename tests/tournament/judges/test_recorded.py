@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.recorded import RecordedJudge, read_verdicts
 from qlora_jax.tournament.matches import Match, Transcripts
 from tests.tournament.tiny_tournament import write_lines
@@ -13,7 +13,7 @@ NO_TEXTS = Transcripts(prompts={}, replies={})
 
 def test_verdicts_are_given_for_the_matches_asked(tmp_path):
     rows = [ROW | {"question_id": number, "verdict": verdict} for number, verdict in enumerate((1, 2, 3, -1), 1)]
-    messages, reporter = [], Reporter()
+    messages, reporter = [], ProgressReporter()
     reporter.message = messages.append
     judge = RecordedJudge("gpt4", read_verdicts(write_lines(tmp_path / "verdicts.jsonl", rows)), reporter)
     found = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.judges.person import PersonJudge
 from qlora_jax.tournament.settings import PersonArgs
 from tests.tournament.tiny_tournament import arena_args, transcripts_of, write_lines, write_tournament
@@ -39,7 +39,7 @@ def write_page(folder: Path, prompts: int, answers: str | None = None):
     rows = [{"question_id": 10 + i, "reply": f"A good reply to {i}. {HOSTILE}"} for i in range(prompts)]
     settings["systems"]["alpha-system"]["replies"] = write_lines(folder / "hostile.jsonl", rows)
     transcripts = transcripts_of(arena_args(**settings))
-    judge, found = PersonJudge("anna", PersonArgs(answers=answers), folder, Reporter()), []
+    judge, found = PersonJudge("anna", PersonArgs(answers=answers), folder, ProgressReporter()), []
     judge.judge(transcripts.matches(), transcripts, found.append)
     return judge, found
 

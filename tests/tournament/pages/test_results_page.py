@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.progress_reporter import Reporter
+from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.tournament.tournament import hold_tournament
 from tests.tournament.tiny_tournament import arena_args, write_lines, write_tournament
 
@@ -34,7 +34,7 @@ def write_results(folder: Path) -> Path:
         if a != b
     ]
     verdicts = {"kind": "verdicts", "path": write_lines(folder / "verdicts.jsonl", rows)}
-    hold_tournament(arena_args(**settings, judges={"file": verdicts}), Reporter())
+    hold_tournament(arena_args(**settings, judges={"file": verdicts}), ProgressReporter())
     return folder / "arena/results.html"
 
 
