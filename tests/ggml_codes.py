@@ -13,7 +13,8 @@ def random_codes(ggml_type: str, rows: tuple[int, ...], columns: int, seed: int 
     rng = np.random.default_rng(seed)
     block = BLOCK_FORMATS[ggml_type]
     blocks = rng.integers(0, 256, (*rows, columns // block.weights, block.nbytes), np.uint8)
-    largest = {"Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 127 * 32, "Q8_0": 127}.get(ggml_type, 16)
+    largest = {"Q2_K": 15 * 3, "Q3_K": 32 * 4, "Q4_K": 63 * 15, "Q5_K": 63 * 31, "Q6_K": 127 * 32, "Q8_0": 127}
+    largest = largest.get(ggml_type, 16)
     for offset in block.halves:
         scales = rng.normal(0, 0.3 / largest, blocks.shape[:-1]).astype(block.half_type)
         blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)

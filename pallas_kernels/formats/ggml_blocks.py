@@ -127,6 +127,25 @@ def _q5_k(block: jax.Array) -> jax.Array:
     return _with_minima(block, _k_codes(block[..., 48:]) | (_bits(block[..., 16:48], 1) << 4))
 
 
+def _q2_k(block: jax.Array) -> jax.Array:
+    lead, packed = block.shape[:-1], block[..., :16]
+    codes = _bits(block[..., 16:80].reshape(*lead, 2, 32), 2).reshape(*lead, 16, 16)
+    scales, minima = (
+        _half(block, at) * integers.astype(jnp.float32) for at, integers in ((80, packed & 15), (82, packed >> 4))
+    )
+    return (scales[..., None] * codes.astype(jnp.float32) - minima[..., None]).reshape(*lead, SUPER_BLOCK)
+
+
+def _q3_k(block: jax.Array) -> jax.Array:
+    """Decodes codes whose third bit is in another place, and sixteen 6-bit scales, whose two high bits are too."""
+    lead, packed = block.shape[:-1], block[..., 96:108]
+    low = _bits(block[..., 32:96].reshape(*lead, 2, 32), 2).reshape(*lead, 16, 16)
+    codes = low | (_bits(block[..., :32], 1).reshape(*lead, 16, 16) << 2)
+    integers = _nibbles(packed[..., :8]) | (_bits(packed[..., 8:], 2).reshape(*lead, 16) << 4)
+    scales = (_half(block, 108) * (integers.astype(jnp.float32) - 32))[..., None]
+    return (scales * (codes.astype(jnp.float32) - 4)).reshape(*lead, SUPER_BLOCK)
+
+
 def _q6_k(block: jax.Array) -> jax.Array:
     lead = block.shape[:-1]
     low = _nibbles(block[..., :128].reshape(*lead, 2, 64)).reshape(*lead, 16, 16)
@@ -187,6 +206,8 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
     "Q5_0": BlockFormat(number=6, weights=32, nbytes=22, decode=_q5_0, halves=(0,)),
     "Q5_1": BlockFormat(number=7, weights=32, nbytes=24, decode=_q5_1, halves=(0, 2)),
     "Q8_0": BlockFormat(number=8, weights=32, nbytes=34, decode=_q8_0, halves=(0,)),
+    "Q2_K": BlockFormat(number=10, weights=SUPER_BLOCK, nbytes=84, decode=_q2_k, halves=(80, 82)),
+    "Q3_K": BlockFormat(number=11, weights=SUPER_BLOCK, nbytes=110, decode=_q3_k, halves=(108,)),
     "Q4_K": BlockFormat(number=12, weights=SUPER_BLOCK, nbytes=144, decode=_q4_k, halves=(0, 2)),
     "Q5_K": BlockFormat(number=13, weights=SUPER_BLOCK, nbytes=176, decode=_q5_k, halves=(0, 2)),
     "Q6_K": BlockFormat(number=14, weights=SUPER_BLOCK, nbytes=210, decode=_q6_k, halves=(208,)),

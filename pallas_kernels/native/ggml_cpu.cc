@@ -125,6 +125,53 @@ struct Q8_0 {
   }
 };
 
+// Two halves of 128 weights: codes of 2 bits in 32 bytes, the first 32 of them in the lowest bits; an integer scale and
+// minimum of 4 bits for every 16 weights.
+struct Q2_K {
+  static constexpr int64_t kWeights = 256, kBytes = 84;
+
+  template <typename Emit>
+  static void decode(const uint8_t* block, const Emit& emit) {
+    const float of_all = half(block + 80), of_minima = half(block + 82);
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; ++part) {
+#pragma GCC unroll 2
+      for (int64_t l = 0; l < 32; l += kLanes) {
+        const int packed = block[2 * part + l / kLanes];
+        const float scale = of_all * static_cast<float>(packed & 15);
+        const float minimum = of_minima * static_cast<float>(packed >> 4);
+        const Integers codes = (load_codes(block + 16 + 32 * (part / 4) + l) >> 2 * (part % 4)) & 3;
+        emit(32 * part + l, scale * to_floats(codes) - minimum);
+      }
+    }
+  }
+};
+
+// As Q2_K, with a third bit of each code in 32 bytes, and a scale of 6 bits for every 16 weights.
+struct Q3_K {
+  static constexpr int64_t kWeights = 256, kBytes = 110;
+
+  static int scale_of(const uint8_t* packed, int i) {
+    const int low = i < 8 ? packed[i] & 15 : packed[i - 8] >> 4;
+    return (low | ((packed[8 + i % 4] >> 2 * (i / 4)) & 3) << 4) - 32;
+  }
+
+  template <typename Emit>
+  static void decode(const uint8_t* block, const Emit& emit) {
+    const float of_all = half(block + 108);
+#pragma GCC unroll 8
+    for (int part = 0; part < 8; ++part) {
+#pragma GCC unroll 2
+      for (int64_t l = 0; l < 32; l += kLanes) {
+        const Integers low = (load_codes(block + 32 + 32 * (part / 4) + l) >> 2 * (part % 4)) & 3;
+        const Integers high = (load_codes(block + l) >> part) & 1;
+        const float scale = of_all * static_cast<float>(scale_of(block + 96, 2 * part + l / kLanes));
+        emit(32 * part + l, scale * to_floats((low | high << 2) - 4));
+      }
+    }
+  }
+};
+
 // Eight groups of 32 weights, each with an integer scale and minimum of 6 bits. kHigh: the block has fifth bits.
 template <bool kHigh>
 struct WithMinima {
@@ -233,6 +280,8 @@ ffi::Error with_format(int64_t number, const Work& work) {
     case 6: return work(Q5_0());
     case 7: return work(Q5_1());
     case 8: return work(Q8_0());
+    case 10: return work(Q2_K());
+    case 11: return work(Q3_K());
     case 12: return work(Q4_K());
     case 13: return work(Q5_K());
     case 14: return work(Q6_K());

@@ -18,7 +18,7 @@ from qlora_jax.models.partition import partition
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import byte_level
-from tests.parity.test_llama_cpp import NAMED, TOKENS, VOCABULARY, WITHIN, _case
+from tests.parity.test_llama_cpp import NAMED, TOKENS, VOCABULARY, WITHIN, _case, _gguf_of
 from tests.parity.test_peft import _logits, _write_run
 
 LLAMA_CPP = Path(__file__).parent.parent / "oracle/llama_cpp_models.py"
@@ -58,6 +58,29 @@ def test_the_same_file_and_a_lora_in_llama_cpp(tmp_path: Path, llama_cpp) -> Non
     for name, logits in ours.items():
         off = np.abs(found[f"{name}/logits"] - logits).max()
         assert off < WITHIN["q4_0"] * np.abs(logits).max() and off < moved / 5, (name, off, moved)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("types", "stored"), [("Q2_K", {"Q2_K", "Q3_K"}), ("Q3_K_M", {"Q3_K", "Q4_K", "Q5_K"})])
+def test_files_of_few_bits_that_llama_cpp_made(tmp_path: Path, llama_cpp, types: str, stored: set[str]) -> None:
+    """llama.cpp rounds 256 activations at a time to 8 bits for these types, where it rounds 32 for Q4_0."""
+    config = FAMILIES["llama"][1] | {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512}
+    config |= {"max_position_embeddings": 512}
+    files: dict[str, Any] = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
+    folder = write_folder(tmp_path / "model", config, random_tensors(config), **files)
+    dense, path = _gguf_of(folder, tmp_path / "dense.gguf"), tmp_path / "base.gguf"
+    llama_cpp(LLAMA_CPP.with_name("llama_cpp_quantize.py"), files=[[str(dense), str(path), types]])
+    entries = open_model(path).tensors.values()
+    assert {entry.file_type for entry in entries if "_proj" in entry.name} == stored
+    model, base, lora = _run_on(path, tmp_path / "run", scale=0.3)
+    cases = {"alone": _case(path, rows=TOKENS.tolist()), "adapted": _case(path, lora, rows=TOKENS.tolist())}
+    found = llama_cpp(LLAMA_CPP, cases=cases, new_tokens=0)
+    ours = {"alone": _logits(base, TOKENS), "adapted": _logits(model, TOKENS)}
+    moved = np.abs(ours["adapted"] - ours["alone"]).max()
+    for name, logits in ours.items():
+        off = np.abs(found[f"{name}/logits"] - logits).max()
+        assert off < 2 * WITHIN["q4_0"] * np.abs(logits).max() and off < moved / 20, (name, off, moved)
 
 
 @pytest.mark.slow

@@ -77,6 +77,32 @@ def _q5_k(block: bytes) -> list[np.float32]:
     return values
 
 
+def _q2_k(block: bytes) -> list[np.float32]:
+    packed, quants, d, dmin = block[:16], block[16:80], _half(block[80:82]), _half(block[82:])
+    values = []
+    for index in range(256):
+        half, part, inside = index // 128, index // 32 % 4, index % 32
+        q, scale = quants[32 * half + inside] >> (2 * part) & 3, packed[index // 16]
+        values.append(d * np.float32(scale & 15) * np.float32(q) - dmin * np.float32(scale >> 4))
+    return values
+
+
+def _q3_k(block: bytes) -> list[np.float32]:
+    """Makes the scales as dequantize_row_q3_K does: four words of masked bytes from three."""
+    high, quants, words, d = block[:32], block[32:96], np.frombuffer(block[96:108], "<u4"), _half(block[108:])
+    first, second, last = (int(word) for word in words)
+    twos, fours = 0x03030303, 0x0F0F0F0F
+    mixed = [(first & fours) | (last & twos) << 4, (second & fours) | (last >> 2 & twos) << 4]
+    mixed += [(first >> 4 & fours) | (last >> 4 & twos) << 4, (second >> 4 & fours) | (last >> 6 & twos) << 4]
+    scales = b"".join(word.to_bytes(4, "little") for word in mixed)
+    values = []
+    for index in range(256):
+        half, part, inside = index // 128, index // 32 % 4, index % 32
+        q = (quants[32 * half + inside] >> (2 * part) & 3) - (0 if high[inside] >> (4 * half + part) & 1 else 4)
+        values.append(d * np.float32(scales[index // 16] - 32) * np.float32(q))
+    return values
+
+
 def _q6_k(block: bytes) -> list[np.float32]:
     low, high, scales, d = block[:128], block[128:192], np.frombuffer(block[192:208], np.int8), _half(block[208:])
     values = [np.float32(0)] * 256
@@ -92,8 +118,14 @@ def _q6_k(block: bytes) -> list[np.float32]:
 
 @pytest.mark.parametrize(
     ("kind", "decode", "halves"),
-    [(Kind.Q4_K, _q4_k, (0, 2)), (Kind.Q5_K, _q5_k, (0, 2)), (Kind.Q6_K, _q6_k, (208,))],
-    ids=["Q4_K", "Q5_K", "Q6_K"],
+    [
+        (Kind.Q2_K, _q2_k, (80, 82)),
+        (Kind.Q3_K, _q3_k, (108,)),
+        (Kind.Q4_K, _q4_k, (0, 2)),
+        (Kind.Q5_K, _q5_k, (0, 2)),
+        (Kind.Q6_K, _q6_k, (208,)),
+    ],
+    ids=["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"],
 )
 def test_k_quants_equal_ggml_written_out(tmp_path: Path, kind: Kind, decode, halves: tuple[int, ...]) -> None:
     """The gguf package can't make K-quants: random blocks with finite scales, decoded one weight at a time here."""
@@ -139,14 +171,14 @@ def test_row_order_inverts_the_converter() -> None:
 
 
 def test_unsupported_tensor_type(tmp_path: Path) -> None:
-    blocks = np.zeros((4, 84), np.uint8)
+    blocks = np.zeros((4, 18), np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    writer.add_tensor("output.weight", blocks, raw_dtype=Kind.Q2_K)
+    writer.add_tensor("output.weight", blocks, raw_dtype=Kind.IQ4_NL)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match=r"not supported, such as output.weight \(found Q2_K, expected F32, .*, MXFP4\)"
+        ValueError, match=r"not supported, such as output.weight \(found IQ4_NL, expected F32, .*, MXFP4\)"
     ):
         open_model(tmp_path / "t.gguf")
