@@ -13,19 +13,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+
+from tests.mutation import Mutation
+from tests.reverted_mends import MENDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SELECTION = "not gpu and not exhaustive"  # the default suite and CI's slow tests
-
-
-class Mutation(NamedTuple):
-    """One mistake: the first occurrence of `old` in `file` becomes `new`; one of `tests` must fail."""
-
-    file: str
-    old: str
-    new: str
-    tests: str
 
 
 MUTATIONS = [
@@ -115,6 +108,7 @@ MUTATIONS = [
         '"position": position | {"index": 0},',
         "tests/e2e/test_training.py",
     ),
+    *MENDS,
 ]
 
 

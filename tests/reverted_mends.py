@@ -1,0 +1,138 @@
+"""Reverts each mend of reliability alone: a test must fail without it. `tests/mutation_check.py` runs these, too."""
+
+from tests.mutation import Mutation
+
+MENDS = [
+    # Damage that was silent
+    Mutation(
+        "qlora_jax/io/run_folder/checkpoint_reader.py",
+        "if differences := changes(found, expected or {}):",
+        "if differences := changes({}, {}):",
+        "tests/io/run_folder/test_checkpoint_reader.py",
+    ),
+    Mutation(
+        "qlora_jax/io/read_back.py",
+        "if written.get(name) != found.get(name)]",
+        "if written.keys() != found.keys()]",
+        "tests/io/test_read_back.py",
+    ),
+    Mutation("qlora_jax/atomic_files.py", "if stage.read_bytes() != data:", "if False:", "tests/test_atomic_files.py"),
+    Mutation(
+        "qlora_jax/data/row_store.py",
+        '!= facts["files"].get(name):',
+        "is None:",
+        "tests/data/test_row_store.py",
+    ),
+    Mutation(
+        "qlora_jax/inference/result_cache.py",
+        "!= stored[:_DIGEST_BYTES]:",
+        "is None:",
+        "tests/inference/test_result_cache.py",
+    ),
+    # Damaged checkpoints, and two processes
+    Mutation(
+        "qlora_jax/io/run_folder/checkpoint.py",
+        "if len(damage) > 1:",
+        "if len(damage) > 2:",
+        "tests/io/run_folder/test_checkpoint.py",
+    ),
+    Mutation(
+        "qlora_jax/io/run_folder/run_lock.py",
+        "fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(lock.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "tests/io/run_folder/test_run_lock.py",
+    ),
+    Mutation(
+        "qlora_jax/io/run_folder/run_lock.py",
+        "if not _is_open_file(self.file, self.descriptor):",
+        "if False:",
+        "tests/io/run_folder/test_run_lock.py",
+    ),
+    # Small inputs that take long or need much memory
+    Mutation(
+        "qlora_jax/data/tokenizer/template_worker.py",
+        "resource.RLIMIT_AS: limits.memory,",
+        "resource.RLIMIT_AS: 2 * limits.memory,",
+        "tests/data/tokenizer/test_template_process.py",
+    ),
+    Mutation(
+        "qlora_jax/data/tokenizer/template_worker.py",
+        "if written > allowed:",
+        "if written > 1000 * allowed:",
+        "tests/data/tokenizer/test_template_process.py",
+    ),
+    Mutation(
+        "qlora_jax/config/yaml_files.py",
+        "if event.anchor in (anchor for anchor, _ in opened):",
+        "if False:",
+        "tests/config/test_yaml_files.py",
+    ),
+    Mutation(
+        "qlora_jax/data/readers/gzip_file.py",
+        "if self.tell() > self._max_unpacked:",
+        "if False:",
+        "tests/data/readers/test_gzip_file.py tests/data/readers/test_files.py",
+    ),
+    # Errors instead of tracebacks and crashes
+    Mutation("qlora_jax/metadata.py", "if _depth(structure) > MAX_DEPTH:", "if False:", "tests/test_metadata.py"),
+    Mutation(
+        "qlora_jax/data/readers/parquet_rows.py",
+        "if read != file.metadata.num_rows:",
+        "if False:",
+        "tests/data/readers/test_parquet_rows.py",
+    ),
+    # Texts and links from elsewhere
+    Mutation(
+        "qlora_jax/training/report/plot.py",
+        "axes.set_title(title, parse_math=False)",
+        "axes.set_title(title)",
+        "tests/training/report/test_plot.py",
+    ),
+    Mutation(
+        "qlora_jax/atomic_files.py",
+        "os.O_APPEND | os.O_NOFOLLOW |",
+        "os.O_APPEND |",
+        "tests/test_atomic_files.py",
+    ),
+    Mutation(
+        "qlora_jax/terminal/visible.py",
+        "return text.translate(VISIBLE)",
+        "return text",
+        "tests/terminal/test_visible.py",
+    ),
+    Mutation(
+        "qlora_jax/terminal/visible.py",
+        'return _USERINFO.sub("***@", text)',
+        "return text",
+        "tests/terminal/test_visible.py",
+    ),
+    Mutation(
+        "qlora_jax/terminal/visible.py",
+        "if len(line) <= _LONGEST_LINE:",
+        "if True:",
+        "tests/config/test_command_line.py",
+    ),
+    Mutation(
+        "qlora_jax/training/run.py",
+        "finishes_within(REPORT_SECONDS, write)",
+        "finishes_within(600.0, write)",
+        "tests/training/test_run.py",
+    ),
+    # Tokens
+    Mutation(
+        "qlora_jax/data/tokenizer/embedding_rows.py",
+        "if number >= rows}",
+        "if number > rows}",
+        "tests/data/tokenizer/test_embedding_rows.py",
+    ),
+    Mutation(
+        "qlora_jax/data/tokenizer/from_gguf.py",
+        'return [SPACE * len(token) if token and set(token) == {" "} else token for token in tokens]',
+        "return tokens",
+        "tests/data/tokenizer/test_from_gguf.py",
+    ),
+    # Data of a new user
+    Mutation(
+        "qlora_jax/data/formats/lookalikes.py", "return +found", "return {}", "tests/data/formats/test_lookalikes.py"
+    ),
+]
