@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax import generate
+from qlora_jax import evaluate, export, generate
 from qlora_jax.inference import decode
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
+from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.models.partition import partition
 from tests.inference.small_run import STEPS, write_run
 
@@ -48,6 +49,18 @@ def test_a_prompt_is_answered_on_standard_output(folder, capsys):
         printed = capsys.readouterr()
         assert printed.out == expected + "\n"
         assert "stopped at --max_new_tokens" in printed.err
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_can_be_used(folder, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"text": "hello sun"}\n')
+    run, expected = ["--run", str(folder / "run")], direct(folder, "hello", STEPS[-1], temperature=1.5, seed=5)
+    with lock_run(folder / "run", pytest.fail):  # as training does
+        generate.main([*run, "--prompt", "hello", *DRAWN])
+        assert capsys.readouterr().out == expected + "\n"
+        evaluate.main([*run, "--rows", str(tmp_path / "rows.jsonl")])
+        export.main([*run, "--format", "peft", "--output", str(tmp_path / "adapter")])
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_a_file_of_prompts(folder, tmp_path, capsys):
