@@ -37,7 +37,7 @@ def test_figures_of_two_seeds():
     found = bench.verdict(runs, RIGHT)
     assert (found["opponent"], found["speed"], found["scoring"], found["difference"]) == ("eager", 2.0, 3.0, 0.0)
     low, high = found["difference_interval"]
-    assert low == -high and high > 0 and found["mcnemar"] == [1.0, 1.0]
+    assert low == -high and high > 0 and found["difference_p"] == 1.0
 
 
 def test_without_an_opponent_there_is_no_speed(capsys):
