@@ -1,8 +1,8 @@
-"""Writes the training rows of configs/studies/data_quality.yaml: few or many titles, right or partly wrong.
+"""Writes the training rows of configs/studies/data_quality.yaml: few right titles, and many, right or partly wrong.
 
     python scripts/make_noisy_titles.py    # writes runs/data_quality/rows/
 
-Rows are the first of examples/titles/train.jsonl.gz. In the files with wrong titles, every row whose hash says so has
+Rows are the first of examples/titles/train.jsonl.gz. In the file with wrong titles, every row whose hash says so has
 the title of the next such row. So the titles, their lengths and the passages are those of the right rows.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = (150, 1200)
+FEW, MANY = 75, 600
 WRONG = 0.3
 SEARCH_ROWS = 100
 
@@ -46,9 +46,12 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     with gzip.open(ROOT / "examples/titles/train.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    files = {"search": rows[max(SIZES) : max(SIZES) + SEARCH_ROWS]}
-    for size in SIZES:
-        files |= {f"right_{size}": rows[:size], f"wrong_{size}": with_wrong_titles(rows[:size])}
+    files = {
+        f"right_{FEW}": rows[:FEW],
+        f"right_{MANY}": rows[:MANY],
+        f"wrong_{MANY}": with_wrong_titles(rows[:MANY]),
+        "search": rows[MANY : MANY + SEARCH_ROWS],
+    }
     for name, made in files.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in made]
         (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
