@@ -11,6 +11,7 @@ from qlora_jax.config.preference_settings import preference_problems
 from qlora_jax.config.question_settings import QUESTION_KINDS, question_problems, unknown_columns
 from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs
 from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.config.validate_mesh import given_mesh_problems
 
 
 def _pattern_problems(config: Config) -> list[str]:
@@ -334,6 +335,8 @@ def _evaluation_problems(config: Config) -> list[str]:
 
 def validate(config: Config) -> None:
     """Raises ConfigError with all problems: types, bounds, and settings that contradict each other."""
-    problems = find_problems(type(config), dataclasses.asdict(config), {}) or _relation_problems(config)
-    if problems:
+    if problems := find_problems(type(config), dataclasses.asdict(config), {}):
         raise ConfigError(problems)
+    if problems := _relation_problems(config):
+        # Alone, those of a mesh wait until JAX has counted the devices.
+        raise ConfigError(problems + given_mesh_problems(config))

@@ -30,6 +30,15 @@ def mesh_choices(config: Config, devices: int) -> MeshChoices:
     return MeshChoices(usable, {size: found for size, found in problems.items() if found})
 
 
+def given_mesh_problems(config: Config) -> list[str]:
+    """Describes why a run cannot use the mesh that its settings give, whatever devices there are."""
+    data, fsdp = config.mesh.data, config.mesh.fsdp
+    if isinstance(data, str) or isinstance(fsdp, str):
+        return []
+    size = MeshSize(data, fsdp)
+    return mesh_problems(config, size, size.devices)
+
+
 def mesh_problems(config: Config, size: MeshSize, devices: int) -> list[str]:
     """Describes why a run cannot use a mesh, one line per setting."""
     problems = [*_device_problems(size, devices), *_micro_batch_problems(config.train, size)]

@@ -86,6 +86,15 @@ def test_all_problems_at_once():
     assert mesh_choices(config(MeshArgs(data=2, fsdp=1), train=rows(2, remat="none")), 2).usable == [(2, 1)]
 
 
+def test_other_problems_do_not_hide_those_of_a_given_mesh():
+    words = ["--lora.method", "full", "--lora.init", "pissa", "--train.micro_batch_size", "3", "--train.remat", "none"]
+    for mesh, more in (("2", ["train.micro_batch_size", "train.remat", "lora.method", "lora.init"]), ("auto", [])):
+        with pytest.raises(ConfigError) as error:
+            read_arguments([*NEEDED, *words, "--mesh.fsdp", mesh])
+        keys = [problem.partition(":")[0] for problem in error.value.problems]
+        assert keys == ["lora.init", "model.quant_type", *more]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
