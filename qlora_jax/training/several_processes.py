@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from qlora_jax.hosts.stop_signal import StopSignal
 from qlora_jax.hosts.warm_up import connect_groups
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.inference.result_cache import digest
+from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock
 from qlora_jax.training.loop import TrainingReporter
 from qlora_jax.training.metrics.metrics_file import Record
@@ -26,7 +27,9 @@ from qlora_jax.training.session import Inputs
 QUESTION_FILES = tuple(f"questions.{kind}" for kind in (*QUESTION_KINDS, "shots"))
 DATA_FILES = ("data.train", "data.eval", "data.cache", "train.samples", *QUESTION_FILES)
 MAY_DIFFER = ("hosts", "output", "model.path", *DATA_FILES)
+COMPARED_TENSORS, COMPARED_BYTES = 256, 4096  # of a model's files, and of each of these tensors
 LIBRARIES = ("qlora-jax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+LOCKED = "the lock of the run folder"
 FIX = (
     "Start all processes with the same command, versions and files, and with an output folder that all machines share. "
     "Separate runs under one launcher need --hosts.launcher off"
@@ -51,10 +54,12 @@ def lock_together(
     elif group.is_first:
         with first as lock:
             agree_on_settings(group, config, run)
+            group.meet(LOCKED)  # an error here would delete the lock before the others have opened it
             yield lock
     else:
         agree_on_settings(group, config, run)
         with follow_lock(run) as lock:
+            group.meet(LOCKED)
             yield lock
 
 
@@ -89,9 +94,12 @@ def agree_on_inputs(group: Group, inputs: Inputs) -> None:
     Raises:
       Disagreement: they have not.
     """
+    if group.processes == 1:
+        return
     tensors = {name: (entry.shape, entry.file_type) for name, entry in sorted(inputs.source.tensors.items())}
     values = {
         "model: names, shapes and types of its tensors": _digest(tensors),
+        "model: first bytes of its tensors": _first_bytes(inputs.source.tensors),
         "model: features": _digest(dataclasses.asdict(inputs.model)),
         "data.train: rows and tokens": inputs.dataset.fingerprint,
         "data.eval: rows and tokens": None if inputs.dataset.eval is None else inputs.dataset.eval.digest,
@@ -100,6 +108,20 @@ def agree_on_inputs(group: Group, inputs: Inputs) -> None:
     for task in [] if inputs.questions is None else inputs.questions.tasks:
         values[f"questions.{task.name}: questions"] = digest([digest(row) for row in task.inputs])
     group.agree("inputs", values, FIX)
+
+
+def _first_bytes(tensors: Mapping[str, TensorEntry]) -> str:
+    """Returns a digest of the first bytes of some tensors, in which finetuned models of one kind differ.
+
+    Models with many tensors are compared by a part of them, so that a network filesystem is not asked for each.
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors, key=lambda name: hashlib.sha256(name.encode()).digest())[:COMPARED_TENSORS]:
+        for path, offset, nbytes in tensors[name].ranges_of(0, 1):
+            with path.open("rb") as file:
+                file.seek(offset)
+                found.update(file.read(min(nbytes, COMPARED_BYTES)))
+    return found.hexdigest()[:12]
 
 
 def _digest(value: object) -> str:

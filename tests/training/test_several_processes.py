@@ -1,7 +1,9 @@
 """Two processes, as threads over a store of texts, compare their settings and rows before a run starts."""
 
+import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +12,10 @@ import pytest
 
 from qlora_jax.config import Config
 from qlora_jax.hosts.group import Disagreement, Group
+from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock, lock_run
 from qlora_jax.training.session import open_inputs
-from qlora_jax.training.several_processes import agree_on_inputs, agree_on_settings
-from tests.e2e.project import project, write_rows
+from qlora_jax.training.several_processes import agree_on_inputs, agree_on_settings, lock_together
+from tests.e2e.project import project, write_model, write_rows
 
 
 class Store:
@@ -71,6 +74,55 @@ def test_rows_may_be_elsewhere_and_must_be_the_same(together, tmp_path: Path):
         refused = together(agree_on_inputs, first, other)
         assert "data.eval: rows and tokens: " in refused and "data.train: rows" not in refused
     assert "data.train: rows and tokens: " in together(agree_on_inputs, first, other_train)
+
+
+def test_a_model_of_the_same_shapes_with_other_weights_is_refused(together, tmp_path: Path):
+    """As a finetuned model, or another revision, in the folder of one machine."""
+    config = project(tmp_path, data=dict(eval_fraction=0.0))
+    copy, tuned = (str(write_model(tmp_path / f"seed {seed}", seed)) for seed in (0, 1))
+    first, same, other = (
+        open_inputs(dataclasses.replace(config, model=dataclasses.replace(config.model, path=path)))
+        for path in (config.model.path, copy, tuned)
+    )
+    assert together(agree_on_inputs, first, same) == ""
+    refused = together(agree_on_inputs, first, other)
+    assert refused.count(" in process 0; ") == 1 and "model: first bytes of its tensors: " in refused
+
+
+def test_seeds_settings_and_versions_are_refused_in_one_message(together, monkeypatch, tmp_path: Path):
+    config, here = project(tmp_path), threading.local()
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1, micro_batch_size=4))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"1.{here.process}" if name == "jax" else "1.0")
+
+    def agree(group: Group, one: Config) -> None:
+        here.process = group.process
+        agree_on_settings(group, one, tmp_path)
+
+    lines = together(agree, config, other).splitlines()
+    assert [line.strip() for line in lines[1:-1]] == [
+        "train.micro_batch_size: 2 in process 0; 4 in process 1",
+        "train.seed: 0 in process 0; 1 in process 1",
+        'version of jax: "1.0" in process 0; "1.1" in process 1',
+    ]
+    assert lines[-1].startswith("Start all processes with the same command, versions and files")
+
+
+def test_all_open_the_lock_before_one_may_leave(together, monkeypatch, tmp_path: Path):
+    """Otherwise an error of process 0 would look like a folder that is gone in the others."""
+
+    def slowly(run: Path) -> contextlib.AbstractContextManager[RunLock]:
+        time.sleep(0.5)
+        return follow_lock(run)
+
+    monkeypatch.setattr("qlora_jax.training.several_processes.follow_lock", slowly)
+    config, run = project(tmp_path), tmp_path / "run"
+
+    def lock_and_fail(group: Group, _: None) -> None:
+        with lock_together(group, lock_run(run, pytest.fail), config, run):
+            raise Disagreement("the same error in all processes")
+
+    assert together(lock_and_fail, None, None) == "the same error in all processes"
+    assert not run.exists()
 
 
 def test_paths_may_differ_and_other_settings_may_not(together, tmp_path: Path):
