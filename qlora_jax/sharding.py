@@ -38,6 +38,11 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Device] | None = None) -> 
     return Mesh(grid, ROWS, axis_types=(AxisType.Auto,) * 2)
 
 
+def absent_mesh(data: int, fsdp: int) -> AbstractMesh:
+    """Returns a mesh of devices that need not be present."""
+    return AbstractMesh((data, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2)
+
+
 def axis_size(mesh: AnyMesh | None, *names: str) -> int:
     """Returns the number of devices along some axes; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)

@@ -20,6 +20,7 @@ from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.objectives.objective import needs_reference
 from qlora_jax.training.paging_budget import device_bytes
+from qlora_jax.training.plan.divisible import divisible
 from qlora_jax.training.plan.plan import first_fitting
 from qlora_jax.training.plan.preflight import RunPlan, longest_step, plan_run
 from qlora_jax.training.plan.reference import forward_batch
@@ -91,10 +92,11 @@ def plan_before_weights(
     inputs = _open_in_turn(config, model, group)
     agree_on_inputs(group, inputs)
     config = _pinned(config, inputs)
+    steps = divisible([longest_step(config, inputs, run_mesh(size)) for size in sizes])
     if full:
         print_report(inputs.dataset.report, console)
     with console.status("compiling the training step"):
-        gradients, plan = _first_that_fits(config, inputs, sizes, group)
+        gradients, plan = _first_that_fits(config, inputs, steps, group)
     print_banner("memory plan", plan.rows() if full else {"memory": plan.rows()["memory"]}, console)
     return PlannedRun(config, inputs, gradients, plan, refused)
 
@@ -147,9 +149,9 @@ def _pinned(config: Config, inputs: Inputs) -> Config:
 
 
 def _first_that_fits(
-    config: Config, inputs: Inputs, sizes: Sequence[MeshSize], group: Group
+    config: Config, inputs: Inputs, steps: Sequence[StepConfig], group: Group
 ) -> tuple[CompiledGradients, RunPlan]:
-    """Returns the compiled step and the plan of the first mesh on which the run fits; of the last if it fits none.
+    """Returns the compiled step and the plan of the first of these steps that fits; of the last if none does.
 
     It fits if it does in all processes. A mesh that is clearly too small is not compiled for.
     """
@@ -159,7 +161,6 @@ def _first_that_fits(
         gradients = compile_gradients(config, inputs, mesh)
         return gradients, plan_run(config, inputs, gradients)
 
-    steps = [longest_step(config, inputs, run_mesh(size)) for size in sizes]
     chosen = first_fitting(
         steps,
         lambda step: group.least("memory", device_bytes(memory_of(_devices(step)))[0]),

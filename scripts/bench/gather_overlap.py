@@ -31,8 +31,8 @@ def report(args: argparse.Namespace) -> None:
     from qlora_jax.models.catalog import PUBLISHED
     from qlora_jax.models.config import WeightFormat
     from qlora_jax.models.families import model_config
+    from qlora_jax.sharding import absent_mesh
     from qlora_jax.training.abstract_step import abstract_step
-    from qlora_jax.training.plan.from_config import absent_mesh
 
     step = abstract_step(
         model_config(PUBLISHED[args.model]),

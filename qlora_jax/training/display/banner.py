@@ -150,10 +150,17 @@ def _whole_on_each(session: Session) -> Rows:
         return {}
     whole = [leaf for leaf in jax.tree.leaves(session.parts.base) if leaf.sharding.is_fully_replicated]
     trained = any(is_table(name) for name in session.parts.lora)
-    why = "whose rows train" if trained else f"whose rows do not divide by {shards}"
     tables = {name.rpartition(".")[2]: leaf for name, leaf in _tables(session) if leaf.sharding.is_fully_replicated}
+    why = "whose rows train" if trained else _undivided({len(leaf) for leaf in tables.values()}, shards)
     named = f", with {' and '.join(tables)}, {why}" if tables else ""
     return {"whole on each": f"{format_bytes(_share(whole))} of the base{named}"}
+
+
+def _undivided(rows: set[int], shards: int) -> str:
+    """Returns why tables are whole, and the values of mesh.fsdp up to 16 that divide their rows."""
+    values = [n for n in range(2, 17) if all(count % n == 0 for count in rows)]
+    others = f" (they do by {', '.join(map(str, values))})" if values else ""
+    return f"whose {' and '.join(f'{count:,}' for count in sorted(rows))} rows do not divide by {shards}{others}"
 
 
 def _tables(session: Session) -> Iterator[tuple[str, jax.Array]]:

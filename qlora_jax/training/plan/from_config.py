@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from pallas_kernels import aot
 from qlora_jax.config import Config, DataArgs, LoraArgs, mesh_choices, paging_of
@@ -13,9 +13,10 @@ from qlora_jax.config.validate import uses
 from qlora_jax.data.batching.buckets import UNIT
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
+from qlora_jax.sharding import AnyMesh, absent_mesh, make_mesh
 from qlora_jax.training.objectives.make_objective import make_objective
 from qlora_jax.training.objectives.objective import Objective, needs_reference
+from qlora_jax.training.plan.divisible import divisible
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
@@ -85,7 +86,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
     config = run_step_config(args, model, weights, rows, ids)
     sizes = mesh_choices(args, device_count(args, target)).usable
     mesh = make_mesh if target.card is None else absent_mesh
-    return [config if size.devices == 1 else config.replace(mesh=mesh(size.data, size.fsdp)) for size in sizes]
+    return divisible([config if size.devices == 1 else config.replace(mesh=mesh(*size)) for size in sizes])
 
 
 def _longest_row(data: DataArgs, sequences: int) -> int:
@@ -99,11 +100,6 @@ def device_count(args: PlanArgs, target: PlanTarget) -> int:
     if target.card is None:
         return jax.local_device_count()
     return max(args.cards, math.prod(size for size in (args.mesh.data, args.mesh.fsdp) if isinstance(size, int)))
-
-
-def absent_mesh(data: int, fsdp: int) -> AbstractMesh:
-    """Returns a mesh of devices that need not be present."""
-    return AbstractMesh((data, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2)
 
 
 def larger_meshes(config: StepConfig, target: PlanTarget) -> list[AbstractMesh]:

@@ -11,11 +11,10 @@ from pallas_kernels.aot.collectives import read_collectives, totals
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.sharding import make_mesh
+from qlora_jax.sharding import absent_mesh, make_mesh
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.communication import exchanges, gathered_weights, layer_bytes
-from qlora_jax.training.plan.from_config import absent_mesh
 from qlora_jax.training.plan.requirements import StepConfig
 from tests.marks import EXHAUSTIVE
 from tests.training.compiled_text import TO_READ

@@ -12,11 +12,13 @@ from qlora_jax.config.parse import from_dict
 from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.sharding import absent_mesh
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.plan import from_config
-from qlora_jax.training.plan.from_config import absent_mesh, larger_meshes, planned_rows, step_configs
+from qlora_jax.training.plan.divisible import divisible
+from qlora_jax.training.plan.from_config import larger_meshes, planned_rows, step_configs
 from qlora_jax.training.plan.plan import first_fitting, fits, make_plan
 from qlora_jax.training.plan.requirements import (
     StepConfig,
@@ -139,6 +141,15 @@ def test_the_command_plans_one_devices_share(tmp_path, capsys, monkeypatch):
 def test_rows_that_the_cards_cannot_share_are_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size: found 3, expected a multiple of 8"):
         plan_of(tmp_path, capsys, "--card", "h100", "--mesh.fsdp", "8", "--train.micro_batch_size", "3")
+
+
+def test_meshes_that_cut_no_weight_are_refused_with_values_that_do(tmp_path, capsys):
+    seventh, half = (real("smollm2-135m", (2, n)) for n in (7, 2))
+    assert divisible([seventh, half]) == [half]
+    with pytest.raises(ConfigError, match=r"found 7, .* of 2, 3, 4, 6, 8, 12, 16, or mesh\.fsdp=1 and mesh\.data=14 "):
+        divisible([seventh])
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp: found 7, .*or mesh\.fsdp=1 and mesh\.data=7 "):
+        plan_of(tmp_path, capsys, "--card", "h100", "--mesh.fsdp", "7", "--train.micro_batch_size", "7")
 
 
 def test_auto_may_use_as_many_cards_as_there_are():
