@@ -53,7 +53,7 @@ def joined(
     if place is None:
         yield Watchdog(Group())
         return
-    watchdog = Watchdog(Group(place.process, place.processes), heartbeat)
+    watchdog = Watchdog(Group(place.process, place.processes), heartbeat, place.coordinator)
     try:
         _connect(place, run, watchdog, heartbeat, join_seconds)
         watchdog.group.names[:] = _introduce(watchdog.group, _wanted(devices))

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -24,10 +25,11 @@ from qlora_jax.hosts.group import Group, client
 from qlora_jax.terminal.visible import fit_to_print
 
 ENDED = 75  # EX_TEMPFAIL: starting the run again may help
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # a process that counts may be as late on a busy machine
 LAST_WORDS_SECONDS = 3.0  # for processes to read what others wrote, before process 0 takes the service with it
 ANSWER_SECONDS = 5.0  # for processes to say where they are
+CONNECT_SECONDS = 1.0  # for process 0 to take a connection
 _BEATS, _FAILED = "qlora_jax/watchdog/beats", "qlora_jax/watchdog/failed"
 _LEFT, _PLACES = "qlora_jax/left", "qlora_jax/places"
 RESTART = "Look at its output, then start all processes again, with --resume if the run has a checkpoint"
@@ -57,12 +59,14 @@ class Watchdog:
     Attributes:
       group: the processes of the run.
       heartbeat: seconds after which JAX notices that a process has ended.
+      coordinator: host:port of process 0; None for one process.
       stuck_after: the limit in seconds between two calls of `passes`; None: no limit yet.
       position: the newest place that this process has passed.
     """
 
     group: Group
     heartbeat: float = 0.0
+    coordinator: str | None = None
     stuck_after: float | None = None
     position: Position = dataclasses.field(default_factory=lambda: Position(0, "the start", time.monotonic()))
     _beats: dict[int, tuple[str, float]] = dataclasses.field(default_factory=dict)  # (count, when it was new)
@@ -99,16 +103,28 @@ class Watchdog:
 
         The thread may hold locks of JAX's client, so nothing here uses the client.
         """
+        with self._ending:
+            names = ", ".join(self.group.name(process) for process in self._lost_processes())
+            self._say(f"{names or 'another process'} ended without a message, or cannot be reached. {RESTART}")
+            if self.group.is_first:
+                time.sleep(CONNECT_SECONDS)  # for the others, which find out whether this process has ended
+            os._exit(ENDED)
+
+    def _lost_processes(self) -> list[int]:
+        """Returns the processes that are silent for as long as JAX needs to notice an end; process 0 if it has ended.
+
+        If a busy machine leaves this open, it is the one that is silent for longest.
+        """
         # JAX notices a lost process half a heartbeat after its end or later; its last count may be read late.
         limit = max(SILENT_SECONDS, self.heartbeat / 2 - 2 * POLL_SECONDS)
         now = time.monotonic()
-        silent = [process for process, (_, at) in self._beats.items() if now - at > limit]
-        # Without a silent one, the connection to process 0 broke, which the others notice at once.
-        unknown = ["another process"] if self.group.is_first else [self.group.name(0)]
-        names = ", ".join([self.group.name(process) for process in sorted(silent)] or unknown)
-        with self._ending:
-            self._say(f"{names} ended without a message, or cannot be reached. {RESTART}")
-            os._exit(ENDED)
+        silent = sorted(process for process, (_, at) in self._beats.items() if now - at > limit)
+        if silent:
+            return silent
+        # The connection to process 0 may have broken, which all notice at once.
+        if not self.group.is_first and not answers(self.coordinator):
+            return [0]
+        return sorted(self._beats, key=lambda process: self._beats[process][1])[:1]
 
     def fail(self, error: BaseException, report: Report) -> NoReturn:
         """Reports an error, lets the others know it, and ends this process at once."""
@@ -188,6 +204,18 @@ class Watchdog:
                 counts = {int(key.rpartition("/")[2]): int(text) for key, text in found}
             time.sleep(0.1)
         return [counts.get(process) for process in range(self.group.processes)]
+
+
+def answers(coordinator: str | None) -> bool:
+    """Returns True if process 0 takes a connection at its address, host:port."""
+    if coordinator is None:
+        return False
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def first_line(error: BaseException) -> str:

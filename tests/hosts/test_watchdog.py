@@ -1,6 +1,7 @@
 """Messages of the watchdog that need no second process."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -13,7 +14,12 @@ class Exited(BaseException):
     """Stands for the end of the process."""
 
 
-def message_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], **silent_for: float) -> str:
+def message_of(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    coordinator: str | None = None,
+    **silent_for: float,
+) -> str:
     """Returns what process 1 of 4 says when JAX has lost another one; the others were last heard of so long ago."""
 
     def leave(code: int) -> None:
@@ -23,7 +29,7 @@ def message_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
     monkeypatch.setattr(os, "_exit", leave)
     now = time.monotonic()
     beats = {process: ("7", now - silent_for.get(f"process_{process}", 1.0)) for process in (0, 2, 3)}
-    watchdog = Watchdog(Group(1, 4, [f"process {index} (here)" for index in range(4)]), 30.0, _beats=beats)
+    watchdog = Watchdog(Group(1, 4, [f"process {index} (here)" for index in range(4)]), 30.0, coordinator, _beats=beats)
     with pytest.raises(Exited):
         watchdog.lost()
     return capfd.readouterr().err
@@ -31,7 +37,17 @@ def message_of(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str
 
 def test_a_process_that_is_late_is_not_blamed_for_the_end_of_process_0(monkeypatch, capfd):
     """The others notice the end of process 0 at once, when a busy machine has kept another from counting."""
-    assert "because process 0 (here) ended" in message_of(monkeypatch, capfd, process_3=9.0)
+    with socket.socket() as ended:
+        ended.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{ended.getsockname()[1]}"  # nothing listens there
+        assert "because process 0 (here) ended" in message_of(monkeypatch, capfd, address, process_3=9.0)
+
+
+def test_the_process_that_is_silent_for_longest_is_blamed_if_process_0_answers(monkeypatch, capfd):
+    """With a short heartbeat, JAX may notice an end before the process is silent for long."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        assert "because process 3 (here) ended" in message_of(monkeypatch, capfd, address, process_3=2.5)
 
 
 def test_a_process_that_is_silent_for_a_heartbeat_is_blamed(monkeypatch, capfd):
