@@ -18,7 +18,7 @@ NOTICED = 2 * HEARTBEAT + 5
 SLURM = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_NODELIST": "localhost",
-    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS": "4",
     "SLURM_STEP_NUM_NODES": "1",
 }
 OMPI_5 = {
@@ -29,8 +29,9 @@ OMPI_5 = {
     "PMIX_NAMESPACE": "prterun-vm-15196@1",
 }
 RUNS = {
+    "sound": {"processes": 4, "variables": SLURM, "late": {"3": 5}},
     "stopped": {"actor": 1, "action": "term", "variables": OMPI_5},
-    "worker killed": {"actor": 1, "action": "kill"},
+    "worker killed": {"actor": 2, "action": "kill", "processes": 4},
     "first killed": {"actor": 0, "action": "kill"},
     "worker failed": {"actor": 1, "action": "fail"},
     "worker stuck": {"actor": 1, "action": "stall", "stuck_after": 3},
@@ -46,8 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Ended]]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        started = {name: start(folder / name, 2, **options) for name, options in RUNS.items()}
-        started["sound"] = start(folder / "sound", 2, variables=SLURM, late={"1": 5})
+        started = {name: start(folder / name, **{"processes": 2} | options) for name, options in RUNS.items()}
         started["never comes"] = start(folder / "alone", 2, expected=3, join_seconds=10)
         started["port taken"] = start(folder / "taken", 1, expected=2, port=taken.getsockname()[1])
         return wait(started)
@@ -65,9 +65,9 @@ def codes(run: Sequence[Ended]) -> list[int]:
     return [each.code for each in run]
 
 
-def test_slurms_processes_train_and_leave_well_although_one_comes_late(runs: dict[str, list[Ended]]):
-    assert codes(runs["sound"]) == [0, 0], runs["sound"]
-    assert all("trained on 4 devices, 2 here, agreed on (7, -1)" in each.out for each in runs["sound"])
+def test_four_processes_of_slurm_train_and_leave_well_although_one_comes_late(runs: dict[str, list[Ended]]):
+    assert codes(runs["sound"]) == [0] * 4, runs["sound"]
+    assert all("trained on 8 devices, 2 here, agreed on (7, -3)" in each.out for each in runs["sound"])
 
 
 def test_sigterm_to_one_of_open_mpi_stops_all_before_the_same_step(runs: dict[str, list[Ended]]):
@@ -75,12 +75,13 @@ def test_sigterm_to_one_of_open_mpi_stops_all_before_the_same_step(runs: dict[st
     assert all(f"stopped before step {ACTS_AT}" in each.out for each in runs["stopped"])
 
 
-@pytest.mark.parametrize(("name", "dead", "other"), [("worker killed", 1, 0), ("first killed", 0, 1)])
-def test_a_killed_process_ends_the_other(runs: dict[str, list[Ended]], name: str, dead: int, other: int):
+@pytest.mark.parametrize(("name", "dead"), [("worker killed", 2), ("first killed", 0)])
+def test_a_killed_process_ends_the_others(runs: dict[str, list[Ended]], name: str, dead: int):
     run = runs[name]
-    assert run[dead].code == KILLED and run[other].code == ENDED, run
-    assert run[other].at - acted_at(run) < NOTICED
-    one_message(run[other], f"process {dead} (", "ended without a message", "--resume")
+    assert codes(run) == [KILLED if process == dead else ENDED for process in range(len(run))], run
+    for each in [*run[:dead], *run[dead + 1 :]]:
+        assert each.at - acted_at(run) < NOTICED
+        one_message(each, f"process {dead} (", "ended without a message", "--resume")
 
 
 def test_a_failed_process_ends_the_other_with_its_error(runs: dict[str, list[Ended]]):
