@@ -1,6 +1,9 @@
 """One process of a run of several, for tests/hosts/processes.py: joins, takes steps, and comes to some end."""
 
+import contextlib
+import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax import nnx
 
 import qlora_jax.train
 from qlora_jax.config import run_main
@@ -19,6 +24,12 @@ from qlora_jax.hosts.launchers import PORT_VARIABLE, Place, find_place
 from qlora_jax.hosts.shared_folder import sees_first
 from qlora_jax.hosts.stop_signal import StopSignal
 from qlora_jax.hosts.watchdog import Watchdog
+from qlora_jax.io.hf import reader as hf_reader
+from qlora_jax.io.loading.loader import load_model
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.sharding import make_mesh
 from qlora_jax.training import loop
 from tests.hosts.processes import ACTS_AT, STEPS, STOPPED
 
@@ -62,10 +73,8 @@ def run(folder: Path, options: dict[str, Any]) -> None:
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
     jax.config.update("jax_num_cpu_devices", options.get("devices", 2))
-    if "command" in options:
-        run_main(lambda _: train_command(options), [])
-    else:
-        run_main(lambda _: join_and_train(options), [])
+    work = train_command if "command" in options else load if "model" in options else join_and_train
+    run_main(lambda _: work(options), [])
 
 
 def train_command(options: dict[str, Any]) -> None:
@@ -90,18 +99,43 @@ def by_hand(options: dict[str, Any]) -> list[str]:
     )
 
 
-def join_and_train(options: dict[str, Any]) -> None:
-    """Joins the other processes, agrees with them, trains, and leaves."""
+def join(options: dict[str, Any]) -> contextlib.AbstractContextManager[Watchdog]:
+    """Joins the other processes, by the variables of a launcher or by hand."""
     process = options["process"]
-    time.sleep(options.get("late", {}).get(str(process), 0))
     own = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "OMPI_COMM_WORLD_RANK"), str(process))
     os.environ |= options.get("variables", {}) | own | {PORT_VARIABLE: str(options["port"])}
     by_hand = f"127.0.0.1:{options['port']}", options.get("expected", options["processes"]), process
     place = find_place("auto", None, None, None) if "variables" in options else Place(*by_hand)
     limits = {"heartbeat": options.get("heartbeat", 5), "join_seconds": options.get("join_seconds", 60)}
-    shared = Path(options["folder"])
-    with joined(place, run=shared, devices=None, report=report_error, **limits) as watchdog:
-        folder = shared / options.get("folders", {}).get(str(process), "")
+    return joined(place, run=Path(options["folder"]), devices=None, report=report_error, **limits)
+
+
+def load(options: dict[str, Any]) -> None:
+    """Loads this process's part of a model on 2 x 4 devices; prints the bytes of the files read, and the fingerprint.
+
+    The parts go to a file `parts.PROCESS` next to the output: (name of the array, place in it, part).
+    """
+    source = open_model(options["model"])
+    with join(options), unittest.mock.patch.object(hf_reader, "map_bytes", wraps=hf_reader.map_bytes) as mapped:
+        mesh = make_mesh(2, 4, jax.devices())
+        loaded = load_model(source, model_config(source.config), WeightFormat(dtype="float32"), mesh=mesh)
+        leaves = jax.tree_util.tree_leaves_with_path(nnx.state(loaded.model))
+        parts = [
+            (jax.tree_util.keystr(path), shard.index, np.asarray(shard.data))
+            for path, leaf in leaves
+            for shard in leaf.addressable_shards
+        ]
+        (Path(options["folder"]).parent / f"parts.{options['process']}").write_bytes(pickle.dumps(parts))
+        read = {call.args[1:]: call.args[2] for call in mapped.call_args_list}  # each range once
+        print(json.dumps({"read": sum(read.values()), "fingerprint": loaded.fingerprint}))
+
+
+def join_and_train(options: dict[str, Any]) -> None:
+    """Joins the other processes, agrees with them, trains, and leaves."""
+    process = options["process"]
+    time.sleep(options.get("late", {}).get(str(process), 0))
+    with join(options) as watchdog:
+        folder = Path(options["folder"]) / options.get("folders", {}).get(str(process), "")
         folder.mkdir(exist_ok=True, parents=True)
         values = {
             "optim.learning_rate": 2e-4,

@@ -1,22 +1,32 @@
 """Rows by process: quantized alone and put together they are the whole weight, and its fingerprint, to the bit."""
 
+import json
+import pickle
 import threading
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from pallas_kernels.formats.layouts import convert_codes, layout_problem
 from pallas_kernels.formats.parts import Cut
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading import own_rows
 from qlora_jax.io.loading.base_fingerprint import SUFFIX, new_digest
-from qlora_jax.io.loading.loader import read_quantized, read_quantized_rows
+from qlora_jax.io.loading.loader import load_model, read_quantized, read_quantized_rows
 from qlora_jax.io.loading.own_rows import OwnRows, Processes, all_rows, rows_of_parts
 from qlora_jax.io.model_source import ModelSource, TensorEntry
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
 from qlora_jax.quant import quantize
-from tests.marks import some_in_ci
+from tests.hosts.processes import start, wait
+from tests.io.tiny_models import random_weights, write_folder
+from tests.marks import EXHAUSTIVE, SLOW, some_in_ci
+from tests.training.mesh_models import CUT_VOCABULARY, mesh_config
 
 SHAPES = [(576, 576), (192, 576), (1536, 576), (576, 1536), (1024, 4096), (4096, 1024), (2048, 192), (640, 2048)]
 KINDS = ("normal", "small blocks", "bf16")
@@ -117,6 +127,27 @@ def test_rows_of_each_process_are_the_weight_to_the_bit(shape, kind, layout, par
         assert fingerprint == one and one.endswith(SUFFIX)
         wanted = sum(end - first for first, end in cut.rows(number))
         assert sum(end - first for first, end in read[number]) <= wanted + 2 * 63 * len(cut.rows(number))
+
+
+@pytest.mark.parametrize("count", [pytest.param(4, marks=SLOW), pytest.param(2, marks=EXHAUSTIVE)])
+def test_real_processes_read_their_share_and_hold_the_parts_of_one(count: int, tmp_path: Path) -> None:
+    """On 2 x 4 devices; every matrix has whole strips for each process, so each of its bytes is read once in all."""
+    config = mesh_config(CUT_VOCABULARY, num_key_value_heads=8)
+    folder, weights = tmp_path / "model", random_weights(config)
+    source = open_model(write_folder(folder, config, weights))
+    one = load_model(source, model_config(source.config), WeightFormat(dtype="float32"))
+    ended = wait({"run": start(tmp_path, count, devices=8 // count, model=str(folder))})["run"]
+    assert [each.code for each in ended] == [0] * count, ended
+    found = [json.loads(each.out.splitlines()[-1]) for each in ended]
+    matrices, vectors = (sum(each.nbytes for each in weights.values() if each.ndim == ndim) for ndim in (2, 1))
+    assert [each["read"] for each in found] == [matrices // count + vectors] * count
+    assert {each["fingerprint"] for each in found} == {one.fingerprint}
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(one.model))
+    whole = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    parts = [part for process in range(count) for part in pickle.loads((tmp_path / f"parts.{process}").read_bytes())]
+    assert {name for name, _, _ in parts} == whole.keys() and len(parts) == 8 * len(whole)
+    for name, place, part in parts:
+        np.testing.assert_array_equal(part, whole[name][place], strict=True, err_msg=name)
 
 
 def _constants(weight: QTensor) -> dict[str, np.ndarray]:
