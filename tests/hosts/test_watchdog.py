@@ -44,7 +44,7 @@ def test_a_process_that_is_late_is_not_blamed_for_the_end_of_process_0(monkeypat
 
 
 def test_the_process_that_is_silent_for_longest_is_blamed_if_process_0_answers(monkeypatch, capfd):
-    """With a short heartbeat, JAX may notice an end before the process is silent for long."""
+    """JAX may notice an end before the process is silent for long, if the heartbeat is short."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         address = f"127.0.0.1:{listening.getsockname()[1]}"
         assert "because process 3 (here) ended" in message_of(monkeypatch, capfd, address, process_3=2.5)

@@ -77,7 +77,7 @@ def test_rows_may_be_elsewhere_and_must_be_the_same(together, tmp_path: Path):
 
 
 def test_a_model_of_the_same_shapes_with_other_weights_is_refused(together, tmp_path: Path):
-    """As a finetuned model, or another revision, in the folder of one machine."""
+    """One machine may have a finetuned model, or another revision, in its folder."""
     config = project(tmp_path, data=dict(eval_fraction=0.0))
     copy, tuned = (str(write_model(tmp_path / f"seed {seed}", seed)) for seed in (0, 1))
     first, same, other = (
