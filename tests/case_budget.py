@@ -36,7 +36,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     # No run uses these products: a run gathers whole layers.
     "tests/pallas_kernels/nf4_matmul/test_sharded.py::test_on_eight_devices": (0, 0),
     # Whole runs.
-    "tests/e2e/test_training.py::test_mixtures_and_windows_resume_to_the_bit": (0, 1),
+    "tests/e2e/test_resume.py::test_mixtures_and_windows_resume_to_the_bit": (0, 1),
     "tests/e2e/test_questions.py::test_every_evaluation_has_what_evaluate_says_of_its_checkpoint": (0, 1),
     "tests/e2e/test_questions.py::test_every_method_is_scored_as_evaluate_scores_it": (0, 1),
     "tests/e2e/test_questions.py::test_a_resumed_run_may_ask_others": (0, 0),
@@ -204,7 +204,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/test_generate.py::test_a_prompt_is_answered_on_standard_output": (0, 1),
     f"{KERNELS}/test_contract.py::test_stacks_and_transforms": (2, 4),
     "tests/io/loading/test_mesh_weights.py::test_other_formats": (1, 2),
-    "tests/e2e/test_training.py::test_resuming_otherwise_is_refused_with_each_difference": (0, 1),
+    "tests/e2e/test_resume.py::test_resuming_otherwise_is_refused_with_each_difference": (0, 1),
     "tests/training/test_abstract_step.py::test_the_compiled_program_takes_a_runs_arrays": (0, 1),
     "tests/inference/test_decode.py::test_a_full_context_ends_the_reply_and_says_so": (0, 1),
     "tests/inference/test_decode.py::test_compilations_are_as_many_as_stated": (0, 1),

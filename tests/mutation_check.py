@@ -106,7 +106,7 @@ MUTATIONS = [
         "qlora_jax/training/checkpoint_state.py",
         '"position": position,',
         '"position": position | {"index": 0},',
-        "tests/e2e/test_training.py",
+        "tests/e2e/test_resume.py",
     ),
     *MENDS,
 ]

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from tests.e2e.project import project
-from tests.e2e.test_training import _stop_and_resume, arrays_at, numbers, run, steps_saved
+from tests.e2e.tiny_runs import arrays_at, numbers, run, steps_saved, stop_and_resume
 
 # A learning rate that overshoots after some steps.
 SETTINGS = {
@@ -33,7 +33,7 @@ def test_a_run_stops_early_keeps_the_best_and_resumes_to_the_same_end(tmp_path, 
     assert steps_saved(config) == [best, last]
 
     again = dataclasses.replace(config, output=str(tmp_path / "again"))
-    _stop_and_resume(again, best + 1, monkeypatch)
+    stop_and_resume(again, best + 1, monkeypatch)
     assert numbers(again) == numbers(config) and steps_saved(again) == [best, last]
     for step in (best, last):
         for resumed, whole in zip(arrays_at(again, step), arrays_at(config, step), strict=True):

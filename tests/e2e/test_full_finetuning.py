@@ -16,7 +16,7 @@ from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
-from tests.e2e.test_training import _stop_and_resume, numbers, run
+from tests.e2e.tiny_runs import numbers, run, stop_and_resume
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def test_the_loss_falls_and_every_tensor_moves(finished, tmp_path):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     config = dataclasses.replace(finished, output=str(tmp_path / "run"))
-    _stop_and_resume(config, 4, monkeypatch)
+    stop_and_resume(config, 4, monkeypatch)
     assert_same_runs(config, finished)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from qlora_jax.config import write_config
 from tests.e2e.project import project
-from tests.e2e.test_training import arrays_at, numbers
+from tests.e2e.tiny_runs import arrays_at, numbers
 
 PAGED = dict(paging="on", paging_budget="70KiB")  # of 128 KiB in four pages: two of them move at each step
 

@@ -13,7 +13,7 @@ from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.training.metrics.eval_metrics import flatten_metrics
 from tests.e2e.test_questions import asking, evaluations
 from tests.e2e.test_samples import PROMPTS, samples
-from tests.e2e.test_training import run
+from tests.e2e.tiny_runs import run
 
 # The arguments of each command, in one process: most of the time is its start.
 COMMANDS = """

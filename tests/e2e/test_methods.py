@@ -14,7 +14,7 @@ from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
-from tests.e2e.test_training import _stop_and_resume, arrays_at, first_losses_before_and_after, numbers, run
+from tests.e2e.tiny_runs import arrays_at, first_losses_before_and_after, numbers, run, stop_and_resume
 from tests.marks import some_in_ci
 
 # (IA)^3's vectors start at 1 and learn more slowly: its learning rate is larger, as its authors' was (3e-3, LoRA 1e-4).
@@ -84,7 +84,7 @@ def test_the_loss_falls(finished):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     config = dataclasses.replace(finished, output=str(tmp_path / "run"))
-    _stop_and_resume(config, 4, monkeypatch)
+    stop_and_resume(config, 4, monkeypatch)
     assert_same_runs(config, finished)
 
 

@@ -9,7 +9,7 @@ import pytest
 from qlora_jax.io.run_folder.checkpoint import open_run
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
-from tests.e2e.test_training import _stop_and_resume, first_losses_before_and_after, numbers, run
+from tests.e2e.tiny_runs import first_losses_before_and_after, numbers, run, stop_and_resume
 
 SETTINGS = {
     "loraplus, neftune": dict(
@@ -34,7 +34,7 @@ def finished(request, tmp_path_factory):
 @pytest.mark.slow
 def test_a_resumed_paged_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     config = with_paging(finished, tmp_path / "run", paging="on", paging_budget="70KiB")
-    _stop_and_resume(config, 4, monkeypatch)
+    stop_and_resume(config, 4, monkeypatch)
     assert_same_runs(config, finished)
     assert any(moved for moved, *_ in paging_numbers(config)[1:])
     if finished.lora.method == "lora_fa":

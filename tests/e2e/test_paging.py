@@ -19,7 +19,7 @@ from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.optimizer_state import make_state_manager
 from qlora_jax.training.run import train
 from tests.e2e.project import project
-from tests.e2e.test_training import Records, arrays_at, numbers, session_of
+from tests.e2e.tiny_runs import Records, arrays_at, numbers, session_of
 from tests.marks import first_always, some_in_ci
 from tests.optim.memory_pressure import SimulatedMemory
 

@@ -15,7 +15,7 @@ from qlora_jax.training.plan import preflight
 from qlora_jax.training.run import dry_run
 from tests.e2e.project import project
 from tests.e2e.test_questions import asking
-from tests.e2e.test_training import session_of
+from tests.e2e.tiny_runs import session_of
 from tests.marks import first_always
 
 PROGRAMS = [

@@ -19,7 +19,7 @@ from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import dry_run, train
 from tests.e2e.project import project, stop_after
 from tests.e2e.test_paging import with_paging
-from tests.e2e.test_training import Records, _stop_and_resume, arrays_at, numbers, quiet, run, session_of
+from tests.e2e.tiny_runs import Records, arrays_at, numbers, quiet, run, session_of, stop_and_resume
 from tests.marks import first_always, some_in_ci
 
 KINDS = ("choices", "letters", "answers")
@@ -127,7 +127,7 @@ def test_training_is_the_same_to_the_bit_without_them(finished, tmp_path):
 @pytest.mark.parametrize("steps", first_always([3, 2]))
 def test_a_resumed_run_has_each_record_once(finished, tmp_path, monkeypatch, steps):
     config = dataclasses.replace(finished[0], output=str(tmp_path / "run"))
-    _stop_and_resume(config, steps, monkeypatch)
+    stop_and_resume(config, steps, monkeypatch)
     assert numbers(config) == numbers(finished[0])
     assert run(config, resume=True)  # nothing is left to do
     assert numbers(config) == numbers(finished[0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, project
-from tests.e2e.test_training import _stop_and_resume, arrays_at, numbers, run
+from tests.e2e.tiny_runs import arrays_at, numbers, run, stop_and_resume
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder
 from tests.marks import first_slow
@@ -63,7 +63,7 @@ def test_four_steps_are_two_and_two(tmp_path: Path, monkeypatch, name: str) -> N
     )
     assert run(whole)
     again = dataclasses.replace(whole, output=str(tmp_path / "again"))
-    _stop_and_resume(again, 2, monkeypatch)
+    stop_and_resume(again, 2, monkeypatch)
     assert numbers(again) == numbers(whole)
     for resumed, uninterrupted in zip(arrays_at(again, 4), arrays_at(whole, 4), strict=True):
         np.testing.assert_array_equal(resumed, uninterrupted)

@@ -8,7 +8,7 @@ import pytest
 from qlora_jax import generate
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from tests.e2e.project import project
-from tests.e2e.test_training import _stop_and_resume, run
+from tests.e2e.tiny_runs import run, stop_and_resume
 
 PROMPTS = ["say sun 1", "say moon 2"]
 
@@ -35,7 +35,7 @@ def test_every_evaluation_has_replies_and_the_last_are_what_generate_writes(tmp_
     assert [record["reply"] for record in told if record["step"] == 0] != replies
 
     again = dataclasses.replace(config, output=str(tmp_path / "again"))
-    _stop_and_resume(again, 4, monkeypatch)
+    stop_and_resume(again, 4, monkeypatch)
     assert samples(again) == told
 
 

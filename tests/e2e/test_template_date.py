@@ -12,7 +12,7 @@ import pytest
 from qlora_jax.config import Config, read_config
 from qlora_jax.data.tokenizer import tokenizer
 from tests.e2e.project import TEMPLATE, project, stop_after
-from tests.e2e.test_training import arrays_at, numbers, run
+from tests.e2e.tiny_runs import arrays_at, numbers, run
 
 DATED = "{{ strftime_now('%d %B %Y') }}\n" + TEMPLATE
 

@@ -1,83 +1,31 @@
-"""Whole runs on a tiny model: the trained and frozen parameters; stopping and resuming change nothing."""
+"""Whole runs on a tiny model: the trained and frozen parameters, losses, memory and compilations."""
 
 import dataclasses
-import io
-import os
 import re
-import shutil
-import socket
-import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from rich.console import Console
 
-from qlora_jax.config import HostsArgs, MeshArgs
-from qlora_jax.data.batching.batches import window_order
-from qlora_jax.io.export.original_delta import adapter_for_export
-from qlora_jax.io.export.peft import export_peft
-from qlora_jax.io.loading.base_fingerprint import same_form
-from qlora_jax.io.loading.loader import load_model
-from qlora_jax.io.pretrained import open_finetuned
-from qlora_jax.io.run_folder.checkpoint import Checkpoints, open_run
-from qlora_jax.io.run_folder.checkpoint_reader import read_state
+from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.training import loop
-from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
-from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.evaluation.forward import evaluation_loss
 from qlora_jax.training.metrics.metrics_file import read_metrics
-from qlora_jax.training.run import dry_run, lock_output, train
-from qlora_jax.training.session import compile_gradients, open_inputs, prepare, weights_of
+from qlora_jax.training.session import open_inputs
 from qlora_jax.training.step import gradients, update
-from tests.e2e.project import project, stop_after, write_model, write_rows
-from tests.e2e.run_records import comparable_records
-from tests.marks import first_always
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
-def session_of(config):
-    inputs = open_inputs(config)
-    return prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None)
-
-
-def run(config, resume=False):
-    return train(config, Path(config.output), resume=resume, oversized=False, console=quiet())
-
-
-def numbers(config):
-    """The records of a run that equal runs share."""
-    return comparable_records(Path(config.output) / "metrics.jsonl")
-
-
-def steps_saved(config):
-    """Returns the steps of a run's checkpoints."""
-    return sorted(int(folder.name) for folder in (Path(config.output) / "checkpoints").iterdir())
-
-
-def arrays_at(config, step):
-    folder = Path(config.output) / "checkpoints" / str(step)
-    checkpointer = ocp.StandardCheckpointer()
-    return jax.tree.leaves([checkpointer.restore(folder.absolute() / item) for item in ("lora", "optimizer")])
-
-
-def first_batch(session):
-    batch = next(session.dataset.train_batches())
-    return batch, batch.arrays()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 10 steps, uninterrupted."""
-    config = project(tmp_path_factory.mktemp("finished"))
-    assert run(config)
-    return config
+from tests.e2e.project import project
+from tests.e2e.tiny_runs import (
+    Records,
+    first_batch,
+    first_losses_before_and_after,
+    numbers,
+    run,
+    run_quietly,
+    session_of,
+    stop_and_resume,
+)
 
 
 def test_the_loss_falls_and_everything_is_written(finished):
@@ -120,56 +68,6 @@ def test_only_lora_trains_and_no_code_reaches_gradients_or_optimizer(tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
-class Records(list):
-    """A reporter that remembers."""
-
-    def step(self, record):
-        self.append(record)
-
-    evaluation = step
-    samples = list.extend
-
-    def evaluation_progress(self, words):
-        pass
-
-
-def run_quietly(session, progress, batch):
-    return loop.train_step(session, progress, batch, 0.0, Records())
-
-
-@pytest.mark.parametrize("steps", first_always([5, 1, 6]))
-def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, steps, monkeypatch):
-    """Also if the signal cuts off an evaluation, as it does after step 5."""
-    config = dataclasses.replace(finished, output=str(tmp_path / "run"))
-    _stop_and_resume(config, steps, monkeypatch)
-    assert numbers(config) == numbers(finished)
-    assert len([*(Path(config.output) / "checkpoints").iterdir()]) == config.train.keep, "nobody asked for the best one"
-    for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
-        np.testing.assert_array_equal(resumed, whole)
-
-
-def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_an_uninterrupted_one(finished, tmp_path):
-    config = dataclasses.replace(finished, output=str(tmp_path / "run"))
-    folder = Path(shutil.copytree(finished.output, config.output)) / "checkpoints"
-    file = max((folder / "10/optimizer").rglob("d/*"), key=lambda path: path.stat().st_size)
-    data, middle = file.read_bytes(), file.stat().st_size // 2
-    file.write_bytes(data[:middle] + bytes(64) + data[middle + 64 :])
-    with pytest.warns(UserWarning, match=r"(?s)10/optimizer: the checkpoint of step 10 is damaged.*from step 9"):
-        assert run(config, resume=True)
-    assert sorted(entry.name for entry in folder.iterdir()) == ["10", "10.damaged", "9"]
-    assert numbers(config) == numbers(finished)
-    for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
-        np.testing.assert_array_equal(resumed, whole)
-
-
-def _stop_and_resume(config, steps, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, config, steps)
-        assert not run(config)
-    assert open_run(Path(config.output)).step == steps
-    assert run(config, resume=True)
-
-
 def test_packed_rows_train_resume_and_waste_little(tmp_path, monkeypatch):
     whole = project(tmp_path / "whole", data=dict(packing=True), train=dict(steps=6, accumulation=1))
     report = open_inputs(whole).dataset.report
@@ -182,89 +80,8 @@ def test_packed_rows_train_resume_and_waste_little(tmp_path, monkeypatch):
     losses = [record["eval_loss"] for record in numbers(whole) if "eval_loss" in record]
     assert losses[-1] < losses[0]
     config = dataclasses.replace(whole, output=str(tmp_path / "run"))
-    _stop_and_resume(config, 4, monkeypatch)
+    stop_and_resume(config, 4, monkeypatch)
     assert numbers(config) == numbers(whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mixture", "windows", "packed windows"])
-def test_mixtures_and_windows_resume_to_the_bit(tmp_path, monkeypatch, kind):
-    whole = project(tmp_path / "whole", data=dict(learn="all"), train=dict(steps=8, accumulation=8))
-    other, many = (str(write_rows(tmp_path / f"{count}.jsonl", count)) for count in (9, 150))
-    settings = {
-        "mixture": dict(train={whole.data.train: 0.5, other: 2.0}),
-        # 120 rows that are not held out are two windows of 60: 4 steps of 16 rows, or 2 of 16 packs.
-        "windows": dict(train=many, cache=str(tmp_path / "cache"), window=100),
-        "packed windows": dict(train=many, cache=str(tmp_path / "cache"), window=100, packing=True),
-    }[kind]
-    whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, **settings))
-    assert run(whole)
-    config = dataclasses.replace(whole, output=str(tmp_path / "run"))
-    _stop_and_resume(config, 5, monkeypatch)
-    assert numbers(config) == numbers(whole)
-    for resumed, expected in zip(arrays_at(config, 8), arrays_at(whole, 8), strict=True):
-        np.testing.assert_array_equal(resumed, expected)
-
-
-def test_a_run_of_an_earlier_version_resumes_with_the_fingerprint_it_has(finished, monkeypatch):
-    inputs = open_inputs(finished)
-    base = inputs.source, inputs.model, weights_of(finished, inputs)
-    earlier = load_model(*base, fingerprint="0" * 64).fingerprint
-
-    def read(folder):
-        state, digests = read_state(folder)
-        assert not same_form(state["fingerprint"], earlier)
-        return state | {"fingerprint": earlier}, digests
-
-    monkeypatch.setattr("qlora_jax.io.run_folder.checkpoint.read_state", read)
-    assert run(finished, resume=True)
-    monkeypatch.setattr("qlora_jax.training.run.saved_fingerprint", lambda run: None)
-    with pytest.raises(ValueError, match="the base model: fingerprint"):
-        run(finished, resume=True)
-
-
-def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refused(tmp_path):
-    many, position = str(write_rows(tmp_path / "many.jsonl", 150)), {"epoch": 3, "window": 1, "index": 0}
-    windows = dict(train=many, cache=str(tmp_path / "cache"), window=100)
-    session = session_of(project(tmp_path / "windows", data=windows))
-    state = checkpoint_state(session, 1, position, BestEvaluation())
-    assert state["window_order"] == window_order(session.config.train.seed, 3, 2).tolist()
-    check_resumable(session, state)
-    reversed_ = state | {"window_order": state["window_order"][::-1]}
-    with pytest.raises(ValueError, match=r"windows of epoch 3: order \["):
-        check_resumable(session, reversed_)
-    del state["window_order"]
-    with pytest.raises(ValueError, match="lacks window_order, because another version"):
-        check_resumable(session, state)
-    session = session_of(project(tmp_path / "one"))
-    state = checkpoint_state(session, 1, position, BestEvaluation())
-    del state["window_order"]  # there is but one order of one window
-    check_resumable(session, state)
-
-
-def test_a_run_resumes_on_other_devices_and_with_another_split_of_its_rows(tmp_path):
-    session = session_of(project(tmp_path))
-    state = checkpoint_state(session, 1, {"epoch": 0, "window": 0, "index": 1}, BestEvaluation())
-    train, dataset = session.config.train, session.dataset
-    rows = train.micro_batch_size * train.accumulation
-
-    def with_split(micro_batch_size, accumulation):
-        split = {"micro_batch_size": micro_batch_size, "accumulation": accumulation}
-        config = dataclasses.replace(
-            session.config,
-            train=dataclasses.replace(train, **split),
-            mesh=MeshArgs(data=2, fsdp=4),
-            hosts=HostsArgs(launcher="off", heartbeat=5),
-        )
-        return dataclasses.replace(session, config=config, dataset=dataclasses.replace(dataset, **split))
-
-    check_resumable(with_split(rows, 1), state)
-    check_resumable(with_split(1, rows), state)
-    earlier = dataset.fingerprint_of_split(train.accumulation, train.micro_batch_size)
-    check_resumable(session, state | {"data_fingerprint": earlier})
-    check_resumable(with_split(rows, 1), state | {"data_fingerprint": earlier})
-    with pytest.raises(ValueError, match=r"train\.micro_batch_size: .* now\n.*data\.train: other rows"):
-        check_resumable(with_split(rows, 2), state)
 
 
 def test_mfu_is_of_the_rows_own_tokens_and_only_where_the_peak_is_known(tmp_path):
@@ -354,125 +171,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tmp_path):
         run_quietly(session, progress, batch)
 
 
-def test_a_checkpoint_is_read_by_orbax_alone_without_warnings(finished):
-    folder = Path(finished.output).absolute() / "checkpoints" / "10"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lora = ocp.StandardCheckpointer().restore(folder / "lora")
-    assert lora["model.layers.self_attn.q_proj"]["lora_a"].shape == (2, 64, 4)
-    assert open_run(Path(finished.output)).step == 10
-
-
-def first_losses_before_and_after(finished, tmp_path):
-    """The first loss of a run, and of another that starts from its exported adapter."""
-    export_peft(open_finetuned(finished.output), tmp_path / "peft")
-    config = dataclasses.replace(
-        finished,
-        lora=dataclasses.replace(
-            adapter_for_export(open_run(Path(finished.output)), False).args, start=str(tmp_path / "peft")
-        ),
-        train=dataclasses.replace(finished.train, steps=1),
-        output=str(tmp_path / "more"),
-    )
-    run(config)
-    return [next(r["loss"] for r in numbers(c) if "loss" in r) for c in (finished, config)]
-
-
 def test_training_goes_on_from_an_adapter(finished, tmp_path):
     """The first loss is what the exported adapter gives, not what a fresh one would."""
     fresh, more = first_losses_before_and_after(finished, tmp_path)
     assert more < 0.9 * fresh
-
-
-def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
-    other_model = write_model(tmp_path / "model", seed=1)
-    changed = dataclasses.replace(
-        finished,
-        lora=dataclasses.replace(finished.lora, alpha=8.0),
-        model=dataclasses.replace(finished.model, path=str(other_model)),
-    )
-    with pytest.raises(ValueError) as caught:
-        run(changed, resume=True)
-    assert "lora.alpha: 32.0 in the checkpoint, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda state: state.pop("best"), r"checkpoint of step 10 lacks best, because another version .* lora\.start"),
-        (
-            lambda state: state["config"].update(colour=1),
-            r"run: the settings in the checkpoint of step 10 .* version of qlora_jax:\n  colour: unknown setting",
-        ),
-    ],
-)
-def test_a_checkpoint_of_another_version_is_an_error(finished, monkeypatch, change, problem):
-    def read(folder):
-        state, digests = read_state(folder)
-        change(state)
-        return state, digests
-
-    monkeypatch.setattr("qlora_jax.io.run_folder.checkpoint.read_state", read)
-    with pytest.raises(ValueError, match=problem):
-        run(finished, resume=True)
-
-
-def test_a_run_that_goes_on_tells_where_and_not_again_what_its_start_told(finished):
-    console = quiet()
-    assert train(finished, Path(finished.output), resume=True, oversized=False, console=console)
-    told = console.file.getvalue()
-    assert "resuming after step 10 of 10" in told and "lowest held-out loss  " in told and "memory  " in told
-    assert not [words for words in ("data:", "breakdown", "trained", "optimizer") if words in told]
-
-
-def test_an_output_folder_in_use_is_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match=r"contains a run.*--resume"):
-        take(Path(finished.output), resume=False)
-    with pytest.raises(ValueError, match="has no checkpoint to resume"):
-        take(tmp_path, resume=True)
-    (tmp_path / "run.lock").write_text("process 1 on laptop, which was killed before its first checkpoint")
-    take(tmp_path, resume=False)
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="is not a run folder"):
-        take(tmp_path, resume=False)
-    with pytest.raises(ValueError, match=r"thesis\.tex is a file"):
-        take(tmp_path / "thesis.tex" / "run", resume=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_run_is_read_while_it_trains(finished):
-    with lock_output(Path(finished.output), resume=True, warn=pytest.fail):
-        assert open_run(Path(finished.output)).step == 10
-        assert open_finetuned(finished.output).run is not None
-
-
-def take(folder, resume):
-    """Locks an output folder and releases it again."""
-    with lock_output(folder, resume=resume, warn=pytest.fail):
-        pass
-
-
-def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
-    """A run, a resumed run, a dry run; the second process has not touched anything."""
-    config = project(tmp_path)
-    folder = Path(config.output)
-    with lock_output(folder, resume=False, warn=pytest.fail):
-        (folder / "metrics.jsonl").write_text("")
-        (folder / "config.yaml").write_text("")
-        expected = rf"another process writes in this folder \(process {os.getpid()} on {socket.gethostname()}, since 20"
-        for start in (
-            lambda: run(config),
-            lambda: run(config, resume=True),
-            lambda: dry_run(config, folder, resume=False, oversized=False, console=quiet()),
-        ):
-            with pytest.raises(ValueError, match=expected):
-                start()
-        assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.jsonl", "run.lock"]
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_run_without_a_checkpoint_is_told_so_with_and_without_resume(tmp_path, resume):
-    (tmp_path / "metrics.jsonl").write_text("")
-    (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match=r"before its first checkpoint.*Delete the folder.*without --resume"):
-        take(tmp_path, resume=resume)

@@ -15,8 +15,8 @@ from qlora_jax.training.metrics import trackers as module
 from qlora_jax.training.metrics.trackers import TRACKERS, scalars, trackers
 from qlora_jax.training.run import dry_run
 from tests.e2e.project import project
-from tests.e2e.test_training import numbers as metrics_of
-from tests.e2e.test_training import run
+from tests.e2e.tiny_runs import numbers as metrics_of
+from tests.e2e.tiny_runs import run
 
 RECORD = {"step": 3, "loss": 1.5, "tokens": 7, "flag": True, "paging_problems": ["x"]}
 
