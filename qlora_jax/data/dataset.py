@@ -187,11 +187,7 @@ def load_dataset(
       ValueError: problems of settings, files or rows. All problems of a file's rows are in one error, by line.
     """
     _check_eval_settings(data)
-    if data.chat_template is not None:
-        tokenizer = with_chat_template(tokenizer, data.chat_template)
-    if data.chat_template_kwargs:
-        tokenizer = with_template_kwargs(tokenizer, data.chat_template_kwargs, "data.chat_template_kwargs")
-    tokenizer = with_template_date(tokenizer, data.template_date)
+    tokenizer = _with_template(tokenizer, data)
     source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective))
     train, held_out = _prepare_train(source), _prepare_eval(source)
     if kl_pairs:
@@ -232,6 +228,15 @@ def load_dataset(
         digest=rows.digest,
         report=report,
     )
+
+
+def _with_template(tokenizer: Tokenizer, data: DataArgs) -> Tokenizer:
+    """Returns the tokenizer with the chat template, its arguments and its date that the settings give."""
+    if data.chat_template is not None:
+        tokenizer = with_chat_template(tokenizer, data.chat_template)
+    if data.chat_template_kwargs:
+        tokenizer = with_template_kwargs(tokenizer, data.chat_template_kwargs, "data.chat_template_kwargs")
+    return with_template_date(tokenizer, data.template_date)
 
 
 def _check_eval_settings(data: DataArgs) -> None:

@@ -5,6 +5,7 @@ Names of tensors and keys are the gguf package's; its changes of rows and norms 
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,24 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
     part = config.get("partial_rotary_factor", config.get("rotary_pct", 0.5 if architecture == "glm4" else 1.0))
     if architecture not in WITHOUT_ROTATED:
         writer.add_rope_dimension_count(int(head_dim * part))
-    optional = {
+    for name, add in _optional(writer).items():
+        if config.get(name) is not None:
+            add(config[name])
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if architecture == "glm4moe":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+    if config.get("sliding_window") and architecture in ("olmo2", "exaone4"):
+        types = config.get("layer_types") or [(layer + 1) % 4 for layer in range(config["num_hidden_layers"])]
+        writer.add_sliding_window_pattern([kind not in ("full_attention", 0) for kind in types])
+    if architecture == "phi3" and "sliding_window" not in config:
+        writer.add_sliding_window(0)
+
+
+def _optional(writer: gguf.GGUFWriter) -> dict[str, Callable[[Any], None]]:
+    """The methods that write the keys of attributes that a config may have."""
+    return {
         "rms_norm_eps": writer.add_layer_norm_rms_eps,
         "layer_norm_eps": writer.add_layer_norm_eps,
         "rope_theta": writer.add_rope_freq_base,
@@ -247,8 +265,6 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
         "final_logit_softcapping": writer.add_final_logit_softcapping,
         "use_parallel_residual": writer.add_parallel_residual,
         "original_max_position_embeddings": writer.add_rope_scaling_orig_ctx_len,
-    }
-    optional |= {
         "num_experts": writer.add_expert_count,
         "num_local_experts": writer.add_expert_count,
         "n_routed_experts": writer.add_expert_count,
@@ -260,19 +276,6 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any
         "routed_scaling_factor": writer.add_expert_weights_scale,
         "num_nextn_predict_layers": writer.add_nextn_predict_layers,
     }
-    for name, add in optional.items():
-        if config.get(name) is not None:
-            add(config[name])
-    if architecture == "gpt-oss":
-        writer.add_expert_feed_forward_length(config["intermediate_size"])
-    if architecture == "glm4moe":
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        writer.add_expert_weights_norm(config["norm_topk_prob"])
-    if config.get("sliding_window") and architecture in ("olmo2", "exaone4"):
-        types = config.get("layer_types") or [(layer + 1) % 4 for layer in range(config["num_hidden_layers"])]
-        writer.add_sliding_window_pattern([kind not in ("full_attention", 0) for kind in types])
-    if architecture == "phi3" and "sliding_window" not in config:
-        writer.add_sliding_window(0)
 
 
 def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[str, Any]) -> None:

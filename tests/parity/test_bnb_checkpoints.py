@@ -121,27 +121,7 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
         expected = tensors[f"model.layers.{layer}.mlp.down_proj.weight"].read()
         np.testing.assert_array_equal(down.parts[1][place], expected)
 
-    # The same model with every weight dense, as the mixed one has them, is what the mixed one computes.
-    quantize.main(
-        [
-            "--model",
-            str(tmp_path / "mixed"),
-            "--output",
-            str(tmp_path / "16 bit"),
-            "--quant_type",
-            "none",
-            "--dtype",
-            "float32",
-        ]
-    )
-    for remat in ("none", "full"):
-        mixed, plain = (
-            _loss_and_gradients(_loaded(tmp_path / name, **how).model, remat)
-            for name, how in (("mixed", {}), ("16 bit", dict(quant_type=None)))
-        )
-        for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
-
+    _check_against_dense(tmp_path)
     again = ["--output", str(tmp_path / "again"), "--quant_type", "nf4", "--dtype", "float32"]
     quantize.main(["--model", str(tmp_path / "mixed"), *again])
     assert _loaded(tmp_path / "again").fingerprint == loaded.fingerprint
@@ -155,6 +135,19 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
     assert len(names) == 1 + 2 * (7 * 3 - 5)
     for name in names:
         np.testing.assert_array_equal(theirs[f"again/{name}"], theirs[f"mixed/{name}"], err_msg=name)
+
+
+def _check_against_dense(tmp_path: Path) -> None:
+    """The mixed model computes what the same model with every weight dense does."""
+    dense = ["--output", str(tmp_path / "16 bit"), "--quant_type", "none", "--dtype", "float32"]
+    quantize.main(["--model", str(tmp_path / "mixed"), *dense])
+    for remat in ("none", "full"):
+        mixed, plain = (
+            _loss_and_gradients(_loaded(tmp_path / name, **how).model, remat)
+            for name, how in (("mixed", {}), ("16 bit", dict(quant_type=None)))
+        )
+        for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
 
 
 @pytest.mark.exhaustive

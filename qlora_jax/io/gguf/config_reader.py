@@ -152,45 +152,15 @@ def config_from_metadata(
     Raises:
       ValueError: keys are missing, unknown, or have an unsupported value; all are named.
     """
-    prefix = f"{architecture.name}."
-    keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    keys = {
-        key: value
-        for key, value in keys.items()
-        if not key.startswith(architecture.ignored) and (key not in ZERO_IS_NONE or value != 0)
-    }
-    problems = _problems(architecture, keys)
-    if problems:
-        lines = "\n".join(f"  {prefix}{problem}" for problem in problems)
-        raise ValueError(f"{path}: metadata that is not supported:\n{lines}")
+    keys = _supported_keys(path, architecture, metadata)
+    variant = _variant(architecture, keys)
     config = {name: keys[key] for key, name in _required(architecture).items()}
     config["num_hidden_layers"] = number_of_layers(architecture, metadata)
     config |= architecture.absent
     config |= {name: keys[key] for key, name in architecture.attributes.items() if key in keys}
-    heads, head_dim = config["num_attention_heads"], _head_dim(keys)
-    variant = _variant(architecture, keys)
-    config |= {
-        "architectures": [variant.class_name],
-        "model_type": variant.model_type,
-        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "rope_theta": keys.get("rope.freq_base", 10000.0),
-        "vocab_size": keys.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", []))),
-        # GGUF has no key for these; the presence of tensors implies them.
-        "tie_word_embeddings": "output.weight" not in tensor_names,
-        **{name: tensor in tensor_names for name, tensor in architecture.biases.items()},
-        **architecture.fixed,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-    }
-    if architecture.partial:
-        config[architecture.partial] = _rotated_fraction(keys.get("rope.dimension_count", head_dim), head_dim)
-    if layers := architecture.query_scalar_layers:
-        by_width = config["num_hidden_layers"] == layers
-        config["query_pre_attn_scalar"] = config["hidden_size"] // heads if by_width else head_dim
-    config |= {name: keys.get(key, head_dim**-0.5) for key, name in architecture.query_scale.items()}
-    if architecture.window_period:
-        config |= _windows(architecture, keys, config)
+    config |= {"architectures": [variant.class_name], "model_type": variant.model_type}
+    config |= _implied(architecture, keys, metadata, tensor_names)
+    config |= _attention(architecture, keys, config)
     config["rope_scaling"] = rope_scaling(path, architecture, keys, config, rope_factors)
     if architecture.untruncated_yarn:
         scaling = config["rope_scaling"]
@@ -200,6 +170,56 @@ def config_from_metadata(
     if LONGROPE_FACTORS["long_factor"] in rope_factors:
         config["original_max_position_embeddings"] = original_context(keys, config)
     return config
+
+
+def _supported_keys(path: Path, architecture: Architecture, metadata: Metadata) -> Metadata:
+    """Returns the values of the architecture's keys, without its prefix; ValueError names those not supported."""
+    prefix = f"{architecture.name}."
+    keys = {
+        key.removeprefix(prefix): value
+        for key, value in metadata.items()
+        if key.startswith(prefix) and not key.removeprefix(prefix).startswith(architecture.ignored)
+    }
+    keys = {key: value for key, value in keys.items() if key not in ZERO_IS_NONE or value != 0}
+    if problems := _problems(architecture, keys):
+        lines = "\n".join(f"  {prefix}{problem}" for problem in problems)
+        raise ValueError(f"{path}: metadata that is not supported:\n{lines}")
+    return keys
+
+
+def _implied(
+    architecture: Architecture, keys: Metadata, metadata: Metadata, tensor_names: frozenset[str]
+) -> JsonObject:
+    """Returns attributes with defaults, and those that the architecture, the tokenizer or the tensors imply."""
+    return {
+        "num_key_value_heads": keys.get("attention.head_count_kv", keys["attention.head_count"]),
+        "head_dim": _head_dim(keys),
+        "rope_theta": keys.get("rope.freq_base", 10000.0),
+        "vocab_size": keys.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", []))),
+        # GGUF has no key for these; the presence of tensors implies them.
+        "tie_word_embeddings": "output.weight" not in tensor_names,
+        **{name: tensor in tensor_names for name, tensor in architecture.biases.items()},
+        **architecture.fixed,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+
+
+def _attention(architecture: Architecture, keys: Metadata, config: JsonObject) -> JsonObject:
+    """Returns the rotated fraction, the scale of queries and the windows, where the architecture has them."""
+    head_dim = config["head_dim"]
+    found: JsonObject = {}
+    if architecture.partial:
+        found[architecture.partial] = _rotated_fraction(keys.get("rope.dimension_count", head_dim), head_dim)
+    if layers := architecture.query_scalar_layers:
+        by_width = config["num_hidden_layers"] == layers
+        found["query_pre_attn_scalar"] = (
+            config["hidden_size"] // config["num_attention_heads"] if by_width else head_dim
+        )
+    found |= {name: keys.get(key, head_dim**-0.5) for key, name in architecture.query_scale.items()}
+    if architecture.window_period:
+        found |= _windows(architecture, keys, config | found)
+    return found
 
 
 def _variant(architecture: Architecture, keys: Metadata) -> Variant:

@@ -171,7 +171,30 @@ def evaluate(model, tokenizer, examples, dtype, batch=16):
     return {k: round(v, 4) for k, v in scores.items()}
 
 
-def main() -> None:
+def train(model, tokenizer, examples, args) -> None:
+    """Takes one step per batch of examples; linear warm-up over a tenth of the steps, then linear decay to zero."""
+    trainable = [q for q in model.parameters() if q.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=0.0, fused=True)
+    steps = args.train_rows // args.batch
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / (0.1 * steps), (steps - s) / (0.9 * steps))
+    )
+    losses = []
+    for s in range(steps):
+        ids, labels = collate(examples[s * args.batch : (s + 1) * args.batch], tokenizer)
+        logits, targets, _ = answer_logits(model, ids, labels, args.dtype)
+        loss = cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(loss.item())
+        if (s + 1) % 10 == 0:
+            print(f"step {s + 1}/{steps} loss {sum(losses[-10:]) / 10:.3f}", flush=True)
+
+
+def read_arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--gguf", required=True)
     p.add_argument("--task", required=True, choices=[*EXAMPLES, "shakespeare"])
@@ -185,42 +208,27 @@ def main() -> None:
     p.add_argument("--alpha", type=float, default=32.0)
     p.add_argument("--dtype", default="mixed", choices=["fp32", "autocast", "mixed", "bf16"])
     p.add_argument("--seed", type=int, default=0)
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokenizer = load_tokenizer(args.gguf)
     model = build(args.gguf, args.dtype, rank=args.rank, alpha=args.alpha, seed=args.seed)
-    train, test = split(args, tokenizer)
-    train = random.Random(args.seed).sample(train, args.train_rows)
+    chosen, test = split(args, tokenizer)
+    chosen = random.Random(args.seed).sample(chosen, args.train_rows)
     before = evaluate(model, tokenizer, test, args.dtype)
     print("before", before, flush=True)
-
-    trainable = [q for q in model.parameters() if q.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=0.0, fused=True)
-    steps = args.train_rows // args.batch
-    # linear warm-up over a tenth of the steps, then linear decay to zero
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / (0.1 * steps), (steps - s) / (0.9 * steps))
-    )
-    started, losses = time.perf_counter(), []
-    for s in range(steps):
-        ids, labels = collate(train[s * args.batch : (s + 1) * args.batch], tokenizer)
-        logits, targets, _ = answer_logits(model, ids, labels, args.dtype)
-        loss = cross_entropy(logits, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(loss.item())
-        if (s + 1) % 10 == 0:
-            print(f"step {s + 1}/{steps} loss {sum(losses[-10:]) / 10:.3f}", flush=True)
+    started = time.perf_counter()
+    train(model, tokenizer, chosen, args)
     train_s = time.perf_counter() - started
     after = evaluate(model, tokenizer, test, args.dtype)
     print(
         json.dumps(
             {
                 **{k: v for k, v in vars(args).items() if k not in ("gguf", "train", "test")},
-                "steps": steps,
+                "steps": args.train_rows // args.batch,
                 "test_size": len(test),
                 "train_s": round(train_s, 1),
                 "before": before,
