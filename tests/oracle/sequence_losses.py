@@ -113,7 +113,7 @@ for name, case in inputs()["cases"].items():
         with torch.no_grad():
             outputs, labels = merged(case)
         found[f"{name}/merged"], found[f"{name}/id2label"] = outputs.numpy(), list(labels.values())
-        if case["objective"] == "classification":
+        if case["objective"] == "classification" and "texts" in case:
             found[f"{name}/probabilities"] = probabilities(case)
     for parameter, value in model.named_parameters():
         if value.requires_grad and value.grad is not None:

@@ -221,7 +221,11 @@ def test_losses_outputs_and_gradients_equal_the_oracle(
     for name, case in cases.items():
         run = write_run(tmp_path / name, folder, loaded.fingerprint, all_parts[name], case.head)
         export_peft(run, tmp_path / name / "peft")
-        paths = {"folder": str(folder), "adapter": str(tmp_path / name / "peft"), **_padding(tmp_path / name / "peft")}
+        paths = {
+            "folder": str(folder),
+            "adapter": str(tmp_path / name / "peft"),
+            **padding_of(tmp_path / name / "peft"),
+        }
         given[name] = {"objective": case.head.objective, "outputs": case.head.outputs, **paths, **_data(case)}
         if name in merges:
             export_merged(run, tmp_path / name / "hf", "hf", dtype="float32")
@@ -249,7 +253,7 @@ def test_losses_outputs_and_gradients_equal_the_oracle(
             _compare(grads, expected, name, case.head, combine(all_parts[name]).config)
 
 
-def _padding(adapter: Path) -> dict[str, int]:
+def padding_of(adapter: Path) -> dict[str, int]:
     """The id of padding that README.md of an adapter sets, if it sets one."""
     found = re.search(r"pad_token_id=(\d+)", (adapter / "README.md").read_text())
     return {} if found is None else {"pad": int(found[1])}
