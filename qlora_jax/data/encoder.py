@@ -17,13 +17,13 @@ from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_pla
 from qlora_jax.data.formats.tool_calls import read_tools
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.dropped_reasoning import mark_dropped_reasoning
 from qlora_jax.data.loss_mask.encode_branches import encode_branched
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.loss_mask.spans import SegmentSearch
 from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment, join_text
-from qlora_jax.data.loss_mask.unseen import with_unseen
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
@@ -282,7 +282,7 @@ def _conversations(row_format: RowFormat, tokenizer: Tokenizer, learn: Learn) ->
         chat = messages(row)
         segmenting = segmenter_of(row)(chat, read_tools(row) if has_tools else None)
         found = yield from with_variables(segmenting, read_template_kwargs(row))
-        return with_unseen(found.learned(learn), chat)
+        return mark_dropped_reasoning(found.learned(learn), chat)
 
     return lambda rows: run_together(map(search, rows), tokenizer.start_rendering)
 

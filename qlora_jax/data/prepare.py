@@ -24,8 +24,8 @@ from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.bad_rows import all_bad_message, count_reasons, first_rows
 from qlora_jax.data.branches.counts import count_branched
 from qlora_jax.data.branches.encoder import make_branch_encoder
-from qlora_jax.data.branches.fit import fit_branches
 from qlora_jax.data.branches.tree import longest_text
+from qlora_jax.data.branches.truncation import fit_branches
 from qlora_jax.data.encoder import (
     CHUNK,
     Finish,
@@ -41,7 +41,6 @@ from qlora_jax.data.formats.lookalikes import count_lookalikes
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.holdout import Split, check_splits, content_hash
-from qlora_jax.data.lengths import FittedRows, LengthLimits, fit_lengths, nothing_left_message
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import (
     BrokenRow,
@@ -59,6 +58,7 @@ from qlora_jax.data.row_store import RowChunk
 from qlora_jax.data.rows import TokenRows, token_rows
 from qlora_jax.data.text_counts import count_texts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.data.truncation import FittedRows, LengthLimits, fit_lengths, nothing_left_message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.objectives.objective import needs_reference
 from qlora_jax.training.paging_budget import device_bytes
-from qlora_jax.training.plan.divisible import divisible
 from qlora_jax.training.plan.plan import first_fitting
 from qlora_jax.training.plan.preflight import RunPlan, longest_step, plan_run
 from qlora_jax.training.plan.reference import forward_batch
 from qlora_jax.training.plan.requirements import StepConfig
+from qlora_jax.training.plan.usable_meshes import usable_meshes
 from qlora_jax.training.run_mesh import run_mesh
 from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
@@ -92,7 +92,7 @@ def plan_before_weights(
     inputs = _open_in_turn(config, model, group)
     agree_on_inputs(group, inputs)
     config = _pinned(config, inputs)
-    steps = divisible([longest_step(config, inputs, run_mesh(size)) for size in sizes])
+    steps = usable_meshes([longest_step(config, inputs, run_mesh(size)) for size in sizes])
     if full:
         print_report(inputs.dataset.report, console)
     with console.status("compiling the training step"):

@@ -32,10 +32,10 @@ from qlora_jax.data.batching.packing import pack_length
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.encoder import CHUNK, make_encoder, prefetch_map
 from qlora_jax.data.formats.detect import detect_format
-from qlora_jax.data.lengths import LengthLimits, fit_lengths
 from qlora_jax.data.readers.files import Row, read_rows
 from qlora_jax.data.rows import TokenRows, concatenate_rows, token_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.truncation import LengthLimits, fit_lengths
 from qlora_jax.io.open_model import open_model
 from scripts.bench.support.environment import ROOT
 from scripts.fetch_smollm2 import fetch_smollm2

@@ -16,10 +16,10 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.sharding import AnyMesh, absent_mesh, make_mesh
 from qlora_jax.training.objectives.make_objective import make_objective
 from qlora_jax.training.objectives.objective import Objective, needs_reference
-from qlora_jax.training.plan.divisible import divisible
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
+from qlora_jax.training.plan.usable_meshes import usable_meshes
 from qlora_jax.training.session import Inputs, open_inputs
 
 GIB = 2**30
@@ -86,7 +86,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
     config = run_step_config(args, model, weights, rows, ids)
     sizes = mesh_choices(args, device_count(args, target)).usable
     mesh = make_mesh if target.card is None else absent_mesh
-    return divisible([config if size.devices == 1 else config.replace(mesh=mesh(*size)) for size in sizes])
+    return usable_meshes([config if size.devices == 1 else config.replace(mesh=mesh(*size)) for size in sizes])
 
 
 def _longest_row(data: DataArgs, sequences: int) -> int:

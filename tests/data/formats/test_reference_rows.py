@@ -11,9 +11,9 @@ from qlora_jax.config.suggestions import CHOICES
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples, make_encoder
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.lengths import LengthLimits, fit_lengths
 from qlora_jax.data.readers.files import Place, Row, read_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.truncation import LengthLimits, fit_lengths
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/reference_rows.json").read_text(encoding="utf-8"))
 

@@ -17,7 +17,6 @@ from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.plan import from_config
-from qlora_jax.training.plan.divisible import divisible
 from qlora_jax.training.plan.from_config import larger_meshes, planned_rows, step_configs
 from qlora_jax.training.plan.plan import first_fitting, fits, make_plan
 from qlora_jax.training.plan.requirements import (
@@ -28,6 +27,7 @@ from qlora_jax.training.plan.requirements import (
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.plan.text import as_json, verdict
+from qlora_jax.training.plan.usable_meshes import usable_meshes
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
 from tests.training.cost.test_communication import check_exchanges
@@ -145,9 +145,9 @@ def test_rows_that_the_cards_cannot_share_are_refused(tmp_path, capsys):
 
 def test_meshes_that_cut_no_weight_are_refused_with_values_that_do(tmp_path, capsys):
     seventh, half = (real("smollm2-135m", (2, n)) for n in (7, 2))
-    assert divisible([seventh, half]) == [half]
+    assert usable_meshes([seventh, half]) == [half]
     with pytest.raises(ConfigError, match=r"found 7, .* of 2, 3, 4, 6, 8, 12, 16, or mesh\.fsdp=1 and mesh\.data=14 "):
-        divisible([seventh])
+        usable_meshes([seventh])
     with pytest.raises(ConfigError, match=r"mesh\.fsdp: found 7, .*or mesh\.fsdp=1 and mesh\.data=7 "):
         plan_of(tmp_path, capsys, "--card", "h100", "--mesh.fsdp", "7", "--train.micro_batch_size", "7")
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data.branches.tree import branch_problem, longest_text
-from qlora_jax.data.lengths import FittedRows, LengthLimits, Overlong, fit_lengths
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.truncation import FittedRows, LengthLimits, Overlong, fit_lengths
 from tests.data.loading import load, rows_of_lengths
 from tests.data.trees import Shape, encode_tree, shapes
 

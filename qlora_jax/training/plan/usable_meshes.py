@@ -10,7 +10,7 @@ from qlora_jax.training.plan.requirements import StepConfig
 LARGEST = 16  # value of mesh.fsdp to propose
 
 
-def divisible(steps: Sequence[StepConfig]) -> list[StepConfig]:
+def usable_meshes(steps: Sequence[StepConfig]) -> list[StepConfig]:
     """Returns the steps whose mesh cuts the model's weights, or needs no cut.
 
     Raises:

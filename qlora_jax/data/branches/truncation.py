@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from qlora_jax.data.branches.tree import MIN_BRANCH, Branch, branch_ends, longest_text
-from qlora_jax.data.lengths import FittedRows, LengthLimits
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 from qlora_jax.data.row_kinds import RowUse
+from qlora_jax.data.truncation import FittedRows, LengthLimits
 
 _Marked = tuple[Int32[np.ndarray, " _"], Bool[np.ndarray, " _"]]  # ids, and True for those that are supervised
 

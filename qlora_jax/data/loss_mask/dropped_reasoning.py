@@ -7,7 +7,7 @@ from qlora_jax.data.loss_mask.turn_branches import RowText, join_text
 from qlora_jax.data.tokenizer.template_protocol import Message
 
 
-def with_unseen(row: RowText, messages: Sequence[Message]) -> RowText:
+def mark_dropped_reasoning(row: RowText, messages: Sequence[Message]) -> RowText:
     """Returns the row; it is marked if reasoning of its messages is in none of its texts."""
     reasoning = [found for message in messages if message["role"] == "assistant" and (found := _reasoning(message))]
     if not reasoning:

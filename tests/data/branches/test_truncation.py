@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.branches.fit import fit_branches
 from qlora_jax.data.branches.tree import Branch
-from qlora_jax.data.lengths import LengthLimits
+from qlora_jax.data.branches.truncation import fit_branches
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.truncation import LengthLimits
 
 BOS, FILLER = 1, 0
 
