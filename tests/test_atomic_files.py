@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -94,6 +95,22 @@ def test_another_size_than_announced_is_an_error(tmp_path: Path, size: int) -> N
     with pytest.raises(OSError, match=rf"found {size} bytes, expected 4"), staged_file(tmp_path / "file", 4) as file:
         file.write(bytes(size))
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_stores_other_bytes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, sync = tmp_path / "file", os.fsync
+    write_text(target, "old")
+
+    def damage(descriptor: int) -> None:
+        sync(descriptor)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.pwrite(descriptor, b"N", 0)
+
+    monkeypatch.setattr(os, "fsync", damage)
+    with pytest.raises(OSError, match=r"differs on the disk from what was written.*Check the disk") as caught:
+        write_text(target, "new")
+    assert caught.value.filename == str(target)
+    assert names(tmp_path) == ["file"] and target.read_text() == "old"
 
 
 def test_a_disk_that_fails_to_store_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
