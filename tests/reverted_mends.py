@@ -112,12 +112,6 @@ MENDS = [
         "if True:",
         "tests/config/test_command_line.py",
     ),
-    Mutation(
-        "qlora_jax/training/run.py",
-        "finishes_within(REPORT_SECONDS, write)",
-        "finishes_within(600.0, write)",
-        "tests/training/test_run.py",
-    ),
     # Tokens
     Mutation(
         "qlora_jax/data/tokenizer/embedding_rows.py",

@@ -72,6 +72,12 @@ def test_a_template_without_end_is_an_error(limited: TemplateProcess, name: str)
     assert time.monotonic() - started < 5
 
 
+def test_an_output_beyond_the_limit_is_an_error(limited: TemplateProcess):
+    assert rendered("{{ 'a' * 60000 }}") == ["a" * 60_000]
+    (error,) = rendered("{{ 'a' * 300000 }}")
+    assert isinstance(error, ValueError) and "wrote more than 65,536 characters" in str(error)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_fails_is_an_error(limited: TemplateProcess, name: str):
     template, message = REFUSED[name]
