@@ -48,7 +48,12 @@ MUTATIONS = [
         "return behind > 0 if",
         "tests/nn/attention/test_causal.py",
     ),
-    Mutation("qlora_jax/nn/rope.py", "return _turn(dy_BTNH, cos, -sin", "return _turn(dy_BTNH, cos, sin", "tests/nn"),
+    Mutation(
+        "qlora_jax/nn/rope.py",
+        "return _turn(dy_BTNH, cos, -sin",
+        "return _turn(dy_BTNH, cos, sin",
+        "tests/nn/test_rope.py",
+    ),
     Mutation(
         "qlora_jax/training/objectives/sft.py",
         "jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)",
