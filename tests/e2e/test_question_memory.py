@@ -44,6 +44,9 @@ class Watched:
         self._taken.append(inputs + memory.temporaries + memory.outputs - memory.aliases)
         return self._function(*args, **kwargs)
 
+    def jitted(self, model):
+        return self
+
 
 @pytest.mark.parametrize("lora", first_always([{}, {"dtype": "bfloat16"}, {"method": "dora"}]))
 def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):

@@ -37,9 +37,10 @@ def test_reports_of_a_stopped_run_are_skipped_when_they_take_too_long(tmp_path, 
 
 def test_a_skipped_report_is_not_named_as_a_file(capsys):
     state = SimpleNamespace(step=3, best=BestEvaluation())
+    planned = SimpleNamespace(config=CONFIG, inputs=SimpleNamespace(source=SimpleNamespace(config={})))
     for reported, text in ((True, "runs/1/report.html"), (False, "skipped, because it took more than 5 s")):
         ending = run_module._print_end.__wrapped__
-        ending(CONFIG, state, 10, finished=False, reported=reported, console=Console())
+        ending(planned, state, 10, finished=False, reported=reported, console=Console())
         printed = capsys.readouterr().out
         assert "stopped after step 3" in printed and text in printed and "--resume" in printed
         assert ("loss.png" in printed) == reported
