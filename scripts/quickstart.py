@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     _scores(opened, parts, console)
     console.print("[bold]4. Answers[/] to held-out passages")
     _samples(opened, parts, console)
-    _next_steps(config, time.perf_counter() - began, console)
+    _next_steps(config, opened, time.perf_counter() - began, console)
 
 
 def _config(argv: list[str], model: Path) -> Config:
@@ -114,8 +114,8 @@ def _samples(opened: OpenedModel, parts: dict[str, ModelParts], console: Console
     console.print(table)
 
 
-def _next_steps(config: Config, seconds: float, console: Console) -> None:
-    run, commands = config.output, next_commands(config, finished=True)
+def _next_steps(config: Config, opened: OpenedModel, seconds: float, console: Console) -> None:
+    run, commands = config.output, next_commands(config, opened.source.config, finished=True)
     lines = [
         f"Total time: {seconds / 60:.1f} minutes. Loss plot: {run}/loss.png",
         "Next steps, after `source .venv/bin/activate`:",
