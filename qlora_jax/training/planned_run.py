@@ -48,7 +48,7 @@ class PlannedRun(NamedTuple):
     def compile_all_lengths(self, *, resume: bool) -> None:
         """Compiles the programs of an objective over sequences, so that no compiler works next to the weights.
 
-        With the programs of its forward passes, the memory of the process would exceed the plan otherwise.
+        Compiling them later would take more memory than the plan has.
 
         Args:
           resume: True for a run that has its reference log-probabilities already.

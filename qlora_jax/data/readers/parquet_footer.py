@@ -115,12 +115,11 @@ class _Footer:
         if depth > _DEPTH:
             raise ValueError(f"its footer has more than {_DEPTH} structures inside of one another")
         if kind in _FIXED:
-            self._at += _FIXED[kind]
+            self._advance(_FIXED[kind])
         elif kind in (_I16, _I32, _I64):
             self._unsigned()
         elif kind == _BINARY:
-            length = self._unsigned()
-            self._at += length
+            self._advance(self._unsigned())
         elif kind in (_LIST, _SET):
             inner, count = self._list_head()
             self._skip_elements((inner,), count, depth)
@@ -142,6 +141,11 @@ class _Footer:
                 self._byte()
             else:
                 self._skip(kind, depth + 1)
+
+    def _advance(self, size: int) -> None:
+        self._at += size
+        if self._at > len(self._content):  # otherwise a list of 2^60 bytes would be counted to its end
+            raise IndexError
 
     def _text(self) -> str:
         length = self._unsigned()

@@ -122,3 +122,12 @@ def test_a_list_that_declares_more_values_than_bytes_ends_at_once(tmp_path: Path
     path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(ValueError, match="ends within a value"):
         read_row_groups(path)
+
+
+def test_a_list_that_claims_more_bytes_than_the_file_has_is_refused_at_once(tmp_path):
+    count = b"\x80" * 8 + b"\x10"  # 2^60
+    footer = b"\x19\xf3" + count + b"\x00"  # field 1: a list of bytes
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(ValueError, match="ends within a value"):
+        read_row_groups(path)
