@@ -4,7 +4,7 @@ Processes wait for each other in collectives, most of which have no time limit. 
 
 - failed: it writes its error to the coordination service before it ends; the others see it within POLL_SECONDS.
 - killed, or its machine is gone: JAX's heartbeat notices. JAX does not say which process it was, so each process counts
-  in the coordination service, and the one whose count has stood still is named.
+  in the coordination service, and the one whose count has stood still is named; as a guess if it stood still briefly.
 - alive but stuck: every process counts the places that it passes. When none has been passed for too long, the processes
   compare their counts, and the one with the least is named.
 """
@@ -104,27 +104,30 @@ class Watchdog:
         The thread may hold locks of JAX's client, so nothing here uses the client.
         """
         with self._ending:
-            names = ", ".join(self.group.name(process) for process in self._lost_processes())
-            self._say(f"{names or 'another process'} ended without a message, or cannot be reached. {RESTART}")
+            self._say(f"{self._lost_text()}. {RESTART}")
             if self.group.is_first:
                 time.sleep(CONNECT_SECONDS)  # for the others, which find out whether this process has ended
             os._exit(ENDED)
 
-    def _lost_processes(self) -> list[int]:
-        """Returns the processes that are silent for as long as JAX needs to notice an end; process 0 if it has ended.
+    def _lost_text(self) -> str:
+        """Names the lost processes; if a busy machine leaves this open, guesses the one that is silent for longest."""
+        end = "ended without a message, or cannot be reached"
+        if lost := self._lost_processes():
+            return f"{', '.join(map(self.group.name, lost))} {end}"
+        if not self._beats:
+            return f"another process {end}"
+        longest = min(self._beats, key=lambda process: self._beats[process][1])
+        return f"another process {end}. It may be {self.group.name(longest)}, which has been silent for longest"
 
-        If a busy machine leaves this open, it is the one that is silent for longest.
-        """
+    def _lost_processes(self) -> list[int]:
+        """Returns the processes silent for as long as JAX needs to notice an end; process 0 if it has ended."""
         # JAX notices a lost process half a heartbeat after its end or later; its last count may be read late.
         limit = max(SILENT_SECONDS, self.heartbeat / 2 - 2 * POLL_SECONDS)
         now = time.monotonic()
         silent = sorted(process for process, (_, at) in self._beats.items() if now - at > limit)
-        if silent:
-            return silent
         # The connection to process 0 may have broken, which all notice at once.
-        if not self.group.is_first and not answers(self.coordinator):
-            return [0]
-        return sorted(self._beats, key=lambda process: self._beats[process][1])[:1]
+        ended = not silent and not self.group.is_first and not answers(self.coordinator)
+        return [0] if ended else silent
 
     def fail(self, error: BaseException, report: Report) -> NoReturn:
         """Reports an error, lets the others know it, and ends this process at once."""
