@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 
@@ -26,6 +27,48 @@ def test_work_that_takes_too_long_is_ended():
     assert not finishes_within(0.05, sleeps_however_often_it_is_woken)
     assert not finishes_within(0.05, swallows_the_first_alarm)
     assert time.monotonic() - began < 5
+
+
+class Finalized:
+    """Takes 0.3 s to be finalized, and then raises an error."""
+
+    def __init__(self, error: type[Exception]):
+        self.error = error
+
+    def __del__(self):
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            time.sleep(0.01)
+        raise self.error
+
+
+def finalizes_and_sleeps():
+    Finalized(KeyError)
+    time.sleep(60)
+
+
+def test_an_alarm_that_python_drops_is_not_printed_and_the_next_one_ends_the_work(monkeypatch):
+    """The alarm of an ended run's report was printed, and failed tests, when it came in a finalizer."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: printed.append(unraisable.exc_type))
+
+    assert not finishes_within(0.1, finalizes_and_sleeps)
+    assert printed == []
+    assert finishes_within(60, lambda: Finalized(KeyError))
+    assert printed == [KeyError]
+
+
+def test_an_alarm_spares_the_printing_of_other_errors(monkeypatch):
+    printed = []
+
+    def slow_hook(unraisable):
+        time.sleep(0.5)
+        printed.append(unraisable.exc_type)
+
+    monkeypatch.setattr(sys, "unraisablehook", slow_hook)
+    began = time.monotonic()
+    assert not finishes_within(0.5, finalizes_and_sleeps)
+    assert printed == [KeyError] and time.monotonic() - began < 30
 
 
 def test_work_that_is_done_in_time_is_whole_and_its_errors_are_raised():
