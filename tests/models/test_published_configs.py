@@ -1,8 +1,8 @@
 """Configs as published on the Hugging Face Hub are read, and the catalog has their features.
 
 `published_configs/` has one file per repository, as public repositories quote it, with the number of parameters where a
-public source gives it. `source` says what else is known about a quotation. Attributes that do not describe the
-computation (torch_dtype and the like) are kept as well: they must not be refused.
+public source gives it. `source` says what else is known about a quotation, and which files are not quotations.
+Attributes that do not describe the computation (torch_dtype and the like) are kept as well: they must not be refused.
 """
 
 import json
