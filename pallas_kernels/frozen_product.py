@@ -6,17 +6,17 @@ Dimension key: M rows, N out, K in, L layers.
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 Layer = Int[Array, ""] | int | None
 Direction = Literal["forward", "backward"]
-Weights = Any  # a pytree of packed codes: QTensor or GgmlTensor
+Weights = PyTree  # packed codes: QTensor or GgmlTensor
 
 
 class FrozenProduct(NamedTuple):
@@ -33,9 +33,9 @@ class FrozenProduct(NamedTuple):
 
 
 def differentiable(
-    one_way: Callable[[Direction, jax.Array, Weights, Any, str | None], jax.Array],
+    one_way: Callable[[Direction, jax.Array, Weights, PyTree, str | None], jax.Array],
 ) -> Callable[..., jax.Array]:
-    """Returns the function (x, weights, place, implementation) -> x W^T, differentiable in x alone.
+    """Returns the function (x, weights, place, implementation) -> x W^T, differentiable in x only.
 
     Args:
       one_way: computes a direction: (direction, rows, weights, place, implementation). The residuals are `weights` and
@@ -43,7 +43,7 @@ def differentiable(
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-    def apply(x: jax.Array, weights: Weights, place: Any, implementation: str | None) -> jax.Array:
+    def apply(x: jax.Array, weights: Weights, place: PyTree, implementation: str | None) -> jax.Array:
         return one_way("forward", x, weights, place, implementation)
 
     def forward(x, weights, place, implementation):

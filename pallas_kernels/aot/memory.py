@@ -6,7 +6,6 @@ Schemas: openxla/xla, xla/service/hlo.proto (HloModuleProto, BufferAssignmentPro
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from pallas_kernels.aot import protobuf
 
@@ -67,7 +66,7 @@ class Temporary:
     operation: str
 
 
-def read_memory(analysis: Any) -> MemoryUse:
+def read_memory(analysis: object) -> MemoryUse:
     """Reads `jax.stages.Compiled.memory_analysis()`."""
 
     def one(prefix: str) -> Bytes:

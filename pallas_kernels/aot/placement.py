@@ -5,10 +5,12 @@ abstract mesh it preserves them. One argument must be on the concrete mesh, so t
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax
 import numpy as np
+from jax.extend.core import Literal, Var
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -110,11 +112,11 @@ def _check_donations(header: str, arguments: list[bool], results: list[bool]) ->
             )
 
 
-def _count_host(variables: list[Any]) -> int:
+def _count_host(variables: Sequence[Var | Literal]) -> int:
     return sum(getattr(variable.aval, "memory_space", None) == jax.memory.Space.Host for variable in variables)
 
 
-def _is_array(leaf: object) -> bool:
+def _is_array(leaf: object) -> TypeGuard[jax.Array]:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -126,7 +128,7 @@ def _is_on_host(leaf: object) -> bool:
     return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
 
 
-def _abstract(leaf: Any, sharding: NamedSharding) -> Any:
+def _abstract(leaf: object, sharding: NamedSharding) -> object:
     if not _is_array(leaf):
         return leaf
     weak_type = getattr(leaf, "weak_type", False)

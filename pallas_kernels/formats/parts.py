@@ -12,9 +12,9 @@ are in pallas_kernels.formats.shards. Dimension key: N out, K in, s parts.
 """
 
 import dataclasses
-from typing import Any
 
-Array = Any  # numpy.ndarray or jax.Array
+from pallas_kernels.formats.layouts import Array
+
 Rows = tuple[tuple[int, int], ...]  # ranges of rows: from the first up to, not including, the second
 
 

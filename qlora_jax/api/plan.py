@@ -3,12 +3,12 @@
 import dataclasses
 import io
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import rich.console
 
 from qlora_jax import runtime
 from qlora_jax.config.parse import from_dict
+from qlora_jax.metadata import JsonObject
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import from_config, plan, text
 from qlora_jax.training.plan.progress import ReportedCompiler
@@ -69,7 +69,7 @@ def make_plan(
     """Plans the memory of a training run by compiling its step for a card, which may be absent.
 
     Args:
-      model: a Hugging Face folder, its config.json alone, a GGUF file, org/name on the Hub (only config.json is
+      model: a Hugging Face folder, only its config.json, a GGUF file, org/name on the Hub (only config.json is
         fetched), or a published model by name, such as "llama-3-8b".
       card: the card, such as "h100" or "rtx4090", or "cpu".
       memory: device memory, such as "24GiB", instead of the card's; without `card`, the card with the nearest size.
@@ -78,7 +78,7 @@ def make_plan(
     Raises:
       ValueError: an unknown model, card or setting, or a row length beyond the model's positions.
     """
-    raw: dict[str, Any] = {"model": {"path": model}, "card": card, "memory": memory}
+    raw: JsonObject = {"model": {"path": model}, "card": card, "memory": memory}
     for key, value in (config or {}).items():
         section, _, name = key.rpartition(".")
         inner = raw.setdefault(section, {}) if section else raw

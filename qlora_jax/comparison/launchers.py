@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from qlora_jax.comparison.perform import Lost, perform
@@ -16,7 +17,7 @@ class Started(Protocol):
     """A run that a launcher has started."""
 
     def done(self) -> bool:
-        """Returns True if the run has ended, in whatever way."""
+        """Returns True if the run has ended for any reason."""
         ...
 
     def end(self) -> str:
@@ -135,7 +136,7 @@ class _Submitit:
 
 
 class _RayRun:
-    def __init__(self, ray: Any, task: Any):
+    def __init__(self, ray: ModuleType, task: Any):
         self._ray, self._task = ray, task
 
     def done(self) -> bool:
@@ -156,7 +157,7 @@ class _RayRun:
 class _Ray:
     slots: int | None = None
 
-    def __init__(self, ray: Any, options: Settings):
+    def __init__(self, ray: ModuleType, options: Settings):
         self._ray = ray
         try:
             # The comparison starts lost runs again, and reports them.

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qlora_jax.comparison.held_out import shared_row_problems
 from qlora_jax.comparison.settings import Settings, StudySettings, TaskSettings
@@ -17,9 +16,10 @@ from qlora_jax.data.readers.files import content_digest
 from qlora_jax.evaluation.measures import MEASURES, Better, measures_of
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 from qlora_jax.evaluation.tasks.registry import TASKS
+from qlora_jax.metadata import JsonObject
 
-TRAIN = "data.train"  # which a method may set, to compare data
-Raw = dict[str, Any]  # of a YAML file
+TRAIN = "data.train"  # a method may set it, to compare data
+Raw = JsonObject  # the content of a YAML file
 Pair = tuple[str, str]  # names of a method and a task
 # Training settings that a comparison sets for every run, by what determines them.
 FIXED = {
@@ -139,7 +139,7 @@ def _study_problems(settings: StudySettings) -> list[str]:
         problems.append(f"search_seed: found {settings.search_seed}, which is in seeds. Choose another seed")
     for section, names in {"methods": settings.methods, "tasks": settings.tasks}.items():
         wrong = [name for name in names if not name.strip() or "/" in name or name.startswith(".")]
-        problems += [f"{section}: found the name {name!r}, expected one that a folder can have" for name in wrong]
+        problems += [f"{section}: found the name {name!r}, expected a valid folder name" for name in wrong]
     return [*problems, *_rate_problems(settings), *_key_problems(settings)]
 
 

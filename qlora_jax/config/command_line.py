@@ -13,7 +13,7 @@ import typing
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import yaml
 
@@ -30,6 +30,7 @@ from qlora_jax.config.parse import (
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 from qlora_jax.config.yaml_files import parse_yaml, read_yaml
+from qlora_jax.metadata import JsonObject
 from qlora_jax.terminal.visible import fit_to_print
 
 # `--model X` is `--model.path X` where there is such a setting.
@@ -208,7 +209,7 @@ def _parse_value(hint: Hint, text: str) -> object:
     return text if str in arms and not isinstance(value, list | dict | None) else value
 
 
-def _set_nested(raw: dict[str, Any], key: str, value: object) -> None:
+def _set_nested(raw: JsonObject, key: str, value: object) -> None:
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(raw.get(section), dict):

@@ -3,7 +3,7 @@
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from qlora_jax.config.other_trainers import REPLACEMENTS, Replacement
 
@@ -72,7 +72,7 @@ def suggest_section_key(section: str, known: Sequence[str]) -> str:
     return _describe(replaced) if replaced else ""
 
 
-def suggest_value(hint: Any, value: object) -> str:
+def suggest_value(hint: object, value: object) -> str:
     """The end of the message for a value that the annotation `hint` does not allow; empty if nothing is near."""
     near = _near_choices(str(value), _choices(hint))
     if isinstance(value, str) and any(typing.get_origin(arm) is list for arm in (hint, *typing.get_args(hint))):
@@ -88,7 +88,7 @@ def _near_choices(value: str, choices: Sequence[str]) -> list[str]:
     return [synonym] if synonym is not None and synonym in choices else difflib.get_close_matches(value, choices, n=1)
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
+def _choices(hint: object) -> tuple[str, ...]:
     """The choices of a Literal, alone or in a union."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)

@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.data.bad_rows import BadRow, merge_reasons, merge_rows
+from qlora_jax.metadata import JsonObject
 
 PERCENTILES = (1, 25, 50, 75, 95, 100)
 _HISTOGRAMS = ("lengths", "new_tokens")  # by numbers
@@ -37,7 +37,7 @@ class RowCounts:
       labels: number of rows by label.
       new_tokens: number of occurrences in kept rows by id of a new token, if any.
       lookalikes: number of rows of plain text that look like conversations of another format, by its name.
-      columns: names of columns, in the order of their first occurrence.
+      columns: column names, in the order of their first occurrence.
       bad_reasons: number of rows that data.bad_rows dropped, by reason. They are not in `rows`.
       bad_rows: the first of these rows.
       unseen_rows: the first rows of `unseen_reasoning`.
@@ -110,7 +110,7 @@ class RowCounts:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> "RowCounts":
+    def from_dict(cls, stored: JsonObject) -> "RowCounts":
         """Returns the counts of `to_dict`, which JSON has stored: its keys are text and its tuples lists."""
         maps = {name: _by_number(stored[name]) for name in _HISTOGRAMS}
         texts = {name: _by_number(counts) for name, counts in stored["text_lengths"].items()}

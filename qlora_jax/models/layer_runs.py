@@ -7,7 +7,6 @@ without what its layers lack. Dimension key: L layers.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import nnx
@@ -16,8 +15,8 @@ from jaxtyping import PyTree
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.mlp import MixtureMLP
 from qlora_jax.nn.linear import gather_layer
+from qlora_jax.nn.variables import StatePath
 
-Path = tuple[Any, ...]
 MLP, MLP_START = "mlp", "mlp_start"  # attributes of the block
 
 
@@ -73,7 +72,7 @@ def gather_run_layer(base: nnx.State, layer: jax.Array, run: range, config: Mode
     return nnx.State({name: gather_layer(part, layer - start if name == MLP else layer) for name, part in base.items()})
 
 
-def _partial_adapters(block: nnx.Module, config: ModelConfig) -> dict[Path, tuple[int, ...]]:
+def _partial_adapters(block: nnx.Module, config: ModelConfig) -> dict[StatePath, tuple[int, ...]]:
     """Returns the layers of each adapter that is not on all of them, by its path in the block."""
     found = {}
     for path, node in nnx.iter_graph(block):

@@ -29,22 +29,22 @@ class ModelFunction[**Inputs, Result]:
           settings: further arguments of `jax.jit`.
         """
         functools.update_wrapper(self, function)
-        self.plain: Any = jax.jit(function, **settings)
-        self.prefetching: Any = jax.jit(function, compiler_options=COPIES_AT_ONCE, **settings)
+        self.plain = jax.jit(function, **settings)
+        self.prefetching = jax.jit(function, compiler_options=COPIES_AT_ONCE, **settings)
 
     def __call__(self, model: Models, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Result:
         """Calls the function."""
         return self.jitted(model)(model, *args, **kwargs)
 
-    def trace(self, model: Models, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+    def trace(self, model: Models, *args: object, **kwargs: object) -> jax.stages.Traced:
         """Traces the function, as a jitted function does."""
         return self.jitted(model).trace(model, *args, **kwargs)
 
-    def lower(self, model: Models, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    def lower(self, model: Models, *args: object, **kwargs: object) -> jax.stages.Lowered:
         """Lowers the function, as a jitted function does."""
         return self.jitted(model).lower(model, *args, **kwargs)
 
-    def jitted(self, model: Models) -> Any:
+    def jitted(self, model: Models) -> jax.stages.Wrapped:
         """Returns the jitted function for a model. A loop that calls it for each token asks once."""
         models = model if isinstance(model, tuple) else (model,)
         prefetches = target_device().platform == "gpu" and any(map(has_experts_on_host, models))

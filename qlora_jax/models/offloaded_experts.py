@@ -6,7 +6,6 @@ Such a leaf is a whole stack in pinned host memory. The decoder's scan fetches t
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,13 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.nn.linear import in_host_memory
+from qlora_jax.nn.variables import StatePath
 
-Path = tuple[Any, ...]  # keys of a state; flax's protocol for them cannot be checked at run time
 HOST = "pinned_host"
 EXPERTS = ("model", "layers", "mlp", "experts")
 
 
-def is_on_host(path: Path, weights: WeightFormat) -> bool:
+def is_on_host(path: StatePath, weights: WeightFormat) -> bool:
     """Returns True if the leaf at a path of the model's state is in host memory: the weights, but not the biases."""
     return weights.experts_on_host and path[: len(EXPERTS)] == EXPERTS and path[-1] == "weight"
 
@@ -78,12 +77,12 @@ def has_experts_on_host(parts: ModelParts) -> bool:
     return in_host_memory(found)
 
 
-def host_paths(parts: ModelParts) -> list[Path]:
+def host_paths(parts: ModelParts) -> list[StatePath]:
     """Returns the paths of a base's leaves in host memory, whether they are arrays or ShapeDtypeStructs."""
     return [path for path, variable in nnx.to_flat_state(parts.base) if in_host_memory(variable)]
 
 
-def _with_host_leaves(shapes: ModelParts, paths: Collection[Path]) -> ModelParts:
+def _with_host_leaves(shapes: ModelParts, paths: Collection[StatePath]) -> ModelParts:
     if not paths:
         return shapes
     sharding = host_sharding()

@@ -1,7 +1,11 @@
 """The Variable of frozen arrays. Arrays that optax trains are `nnx.LoRAParam`s."""
 
+from typing import Any
+
 import jax
 from flax import nnx
+
+StatePath = tuple[Any, ...]  # keys of a state; flax's protocol for them cannot be checked at run time
 
 
 class Frozen(nnx.Variable):

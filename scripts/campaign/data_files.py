@@ -18,6 +18,7 @@ from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.row_kinds import ROW_USES, objectives_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts
+from qlora_jax.metadata import JsonObject
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.hostile_templates import SNIPPETS, tokens_of
 from scripts.campaign.mutations import TEXTS, damage_bytes, damage_text, damage_value, to_json
@@ -63,7 +64,7 @@ def _batches(dataset: Dataset) -> list[object]:
 # Rows
 
 
-def _rows_of(row_format: str, count: int = 6) -> list[dict[str, Any]]:
+def _rows_of(row_format: str, count: int = 6) -> list[JsonObject]:
     return [SOUND_ROWS[row_format] | {"id": number} for number in range(count)]
 
 
@@ -79,7 +80,7 @@ def _damage_rows(chance: random.Random, folder: Path) -> str:
 
 
 def _damage_rows_of(chance: random.Random, folder: Path, row_format: str) -> str:
-    rows: list[Any] = _rows_of(row_format)
+    rows: list[object] = [*_rows_of(row_format)]
     for number in chance.sample(range(len(rows)), chance.choice((0, 1, 1, 2, 6))):
         rows[number] = damage_value(chance, rows[number])
     name = chance.choice(("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.csv.gz"))
@@ -92,7 +93,7 @@ def _damage_rows_of(chance: random.Random, folder: Path, row_format: str) -> str
     return f"{name}, {row_format}: {content[:300]!r}"
 
 
-def _encoded(chance: random.Random, rows: Sequence[Any], name: str) -> bytes:
+def _encoded(chance: random.Random, rows: Sequence[object], name: str) -> bytes:
     if ".csv" in name or ".tsv" in name:
         text = _columns(chance, rows, "\t" if ".tsv" in name else ",")
     elif name == "rows.json":
@@ -103,7 +104,7 @@ def _encoded(chance: random.Random, rows: Sequence[Any], name: str) -> bytes:
     return gzip.compress(content, 1) if name.endswith(".gz") else content
 
 
-def _columns(chance: random.Random, rows: Sequence[Any], separator: str) -> str:
+def _columns(chance: random.Random, rows: Sequence[object], separator: str) -> str:
     objects = [row if isinstance(row, dict) else {"text": row} for row in rows]
     names = list(dict.fromkeys(str(name) for row in objects for name in row))
     quote = chance.choice(('"', '"', ""))
@@ -153,7 +154,7 @@ def _write_parquet(folder: Path) -> None:
     (folder / FORMAT_FILE).write_text("auto")
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:
+def _write_table(path: Path, rows: Sequence[JsonObject], **settings: Any) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -179,7 +180,7 @@ def _damage_table(chance: random.Random, path: Path) -> None:
     path.write_bytes(content)
 
 
-def _chats_with_parts(count: int) -> list[dict[str, Any]]:
+def _chats_with_parts(count: int) -> list[JsonObject]:
     """Returns chats whose contents are lists of one to three parts, next to a column of other lists."""
     parts = [[{"type": "text", "text": f"part {index} "} for index in range(1 + n % 3)] for n in range(count)]
     turns = [[{"role": "user", "content": own}, {"role": "assistant", "content": own[:1]}] for own in parts]

@@ -5,7 +5,6 @@ import random
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import gguf
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_base, open_finetuned
+from qlora_jax.metadata import JsonObject
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.mutations import damage_bytes, damage_json, damage_value, to_json
 from tests.e2e.project import write_model
@@ -62,13 +62,13 @@ def variant(folder: Path, name: str) -> Path:
     return made
 
 
-def set_vocabulary(path: Path, vocabulary: Mapping[str, Any]) -> None:
+def set_vocabulary(path: Path, vocabulary: JsonObject) -> None:
     """Replaces the vocabulary of a GGUF file by one that encodes any text."""
     metadata, tensors, data = _parts(path)
     path.write_bytes(gguf_bytes({**metadata, **vocabulary}, tensors, data, 0))
 
 
-def byte_level() -> dict[str, Any]:
+def byte_level() -> JsonObject:
     """Returns a byte-level vocabulary of 32 tokens."""
     return {
         "tokenizer.ggml.tokens": [*SPECIAL, *LETTERS, "\u0120", "ab", "abc", "\u0120a"],
@@ -76,7 +76,7 @@ def byte_level() -> dict[str, Any]:
     }
 
 
-def _sentencepiece() -> dict[str, Any]:
+def _sentencepiece() -> JsonObject:
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [*SPECIAL, *LETTERS, "\u2581", "ab", "  ", "\u2581a"],
@@ -112,23 +112,23 @@ def _damage_header(chance: random.Random, path: Path) -> bytes:
     return gguf_bytes(metadata, tensors if isinstance(tensors, list) else [], data, more)
 
 
-def _parts(path: Path) -> tuple[dict[str, Any], list[Any], bytes]:
+def _parts(path: Path) -> tuple[JsonObject, list[object], bytes]:
     """Returns metadata, the tensor table and the data of a GGUF file, as another library reads them."""
     reader = gguf.GGUFReader(path)
     start = reader.data_offset
     metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    tensors = [
+    tensors: list[object] = [
         {"name": one.name, "shape": one.shape.tolist(), "type": int(one.tensor_type), "offset": one.data_offset - start}
         for one in reader.tensors
     ]
     return metadata, tensors, path.read_bytes()[start:]
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _object(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {"general.architecture": value}
 
 
-def gguf_bytes(metadata: Mapping[str, Any], tensors: list[Any], data: bytes, more: int) -> bytes:
+def gguf_bytes(metadata: JsonObject, tensors: list[object], data: bytes, more: int) -> bytes:
     """Returns a GGUF file with these values, however wrong.
 
     Args:
@@ -145,7 +145,7 @@ def _text(value: object) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _typed(value: Any) -> bytes:
+def _typed(value: object) -> bytes:
     match value:
         case bool():
             return struct.pack("<I?", 7, value)
@@ -164,7 +164,7 @@ def _typed(value: Any) -> bytes:
     return struct.pack("<I", 8) + _text(value)
 
 
-def _tensor_row(row: Any) -> bytes:
+def _tensor_row(row: object) -> bytes:
     row = row if isinstance(row, dict) else {"name": row}
     shape = row.get("shape")
     shape = [_unsigned(n) for n in shape][:100] if isinstance(shape, list) else [_unsigned(shape)]

@@ -4,7 +4,8 @@ import json
 import random
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from qlora_jax.metadata import JsonObject
 
 # Lengths, counts and offsets at the edges of their types.
 INTEGERS = (0, 1, -1, 2, 7, 255, 256, 65535, 65536, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 10**9, 2**53 + 1)
@@ -101,7 +102,7 @@ _BYTE_DAMAGES: Sequence[Callable[[random.Random, bytes], bytes]] = (
 )
 
 
-def any_value(chance: random.Random) -> Any:
+def any_value(chance: random.Random) -> object:
     """Returns a JSON value of a random type."""
     pools = (
         INTEGERS,
@@ -114,7 +115,7 @@ def any_value(chance: random.Random) -> Any:
     return chance.choice((*chance.choice(pools), DEEP))
 
 
-def damage_value(chance: random.Random, value: Any) -> Any:
+def damage_value(chance: random.Random, value: object) -> object:
     """Returns a copy of a JSON value with one to three nodes damaged."""
     value = json.loads(json.dumps(value))
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
@@ -122,7 +123,7 @@ def damage_value(chance: random.Random, value: Any) -> Any:
     return value
 
 
-def _damage_node(chance: random.Random, node: Any, depth: int) -> Any:
+def _damage_node(chance: random.Random, node: object, depth: int) -> object:
     """Walks down to a random node and damages it."""
     if not isinstance(node, dict | list) or not node or chance.random() < (0.03 if depth == 0 else 0.25):
         return _damaged(chance, node)
@@ -137,7 +138,7 @@ def _damage_node(chance: random.Random, node: Any, depth: int) -> Any:
     return _damaged_list(chance, node, index)
 
 
-def _damaged(chance: random.Random, node: Any) -> Any:
+def _damaged(chance: random.Random, node: object) -> object:
     """Returns another value in place of `node`, half the time one of the same type."""
     match node:
         case bool() | None:
@@ -151,19 +152,19 @@ def _damaged(chance: random.Random, node: Any) -> Any:
     return chance.choice((any_value(chance), [node], {"": node}, {"content": node}, str(node)[:1000]))
 
 
-def _damaged_object(chance: random.Random, node: dict[str, Any], key: str) -> dict[str, Any]:
+def _damaged_object(chance: random.Random, node: JsonObject, key: str) -> JsonObject:
     others = {name: value for name, value in node.items() if name != key}
     renamed = chance.choice((key.upper(), key + "_", key[:-1], *TEXTS))
     return chance.choice((others, others, others | {renamed: node[key]}, node | {renamed: any_value(chance)}, {}))
 
 
-def _damaged_list(chance: random.Random, node: list[Any], index: int) -> list[Any]:
+def _damaged_list(chance: random.Random, node: list[object], index: int) -> list[object]:
     without = [*node[:index], *node[index + 1 :]]
     added = [*node[:index], any_value(chance), *node[index:]]
     return chance.choice((without, added, [*node, node[index]], node[::-1], [], node * 100))
 
 
-def to_json(chance: random.Random, value: Any) -> str:
+def to_json(chance: random.Random, value: object) -> str:
     """Returns the text of a damaged value, with NaN and Infinity as Python writes them."""
     text = json.dumps(value, ensure_ascii=chance.random() < 0.9)
     depth = chance.choice(DEPTHS)

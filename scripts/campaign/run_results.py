@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from qlora_jax.config import Config, write_config
 from qlora_jax.config.schema import ObjectiveName
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, saved_steps
+from qlora_jax.metadata import JsonObject
 from qlora_jax.training.checkpoint_state import RESUME_KEYS
 from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE
 from scripts.campaign.isolation import FORK
@@ -25,7 +25,7 @@ from tests.io.tiny_models import write_folder
 STEPS = 8
 DIGEST, CONFIG, CACHE = "digest.txt", "config.yaml", "cache"
 MODEL, ROWS, PROMPTS = "model", "rows.jsonl", "prompts.txt"
-PLACES = ("config", "versions")  # of a checkpoint's state: they name paths, and libraries
+PLACES = ("config", "versions")  # keys of a checkpoint's state that name paths and libraries
 
 
 TRAIN = dict(steps=STEPS, micro_batch_size=2, accumulation=1, save_every=1, eval_every=0)
@@ -43,7 +43,7 @@ class TinyRun:
       family: a family of tests/io/gguf_families.py; None for a Llama.
     """
 
-    sections: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    sections: Mapping[str, JsonObject] = dataclasses.field(default_factory=dict)
     objective: ObjectiveName = "sft"
     family: str | None = None
 

@@ -6,7 +6,6 @@ had the schemas.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qlora_jax.data.formats.conversations import role_problems
 from qlora_jax.data.formats.reasoning import has_other_name, reasoning_problems, with_our_name
@@ -66,7 +65,7 @@ def _has_other_form(message: Message) -> bool:
 
 
 def _current(message: Message, has_function_calls: bool) -> Message:
-    changed: dict[str, Any] = dict(with_our_name(message))
+    changed: JsonObject = dict(with_our_name(message))
     if isinstance(message.get("content"), list):
         changed["content"] = "".join([part["text"] for part in message["content"]])
     if has_function_calls and "function_call" in message:

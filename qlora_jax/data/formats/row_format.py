@@ -11,7 +11,7 @@ from qlora_jax.data.row_kinds import RowKind, objectives_of
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.metadata import JsonObject
 
-Columns = JsonObject  # of one row, by name
+Columns = JsonObject  # one row's values by column name
 Text = str | Sequence[Message]  # plain text, or a conversation or the end of one
 
 

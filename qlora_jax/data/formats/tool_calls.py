@@ -69,7 +69,7 @@ def _with_parsed_arguments(call: JsonObject) -> JsonObject:
     return {**call, "arguments": decode_json(call["arguments"])}
 
 
-def decode_json(value: Any) -> Any:
+def decode_json(value: object) -> Any:
     """Returns decoded JSON if `value` is text, else `value`."""
     if not isinstance(value, str):
         return value

@@ -88,7 +88,7 @@ class _Footer:
             dictionary_page=found.get(11),
         )
 
-    def _structure(self, fields: Mapping[int, tuple[int, Callable[[], Any]]]) -> dict[int, Any]:
+    def _structure(self, fields: Mapping[int, tuple[int, Callable[[], object]]]) -> dict[int, Any]:
         """Reads a structure; returns the values of `fields`, which have the type and the reader of each number."""
         number, found = 0, {}
         while (head := self._byte()) != _STOP:
@@ -101,10 +101,10 @@ class _Footer:
                 self._skip(kind, 0)
         return found
 
-    def _list(self, kind: int, read: Callable[[], Any]) -> list[Any]:
+    def _list[T](self, kind: int, read: Callable[[], T]) -> list[T]:
         found, count = self._list_head()
         if count and found != kind:
-            raise ValueError("its footer has a list of other values than expected")
+            raise ValueError("its footer has a list of values of an unexpected type")
         return [read() for _ in range(count)]
 
     def _list_head(self) -> tuple[int, int]:

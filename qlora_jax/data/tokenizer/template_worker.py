@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jinja2
 import jinja2.ext
@@ -92,7 +92,7 @@ def _with_date(variables: Mapping[str, object]) -> Mapping[str, object]:
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's sandbox without its dozen checks per attribute for attributes that every turn of a chat reads."""
 
-    def getattr(self, obj: Any, attribute: str) -> Any:
+    def getattr(self, obj: object, attribute: str) -> object:
         """Returns the value of `obj.attribute` in a template."""
         if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP:
             return getattr(obj, attribute)
@@ -118,7 +118,7 @@ def _compile(template: str) -> jinja2.Template:
         raise ValueError(
             f"the chat template does not parse: line {error.lineno}: {error.message}. Correct its jinja."
         ) from error
-    except (SyntaxError, RecursionError) as error:  # of the Python code that jinja generates
+    except (SyntaxError, RecursionError) as error:  # raised by the Python code that jinja generates
         raise ValueError(f"the chat template does not parse: {error.args[0]}. Correct its jinja.") from error
     compiled.globals = dict(
         compiled.globals

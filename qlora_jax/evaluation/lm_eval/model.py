@@ -18,6 +18,7 @@ from qlora_jax.inference.decode import Reply, generate
 from qlora_jax.inference.replies import greedy_replies
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.inference.sampling import Sampling
+from qlora_jax.metadata import JsonObject
 from qlora_jax.models.partition import ModelParts, combine
 
 MAX_NEW_TOKENS = 256  # the default of the harness' own backends
@@ -137,7 +138,7 @@ def _group_by_settings(settings: Sequence[Mapping[str, object]]) -> dict[Setting
     return groups
 
 
-def _sampling(settings: dict[str, Any]) -> tuple[Sampling, int]:
+def _sampling(settings: JsonObject) -> tuple[Sampling, int]:
     """(sampling settings, maximum new tokens); raises ValueError for settings that are not supported."""
     max_tokens = settings.pop("max_gen_toks", settings.pop("max_new_tokens", MAX_NEW_TOKENS))
     drawn = settings.pop("do_sample", False)

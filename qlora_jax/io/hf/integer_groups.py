@@ -29,7 +29,7 @@ WHOLE_ROW = -1  # group_size of one group per row
 SLICE_WEIGHTS = 1 << 20  # weights that are dequantized together, which takes several temporaries of their size
 
 Parts = Mapping[str, TensorEntry]  # the tensors of one weight, by the last part of their names
-Settings = Mapping[str, Any]  # of quantization_config, checked to have the types that a method's TypedDict says
+Settings = Mapping[str, Any]  # quantization_config, checked against the method's TypedDict
 
 
 class Groups(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
 from pydantic import FailFast, Field
 
@@ -32,7 +32,7 @@ PROCESSOR_FILES = (
 SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 MAX_TOKENIZER_BYTES = 64 << 20  # twice the largest published tokenizer.json
 
-MAX_ID = (1 << 24) - 1  # of a token in tokenizer.json
+MAX_ID = (1 << 24) - 1  # largest token id in tokenizer.json
 
 type TokenId = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # some files write -1 for no token
 
@@ -102,9 +102,9 @@ class PostProcessor(TypedDict, total=False):
 class TokenizerModel(TypedDict, total=False):
     """The parts of a tokenizer's model that the tokenizers library does not check well enough."""
 
-    vocab: Any  # {token: id}; a list in some models
+    vocab: object  # {token: id}; a list in some models
     continuing_subword_prefix: str | None
-    merges: Any
+    merges: object
 
 
 class AddedToken(TypedDict, total=False):
@@ -195,9 +195,9 @@ def _check_merges(path: Path, model: TokenizerModel) -> None:
     prefix = model.get("continuing_subword_prefix")
     if not prefix:
         return
-    merges = check_value(model.get("merges") or [], list[Any], f"{path}: model.merges")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    check_value(pairs, list[Annotated[list[str], Field(min_length=2, max_length=2)]], f"{path}: model.merges")
+    merges = check_value(model.get("merges") or [], list[object], f"{path}: model.merges")
+    split = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    pairs = check_value(split, list[Annotated[list[str], Field(min_length=2, max_length=2)]], f"{path}: model.merges")
     if wrong := [pair for pair in pairs if not pair[1].startswith(prefix)]:
         raise MetadataError(
             f"{path}: model.continuing_subword_prefix: merges whose second token does not begin with it (found "

@@ -16,10 +16,11 @@ from pallas_kernels.formats.layouts import LAYOUTS, convert_codes, natural_layou
 from pallas_kernels.formats.parts import Cut, equal_rows
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.own_rows import OwnRows, Processes, all_rows, rows_of_parts
-from qlora_jax.io.loading.tensor_map import Slot, StatePath
+from qlora_jax.io.loading.tensor_map import Slot
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.partition import is_table, partition
+from qlora_jax.nn.variables import StatePath
 from qlora_jax.sharding import FSDP, axis_size, cut_axis, named
 
 _converted = jax.jit(convert_codes, static_argnames=("shape", "given", "wanted"))
@@ -70,7 +71,7 @@ class PlacedWeight:
         return dataclasses.replace(self.stack, codes=self._codes(codes, rows), **leaves)
 
     def _spec(self, leaf: str) -> P:
-        """Returns the spec of a leaf of this weight alone."""
+        """Returns the spec of a leaf that only this weight has."""
         return P(*getattr(self.specs, leaf)[len(self.stack.stack_shape) :])
 
     def _constant(self, name: str, values: np.ndarray) -> jax.Array:

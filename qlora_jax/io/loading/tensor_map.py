@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,15 +16,15 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import with_text_attributes
 from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.variables import StatePath
 
 LAYER, EXPERT = re.compile(r"\.layers\.(\d+)\."), re.compile(r"\.experts\.(\d+)\.")
-MAX_LINES, MAX_WIDTH = 100, 300  # of an error
+MAX_LINES, MAX_WIDTH = 100, 300  # lines of an error, and characters per line
 EMBEDDING = "model.embed_tokens.weight"
 
-StatePath = tuple[Any, ...]  # keys of a state; flax's protocol for them cannot be checked at run time
 Leaf = (
     jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | GgmlTensor | MixedStack
-)  # of a state, with or without values
+)  # a leaf of a state, with or without values
 
 
 def layer_name(stacked: str, layer: int) -> str:
@@ -87,7 +86,7 @@ def check_number_of_experts(source: ModelSource, config: ModelConfig) -> None:
     if expected > len(source.tensors):
         raise ValueError(
             f"{source.path}: the tensors do not fit the model that its config describes (found {len(source.tensors):,} "
-            f"tensors, expected {expected:,} of experts alone, {layers} layers of {count} experts). Download the files "
+            f"tensors, expected {expected:,} of experts, {layers} layers of {count} experts). Download the files "
             "again"
         )
 

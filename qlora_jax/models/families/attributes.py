@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 from pydantic import Field
 
-from qlora_jax.metadata import Kind, find_problems, shorten, shorten_key
+from qlora_jax.metadata import JsonObject, Kind, find_problems, shorten, shorten_key
 from qlora_jax.models.experts_config import MAX_EXPERTS
 
 MAX_NUMBER = 1e30  # f32 holds it, and its product with a size
@@ -103,7 +103,7 @@ class Attributes:
         self._read = set(HARMLESS)
         self._problems: list[str] = []
 
-    def _get(self, name: str, default: Any, kind: Kind, replacement: Any) -> Any:
+    def _get[T](self, name: str, default: object, kind: Kind, replacement: T) -> T:
         """Reads a value of type `kind`; one of another type is a problem, and `replacement` is returned."""
         self._read.add(name)
         value = self._config.get(name)
@@ -111,7 +111,7 @@ class Attributes:
             value = default
         problems = [f"{name}: missing"] if value is None else find_problems(value, kind, name)
         self._problems += problems
-        return replacement if problems else value
+        return replacement if problems else cast(T, value)
 
     def integer(self, name: str, default: int | None = None) -> int:
         """Reads a whole number from 1 to the limit of its name; 0 stands for a wrong one."""
@@ -143,19 +143,19 @@ class Attributes:
             self.refuse(f"{name}={shorten(value)} is not supported: known are {sorted(ACTIVATIONS)}")
         return ACTIVATIONS.get(value, "silu")
 
-    def by_layer(self, name: str, layers: int, default: Sequence[Any], accepted: Sequence[Any]) -> list[Any]:
+    def by_layer[T](self, name: str, layers: int, default: Sequence[T], accepted: Sequence[T]) -> list[T]:
         """Reads a list with one of `accepted` per layer."""
-        value = self._get(name, list(default), list[Any], [])
+        value = self._get(name, list(default), list[object], [])
         if value and (len(value) < layers or any(item not in accepted for item in value)):
             self.refuse(f"{name}: found {shorten(value)}, expected {layers} of {list(accepted)}")
             return list(default)
         return list(value)[:layers] if value else list(default)
 
-    def numbers(self, name: str, kind: Kind) -> list[Any]:
+    def numbers(self, name: str, kind: Kind) -> list[float]:
         """Reads a list of numbers of type `kind`; none is an empty list."""
         return self._get(name, [], list[kind], [])
 
-    def mapping(self, name: str, kind: Kind) -> Mapping[str, Any] | None:
+    def mapping(self, name: str, kind: Kind) -> JsonObject | None:
         """Reads an object of type `kind`, or None."""
         return self._get(name, {}, kind, None) or None
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.rope_config import rope_from_hf
@@ -37,7 +38,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
 
 def decoder_from_hf(
     attributes: Attributes,
-    defaults: Mapping[str, Any],
+    defaults: JsonObject,
     *,
     eps: str = "rms_norm_eps",
     rope: Callable[[int, int], Rope] | None = None,

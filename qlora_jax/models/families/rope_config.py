@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
 from pydantic import FailFast, Field
 
-from qlora_jax.metadata import shorten, shorten_key
+from qlora_jax.metadata import JsonObject, shorten, shorten_key
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import MAX_NUMBER, Attributes, NotNegative, Positive
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, Rope, RopeScaling
@@ -15,7 +15,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 LONGROPE = ("longrope", "su", "yarn")  # its name, and older names in Phi-3 configs
 
 type Base = Annotated[float, Field(gt=1, le=MAX_NUMBER)]
-type Part = Annotated[float, Field(gt=0, le=1)]  # of a head's dimensions
+type Part = Annotated[float, Field(gt=0, le=1)]  # a fraction of a head's dimensions
 type Factors = Annotated[list[Positive], FailFast()]
 
 
@@ -66,13 +66,13 @@ def rope_from_hf(
     return rope_of(attributes, numbers, head_dim, max_positions, theta=given, partial=partial)
 
 
-def _kind(numbers: Mapping[str, Any]) -> str:
+def _kind(numbers: JsonObject) -> str:
     return numbers.get("rope_type", numbers.get("type", "default"))
 
 
 def rope_of(
     attributes: Attributes,
-    given: Mapping[str, Any],
+    given: JsonObject,
     head_dim: int,
     max_positions: int,
     *,
@@ -102,7 +102,7 @@ def rope_of(
     return Rope(**whole, scaling=scaling)
 
 
-def _check_numbers(attributes: Attributes, numbers: Mapping[str, Any], frequencies: int) -> None:
+def _check_numbers(attributes: Attributes, numbers: JsonObject, frequencies: int) -> None:
     """Checks the numbers of a scaling against each other and against the head."""
     for name, value in numbers.items():
         if isinstance(value, list) and len(value) != frequencies:
@@ -116,7 +116,7 @@ def _check_numbers(attributes: Attributes, numbers: Mapping[str, Any], frequenci
         attributes.refuse(f"low_freq_factor: found {low}, expected less than high_freq_factor, {high}")
 
 
-def _as_float(value: Any) -> Any:
+def _as_float(value: float | list[float] | None) -> float | tuple[float, ...] | None:
     """Converts whole numbers to floats, and lists to tuples of floats."""
     if isinstance(value, list):
         return tuple(float(v) for v in value)

@@ -3,8 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from qlora_jax.sharding import Device
+from typing import Protocol, runtime_checkable
 
 _PROCESS = Path("/proc/self")
 _DEVICE_KEYS = {
@@ -13,7 +12,17 @@ _DEVICE_KEYS = {
 }  # keys of JAX's memory statistics
 
 
-def watch_peak(devices: Sequence[Device]) -> Callable[[], int | None]:
+@runtime_checkable
+class MeasuredDevice(Protocol):
+    """The part of a jax.Device that is read here."""
+
+    @property
+    def platform(self) -> str: ...
+
+    def memory_stats(self) -> dict[str, int] | None: ...
+
+
+def watch_peak(devices: Sequence[MeasuredDevice]) -> Callable[[], int | None]:
     """Returns `peak()`: the peak memory of a device in bytes since this call, or None if nothing reports it.
 
     GPUs report the peak over the life of the process; the result is that of the fullest. On a CPU the result is the
@@ -25,7 +34,7 @@ def watch_peak(devices: Sequence[Device]) -> Callable[[], int | None]:
     return lambda: _on_fullest(devices, "peak_bytes_in_use")
 
 
-def memory_in_use(devices: Sequence[Device]) -> dict[str, int]:
+def memory_in_use(devices: Sequence[MeasuredDevice]) -> dict[str, int]:
     """Returns the bytes in use now, as far as system and devices report them.
 
     `host_bytes` is the resident memory of this process (Linux only). `device_bytes` and `device_peak_bytes` are the
@@ -40,7 +49,7 @@ def memory_in_use(devices: Sequence[Device]) -> dict[str, int]:
         return on_device
 
 
-def _on_fullest(devices: Sequence[Device], key: str) -> int | None:
+def _on_fullest(devices: Sequence[MeasuredDevice], key: str) -> int | None:
     """Returns the largest of the devices' numbers; None if a device does not report it."""
     statistics = [device.memory_stats() or {} for device in devices]
     return max(each[key] for each in statistics) if all(key in each for each in statistics) else None

@@ -9,15 +9,15 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from qlora_jax.atomic_files import append_lines, write_text
 from qlora_jax.line_digests import warn_without_digests, with_digest, without_digest
-from qlora_jax.metadata import MetadataError, decode_json, find_problems
+from qlora_jax.metadata import JsonObject, MetadataError, decode_json, find_problems
 
-Record = dict[str, Any]  # JSON values; docs/training.md lists the keys
+Record = JsonObject  # docs/training.md lists the keys
 
 
 def _line(record: Record) -> str:

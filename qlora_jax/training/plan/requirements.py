@@ -7,7 +7,7 @@ real step for the device, or estimated. Dimension key: A micro-batches, B rows, 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
@@ -113,7 +113,7 @@ class StepConfig:
             mesh=self.mesh,
         )
 
-    def replace(self, **changes: Any) -> "StepConfig":
+    def replace(self, **changes: object) -> "StepConfig":
         """Returns a copy with these fields replaced."""
         return dataclasses.replace(self, **changes)
 

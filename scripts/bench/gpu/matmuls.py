@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,12 @@ from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.synthetic_weights import synthetic_like
+from qlora_jax.metadata import JsonObject
 
 LAYOUT = "split_k"
 TARGET_S = 2e-3  # minimum duration of a program, which decides how many products it has
 MOST_REPEATS = 32
-Record = dict[str, Any]  # a JSON object
+Record = JsonObject
 Product = Callable[..., jax.Array]  # (rows, 4-bit or dense weight) -> result
 Interpreter = plgpu.InterpretGPUParams | None
 

@@ -6,9 +6,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qlora_jax.metadata import JsonObject
 from scripts.bench.profile.parts import DIRECTIONS
 
-Row = dict[str, Any]  # a JSON object
+Row = JsonObject
 Columns = dict[str, tuple[str, Callable[[Any], str]]]  # heading -> (key, formatter of the key's values)
 
 

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-Record = dict[str, Any]  # a JSON object of a benchmark
+from qlora_jax.metadata import JsonObject
+
+Record = JsonObject  # one measurement of a benchmark
 Turns = list[list[Record]]  # per turn of a worker, the records that count
-STDERR_CHARACTERS = 2000  # of a failed worker's standard error that are reported
+STDERR_CHARACTERS = 2000  # how much of a failed worker's standard error is reported
 
 
 class WorkerError(RuntimeError):

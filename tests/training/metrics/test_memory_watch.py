@@ -39,7 +39,7 @@ def test_what_is_held_now():
 )
 def test_what_a_device_does_not_tell_is_left_out(statistics, reported, monkeypatch, tmp_path):
     monkeypatch.setattr("qlora_jax.training.metrics.memory_watch._PROCESS", tmp_path)  # a system without /proc
-    assert memory_in_use([SimpleNamespace(memory_stats=lambda: statistics)]) == reported
+    assert memory_in_use(devices(statistics)) == reported
 
 
 def devices(*statistics):
@@ -57,7 +57,7 @@ def test_of_several_devices_the_fullest_counts(monkeypatch, tmp_path):
 
 def test_virtual_devices_share_the_growth_of_their_process(monkeypatch):
     monkeypatch.setattr("qlora_jax.training.metrics.memory_watch._watch_process", lambda: lambda: 800)
-    cpu = SimpleNamespace(platform="cpu")
+    cpu = SimpleNamespace(platform="cpu", memory_stats=lambda: None)
     assert watch_peak([cpu] * 8)() == 100
     monkeypatch.setattr("qlora_jax.training.metrics.memory_watch._watch_process", lambda: lambda: None)
     assert watch_peak([cpu])() is None
