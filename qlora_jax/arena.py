@@ -15,7 +15,7 @@ COMMAND = Command(
     schema=ArenaArgs,
     check=check_arena,
 )
-WIDTH = 120  # of tables that are not printed to a terminal
+WIDTH = 120  # columns of a table, unless a terminal prints it
 
 
 def main(argv: list[str]) -> None:

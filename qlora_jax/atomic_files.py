@@ -24,7 +24,7 @@ FIXES = {
     errno.EACCES: "Allow writing in this folder, or give another output",
     errno.EIO: "Check the disk, and write the file again",
 }
-CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of filesystems that cannot flush a folder
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # filesystems that cannot flush a folder return these
 FLUSH_BYTES = 32 << 20  # written before a thread flushes them
 NAME_LENGTH = 50  # characters of the target's name in a temporary name, which is limited to 255 bytes
 

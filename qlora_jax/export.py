@@ -35,8 +35,8 @@ class ExportArgs:
         None,
     )
     base_dtype: Dtype | None = setting(
-        "peft and gguf-lora, with --with_base: dtype of the base, rounded from that in which training computed; null: "
-        "the latter. gguf-lora also takes q8_0 and q4_0",
+        "peft and gguf-lora, with --with_base: dtype of the base, rounded from the compute dtype of training; null: "
+        "that dtype. gguf-lora also takes q8_0 and q4_0",
         None,
     )
 

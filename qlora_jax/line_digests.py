@@ -37,7 +37,7 @@ def without_digest(line: str, place: str, fix: str = "Delete this line", *, requ
         return line
     text = line[: found.start()] + "}"
     if _digest(text) != found[1]:
-        raise ValueError(f"{place}: damaged (other values than were written). {fix}")
+        raise ValueError(f"{place}: damaged (its values are not those that were written). {fix}")
     return text
 
 

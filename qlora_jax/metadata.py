@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 MAX_DEPTH = 200  # levels of objects and lists
-MAX_BYTES = 4 << 20  # of a metadata file
+MAX_BYTES = 4 << 20  # largest metadata file
 MAX_LINES = 20  # problems listed in one error
 MAX_KEY = 200  # characters of one key
 MAX_PROBLEMS = 1000  # counted in one error
@@ -172,7 +172,7 @@ def _structure(data: bytes) -> bytes:
 def _depth(structure: bytes) -> int:
     """Returns the greatest number of open brackets."""
     brackets = structure.replace(b":", b"")
-    for pair in (b"[]", b"{}"):  # of neighbours without inner levels, such as merges of a vocabulary, one is enough
+    for pair in (b"[]", b"{}"):  # one is enough of neighbours without inner levels, such as a vocabulary's merges
         while pair * 2 in brackets:
             brackets = brackets.replace(pair * 2, pair)
     return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE_END = re.compile(r"(?<=[a-z)]{3}[.!?])\s+(?=[A-Z])")  # not after initials such as "J." and numbers
-MIN_CHARACTERS = 30  # of a sentence
+MIN_CHARACTERS = 30  # shortest sentence
 HELD_OUT = 100  # pairs
-MAX_CHARACTERS = 220  # of the longer answer
+MAX_CHARACTERS = 220  # longest answer
 MAX_RATIO = 2 / 3  # characters of the shorter answer over those of the longer one
 
 

@@ -55,7 +55,7 @@ INT4_CODE = _table(np.concatenate([np.arange(7, -1, -1), -np.arange(8)]), 7.0)
 # OCP microscaling FP4 (E2M1), scaled so that its largest value is 1.
 E2M1_CODE = _table(_signed([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]), 6.0)
 
-# The QLoRA paper's FP4 (E3M0): powers of two alone.
+# The QLoRA paper's FP4 (E3M0): only powers of two.
 E3M0_CODE = _table(_signed([0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]), 64.0)
 
 CODE_TABLES: dict[str, np.ndarray] = {

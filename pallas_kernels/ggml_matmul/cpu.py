@@ -16,7 +16,7 @@ from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.frozen_product import Layer
 
-DTYPES = ("bfloat16", "float32")  # that the handlers support
+DTYPES = ("bfloat16", "float32")  # supported by the handlers
 FEW_ROWS = 8  # up to this many, the product from the blocks is faster than dequantize + dot
 
 

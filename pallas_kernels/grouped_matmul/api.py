@@ -38,7 +38,7 @@ def _fused(kernel: str, capabilities: Capabilities) -> Implementation:
 
 
 MOST_TILE = 1024  # rows
-# A call's rows are those of a tile. Fused implementations take 4-bit weights alone.
+# A call's rows are those of a tile. Fused implementations take only 4-bit weights.
 IMPLEMENTATIONS = {
     "loop": Implementation(loop.forward, loop.backward, Capabilities()),
     "hopper": _fused("hopper", dataclasses.replace(HOPPER, rows=(64, MOST_TILE), row_multiple=64)),
@@ -118,7 +118,7 @@ def choose_implementation(
     order = (implementation,) if implementation else preference(device, PREFERENCE)
     if isinstance(weights, QTensor):
         return choose(device, Call.of(direction, tile, jnp.dtype(dtype), weights), IMPLEMENTATIONS, order)
-    refusals = {name: "takes 4-bit weights alone" for name in order if IMPLEMENTATIONS[name].fused}
+    refusals = {name: "takes only 4-bit weights" for name in order if IMPLEMENTATIONS[name].fused}
     return Choice(next((name for name in order if name not in refusals), None), refusals)
 
 

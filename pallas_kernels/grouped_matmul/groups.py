@@ -1,7 +1,7 @@
 """Groups rows by expert: sorts them, pads each expert's rows to whole tiles, and puts results back in order.
 
 A token and one of its chosen experts are a pair; pair m k + j is choice j of token m. A slot is a row of the grouped
-arrays. Rows move by gathers alone, in both directions and in the gradients, because scatters are slow.
+arrays. Rows move only by gathers, in both directions and in the gradients, because scatters are slow.
 
 Dimension key: M tokens, k choices per token, Q = M k pairs, E experts, P slots, I tiles, C rows per tile, P = I C,
 K or N width.

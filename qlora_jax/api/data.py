@@ -15,7 +15,7 @@ from qlora_jax.training.objectives.make_objective import make_objective
 
 # A path or hf://datasets/org/name; several paths with weights; or rows as they stand in a JSON Lines file.
 Data = str | Path | Mapping[str, float] | Sequence[Mapping[str, object]]
-# The files' names of columns, by ours; or such a mapping for each of several files.
+# Column names in the files, by ours; or such a mapping for each of several files.
 Columns = Mapping[str, str] | Mapping[str, Mapping[str, str]]
 BadRows = Literal["error", "drop"]
 

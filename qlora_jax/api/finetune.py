@@ -110,7 +110,7 @@ def finetune(
         {"preference.beta": 0.2}.
       eval_data: evaluation data, in the same forms; a list is written to OUTPUT/eval.jsonl.
       eval_fraction: without eval_data, the fraction of `data` to hold out.
-      columns: the data's names of columns, where they differ from those of the format: {"prompt": "question"}; for
+      columns: column names in the data, where they differ from the format's: {"prompt": "question"}; for
         one of several files, {"b.jsonl": {"prompt": "question"}}.
       bad_rows: "error" for rows that cannot be used, or "drop", which counts and lists them in the data report.
       steps: optimizer steps; overrides `epochs`.

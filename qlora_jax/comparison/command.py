@@ -16,7 +16,7 @@ from qlora_jax.comparison.table_file import write_table
 from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.terminal.console import Console
 
-WIDTH = 160  # of tables that are not printed to a terminal
+WIDTH = 160  # columns of a table, unless a terminal prints it
 
 
 def compare(args: CompareArgs, *, dry_run: bool = False) -> Results | None:

@@ -15,7 +15,7 @@ from qlora_jax.comparison.run_files import FAILURE_FILE, LOG_FILE
 from qlora_jax.config import ConfigError
 
 POLL_SECONDS = 0.2
-CANCEL_SECONDS = 60.0  # in which a cancelled run should save a checkpoint
+CANCEL_SECONDS = 60.0  # time for a cancelled run to save a checkpoint
 
 Report = Callable[[str], object]  # called with lines for people
 

@@ -32,9 +32,9 @@ from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 TRAINED_FILE, SCORES_FILE, CACHE_FOLDER = "trained", "scores.json", "scored"
 SIGNALLED = 128  # exit codes of shells beyond this name a signal
 POLL_SECONDS = 0.1
-LOCK_SECONDS = 60.0  # in which a process of a lost worker should have saved its run
+LOCK_SECONDS = 60.0  # time for the process of a lost worker to save its run
 LAST_LINES = 12
-NOT_FINITE = "is not finite"  # in the error of a run whose loss or gradient is not
+NOT_FINITE = "is not finite"  # part of the error for a NaN or infinite loss or gradient
 
 
 class Lost(Exception):

@@ -16,7 +16,7 @@ from qlora_jax.statistics.crossed import MeanEstimate, crossed_mean, ratio_score
 from qlora_jax.statistics.holm import holm
 from qlora_jax.statistics.student import t_interval
 
-LEVEL = 0.05  # of all tests of a study together
+LEVEL = 0.05  # significance level, shared by all tests of a study
 
 Verdict = Literal["better", "worse", "not decided"]
 
@@ -161,6 +161,6 @@ def _difference(reference: Sequence[Finished], method: Sequence[Finished], task:
 
 
 def _verdict(mean: MeanEstimate, p: float, task: StudyTask) -> Verdict:
-    if not p < LEVEL:  # also where p is not a number
+    if not p < LEVEL:  # also true if p is NaN
         return "not decided"
     return "better" if (mean.value > 0) == (task.better == "higher") else "worse"

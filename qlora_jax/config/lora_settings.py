@@ -34,10 +34,10 @@ class LoraArgs:
 
     method: MethodName = setting(
         "finetuning method (docs/adapters.md). lora: low-rank matrices. lora_fa: LoRA whose A stays at its initial "
-        "value. dora: LoRA, and the norm of each weight row. ia3: scaling vectors for keys, values and the MLP's inner "
-        "activations. oft: rotations of inputs. vera: vectors that scale frozen random matrices. ln_tuning: the norms. "
-        "bitfit: the biases. houlsby: bottleneck adapters after attention and after the MLP. pfeiffer: after the MLP "
-        "only. full: every weight of the unquantized model",
+        "value. dora: LoRA plus a trained norm per weight row. ia3: scaling vectors for keys, values and the MLP's "
+        "inner activations. oft: rotations of inputs. vera: vectors that scale frozen random matrices. ln_tuning: the "
+        "norms. bitfit: the biases. houlsby: bottleneck adapters after attention and after the MLP. pfeiffer: after "
+        "the MLP only. full: every weight of the unquantized model",
         "lora",
         common="finetuning method, such as lora, dora, full",
     )
@@ -64,17 +64,17 @@ class LoraArgs:
     )
     dropout: float = setting("dropout rate of the adapter's inputs in training", 0.0, BELOW_ONE)
     target_modules: str | list[str] = setting(
-        "layers with an adapter: all-linear (every linear layer except the head), a list of names such as "
-        "[q_proj, v_proj], or one regular expression for full names. auto: all-linear; for ia3 the key and value "
-        "projections and the MLP's last projection; for ln_tuning all norms but those of queries and keys; for bitfit "
-        "all layers with a bias",
+        "layers with an adapter: all-linear (every linear layer except the head), a list of names such as [q_proj, "
+        "v_proj], or one regular expression for full names. auto: all-linear; for ia3 the key and value projections "
+        "and the MLP's last projection; for ln_tuning all norms except those of queries and keys; for bitfit all "
+        "layers with a bias",
         "auto",
         common="layers with an adapter: all-linear, or a list such as [q_proj, v_proj]",
     )
     target_parameters: list[str] = setting(
         "lora on a mixture of experts: parameters with an adapter, by transformers' names: [mlp.experts.gate_up_proj, "
         "mlp.experts.down_proj] for the routed experts, mlp.gate (gpt-oss: mlp.router) for the router. target_modules "
-        "does not select these; set it to [] for adapters on these alone. layers_to_transform does not apply, but a "
+        "does not select these; set it to [] for adapters only on these. layers_to_transform does not apply, but a "
         "name may have a layer's index",
         [],
     )

@@ -21,11 +21,11 @@ class MeshArgs:
         _SIZE,
     )
     fsdp: int | Literal["auto"] = setting(
-        "devices of a group, which share its rows and also cut the weights, the adapter and the optimizer's state. "
-        "auto: 1 if the run fits one device, else the fewest that it fits",
+        "devices per group, which split its rows, the weights, the adapter and the optimizer state. "
+        "auto: 1 if the run fits on one device, else the fewest that it fits on",
         AUTO,
         _SIZE,
-        common="devices that share the weights and the rows; auto: the fewest on which it fits",
+        common="devices that share the weights and the rows; auto: the fewest that the run fits on",
     )
 
 

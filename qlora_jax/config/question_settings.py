@@ -56,7 +56,7 @@ class QuestionArgs:
         NOT_EMPTY,
     )
     shots: str | None = setting(
-        "letters: file of example questions, shown with their answers before questions of their subject",
+        "letters: file of example questions, shown with their answers before questions of the same subject",
         None,
         NOT_EMPTY,
     )
@@ -74,17 +74,17 @@ class QuestionArgs:
     )
     label_texts: dict[str, str] | None = setting(
         'labels: each label of the file, and the text that stands for it, such as \'{"0": negative, "1": positive}\'. '
-        "Of two labels, F1 is that of the last",
+        "With two labels, F1 is that of the last one",
         None,
         _TWO_OR_MORE,
     )
     label_score: LabelScore = setting(
-        "labels: sum: log p of a label's text; mean: divided by its tokens; calibrated: minus its log p after "
-        "label_prompt with N/A in place of each column",
+        "labels: sum: log p of a label's text; mean: divided by its number of tokens; calibrated: minus its log p "
+        "after label_prompt with N/A in place of each column",
         "sum",
     )
     answers: str | None = setting(
-        "file of questions with a text as answer, scored by exact match of the greedy reply; columns question (or "
+        "file of questions with a text as the answer, scored by exact match of the greedy reply; columns question (or "
         "prompt), answer (a text, or a list of correct ones)",
         None,
         NOT_EMPTY,
@@ -96,8 +96,9 @@ class QuestionArgs:
         NOT_EMPTY,
     )
     answer_match: AnswerMatch = setting(
-        "answers: exact: as written; words: without case, punctuation and articles, with the share of replies that "
-        "contain an answer and the F1 of their words; number: as numbers, so that $1,000.00 is 1000",
+        "answers: how they are compared. exact: as written; words: ignoring case, punctuation and articles; also "
+        "reports the share of replies that contain an answer and the F1 of their words; number: as numbers, so that "
+        "$1,000.00 is 1000",
         "exact",
     )
     programs: str | None = setting(
@@ -119,11 +120,11 @@ class QuestionArgs:
     program_memory: int = setting("programs: limit on the memory of one reply, in MiB", 512, AT_LEAST_ONE)
     program_isolation: Literal["sealed", "none"] = setting(
         "programs: sealed: no network, no files to write, no other processes, or an error where the system cannot do "
-        "this; none: limits on time and memory alone, so that replies can do what you can do",
+        "this; none: only limits on time and memory, so that replies can do whatever you can",
         "sealed",
     )
     file_columns: dict[str, str] | None = setting(
-        "the files' names of these columns, where they differ: {question: problem, answer: solution}",
+        "names of these columns in the files, where they differ: {question: problem, answer: solution}",
         None,
         NOT_EMPTY,
     )
@@ -202,7 +203,7 @@ def _column_problems(args: QuestionArgs, section: str, rows_columns: Collection[
 
 
 def unknown_columns(setting: str, names: Collection[str], known: Collection[str]) -> list[str]:
-    """Describes names of columns that are not ours, one line each."""
+    """Describes column names that are not ours, one line each."""
     return [
         f"{setting}: unknown column (found {name!r}, expected any of {', '.join(known)}){_near(name, known)} Write our "
         "name first, then the file's"

@@ -36,8 +36,8 @@ class ModelArgs:
         common="the base model: a Hugging Face folder, a GGUF file, or org/name on the Hub",
     )
     quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"] = setting(
-        "4-bit data type of the linear layers; stored: the codes that the files have, unchanged (GGUF, MXFP4, GPTQ, "
-        "AWQ, compressed-tensors, 4 bits of bitsandbytes); none leaves them in 16 bits (plain LoRA)",
+        "4-bit data type of the linear layers; stored: the files' codes, unchanged (GGUF, MXFP4, GPTQ, "
+        "AWQ, compressed-tensors, 4-bit bitsandbytes); none: 16 bits (plain LoRA)",
         "nf4",
         common="4-bit type of the linear layers: nf4, fp4, int4, e2m1, e3m0; stored: the files' codes; none: 16 bits",
     )
@@ -158,16 +158,16 @@ class DataArgs:
         "row format (docs/data.md). auto detects it by columns: messages (chat), sharegpt (conversations), alpaca "
         "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), seed-tasks "
         "and unnatural-instructions (instances), text. hh-rlhf, guanaco, guanaco-answers and chip2 must be given. "
-        "Other objectives have formats of their own, such as preference (prompt/chosen/rejected). For several files: "
+        "Other objectives have their own formats, such as preference (prompt/chosen/rejected). For several files: "
         "{b.jsonl: guanaco}; the others are auto",
         "auto",
     )
     columns: dict[str, str] | dict[str, dict[str, str]] | None = setting(
-        "the files' names of columns, where they differ from the format's: {prompt: question, completion: answer}. For "
+        "column names in the files, where they differ from the format's: {prompt: question, completion: answer}. For "
         "one of several files: {b.jsonl: {prompt: question}}",
         None,
         NOT_EMPTY,
-        common="the file's names of columns: '{prompt: question, completion: answer}'",
+        common="column names in the file: '{prompt: question, completion: answer}'",
     )
     bad_rows: Literal["error", "drop"] = setting(
         "treatment of rows that cannot be used, such as broken JSON or an empty answer: raise an error, or drop them. "
@@ -301,7 +301,7 @@ class TrainArgs:
         "optimizer steps; overrides epochs", None, AT_LEAST_ONE, common="optimizer steps; overrides epochs"
     )
     micro_batch_size: int = setting(
-        "rows per forward pass, on all devices together; must divide by their number",
+        "rows per forward pass, on all devices together; a multiple of the number of devices",
         1,
         AT_LEAST_ONE,
         common="rows per forward pass, on all devices together",

@@ -15,7 +15,7 @@ from qlora_jax.config.validate import validate
 
 MAX_DEPTH = 100  # levels of mappings and lists
 MAX_NODES = 20_000
-MAX_BYTES = 1 << 20  # of a YAML file
+MAX_BYTES = 1 << 20  # largest YAML file
 
 # YAML 1.1 reads 2e-4 as text because it has no dot; YAML 1.2 reads it as a number.
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")

@@ -9,7 +9,7 @@ from qlora_jax.data.readers.files import Place, Problem
 
 LISTED = 20
 OTHER_REASONS = "other reasons"
-_REASONS = 20  # of one file, by their frequency
+_REASONS = 20  # the most frequent reasons of one file that are listed
 
 
 class BadRow(NamedTuple):

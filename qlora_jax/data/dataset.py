@@ -162,7 +162,7 @@ def _check_values(name: str, rows: TokenRows | Mixture | None, values: ValuesByN
     expected = None if rows is None else (rows.number_limit, sequences)
     found = None if values is None else values.shape[:2]
     if found != expected:
-        raise ValueError(f"values {name}: of other rows (found shape {found}, expected {expected})")
+        raise ValueError(f"values {name}: they belong to other rows (found shape {found}, expected {expected})")
 
 
 def load_dataset(

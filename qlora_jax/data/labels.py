@@ -21,8 +21,8 @@ Values = Mapping[str, Sequence[float] | Sequence[Sequence[float]]]
 ValueReader = Callable[[Columns], Values]
 
 MAX_CLASSES = 1000
-FIRST_ROWS = 64  # whose columns say what kind of rows a file without labels has
-# Files of text, such as CSV, have no other way to write a truth value.
+FIRST_ROWS = 64  # rows whose columns determine the kind of a file without labels
+# Files of text, such as CSV, have no other way to write true and false.
 _TRUTH = {"1": 1.0, "0": 0.0, "true": 1.0, "false": 0.0}
 # A whole number as a column of numbers with gaps has it in text.
 _WHOLE = re.compile(r"(-?\d+)\.0+")

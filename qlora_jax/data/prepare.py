@@ -231,8 +231,8 @@ class _FileReader:
     """State of reading a file."""
 
     def __init__(self, preparation: Preparation):
-        self.problems: list[Problem] = []  # of rows that data.bad_rows may drop
-        self.errors: list[Problem] = []  # of other rows
+        self.problems: list[Problem] = []  # in rows that data.bad_rows may drop
+        self.errors: list[Problem] = []  # in other rows
         self.seen = self.others = 0  # rows of the file, and examples of the other split
         self.names = preparation.data.columns_of(preparation.path)
         self.columns: dict[str, None] = {}

@@ -43,7 +43,7 @@ _BRANCH_TYPES = {  # only if a row is a tree
     "branch_begins": np.dtype("<i8"),
     "branch_depths": np.dtype("<i4"),
 }
-_VALUE_TYPE = np.dtype("<f4")  # of a file for each name of values
+_VALUE_TYPE = np.dtype("<f4")  # each name of values has a file of this type
 
 
 class RowChunk(NamedTuple):

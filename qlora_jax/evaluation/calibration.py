@@ -8,7 +8,7 @@ from jaxtyping import Float64, Int64
 
 from qlora_jax.evaluation.bootstrapped import Statistic
 
-BINS = 15  # of confidence, of equal width, as in Guo et al. 2017
+BINS = 15  # intervals of confidence of equal width, as in Guo et al. 2017
 
 
 def calibration_error(logits_RC: Float64[np.ndarray, "R C"], answers_R: Int64[np.ndarray, " R"]) -> Statistic:

@@ -13,7 +13,7 @@ from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
 from qlora_jax.evaluation.tasks.task import DetailedTask, RowValuesTask, Task
 from qlora_jax.terminal.console import Console
 
-WIDTH = 120  # of tables that are not printed to a terminal
+WIDTH = 120  # columns of a table, unless a terminal prints it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

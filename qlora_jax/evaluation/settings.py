@@ -70,10 +70,10 @@ class TaskArgs(QuestionArgs):
     )
     harness_folder: str | None = setting("harness: folder with your own task files", None, NOT_EMPTY)
     answer_start: str | None = setting(
-        "rows: how every answer begins; it is given to the model, and only what follows it is scored", None, NOT_EMPTY
+        "rows: text that every answer begins with; the model is given it, and only the rest is scored", None, NOT_EMPTY
     )
     by: str | None = setting(
-        "rows, pairs: also the loss or the accuracies of the rows of each value of this column, such as lang",
+        "rows, pairs: a column, such as lang; also reports the loss or the accuracies for each of its values",
         None,
         NOT_EMPTY,
     )
@@ -98,7 +98,7 @@ class EvaluateArgs(TaskArgs, ModelOrRunArgs):
     """Scores models side by side: the unquantized base, the quantized base, a run's checkpoint, and another run's."""
 
     against: str | None = setting(
-        "folder of another run, compared with run question by question; model is the path of both bases",
+        "folder of another run, compared with run question by question; model is then the base of both",
         None,
         NOT_EMPTY,
         common="folder of another run to compare with run",
@@ -109,7 +109,7 @@ class EvaluateArgs(TaskArgs, ModelOrRunArgs):
     )
     json_rows: bool = setting("json: include the scores of each row", False)
     keep: str | None = setting(
-        "folder that caches scores as they are computed; started again with it, an interrupted evaluation resumes",
+        "folder that caches scores as they are computed, so that an interrupted evaluation resumes",
         None,
         NOT_EMPTY,
         common="folder that caches scores, so that an interrupted evaluation resumes",

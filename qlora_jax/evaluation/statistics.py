@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 Z_95 = 1.959963984540054
-SAMPLES = 10_000  # of a bootstrap
+SAMPLES = 10_000  # bootstrap samples
 
 Weights = Float64[np.ndarray, " rows"] | Int64[np.ndarray, " rows"]  # such as each row's number of tokens
 

@@ -40,7 +40,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 def _uuid(cuda: ctypes.CDLL, index: int) -> str:
     device, uuid = ctypes.c_int(), (ctypes.c_ubyte * _UUID_BYTES)()
-    # The second version gives parts of a GPU (MIG) UUIDs of their own.
+    # The second version gives parts of a GPU (MIG) their own UUIDs.
     if cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDeviceGetUuid_v2(uuid, device):
         raise OSError(f"GPU {index}: the NVIDIA driver does not give its UUID. Check the driver with nvidia-smi")
     return bytes(uuid).hex()

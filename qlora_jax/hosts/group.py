@@ -42,7 +42,7 @@ class Group:
 
     @property
     def is_first(self) -> bool:
-        """True in process 0, which alone writes what is written once."""
+        """True in process 0, the only one that writes files of the whole run."""
         return self.process == 0
 
     def meet(self, name: str, seconds: float = SECONDS) -> None:

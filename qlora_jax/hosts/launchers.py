@@ -13,7 +13,7 @@ AUTO, OFF = "auto", "off"
 VARIABLES = {"coordinator": "JAX_COORDINATOR_ADDRESS", "processes": "JAX_NUM_PROCESSES", "process": "JAX_PROCESS_ID"}
 # Launchers that `auto` finds, with their variable for the number of processes. The others need a package.
 DETECTED = {"ompi": "OMPI_COMM_WORLD_SIZE", "slurm": "SLURM_NTASKS"}
-# Variables that give a value alone, where JAX's detection would also ask a package for it.
+# Variables that suffice for a value for which JAX's detection would also need a package.
 OWN_VARIABLES = {
     "ompi": {"processes": "OMPI_COMM_WORLD_SIZE", "process": "OMPI_COMM_WORLD_RANK"},
     "k8s": {"process": "JOB_COMPLETION_INDEX"},
@@ -150,7 +150,7 @@ def _detect(cluster: type[ClusterEnv], name: str, missing: list[str]) -> dict[st
     """
     try:
         found = _ask(cluster, missing) if cluster.is_env_present() else None
-    except Exception as error:  # of JAX's detection, or of the package that it asks
+    except Exception as error:  # raised by JAX's detection, or by the package that it asks
         why = " ".join(str(each) or type(each).__name__ for each in (error, error.__cause__) if each is not None)
         raise ValueError(
             f"hosts.launcher: {name} does not give {_listed(missing)}: {why}\nCorrect this, or give {_listed(missing)} "
@@ -162,7 +162,7 @@ def _detect(cluster: type[ClusterEnv], name: str, missing: list[str]) -> dict[st
 
 
 def _ask(cluster: type[ClusterEnv], missing: list[str]) -> dict[str, str | int]:
-    """Returns the missing values; the number of processes alone if there is one, whose place nobody needs."""
+    """Returns the missing values; only the number of processes if it is one, because its place is known."""
     processes = cluster.get_process_count() if "processes" in missing else None
     if processes == 1:
         return {"processes": 1}

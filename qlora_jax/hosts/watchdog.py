@@ -193,7 +193,7 @@ class Watchdog:
         counts = self._counts()
         if not self._stopped.is_set():
             self.end(stuck_text(counts, self.group, self.position.text, seconds))
-        raise SystemExit  # of this thread alone
+        raise SystemExit  # ends only this thread
 
     def _counts(self) -> list[int | None]:
         """Returns how many places each process has passed; None for those that do not answer."""

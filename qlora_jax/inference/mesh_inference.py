@@ -21,7 +21,7 @@ CACHE = KVCache(k=P(None, ROWS), v=P(None, ROWS))
 
 
 def row_shards(mesh: AnyMesh | None) -> int:
-    """Returns the number of devices that have rows of their own, of which a batch has a multiple."""
+    """Returns the number of devices that have their own rows; a batch has a multiple of it."""
     return axis_size(mesh, *ROWS)
 
 

@@ -122,7 +122,7 @@ def read_head(folder: Path) -> TrainedHead | None:
     if "digest" not in found:
         warn_without_digests(folder)
     elif found["digest"] != json_digest(values):
-        raise ValueError(f"{path}: damaged (other values than were written). {COPY_IT}")
+        raise ValueError(f"{path}: damaged (its values are not those that were written). {COPY_IT}")
     head = TrainedHead(
         objective=found["objective"],
         labels=tuple(found["labels"]),

@@ -20,7 +20,7 @@ class ExpertsConfig(RoutingRule):
       count: E, the experts of a layer.
       mlp_dim: F, inner width of one expert.
       layers: numbers of the sparse layers, ascending; the MLP of every other layer is dense.
-      selection_bias: True if a bias is added to the scores for the choice alone.
+      selection_bias: True if a bias is added to the scores only for the choice.
       router_bias: True if the router adds a bias to its logits.
       bias: True if the projections of experts add a bias.
       interleaved: True if transformers' parameter `gate_up_proj` has the outputs of gate and up in turns. Here they are

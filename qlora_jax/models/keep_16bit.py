@@ -22,7 +22,7 @@ from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
 SETTING = "model.keep_16bit"
 NEVER_QUANTIZED = ("embed_tokens", "lm_head", "norm", "gate", "router")
 
-Rows = tuple[int, ...]  # of a stack, which has a row for each layer with the projection
+Rows = tuple[int, ...]  # row numbers of a stack, which has a row per layer with the projection
 Kept = tuple[tuple[str, Rows], ...]  # (projection's name within a layer, its rows in 16 bits, ascending)
 
 

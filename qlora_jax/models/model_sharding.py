@@ -55,7 +55,7 @@ def place_parts(parts: ModelParts, mesh: Mesh) -> ModelParts:
 
 
 def born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
-    """Draws A and B of one module; on a mesh each device draws its part alone."""
+    """Draws A and B of one module; on a mesh each device draws only its part."""
     if mesh is None:
         return draw(key)
     specs = jax.tree.map(lambda leaf: lora_spec(leaf.shape, mesh), jax.eval_shape(draw, key))

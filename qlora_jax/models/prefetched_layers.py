@@ -3,7 +3,7 @@
 Two layers of these weights are on the device at a time. They are never saved: the backward pass fetches them again,
 last layer first. JAX's gradient of such a scan would save them, because each step takes them from the step before it.
 
-Copies start at a position that depends on the loop's counter alone, so that XLA for GPUs can compile them to transfers
+Copies start at a position that depends only on the loop's counter, so that XLA for GPUs can compile them to transfers
 by the copy engine. A position that is read from an array would make each copy a kernel.
 """
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 
 def fold_in_rows(key: Key[Array, ""], rows_B: Int[Array, " B"]) -> Key[Array, " B"]:
-    """Returns a key for each row, which depends on `key` and the row's number alone."""
+    """Returns a key for each row, which depends only on `key` and the row's number."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
 
 
@@ -41,7 +41,7 @@ def apply_dropout(x_MK: Float[Array, "M K"], rate: float, keys_B: Key[Array, " B
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def dropout(x_MK: Float[Array, "M K"], rate: float, keys_B: Key[Array, " B"] | None) -> Float[Array, "M K"]:
-    """`apply_dropout`, for which autodiff saves the keys alone."""
+    """`apply_dropout`, for which autodiff saves only the keys."""
     return apply_dropout(x_MK, rate, keys_B)
 
 

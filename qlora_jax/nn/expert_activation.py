@@ -18,7 +18,7 @@ from qlora_jax.nn.mlp import GateActivation, gated_gradients, gated_value
 # Rows whose gradients are computed together on CPUs, where XLA writes several f32 intermediates: they stay in cache. On
 # GPUs it fuses all rows in one kernel.
 BLOCK = 128
-Gradients = tuple[Float[Array, "B F"], Float[Array, "B F"], Float[Array, " B"]]  # of gate, up and weights
+Gradients = tuple[Float[Array, "B F"], Float[Array, "B F"], Float[Array, " B"]]  # with respect to gate, up and weights
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -42,7 +42,7 @@ def quantize_model[Model: nnx.Module](
 
     The first rule that matches a layer applies; layers that no rule matches stay dense. Stacks of layers that
     `nnx.vmap` created become stacks of 4-bit layers, which `nnx.scan` runs as before. `model` itself stays usable: its
-    arrays are neither changed nor donated. Adapters are `nnx.LoRAParam`s, so they alone train with
+    arrays are neither changed nor donated. Adapters are `nnx.LoRAParam`s, so only they train with
     `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)`; their initial values do not depend on the other rules.
 
     Args:

@@ -193,7 +193,7 @@ def rotate(
     """Returns (x1 cos - x2 sin, x2 cos + x1 sin, rest) in x's dtype.
 
     x1 is the first J features of each head, x2 the next J. If interleaved, x1 has the even ones of the first 2 J
-    features, x2 the odd ones. A partial rotation leaves the rest unchanged. Differentiable in x alone: dx is dy rotated
+    features, x2 the odd ones. A partial rotation leaves the rest unchanged. Differentiable in x only: dx is dy rotated
     back.
 
     Args:

@@ -128,7 +128,7 @@ class Router(QLinear):
       name: the Hugging Face name without the layer's index.
       weight: [S, E, D].
       bias: [S, E], or None.
-      selection_bias: f32 [S, E], added for the choice alone; None: no such bias.
+      selection_bias: f32 [S, E], added only for the choice; None: no such bias.
     """
 
     def __init__(

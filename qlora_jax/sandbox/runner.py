@@ -15,7 +15,7 @@ from qlora_jax.sandbox.messages import receive, send
 from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
 
 _ROOT = str(Path(__file__).resolve().parents[2])
-# The worker has Python's standard library alone, and forgets where it found this package.
+# The worker has only Python's standard library, and forgets where it found this package.
 _START = (
     "import sys; root = sys.argv[1]; sys.path.insert(0, root); from qlora_jax.sandbox import worker; "
     "sys.path.remove(root); worker.main(*sys.argv[2:])"
@@ -26,7 +26,7 @@ def run_programs(programs: Sequence[Program], limits: Limits, *, sealed: bool = 
     """Tests each program, several at a time; returns the outcomes in order.
 
     Args:
-      sealed: False: limits on time, memory and file sizes alone; programs can use the network and read your files.
+      sealed: False: only limits on time, memory and file sizes; programs can use the network and read your files.
 
     Raises:
       OSError: this system cannot seal a process.

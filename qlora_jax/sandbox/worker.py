@@ -194,7 +194,7 @@ def main(folder: str, sealed: str, *limits: str) -> None:
 
     Args:
       folder: an empty folder.
-      sealed: "1", or "0" for limits alone.
+      sealed: "1", or "0" for only limits.
       limits: the fields of Limits.
     """
     requests, outcomes, is_sealed = sys.stdin.fileno(), sys.stdout.fileno(), sealed == "1"

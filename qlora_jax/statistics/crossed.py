@@ -70,7 +70,7 @@ def ratio_scores(values_SR: Float64[np.ndarray, "S R"], weights_R: Float64[np.nd
 def crossed_mean(scores_SR: Float64[np.ndarray, "S R"]) -> MeanEstimate:
     """Estimates the mean score over the seeds and rows that these were drawn from.
 
-    With one seed the estimate is for that seed alone, and the error is that of the rows.
+    With one seed the estimate is only for that seed, and the error is that of the rows.
 
     Raises:
       ValueError: there are fewer than two rows, or a score is not finite.

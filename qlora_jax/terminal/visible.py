@@ -19,7 +19,7 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in VISIBLE if code >= 32}
 _USERINFO = re.compile(r"(?<=://)[^\s/?#]*@")
 
 _LONGEST_LINE = 4000  # characters
-_BEGINNING, _END = 2000, 1000  # of a longer line
+_BEGINNING, _END = 2000, 1000  # characters shown of a longer line
 
 
 def fit_to_print(text: str) -> str:

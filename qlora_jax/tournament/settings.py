@@ -100,7 +100,7 @@ class ArenaArgs:
     """A tournament between systems, decided by judges."""
 
     output: str = setting(
-        "folder of the tournament; started again with it, an interrupted tournament resumes",
+        "folder of the tournament; an interrupted tournament resumes from it",
         bound=NOT_EMPTY,
         common="folder of the tournament",
     )

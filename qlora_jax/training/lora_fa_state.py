@@ -1,4 +1,4 @@
-"""The optimizer's state of LoRA-FA: of B alone, whose gradients are corrected between their norm and the update."""
+"""The optimizer's state of LoRA-FA, for B only. B's gradients are corrected between their norm and the update."""
 
 from collections.abc import Mapping
 

@@ -16,7 +16,7 @@ from qlora_jax.config import Config, MeshSize
 from qlora_jax.data.batching.batches import NO_ROW, Batch
 from qlora_jax.sharding import ROWS, AnyMesh, Device, axis_size, make_mesh, put
 
-MAX_ROWS = 8  # of a batch without gradients; more on a mesh of devices that they do not divide over
+MAX_ROWS = 8  # per batch without gradients; more if they do not divide over the devices of a mesh
 
 
 def run_mesh(size: MeshSize) -> Mesh | None:

@@ -1,4 +1,4 @@
-"""Checks that the processes of a run make together, and their common stop. One process alone does none of it."""
+"""Checks that the processes of a run make together, and their common stop. A run of one process skips all of it."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from qlora_jax.training.session import Inputs
 QUESTION_FILES = tuple(f"questions.{kind}" for kind in (*QUESTION_KINDS, "shots"))
 DATA_FILES = ("data.train", "data.eval", "data.cache", "train.samples", *QUESTION_FILES)
 MAY_DIFFER = ("hosts", "output", "model.path", *DATA_FILES)
-COMPARED_TENSORS, COMPARED_BYTES = 256, 4096  # of a model's files, and of each of these tensors
+COMPARED_TENSORS, COMPARED_BYTES = 256, 4096  # tensors per model, and bytes per tensor
 LIBRARIES = ("qlora-jax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 LOCKED = "the lock of the run folder"
 FIX = (

@@ -34,7 +34,7 @@ from qlora_jax.training.objectives.sft import SUPERVISED
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
-PLACES = "places"  # of rows in their step, [A, B] in a batch with dropout or noise
+PLACES = "places"  # batch array [A, B]: each row's place in its step, for dropout or noise
 
 
 @jax.tree_util.register_dataclass

@@ -88,7 +88,7 @@ def difference_components(
     return DifferenceComponents(mean, model, *parts)
 
 
-MeanSquare = tuple[float, int]  # and its degrees of freedom
+MeanSquare = tuple[float, int]  # (mean square, degrees of freedom)
 
 
 def _surplus(larger: MeanSquare, smaller: MeanSquare, copies: int) -> Component:

@@ -1,4 +1,4 @@
-"""The conditions of a study: the fixed one, and for each factor one per level that differs in that factor alone."""
+"""The conditions of a study: the fixed one, and for each factor one per level that differs only in that factor."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ from qlora_jax.variance_study.questions import Question
 from qlora_jax.variance_study.replies import Observations, Observed
 from qlora_jax.variance_study.settings import VarianceArgs
 
-NAME = "judge"  # of its file of judgements
+NAME = "judge"  # name of its file of judgements
 FIRST_MODEL, OTHER_MODEL = "first model", "other model"  # the systems of a match
 
 

@@ -41,7 +41,7 @@ class VarianceArgs:
     """A study of what the difference between models is made of: one thing varies at a time."""
 
     output: str = setting(
-        "folder of replies, results and page; started again with it, an interrupted study resumes",
+        "folder of replies, results and page; an interrupted study resumes from it",
         bound=NOT_EMPTY,
         common="folder of replies, results and page",
     )

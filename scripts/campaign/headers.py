@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     args = parser.parse_args(argv)
-    version = commit()  # of the code that runs, whatever the tree holds at the end
+    version = commit()  # the code that runs, even if the tree changes later
     pieces = {form: fuzz(form, args.seconds, args.seed, args.output) for form in args.formats}
     for form, piece in pieces.items():
         line = {"format": form, "seconds": args.seconds, "seed": args.seed, "commit": version, **piece._asdict()}

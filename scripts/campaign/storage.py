@@ -370,7 +370,7 @@ def _written(run: Path, output: Path) -> str:
 
 
 def _arrays(run: Path, output: Path) -> str:
-    return run_digest(run, records=False)  # records hold no digest of their own
+    return run_digest(run, records=False)  # records have no separate digest
 
 
 DAMAGED = {

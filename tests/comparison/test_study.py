@@ -67,7 +67,7 @@ def test_all_contradictions_are_listed_at_once(tmp_path):
         "budget: found steps and seconds, expected exactly one of steps, trainable_parameters, seconds",
         "seeds: found [1, 1], expected different numbers of 0 or more",
         "search_seed: found 1, which is in seeds. Choose another seed",
-        "methods: found the name 'b/c', expected one that a folder can have",
+        "methods: found the name 'b/c', expected a valid folder name",
         "learning_rates: found a, expected the methods a, b/c",
         "learning_rates: found [0.1, -1.0] for a, expected different numbers above 0",
         "methods.a: lora.rnak: unknown setting; did you mean lora.rank?",

@@ -304,9 +304,9 @@ def test_attached_values_are_in_the_slots_of_their_rows(
                 np.testing.assert_array_equal(batch.slots["reference"][at], expected)
                 seen += len(numbers)
     assert seen == 20
-    with pytest.raises(ValueError, match=r"values reference: of other rows \(found shape \(3, 2\), expected"):
+    with pytest.raises(ValueError, match=r"they belong to other rows \(found shape \(3, 2\), expected"):
         dataset.with_values("reference", train[:3], held_out)
-    with pytest.raises(ValueError, match=r"values reference: of other rows \(found shape None, expected"):
+    with pytest.raises(ValueError, match=r"values reference: they belong to other rows \(found shape None, expected"):
         dataset.with_values("reference", train[: dataset.train.number_limit])
 
 

@@ -25,7 +25,7 @@ def test_a_head_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_other_values_than_were_written_are_refused(tmp_path: Path, old: str, new: str) -> None:
     write_head(tmp_path, HEAD)
     (tmp_path / HEAD_FILE).write_text((tmp_path / HEAD_FILE).read_text().replace(old, new))
-    with pytest.raises(ValueError, match=r"head\.json: damaged \(other values than were written\)"):
+    with pytest.raises(ValueError, match=r"head\.json: damaged \(its values are not those that were written\)"):
         read_head(tmp_path)
 
 

@@ -50,7 +50,7 @@ def rename_columns(
     Args:
       names: our name of a column -> its name in the file.
       setting: the setting that has these names, for errors.
-      optional: our names of columns that a row may lack.
+      optional: our column names that a row may lack.
 
     Raises:
       ValueError: the row lacks columns of `names`; the message lists those that exist.
@@ -114,6 +114,6 @@ def columns_setting(setting: str, names: Mapping[str, str]) -> str:
 
 
 def list_columns(columns: Collection[str]) -> str:
-    """Returns the names of columns for a message; of many, the first ones and the number of the others."""
+    """Returns the column names for a message; of many, the first ones and the number of the others."""
     shown = ", ".join(shorten(repr(name)) for name in [*columns][:_MAX_SHOWN])
     return f"{shown} and {len(columns) - _MAX_SHOWN} more" if len(columns) > _MAX_SHOWN else shown or "none"

@@ -34,7 +34,7 @@ def detect_format(
     Args:
       path: file name for errors.
       named: a key of FORMATS, or "auto".
-      names: our names of columns, which the rows have already -> their names in the file.
+      names: our column names, which the rows have already -> their names in the file.
       setting: the setting of these names, for errors.
       objective: a key of ROW_USES.
 

@@ -153,7 +153,7 @@ def _implicit_problems(row: Columns) -> list[str]:
     row = _current(row)
     chosen, rejected = row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected):
-        return ["one of chosen and rejected is text and the other a list of messages, expected two of a kind"]
+        return ["one of chosen and rejected is text and the other a list of messages, expected both of the same type"]
     if problems := [f"{name} is empty" for name in _ANSWERS if not row[name]]:
         return problems
     if chosen == rejected:

@@ -31,7 +31,7 @@ def template_kwargs_problems(row: JsonObject) -> list[str]:
         return [f"{TEMPLATE_KWARGS} is not JSON: {describe_json_error(error)}"]
     if found is None or isinstance(found, dict):
         wrong = {name: value for name, value in (found or {}).items() if not _is_value(value)}
-        expected = "expected a truth value, a number, text or a list of texts"
+        expected = "expected true, false, a number, text or a list of texts"
         return [f"{TEMPLATE_KWARGS}: {name} is {type(value).__name__}, {expected}" for name, value in wrong.items()]
     return [
         f"{TEMPLATE_KWARGS} is not an object of the template's variables (found {type(found).__name__}, expected one "

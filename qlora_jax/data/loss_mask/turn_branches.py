@@ -184,6 +184,6 @@ def _common_length(a: str, b: str) -> int:
 
 
 def _only_last(segments: Sequence[Segment]) -> list[Segment]:
-    """Returns the segments with the last supervised one alone supervised."""
+    """Returns the segments, of which only the last supervised one stays supervised."""
     last = max((index for index, segment in enumerate(segments) if segment.supervised), default=-1)
     return [segment._replace(supervised=index == last) for index, segment in enumerate(segments)]

@@ -193,7 +193,7 @@ def _behind_block(index: int, thought: Thought, prompt: str, whole: str) -> tupl
     opening, closing = next(pair for pair in TAGS if block.group().startswith(pair[0]))
     if closing in block.group():
         return block.start(), ""
-    if thought.head:  # as it is in the content, without what the prompt has of it
+    if thought.head:  # the content's head, without the part that the prompt has
         written = thought.head.lstrip()
         return block.start(), written.removeprefix(block.group()) if opening in written else written
     gap = "\n" if block.group().endswith("\n") else ""

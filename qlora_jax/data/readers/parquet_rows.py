@@ -61,9 +61,9 @@ def _row_groups(path: Path) -> list[RowGroup]:
 def _check_sizes(path: Path, groups: Sequence[RowGroup], rows: int, columns: int) -> None:
     """Raises ValueError if the file's declared sizes and its own do not go together."""
     if sum(group.rows for group in groups) != rows or any(group.rows < 0 for group in groups):
-        raise _corrupt(path, f"it declares {rows:,} rows, and other numbers for its parts")
+        raise _corrupt(path, f"it declares {rows:,} rows, but its parts do not add up to that")
     if any(len(group.columns) != columns for group in groups):
-        raise _corrupt(path, f"it declares {columns:,} columns, and other numbers for its parts")
+        raise _corrupt(path, f"it declares {columns:,} columns, but some of its parts have another number")
     size = path.stat().st_size
     for chunk in (chunk for group in groups for chunk in group.columns):
         start = min(chunk.data_page, chunk.dictionary_page or chunk.data_page)

@@ -15,7 +15,7 @@ from qlora_jax.evaluation.calibration import calibration_error, reliability
 from qlora_jax.evaluation.classification import class_interval, count_pairs, f1, matthews
 from qlora_jax.evaluation.metrics import Metric, share
 
-RIGHT = "right label"  # of several labels at once: all of a row
+RIGHT = "right label"  # for rows with several labels: all of them are right
 
 
 def class_metrics(

@@ -29,11 +29,11 @@ class PredictArgs(ModelOrRunArgs):
         common="JSON Lines file for the predictions",
     )
     file_columns: dict[str, str] | None = setting(
-        "our names of columns, and their names in the file: {text: review}", None, NOT_EMPTY
+        "our column names, and those in the file: {text: review}", None, NOT_EMPTY
     )
     max_rows: int | None = setting("use only the first rows; null: all", None, AT_LEAST_ONE)
     keep: str | None = setting(
-        "folder that caches outputs as they are computed; started again with it, an interrupted prediction resumes",
+        "folder that caches outputs as they are computed, so that an interrupted prediction resumes",
         None,
         NOT_EMPTY,
     )

@@ -1,6 +1,6 @@
 """Computes the outputs of a model's sequence head for texts: logits, numbers, rewards, or pooled hidden states.
 
-Many texts are packed into rows of one length, in which each sees itself alone: few positions are padding, and one
+Many texts are packed into rows of one length, in which each sees only itself: few positions are padding, and one
 program computes them all. If rotations depend on the row's length, each text has its own row.
 
 Dimension key: R texts, B rows of a batch, T positions, S slots for the texts of a row, C outputs.

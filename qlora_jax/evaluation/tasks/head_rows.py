@@ -79,7 +79,7 @@ def encode_head_rows(path: str, rows: Sequence[Row], names: Mapping[str, str] | 
     """Returns the ids and the labels of rows.
 
     Args:
-      names: our names of columns -> their names in the file, for messages.
+      names: our column names -> their names in the file, for messages.
     """
     head = context.head
     assert head is not None

@@ -34,7 +34,7 @@ from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
 
-OBJECTIVE = "dpo"  # whose rows are pairs
+OBJECTIVE = "dpo"  # its rows are pairs
 RIGHT_BY_REWARD, RIGHT_BY_LIKELIHOOD, MARGIN = "right by reward", "right by likelihood", "reward margin"
 LOG_RATIO = "log ratio to the reference per token"
 DIVERGENCES = tuple(f"KL to the reference per token, {answer}" for answer in ("chosen", "rejected"))

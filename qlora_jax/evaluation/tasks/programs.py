@@ -258,7 +258,7 @@ def _check_can_seal(path: str) -> None:
     if problem := seal_problem():
         raise ValueError(
             f"program_isolation: {path} asks for programs, and this system cannot seal their processes: {problem}. Run "
-            "on Linux 5.13 or newer, or set program_isolation=none if you trust the model with what you can do"
+            "on Linux 5.13 or newer, or set program_isolation=none if you trust the model with your own permissions"
         )
 
 

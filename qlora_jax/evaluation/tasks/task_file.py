@@ -18,7 +18,7 @@ from qlora_jax.data.formats.columns import (
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows, shorten
 from qlora_jax.evaluation.shared_prefixes import ScoredIds
 
-ROW_TASKS = ("rows", "pairs", "embeddings")  # whose files have the columns of training data
+ROW_TASKS = ("rows", "pairs", "embeddings")  # tasks that read the columns of training data
 ALTERNATIVES = {"question": "prompt"}  # another name that a column may have
 
 
@@ -39,7 +39,7 @@ def read_task_rows(
     Args:
       file_columns: the task's name of a column -> its name in the file. Names that the task does not know are ignored,
         because they are for other tasks.
-      optional: the task's names of columns that a row may lack.
+      optional: the task's column names that a row may lack.
 
     Raises:
       ValueError: the file cannot be read, or rows lack a column of `file_columns`; the message lists the rows.

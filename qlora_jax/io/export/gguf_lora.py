@@ -100,7 +100,7 @@ def _where_to_apply(opened: OpenedModel) -> str:
 
 
 def check_plain(run: Run, lora: AdapterArrays) -> None:
-    """Checks that an adapter consists of A and B alone.
+    """Checks that an adapter consists only of A and B.
 
     Raises:
       ValueError: names every module that trains something else, which llama.cpp cannot read.

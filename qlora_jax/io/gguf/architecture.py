@@ -66,9 +66,9 @@ class Architecture:
       attributes: further optional keys -> Hugging Face's attributes.
       absent: values of such attributes without their key.
       required: further keys that every file has -> Hugging Face's attributes.
-      only: keys that may have one value alone; files that are written have it.
-      neutral: keys that may have one value alone, which changes nothing; they are not written.
-      equal: keys that may have the value of another key alone, which changes nothing; they are not written.
+      only: keys that may have only one value; written files have it.
+      neutral: keys that may have only one value, which changes nothing; they are not written.
+      equal: keys that may have only the value of another key, which changes nothing; they are not written.
       sections: SECTIONS is required; a token of text has equal positions, so the rotation is the plain one.
       ignored: prefixes of keys of other parts of the model, such as an image tower.
       biases: attributes without a key -> the tensor whose presence implies them.

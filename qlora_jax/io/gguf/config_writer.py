@@ -69,7 +69,7 @@ def config_metadata(features: ModelConfig, architecture: Architecture) -> tuple[
 
 
 def image_metadata(path: Path, config: JsonObject, architecture: Architecture) -> JsonObject:
-    """Returns the keys of a text half that matter to images alone; llama.cpp needs them to load the file.
+    """Returns the keys of a text half that matter only to images; llama.cpp needs them to load the file.
 
     Args:
       config: the config of the whole model.

@@ -21,9 +21,9 @@ VERSIONS = (2, 3)
 MAX_DIMS = 4  # the limit of ggml
 # Limits on metadata, several times those of the largest published models, so that a small file cannot fill the memory.
 MAX_TENSORS = MAX_KEYS = 1 << 16
-MAX_ELEMENTS = 1 << 22  # of all arrays of metadata; Gemma 3 has 1.3 million
+MAX_ELEMENTS = 1 << 22  # in all arrays of the metadata together; Gemma 3 has 1.3 million
 MAX_HEADER_BYTES = 1 << 28
-MAX_NAME_BYTES = 1 << 16  # of a key or a tensor's name; the limit of the format
+MAX_NAME_BYTES = 1 << 16  # longest key or tensor name; the format's limit
 # The shortest possible row of the tensor table (a name of no letter, one axis), and the shortest metadata key.
 MIN_BYTES = {"tensors": 8 + 4 + 8 + 4 + 8, "metadata keys": 8 + 4 + 1}
 

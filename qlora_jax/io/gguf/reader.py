@@ -49,7 +49,7 @@ def open_gguf(path: Path) -> ModelSource:
     tables = {name: _read_table(path, infos[name]) for name in TABLES & infos.keys()}
     config = config_from_metadata(path, architecture, header.metadata, frozenset(infos), tables)
     if f"{architecture.name}.vocab_size" not in header.metadata and EMBEDDING in infos:
-        config["vocab_size"] = infos[EMBEDDING].shape[0]  # which may be fewer rows than there are tokens
+        config["vocab_size"] = infos[EMBEDDING].shape[0]  # may be fewer than there are tokens
     entries = [_entry(path, info, architecture, config) for info in weights_of(header, architecture)]
     _, drafts = _split_drafts(header, architecture)
     return ModelSource(

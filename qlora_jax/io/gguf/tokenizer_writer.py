@@ -36,7 +36,7 @@ PROBES = (
     "   leading and trailing   ",
 )
 MAX_ADDED = 64  # the number of added tokens that are tested inside other text
-WORDS_WITH_MARKS = {"gpt-4o", "tekken"}  # llama.cpp's patterns for them have letters alone
+WORDS_WITH_MARKS = {"gpt-4o", "tekken"}  # llama.cpp's patterns for them have only letters
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 

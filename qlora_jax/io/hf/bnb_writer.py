@@ -30,7 +30,7 @@ from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
 
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
-STATE_BYTES = 512  # of a quant_state: its JSON is padded with spaces, because the header is written before it
+STATE_BYTES = 512  # size of a quant_state: spaces pad its JSON, because the header is written first
 
 
 def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress) -> None:

@@ -34,7 +34,7 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 # Model types whose experts may be fused, with the rows of gate above those of up: their fused matrices, by name.
 FUSED = frozenset(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "glm4v_moe_text", "qwen3_vl_moe_text"))
-TRANSPOSED = ("qwen3_vl_moe_text",)  # those whose fused matrices are transposed in published files
+TRANSPOSED = ("qwen3_vl_moe_text",)  # model types whose published files transpose the fused matrices
 FUSED_NAME = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<part>gate_up_proj|down_proj)")
 
 

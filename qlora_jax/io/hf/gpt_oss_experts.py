@@ -65,7 +65,7 @@ def _problem(match: re.Match[str], entry: TensorEntry, tensors: Mapping[str, Ten
     stem = f"{match['experts']}.{match['part']}"
     other = tensors.get(f"{stem}{'_scales' if kind == '_blocks' else '_blocks'}")
     if other is None or entry.file_type != "U8":
-        return f"{entry.name}: found {entry.file_type} alone, expected bytes (U8) in {stem}_blocks and {stem}_scales"
+        return f"{entry.name}: found only {entry.file_type}, expected bytes (U8) in {stem}_blocks and {stem}_scales"
     if stem in tensors:
         return f"{entry.name}: found {stem} too, expected one of them"
     if kind == "_blocks" and shape != [*other.shape, BLOCK_BYTES]:

@@ -87,7 +87,7 @@ def fetch_model(name: HubName) -> Fetched:
 
 
 def fetch_config(name: HubName) -> Path:
-    """Fetches config.json alone; a GGUF file, which contains its config, must already be in the cache.
+    """Fetches only config.json; a GGUF file, which contains its config, must already be in the cache.
 
     Raises:
       ValueError: as `fetch_model`; or a GGUF file is not in the cache.

@@ -22,7 +22,7 @@ class ExpertPart:
     """The part of an adapter on experts that belongs to one weight of theirs.
 
     Attributes:
-      half: 0 for gate and 1 for up, which share an adapter; None: the adapter is of this weight alone.
+      half: 0 for gate and 1 for up, which share an adapter; None: only this weight has the adapter.
     """
 
     adapter: ExpertLoRA

@@ -50,7 +50,7 @@ class TextHalf:
 
 
 def split_multimodal(folder: Path, config: JsonObject, tensors: Mapping[str, TensorEntry]) -> TextHalf | None:
-    """Splits the tensors in a folder; returns None for a model of text alone.
+    """Splits the tensors in a folder; returns None for a text-only model.
 
     Raises:
       ValueError: the files have tensors of the text half under both of their names.

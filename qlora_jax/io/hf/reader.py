@@ -32,7 +32,7 @@ HEADER_LENGTH_BYTES = 8
 # Bytes of a header that is read: of any file (60,000 tensors); per byte of a larger file, whose decoded header then
 # takes less memory than the file has bytes; and of the format.
 SMALL_HEADER, HEADER_SHARE, LARGEST_HEADER = 8 << 20, 1 / 64, 100_000_000
-MAX_INDEX_BYTES = 32 << 20  # of 250,000 tensors; mixtures of experts have one weight per expert
+MAX_INDEX_BYTES = 32 << 20  # enough for 250,000 tensors; mixtures of experts have one per expert
 MAX_AXES = 8
 MAX_FILE_NAME = 255  # characters; the limit of file systems
 # Rotary frequencies and attention masks, which old checkpoints store although the config determines them.

@@ -4,7 +4,7 @@ Host memory beyond the model itself: the largest tensor in f32 and its codes. Th
 quantized layer, and never a second stack. Experts are read one by one, so blocks and the constants of double
 quantization are those of each expert's weight alone.
 
-On a mesh, each process reads the rows of its devices and quantizes them alone. Blocks lie within rows, so their codes
+On a mesh, each process reads the rows of its devices and quantizes only them. Blocks lie within rows, so their codes
 are those of the whole weight. The constants of double quantization depend on all rows: processes exchange the f32 block
 constants, a sixteenth of a byte per weight, and each of them double-quantizes those of the whole weight.
 """

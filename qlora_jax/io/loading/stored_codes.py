@@ -9,7 +9,7 @@ from qlora_jax.io.loading.tensor_map import check_number_of_experts, expert_name
 from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat, count_by_type
 
-Entries = list[TensorEntry]  # of one layer: one tensor, or one per expert
+Entries = list[TensorEntry]  # the tensors of one layer: one, or one per expert
 
 
 def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:

@@ -12,7 +12,7 @@ VLLM_DEFAULT_RANK = 16
 NOT_LORA = {"IA3": "(IA)^3", "OFT": "OFT", "VERA": "VeRA", "LN_TUNING": "LayerNorm tuning"}  # by peft_type
 MERGED = "merge it into a model for them: --format hf or gguf"
 WITHOUT_GGUF = "merge it into a model for vLLM: --format hf"
-HEAD_TASKS = ("SEQ_CLS", "FEATURE_EXTRACTION")  # whose heads the files of llama.cpp cannot hold
+HEAD_TASKS = ("SEQ_CLS", "FEATURE_EXTRACTION")  # llama.cpp's files cannot hold their heads
 
 
 def notes_for_readers(config: JsonObject) -> list[str]:

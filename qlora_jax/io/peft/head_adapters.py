@@ -80,7 +80,7 @@ def head_modules(config: AdapterConfig) -> tuple[str, ...]:
 
 
 def without_lm_head(config: AdapterConfig, model: ModelConfig) -> ModelConfig:
-    """Returns the features by which an adapter's tables are read; one with a sequence head has the embedding alone."""
+    """Returns the features by which an adapter's tables are read; one with a sequence head has only the embedding."""
     has_head = config.get("task_type") in (SEQ_CLS, FEATURES)
     return dataclasses.replace(model, tie_embeddings=True) if has_head else model
 

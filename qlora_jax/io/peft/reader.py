@@ -37,7 +37,7 @@ HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "peft_version", "revision"),
     *("fan_in_fan_out", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
     *("target_modules", "task_type", "eva_config", "corda_config", "init_ia3_weights", "feedforward_modules"),
-    *("init_weights", "eps", "d_initial"),  # eps: of coft alone
+    *("init_weights", "eps", "d_initial"),  # eps: used only by coft
     "layers_pattern",  # a model here has one stack of layers
 }
 READ_SETTINGS = (

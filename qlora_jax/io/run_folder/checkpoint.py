@@ -170,7 +170,7 @@ class Checkpoints:
     def restore(
         self, lora_like: PyTree, optimizer_like: PyTree, check: Callable[[JsonObject], None] = lambda state: None
     ) -> Restored:
-        """Reads the newest checkpoint; if it alone is damaged, the one before it, with a warning.
+        """Reads the newest checkpoint; if it is damaged but the one before it is not, reads that one, with a warning.
 
         A damaged checkpoint that was passed over is renamed to STEP.damaged, so that its step can be saved again.
 
@@ -336,7 +336,7 @@ def _read_lora(run: Path, step: int) -> tuple[PyTree, JsonObject]:
 def _advice(run: Path, damaged: int) -> str:
     """Returns advice for a damaged checkpoint: the newest other step whose LoRA parameters are sound."""
     if damaged not in saved_steps(run):
-        return "A running training removed it meanwhile. Start this command again"
+        return "A training run removed it in the meantime. Start this command again"
     for step in reversed(saved_steps(run)):
         if step == damaged:
             continue

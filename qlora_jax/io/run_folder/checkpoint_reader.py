@@ -22,7 +22,7 @@ from qlora_jax.io.run_folder.orbax_threads import silence_threads
 from qlora_jax.metadata import JsonObject, MetadataError, check_value, read_json
 
 LORA, OPTIMIZER, STATE = "lora", "optimizer", "state"  # the parts of a checkpoint
-PARTS = (LORA, OPTIMIZER)  # those of arrays
+PARTS = (LORA, OPTIMIZER)  # the parts that contain arrays
 DIGESTS = "digests"  # the key of the digests in the state
 STATE_BYTES = 64 * 2**20  # at most; the order of windows and the digests grow with data and model
 # Messages of tensorstore about the machine, after which a checkpoint may be sound.

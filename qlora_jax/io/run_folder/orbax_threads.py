@@ -21,7 +21,7 @@ def silence_threads() -> None:
         logging.getLogger(name).addFilter(_is_not_of_a_thread)
     hook = sys.unraisablehook
 
-    # The argument's type exists for type checkers alone.
+    # The argument's type exists only for type checkers.
     def print_other_errors(unraisable: Any) -> None:
         if not str(unraisable.exc_value).startswith(FREED):
             hook(unraisable)

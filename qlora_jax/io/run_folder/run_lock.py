@@ -17,7 +17,7 @@ from pathlib import Path
 
 LOCK_FILE = "run.lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-_HOLDER_BYTES = 300  # of a lock file, at most, that a message shows
+_HOLDER_BYTES = 300  # at most this much of a lock file appears in a message
 _ATTEMPTS = 100
 
 Warn = Callable[[str], object]

@@ -16,7 +16,7 @@ from qlora_jax.io.run_folder.digests import json_digest, tree_digests, whole
 from qlora_jax.models.partition import Lora
 
 FILE = "start.safetensors"
-STATE_KEY = "initial_adapter"  # of a checkpoint's JSON state: the digest of the parameters that the run started with
+STATE_KEY = "initial_adapter"  # key of the digest of the run's initial parameters, in a checkpoint's JSON
 # Leaves by which an adapter's output is multiplied, and all leaves that change nothing where these are 0. DoRA's
 # magnitude is not among them, because its product rounds.
 SWITCHES = {

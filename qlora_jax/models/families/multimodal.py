@@ -75,13 +75,13 @@ SIZES = {
 
 
 def wrapper_of(config: Mapping[str, object]) -> Wrapper | None:
-    """Returns the kind of multimodal model that a config describes; None for a model of text alone."""
+    """Returns the kind of multimodal model that a config describes; None for a text-only model."""
     kind = config.get("model_type")
     return WRAPPERS.get(kind) if isinstance(kind, str) else None
 
 
 def text_config(config: Mapping[str, object], name: str = "config.json") -> Mapping[str, object]:
-    """Returns the config of the text half, with the sizes that it omits; `config` itself for a model of text alone.
+    """Returns the config of the text half, with the sizes that it omits; `config` itself for a text-only model.
 
     Args:
       name: the file of the config, for messages.
@@ -101,7 +101,7 @@ def text_config(config: Mapping[str, object], name: str = "config.json") -> Mapp
 def ties_embeddings(config: Mapping[str, object], name: str = "config.json") -> object:
     """Returns what the config of a multimodal model says about its head: True if it is the embedding.
 
-    transformers reads the wrapper's attribute. Some published configs have it in `text_config` alone.
+    transformers reads the wrapper's attribute. Some published configs have it only in `text_config`.
     """
     found = [config.get(TIED), _stated(config, name).get(TIED), _tied_by_default(config)]
     return next(value for value in found if value is not None)

@@ -13,7 +13,7 @@ MODEL_TYPES = ("olmo3",)
 ONLY = {"hidden_act": "silu", "clip_qkv": None}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 THETA = 5e5
-# transformers 5 gives a top-level rope_theta to the layers without a window alone, earlier releases to all layers.
+# transformers 5 gives a top-level rope_theta only to the layers without a window, earlier releases to all layers.
 AMBIGUOUS_THETA = (
     "rope_theta={}: it would depend on transformers' release which layers use it. Give rope_parameters with "
     "full_attention and sliding_attention instead"

@@ -12,7 +12,7 @@ from qlora_jax.nn.rope import Rope
 MODEL_TYPES = ("phi3",)
 
 ONLY = {"hidden_act": "silu", "attention_bias": False, "layer_types": None, "mlp_bias": False, "lm_head_bias": False}
-ONLY |= {"full_attn_mod": 1, "interpolate_factor": 1}  # of Phi-4-mini
+ONLY |= {"full_attn_mod": 1, "interpolate_factor": 1}  # as in Phi-4-mini
 DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 
 

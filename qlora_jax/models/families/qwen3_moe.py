@@ -28,7 +28,7 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     experts = experts_from_hf(
         attributes,
         sparse_layers(attributes),
-        # transformers 5 saves num_experts by this name alone.
+        # transformers 5 saves num_experts only under this name.
         attributes.integer("num_experts", attributes.integer("num_local_experts", DEFAULT_COUNTS["qwen3_moe"])),
         8,
         mlp_dim=attributes.integer("moe_intermediate_size", 768),

@@ -2,7 +2,7 @@
 
 LATENT = "queries, keys and values are projected through latent vectors (multi-head latent attention)"
 DELTA = "most layers are linear attention (gated delta networks)"
-PER_LAYER = "layers have embeddings of tokens of their own, and share keys and values"
+PER_LAYER = "layers have their own token embeddings, and share keys and values"
 CHUNKED = "layers attend within chunks of 8,192 positions, and scale queries by temperature"
 
 # model_type of a whole model, or of a text half -> the reason.

@@ -33,7 +33,7 @@ fixed_a_deltas.defvjp(_forward, backward)
 
 
 class LoRAFA(LoRA):
-    """LoRA in which B alone trains."""
+    """LoRA in which only B trains."""
 
     UNTRAINED = ("lora_a",)
     DELTAS = staticmethod(fixed_a_deltas)

@@ -1,9 +1,9 @@
 """`causal_attention` on CPUs with AVX-512, by the C++ handlers of pallas_kernels.native.
 
 Definition, roundings and residuals are the same. Tiles have 64 queries, so that scores stay in the caches of one core.
-In bf16 both passes run here if the processor has bf16 products; in f32 the forward pass alone. Packed operands and sums
-are results of the handlers, so that XLA counts their memory. Per position these are 4 K H bytes forward (8 in f32) and
-8 N H bytes backward.
+In bf16 both passes run here if the processor has bf16 products; in f32 only the forward pass does. Packed operands and
+sums are results of the handlers, so that XLA counts their memory. Per position these are 4 K H bytes forward (8 in f32)
+and 8 N H bytes backward.
 
 Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks of 64 positions, P = 64 I.
 """
@@ -23,7 +23,7 @@ from qlora_jax.nn.attention.sinks import add_sinks, sinks_gradient
 
 Texts = Int[Array, "B T"] | Spans | None  # ids of segments; spans if rows have branches; None: each row is one text
 BLOCK = 64  # positions, as in attention_cpu.cc
-WIDTHS = range(32, 257, 32)  # of a head
+WIDTHS = range(32, 257, 32)  # supported head_dim
 
 
 def unsupported_reason(platform: str, dtype: DTypeLike, width: int, *, plain: bool) -> str | None:

@@ -110,7 +110,7 @@ class AttentionMask:
 
     Attributes:
       first_I: first chunk of keys that the queries of each chunk may see.
-      bands_DCC: mask by position alone, for keys that lie D chunks before the queries. Computed once: loading it is
+      bands_DCC: mask by position only, for keys that lie D chunks before the queries. Computed once: loading it is
         several times faster than comparing positions in each pass over scores.
     """
 

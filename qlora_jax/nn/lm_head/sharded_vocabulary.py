@@ -39,7 +39,7 @@ class ShardedHead:
 
     @property
     def own(self) -> Head:
-        """The head that has this device's rows alone."""
+        """The head with only this device's rows."""
         bias_V = None if self.bias_V is None else self.bias_V.part
         return Head(self.weight_VD.part, bias_V, self.softcap, scale=self.scale)
 

@@ -12,7 +12,7 @@ from qlora_jax.tournament.matches import Match, Transcripts, unordered
 from qlora_jax.tournament.pages.person_page import ExportedVerdicts, PageKey, draw_key, match_of, person_page
 from qlora_jax.tournament.settings import PersonArgs
 
-MAX_BYTES = 64 << 20  # of a key, which has 200 bytes per pair
+MAX_BYTES = 64 << 20  # largest key file; it has 200 bytes per pair
 
 
 class PersonJudge:

@@ -1,6 +1,6 @@
 """The page on which a person judges, without knowing which system wrote which reply.
 
-The page holds texts and random ids alone. A separate key file says which pair of systems an id stands for, and stays
+The page holds only texts and random ids. A separate key file says which pair of systems an id stands for, and stays
 with the organizer. Neither ids nor orders follow from the texts or from a seed, so nobody can compute them again.
 
 Prompts and replies are untrusted text. jinja2 escapes all of it, and the page's Content-Security-Policy keeps a browser

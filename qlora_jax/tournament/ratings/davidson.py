@@ -4,7 +4,7 @@ With x = strength of the first system - strength of the second + position bias, 
 
     first better: x / 2        second better: -x / 2        tie: tie weight
 
-The order effect of Davidson and Beaver (1977) is the same model: theirs adds the bias to the first outcome alone,
+The order effect of Davidson and Beaver (1977) is the same model: theirs adds the bias only to the first outcome,
 which only shifts the tie weight. Without ties the model is Bradley-Terry's, p(first better) = 1 / (1 + exp(-x)).
 
 Suffixes: P parameters (a strength per system, then the position bias, then the tie weight), M ordered pairs of

@@ -15,9 +15,8 @@ from qlora_jax.training.cost.arrays import Leaf, quantized_leaves, trained_leave
 from qlora_jax.training.cost.flops import head_chunks
 from qlora_jax.training.cost.step_shape import F32, StepShape
 
-GATHERS = (
-    2  # of a layer with a backward pass, per micro-batch: forward, and once for recomputation and backward products
-)
+# Times that a micro-batch with a backward pass gathers a layer: forward, and for recomputation and backward together.
+GATHERS = 2
 
 
 class Exchange(NamedTuple):

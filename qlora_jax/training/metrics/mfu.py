@@ -106,7 +106,7 @@ def utilization(step: StepShape, peak: float | None, devices: int = 1, *, backwa
 
     Args:
       peak: the peak of one device in FLOP/s.
-      backward: False for forward passes alone, such as that of the reference.
+      backward: False for only forward passes, such as that of the reference.
     """
     one = dataclasses.replace(step, batch=(1, 1, 1), supervised=1, tile=1)  # padding of tiles is not counted
 

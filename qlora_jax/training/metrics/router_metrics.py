@@ -21,7 +21,7 @@ def router_metrics(outputs: PyTree, experts: ExpertsConfig | None) -> dict[str, 
     """Returns the metrics of a step; none for a model without experts.
 
     Numbers are of the least balanced layer, lists have one number per sparse layer. `max_load` is the load of the
-    busiest expert over the mean load: 1 if all are used equally, E if one is used alone. `entropy` is that of the loads
+    busiest expert over the mean load: 1 if all are used equally, E if only one is used. `entropy` is that of the loads
     over its maximum: 1 and 0. A dead expert has no token in this step.
 
     Sigmoids of logits do not add up to 1, so the load-balancing loss is not defined for them.

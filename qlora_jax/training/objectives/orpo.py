@@ -21,7 +21,7 @@ from qlora_jax.training.objectives.objective import Arrays, Totals
 from qlora_jax.training.objectives.pairs import PairObjective, in_pairs
 from qlora_jax.training.objectives.sequences import SequenceLogps, per_token, sum_by_slot
 
-LARGEST_MEAN = -1e-7  # of log p; the odds of a sequence of probability 1 are infinite
+LARGEST_MEAN = -1e-7  # largest mean log p, because the odds of probability 1 are infinite
 
 
 @jax.tree_util.register_dataclass

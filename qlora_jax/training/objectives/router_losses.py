@@ -28,7 +28,7 @@ from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.router import SIGMOID, Routing
 from qlora_jax.training.objectives.objective import Arrays, Objective, Totals
 
-FILLED = "filled"  # of a batch: positions that each row fills, [A, B, 1]; the others are padding
+FILLED = "filled"  # batch array [A, B, 1]: positions that each row fills; the others are padding
 ROUTER = "mlp.gate"
 TOKENS, COUNT = "routed tokens", "count"  # sums over a step
 
@@ -46,7 +46,7 @@ class RoutedOutputs:
 class Routed:
     """An objective with the losses of routers, whose outputs are `RoutedOutputs`.
 
-    Without losses, the outputs are there for metrics alone.
+    Without losses, the outputs are there only for metrics.
 
     Attributes:
       objective: the other loss.
@@ -157,7 +157,7 @@ def step_arrays(objective: Objective, batch: Batch) -> dict[str, np.ndarray]:
 
 
 def unrouted(outputs: PyTree) -> PyTree:
-    """Returns the outputs of the objective alone."""
+    """Returns only the outputs of the objective."""
     return outputs.outputs if isinstance(outputs, RoutedOutputs) else outputs
 
 

@@ -24,7 +24,7 @@ class SFT:
 
     @property
     def values(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns an empty dict: a row has ids and weights alone."""
+        """Returns an empty dict: a row has only ids and weights."""
         return {}
 
     def outputs(self, model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> Float[Array, " B"]:

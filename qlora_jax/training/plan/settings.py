@@ -16,7 +16,7 @@ class PlanModelArgs(ModelArgs):
     """The base model and its weight format."""
 
     path: str = setting(
-        "the base model: a Hugging Face folder, its config.json alone, a GGUF file, a name on the Hub (org/name; only "
+        "the base model: a Hugging Face folder, only its config.json, a GGUF file, a name on the Hub (org/name; only "
         "config.json is fetched), or a published model by name: " + ", ".join(PUBLISHED),
         bound=NOT_EMPTY,
         common="a Hugging Face folder, a GGUF file, org/name on the Hub, or a published model such as llama-3-8b",
@@ -40,13 +40,13 @@ class PlanArgs(Config):
         f"the card: {', '.join(CARDS)}, or cpu", None, common="the card, such as h100 or rtx4090, or cpu"
     )
     cards: int = setting(
-        "the number of such cards, which mesh.fsdp=auto and mesh.data=auto may use; a mesh that is given needs no more",
+        "the number of such cards that mesh.fsdp=auto and mesh.data=auto may use; not needed if the mesh is set",
         1,
         AT_LEAST_ONE,
         common="the number of such cards",
     )
     memory: str | None = setting(
-        "device memory, such as 24GiB, instead of the card's; alone: the card with the nearest size",
+        "device memory, such as 24GiB, instead of the card's; without card: the card with the nearest size",
         None,
         common="device memory, such as 24GiB; without --card: the card with the nearest size",
     )

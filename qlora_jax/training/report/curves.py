@@ -9,7 +9,7 @@ from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.router_metrics import AUX_LOSS, BY_LAYER, DEAD, ENTROPY, MAX_LOAD, Z_LOSS
 
 GIB = 2**30
-ENDS = ("", LOW, HIGH)  # of the keys of a metric and of its interval
+ENDS = ("", LOW, HIGH)  # endings of the keys of a metric and its interval
 _SMOOTHING_SHARE = 0.05  # share of the steps over which a moving average averages
 
 

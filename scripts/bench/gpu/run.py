@@ -35,7 +35,7 @@ from scripts.bench.gpu.matmuls import Bench, Record, measure
 STEP_TIMEOUT_S = 120
 UNFILTERED = {"JAX_TRACEBACK_FILTERING": "off"}  # otherwise the last lines of an error do not show its cause
 POLICIES = ("full", "names", "none")  # least memory first
-ROWS = (1, 16, 2048, 4096, 8192, 512, 128, 1024)  # those of the goals and the crossover first
+ROWS = (1, 16, 2048, 4096, 8192, 512, 128, 1024)  # the goals and the crossover come first
 PATTERNS = ("llama-3-8b/*", "llama-3-70b/gate,up", "llama-2-7b/down")
 TINY_ROWS, TINY = (1, 24), Shape("tiny", "square", 256, 256, 1, 1)
 SHARE = 10  # weights may take 1 / SHARE of a card's memory, and so may results

@@ -36,7 +36,7 @@ DIRECTIONS = ("forward", "backward", "recomputed")
 COUNTED = {"again": "recomputed", "rebuild": "backward"}  # names of directions in training/cost/flops.py
 CONTAINERS = {"while", "conditional", "call"}  # they run other operations, which are counted
 KINDS = {
-    "dynamic_update_slice": "writes into stacks",  # of saved activations of a layer, and of its gradients
+    "dynamic_update_slice": "writes into stacks",  # a layer's saved activations and gradients
     "dynamic_slice": "reads of stacks",
     "broadcast": "fills",
     "broadcast_in_dim": "fills",

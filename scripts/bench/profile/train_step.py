@@ -58,7 +58,7 @@ from scripts.bench.support.real_step import load_step, random_batch
 from scripts.fetch_smollm2 import fetch_smollm2
 
 MODULES = {"jit_gradients": "gradients", "jit_update": OPTIMIZER}  # names of the two programs in a trace
-WIDTH = 150  # of tables if the output is not a terminal
+WIDTH = 150  # columns of a table, unless a terminal prints it
 Seconds = dict[str, float]
 
 

@@ -78,7 +78,7 @@ def test_a_row_has_the_ids_that_the_setting_gives(qwen3: Tokenizer, kind: str):
         ([1], r"chat_template_kwargs is not an object of the template's variables \(found list"),
         ("3", r"chat_template_kwargs is not an object of the template's variables \(found int"),
         (False, r"chat_template_kwargs is not an object of the template's variables \(found bool"),
-        ({"enable_thinking": {"a": 1}}, "chat_template_kwargs: enable_thinking is dict, expected a truth value"),
+        ({"enable_thinking": {"a": 1}}, "chat_template_kwargs: enable_thinking is dict, expected true, false"),
         ({"enable_thinkin": True}, "reads no variable of this name .* did you mean 'enable_thinking'"),
         ({"messages": []}, "reads no variable of this name .found 'messages'"),
     ],

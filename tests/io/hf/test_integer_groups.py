@@ -264,7 +264,7 @@ def test_integers_that_belong_to_no_layer_are_refused(tmp_path: Path) -> None:
 
 
 def test_codes_without_a_quantization_config_are_refused_with_the_setting_that_describes_them(tmp_path: Path) -> None:
-    """Old files of AutoGPTQ have it in quantize_config.json alone."""
+    """Old files of AutoGPTQ have it only in quantize_config.json."""
     write_folder(
         tmp_path, CONFIG, {f"{NAME}.{part}": np.ascontiguousarray(GPTQ_TENSORS[part]) for part in GPTQ_TENSORS}
     )

@@ -200,7 +200,7 @@ def test_missing_experts_are_named_by_layer(tmp_path: Path, mixture: dict[str, n
 
 def test_more_experts_than_tensors_are_refused_before_anything_loops_over_them(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, MIXTURE | {"n_routed_experts": 4096}, {"model.norm.weight": np.ones(64, "f4")})
-    with pytest.raises(ValueError, match="found 1 tensors, expected 24,576 of experts alone, 2 layers of 4096 experts"):
+    with pytest.raises(ValueError, match="found 1 tensors, expected 24,576 of experts, 2 layers of 4096 experts"):
         _load(folder)
 
 

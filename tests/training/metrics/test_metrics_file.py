@@ -64,7 +64,7 @@ def test_files_of_an_earlier_version_have_no_digests_and_are_read_with_one_warni
     write_steps(path, [2], 1)
     assert [record["step"] for record in read_metrics(path)] == [1, 1, 2]
     path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.6'))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: damaged \(other values than were written\)"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: damaged \(its values are not those that were written\)"):
         read_metrics(path)
 
 
