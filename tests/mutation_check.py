@@ -108,7 +108,7 @@ MUTATIONS = [
         "tests/config",
     ),
     Mutation(
-        "qlora_jax/training/checkpoint_state.py",
+        "qlora_jax/training/resume.py",
         '"position": position,',
         '"position": position | {"index": 0},',
         "tests/e2e/test_resume.py",

@@ -127,6 +127,9 @@ MENDS = [
     ),
     # Data of a new user
     Mutation(
-        "qlora_jax/data/formats/lookalikes.py", "return +found", "return {}", "tests/data/formats/test_lookalikes.py"
+        "qlora_jax/data/formats/chat_like_text.py",
+        "return +found",
+        "return {}",
+        "tests/data/formats/test_chat_like_text.py",
     ),
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from qlora_jax.comparison.settings import TaskSettings
 from qlora_jax.data.readers.files import Row, stream_rows
-from qlora_jax.evaluation.measures import MEASURES
+from qlora_jax.evaluation.row_measures import MEASURES
 
 
 def shared_row_problems(task: TaskSettings, training: Sequence[str]) -> list[str]:

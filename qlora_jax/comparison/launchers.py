@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-from qlora_jax.comparison.perform import Lost, perform
 from qlora_jax.comparison.settings import CompareArgs, Settings
+from qlora_jax.comparison.train_and_score import Lost, perform
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qlora_jax.comparison.results import MethodEstimate
-from qlora_jax.evaluation.measures import Better
+from qlora_jax.evaluation.row_measures import Better
 from qlora_jax.statistics.pareto import pareto_front
 from qlora_jax.training.report.plot import Size, page_svg
 

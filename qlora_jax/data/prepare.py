@@ -35,9 +35,9 @@ from qlora_jax.data.encoder import (
     prefetch_map,
     row_problems,
 )
+from qlora_jax.data.formats.chat_like_text import count_lookalikes
 from qlora_jax.data.formats.columns import check_names_exist, rename_columns
 from qlora_jax.data.formats.detect import detect_format
-from qlora_jax.data.formats.lookalikes import count_lookalikes
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.holdout import Split, check_splits, content_hash

@@ -23,6 +23,7 @@ from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, mlp_start, split_run
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
+from qlora_jax.models.remat import LAYER_INPUT, REMAT_POLICIES
 from qlora_jax.nn.adapters.full_rank import TrainableTable
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
@@ -37,29 +38,7 @@ from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import Shard, gathered
 
-# Activation memory: the residuals that jax.checkpoint saves per layer besides its input. `none`: all. `names`: results
-# of products, so that only norms and activations are recomputed. `full`: nothing. `offload`: nothing, and the layer's
-# input is in host memory; its copies overlap with the computation of other layers.
-SAVED_NAMES = (
-    *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
-    *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa", "unscaled", "dora_norms"),
-    *("bottleneck_in", "bottleneck_narrow"),
-    *("router_logits", "shared_expert_out"),
-)
-LAYER_INPUT = "layer_input"
 NEFTUNE = name_number("neftune")  # folded into the key of a row; layers fold their index
-REMAT_POLICIES = {
-    "none": None,
-    "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-
 SCORE = "score"  # name of the sequence head among the trained parameters
 AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
 

@@ -1,7 +1,6 @@
 """The training loop: takes batches, reports metrics, saves checkpoints, and can stop after any step."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,8 +11,6 @@ import numpy as np
 
 from qlora_jax.data.batching.batches import START, Batch
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
-from qlora_jax.models.partition import Lora
-from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.evaluation.held_out import held_out_metrics
 from qlora_jax.training.metrics.memory_watch import memory_in_use
@@ -21,11 +18,9 @@ from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.preference_metrics import step_metrics
 from qlora_jax.training.metrics.router_metrics import router_metrics
 from qlora_jax.training.objectives.router_losses import step_arrays, unrouted
-from qlora_jax.training.optimizer_state import OptimizerState
+from qlora_jax.training.resume import EVALUATION_DUE, TrainState, checkpoint_state
 from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.session import Session
-
-EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 
 @runtime_checkable
@@ -49,25 +44,6 @@ class TrainingReporter(Protocol):
         ...
 
 
-@dataclasses.dataclass
-class TrainState:
-    """The state of a run after `step` steps.
-
-    Attributes:
-      optimizer_state: as `session.state_manager` represents it.
-      position: the data position of the next batch.
-      best: the best evaluation so far.
-      evaluation_due: the evaluation after `step` was cut off by a signal; a resumed run begins with it.
-    """
-
-    lora: Lora
-    optimizer_state: OptimizerState
-    step: int
-    position: dict[str, int]
-    best: BestEvaluation
-    evaluation_due: bool = False
-
-
 class _Stopped(Exception):
     """Raised within an evaluation when `stop()` returns True."""
 
@@ -80,29 +56,6 @@ def initial_state(session: Session) -> TrainState:
     """Returns the state at step 0."""
     return TrainState(
         session.parts.lora, session.state_manager.init(session.parts.lora), 0, dict(START), BestEvaluation()
-    )
-
-
-def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
-    """Restores the newest sound checkpoint, after a check against the session's settings, base model and data.
-
-    Raises:
-      ValueError: the run cannot resume from it; see `check_resumable`.
-      CheckpointError: more than the newest checkpoint is damaged.
-    """
-    template = session.state_manager.checkpoint_template(session.parts.lora)
-    check = functools.partial(check_resumable, session)
-    lora, optimizer_state, saved = checkpoints.restore(session.parts.lora, template, check)
-    best = BestEvaluation.from_checkpoint(saved)
-    if session.config.train.keep_best:
-        checkpoints.retain(best.step)
-    return TrainState(
-        lora,
-        session.state_manager.from_checkpoint(optimizer_state),
-        saved["step"],
-        saved["position"],
-        best,
-        evaluation_due=saved.get(EVALUATION_DUE, False),
     )
 
 

@@ -16,9 +16,9 @@ from qlora_jax.models.partition import Lora, ModelParts
 from qlora_jax.training.display.run_display import format_duration
 from qlora_jax.training.evaluation.compiled_forward import ForwardBatch
 from qlora_jax.training.evaluation.reference_parameters import ReferenceParameters
-from qlora_jax.training.loop import TrainState
 from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.reference_logps import ReferencePass, reference_folder, reference_key
+from qlora_jax.training.resume import TrainState
 from qlora_jax.training.run_mesh import rows_of_batch
 from qlora_jax.training.session import Session
 

@@ -1,6 +1,7 @@
-"""The JSON part of a checkpoint, and the check that a run may resume from it."""
+"""Resumes a run: its state, the JSON part of a checkpoint, and the check that a checkpoint fits the run."""
 
 import dataclasses
+import functools
 import warnings
 
 import jax
@@ -10,10 +11,13 @@ import orbax.checkpoint
 
 from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import ConfigError, from_dict
+from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
+from qlora_jax.models.partition import Lora
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.metrics.metrics_file import Record
+from qlora_jax.training.optimizer_state import OptimizerState
 from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 
@@ -49,9 +53,29 @@ MAY_DIFFER = {
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
 MESH_KEY = "mesh"
+EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 # Keys of the state that a resumed run requires.
 RESUME_KEYS = ("step", "position", "best", "fingerprint", "data_fingerprint", "config")
+
+
+@dataclasses.dataclass
+class TrainState:
+    """The state of a run after `step` steps.
+
+    Attributes:
+      optimizer_state: as `session.state_manager` represents it.
+      position: the data position of the next batch.
+      best: the best evaluation so far.
+      evaluation_due: the evaluation after `step` was cut off by a signal; a resumed run begins with it.
+    """
+
+    lora: Lora
+    optimizer_state: OptimizerState
+    step: int
+    position: dict[str, int]
+    best: BestEvaluation
+    evaluation_due: bool = False
 
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, object]:
@@ -167,3 +191,26 @@ def check_resumable(session: Session, state: Record) -> None:
             "differ:\n  " + "\n  ".join(problems) + "\nUse the same settings, or another output folder."
         )
     warn_of_other_masks(session.config, state)
+
+
+def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
+    """Restores the newest sound checkpoint, after a check against the session's settings, base model and data.
+
+    Raises:
+      ValueError: the run cannot resume from it; see `check_resumable`.
+      CheckpointError: more than the newest checkpoint is damaged.
+    """
+    template = session.state_manager.checkpoint_template(session.parts.lora)
+    check = functools.partial(check_resumable, session)
+    lora, optimizer_state, saved = checkpoints.restore(session.parts.lora, template, check)
+    best = BestEvaluation.from_checkpoint(saved)
+    if session.config.train.keep_best:
+        checkpoints.retain(best.step)
+    return TrainState(
+        lora,
+        session.state_manager.from_checkpoint(optimizer_state),
+        saved["step"],
+        saved["position"],
+        best,
+        evaluation_due=saved.get(EVALUATION_DUE, False),
+    )

@@ -26,11 +26,10 @@ from qlora_jax.io.run_folder.checkpoint import (
 from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.checkpoint_state import with_date_of_start
 from qlora_jax.training.display.banner import resume_banner, start_banner, warm_up_text
 from qlora_jax.training.display.next_commands import next_commands
 from qlora_jax.training.display.run_display import Display, print_banner
-from qlora_jax.training.loop import TrainingReporter, TrainState, initial_state, restore, run_steps, save
+from qlora_jax.training.loop import TrainingReporter, initial_state, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
 from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_metrics
 from qlora_jax.training.metrics.trackers import Log, scalars, trackers
@@ -41,6 +40,7 @@ from qlora_jax.training.reference_session import ReferenceStopped, record_start,
 from qlora_jax.training.report.facts import RunReport, report_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
+from qlora_jax.training.resume import TrainState, restore, with_date_of_start
 from qlora_jax.training.run_mesh import local_devices
 from qlora_jax.training.session import (
     PreparedModel,

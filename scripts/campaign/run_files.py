@@ -17,10 +17,10 @@ from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, read_run_head, write_
 from qlora_jax.io.loading.adapter_init import FILE as INITIAL_FILE
 from qlora_jax.io.loading.adapter_init import read_initial
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
-from qlora_jax.training.loop import restore
 from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.facts import before_and_after, question_summary, training_summary
+from qlora_jax.training.resume import restore
 from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE, train
 from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
 from scripts.campaign.data_files import damage_any

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from qlora_jax.comparison.perform import Lost
 from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.run_files import FAILURE_FILE, RunOutcome, write_outcome
 from qlora_jax.comparison.run_study import run_study, sized_settings
 from qlora_jax.comparison.study import Study, read_study
+from qlora_jax.comparison.train_and_score import Lost
 
 BASE = {
     "model": {"path": "smollm2-135m"},

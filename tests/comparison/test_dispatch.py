@@ -9,9 +9,9 @@ import pytest
 
 from qlora_jax.comparison import dispatch
 from qlora_jax.comparison.dispatch import run_all
-from qlora_jax.comparison.perform import Lost
 from qlora_jax.comparison.run import Run, check_unchanged
 from qlora_jax.comparison.run_files import FAILURE_FILE, OUTCOME_FILE
+from qlora_jax.comparison.train_and_score import Lost
 from qlora_jax.config import ConfigError
 from tests.comparison.studies import Ended, Inline, by_folder, finish, read
 

@@ -10,7 +10,7 @@ from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.run_study import sized_settings
 from qlora_jax.comparison.study import data_settings, read_study
 from qlora_jax.config import ConfigError
-from qlora_jax.evaluation.measures import MEASURES
+from qlora_jax.evaluation.row_measures import MEASURES
 from scripts import make_noisy_titles
 from tests.comparison.studies import METHODS, read, study_of, write_rows, write_study
 

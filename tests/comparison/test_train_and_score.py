@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.comparison import perform as module
-from qlora_jax.comparison.perform import Failed, Lost, perform, seconds_per_step
 from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.run_files import FAILURE_FILE, LOG_FILE
+from qlora_jax.comparison.train_and_score import Failed, Lost, perform, seconds_per_step
 from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.training.metrics.metrics_file import MetricsFile
 from tests.comparison.studies import read

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.evaluation.loglikelihood import RowScores
-from qlora_jax.evaluation.measures import MEASURES, measures_of
 from qlora_jax.evaluation.results import Evaluation, task_result
+from qlora_jax.evaluation.row_measures import MEASURES, measures_of
 from qlora_jax.evaluation.tasks.answers import AnswerScores, AnswersTask
 from qlora_jax.evaluation.tasks.choices import ChoiceScores, ChoicesTask
 from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
-from qlora_jax.training.checkpoint_state import MESH_KEY, warn_of_other_masks
+from qlora_jax.training.resume import MESH_KEY, warn_of_other_masks
 
 
 def config_with(dropout: float) -> Config:

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora_jax.data.formats.lookalikes import LOOKALIKES
+from qlora_jax.data.formats.chat_like_text import LOOKALIKES
 from qlora_jax.data.formats.preference import DIFFERENT_PROMPTS, EQUAL_ANSWERS
 from qlora_jax.data.report.stats import DataReport, ShownText, SourceReport, SplitReport
 from qlora_jax.data.row_counts import PERCENTILES, percentiles

@@ -125,7 +125,7 @@ class AnswersTask:
         return changes
 
     def row_values(self, scores: AnswerScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in measures.py."""
+        """The rows' parts of the measures in row_measures.py."""
         return {"exactly the answer": share_of_rows(scores.right)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

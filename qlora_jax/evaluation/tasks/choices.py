@@ -81,7 +81,7 @@ class ChoicesTask:
         ]
 
     def row_values(self, scores: ChoiceScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in measures.py."""
+        """The rows' parts of the measures in row_measures.py."""
         return {
             "right by likelihood": share_of_rows(scores.by_sum),
             "right by likelihood per token": share_of_rows(scores.by_mean),

@@ -140,7 +140,7 @@ class LabelsTask:
         ]
 
     def row_values(self, scores: Predicted) -> dict[str, RowValues]:
-        """The rows' parts of the measures in measures.py."""
+        """The rows' parts of the measures in row_measures.py."""
         return {"right label": share_of_rows(scores == self.answers)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

@@ -104,7 +104,7 @@ class LettersTask:
         return [share_change("right by letter", before.right, after.right), *by_subject]
 
     def row_values(self, scores: LetterScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in measures.py."""
+        """The rows' parts of the measures in row_measures.py."""
         return {"right by letter": share_of_rows(scores.right)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

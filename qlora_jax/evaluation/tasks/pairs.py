@@ -22,8 +22,8 @@ from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.divergence import compare_rows
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
-from qlora_jax.evaluation.measures import MEASURES
 from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues
+from qlora_jax.evaluation.row_measures import MEASURES
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks import reward_pairs
@@ -136,7 +136,7 @@ class PairsTask:
         ]
 
     def row_values(self, scores: PairScores) -> dict[str, RowValues]:
-        """The pairs' parts of the measures in measures.py."""
+        """The pairs' parts of the measures in row_measures.py."""
         return {name: one for name, one in self.pair_values(scores).items() if name in MEASURES[self.name]}
 
     def pair_values(self, scores: PairScores) -> dict[str, RowValues]:

@@ -83,7 +83,7 @@ class RowsTask(TextTask):
         ]
 
     def row_values(self, scores: RowScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in measures.py."""
+        """The rows' parts of the measures in row_measures.py."""
         return {
             "loss per token": loss_of_rows(scores),
             "begins with the answer": share_of_rows(scores.begins),

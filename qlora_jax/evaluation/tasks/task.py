@@ -8,7 +8,7 @@ To add a task:
 3. Declare the setting: in QuestionArgs (config/question_settings.py) if training runs may ask it at each evaluation,
    otherwise in TaskArgs (evaluation/settings.py).
 
-To compare several runs on the task (docs/compare.md), add `row_values` and a line in evaluation/measures.py.
+To compare several runs on the task (docs/compare.md), add `row_values` and a line in evaluation/row_measures.py.
 
 choices.py is a short example.
 """
@@ -110,7 +110,7 @@ class PreparedTask(Protocol):
 
 @runtime_checkable
 class RowValuesTask[Scores](Protocol):
-    """A task whose measures in measures.py can be compared row by row over several runs."""
+    """A task whose measures in row_measures.py can be compared row by row over several runs."""
 
     def row_values(self, scores: Scores) -> dict[str, RowValues]:
         """The parts of each of these measures that the rows contribute, by the measure's name."""

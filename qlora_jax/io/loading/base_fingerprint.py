@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from qlora_jax.io.loading.own_rows import STRIP, OwnRows, all_rows
+from qlora_jax.io.loading.process_rows import STRIP, ProcessRows, all_rows
 
 SUFFIX = "-strips"
 
@@ -32,7 +32,7 @@ class BaseDigest(abc.ABC):
         """Adds the name of the tensor whose arrays follow."""
         self._sha.update(name.encode())
 
-    def add(self, own: np.ndarray, rows: OwnRows) -> None:
+    def add(self, own: np.ndarray, rows: ProcessRows) -> None:
         """Adds an array, of which this process has `rows`; all processes call this together."""
         own = np.atleast_1d(own)
         shape = own.shape if rows.everywhere else (rows.total, *own.shape[1:])  # codes in layout `flat` have no rows
@@ -44,7 +44,7 @@ class BaseDigest(abc.ABC):
         self.add(array, all_rows(math.prod(array.shape[:1])))
 
     @abc.abstractmethod
-    def _add_values(self, own: np.ndarray, rows: OwnRows) -> None: ...
+    def _add_values(self, own: np.ndarray, rows: ProcessRows) -> None: ...
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -54,7 +54,7 @@ class BaseDigest(abc.ABC):
 class StripDigest(BaseDigest):
     """The digest of digests of strips."""
 
-    def _add_values(self, own: np.ndarray, rows: OwnRows) -> None:
+    def _add_values(self, own: np.ndarray, rows: ProcessRows) -> None:
         if own.ndim < 2:
             self._sha.update(_strip(own))
             return
@@ -70,7 +70,7 @@ class StripDigest(BaseDigest):
 class WholeDigest(BaseDigest):
     """The digest over all bytes in order."""
 
-    def _add_values(self, own: np.ndarray, rows: OwnRows) -> None:
+    def _add_values(self, own: np.ndarray, rows: ProcessRows) -> None:
         if not rows.everywhere:
             raise ValueError(
                 "the run's checkpoint identifies its base in the form of an earlier version of qlora_jax, which one "

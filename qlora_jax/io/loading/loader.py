@@ -25,7 +25,7 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.base_fingerprint import BaseDigest, new_digest
 from qlora_jax.io.loading.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
-from qlora_jax.io.loading.own_rows import OwnRows, all_rows, joined, read_own
+from qlora_jax.io.loading.process_rows import ProcessRows, all_rows, joined, read_own
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.loading.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
@@ -216,7 +216,7 @@ class _Reader:
     report: Callable[[TensorEntry], None]
     places: MeshPlaces | None
 
-    def rows(self, slot: Slot, index: int) -> OwnRows:
+    def rows(self, slot: Slot, index: int) -> ProcessRows:
         """Returns the rows of one tensor that this process reads; a transform needs all of them."""
         if self.places is None or self.transform is not unchanged:
             return all_rows(slot.shape[0])
@@ -290,7 +290,7 @@ def read_quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, trans
 
 
 def read_quantized_rows(
-    source: ModelSource, entry: TensorEntry, spec: QTensor, rows: OwnRows, transform: Transform = unchanged
+    source: ModelSource, entry: TensorEntry, spec: QTensor, rows: ProcessRows, transform: Transform = unchanged
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Some rows of a weight in codes, and the constants of the whole weight, to the bit those of `read_quantized`.
 

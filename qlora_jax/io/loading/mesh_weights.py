@@ -15,7 +15,7 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS, convert_codes, natural_layout
 from pallas_kernels.formats.parts import Cut, equal_rows
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.loading.own_rows import OwnRows, Processes, all_rows, rows_of_parts
+from qlora_jax.io.loading.process_rows import Processes, ProcessRows, all_rows, rows_of_parts
 from qlora_jax.io.loading.tensor_map import Slot
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs
@@ -49,14 +49,14 @@ class PlacedWeight:
         return Cut(self.stack.layout, self.stack.shape, axis, axis_size(self.mesh, FSDP))
 
     @property
-    def rows(self) -> OwnRows:
+    def rows(self) -> ProcessRows:
         """The rows of the weight that processes read."""
         total, processes = self.stack.shape[0], Processes.of(self.mesh)
         if natural_layout(self.stack.shape, self.stack.block_size) == "flat":
             return all_rows(total)  # rows are not whole blocks
         return rows_of_parts(total, processes if self.cut.by_rows else processes.of_whole(), self.cut.rows)
 
-    def put(self, codes: np.ndarray, rows: OwnRows, constants: Mapping[str, np.ndarray]) -> QTensor:
+    def put(self, codes: np.ndarray, rows: ProcessRows, constants: Mapping[str, np.ndarray]) -> QTensor:
         """Returns the weight with each leaf on the mesh.
 
         Args:
@@ -78,7 +78,7 @@ class PlacedWeight:
         sharding = NamedSharding(self.mesh, self._spec(name))
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    def _codes(self, codes: np.ndarray, rows: OwnRows) -> jax.Array:
+    def _codes(self, codes: np.ndarray, rows: ProcessRows) -> jax.Array:
         cut = self.cut
         natural = natural_layout(cut.shape, self.stack.block_size)
 
@@ -102,7 +102,7 @@ class PlacedArray:
     spec: P
 
     @property
-    def rows(self) -> OwnRows:
+    def rows(self) -> ProcessRows:
         """The rows of the tensor that processes read; a vector is read whole."""
         if len(self.shape) == 1:
             return all_rows(self.shape[0])
@@ -110,7 +110,7 @@ class PlacedArray:
         whole = cut_axis(self.spec) is None
         return rows_of_parts(self.shape[0], processes.of_whole() if whole else processes, self._rows_of)
 
-    def put(self, own: np.ndarray, rows: OwnRows) -> jax.Array:
+    def put(self, own: np.ndarray, rows: ProcessRows) -> jax.Array:
         """Returns the tensor on the mesh, in its dtype and in new memory.
 
         Args:

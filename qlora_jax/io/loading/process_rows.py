@@ -54,7 +54,7 @@ class Processes:
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnRows:
+class ProcessRows:
     """Rows of one tensor by the process that reads them.
 
     Attributes:
@@ -97,11 +97,11 @@ class OwnRows:
             before += end - first
         raise AssertionError(f"row {row} is not among {self.ranges}")
 
-    def strips(self) -> "OwnRows":
+    def strips(self) -> "ProcessRows":
         """Returns the strips that each process reads, as rows."""
         spans = (tuple(_strips(*each) for each in ranges) for ranges in self.by_process)
         by_process = tuple(tuple((span.start, span.stop) for span in each) for each in spans)
-        return OwnRows(-(-self.total // STRIP), by_process, self.process)
+        return ProcessRows(-(-self.total // STRIP), by_process, self.process)
 
     def of_all(self, own: np.ndarray) -> np.ndarray:
         """Returns an array of all rows from the rows that each process has; all processes call this together."""
@@ -112,7 +112,7 @@ class OwnRows:
         padded[: len(own)] = own
         return self.merged(np.asarray(multihost_utils.process_allgather(padded)))
 
-    def shared_out(self, own: np.ndarray) -> tuple[np.ndarray, "OwnRows"]:
+    def shared_out(self, own: np.ndarray) -> tuple[np.ndarray, "ProcessRows"]:
         """Returns (rows that include all that this process's devices hold, which they are).
 
         All processes call this together. They exchange what they have read if some hold the same rows.
@@ -131,12 +131,12 @@ class OwnRows:
         return rows
 
 
-def all_rows(total: int) -> OwnRows:
+def all_rows(total: int) -> ProcessRows:
     """Returns the rows of a tensor that every process reads whole."""
-    return OwnRows(total, (((0, total),),))
+    return ProcessRows(total, (((0, total),),))
 
 
-def rows_of_parts(total: int, processes: Processes, rows_of: Callable[[int], Rows]) -> OwnRows:
+def rows_of_parts(total: int, processes: Processes, rows_of: Callable[[int], Rows]) -> ProcessRows:
     """Returns the rows that processes read of a tensor of which each holds some parts.
 
     Processes that hold the same parts read equal shares. A tensor of fewer strips than readers is read whole by all.
@@ -153,7 +153,7 @@ def rows_of_parts(total: int, processes: Processes, rows_of: Callable[[int], Row
             by_process[process] = _ranges(strips[share], total)
     if not all(by_process):
         return all_rows(total)
-    return OwnRows(total, tuple(by_process), processes.this, any(len(members) > 1 for members in groups.values()))
+    return ProcessRows(total, tuple(by_process), processes.this, any(len(members) > 1 for members in groups.values()))
 
 
 def _strips(first: int, end: int) -> range:
@@ -168,7 +168,7 @@ def _ranges(strips: Sequence[int], total: int) -> Rows:
     return tuple((first * STRIP, min(total, (last + 1) * STRIP)) for first, last in zip(firsts, lasts, strict=True))
 
 
-def read_own(read_rows: Callable[[int, int], np.ndarray], own: OwnRows) -> np.ndarray:
+def read_own(read_rows: Callable[[int, int], np.ndarray], own: ProcessRows) -> np.ndarray:
     """Returns the rows that this process reads, one behind the other; without a copy if they are one range."""
     return joined([read_rows(first, end) for first, end in own.ranges])
 

@@ -63,7 +63,7 @@ class _Best(TypedDict):
 
 
 class _State(TypedDict, total=False):
-    """The types of a state's values. Earlier versions lack some keys; checkpoint_state.py says which are required."""
+    """The types of a state's values. Earlier versions lack some keys; training/resume.py says which are required."""
 
     step: NonNegativeInt
     position: _Position

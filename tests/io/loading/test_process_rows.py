@@ -14,10 +14,10 @@ from flax import nnx
 from pallas_kernels.formats.layouts import convert_codes, layout_problem
 from pallas_kernels.formats.parts import Cut
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.loading import own_rows
+from qlora_jax.io.loading import process_rows
 from qlora_jax.io.loading.base_fingerprint import SUFFIX, new_digest
 from qlora_jax.io.loading.loader import load_model, read_quantized, read_quantized_rows
-from qlora_jax.io.loading.own_rows import OwnRows, Processes, all_rows, rows_of_parts
+from qlora_jax.io.loading.process_rows import Processes, ProcessRows, all_rows, rows_of_parts
 from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
@@ -86,7 +86,7 @@ class _Gather:
 
 def _as_processes(count: int, work, monkeypatch: pytest.MonkeyPatch) -> list:
     gather, found = _Gather(count), [None] * count
-    monkeypatch.setattr(own_rows.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(process_rows.multihost_utils, "process_allgather", gather)
 
     def run(number: int) -> None:
         gather.this.number = number
@@ -154,7 +154,7 @@ def _constants(weight: QTensor) -> dict[str, np.ndarray]:
     return {name: getattr(weight, name) for name in ("absmax_codes", "nested_absmax", "nested_offset")}
 
 
-def _fingerprint(codes: np.ndarray, rows: OwnRows, constants: dict[str, np.ndarray]) -> str:
+def _fingerprint(codes: np.ndarray, rows: ProcessRows, constants: dict[str, np.ndarray]) -> str:
     digest = new_digest(b"settings", None)
     digest.name("w")
     digest.add(codes, rows)
