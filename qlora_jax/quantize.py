@@ -97,8 +97,13 @@ def _measure(args: QuantizeArgs, rows: str) -> None:
     """Writes the costs even if the chosen layers fail the check, which comes last."""
     from qlora_jax.api.quantization_cost import measure_quantization
     from qlora_jax.atomic_files import staged_folder
-    from qlora_jax.evaluation.quantization_cost.files import SETTINGS_FILE, check_choice, print_costs, write_files
-    from qlora_jax.evaluation.quantization_cost.progress import print_progress
+    from qlora_jax.evaluation.quantization_cost.files import (
+        SETTINGS_FILE,
+        check_choice,
+        print_costs,
+        print_progress,
+        write_files,
+    )
     from qlora_jax.progress_reporter import ConsoleReporter
     from qlora_jax.terminal.console import Console
 

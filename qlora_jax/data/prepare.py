@@ -22,7 +22,6 @@ from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.bad_rows import all_bad_message, count_reasons, first_rows
-from qlora_jax.data.branches.counts import count_branched
 from qlora_jax.data.branches.encoder import make_branch_encoder
 from qlora_jax.data.branches.tree import longest_text
 from qlora_jax.data.branches.truncation import fit_branches
@@ -56,7 +55,7 @@ from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import ROW_USES, RowUse
 from qlora_jax.data.row_store import RowChunk
 from qlora_jax.data.rows import TokenRows, token_rows
-from qlora_jax.data.text_counts import count_texts
+from qlora_jax.data.text_counts import count_branched, count_texts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.data.truncation import FittedRows, LengthLimits, fit_lengths, nothing_left_message
 

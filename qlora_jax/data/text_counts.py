@@ -1,14 +1,18 @@
-"""Counts rows of several texts, or with a label: lengths of their parts, which answer is longer, and labels."""
+"""Counts rows by their texts: lengths of parts, longer answers, labels, branches, and reasoning that is not seen."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qlora_jax.data.bad_rows import first_rows
 from qlora_jax.data.branches.tree import Branch, branch_ends
 from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.readers.files import Place
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
+
+UNSEEN = "the chat template does not write its reasoning"
 
 
 def count_texts(use: RowUse, rows: Sequence[EncodedRow], labels: Sequence[str]) -> RowCounts:
@@ -50,3 +54,13 @@ def _count_labels(use: RowUse, rows: Sequence[EncodedRow], labels: Sequence[str]
         return {name: int(count) for name, count in zip(labels, found.sum(axis=0), strict=True)}
     names = ("undesirable", "desirable") if use.values == "desirable" else labels
     return Counter([names[int(index)] for index in found])
+
+
+def count_branched(rows: Sequence[EncodedRow], places: Sequence[Place]) -> RowCounts:
+    """Returns the number of kept conversations with branches, and with reasoning that the model does not see."""
+    unseen = [place for row, place in zip(rows, places, strict=True) if row.unseen_reasoning]
+    return RowCounts(
+        branched=sum([bool(row.branches) for row in rows]),
+        unseen_reasoning=len(unseen),
+        unseen_rows=first_rows([(place, UNSEEN) for place in unseen]),
+    )

@@ -16,6 +16,7 @@ from qlora_jax.evaluation.metrics import loss_change
 from qlora_jax.evaluation.quantization_cost.choose import Choice
 from qlora_jax.evaluation.quantization_cost.measure import LayerCost
 
+PROGRESS_LINES = 20  # per measurement
 COSTS_FILE, SETTINGS_FILE = "layer_costs.json", "keep_16bit.yaml"
 SHOWN = 15  # layers of the table; the file has all
 EXPERTS_TOGETHER = "a projection's experts of one layer count as one layer: all of them are in 4 bits, or in 16"
@@ -148,3 +149,10 @@ def check_choice(measured: Measured) -> None:
             f"{change.difference:+.5f} [{low:+.5f}, {high:+.5f}], expected at most 0), so costs of single layers do "
             "not add up on these rows. Measure on more rows"
         )
+
+
+def print_progress(console: Console, done: int, total: int, name: str) -> None:
+    """Prints a line for every twentieth part of the evaluations."""
+    if PROGRESS_LINES * done // total > PROGRESS_LINES * (done - 1) // total:
+        text = f"measured {done} of {total} layers, the last {name}"
+        console.print(text, style="dim", markup=False, highlight=False)

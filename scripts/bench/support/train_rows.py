@@ -50,7 +50,6 @@ def training_flops(shape: Shape, batch: int, seq: int, rank: int) -> float:
 # minutes; compiling each layer works, and is faster than eager.
 MODEL = ("--dtype", "mixed", "--compile", "model")
 LAYERS = ("--dtype", "mixed", "--compile", "layers")
-LAYERS_BF16 = ("--dtype", "bf16", "--compile", "layers")
 MODEL_F32 = ("--dtype", "fp32", "--compile", "model")
 
 

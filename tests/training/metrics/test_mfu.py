@@ -76,7 +76,7 @@ def test_neither_padding_nor_batches_nor_recomputation_count():
 
 
 def test_without_padding_products_are_those_of_the_program():
-    """counts.flops equals what XLA compiles (test_counts.py); attention there visits whole tiles, so it stays out."""
+    """counts.flops equals what XLA compiles (test_flops.py); attention there visits whole tiles, so it stays out."""
     full = step(remat="none", batch=(2, 4, 64), supervised=256)
     parts = flops.flops(full)
     found = utilization(full, None)
