@@ -41,7 +41,7 @@ def without_digest(line: str, place: str, fix: str = "Delete this line", *, requ
     return text
 
 
-@functools.cache  # once per folder, of which several files may lack digests
+@functools.cache  # once per folder, because several of its files may lack digests
 def warn_without_digests(folder: Path) -> None:
     """Warns that damage to a folder's files cannot be noticed."""
     warnings.warn(

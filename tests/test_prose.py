@@ -16,6 +16,9 @@ PROSE = ("docs", "examples", "configs")
 # A docstring opens with a verb or with the noun that is returned, never with one of these.
 BAD_OPENINGS = ("Of", "As", "With", "What", "Which", "Whether", "How", "Likewise", "Where", "From", "Who")
 
+# A comment after code opens with a phrase that stands by itself, never with one that continues the code's name.
+BAD_TRAILING = re.compile(r"(?:of|whose|(?:in|to|with|for|by|at|on|from) which|those of|that of) ")
+
 # pattern -> the plain form
 STUMBLES = {
     r"\bis no (?!longer\b|more than\b|less than\b)[a-z]+": "is not a ...",
@@ -37,6 +40,9 @@ STUMBLES = {
     r"\bis there already\b": "exists",
     r"\bbeforehand\b": "before",
     r"\blikewise\b": "also, the same",
+    r"\bnames of columns\b": "column names",
+    r"\bone behind the other\b": "concatenated",
+    r"\b(?:divides?|divisible) by (?:the number of |the |its )?devices\b": "a multiple of the number of devices",
     r"\bthereof\b|\btherein\b|\bwherein\b": "plain words",
 }
 # Texts that are data, and stay: figures depend on the prompt of scripts/bench/decode.py, and the split of the rows of
@@ -68,6 +74,14 @@ def comments(source: str) -> Iterator[tuple[int, str]]:
             yield token.start[0], token.string.lstrip("# ")
 
 
+def trailing_fragments(source: str) -> Iterator[int]:
+    """Lines whose comment after code is a fragment, such as `WIDTH = 120  # of tables`."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        after_code = token.line[: token.start[1]].strip()
+        if token.type == tokenize.COMMENT and after_code and BAD_TRAILING.match(token.string.lstrip("# ")):
+            yield token.start[0]
+
+
 def stumbles(text: str) -> Iterator[str]:
     """The phrases of a text that match STUMBLES, with their plain form; none for DATA."""
     if any(data in text for data in DATA):
@@ -86,6 +100,7 @@ def problems_of_code(path: Path) -> list[str]:
         for line, text in docstrings(tree)
         if text.split()[0].rstrip(",:") in BAD_OPENINGS
     ]
+    found += [f"{path}:{line}: the comment continues the code" for line in trailing_fragments(source)]
     texts = [*strings(tree), *comments(source)]
     return found + [f"{path}:{line}: {problem}" for line, text in texts for problem in stumbles(text)]
 
@@ -123,6 +138,8 @@ def test_prose_is_plain():
         ("# a GGUF file is no folder", 1),
         ("x = 'micro-batches: 4 rows a step'", 1),
         ('"""The bytes per step."""', 0),
+        ("WIDTH = 120  # of tables", 1),
+        ("WIDTH = 120  # columns of a table", 0),
     ],
 )
 def test_stumbles_are_found(tmp_path, source, count):

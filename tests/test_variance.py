@@ -192,7 +192,7 @@ def test_one_process_at_a_time_writes_in_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("qlora_jax.variance_study.analysis.analyse", lambda *args: [])
     monkeypatch.setattr("qlora_jax.variance_study.page.write_results", writes("write_results", output))
     with pytest.raises(FileNotFoundError):
-        run(tmp_path, output)  # whose results nothing wrote
+        run(tmp_path, output)  # nothing wrote its results
     assert writers == ["observe", "write_results"]
     with lock_run(output, pytest.fail), pytest.raises(ValueError, match="another process"):
         run(tmp_path, output)

@@ -18,7 +18,7 @@ _BITS = re.compile(r"\d+")
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; `rest` is everything behind the opening parenthesis of its operands."""
+    """One line of a computation; `rest` is everything after the opening parenthesis of its operands."""
 
     name: str
     type: str

@@ -19,7 +19,7 @@ Rows = tuple[tuple[int, int], ...]  # ranges of rows: from the first up to, not 
 
 
 def equal_rows(rows: int, part: int, parts: int) -> Rows:
-    """Returns the rows of one of so many equal parts."""
+    """Returns the rows of one of `parts` equal parts."""
     size = rows // parts
     return ((part * size, (part + 1) * size),)
 
@@ -56,7 +56,7 @@ class Cut:
         return ((first, end), (n // 2 + first, n // 2 + end))
 
     def slice(self, codes: Array, part: int) -> Array:
-        """Returns a part of the codes from those of `self.rows(part)` in `layout`, one behind the other."""
+        """Returns a part of the codes from those of `self.rows(part)` in `layout`, concatenated."""
         if self.by_rows or self.parts == 1:
             return codes
         size = codes.shape[self.axis] // self.parts

@@ -114,7 +114,7 @@ def choose_implementation(
     tile: int,
     implementation: str | None = None,
 ) -> Choice:
-    """Returns the implementation of a call with so many rows per tile, and why those before it in its order do not."""
+    """Returns the implementation for this many rows per tile, and why those before it in its order do not fit."""
     order = (implementation,) if implementation else preference(device, PREFERENCE)
     if isinstance(weights, QTensor):
         return choose(device, Call.of(direction, tile, jnp.dtype(dtype), weights), IMPLEMENTATIONS, order)

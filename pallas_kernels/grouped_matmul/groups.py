@@ -100,7 +100,7 @@ TILES = {
 
 
 def choose_tile(device: Device, pairs: int, num_experts: int) -> int:
-    """Returns the rows per tile for so many pairs."""
+    """Returns the rows per tile for this many pairs."""
     tiles = TILES.get(device.platform, TILES["gpu"])
     return max(tile for tile, least in tiles if pairs >= least * num_experts)
 

@@ -56,7 +56,7 @@ def skinny(
 
 
 def tile_operands(weights: QTensor, groups: Groups, layer: Layer, dtype: DTypeLike, rows: int) -> Operands:
-    """Returns the operands of a kernel whose tiles have so many rows, a divisor of the groups' tile."""
+    """Returns the operands of a kernel whose tiles have this many rows, a divisor of the groups' tile."""
     each = groups.tile // rows
     expert_of_tile = jnp.repeat(groups.expert_of_tile_I, each, total_repeat_length=each * len(groups.expert_of_tile_I))
     return expert_operands(weights, layer, expert_of_tile, each * groups.tiles, dtype)

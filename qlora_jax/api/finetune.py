@@ -126,7 +126,7 @@ def finetune(
       save_every: steps between checkpoints; 100 by default.
       seed: random seed of shuffling and dropout; 0 by default.
       config: more settings by dotted name, such as {"optim.name": "adamw_8bit"} (`qlora-jax train --help all`
-        lists them); or a `Config`, of which the sections model and lora are ignored.
+        lists them); or a `Config`, whose sections model and lora are ignored.
       resume: continue the run in `output` from its newest checkpoint.
       oversized: start even if the memory plan says that the run does not fit.
       progress: print the data report, the memory plan and each step.

@@ -40,7 +40,7 @@ def classify(model: CausalLM, tokenizer: Tokenizer, rows: Texts) -> list[Predict
 
     Args:
       model: a model that was trained with objective=classification or multi_label.
-      rows: texts; or rows with the columns of the training data, of which `label` may be missing.
+      rows: texts; or rows with the columns of the training data; `label` may be missing.
 
     Raises:
       ValueError: the model has another head, or rows cannot be used; the message lists them.

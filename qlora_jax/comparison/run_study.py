@@ -16,7 +16,7 @@ def sized_settings(study: Study) -> tuple[dict[Pair, Settings], dict[Pair, int]]
     """Returns the settings that give each method and task its budget of parameters, and the number of parameters.
 
     Raises:
-      ConfigError: a method cannot have so many; all that cannot are listed.
+      ConfigError: some methods cannot have that number; lists all of them.
     """
     budget = study.settings.budget
     settings: dict[Pair, Settings] = {}

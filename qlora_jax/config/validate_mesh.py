@@ -18,7 +18,7 @@ class MeshChoices(NamedTuple):
 
 
 def mesh_choices(config: Config, devices: int) -> MeshChoices:
-    """Returns the meshes that a run may use on so many devices.
+    """Returns the meshes that a run may use on this many devices.
 
     Raises:
       ConfigError: there is none; with all problems of the one that the settings name.

@@ -58,7 +58,7 @@ def reason_of(problem: str) -> str:
 
 
 def all_bad_message(path: str, total: int, reasons: Mapping[str, int], rows: Sequence[BadRow]) -> str:
-    """Returns the error message for a file of which every row is dropped."""
+    """Returns the error message for a file all of whose rows are dropped."""
     counted = "".join(f"\n  {count:,}: {reason}" for reason, count in reasons.items())
     first = "".join(f"\n  the first: {path}:{Place(row.line, row.number)}: {row.problem}" for row in rows[:1])
     return f"{path}: data.bad_rows drop leaves no row, because none of {total:,} can be used:{counted}{first}"

@@ -119,7 +119,7 @@ class RowCounts:
 
 
 def percentiles(lengths: Mapping[int, int]) -> tuple[int, ...]:
-    """Returns the smallest length that so many percent of the rows do not exceed, for each of PERCENTILES.
+    """Returns the percentiles of row lengths that PERCENTILES lists; each is the length of a row.
 
     Args:
       lengths: number of rows by length; not empty.

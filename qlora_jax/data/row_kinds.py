@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-# text: one text, of which the answers are learned. pair: a prompt with a chosen and a rejected answer. labelled: a
+# text: one text whose answers are learned. pair: a prompt with a chosen and a rejected answer. labelled: a
 # prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning.
 RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
 # Values that a row's sequences have besides their ids; see labels.py.

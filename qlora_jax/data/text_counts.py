@@ -35,7 +35,7 @@ def count_texts(use: RowUse, rows: Sequence[EncodedRow], labels: Sequence[str]) 
 
 
 def part_lengths(use: RowUse, row: EncodedRow) -> dict[str, int]:
-    """Returns the tokens of the row's prompt, if it has one, and of each text behind it, without fillers."""
+    """Returns the tokens of the row's prompt, if it has one, and of each text after it, without fillers."""
     branches = row.branches or (Branch(0, 0),)
     has_prompt = use.kind in ("pair", "labelled")
     prompt = row.source if has_prompt else 0

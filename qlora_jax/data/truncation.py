@@ -120,7 +120,7 @@ def _truncate(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
 
 
 def _last(row: EncodedRow, text: Int64[np.ndarray, " ids"], limits: LengthLimits) -> Int64[np.ndarray, " kept"]:
-    """Returns the last `max_length` indices of a text's ids, of which the first one is that of its bos."""
+    """Returns the last `max_length` indices of a text's ids; the first one is that of its bos."""
     if len(text) <= limits.max_length:
         return text
     first = text[: int(row.ids[text[0]] == limits.bos_id)]
@@ -140,7 +140,7 @@ def _truncate_tree_right(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
 def _truncate_tree_left(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
     """Returns the row with the last `max_length` ids of its trunk and of each branch's text.
 
-    Branches that leave the removed beginning of the trunk are dropped. A branch whose text is too long behind the rest
+    Branches that leave the removed beginning of the trunk are dropped. A branch whose text is too long after the rest
     of the trunk has a copy of the ids that it continues instead, and loses the first ones.
     """
     trunk = np.arange(row.branches[0].begin)
@@ -183,6 +183,6 @@ def nothing_left_message(path: str, total: int, overlong: int, max_length: int) 
     """Returns the error message for a file without a row to learn from."""
     return (
         f"{path}: no row has a supervised token left. Of {total} rows, {overlong} were dropped because they are longer "
-        f"than data.max_length {max_length}, and {total - overlong} because their answers start behind it. "
+        f"than data.max_length {max_length}, and {total - overlong} because their answers start after it. "
         "Raise data.max_length."
     )

@@ -312,7 +312,7 @@ def _row_keys(seed: int, repeats: Sequence[int], mesh: AnyMesh | None) -> jax.Ar
     keys_B = jnp.stack([jax.random.fold_in(key, repeat) for repeat in repeats])
     if mesh is None:
         return keys_B
-    words = np.asarray(jax.random.key_data(keys_B))  # equal in all processes, of which each has some of the rows
+    words = np.asarray(jax.random.key_data(keys_B))  # equal in all processes, each of which has some of the rows
     placed = jax.make_array_from_callback(words.shape, named(mesh, P(ROWS)), lambda rows: words[rows])
     return jax.random.wrap_key_data(placed)
 

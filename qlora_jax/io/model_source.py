@@ -43,7 +43,7 @@ class TensorEntry:
         the last reference to it; those of a quantized one are a new f32 array.
       ranges_of: (first, end) -> the parts of files that these rows are read from.
       read_quantized: returns the 4-bit codes and constants unchanged, if the file stores them in a format of QTensor;
-        None for any other tensor. The codes are a view of the mapped file, of which only the rows in use are read.
+        None for any other tensor. The codes are a view of the mapped file; only the rows in use are read.
       read_stored: (first, end) -> these rows in the file's own blocks, in Hugging Face's order; None for any other
         tensor. The codes may be a view of the mapped file.
     """

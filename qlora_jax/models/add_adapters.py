@@ -90,7 +90,7 @@ def add_lora(
       spec: the `lora` section of a config.
       key: draws A.
       initial: initial A and B in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
-      mesh: devices that the weights are cut over, and drawn A and B, of which each draws its part; None for the
+      mesh: devices that the weights, A and B are cut over; each draws its part of A and B. None for the
         default device.
       projections: frozen A and B of the method `vera`; None: those of `vera_projections`.
 

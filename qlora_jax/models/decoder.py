@@ -107,7 +107,7 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A frozen table [V, D], of which rows or a full copy may train; a head may have a bias [V]."""
+    """A frozen table [V, D]. Some of its rows, or a full copy, may train; a head may have a bias [V]."""
 
     def __init__(self, table: Float[Array, "V D"], *, bias: Float[Array, " V"] | None = None):
         self.weight = Frozen(table)
@@ -152,7 +152,7 @@ class Embedding(nnx.Module):
         """Returns the language model head with this table as its weight."""
         weight_VD, bias_V = self.weight.get_value(), None if self.bias is None else self.bias.get_value()
         if isinstance(weight_VD, Shard):
-            assert self.adapter is None, "tables of which rows train are whole on every device"
+            assert self.adapter is None, "tables with trained rows are whole on every device"
             return ShardedHead(weight_VD, bias_V, softcap, scale)
         frozen = Head(weight_VD, bias_V, softcap, scale=scale)
         if self.adapter is None:

@@ -124,7 +124,7 @@ def _matched_targets(target_modules: str | Sequence[str], every: Mapping[str, La
 
 
 def _matched_entries(setting: str, entries: Sequence[str], every: Mapping[str, Layers], kind: str) -> dict[str, Layers]:
-    """Returns the layers that any of the names matches, of each module of which they match some."""
+    """Returns, for each module with a match, the layers that any of the names matches."""
     found = [_matched(setting, entry, _is_end, every, kind) for entry in entries]
     layers = {name: sorted({layer for one in found for layer in one.get(name, ())}) for name in every}
     return {name: tuple(numbers) for name, numbers in layers.items() if numbers}
@@ -172,7 +172,7 @@ def whole_stacks(what: str, pattern: str, matches: Matches, layers_of: Mapping[s
 def _matched(
     what: str, pattern: str, matches: Matches, layers_of: Mapping[str, Layers], kind: str = "linear layers"
 ) -> dict[str, Layers]:
-    """Returns the layers that a pattern matches, of each projection of which it matches some."""
+    """Returns, for each projection with a match, the layers that a pattern matches."""
     if problems := pattern_problems(pattern):
         raise ValueError(f"lora.{what}: {shorten(pattern)}: {problems[0]}")
     found = {

@@ -1,4 +1,4 @@
-"""Routed experts: gated MLPs of which each token uses a few, with frozen stacked weights and optional adapters.
+"""Routed experts: gated MLPs, a few of which each token uses, with frozen stacked weights and optional adapters.
 
 Dimension key: M tokens, k choices per token, S sparse layers, E experts, P slots (rows grouped by expert), I tiles,
 D embed, N out, K in.

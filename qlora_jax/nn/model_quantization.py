@@ -25,7 +25,7 @@ class QuantRule:
       quant_type: nf4, fp4, int4, e2m1 or e3m0; None leaves the matched layers as they are.
       block_size: weights that share one scale, a power of two from 32 to 4096.
       double_quant: True quantizes the scales to 8 bits too.
-      lora: settings of the adapter, of which rank, alpha, dropout, use_rslora and dtype apply; None adds none.
+      lora: settings of the adapter; only rank, alpha, dropout, use_rslora and dtype apply. None adds none.
     """
 
     pattern: str

@@ -146,7 +146,7 @@ class NF4Linear(_NF4Module):
       weight: QTensor of shape (N, K), the transpose of an nnx kernel; `qlora_jax.quantize_array(kernel.T)` returns one.
       bias: [N]; frozen.
       dtype: dtype of the computation; None infers it from the input and the parameters.
-      lora: adapter settings, of which rank, alpha, dropout, use_rslora and dtype apply; None adds no adapter.
+      lora: adapter settings; only rank, alpha, dropout, use_rslora and dtype apply. None adds no adapter.
       rngs: required with `lora`: `params` draws A, `dropout` the masks.
 
     Raises:

@@ -17,7 +17,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.sharding import Device, part_bytes
 
 Page = tuple[jax.Array | np.ndarray, ...]
-Parts = Mapping[tuple[slice, ...], np.ndarray]  # an array in this process: NumPy parts by place behind axis 0
+Parts = Mapping[tuple[slice, ...], np.ndarray]  # an array in this process: NumPy parts by place after axis 0
 HostKind = Literal["pinned_host", "numpy"]
 
 # Errors of a failed copy: XLA's own, and NumPy's when the host has no memory left.

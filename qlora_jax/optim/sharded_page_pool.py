@@ -70,7 +70,7 @@ class ShardedMemory(Memory):
 
 
 def _place(index: tuple[slice, ...] | None) -> tuple[slice, ...]:
-    """Returns where a part lies behind axis 0."""
+    """Returns where a part lies after axis 0."""
     return tuple(index or ())[1:]
 
 

@@ -1,4 +1,4 @@
-"""Plain values as JSON, for two processes of which neither trusts the other: no other object can cross.
+"""Plain values as JSON, for two processes that do not trust each other: no other object can cross.
 
 A value becomes [type, content]. Values of subclasses, such as a Counter, become the plain type that they extend.
 """
@@ -34,7 +34,7 @@ def _unlisted(contents: list) -> list:
     return [_unpack(content) for content in contents]
 
 
-# A value has the first type of which it is an instance. Numbers are texts, which are exact and of any length.
+# A value has the first of these types that it is an instance of. Numbers are texts, which are exact and of any length.
 _TYPES = {
     "none": PlainType(type(None), lambda _: None, lambda _: None),
     "bool": PlainType(bool, bool, bool),

@@ -164,7 +164,7 @@ def check_arena(args: ArenaArgs) -> None:
 
 
 def system_settings(given: str | Mapping[str, Value]) -> AnySystemArgs:
-    """The settings of a system, of which a text is the path.
+    """The settings of a system; a text alone is its path.
 
     Raises:
       ConfigError: unknown settings, or values of a wrong type or out of bounds.

@@ -113,7 +113,7 @@ def dry_run(
     """Prints the data report and memory plan, and writes them to report.html and report.json in the folder `run`.
 
     Args:
-      group: the processes of the run, of which only the first writes; None for one process.
+      group: the processes of the run; only the first writes. None for one process.
 
     Raises:
       ValueError: bad input, as in `train`; the run does not fit, after the files are written.
@@ -232,7 +232,7 @@ def run_training(
       lock: of the run's folder.
       model: a base with an adapter in memory; None to load the base and add an adapter, as `config` says. Its LoRA
         parameters are donated to the first step.
-      watchdog: of the processes of the run, of which only the first writes records and reports; None for one process.
+      watchdog: watches the processes of the run; only the first writes records and reports. None for one process.
     """
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
     is_first = watchdog.group.is_first

@@ -101,7 +101,7 @@ def check_variance(args: VarianceArgs) -> None:
 
 
 def model_settings(given: str | Mapping[str, Value]) -> LocalModelArgs:
-    """The settings of a model, of which a text is the path."""
+    """The settings of a model; a text alone is its path."""
     return from_dict(LocalModelArgs, _as_mapping(given))
 
 

@@ -5,7 +5,7 @@
 Both train LoRA of rank 16 on all linear layers of SmolLM2 in NF4, and a new head, in bfloat16. Each step has the same
 rows for both, in the same order, with the same learning rate; adapter and head start with the same values. Ours packs
 the rows of a step into one row (`data.packing`), and transformers pads them to the longest. After a run each scores the
-held-out rows. The processes take turns of `--block` steps, of which the first does not count.
+held-out rows. The processes take turns of `--block` steps; the first turn does not count.
 
   accuracy    share of right held-out rows, mean over seeds
   difference  ours - theirs, with its p-value and 95 % interval over seeds and held-out rows, or over rows for one seed
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--configurations", nargs="+", default=["eager"], choices=CONFIGURATIONS)
     parser.add_argument("--seeds", type=int, help="runs of each task (default: the task's)")
     parser.add_argument("--block", type=int, default=8, help="steps per turn")
-    parser.add_argument("--steps", type=int, help="a smoke test of so many steps")
+    parser.add_argument("--steps", type=int, help="run only this many steps, as a smoke test")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a step counts as failed")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     args = parser.parse_args()

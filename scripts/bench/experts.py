@@ -6,7 +6,7 @@ Both models have SmolLM2-135M's widths and vocabulary, random NF4 weights, and L
 model's MLP is as wide as the experts that a token uses together. Steps (the gradients of one batch) take turns in one
 process, in the order mixture, dense, then dense, mixture. The speed is the median of dense seconds over mixture
 seconds, with its 95 % interval. Next to it are the bytes of each compiled program: weights and other arguments, and
-temporaries, of which one dequantized expert is a part.
+temporaries, which include one dequantized expert.
 """
 
 import argparse

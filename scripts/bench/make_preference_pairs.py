@@ -82,7 +82,7 @@ def nearest_to_share(lengths: Sequence[tuple[int, int]], share: float) -> list[i
 
     Args:
       lengths: tokens of the prompt and of the answer of each question.
-      share: of the prompts in the pair's tokens, of which it has the prompt twice.
+      share: fraction of the pair's tokens that are prompts; the pair has its prompt twice.
     """
     found = [abs(prompt / (prompt + answer) - share) for prompt, answer in lengths]
     return sorted(range(len(lengths)), key=lambda index: found[index])

@@ -77,7 +77,7 @@ def resident(loaded: LoadedStep, optim: OptimArgs, state_bytes: int) -> Update:
 
 
 class Paged:
-    """The update in pages, of which a share of the bytes may stay on the device; `moved` counts the last update."""
+    """The update in pages; a share of their bytes may stay on the device; `moved` counts the last update."""
 
     def __init__(self, loaded: LoadedStep, optim: OptimArgs, share: float, page_bytes: int = PAGE_BYTES):
         transform, memory = make_elementwise(optim, STEPS), Memory.of(jax.devices()[0])

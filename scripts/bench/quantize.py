@@ -2,7 +2,7 @@
 
     python -m scripts.bench.quantize [--opponent_python .oracle/bin/python]
 
-Both run in turns, in two processes of which one waits; a ratio is that of medians. Both quantize the same f32 weights
+Both run in turns, in two processes, one of which waits; a ratio is that of medians. Both quantize the same f32 weights
 and must produce the same codes. Each dequantizes to bf16 from its training layout.
 """
 

@@ -22,7 +22,7 @@ LONGEST_MESSAGE = 20_000
 # data.chat_template, vocab_size, config.json; or a key on a line alone: `  output: missing`
 KEY = re.compile(r"\b[a-z]\w*[._]\w+|^ +\w+: ", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-WITHOUT_DIGESTS = "without digests"  # in the warning about a file of which damage removed them
+WITHOUT_DIGESTS = "without digests"  # in the warning about a file that lost them to damage
 OURS = ("qlora_jax", "pallas_kernels")
 
 Damage = Callable[[random.Random, Path], str]
@@ -38,7 +38,7 @@ class FileKind:
       damage: damages the files in a folder; returns what it did.
       read: reads the files in a folder; returns all that later steps depend on: arrays, texts, numbers.
       shared: name of the sound files, if several kinds have the same.
-      variants: True if `write` makes folders, of which each case damages one.
+      variants: True if `write` makes several folders; each case damages one.
       digested: True if the files hold digests or are generated again, so that no other result is acceptable.
     """
 

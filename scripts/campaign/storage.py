@@ -295,7 +295,7 @@ def remove(case: DiskCase) -> Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class DamagedRun:
-    """A command that uses a run of which a file is damaged.
+    """A command that uses a run with a damaged file.
 
     Attributes:
       run: name of the sound run.

@@ -15,7 +15,7 @@ from scripts.bench.support.environment import ROOT
 
 PASSAGES = ROOT / "examples/titles/train.jsonl.gz"
 QUESTION = "\n\nWhat is the title of this article?"
-HELD_OUT = 10  # one passage of so many
+HELD_OUT = 10  # one passage of every ten
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS, LENGTH = 4096, 256, 704, 6, 4, 512
 END = "<|end|>"
 

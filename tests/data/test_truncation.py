@@ -68,7 +68,7 @@ def test_a_data_set_with_nothing_left_is_an_error(plain_tokenizer: Tokenizer, wr
         match=r"Of 4 rows, 4 were dropped because they are longer than data\.max_length 8(.|\n)*Raise data\.max",
     ):
         load(plain_tokenizer, train=path, max_length=8, overlong="drop")
-    with pytest.raises(ValueError, match=r"Of 4 rows, 0 were dropped .* and 4 because their answers start behind it"):
+    with pytest.raises(ValueError, match=r"Of 4 rows, 0 were dropped .* and 4 because their answers start after it"):
         load(plain_tokenizer, train=path, max_length=8)
 
 

@@ -22,7 +22,7 @@ def test_layers_are_named_before_training_and_a_resumed_run_has_the_same(tmp_pat
     settings = dict(oversized=False, console=Console(file=printed, width=400))
     assert train(config, Path(config.output), resume=False, **settings)
     text = printed.getvalue()
-    assert text.count(KEPT) == 2  # of the plan and of the run
+    assert text.count(KEPT) == 2  # once for the plan, once for the run
     assert "3 linear layers that model.keep_16bit names" in text
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     other = dataclasses.replace(longer, model=dataclasses.replace(config.model, keep_16bit=[]))

@@ -15,7 +15,7 @@ from qlora_jax.config import write_config
 from tests.e2e.project import project
 from tests.e2e.tiny_runs import arrays_at, numbers
 
-PAGED = dict(paging="on", paging_budget="70KiB")  # of 128 KiB in four pages: two of them move at each step
+PAGED = dict(paging="on", paging_budget="70KiB")  # the state has 128 KiB in four pages, so two of them move per step
 
 
 def _start(config_file: Path, cache: Path, *switches: str) -> subprocess.Popen:

@@ -122,7 +122,7 @@ CASES = [
     (FSDP8, dict(data=dict(cache="cache", window=100))),
     (BOTH, dict(optim=dict(name="adamw_8bit"), lora=dict(rank=64))),
     (FSDP8, dict(optim=dict(name="lion_8bit"), lora=dict(rank=64))),
-    (BOTH, dict(optim=dict(paging="on", paging_budget="100KiB"))),  # of two pages of 64 KiB on each device
+    (BOTH, dict(optim=dict(paging="on", paging_budget="100KiB"))),  # each device has two pages of 64 KiB
     (FSDP8, dict(optim=dict(name="paged_adamw_8bit"), lora=dict(rank=64))),
     (FSDP2, dict(model=dict(new_tokens=["<new>"]))),
     (BOTH, dict(lora=dict(modules_to_save=["lm_head"]))),

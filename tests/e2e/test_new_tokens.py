@@ -65,7 +65,7 @@ def test_new_tokens_have_ids_of_their_own(finished: Config) -> None:
     assert inputs.new_ids == IDS
     batch = next(inputs.dataset.train_batches())
     supervised = batch.targets[batch.weights > 0]
-    assert {259, 260} <= set(supervised.tolist())  # of the answers, marks and all
+    assert {259, 260} <= set(supervised.tolist())  # the answers' ids, marks included
     assert 258 in batch.inputs
 
 

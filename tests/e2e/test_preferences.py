@@ -179,7 +179,7 @@ def test_the_run_is_right_by_reward_where_training_says_so(finished):
     found = done.tasks["pairs"].metrics
     assert found["checkpoint"]["right by reward"].value == 1 and "right by reward" not in found["quantized"]
     held = [record for record in read_metrics(Path(config.output) / "metrics.jsonl") if "eval_kl_chosen" in record]
-    for answer in ("chosen", "rejected"):  # of all pairs here, of those held out there
+    for answer in ("chosen", "rejected"):  # all pairs here, held-out ones there
         kl = found["checkpoint"][f"KL to the reference per token, {answer}"].value
         assert kl == pytest.approx(held[-1][f"eval_kl_{answer}"], rel=0.5)
     changes = {change.name: change for change in done.tasks["pairs"].comparisons["quantized", "checkpoint"]}

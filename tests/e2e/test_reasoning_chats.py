@@ -33,7 +33,7 @@ from tests.e2e.run_records import comparable_records
 
 MARKS = {"<|im_start|>": 258, "<|im_end|>": 259}  # special tokens and their ids
 LONGEST = 256
-TURNS = (3, 1, 2, 2)  # of the chats
+TURNS = (3, 1, 2, 2)  # turns per chat
 ONE_TURN = (1, 1, 1, 1)
 
 

@@ -38,7 +38,7 @@ def settings(folder: Path) -> Config:
         train=TRAIN | dict(samples=str(folder / "prompts.txt"), sample_tokens=4),
         # As many rows as samples have with padding, so that both compile the same programs.
         questions={name: files[name] for name in ("letters", "answers")} | dict(max_new_tokens=4, max_rows=4),
-        optim=dict(paging="on", paging_budget="128KiB"),  # of pages of 64 KiB on each device
+        optim=dict(paging="on", paging_budget="128KiB"),  # each device has pages of 64 KiB
     )
     config = dataclasses.replace(config, mesh=MESH)
     write_config(config, folder / "config.yaml")

@@ -140,7 +140,7 @@ def test_strided_perplexity_is_that_of_the_plain_definition(parts):
     scores = score_rows(parts, windows(ids, 16, 5))
     nll = 0.0
     for at in range(1, 50):
-        start = 0 if at < 16 else 5 * (-(-(at - 15) // 5))  # of the first window that holds it
+        start = 0 if at < 16 else 5 * (-(-(at - 15) // 5))  # start of the first window that holds it
         window = np.array(ids[start : start + 16], np.int32)
         nll += expected_scores(parts, window, np.arange(len(window)) == at - start)[0]
     assert scores.tokens.sum() == 49 and scores.nll.sum() == pytest.approx(nll, rel=1e-5)

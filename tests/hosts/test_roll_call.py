@@ -10,7 +10,7 @@ def test_processes_that_count_are_here_and_leave_no_file(tmp_path: Path):
     calls = [RollCall(tmp_path / "run", process, 4) for process in (0, 2)]
     with calls[0].taken(), calls[1].taken():
         (calls[0].folder).mkdir(exist_ok=True)
-        (calls[0].folder / "3").write_text("17")  # of an earlier start
+        (calls[0].folder / "3").write_text("17")  # left by an earlier start
         time.sleep(5 * POLL_SECONDS)
         assert [call.missing() for call in calls] == ["processes 1, 3"] * 2
     (calls[0].folder / "3").unlink()

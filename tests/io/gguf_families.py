@@ -137,7 +137,7 @@ TEXT_HALVES: dict[str, tuple[str, str, dict[str, Any], list[int]]] = {
     "glm4v": ("glm4", "glm4", dict(partial_rotary_factor=0.5), [1, 1, 2]),
     "glm4v_moe": ("glm4moe", "glm4moe", dict(use_qk_norm=False), [2, 3, 3]),
 }
-DEEPSTACK = ("qwen3vl", "qwen3vlmoe")  # whose first layers add features of images
+DEEPSTACK = ("qwen3vl", "qwen3vlmoe")  # their first layers add features of images
 ROTARY = ("llama", "smollm3", "granite", "mistral3")
 ONE_MORE = ("gemma", "gemma2", "gemma3")
 WITHOUT_ROTATED = (

@@ -23,7 +23,7 @@ SIZES = dict(
     max_position_embeddings=64,
     num_experts_per_tok=2,
 )
-NARROW = SIZES | dict(moe_intermediate_size=24)  # of families whose experts have a width of their own
+NARROW = SIZES | dict(moe_intermediate_size=24)  # families whose experts have a separate width
 EXPERT_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 Arrays = dict[str, np.ndarray]
 

@@ -22,7 +22,7 @@ from tests.marks import EXHAUSTIVE
 from tests.models.test_offloaded_experts import LARGER, ON_CARD
 
 LAYERS, EXPERTS = 4, 4
-SCOPE = "experts"  # of products with fetched weights
+SCOPE = "experts"  # name of products with fetched weights
 PRODUCT = re.compile(rf"\b{SCOPE}\b")
 FETCH = functools.partial(fetch_layer, first=1)
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 given = inputs()
-torch.manual_seed(0)  # of pissa_niter_16, whose error has a heavy tail over the draws
+torch.manual_seed(0)  # the error of pissa_niter_16 has a heavy tail over the draws
 tokens, found = torch.from_numpy(given["tokens"]).long(), {}
 
 

@@ -18,7 +18,7 @@ found = {}
 for pre in given["pres"]:
     kind = {"qwen2": Qwen2Tokenizer, "olmo": GPTNeoXTokenizer, "command-r": CohereTokenizer}.get(pre, GPT2Tokenizer)
     tokenizer = kind(vocab=model["vocab"], merges=merges, **special).backend_tokenizer
-    if pre in GGUF_PRE_TOKENIZER_SPLITS and pre != "qwen2":  # whose class splits so of itself
+    if pre in GGUF_PRE_TOKENIZER_SPLITS and pre != "qwen2":  # qwen2's class splits that way already
         split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]

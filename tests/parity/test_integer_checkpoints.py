@@ -33,7 +33,7 @@ from tests.parity.test_peft import SCRIPT as PEFT
 from tests.parity.test_peft import _logits as row_logits
 
 ORACLES = Path(__file__).parent.parent / "oracle"
-TOLERANCE = 1e-5  # of the largest value
+TOLERANCE = 1e-5  # relative to the largest value
 CONFIG = tiny_config(attention_bias=True)
 TOKENS = np.random.default_rng(0).integers(3, 32, (2, 19)).astype(np.int32)
 COTANGENT = np.random.default_rng(1).normal(size=(2, 19, 32)).astype(np.float32)

@@ -74,7 +74,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # of the harness and its libraries
+@pytest.mark.filterwarnings("default")  # the harness and its libraries warn
 def test_every_kind_of_request_gives_what_the_hugging_face_backend_gives(tmp_path, oracle):
     model, tasks = write_model(tmp_path / "model"), write_tasks(tmp_path / "tasks")
     words = ["--model", str(model), "--harness", json.dumps([*TASKS]), "--harness_folder", str(tasks)]
@@ -90,9 +90,9 @@ def test_every_kind_of_request_gives_what_the_hugging_face_backend_gives(tmp_pat
     tested = {change["measure"]: "".join({"p", "interval"} & change.keys()) for change in data["comparisons"]}
     by_p = [f"tiny_choice: {metric}" for metric in ("acc", "acc_norm")] + ["tiny_words: acc", "tiny_reply: exact_match"]
     how = dict.fromkeys(told, "interval") | dict.fromkeys(by_p, "p")
-    assert tested == how | {"tiny_reply: chrf": ""}  # of all replies together
+    assert tested == how | {"tiny_reply: chrf": ""}  # computed over all replies together
     assert len(told) == 8 and 0 < told["tiny_choice: acc"]["value"] < 1
-    assert told["tiny_reply: chrf"]["value"] > 0.1  # of 100: the replies have letters of the words
+    assert told["tiny_reply: chrf"]["value"] > 0.1  # on a scale to 100: the replies have letters of the words
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ QWEN3_VL = GQA | dict(head_dim=16, attention_bias=True, rope_parameters=SECTIONS
 # With text positions, a section has no effect, so sections of any order give the same.
 EXPERTS = dict(moe_intermediate_size=24, num_experts_per_tok=2)
 QWEN3_VL_MOE = QWEN3_VL | EXPERTS | dict(model_type="qwen3_vl_moe_text", num_experts=6, mlp_only_layers=[1])
-QWEN3_VL_MOE |= dict(intermediate_size=128)  # of the dense layer; whole blocks for bitsandbytes
+QWEN3_VL_MOE |= dict(intermediate_size=128)  # the dense layer has whole blocks for bitsandbytes
 GLM4V = GQA | dict(model_type="glm4v_text")
 GLM4V |= dict(rope_parameters=SECTIONS | dict(partial_rotary_factor=0.5, mrope_section=[1, 1, 2]))
 GLM4V_MOE = GLM4V | EXPERTS | dict(model_type="glm4v_moe_text", n_routed_experts=8, n_group=4, topk_group=2)

@@ -15,7 +15,7 @@ from qlora_jax.models.partition import partition
 ORACLE = Path(__file__).parent.parent / "oracle/reply_likelihoods.py"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTIONS, ROWS = EXAMPLES / "multiple_choice/openbookqa_500.jsonl.gz", EXAMPLES / "titles/heldout.jsonl"
-COUNT = 8  # of each
+COUNT = 8  # replies of each kind
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ def indices(**changes):
 
 
 def test_extremes_are_the_largest_of_each_sign():
-    assert indices(extreme=2) == [3, 1, 5, 2]  # of the two with 0.3, the first
+    assert indices(extreme=2) == [3, 1, 5, 2]  # the first of the two with 0.3
     assert indices(extreme=8) == [3, 1, 4, 7, 5, 2]  # a difference of 0 is not an extreme
     rules = {one.index: one.rule for one in choose_prompts([("b - a", DIFFERENCES)], random=0, extreme=1, seed=0)}
     assert rules == {3: "b - a: highest difference (+0.9)", 5: "b - a: lowest difference (-0.7)"}

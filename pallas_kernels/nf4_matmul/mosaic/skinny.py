@@ -88,7 +88,7 @@ def _product(
 
 
 def _worth(parts: int, steps: int, blocks: int) -> bool:
-    """True if the parts of K are equal, and half as many would give too few blocks, of so many per part."""
+    """True if the parts of K are equal, and half as many would give too few blocks, with this many per part."""
     return steps % parts == 0 and blocks * parts // 2 < ENOUGH_BLOCKS
 
 

@@ -9,7 +9,7 @@ Dimension key: A micro-batches, B rows (or packs) of each, R data rows in the fu
 import numpy as np
 from jaxtyping import Float32, Int64
 
-POSITIONS_PER_SLOT = 4  # a pack has a slot per so many positions, so its shape follows from its length
+POSITIONS_PER_SLOT = 4  # a pack has one slot per 4 positions, so its shape follows from its length
 
 
 def slot_count(length: int, *, packed: bool, sequences: int) -> int:

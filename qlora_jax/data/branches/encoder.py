@@ -1,7 +1,7 @@
 """Encodes rows of several texts, or of one text with a label: pairs, labelled answers, classes, and embeddings.
 
 A text's ids are those of the whole text, encoded alone: prompt and answer are one text to the tokenizer, as in TRL. An
-answer begins where the ids of the prompt and of the texts first differ. Usually that is behind the prompt. If a token
+answer begins where the ids of the prompt and of the texts first differ. Usually that is after the prompt. If a token
 crosses the end of the prompt in one of the texts, it belongs to the answers of all.
 
 A tokenizer finds special tokens before it splits the text between them. So the prompt up to its last special token is
@@ -249,7 +249,7 @@ def _behind_prompt(
     texts: Sequence[str],
     tools: Tools | None,
 ) -> Generator[Sequence[Rendering], Sequence[str | ValueError], list[str]]:
-    """Yields the conversations that it needs, and returns the texts, each behind the prompt that inference builds.
+    """Yields the conversations that it needs, and returns the texts, each after the prompt that inference builds.
 
     Args:
       asked: the prompt, rendered with a generation prompt.
@@ -350,7 +350,7 @@ def _all_texts(row: WrittenRow) -> list[str]:
 
 
 def _make_cutter(tokenizer: Tokenizer) -> Callable[[WrittenRow], _Pieces]:
-    """Returns a function that cuts a row behind the last special token of its prompt that the tokenizer always finds.
+    """Returns a function that cuts a row after the last special token of its prompt that the tokenizer always finds.
 
     It leaves rows whole if the tokenizer treats the beginning of a text differently from the rest.
     """

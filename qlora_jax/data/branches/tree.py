@@ -99,7 +99,7 @@ def whole_texts(
 ) -> list[tuple[Int32[np.ndarray, " _"], Bool[np.ndarray, " _"]]]:
     """Returns the ids and the mask of each text of a row that has supervised ids. Each such id is in one mask.
 
-    These texts are the trunk, if it has any, and each branch behind the part of the trunk that it continues. A row
+    These texts are the trunk, if it has any, and each branch after the part of the trunk that it continues. A row
     without branches is one text.
     """
     trunk = slice(0, branches[0].begin if branches else len(ids))

@@ -1,7 +1,7 @@
 """Drops or truncates rows of several texts, or with a label, that are too long, and counts them.
 
 data.max_length limits each text: a prompt with its answer. truncate-right cuts the ends of answers. truncate-left cuts
-the beginning of the prompt, for all answers alike; only answers that do not fit behind the prompt's last token lose
+the beginning of the prompt, for all answers alike; only answers that do not fit after the prompt's last token lose
 their ends. Of texts without a prompt, it cuts the beginning.
 """
 
@@ -63,7 +63,7 @@ def truncate_texts(row: EncodedRow, limits: LengthLimits, use: RowUse) -> Encode
         trunk, texts = _cut_left(trunk, texts, limits)
     room = limits.max_length - len(trunk[0])
     texts = [_cut_right(text, room, use.head) for text in texts]
-    # A pair's branch begins with the last id of the prompt, and a head needs a filler behind the answer.
+    # A pair's branch begins with the last id of the prompt, and a head needs a filler after the answer.
     least = MIN_BRANCH + (use.head and use.kind == "pair")
     if any(len(ids) < least or not mask[1:].any() for ids, mask in texts):
         return None

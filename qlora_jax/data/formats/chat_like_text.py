@@ -1,4 +1,4 @@
-"""Counts rows of plain text that look like conversations, of which another format learns the answers only."""
+"""Counts rows of plain text that look like conversations. Another format would learn only their answers."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

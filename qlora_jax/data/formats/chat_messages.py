@@ -1,6 +1,6 @@
 """Checks the messages of a conversation, and rewrites OpenAI's other forms of them.
 
-Content may be a list of parts, of which those with text are joined. Reasoning may have another name than ours. Before
+Content may be a list of parts; those with text are joined. Reasoning may have another name than ours. Before
 tools existed, a turn called a function with `function_call`, the role `function` answered, and the column `functions`
 had the schemas.
 """

@@ -60,7 +60,7 @@ def _kind_problem(name: str, value: object) -> list[str]:
 
 
 def _conversation_problems(name: str, prompt: Text, answer: Text) -> list[str]:
-    """Returns the problems of an answer that follows a prompt, of which one is a list of messages."""
+    """Returns the problems of a prompt and the answer that follows it, one of which is a list of messages."""
     before, after = (
         [{"role": role, "content": text}] if isinstance(text, str) else list(text)
         for role, text in (("user", prompt), ("assistant", answer))

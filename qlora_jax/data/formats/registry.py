@@ -69,7 +69,7 @@ def _tagged(name: str, column: str, tag: re.Pattern[str]) -> RowFormat:
 
 
 def _answer_segments(text: str, tag: re.Pattern[str]) -> list[Segment]:
-    """Returns the text in segments, of which those after the assistant's tags are supervised, up to the next tag.
+    """Returns the text in segments. Those after the assistant's tags, up to the next tag, are supervised.
 
     The last turn is the assistant's.
     """

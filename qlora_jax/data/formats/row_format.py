@@ -23,7 +23,7 @@ class Texts(NamedTuple):
 
     Fields:
       prompt: the beginning that all texts share; empty if they share none.
-      texts: the rest of each text, behind the prompt.
+      texts: the rest of each text, after the prompt.
     """
 
     prompt: Text

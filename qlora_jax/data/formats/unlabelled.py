@@ -10,7 +10,7 @@ from qlora_jax.data.readers.files import Row
 from qlora_jax.data.row_kinds import RowUse
 
 LABEL = "label"
-# The text of an answer behind its prompt, as a reward model learned it.
+# The text of an answer after its prompt, as a reward model learned it.
 _ANSWERS = ("messages-label", "unpaired-preference")
 _TEXTS = (
     "messages-label",

@@ -24,7 +24,7 @@ class _Pieces(NamedTuple):
     """A text in pieces, which join to it, and the turns in it.
 
     Fields:
-      ends: index of the character behind each piece.
+      ends: index of the character after each piece.
       spans: [start, stop) of each turn, in characters.
     """
 
@@ -76,7 +76,7 @@ def _split(tokenizer: Tokenizer, ends_piece: Callable[[str], bool], text: str, s
 
 
 def _ends_piece(tokenizer: Tokenizer, token: str) -> bool:
-    """Returns True if a text can be encoded in two parts, of which the first ends with this special token."""
+    """Returns True if a text can be encoded in two parts, the first of which ends with this special token."""
     lengths = tokenizer.byte_lengths
     return lengths is not None and lengths.prefix != "first" and is_always_found(tokenizer, token)
 

@@ -148,7 +148,7 @@ def _split(message: Message, field: str | None) -> tuple[MessageKind, list[str]]
 def _conversation_template(
     tokenizer: Tokenizer, marks: TurnMarks, kinds: Sequence[MessageKind]
 ) -> ConversationTemplate | None:
-    """Returns None if such conversations have no spans, or turns that the template does not write behind the prompt."""
+    """Returns None if such conversations have no spans, or turns that the template does not write after the prompt."""
     gaps = (_PLACEHOLDER.format(n) for n in itertools.count())
     conversation = [_placeholder_message(kind, gaps) for kind in kinds]
     (found,) = run_together([search_turns(tokenizer, marks, conversation, None)], tokenizer.start_rendering)

@@ -1,6 +1,6 @@
 """Splits a rendered conversation into what the model has to write and what it reads, exactly and for any chat template.
 
-Few templates mark the assistant's texts, so their spans are derived: turns.py finds each turn behind the prompt that
+Few templates mark the assistant's texts, so their spans are derived: turns.py finds each turn after the prompt that
 inference builds for it, and turn_branches.py puts the turns into one text, or into a trunk with branches where the
 template writes a turn differently later. Each step is checked.
 
@@ -44,7 +44,7 @@ TurnSearch = Generator[Sequence[Rendering], Sequence[str | ValueError], Conversa
 def conversation_segments(
     tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message], tools: Tools | None = None
 ) -> RowText:
-    """Returns the rendered conversation. Each assistant turn with its end is supervised, behind its own prompt.
+    """Returns the rendered conversation. Each assistant turn with its end is supervised, after its own prompt.
 
     Raises:
       ValueError: the template rejects the conversation, drops a part of it, or its spans are not exact.

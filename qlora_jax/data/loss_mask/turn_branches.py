@@ -1,7 +1,7 @@
 """A row as text: a trunk and branches, each in segments that the loss sees or does not see.
 
 A template may write an assistant's turn in one way when it is the last one, and in another way in the prompts of later
-turns: without its reasoning, for example. The model has to learn the first way, behind a history of the second. Then
+turns: without its reasoning, for example. The model has to learn the first way, after a history of the second. Then
 the trunk is the whole conversation as the template writes it, and such a turn is a branch that leaves it:
 
   trunk     user 1 | answer 1             | user 2 | reasoning 2 answer 2
@@ -113,7 +113,7 @@ def join_text(segments: Sequence[Segment]) -> str:
 
 
 def build_row_text(rendered: str, turns: Sequence[LearnedTurn]) -> RowText:
-    """Returns the conversation `rendered` with a branch for each turn that it does not contain behind its prompt.
+    """Returns the conversation `rendered` with a branch for each turn that it does not contain after its prompt.
 
     Turns that continue each other, as in a loop of tool calls, share a branch.
     """
@@ -146,7 +146,7 @@ class _Text(NamedTuple):
     spans: list[tuple[int, int]]
 
     def holds(self, turn: LearnedTurn) -> bool:
-        """Returns True if the text begins with the turn and its prompt, and later replies are behind it."""
+        """Returns True if the text begins with the turn and its prompt, and later replies are after it."""
         return self.text.startswith(turn.text) and not (self.spans and self.spans[-1][0] < len(turn.text))
 
 

@@ -15,7 +15,7 @@ class TurnMarks(NamedTuple):
     Fields:
       prompt: the generation prompt.
       end: the end of a turn, which the model writes.
-      rest: the text behind it at the end of a conversation.
+      rest: the text after it at the end of a conversation.
     """
 
     prompt: str

@@ -1,7 +1,7 @@
 """Finds what the model has to write in a turn of the assistant, from the template's texts before and after it.
 
 The prompt is the messages before the turn, rendered with a generation prompt. The reply is what the same messages with
-the turn have behind that prompt, up to the end of the turn. It ends with a special token. A newline behind that token
+the turn have after that prompt, up to the end of the turn. It ends with a special token. A newline after that token
 is not a part of it, because generation has stopped by then.
 
 A generation prompt may open a block of reasoning that the template does not write into the turn itself, as
@@ -55,7 +55,7 @@ def learned_turn(
 
 
 def text_behind(index: int, message: Message, prompt: str, whole: str) -> str:
-    """Returns what the model has to write behind the prompt, through the end of `whole`.
+    """Returns what the model has to write after the prompt, through the end of `whole`.
 
     Args:
       index, message: the turn that follows the prompt.
@@ -101,7 +101,7 @@ class TurnTexts(NamedTuple):
 def search_turn_texts(
     earlier: Sequence[Message], turns: Sequence[Message], before: str, whole: str, tools: Tools | None
 ) -> Generator[Sequence[Rendering], Sequence[str | ValueError], TurnTexts]:
-    """Returns texts with the same turns, of which the whole begins with the other if possible.
+    """Returns texts with the same turns; if possible, the whole begins with the other.
 
     If it does not, it yields the conversation to render without the reasoning of earlier messages, and then without the
     text of their calls, which gpt-oss's template writes as reasoning.
@@ -176,14 +176,14 @@ def _forms(message: Message) -> Iterator[str]:
 
 
 def _behind_prompt(index: int, message: Message, prompt: str, whole: str) -> tuple[int, str]:
-    """Returns the index behind the prompt in `whole`, and what the model writes before the text there."""
+    """Returns the index after the prompt in `whole`, and what the model writes before the text there."""
     if whole.startswith(prompt):
         return len(prompt), ""
     return _behind_block(index, read_thought(message), prompt, whole)
 
 
 def _behind_block(index: int, thought: Thought, prompt: str, whole: str) -> tuple[int, str]:
-    """Returns the index behind the prompt in `whole`, which lacks the prompt's block, and the text that ends the block.
+    """Returns the index after the prompt in `whole`, which lacks the prompt's block, and the text that ends the block.
 
     An empty text stands for a block that the prompt closes.
     """
@@ -218,7 +218,7 @@ def _text_end(tokenizer: Tokenizer, marks: TurnMarks, index: int, message: Messa
 
 
 def _call_end(tokenizer: Tokenizer, marks: TurnMarks, index: int, message: Message, written: str) -> int:
-    """Returns where a turn ends that calls tools: behind its last special token."""
+    """Returns where a turn ends that calls tools: after its last special token."""
     ends = [match.end() for match in tokenizer.special_text.finditer(written)]
     if not ends or written[ends[-1] :].strip():
         raise ValueError(

@@ -5,7 +5,7 @@ import io
 import os
 from pathlib import Path
 
-# A packed file may unpack to so many bytes, or to so many times its size. Text is seldom packed to a twentieth.
+# A packed file may unpack to this many bytes, or to this many times its size. Text is seldom packed to a twentieth.
 MAX_UNPACKED = 32 << 20
 MAX_RATIO = 200
 _BLOCK = 1 << 20

@@ -102,7 +102,7 @@ class _BrokenArrayError(Exception):
 
 
 class _ArrayText:
-    """The unread text of an array, of which a window is in memory.
+    """The unread text of an array; only a window of it is in memory.
 
     Attributes:
       line: line of the last element that was decoded, of an error, or of the text after the array.

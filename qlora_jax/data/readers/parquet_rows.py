@@ -90,7 +90,7 @@ def _row_size(file: BinaryIO, chunk: ColumnChunk, rows: int) -> int:
 
 
 def _repeating_columns(path: Path, groups: Sequence[RowGroup], schema: Any) -> list[str]:
-    """Returns the texts inside of lists of which one row may have more than _MAX_COLUMN bytes, by repeating a value.
+    """Returns the text columns inside lists in which one row may exceed _MAX_COLUMN bytes by repeating a value.
 
     Args:
       schema: pyarrow.parquet.ParquetSchema, which has no types.

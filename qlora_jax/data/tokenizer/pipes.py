@@ -43,7 +43,7 @@ class Pipes:
         """Returns the next bytes that the process writes.
 
         Raises:
-          EOFError: the process ended before it wrote so many.
+          EOFError: the process ended before it wrote them all.
         """
         while len(self._received) < size:
             if not self._read():

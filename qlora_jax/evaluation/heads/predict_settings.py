@@ -16,7 +16,7 @@ class PredictArgs(ModelOrRunArgs):
     model: str | None = setting("the path of the run's base, if it moved", None)
     text: str | None = setting("one text", None, NOT_EMPTY, common="one text")
     rows: str | None = setting(
-        "file of rows with the columns of the training data, of which label may be missing; for rewards prompt and "
+        "file of rows with the columns of the training data (label may be missing); for rewards prompt and "
         "completion, or messages; or a .txt file, one text per line",
         None,
         NOT_EMPTY,

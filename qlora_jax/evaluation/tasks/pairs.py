@@ -1,4 +1,4 @@
-"""The task `pairs`: preference pairs, of which a model should find the chosen answer likelier than the rejected one.
+"""The task `pairs`: preference pairs. A model should find the chosen answer likelier than the rejected one.
 
 A run is also compared with its reference, the model before its training: the reward of an answer is
 pair_beta * (log p - log p of the reference), as in DPO, whatever the run's own objective.
@@ -73,7 +73,7 @@ class PairsTask:
     """Accuracy, margin and log ratio of preference pairs; see `task.Task` for the members.
 
     Attributes:
-      sequences: the chosen and the rejected answer of each pair in turn, behind their prompt.
+      sequences: the chosen and the rejected answer of each pair in turn, after their prompt.
       beta: factor of rewards.
       groups: the indices of the pairs of each group, by its description; their accuracies are also reported.
     """

@@ -31,7 +31,7 @@ class RewardPairsTask:
     """Accuracy and margin of rewards; see `task.Task` for the members.
 
     Attributes:
-      rows: the chosen and the rejected answer of each pair, behind their prompt.
+      rows: the chosen and the rejected answer of each pair, after their prompt.
     """
 
     title: str
@@ -53,7 +53,7 @@ class RewardPairsTask:
         return self.rows.outputs(parts, progress, cache)[..., 0]
 
     def metrics(self, scores: Rewards) -> list[Metric]:
-        """Accuracy, of which a tie counts as half; margin; and the number of ties."""
+        """Accuracy, in which a tie counts as half; margin; and the number of ties."""
         return reward_metrics(scores)
 
     def compare(self, before: Rewards, after: Rewards) -> list[Comparison]:

@@ -76,7 +76,7 @@ def text_task(
     Args:
       window: tokens per window.
       stride: tokens from the start of a window to the start of the next; None: `window`, no overlap.
-      max_tokens: use only so many tokens of the text; None: all.
+      max_tokens: use only the first tokens of the text; None: all.
 
     Raises:
       ValueError: the window is too long for the model, or the text has fewer than two tokens.

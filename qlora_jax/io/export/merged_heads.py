@@ -1,6 +1,6 @@
 """Merged models with a sequence head: transformers' classes for sequence classification.
 
-A model for embeddings is written as a causal model, of which transformers' AutoModel reads the body.
+A model for embeddings is written as a causal model, whose body transformers' AutoModel reads.
 
 Dimension key: D embed, C outputs.
 """

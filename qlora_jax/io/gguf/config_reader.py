@@ -229,7 +229,7 @@ def _variant(architecture: Architecture, keys: Metadata) -> Variant:
 
 
 def _windows(architecture: Architecture, keys: Metadata, config: JsonObject) -> JsonObject:
-    """The window of a model of which only some layers have one, and the kind of every layer, as llama.cpp chooses."""
+    """The window of a model in which only some layers have one, and the kind of every layer, as in llama.cpp."""
     layers, window = config["num_hidden_layers"], keys.get("attention.sliding_window")
     if window is None or architecture.window_layers not in (0, layers):
         # transformers needs the kinds of layers to read a model without windows, and OLMo 2 has no such attribute.
@@ -329,7 +329,7 @@ def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
 
 
 def _section_problem(sections: list[int], rotated: int) -> str | None:
-    """Returns the problem of sections of which some pairs would not turn by a position that tokens of text have."""
+    """Returns the problem of sections that would turn some pairs by a position that text tokens do not have."""
     if sections[3] == 0 and 2 * sum(sections) == rotated:
         return None
     half = rotated // 2

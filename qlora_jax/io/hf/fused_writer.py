@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 
 def in_file_order(slots: Sequence[Slot], config: JsonObject) -> list[tuple[Slot, int]]:
-    """Returns (slot, index of a name) of all tensors, those that a file joins behind each other."""
+    """Returns (slot, index of a name) of all tensors, those that a file joins one after another."""
     names = [(slot, index) for slot in slots for index in range(len(slot.names))]
     if not _is_joined(config):
         return names

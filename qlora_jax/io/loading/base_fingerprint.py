@@ -33,7 +33,7 @@ class BaseDigest(abc.ABC):
         self._sha.update(name.encode())
 
     def add(self, own: np.ndarray, rows: ProcessRows) -> None:
-        """Adds an array, of which this process has `rows`; all processes call this together."""
+        """Adds an array, `rows` of which are in this process; all processes call this together."""
         own = np.atleast_1d(own)
         shape = own.shape if rows.everywhere else (rows.total, *own.shape[1:])  # codes in layout `flat` have no rows
         self._sha.update(f"{own.dtype.name}{shape}".encode())

@@ -1,4 +1,4 @@
-"""Layers behind a model's last one that predict further tokens, as in GLM-4.5; they are not loaded.
+"""Layers after a model's last one that predict further tokens, as in GLM-4.5; they are not loaded.
 
 transformers leaves them out, too.
 """

@@ -297,7 +297,7 @@ def read_quantized_rows(
     All processes call this together.
 
     Returns:
-      (codes of `rows`, one behind the other; the weight's other leaves, in block order).
+      (codes of `rows`, concatenated; the weight's other leaves, in block order).
     """
     if entry.read_quantized is not None:
         stored = _stored(source, entry, spec)

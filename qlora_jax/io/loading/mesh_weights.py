@@ -163,7 +163,7 @@ class MeshPlaces:
 
 
 def _assembled(shape: tuple[int, ...], spec: P, mesh: Mesh, part: Callable[[int], np.ndarray]) -> jax.Array:
-    """The global array of which each device gets its part, by its place along `fsdp`."""
+    """The global array; each device gets its part, by its place along `fsdp`."""
     axis = cut_axis(spec)
 
     def of_index(index: tuple[slice, ...] | None) -> np.ndarray:

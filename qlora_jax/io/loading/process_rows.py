@@ -83,7 +83,7 @@ class ProcessRows:
         """Returns some of the rows that this process has read.
 
         Args:
-          own: the rows of `ranges`, one behind the other.
+          own: the rows of `ranges`, concatenated.
           wanted: ranges within them.
         """
         return joined([own[(start := self._place(first)) : start + end - first] for first, end in wanted])
@@ -120,7 +120,7 @@ class ProcessRows:
         return (self.of_all(own), all_rows(self.total)) if self.shared else (own, self)
 
     def merged(self, by_process: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """Returns an array of all rows, from the rows of each process, one behind the other and padded."""
+        """Returns an array of all rows, from the rows of each process, concatenated and padded."""
         first = by_process[0]
         rows = np.zeros((self.total, *first.shape[1:]), first.dtype)
         for ranges, own in zip(self.by_process, by_process, strict=True):
@@ -137,7 +137,7 @@ def all_rows(total: int) -> ProcessRows:
 
 
 def rows_of_parts(total: int, processes: Processes, rows_of: Callable[[int], Rows]) -> ProcessRows:
-    """Returns the rows that processes read of a tensor of which each holds some parts.
+    """Returns the rows that each process reads of a tensor, from the parts that it holds.
 
     Processes that hold the same parts read equal shares. A tensor of fewer strips than readers is read whole by all.
 
@@ -169,12 +169,12 @@ def _ranges(strips: Sequence[int], total: int) -> Rows:
 
 
 def read_own(read_rows: Callable[[int, int], np.ndarray], own: ProcessRows) -> np.ndarray:
-    """Returns the rows that this process reads, one behind the other; without a copy if they are one range."""
+    """Returns the rows that this process reads, concatenated; without a copy if they are one range."""
     return joined([read_rows(first, end) for first, end in own.ranges])
 
 
 def joined(ranges: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns arrays one behind the other; a single one without a copy."""
+    """Returns arrays concatenated; a single one without a copy."""
     return ranges[0] if len(ranges) == 1 else np.concatenate(ranges)
 
 

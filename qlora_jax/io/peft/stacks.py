@@ -46,7 +46,7 @@ def stack_layers(
     Args:
       leaves: our names of the leaves that the adapter's method has.
       wrong_tables: problems of embedding and head, which are reported together with those found here.
-      some_layers: by our names, the layers of projections of which only some have an adapter.
+      some_layers: by our names, the layers with an adapter, for projections that have one only in some layers.
       given: True if the adapter has parameters beside projections, so that it may have no projections.
 
     Raises:

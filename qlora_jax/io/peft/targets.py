@@ -13,7 +13,7 @@ from qlora_jax.patterns import matches_whole, pattern_problems
 
 
 def targeted_layers(config: AdapterConfig, model: ModelConfig) -> dict[str, list[int]]:
-    """Returns {our name: targeted layers} of the projections of which an adapter targets only some layers."""
+    """Returns {our name: targeted layers} of the projections that an adapter targets only in some layers."""
     found = {}
     for inner in model.linear_shapes():
         name, numbers = f"model.layers.{inner}", model.layers_with(inner)

@@ -25,7 +25,7 @@ from qlora_jax.patterns import matches_end
 
 PREFIX = "base_model.model."
 AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
-# Modules of which only some layers have an adapter: {name without the layer's index: those layers, ascending}.
+# Modules that have an adapter only in some layers: {name without the layer's index: those layers, ascending}.
 SomeLayers = Mapping[str, Sequence[int]]
 EVERY_LAYER: SomeLayers = MappingProxyType({})
 NO_PARAMETERS: Mapping[str, Sequence[str]] = MappingProxyType({})
@@ -54,7 +54,7 @@ def adapter_tensors(
     Args:
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}.
       on_inputs: modules whose inputs (IA)^3 scales.
-      some_layers: modules of which only some layers have an adapter.
+      some_layers: modules that have an adapter only in some layers.
     """
     tensors = {}
     for name, leaves in lora.items():
@@ -85,7 +85,7 @@ def adapter_config(
       linears: names of all linear layers, also of those without an adapter.
       base: where PEFT finds the base model: a path or a name.
       on_inputs: modules whose inputs (IA)^3 scales.
-      some_layers: modules of which only some layers have an adapter.
+      some_layers: modules that have an adapter only in some layers.
       parameters: target_parameters of the modules that PEFT does not find in target_modules.
 
     Raises:

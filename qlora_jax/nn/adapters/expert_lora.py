@@ -65,7 +65,7 @@ def expert_deltas(
 
 
 class _Chunk(NamedTuple):
-    """Neighbouring tiles of which the products are computed together.
+    """Neighbouring tiles whose products are computed together.
 
     Fields:
       first: the first of the tiles, in the order of the slots.

@@ -1,7 +1,7 @@
 """Orthogonal finetuning, OFT (Qiu et al., 2023), which rotates the inputs of a frozen layer (OFTv2, Qiu et al., 2025).
 
 The inputs are cut into blocks of S neighbours, and an S x S matrix R rotates each block. R is the Cayley transform of a
-skew-symmetric Q, of which the upper triangle trains: E = S (S - 1) / 2 numbers. All code handles R - I instead of R, so
+skew-symmetric Q, whose upper triangle trains: E = S (S - 1) / 2 numbers. All code handles R - I instead of R, so
 that small rotations survive in bf16, and an adapter of zeros changes no bit.
 
 Dimension key: L layers, M rows, K in, N out, C blocks, S block size, E trained numbers per block.

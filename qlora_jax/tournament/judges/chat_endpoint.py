@@ -12,7 +12,7 @@ from qlora_jax.metadata import MetadataError, decode_json, shorten
 
 MAX_BYTES = 8 << 20  # largest reply
 BLOCK = 64 << 10
-RETRIED_STATUS = (408, 409, 425, 429)  # and 5xx; retrying any other status is useless
+RETRIED_STATUS = (408, 409, 425, 429)  # also 5xx; retrying any other status is useless
 REFUSED_STATUS = (401, 403, 404)  # every request to this endpoint would fail
 
 

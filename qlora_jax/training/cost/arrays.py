@@ -86,7 +86,7 @@ def router_leaves(step: StepShape) -> list[Leaf]:
 
 
 def table_leaves(step: StepShape) -> list[Leaf]:
-    """Returns the frozen tables, embedding and head, and the head's bias. Tables of which rows train are whole."""
+    """Returns the frozen tables, embedding and head, and the head's bias. Tables with trained rows are whole."""
     model = step.model
     count = len(step.tables) - len(step.trained_tables)
     spec = None if step.new_tokens or step.trained_tables else table_spec

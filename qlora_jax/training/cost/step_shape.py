@@ -248,7 +248,7 @@ class StepShape:
 
     @property
     def tiles_together(self) -> int:
-        """The number of tiles of which an adapter on experts is computed together; 0 without experts."""
+        """The number of tiles whose adapter products on experts are computed together; 0 without experts."""
         return 0 if self.experts is None else min(self.tiles[0], self.experts.count)
 
     @property

@@ -159,7 +159,7 @@ def evaluation_lines(record: Record) -> list[str]:
 def _preference_lines(record: Record) -> list[str]:
     """Formats held-out preferences: `right by reward 81.2% [74.3, 86.5], reward margin 0.413 [0.330, 0.498]` and so on.
 
-    The labels are in pairs, of which each has a line.
+    The labels are in pairs; each pair has a line.
     """
     pairs = itertools.batched(PREFERENCE_LABELS, 2)
     known = [[_preference_text(record, name) for name in two if f"{EVAL}{name}" in record] for two in pairs]

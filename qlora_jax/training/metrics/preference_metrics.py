@@ -89,7 +89,7 @@ def labelled_values(
 
     Args:
       desirable: 1 for a desirable answer, 0 for an undesirable one.
-      kl_ratios: log p - log p of the reference of another row's answer behind the row's prompt; None if the objective
+      kl_ratios: log p - log p of the reference of another row's answer after the row's prompt; None if the objective
         does not have them.
     """
     undesirable = 1 - desirable

@@ -90,7 +90,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
 
 
 def _longest_row(data: DataArgs, sequences: int) -> int:
-    """Returns the length of a batch of the longest rows of so many sequences each."""
+    """Returns the length of a batch of the longest rows, each with this many sequences."""
     length = data.max_length * max(1, sequences)
     return -(-length // UNIT) * UNIT if sequences > 1 else length
 

@@ -117,7 +117,7 @@ def make_plan(
 
     Args:
       compile_step: compiles for the device; None makes every number an estimate.
-      buckets: the lengths of batches, of which the step's length is the longest; empty if they are not known.
+      buckets: the lengths of batches, up to the step's length; empty if they are not known.
       larger: meshes of more devices to propose, the smallest first.
     """
     compiler = _Compiler(compile_step)

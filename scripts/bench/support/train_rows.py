@@ -62,7 +62,7 @@ class Row:
       checkpointing: the opponent's gradient checkpointing, and `train.remat: full` for ours. Otherwise each side's
         default; ours is `names`, which saves the results of products and recomputes norms and activations.
       f32: compute in float32; otherwise in bfloat16 with float32 adapters.
-      opponents: configurations of the opponent, of which the fastest counts.
+      opponents: configurations of the opponent; the fastest counts.
       steps: counted steps per block.
     """
 

@@ -107,7 +107,7 @@ def thought_chat(turns: int) -> Chat:
 
 
 def check_row(tokenizer: Tokenizer, row: EncodedRow, chat: Chat, tools: Any = None) -> None:
-    """Each turn is learned once, behind its prompt, and ends with a special token."""
+    """Each turn is learned once, after its prompt, and ends with a special token."""
     assert branch_problem(row.branches, row.supervised) is None
     turns = [*learned_turns(row)]
     assert sorted(prompt for prompt, _ in turns) == sorted(prompts(tokenizer, chat, tools))

@@ -15,7 +15,7 @@ from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load
 
-WORDS = [(3, 1), (2, 2), (1, 4), (6, 2), (1, 0)]  # of the chosen and the rejected answer
+WORDS = [(3, 1), (2, 2), (1, 4), (6, 2), (1, 0)]  # words of the chosen and the rejected answer
 
 
 def pair(chosen: int, rejected: int) -> dict[str, Any]:

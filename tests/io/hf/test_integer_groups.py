@@ -95,7 +95,7 @@ def test_groups_larger_than_a_block_are_several(tmp_path: Path) -> None:
 
 
 def test_zeros_of_the_first_version_are_added_to_words(tmp_path: Path) -> None:
-    """A zero of 0 borrows from the integers behind it, as GPTQModel writes it from its second version."""
+    """A zero of 0 borrows from the integers after it, as GPTQModel writes it from its second version."""
     weight = random_integers(SHAPE)
     weight = weight._replace(zeros=weight.zeros * (weight.zeros > 3))
     assert (weight.zeros == 0).any()

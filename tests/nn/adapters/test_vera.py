@@ -13,7 +13,7 @@ from qlora_jax.nn.variables import Frozen
 from tests.nn.frozen_linears import LAYER, K, M, N, R, dequantized_layer, random_linear
 from tests.nn.gradients import check_vjp, random_array
 
-LARGER_N, LARGER_K = N + 8, K + 16  # of another projection, which shares A and B
+LARGER_N, LARGER_K = N + 8, K + 16  # sizes of another projection, which shares A and B
 A, B = random_array(LARGER_K, R), random_array(LARGER_N, R)
 
 

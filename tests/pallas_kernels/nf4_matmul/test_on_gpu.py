@@ -28,7 +28,7 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 DTYPES = (BF16, F16)
 NAMES = [name for name, one in IMPLEMENTATIONS.items() if one.capabilities.devices != ("cpu",)]
 REAL = sorted({shape.nk for shape in SHAPES.values()})
-LAYOUT = "split_k"  # of weights on GPUs
+LAYOUT = "split_k"  # layout of weights on GPUs
 LAYER, LAYERS = 1, 2
 
 

@@ -134,7 +134,7 @@ def test_pace_leaves_out_the_steps_that_compile():
     pace.add({"tokens": 300, "seconds": 3.0, "length": 128, "mfu": 0.3}, now=136.0)
     assert pace.tokens_per_second == 100.0
     assert pace.seconds_per_step == 3.0
-    assert pace.mfu == pytest.approx((0.5 * 1 + 0.3 * 3) / 4)  # of the time, not of the steps
+    assert pace.mfu == pytest.approx((0.5 * 1 + 0.3 * 3) / 4)  # mean over time, not over steps
 
 
 def test_several_devices_have_their_share_of_the_speed():

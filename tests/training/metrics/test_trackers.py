@@ -90,7 +90,7 @@ def _wandb_id(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # of the library
+@pytest.mark.filterwarnings("default")  # the library warns
 def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="wandb, the extra of that name, is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -79,7 +79,7 @@ def equation(direction, packed, scales):
     """Computes operands [64, 128] of both parts, columns in the tile's order."""
     values = np.stack(look_up(packed))  # nibble, chunk, row, byte
     scaled = values * scales.reshape(2, 2, 64)[..., None]
-    if direction == "forward":  # of each nibble: bytes by rows of both chunks
+    if direction == "forward":  # for each nibble, bytes by rows of both chunks
         return [scaled[nibble].reshape(128, 64).T for nibble in range(2)]
     return [np.concatenate([scaled[0, chunk], scaled[1, chunk]], axis=1) for chunk in range(2)]
 
