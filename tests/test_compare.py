@@ -16,7 +16,7 @@ import yaml
 
 from qlora_jax import compare
 from qlora_jax.comparison import command, dispatch
-from qlora_jax.comparison import perform as performing
+from qlora_jax.comparison import train_and_score as performing
 from qlora_jax.comparison.train_and_score import perform
 from qlora_jax.config import to_dict
 from qlora_jax.training.metrics.metrics_file import read_metrics

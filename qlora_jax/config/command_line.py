@@ -76,7 +76,7 @@ class Command[T]:
 
     @property
     def prog(self) -> str:
-        """The shell command without arguments: as a module, if it was called so."""
+        """The shell command without arguments; `python -m ...` if it was started as a module."""
         module, main = f"qlora_jax.{self.name}", sys.modules["__main__"].__spec__
         return f"python -m {module}" if main is not None and main.name == module else f"qlora-jax {self.name}"
 

@@ -160,7 +160,7 @@ class Encoder:
         return chunk
 
     def encode_texts(self, texts: ChunkTexts) -> ChunkEncodings:
-        """Runs the tokenizer, which releases Python's lock meanwhile."""
+        """Runs the tokenizer, which releases Python's lock while it works."""
         branched = encode_branched(self.tokenizer, [row for _, row in texts.branched]) if texts.branched else ()
         return self._encode_plain(texts)._replace(branched=branched)
 

@@ -268,7 +268,7 @@ def _file_digest(path: Path) -> str | None:
 def _delete(folder: Path) -> None:
     doomed = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex}")
     try:
-        folder.rename(doomed)  # another run may write a new one meanwhile
+        folder.rename(doomed)  # another run may write a new one in the meantime
         shutil.rmtree(doomed)
     except FileNotFoundError:
         pass  # another run deleted it

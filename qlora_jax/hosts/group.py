@@ -25,7 +25,7 @@ class MissingProcess(ValueError):
 
 @dataclasses.dataclass
 class Group:
-    """The processes of a run; one alone exchanges nothing.
+    """The processes of a run; a run of one process exchanges nothing.
 
     All processes call the methods in the same order.
 

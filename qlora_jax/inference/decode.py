@@ -26,9 +26,9 @@ from qlora_jax.inference.mesh_inference import CACHE, row_shapes, row_shards, ru
 from qlora_jax.inference.sampling import Sampling, choose
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.add_adapters import prepare_for_decoding
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import ROWS, AnyMesh, gather_rows, mesh_of, named
@@ -349,6 +349,6 @@ def _decode(
             start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
             given = next_B, start_B, cache, batch.keys_B, np.int32(index + 1)
             next_B, cache = append(parts, *given, sampling, mesh=batch.mesh)
-        yield from steps  # meanwhile the device computes the next token
+        yield from steps  # the device computes the next token at the same time
         if not running:
             return

@@ -15,8 +15,8 @@ from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_ca
 from qlora_jax.inference.mesh_inference import row_shapes, row_shards
 from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.offloaded_experts import with_memory_of
@@ -49,7 +49,7 @@ def lower_program(
     """Lowers `function(parts, *inputs, mesh=..., **static)` for the mesh of `parts`.
 
     Args:
-      extra_bytes: bytes that stay on the device meanwhile and are not inputs.
+      extra_bytes: bytes that stay on the device while the program runs, and are not inputs.
     """
     mesh = mesh_of(parts)
     shapes = row_shapes(inputs, mesh)

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.nn.adapters.bottleneck import Bottleneck
 from qlora_jax.nn.attention.branching import Spans
 from qlora_jax.nn.attention.causal import cached_attention, causal_attention
@@ -21,24 +21,6 @@ from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
 from qlora_jax.nn.variables import Frozen, select_layer
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KVCache:
-    """Keys and values of earlier positions: k, v [L, B, K, S, H], with rotated keys.
-
-    Leaves may be ShapeDtypeStructs, for programs that are compiled before a cache exists.
-    """
-
-    k: Leaf
-    v: Leaf
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> "KVCache":
-        """Returns zeros for `slots` positions in each of `batch` rows."""
-        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +116,7 @@ class Attention(nnx.Module):
                 texts = {"segments_BT": positions.segments_BT, "spans": positions.spans}
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen, sinks_N=sinks_N)
         else:
-            cache = _write(cache, layer, k, self._clipped(v), positions.index_BT)
+            cache = cache.write(layer, k, self._clipped(v), positions.index_BT)
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
             out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen, sinks_N=sinks_N)
         out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
@@ -175,10 +157,3 @@ class Attention(nnx.Module):
     def _clipped(self, x_BTNH: jax.Array) -> jax.Array:
         limit = self.config.clip_qkv
         return x_BTNH if limit is None else jnp.clip(x_BTNH, -limit, limit)
-
-
-def _write(cache: KVCache, layer: jax.Array, k: jax.Array, v: jax.Array, index_BT: jax.Array) -> KVCache:
-    """Writes each row's keys and values at that row's positions, in place inside the scan."""
-    rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
-    put = [x.at[layer, rows_B1, :, index_BT].set(new.astype(x.dtype)) for x, new in ((cache.k, k), (cache.v, v))]
-    return KVCache(k=put[0], v=put[1])

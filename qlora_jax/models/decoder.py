@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from qlora_jax.models.attention import Attention, KVCache, Positions
+from qlora_jax.models.attention import Attention, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, mlp_start, split_run
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host

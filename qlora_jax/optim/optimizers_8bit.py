@@ -196,7 +196,7 @@ def _decayed(p: Array, by: Scalars, weight_decay: float) -> Array:
 
 
 def _quotient(x: Array, divisor: Array) -> Array:
-    """x / divisor for x of 0 or more. XLA multiplies by a scalar's reciprocal, but not by that of a select."""
+    """Returns x / divisor for x >= 0. The select keeps XLA from multiplying by the divisor's reciprocal instead."""
     return x / jnp.where(x >= 0, divisor, jnp.nan)
 
 

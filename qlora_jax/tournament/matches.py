@@ -60,7 +60,7 @@ class Transcripts:
         return first.partition(NEXT_CONVERSATION)[0], second.partition(NEXT_CONVERSATION)[0]
 
     def digest(self, match: Match) -> str:
-        """Digest of the texts that a judge reads, by which a stored judgement notices that they have changed."""
+        """Digest of the texts that a judge reads; it shows if they have changed since a judgement was stored."""
         return xxhash.xxh3_64_hexdigest(repr([self.question(match), *self.answers(match)]).encode("utf-8", "replace"))
 
 

@@ -47,7 +47,7 @@ class DifferenceComponents(NamedTuple):
     """The difference between two models on one prompt at one level, in parts whose squares add up.
 
     Fields:
-      mean: over all prompts and levels, which is the models themselves.
+      mean: the mean over all prompts and levels, which is the difference between the models themselves.
       model: square of the mean without what chance adds to it; its interval follows from that of the mean.
     """
 

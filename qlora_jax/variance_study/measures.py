@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.evaluation.tasks.answers import extract_answer
+from qlora_jax.evaluation.tasks.answer_matching import extract_answer
 from qlora_jax.variance_study.questions import Question
 from qlora_jax.variance_study.replies import Observed
 from qlora_jax.variance_study.settings import Measure

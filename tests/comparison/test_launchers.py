@@ -15,7 +15,7 @@ from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.run_files import JOB_FILE, LOG_FILE
 from qlora_jax.comparison.settings import CompareArgs
 from tests.comparison.studies import read
-from tests.comparison.test_perform import trained
+from tests.comparison.test_train_and_score import trained
 
 ROOT = Path(__file__).resolve().parents[2]
 

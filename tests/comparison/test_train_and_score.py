@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.comparison import perform as module
+from qlora_jax.comparison import train_and_score as module
 from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.run_files import FAILURE_FILE, LOG_FILE
 from qlora_jax.comparison.train_and_score import Failed, Lost, perform, seconds_per_step

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.attention import KVCache
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.layer_runs import layer_runs
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import ModelParts, combine

@@ -276,7 +276,7 @@ def _plain(found: Texts, use: RowUse, tokenizer: Tokenizer) -> WrittenRow | None
 
 
 def _messages(text: Text) -> Sequence[Message]:
-    """Returns the messages; no text at all has none."""
+    """Returns the messages of a text; an empty text has none."""
     assert text == "" or not isinstance(text, str)
     return text or ()
 

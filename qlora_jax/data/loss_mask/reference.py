@@ -160,7 +160,7 @@ def separate_turn(tokenizer: Tokenizer, prompt: list[int], reply: str, whole: li
 
 
 def join_texts(texts: Sequence[TokenText], lossy: bool) -> EncodedRow:
-    """Returns the trunk as far as something needs it, and after it the branches."""
+    """Returns the trunk, as far as a branch or target needs it, and the branches after it."""
     trunk, *others = texts
     depths = [_depth(trunk.ids, other) for other in others]
     needed = max([*depths, *(stop for _, stop in trunk.spans)])

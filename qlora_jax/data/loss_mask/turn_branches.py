@@ -91,9 +91,9 @@ class RowText(NamedTuple):
             yield trunk[: branch.shared] + join_text(branch.segments), _spans(branch.segments, branch.shared)
 
     def learned(self, learn: Learn) -> "RowText":
-        """Returns the row without what the loss does not see.
+        """Returns the row reduced to the turns that `learn` selects.
 
-        "last" leaves the last turn. "all" leaves the conversation as the template writes it in one text.
+        "last" keeps only the last turn supervised. "all" keeps the conversation as the template writes it in one text.
         """
         if not self.branches or learn == "assistant":
             return self

@@ -27,7 +27,7 @@ class Pipes:
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CAPACITY)
 
     def send(self, content: bytes) -> None:
-        """Writes to the process; keeps what it writes meanwhile.
+        """Writes to the process, and stores what the process writes in the meantime.
 
         Raises:
           BrokenPipeError: the process ended.
@@ -68,7 +68,7 @@ class Pipes:
                 return  # it ended: the next write says so
 
     def _read(self) -> int:
-        """Reads what there is, or waits for it; returns 0 at the end."""
+        """Reads the available bytes, or waits for some; returns 0 at the end."""
         found = os.read(self._output, _BLOCK)
         self._received += found
         return len(found)

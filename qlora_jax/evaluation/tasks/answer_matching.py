@@ -1,4 +1,4 @@
-"""Compares a reply with an answer: as written, by its words, or as a number."""
+"""Extracts the answer from a reply, and compares it with the right one: as written, by its words, or as a number."""
 
 import collections
 import decimal
@@ -7,9 +7,11 @@ import string
 from collections.abc import Callable
 
 from qlora_jax.config.question_settings import AnswerMatch
+from qlora_jax.patterns import last_match
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 
 
@@ -38,6 +40,24 @@ NORMALIZE: dict[AnswerMatch, Callable[[str], str]] = {
     "words": normalize_words,
     "number": normalize_number,
 }
+
+
+def extract_answer(text: str, pattern: str | None, match: AnswerMatch = "exact") -> str | None:
+    """Finds the answer in a text, in the form in which it is compared.
+
+    Without a pattern that is the whole text, without surrounding white space. With one, it is the pattern's last match:
+    its first group that matched, or all of it if it has no groups. White space around it, commas between thousands and
+    a final full stop are removed. Returns None if nothing matches.
+    """
+    normalize = NORMALIZE[match]
+    if pattern is None:
+        return normalize(text.strip())
+    found = last_match(pattern, text)
+    if found is None:
+        return None
+    whole, *groups = found
+    answer = next((group for group in groups if group is not None), whole) or ""
+    return normalize(_THOUSANDS.sub("", answer.strip()).removesuffix("."))
 
 
 def contains_words(reply: str, answer: str) -> bool:

@@ -1,7 +1,6 @@
 """The task `answers`: questions with an exact answer, compared with the model's greedy reply."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from qlora_jax.data.readers.files import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap
-from qlora_jax.evaluation.tasks.answer_matching import NORMALIZE, contains_words, words_f1
+from qlora_jax.evaluation.tasks.answer_matching import contains_words, extract_answer, words_f1
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.decode import Reply
@@ -22,10 +21,8 @@ from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import greedy_replies, lower_replies
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.patterns import last_match
 
 NEXT_QUESTION = "\nQuestion:"  # a reply in plain text ends before this, which begins the next prompt
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,24 +198,6 @@ def answers_task(
         stop_ids=stop_ids(tokenizer, named_stop_ids, chat=chat),
         until=None if chat else NEXT_QUESTION,
     )
-
-
-def extract_answer(text: str, pattern: str | None, match: AnswerMatch = "exact") -> str | None:
-    """Finds the answer in a text, in the form in which it is compared (answer_matching.py).
-
-    Without a pattern that is the whole text, without surrounding white space. With one, it is the pattern's last match:
-    its first group that matched, or all of it if it has no groups. White space around it, commas between thousands and
-    a final full stop are removed. Returns None if nothing matches.
-    """
-    normalize = NORMALIZE[match]
-    if pattern is None:
-        return normalize(text.strip())
-    found = last_match(pattern, text)
-    if found is None:
-        return None
-    whole, *groups = found
-    answer = next((group for group in groups if group is not None), whole) or ""
-    return normalize(_THOUSANDS.sub("", answer.strip()).removesuffix("."))
 
 
 def grade_replies(

@@ -23,7 +23,7 @@ class LockedCheckpoints(Checkpoints):
         """Writes one checkpoint; see `Checkpoints.save`.
 
         Raises:
-          FolderLostError: the folder went away before the checkpoint was written, or meanwhile.
+          FolderLostError: the folder went away before or while the checkpoint was written.
           CheckpointError: it cannot be written.
         """
         self._lock.check()

@@ -184,7 +184,7 @@ def _children() -> Iterator[str]:
 
 
 def main() -> None:
-    """Prepares the job, then takes one sample per input line; prints to standard error meanwhile."""
+    """Prepares the job, then takes one sample per input line; the job prints to standard error."""
     runtime.start()
     replies, sys.stdout = sys.stdout, sys.stderr
     work = JOBS[sys.argv[1]](Path(sys.argv[2]))

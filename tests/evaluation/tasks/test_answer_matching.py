@@ -1,9 +1,18 @@
-"""Answers are compared by their words, or as numbers."""
+"""Answers are extracted from texts, and compared by their words, or as numbers."""
 
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 
-from qlora_jax.evaluation.tasks.answer_matching import contains_words, normalize_number, normalize_words, words_f1
+from qlora_jax.evaluation.tasks.answer_matching import (
+    contains_words,
+    extract_answer,
+    normalize_number,
+    normalize_words,
+    words_f1,
+)
+
+GSM8K = r"#### (-?[0-9.,]+)"
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
 @pytest.mark.parametrize(
@@ -69,3 +78,20 @@ def test_f1_is_that_of_counted_words(reply):
     common = sum(min(pair) for pair in zip(x, y, strict=True))
     precision, recall = common / x.sum(), common / y.sum()
     assert words_f1(reply, answer) == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        ("  Paris\n", None, "Paris"),
+        ("a, b.", None, "a, b."),
+        ("48+24 = <<48+24=72>>72\n#### 72", GSM8K, "72"),
+        ("#### 1\n#### 1,234,567.", GSM8K, "1234567"),
+        ("#### 1,23", GSM8K, "1,23"),
+        ("it is 12, or rather -7", NUMBER, "-7"),
+        ("no number", NUMBER, None),
+        ("x=3", r"y=(\d)|x=(\d)", "3"),
+    ],
+)
+def test_the_answer_in_a_text(text, pattern, expected):
+    assert extract_answer(text, pattern) == expected
