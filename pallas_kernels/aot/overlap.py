@@ -59,11 +59,11 @@ def _gathers_of(
     """Yields the gathers that one computation starts; one without an end there runs into the next iteration."""
     for at, instruction in enumerate(schedule):
         if instruction.name in sizes:
-            products = sum(is_product(one, computations) for one in _meanwhile(schedule, at))
+            products = sum(is_product(one, computations) for one in _between(schedule, at))
             yield Gather(sizes[instruction.name], products, BACKWARD in instruction.op_name)
 
 
-def _meanwhile(schedule: list[Instruction], start: int) -> Sequence[Instruction]:
+def _between(schedule: list[Instruction], start: int) -> Sequence[Instruction]:
     """Returns the instructions between the start of a gather and its end; none if both are one instruction."""
     begun = schedule[start]
     if begun.op != _START:

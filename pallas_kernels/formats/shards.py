@@ -89,8 +89,8 @@ def place(weights: QTensor, cut: Cut, mesh: Mesh, axis: str) -> QTensor:
     Raises:
       ValueError: the weights cannot be cut this way; lists all reasons.
     """
-    laid = specs(weights, cut, mesh, axis)
-    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), weights, laid)
+    whole_specs = specs(weights, cut, mesh, axis)
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), weights, whole_specs)
 
 
 def cut_problems(weights: QTensor, cut: Cut, mesh: AnyMesh, axis: str) -> Iterator[str]:
@@ -111,17 +111,17 @@ def cut_problems(weights: QTensor, cut: Cut, mesh: AnyMesh, axis: str) -> Iterat
             )
 
 
-def shard(weights: QTensor, laid: QTensor, cut: Cut, shards: int, index: Int[Array, ""]) -> QTensor:
+def shard(weights: QTensor, whole_specs: QTensor, cut: Cut, shards: int, index: Int[Array, ""]) -> QTensor:
     """Returns a device's shard as a weight; called inside shard_map.
 
     Args:
       weights: the device's leaves, with the static fields of the whole weight.
-      laid: the `specs` of the whole weight.
+      whole_specs: the `specs` of the whole weight.
       index: the device's index along the mesh axis.
     """
     n, k = weights.shape
     own = dataclasses.replace(weights, shape=(n // shards, k) if cut == "N" else (n, k // shards))
-    if not weights.double_quant or any(laid.nested_absmax):
+    if not weights.double_quant or any(whole_specs.nested_absmax):
         return own
     size, nested_block = _own_nested_blocks(weights, cut, shards, index)
     return dataclasses.replace(own, nested_block_size=size, nested_absmax=weights.nested_absmax[..., nested_block])

@@ -111,17 +111,19 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _gather_and_multiply(
-    direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, laid: QTensor
+    direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, whole_specs: QTensor
 ):
     """Outer -> inner: computes the device's columns of the result for all rows."""
     if split.rows_axis is not None:
         rows = lax.all_gather(rows, split.axis, axis=split.rows_axis, tiled=True)
-    return _multiply(direction, rows, _own(weights, split, laid), layer)
+    return _multiply(direction, rows, _own(weights, split, whole_specs), layer)
 
 
-def _multiply_and_sum(direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, laid: QTensor):
+def _multiply_and_sum(
+    direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, whole_specs: QTensor
+):
     """Inner -> outer: computes the device's part of a sum, and sums the parts."""
-    part = _multiply(direction, rows, _own(weights, split, laid), layer).astype(jnp.float32)
+    part = _multiply(direction, rows, _own(weights, split, whole_specs), layer).astype(jnp.float32)
     if split.rows_axis is None:
         return lax.psum(part, split.axis).astype(rows.dtype)
     scattered = lax.psum_scatter(part, split.axis, scatter_dimension=split.rows_axis, tiled=True)
@@ -133,8 +135,8 @@ def _multiply(direction: Direction, rows: Array, weights: QTensor, layer: Layer)
     return product.reshape(*rows.shape[:-1], product.shape[-1])
 
 
-def _own(weights: QTensor, split: _Split, laid: QTensor) -> QTensor:
-    return shard(weights, laid, split.cut, split.shards, lax.axis_index(split.axis))
+def _own(weights: QTensor, split: _Split, whole_specs: QTensor) -> QTensor:
+    return shard(weights, whole_specs, split.cut, split.shards, lax.axis_index(split.axis))
 
 
 # The op on the mesh
@@ -150,11 +152,11 @@ _STEPS: dict[str, dict[Direction, tuple[_Step, bool, bool]]] = {
 
 def _on_mesh(direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split) -> Array:
     step, inner_in, inner_out = _STEPS[split.kind][direction]
-    laid = specs(weights, split.cut, split.mesh, split.axis)
+    whole_specs = specs(weights, split.cut, split.mesh, split.axis)
     run = jax.shard_map(
-        lambda rows, weights, layer: step(direction, rows, weights, layer, split, laid),
+        lambda rows, weights, layer: step(direction, rows, weights, layer, split, whole_specs),
         mesh=split.mesh,
-        in_specs=(split.spec(rows.ndim, inner_in), laid, P()),
+        in_specs=(split.spec(rows.ndim, inner_in), whole_specs, P()),
         out_specs=split.spec(rows.ndim, inner_out),
         check_vma=False,  # kernels' results carry no such types; the derivative is the custom one below
     )

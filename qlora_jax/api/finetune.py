@@ -170,7 +170,7 @@ def finetune(
             model=_prepared(parts, provenance, tokenizer),
         )
     head = read_head(folder)
-    parts = _headed(parts, head)
+    parts = _with_head(parts, head)
     lora = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), trained.lora, parts.lora)
     return FinetuneRun(
         model=attach(combine(parts.with_lora(lora)), dataclasses.replace(provenance, head=head)),
@@ -180,7 +180,7 @@ def finetune(
     )
 
 
-def _headed(parts: ModelParts, head: TrainedHead | None) -> ModelParts:
+def _with_head(parts: ModelParts, head: TrainedHead | None) -> ModelParts:
     """Returns the parts with the sequence head that a run added, if it added one."""
     model = combine(parts)
     if head is None or model.score is not None:

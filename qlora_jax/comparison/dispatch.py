@@ -79,10 +79,10 @@ def _collect(state: _State, retries: int, report: Report) -> None:
             state.failed[run] = failure.read_text("utf-8").strip()
             report(f"failed: {run.label}")
         else:
-            _lose(state, run, reason or "it ended without an outcome", retries, report)
+            _restart_or_fail(state, run, reason or "it ended without an outcome", retries, report)
 
 
-def _lose(state: _State, run: Run, reason: str, retries: int, report: Report) -> None:
+def _restart_or_fail(state: _State, run: Run, reason: str, retries: int, report: Report) -> None:
     state.lost[run] += 1
     again = state.lost[run] <= retries
     report(f"lost: {run.label}: {reason}" + ("; it is started again" if again else ""))

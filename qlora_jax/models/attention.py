@@ -105,7 +105,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
         q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, keys_B)
-        q, k = self._turned("q_norm", "query", q, positions, layer), self._turned("k_norm", "key", k, positions, layer)
+        q, k = (
+            self._normed_and_rotated("q_norm", "query", q, positions, layer),
+            self._normed_and_rotated("k_norm", "key", k, positions, layer),
+        )
         length = q.shape[1] if cache is None else cache.k.shape[3]
         seen = {"window": _window(self.config, layer, length), "softcap": self.config.attention_softcap}
         sinks_N = None if self.sinks is None else select_layer(self.sinks.get_value(), layer)
@@ -137,7 +140,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(fused, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
         return q, k, v
 
-    def _turned(self, norm: str, kept_as: str, x_BTNH: jax.Array, positions: Positions, layer) -> jax.Array:
+    def _normed_and_rotated(self, norm: str, kept_as: str, x_BTNH: jax.Array, positions: Positions, layer) -> jax.Array:
         """Normalizes and clips queries or keys if the model does, and rotates them.
 
         Names the norm's input for remat, or the result if the model has no such norm.

@@ -7,7 +7,7 @@ import pytest
 from qlora_jax.models.experts_config import MAX_EXPERTS
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.expert_attributes import COUNTS, expert_count
-from qlora_jax.models.families.multimodal import alone
+from qlora_jax.models.families.multimodal import text_only
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, QueryPositionScale
 from tests.io.gguf_families import MIXTURES
 
@@ -90,8 +90,14 @@ def test_an_unknown_model_of_images_and_text_is_refused_as_such():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(model_type="gemma3n", text_config={}), r"'gemma3n' is not supported, because layers have embeddings of"),
-        (dict(model_type="gemma4_text"), "'gemma4_text' is not supported, because layers have embeddings of tokens"),
+        (
+            dict(model_type="gemma3n", text_config={}),
+            r"'gemma3n' is not supported, because layers have their own token embeddings",
+        ),
+        (
+            dict(model_type="gemma4_text"),
+            "'gemma4_text' is not supported, because layers have their own token embeddings",
+        ),
         (dict(model_type="mistral3", text_config=dict(model_type="mistral4")), "text_config: .*latent attention"),
         (dict(model_type="mistral_large4", text_config={}), "is not supported, because .*latent attention"),
         (
@@ -300,7 +306,7 @@ def _mixture(name: str, **changes: object) -> dict[str, object]:
 def test_a_mixture_inside_a_multimodal_model_is_that_mixture():
     for name in ("gptoss", "qwen3moe", "glm4moe"):
         wrapped = dict(model_type="internvl", text_config=_mixture(name), tie_word_embeddings=False)
-        assert alone(model_config(wrapped)) == model_config(_mixture(name))
+        assert text_only(model_config(wrapped)) == model_config(_mixture(name))
 
 
 SECTIONS = dict(type="mrope", mrope_section=[2, 3, 3])
@@ -312,9 +318,9 @@ def test_sections_of_a_rotation_are_plain_for_text():
     """A flat config, as Qwen2.5-VL's is published, is that of Qwen2 with the same numbers."""
     plain = model_config(QWEN_VL | dict(model_type="qwen2", rope_scaling=None, rms_norm_eps=1e-5))
     images = dict(vision_config=dict(depth=1), image_token_id=5, vision_start_token_id=6, vision_token_id=7)
-    assert alone(model_config(QWEN_VL | images | dict(model_type="qwen2_5_vl"))) == plain
+    assert text_only(model_config(QWEN_VL | images | dict(model_type="qwen2_5_vl"))) == plain
     scaled = dict(rope_scaling=SECTIONS | dict(type="yarn", factor=4.0, original_max_position_embeddings=32))
-    yarn = alone(model_config(QWEN_VL | images | scaled | dict(model_type="qwen2_vl")))
+    yarn = text_only(model_config(QWEN_VL | images | scaled | dict(model_type="qwen2_vl")))
     assert yarn.rope.scaling.kind == "yarn"
     with pytest.raises(ValueError, match="odd_attribute=3 is not known to this model family"):
         model_config(QWEN_VL | images | dict(model_type="qwen2_5_vl", odd_attribute=3))

@@ -14,7 +14,7 @@ import pytest
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models import catalog
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.multimodal import alone, text_config
+from qlora_jax.models.families.multimodal import text_config, text_only
 
 
 class Published(TypedDict):
@@ -31,7 +31,9 @@ IN_CATALOG = {name: one["catalog_name"] for name, one in PUBLISHED.items() if on
 
 @pytest.mark.parametrize("name", IN_CATALOG)
 def test_the_catalog_has_the_published_features(name: str) -> None:
-    assert alone(model_config(catalog.PUBLISHED[IN_CATALOG[name]])) == alone(model_config(PUBLISHED[name]["config"]))
+    assert text_only(model_config(catalog.PUBLISHED[IN_CATALOG[name]])) == text_only(
+        model_config(PUBLISHED[name]["config"])
+    )
 
 
 def test_the_catalog_has_the_features_of_a_published_file(gemma3_gguf: Path) -> None:

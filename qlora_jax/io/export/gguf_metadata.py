@@ -22,7 +22,7 @@ from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.multimodal import alone, name_alone, text_config
+from qlora_jax.models.families.multimodal import text_config, text_only, text_only_name
 
 WINDOW = "attention.sliding_window"
 WINDOW_UNUSED = {"phi3"}  # llama.cpp reads the window but ignores it: every token attends to all before it
@@ -87,8 +87,8 @@ def spec_from_folder(source: ModelSource, features: ModelConfig, shapes: Mapping
             "--format hf"
         )
     architecture = OF_MODEL_TYPE[model_type]
-    features = alone(within_windows(features, architecture))
-    gguf_names = {name: architecture.gguf_name(name_alone(name)) for name in shapes}
+    features = text_only(within_windows(features, architecture))
+    gguf_names = {name: architecture.gguf_name(text_only_name(name)) for name in shapes}
     metadata, tables = config_metadata(features, architecture)
     metadata |= image_metadata(source.path, source.config, architecture)
     config = config_from_metadata(source.path, architecture, metadata, frozenset(gguf_names.values()), tables)

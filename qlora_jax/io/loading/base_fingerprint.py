@@ -35,7 +35,7 @@ class BaseDigest(abc.ABC):
     def add(self, own: np.ndarray, rows: ProcessRows) -> None:
         """Adds an array, `rows` of which are in this process; all processes call this together."""
         own = np.atleast_1d(own)
-        shape = own.shape if rows.everywhere else (rows.total, *own.shape[1:])  # codes in layout `flat` have no rows
+        shape = own.shape if rows.read_by_all else (rows.total, *own.shape[1:])  # codes in layout `flat` have no rows
         self._sha.update(f"{own.dtype.name}{shape}".encode())
         self._add_values(own, rows)
 
@@ -71,7 +71,7 @@ class WholeDigest(BaseDigest):
     """The digest over all bytes in order."""
 
     def _add_values(self, own: np.ndarray, rows: ProcessRows) -> None:
-        if not rows.everywhere:
+        if not rows.read_by_all:
             raise ValueError(
                 "the run's checkpoint identifies its base in the form of an earlier version of qlora_jax, which one "
                 "process computes (found several). Resume with one process, which may have several devices; or start "

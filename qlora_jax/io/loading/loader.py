@@ -303,7 +303,7 @@ def read_quantized_rows(
         stored = _stored(source, entry, spec)
         constants = {name: np.asarray(leaf) for name in CONSTANTS if (leaf := getattr(stored, name)) is not None}
         codes = np.asarray(stored.codes)
-        return codes if rows.everywhere else read_own(lambda first, end: codes[first:end], rows), constants
+        return codes if rows.read_by_all else read_own(lambda first, end: codes[first:end], rows), constants
     settings = _settings_of(spec)
     alone = dataclasses.replace(settings, double_quant=False)
     made = [_quantized(source, entry, each, alone, transform) for each in rows.ranges]

@@ -75,7 +75,7 @@ class ProcessRows:
         return self.by_process[self.process]
 
     @property
-    def everywhere(self) -> bool:
+    def read_by_all(self) -> bool:
         """True if every process reads all rows."""
         return all(ranges == ((0, self.total),) for ranges in self.by_process)
 
@@ -105,7 +105,7 @@ class ProcessRows:
 
     def of_all(self, own: np.ndarray) -> np.ndarray:
         """Returns an array of all rows from the rows that each process has; all processes call this together."""
-        if self.everywhere:
+        if self.read_by_all:
             return own
         longest = max(map(_count, self.by_process))
         padded = np.zeros((longest, *own.shape[1:]), own.dtype)

@@ -148,7 +148,7 @@ def in_wrapper(features: ModelConfig, kind: object, name: str) -> ModelConfig:
     return dataclasses.replace(features, names=(*features.names, (ALONE, WRAPPED)))
 
 
-def alone(features: ModelConfig) -> ModelConfig:
+def text_only(features: ModelConfig) -> ModelConfig:
     """Returns the features of a decoder whose modules have their names outside a wrapper."""
     return dataclasses.replace(features, names=tuple(pair for pair in features.names if pair != (ALONE, WRAPPED)))
 
@@ -158,7 +158,7 @@ def is_text_half(features: ModelConfig) -> bool:
     return (ALONE, WRAPPED) in features.names
 
 
-def name_alone(name: str) -> str:
+def text_only_name(name: str) -> str:
     """Maps "model.language_model.layers.0.mlp" to "model.layers.0.mlp", its name in the text model alone."""
     return name.replace(f"{WRAPPED}.", f"{ALONE}.", 1) if name.startswith(f"{WRAPPED}.") else name
 

@@ -42,7 +42,7 @@ def changes(config: StepConfig, limit: int, measure: Measure) -> Iterator[Change
     rows, length = config.batch[1:]
     if not config.paged:
         yield Change(PAGE, {"optim.paging": "auto"}, measure(config.replace(paged=True)))
-    for remat in _leaner(config):
+    for remat in _smaller_remat_policies(config):
         yield Change(LEANER[remat], {"train.remat": remat}, measure(config.replace(remat=remat)))
     fewer = [each for each in row_counts(config) if each.batch[1] < rows]
     if count := count_fitting(fewer, limit, measure):
@@ -54,7 +54,7 @@ def changes(config: StepConfig, limit: int, measure: Measure) -> Iterator[Change
     if shorter := count_fitting(lengths, limit, measure):
         need = measure(lengths[shorter - 1])
         yield Change("shorter rows", {"data.max_length": _max_length(need.config)}, need)
-    for remat in () if config.paged else _leaner(config):
+    for remat in () if config.paged else _smaller_remat_policies(config):
         options: Options = {"optim.paging": "auto", "train.remat": remat}
         both = config.replace(paged=True, remat=remat)
         yield Change(f"both {PAGE} and {LEANER[remat]}", options, measure(both))
@@ -120,7 +120,7 @@ def _offloaded_experts(config: StepConfig, measure: Measure) -> Iterator[Change]
 
 
 def _offloaded_and_leaner(config: StepConfig, measure: Measure) -> Iterator[Change]:
-    for remat in _leaner(config) if can_offload_experts(config) else ():
+    for remat in _smaller_remat_policies(config) if can_offload_experts(config) else ():
         offloaded, options = _with_offloaded_experts(config.replace(remat=remat))
         both = {"train.remat": remat, **options}
         yield Change(f"both {OFFLOAD_EXPERTS} and {LEANER[remat]}", both, measure(offloaded))
@@ -153,7 +153,7 @@ def _lower_precision(config: StepConfig, measure: Measure) -> Iterator[Change]:
         yield Change("store adapters in bfloat16", {"lora.dtype": "bfloat16"}, measure(halved))
 
 
-def _leaner(config: StepConfig) -> Iterator[str]:
+def _smaller_remat_policies(config: StepConfig) -> Iterator[str]:
     """Yields remat policies with less memory on the device, in order; a CPU cannot offload."""
     policies = [remat for remat in LEANER if remat != "offload" or config.weights.platform != "cpu"]
     yield from policies[policies.index(config.remat) + 1 :] if config.remat in policies else policies

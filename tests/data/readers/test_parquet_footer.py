@@ -104,7 +104,7 @@ BROKEN = {
     "more than 32 structures inside of one another": b"\x1c" * 40,
     "an integer of more than 64 bits": b"\x16" + b"\xff" * 11,
     "a value of the unknown type 14": b"\x1e\x00",
-    "a list of other values": b"\x49\x15\x00\x00",  # row groups that are integers
+    "a list of values of an unexpected type": b"\x49\x15\x00\x00",  # row groups that are integers
     "lacks the sizes of a column": b"\x49\x1c\x19\x1c\x00\x36\x02\x00\x00",  # a chunk without metadata
 }
 

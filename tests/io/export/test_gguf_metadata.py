@@ -15,7 +15,7 @@ from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, open_pretrained
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.multimodal import name_alone, with_text_attributes
+from qlora_jax.models.families.multimodal import text_only_name, with_text_attributes
 from tests.io.gguf_families import FAMILIES, ONE_MORE, TEXT_HALVES, random_tensors, with_images, write_family
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level, gemma, sentencepiece
@@ -228,7 +228,7 @@ def test_a_text_half_gives_the_file_of_its_text_model(tmp_path: Path, name: str,
     config = {"model_type": wrapper, "text_config": dict(alone.source.config)}
     write_folder(folder, config, weights | {"vision_tower.weight": np.ones(3, "f4")}, **files)
     half = open_pretrained(model=str(folder))
-    names = {name_alone(key): key for key in half.source.tensors}
+    names = {text_only_name(key): key for key in half.source.tensors}
     assert names.keys() == tensors.keys() != half.source.tensors.keys()
     expected, _ = _written(tmp_path / "alone.gguf", alone, tensors)
     found, _ = _written(tmp_path / "half.gguf", half, {names[key]: tensor for key, tensor in tensors.items()})
@@ -247,7 +247,7 @@ def test_a_text_half_with_three_positions_is_what_the_converter_writes(tmp_path:
     architecture, _, _, sections = TEXT_HALVES[kind]
     half, tensors, text = _half_folder(tmp_path / "model", kind)
     path, _ = _written(tmp_path / "half.gguf", half, tensors)
-    alone = {name_alone(name): values for name, values in tensors.items()}
+    alone = {text_only_name(name): values for name, values in tensors.items()}
     like = write_family(tmp_path / "like.gguf", architecture, text, alone, sections)
     ours, its = (parse_header(each) for each in (path, like))
     keys = {key: value for key, value in its.metadata.items() if key.startswith(architecture)}

@@ -14,7 +14,7 @@ from qlora_jax.io.gguf.reader import transform_of
 from qlora_jax.io.gguf.writer import spec_from_file, write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.multimodal import alone
+from qlora_jax.models.families.multimodal import text_only
 from tests.io.gguf_families import FAMILIES, ONE_MORE, TEXT_HALVES, random_tensors, with_images, write_family
 
 
@@ -42,7 +42,7 @@ def test_text_halves_are_text_models(tmp_path: Path, kind: str) -> None:
     whole, text = with_images(kind)
     tensors = random_tensors(text)
     source = open_model(write_family(tmp_path / "t.gguf", architecture, text, tensors, sections))
-    assert model_config(source.config) == model_config(text) == alone(model_config(whole))
+    assert model_config(source.config) == model_config(text) == text_only(model_config(whole))
     assert source.tensors.keys() == tensors.keys()
     for tensor, values in tensors.items():
         np.testing.assert_array_equal(source.tensors[tensor].read(), values, err_msg=tensor)

@@ -17,7 +17,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.multimodal import alone
+from qlora_jax.models.families.multimodal import text_only
 from tests.io.integer_folders import awq, awq_config, random_integers
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
@@ -164,7 +164,7 @@ def test_what_a_published_text_config_says_besides_is_understood() -> None:
     half = model_config(
         {"model_type": "llava", "text_config": text, "image_seq_length": 576, "vision_feature_layer": -2}
     )
-    assert alone(half) == model_config(tiny_config())
+    assert text_only(half) == model_config(tiny_config())
 
 
 def test_logits_that_wrappers_do_not_change_are_refused() -> None:

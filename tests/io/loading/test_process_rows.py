@@ -171,7 +171,7 @@ def test_a_process_reads_the_strips_of_its_devices() -> None:
     assert rows.strips().by_process == (((0, 4), (8, 12)), ((4, 8), (12, 16)))
     ragged = rows_of_parts(120, Processes((frozenset({0}), frozenset({1}))), Cut("bnb", (120, 64), 0, 2).rows)
     assert ragged.by_process == (((0, 64),), ((0, 120),))  # the strip in which the cut lies is read by both
-    assert rows_of_parts(1024, Processes((frozenset(range(8)),)), cut.rows).everywhere
+    assert rows_of_parts(1024, Processes((frozenset(range(8)),)), cut.rows).read_by_all
 
 
 def test_processes_that_hold_the_same_rows_share_the_reading() -> None:
@@ -184,7 +184,7 @@ def test_processes_that_hold_the_same_rows_share_the_reading() -> None:
     each = rows_of_parts(192, crossed, Cut("bnb", (192, 64), 0, 2).rows)
     assert each.by_process == (((0, 64),), ((64, 128),), ((128, 192),)) and each.shared
     few = rows_of_parts(32, pairs.of_whole(), Cut("bnb", (32, 64)).rows)
-    assert few.everywhere and not few.shared
+    assert few.read_by_all and not few.shared
 
 
 def test_the_earlier_form_of_a_fingerprint_is_refused_among_several_processes() -> None:
