@@ -47,6 +47,7 @@ _METAVARS = {
     list: "LIST",
     dict: "MAPPING",
 }
+_SEVERAL_FILES = "write several with weights: --data.train '{a.jsonl: 1, b.jsonl: 1}'"
 _BRACKETS = {"[": list, "{": dict}
 
 
@@ -171,29 +172,39 @@ def _required(schema: type) -> list[str]:
 def _split(argv: Sequence[str], names: _Names) -> _Words:
     """Splits `--key value`, `--key=value` and `--flag`."""
     found = _Words({}, set(), [])
-    words = list(reversed(argv))
+    words, before = list(reversed(argv)), None
     while words:
         word = words.pop()
         name, equals, value = word.removeprefix("--").partition("=")
         key = names.full(name)
         is_alone = not equals and (not words or words[-1].startswith("--"))
         if not word.startswith("--"):
-            missing = [each for each in names.required if each not in found.settings]
-            where = f"--{missing[0]} {word}" if missing else f"--name {word}"
-            found.problems.append(f"{word}: found a value without a name; write {where}")
-        elif fixed := names.underscored(name):
+            found.problems.append(f"{word}: {_nameless(word, before, names, found)}")
+            continue
+        if fixed := names.underscored(name):
             found.problems.append(f"--{name}: names have underscores; write {fixed}")
             if not (is_alone or equals):
                 words.pop()
         elif name in names.flags and not equals:
             found.flags.add(name)
         elif key in found.settings:
-            found.problems.append(f"--{name}: given twice")
+            found.problems.append(f"--{name}: given twice{f'; {_SEVERAL_FILES}' if key == 'data.train' else ''}")
+            if not (is_alone or equals):
+                words.pop()
         elif is_alone and (example := names.example(key)):
             found.problems.append(f"--{name}: its value is missing; write --{name} {example}")
         else:  # an unknown name without a value may be a flag of another trainer
             found.settings[key] = value if equals else "" if is_alone else words.pop()
+        before = key
     return found
+
+
+def _nameless(word: str, before: str | None, names: _Names, found: _Words) -> str:
+    """The problem of a value that follows the value of the setting `before`, or nothing."""
+    if before == "data.train":
+        return f"found a second file; {_SEVERAL_FILES}"
+    missing = [each for each in names.required if each not in found.settings]
+    return f"found a value without a name; write --{missing[0] if missing else 'name'} {word}"
 
 
 def _parse_value(hint: Hint, text: str) -> object:

@@ -16,6 +16,7 @@ SYNONYMS = {
     "prompt": ("question", "query", "input", "instruction", "problem", "user", "history"),
     "completion": ("answer", "response", "output", "target", "solution", "assistant", "chosen"),
     "instruction": ("task", "request"),
+    "input": ("context",),
     "output": ("response", "answer", "target"),
     "text": ("content", "body", "document", "passage", "sentence", "review", "comment"),
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted", "winner", "better"),

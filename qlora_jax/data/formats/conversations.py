@@ -45,6 +45,11 @@ def sharegpt_problems(row: JsonObject) -> list[str]:
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return ['conversations is not a list of objects like {"from": "human", "value": "..."}']
+    if turns and all("role" in turn and "content" in turn for turn in turns):
+        return [
+            "conversations has messages (found 'role' and 'content', expected 'from' and 'value'). "
+            "Set --data.columns '{messages: conversations}' (--file_columns in evaluate)"
+        ]
     problems = []
     for index, turn in enumerate(turns):
         if "from" not in turn or "value" not in turn:

@@ -1,5 +1,6 @@
 """Detects the format of a file's rows from their columns, and suggests the nearest format if none fits."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.data.formats.columns import PLACEHOLDER, SYNONYMS, columns_setting, likely_column
@@ -54,9 +55,10 @@ def detect_format(
         raise ValueError(f"{path}: objective: {_other_kind(other, objective)}")
     wrong = "have no known format" if named == "auto" else f"do not have the format {named!r} that data.format names"
     known = "".join(f"\n  {row_format}" for row_format in formats)
+    advice = _rows_in_an_object(rows) + _advice(columns, formats, named, names or {}, setting)
     raise ValueError(
         f"{path}: the rows {wrong}. Columns found: {', '.join(map(repr, columns)) or 'none'}.\n"
-        f"Formats (data.format):{known}\n{_advice(columns, formats, named, names or {}, setting)}"
+        f"Formats (data.format):{known}\n{advice}"
     )
 
 
@@ -93,6 +95,18 @@ def _matches_a_row(rows: Sequence[Row], row_format: RowFormat) -> bool:
     return any(set(row_format.required) <= set(row.data) and row_format.matches(row.data) for row in rows)
 
 
+def _rows_in_an_object(rows: Sequence[Row]) -> str:
+    """Returns a line about a file that is one object with a list of objects, which are probably its rows."""
+    lists = [name for row in rows for name, value in row.data.items() if _is_list_of_objects(value)]
+    if len(rows) > 1 or not lists:
+        return ""
+    return f"If the rows are its list {lists[0]!r}, write each on one line: jq -c '.[{json.dumps(lists[0])}][]' FILE.\n"
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
 def _advice(
     columns: Sequence[str], formats: Sequence[RowFormat], named: str, names: Mapping[str, str], setting: str
 ) -> str:
@@ -105,6 +119,8 @@ def _advice(
             f"{columns_setting(setting, names)}."
         )
     pairs = {name: _partner(name, columns) or PLACEHOLDER for name in nearest.required}
+    optional = {name: found for name in nearest.optional if (found := _partner(name, columns))}
+    pairs |= {name: found for name, found in optional.items() if found not in pairs.values()}
     others = {ours: names.get(found, found) for ours, found in pairs.items() if found != ours}
     if not others:
         return f"Nearest: {nearest.name}: fits as it is; name it in data.format."

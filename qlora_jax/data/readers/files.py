@@ -169,6 +169,7 @@ def _values(name: str) -> Iterator[tuple[int, object]]:
             yield from _columns(path, parse_columns(file, dialect))
         elif (first := _first(file)) != "[":
             _check_lines(path, first)
+            _check_one_line(path, file)
             yield from json_lines(file)
         else:
             yield from json_array(file)
@@ -180,6 +181,18 @@ def _check_lines(path: Path, first: str) -> None:
         raise ValueError(
             f"{path}: not a file of rows (found text that begins with {first!r}, expected one JSON object per line). "
             'Write rows such as {"text": "..."}; if the file has tab-separated columns, end its name in .tsv.'
+        )
+
+
+def _check_one_line(path: Path, file: io.TextIOWrapper) -> None:
+    """Raises ValueError for an object over several lines, each of which would be reported as broken JSON."""
+    first_line = file.read(_PEEKED).lstrip(SPACE).partition("\n")[0]
+    file.seek(0)
+    if first_line.strip(SPACE) == "{":
+        raise ValueError(
+            f"{path}: a JSON object over several lines (expected one JSON object per line, or one array of objects). "
+            "Write each object on one line, for example with jq -c . FILE, or jq -c '.NAME[]' FILE if the rows are "
+            "its list NAME."
         )
 
 
@@ -231,8 +244,17 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise ValueError(f"{path}: no such file{suggest_source(path)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: truncated or corrupt gzip file ({error}). Write or copy it again.") from error
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, expected a file of rows. {_rows_of_folder(path)}") from None
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def _rows_of_folder(path: Path) -> str:
+    """Returns how to get a file of rows from a folder."""
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():  # written by save_to_disk
+        return "Write it as a file with datasets.load_from_disk(FOLDER).to_parquet(FILE)."
+    return "Name a file in it; several take weights: {a.jsonl: 1, b.jsonl: 1}."
 
 
 def _begins(path: Path) -> bytes:

@@ -85,6 +85,12 @@ def test_conversations(name, row, turns):
         ("chip2", {"text": "<human>: Q"}, r"found ['human']"),
         ("chip2", {"text": CHIP2 + "\n<bot>: More"}, r"found ['human', 'bot', 'bot']"),
         ("sharegpt", {"conversations": "x"}, "conversations is not a list of objects"),
+        (
+            "sharegpt",
+            {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            "conversations has messages (found 'role' and 'content', expected 'from' and 'value'). "
+            "Set --data.columns '{messages: conversations}' (--file_columns in evaluate)",
+        ),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 0 needs 'from' and 'value', found 'from'"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "turn 0 is from 'alien'; known are human"),
         ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}]}, "no message has the role 'assistant'"),

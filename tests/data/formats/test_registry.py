@@ -79,6 +79,11 @@ def test_a_named_form_wins_over_the_first_that_fits():
             "Nearest: alpaca. Set --data.columns '{instruction: Instruction, output: Output}'.",
         ),
         (["instruction", "response"], "Nearest: alpaca. Set --data.columns '{output: response}'."),
+        (  # databricks-dolly: without its context, the model would learn answers from nowhere
+            ["instruction", "context", "response", "category"],
+            "Nearest: alpaca. Set --data.columns '{output: response, input: context}'.",
+        ),
+        (["instruction", "input", "response"], "Nearest: alpaca. Set --data.columns '{output: response}'."),
         (["dialogue"], "Nearest: messages. Set --data.columns '{messages: dialogue}'."),
         (
             ["instruction", "examples"],
@@ -98,6 +103,17 @@ def test_unknown_forms_are_told_with_columns_forms_and_the_nearest(columns: list
     told = str(error.value)
     assert f"Columns found: {', '.join(map(repr, columns))}." in told and told.endswith(nearest)
     assert all(row_format.name in told for row_format in FORMATS.values() if row_format.kind == "text")
+
+
+def test_a_file_that_is_one_object_is_told_with_how_to_write_its_rows():
+    whole = {"version": "1", "my data": [{"prompt": "a"}]}
+    with pytest.raises(
+        ValueError, match=r"If the rows are its list 'my data', .*: jq -c '\.\[\"my data\"\]\[\]' FILE\."
+    ):
+        detect_format("x.json", rows_of(whole))
+    with pytest.raises(ValueError, match="no known format") as error:
+        detect_format("x.json", rows_of(whole, whole))
+    assert "jq" not in str(error.value)
 
 
 def test_a_wrong_name_is_told_with_the_form_that_fits():

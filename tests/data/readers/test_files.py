@@ -56,7 +56,7 @@ def test_a_gzip_file_is_known_by_its_bytes(tmp_path: Path):
             b'{"a": 1}\n[1, 2]\n"x"\n',
             r"2 of 3 rows(.|\n)*:2: expected an object(.|\n)*found \[1, 2\](.|\n)*:3: .*found \"x\"",
         ),
-        (b'{\n  "a": 1\n}\n', r":1: not JSON"),
+        (b'{"a":\n  1\n}\n', r":1: not JSON"),
         (b'[{"a": 1},\n 7]', r"1 of 2 rows(.|\n)*:2: expected an object"),
         (b'[{"a": 1},\n {"a": }]', r":2: not JSON: Expecting value at column 8"),
         (b'[{"a": 1}\n {"a": 2}]', r":2: not JSON: expected ',' or '\]'"),
@@ -85,6 +85,23 @@ def test_prose_is_told_with_what_rows_are(tmp_path: Path):
         assert str(error.value).startswith(f"{tmp_path / name}: not a file of rows (found text that begins with 'O'")
     (tmp_path / "rows.txt").write_text(LINES)
     assert len(read_rows(tmp_path / "rows.txt")) == 3
+
+
+@pytest.mark.parametrize("content", ['{\n  "prompt": "a"\n}\n', '\n{ \r\n"data": [{"a": 1}]}'])
+def test_an_object_over_several_lines_is_an_error_that_says_how_to_write_it(tmp_path: Path, content: str):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"rows\.json: a JSON object over several lines .*jq -c \. FILE.*its list NAME\."
+    ):
+        read_rows(tmp_path / "rows.json")
+
+
+def test_a_folder_is_an_error_that_says_how_to_get_a_file_of_rows(tmp_path: Path):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: a folder, expected a file of rows\. Name a file in it"):
+        read_rows(tmp_path)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"load_from_disk\(FOLDER\)\.to_parquet\(FILE\)\.$"):
+        read_rows(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000])
@@ -132,8 +149,8 @@ def test_missing_files_are_told_with_the_nearest(tmp_path: Path):
             read_rows(tmp_path / name)
     with pytest.raises(ValueError, match=r"Did you mean .*train\.jsonl\.gz\?"):
         read_rows(tmp_path / "trian.jsonl.gz")
-    with pytest.raises(ValueError, match="can't be read"):
-        read_rows(tmp_path)
+    with pytest.raises(ValueError, match="can't be read: Not a directory"):
+        read_rows(tmp_path / "pc.jsonl" / "train.jsonl")
 
 
 @pytest.mark.parametrize(
