@@ -1,11 +1,15 @@
 """Random weights in the block formats of ggml and in groups of 4-bit integers, for tests."""
 
+import dataclasses
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from qlora_jax.nn.joined_stack import JoinedStack
+from qlora_jax.nn.mixed_stack import MixedStack
 
 
 def random_codes(ggml_type: str, rows: tuple[int, ...], columns: int, seed: int = 0) -> np.ndarray:
@@ -50,3 +54,16 @@ def int4_weights(codes: np.ndarray, ggml_type: str) -> np.ndarray:
     packed = blocks[..., 3:].reshape(*blocks.shape[:-1], -1, 16)
     integers = np.concatenate([packed & 15, packed >> 4], -1).reshape(*blocks.shape[:-1], -1)
     return (scales * (integers.astype(np.float32) - blocks[..., 2:3])).reshape(*codes.shape[:-1], -1)
+
+
+def joined_stack(mixed: MixedStack) -> JoinedStack:
+    """Returns the blocks of a stack of experts in one array."""
+    layers = [mixed.locate(layer) for layer in range(mixed.num_layers)]
+    weights = [mixed.parts[part].layer(at) for part, at in layers]
+    experts, shape = weights[0].codes.shape[0], (mixed.shape[0], mixed.shape[1])
+    joined = JoinedStack.zeros(tuple(each.ggml_type for each in weights), experts, shape, mixed.dtype)
+    codes = np.zeros(joined.codes.shape, np.uint8)
+    for layer, weight in enumerate(weights):
+        for expert in range(experts):
+            codes.reshape(-1)[joined.bytes_of(layer, expert)] = np.asarray(weight.codes[expert]).reshape(-1)
+    return dataclasses.replace(joined, codes=jnp.asarray(codes))

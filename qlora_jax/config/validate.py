@@ -161,8 +161,8 @@ def _offload_problems(config: Config) -> list[str]:
         )
     if config.model.keep_16bit:
         problems.append(
-            f"model.keep_16bit: found {config.model.keep_16bit!r} with model.experts=offload, which needs one format "
-            "for all layers of a projection. Remove one of these settings"
+            f"model.keep_16bit: found {config.model.keep_16bit!r} with model.experts=offload, which needs codes in "
+            "all layers of a projection. Remove one of these settings"
         )
     return problems
 

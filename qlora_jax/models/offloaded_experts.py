@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.config import DENSE, ModelConfig, WeightFormat
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.nn.linear import in_host_memory
 from qlora_jax.nn.variables import StatePath
@@ -44,19 +44,22 @@ def host_sharding() -> NamedSharding:
     return NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec(), memory_kind=HOST)
 
 
-def check_one_format(weights: WeightFormat, config: ModelConfig) -> None:
-    """Raises ValueError if experts that go to host memory have several formats, one line for all projections."""
-    if weights.experts_on_host and (mixed := mixed_formats(weights, config)):
+def check_fetchable(weights: WeightFormat, config: ModelConfig) -> None:
+    """Raises ValueError if experts that go to host memory are partly in 16 bits, one line for all projections."""
+    if weights.experts_on_host and (partly := partly_dense(weights, config)):
         raise ValueError(
-            f"model.experts: offload needs one format for all layers of a projection (found {'; '.join(mixed)}). Set "
-            "model.experts=device, or another model.quant_type"
+            "model.experts: offload needs codes in all layers of a projection, or in none (found "
+            f"{'; '.join(partly)}). Set model.experts=device, or another model.quant_type"
         )
 
 
-def mixed_formats(weights: WeightFormat, config: ModelConfig) -> list[str]:
-    """Returns (name: formats) of each projection of experts whose layers have several formats, as text."""
+def partly_dense(weights: WeightFormat, config: ModelConfig) -> list[str]:
+    """Returns (name: formats) of each projection of experts with some layers in 16 bits, as text.
+
+    Each fetch would copy as much as such a layer has. Types of blocks may differ between layers.
+    """
     found = {name: list(weights.parts(name, len(config.layers_with(name)))) for name in config.expert_shapes()}
-    return [f"{name}: {', '.join(formats)}" for name, formats in found.items() if len(formats) > 1]
+    return [f"{name}: {', '.join(formats)}" for name, formats in found.items() if len(formats) > 1 and DENSE in formats]
 
 
 def with_experts_on_host(parts: ModelParts, weights: WeightFormat) -> ModelParts:

@@ -21,13 +21,14 @@ from pallas_kernels.grouped_matmul import (
 )
 from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
 from qlora_jax.nn.expert_activation import weighted_activation
+from qlora_jax.nn.joined_stack import JoinedStack, joined_grouped
 from qlora_jax.nn.linear import OneLayer
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
 from qlora_jax.nn.mlp import GateActivation
 from qlora_jax.nn.variables import Frozen, select_layer
 
 # 4-bit or in ggml's blocks with the leading axes [S, E], of several formats, or dense [S, E, N, K].
-ExpertWeight = QTensor | GgmlTensor | MixedStack | jax.Array
+ExpertWeight = QTensor | GgmlTensor | MixedStack | JoinedStack | jax.Array
 
 
 class ExpertAdapter(nnx.Module):
@@ -62,19 +63,26 @@ class ExpertLinear(ExpertAdapter):
         Args:
           weight_P: factors of the bias, by which x is already multiplied; None: no factors.
         """
-        weight, row = self.weight.get_value(), layer
-        if isinstance(weight, OneLayer):
-            weight, row = jax.tree.map(lambda leaf: leaf[None], weight.weight), 0
         with jax.named_scope("experts"):
-            if isinstance(weight, MixedStack):
-                y_PN = mixed_grouped(x_PK, weight, groups, row)
-            else:
-                y_PN = grouped_matmul(x_PK, weight, groups, row)
+            y_PN = _product(x_PK, self.weight.get_value(), groups, layer)
         if self.bias is not None:
             bias_IN = select_layer(self.bias[...], layer)[groups.expert_of_tile_I]
             bias_PN = jnp.repeat(bias_IN.astype(jnp.float32), groups.tile, axis=0)
             y_PN = y_PN + (bias_PN if weight_P is None else bias_PN * weight_P[:, None]).astype(y_PN.dtype)
         return y_PN if self.adapter is None else y_PN + self.adapter(x_PK, groups)
+
+
+def _product(
+    x_PK: Float[Array, "P K"], weight: ExpertWeight | OneLayer, groups: Groups, layer: jax.Array
+) -> Float[Array, "P N"]:
+    if isinstance(weight, OneLayer):
+        if isinstance(weight.weight, JoinedStack):
+            return joined_grouped(x_PK, weight.weight, groups, layer)
+        return grouped_matmul(x_PK, jax.tree.map(lambda leaf: leaf[None], weight.weight), groups, 0)
+    if isinstance(weight, MixedStack):
+        return mixed_grouped(x_PK, weight, groups, layer)
+    assert not isinstance(weight, JoinedStack), "layers of a JoinedStack are fetched"
+    return grouped_matmul(x_PK, weight, groups, layer)
 
 
 class Experts(nnx.Module):

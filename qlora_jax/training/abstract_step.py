@@ -20,7 +20,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs
-from qlora_jax.models.offloaded_experts import check_one_format, with_experts_on_host
+from qlora_jax.models.offloaded_experts import check_fetchable, with_experts_on_host
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE
 from qlora_jax.models.trainable_embeddings import add_tables
@@ -141,7 +141,7 @@ def abstract_step(
             "train.remat=offload: a CPU's arrays are in host memory already, so offloading saves nothing. Set "
             "train.remat=full."
         )
-    check_one_format(weights, model)
+    check_fetchable(weights, model)
     parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids, objective)))
     objective = routed(objective, model, router or RouterArgs())
     check_routers_learn(objective, parts)

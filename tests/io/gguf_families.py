@@ -5,8 +5,9 @@ Names of tensors and keys are the gguf package's; its changes of rows and norms 
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -180,8 +181,13 @@ def write_family(
     config: dict[str, Any],
     tensors: dict[str, np.ndarray],
     sections: list[int] | None = None,
+    kinds: Mapping[str, gguf.GGMLQuantizationType] = MappingProxyType({}),
 ) -> Path:
-    """The file that the converter would make; with `sections`, of the text half of a model of images and text."""
+    """The file that the converter would make; with `sections`, of the text half of a model of images and text.
+
+    Args:
+      kinds: types of some tensors, by their names in the file; others are in f32.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     _add_sizes(writer, architecture, config)
     if sections is not None:
@@ -200,7 +206,8 @@ def write_family(
         values = converted(architecture, config, name, values)
         if sections is not None and architecture == "glm4":
             values = rotary_halves(config, name, values)
-        writer.add_tensor(found, np.ascontiguousarray(values))
+        kind = kinds.get(found, gguf.GGMLQuantizationType.F32)
+        writer.add_tensor(found, gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
     if scaling := config.get("rope_scaling"):
         _add_scaling(writer, config, scaling)
     writer.write_header_to_file()

@@ -11,16 +11,20 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import aot
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.models.add_adapters import prepare_for_decoding
-from qlora_jax.models.config import STORED, WeightFormat
+from qlora_jax.models.config import DENSE, STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.offloaded_experts import host_paths, with_experts_on_host, with_memory_of
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
+from qlora_jax.nn.joined_stack import JoinedStack
+from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.objectives.router_losses import FILLED
+from tests.ggml_codes import joined_stack, random_ggml
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, random_mixture
@@ -33,6 +37,7 @@ EXPERTS = 8
 OFFLOADED = WeightFormat(dtype="float32", experts_on_host=True)
 ON_CARD = WeightFormat(platform="gpu")
 SHAPE = (2, 4, 16)
+TYPES = {"gate_proj": ("Q4_0", "Q8_0"), "up_proj": ("Q5_0", "Q5_0"), "down_proj": ("Q8_0", "Q4_0")}
 EXPERT_PATHS = [("model", "layers", "mlp", "experts", f"{name}_proj", "weight") for name in ("down", "gate", "up")]
 # A mixture whose products have fused kernels on an H100.
 LARGER: dict[str, Any] = dict(
@@ -49,6 +54,17 @@ LARGER: dict[str, Any] = dict(
     num_experts_per_tok=2,
     moe_intermediate_size=512,
 )
+
+
+def mixed_format(config: dict[str, Any], types: dict[str, tuple[str, ...]]) -> WeightFormat:
+    """Returns the format of a file that has types of blocks for its experts, and 16 bits elsewhere."""
+    model = model_config(config)
+    stored = {name: (DENSE,) * len(model.layers_with(name)) for name in model.linear_shapes()}
+    stored |= {name: types[name.rpartition(".")[2]] for name in model.expert_shapes()}
+    return WeightFormat(quant_type=STORED, stored=tuple(stored.items()))
+
+
+MIXED = mixed_format(CONFIG, TYPES)
 
 
 def on_host(parts: ModelParts) -> ModelParts:
@@ -81,6 +97,44 @@ def test_losses_and_gradients_equal_those_of_experts_on_the_device(weights):
     found, expected = (step(each, batch, None) for step, each in zip(steps, (away, parts), strict=True))
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
+@pytest.mark.slow
+def test_losses_and_gradients_equal_those_on_the_device_if_types_of_blocks_differ():
+    """The types are those of a file's layers; of one projection they are all the same."""
+    away, here = (dataclasses.replace(MIXED, dtype="float32", experts_on_host=each) for each in (True, False))
+    parts, batch = random_blocks(random_mixture(CONFIG, LORA, here)), mesh_batch(CONFIG, SHAPE)
+    batch[FILLED] = jnp.full((*SHAPE[:2], 1), SHAPE[2] - 1, jnp.int32)
+    joined = on_host(with_joined_stacks(parts))
+    kinds = [type(dict(nnx.to_flat_state(joined.base))[path].get_value()) for path in EXPERT_PATHS]
+    assert kinds == [JoinedStack, JoinedStack, GgmlTensor]
+    steps = [CompiledGradients(abstract_step(model_config(CONFIG), each, LORA, batch=SHAPE)) for each in (away, here)]
+    found, expected = (step(each, batch, None) for step, each in zip(steps, (joined, parts), strict=True))
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert np.isfinite(theirs).all()
+        np.testing.assert_array_equal(ours, theirs, strict=True)
+
+
+def random_blocks(parts: ModelParts) -> ModelParts:
+    """Returns parts whose blocks have scales of weights, where random bytes are scales that overflow."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, GgmlTensor):
+            return leaf
+        return random_ggml(leaf.ggml_type, leaf.stack_shape, leaf.shape, seed=leaf.codes.size)
+
+    is_leaf = lambda leaf: isinstance(leaf, GgmlTensor)  # noqa: E731
+    return dataclasses.replace(parts, base=jax.tree.map(one, parts.base, is_leaf=is_leaf))
+
+
+def with_joined_stacks(parts: ModelParts) -> ModelParts:
+    """Returns parts in which each MixedStack of experts is a JoinedStack of the same blocks."""
+
+    def one(leaf: Any) -> Any:
+        return joined_stack(leaf) if isinstance(leaf, MixedStack) else leaf
+
+    is_leaf = lambda leaf: isinstance(leaf, MixedStack)  # noqa: E731
+    return dataclasses.replace(parts, base=jax.tree.map(one, parts.base, is_leaf=is_leaf))
 
 
 def test_the_scan_fetches_one_layer_and_no_stack():
@@ -135,11 +189,11 @@ def test_decoding_is_lowered_with_experts_in_host_memory():
     assert host_paths(shapes) == EXPERT_PATHS
 
 
-def test_experts_of_several_formats_are_refused():
-    stored = dict.fromkeys(model_config(CONFIG).expert_shapes(), ("Q4_K", "Q6_K"))
+def test_experts_that_are_partly_in_16_bits_are_refused():
+    stored = dict.fromkeys(model_config(CONFIG).expert_shapes(), ("Q4_K", "dense"))
     weights = dataclasses.replace(OFFLOADED, quant_type=STORED, stored=tuple(stored.items()))
     with pytest.raises(
-        ValueError, match=r"model.experts: offload needs one format .*mlp.experts.down_proj: Q4_K, Q6_K"
+        ValueError, match=r"model.experts: offload needs codes in all .*mlp.experts.down_proj: Q4_K, dense"
     ):
         abstract_step(model_config(CONFIG), weights, LORA, batch=SHAPE)
 

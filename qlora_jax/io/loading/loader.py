@@ -31,7 +31,8 @@ from qlora_jax.io.loading.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.offloaded_experts import check_one_format, host_sharding, is_on_host
+from qlora_jax.models.offloaded_experts import check_fetchable, host_sharding, is_on_host
+from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.mixed_stack import MixedStack, Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
@@ -89,7 +90,7 @@ def load_model(
         than `weights`; or a tensor is not finite (its name and the first index are given).
     """
     weights = with_dense_layers(weights, source, config)
-    check_one_format(weights, config)
+    check_fetchable(weights, config)
     model = nnx.eval_shape(lambda: CausalLM(config, weights))
     slots = slots_of(model)
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, config)
@@ -180,10 +181,19 @@ def _filled_on_host(slot: Slot, layers: Iterator[Part]) -> Leaf:
     """The stack in pinned host memory. It is filled in ordinary memory first, which holds one such stack at a time."""
     stack = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slot.leaf)
     for index, layer in enumerate(layers):
-        one = _repacked(layer, slot.leaf.layout) if isinstance(slot.leaf, QTensor) else layer
-        for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
-            all_[slot.place(index)] = np.asarray(values)
+        _put_on_host(stack, layer, slot.place(index))
     return jax.device_put(stack, host_sharding())
+
+
+def _put_on_host(stack: Leaf, layer: Part, place: tuple[int, ...]) -> None:
+    """Writes the weight of one layer or expert into a stack of NumPy arrays."""
+    if isinstance(stack, JoinedStack):
+        assert isinstance(layer, GgmlTensor)
+        stack.codes.reshape(-1)[stack.bytes_of(*place)] = np.asarray(layer.codes).reshape(-1)
+        return
+    one = _repacked(layer, stack.layout) if isinstance(stack, QTensor) else layer
+    for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
+        all_[place] = np.asarray(values)
 
 
 _repacked = jax.jit(repack, static_argnums=1)

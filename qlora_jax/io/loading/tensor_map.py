@@ -15,6 +15,7 @@ from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import with_text_attributes
+from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.variables import StatePath
 
@@ -23,7 +24,7 @@ MAX_LINES, MAX_WIDTH = 100, 300  # lines of an error, and characters per line
 EMBEDDING = "model.embed_tokens.weight"
 
 Leaf = (
-    jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | GgmlTensor | MixedStack
+    jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | GgmlTensor | MixedStack | JoinedStack
 )  # a leaf of a state, with or without values
 
 
@@ -152,13 +153,15 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each tensor on disk."""
-        if isinstance(self.leaf, QTensor | GgmlTensor | MixedStack):
+        if isinstance(self.leaf, QTensor | GgmlTensor | MixedStack | JoinedStack):
             return self.leaf.shape
         return self.leaf.shape[len(self.stack) :]
 
     def part(self, index: int) -> Leaf:
         """The leaf, or part of a mixed stack, that holds the tensor at `index` in `names`."""
-        return self.leaf.part_of(self.place(index)[0]) if isinstance(self.leaf, MixedStack) else self.leaf
+        if isinstance(self.leaf, MixedStack | JoinedStack):
+            return self.leaf.part_of(self.place(index)[0])
+        return self.leaf
 
     def quantization_of(self, index: int) -> QTensor | GgmlTensor | None:
         """The leaf that describes the codes of the tensor at `index` in `names`; None if that tensor is dense."""

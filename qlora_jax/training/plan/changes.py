@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from qlora_jax.config.validate import uses
 from qlora_jax.data.batching.buckets import UNIT
-from qlora_jax.models.offloaded_experts import mixed_formats
+from qlora_jax.models.offloaded_experts import partly_dense
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size
 from qlora_jax.training.plan.requirements import Requirements, StepConfig
 
@@ -127,10 +127,10 @@ def _offloaded_and_leaner(config: StepConfig, measure: Measure) -> Iterator[Chan
 
 
 def can_offload_experts(config: StepConfig) -> bool:
-    """Returns True if `model.experts` can become `offload`: routed experts of one format, on one card."""
+    """Returns True if `model.experts` can become `offload`: routed experts, none partly in 16 bits, on one card."""
     if config.weights.platform == "cpu" or config.mesh is not None or config.model.experts is None:
         return False
-    return not config.weights.experts_on_host and not mixed_formats(config.weights, config.model)
+    return not config.weights.experts_on_host and not partly_dense(config.weights, config.model)
 
 
 def _with_offloaded_experts(config: StepConfig) -> tuple[StepConfig, Options]:
