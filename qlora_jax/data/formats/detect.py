@@ -46,13 +46,13 @@ def detect_format(
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
     formats = [row_format for row_format in FORMATS.values() if objective in row_format.objectives]
     if named != "auto" and objective not in FORMATS[named].objectives:
-        raise ValueError(f"{path}: data.format: {_other_kind(FORMATS[named], objective)}")
+        raise ValueError(f"{path}: {_other_kind(FORMATS[named], objective, setting, 'data.format')}")
     detectable = [row_format for row_format in formats if not row_format.explicit_only]
     for row_format in detectable if named == "auto" else [FORMATS[named]]:
         if set(row_format.required) <= set(columns) and (named != "auto" or _matches_a_row(rows, row_format)):
             return row_format
     if named == "auto" and (other := _of_other_objectives(rows, columns, formats)) is not None:
-        raise ValueError(f"{path}: objective: {_other_kind(other, objective)}")
+        raise ValueError(f"{path}: {_other_kind(other, objective, setting, 'objective')}")
     wrong = "have no known format" if named == "auto" else f"do not have the format {named!r} that data.format names"
     known = "".join(f"\n  {row_format}" for row_format in formats)
     advice = _rows_in_an_object(rows) + _advice(columns, formats, named, names or {}, setting)
@@ -75,15 +75,21 @@ def _of_other_objectives(rows: Sequence[Row], columns: Sequence[str], formats: S
     return found
 
 
-def _other_kind(found: RowFormat, objective: str) -> str:
-    """Returns the problem of rows that another objective needs, and the settings that may be meant."""
-    kind, others = ROW_USES[objective].kind, found.objectives
+def _other_kind(found: RowFormat, objective: str, setting: str, wrong: str) -> str:
+    """Returns the problem of rows that another objective needs, and the settings that may be meant.
+
+    Args:
+      setting: as in `detect_format`. Only training has an objective to set.
+      wrong: the setting of training that does not fit the rows.
+    """
+    expected, others = DESCRIPTIONS[ROW_USES[objective].kind], found.objectives
     formats = [form.name for form in FORMATS.values() if objective in form.objectives]
     usable = f"the format{'s' if len(formats) > 1 else ''} {_one_of(formats)}"
-    return (
-        f"{objective} trains on {DESCRIPTIONS[kind]} (found {DESCRIPTIONS[found.kind]}: format {found.name!r}). Set "
-        f"objective to {_one_of(others)}, or use rows of {usable}."
-    )
+    what = f"found {DESCRIPTIONS[found.kind]}: format {found.name!r}"
+    if setting == "file_columns":
+        return f"rows of another kind ({what}, expected {expected}). Use rows of {usable}."
+    advice = f"Set objective to {_one_of(others)}, or use rows of {usable}."
+    return f"{wrong}: {objective} trains on {expected} ({what}). {advice}"
 
 
 def _one_of(names: Sequence[str]) -> str:

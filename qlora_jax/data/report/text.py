@@ -25,7 +25,7 @@ _MOVED = "rows whose answers begin before the end of the prompt, because a token
 def print_report(report: DataReport, console: Console) -> None:
     """Prints the report's lines and its example, without colours, boxes and wrapping if `console` is not a terminal."""
     marks = _ASCII_MARKS if console.options.ascii_only else _MARKS
-    example, title = format_example(report.example, marks), f"{report.example_place}, {legend(marks)}"
+    example, title = format_example(report.example, marks), f"{report.example_place}, {legend(report, marks)}"
     if console.is_terminal:
         table = Table.grid(padding=(0, 2))
         for name, value in report_lines(report):
@@ -222,9 +222,9 @@ def _warning(count: int, what: str) -> list[tuple[str, str]]:
     return [("note", f"{what}: {count:,}")] if count else []
 
 
-def legend(marks: tuple[str, str]) -> str:
-    """Returns the meaning of the marks."""
-    return f"the loss sees the text in {marks[0]} {marks[1]}"
+def legend(report: DataReport, marks: tuple[str, str]) -> str:
+    """Returns the meaning of the marks, which examples for a head lack."""
+    return "as the head reads it" if report.parts.head else f"the loss sees the text in {marks[0]} {marks[1]}"
 
 
 def format_example(segments: Sequence[ShownText], marks: tuple[str, str] = _MARKS) -> Text:

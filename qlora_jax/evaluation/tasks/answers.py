@@ -11,7 +11,7 @@ from qlora_jax.config.question_settings import AnswerMatch
 from qlora_jax.data.readers.files import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
-from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap
+from qlora_jax.evaluation.statistics import mean_change_interval, mean_interval
 from qlora_jax.evaluation.tasks.answer_matching import contains_words, extract_answer, words_f1
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
@@ -113,11 +113,10 @@ class AnswersTask:
         """The change of the share of right replies, and of how near the words of the others are."""
         changes = [share_change("exactly the answer", before.right, after.right)]
         if self.match == "words":
-            interval = paired_bootstrap(before.f1, after.f1, np.ones(self.size, np.int64))
-            difference = float(after.f1.mean() - before.f1.mean())
+            differences = after.f1 - before.f1
             changes += [
                 share_change("contains an answer", before.contains, after.contains),
-                Comparison("F1 of words", "share", difference, interval),
+                Comparison("F1 of words", "share", float(differences.mean()), mean_change_interval(differences)),
             ]
         return changes
 
@@ -130,10 +129,9 @@ class AnswersTask:
         return lower_replies(parts, [question.ids for question in self.questions], self.max_new_tokens)
 
     def _word_metrics(self, scores: AnswerScores) -> list[Metric]:
-        interval = bootstrap(scores.f1, np.ones(self.size, np.int64))
         return [
             share("contains an answer", scores.contains),
-            Metric("F1 of words", "share", float(scores.f1.mean()), interval),
+            Metric("F1 of words", "share", float(scores.f1.mean()), mean_interval(scores.f1)),
         ]
 
     def _text(self, ids: Sequence[int]) -> str:

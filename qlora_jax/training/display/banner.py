@@ -19,6 +19,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 from qlora_jax.models.config import DENSE, STORED, ModelConfig
+from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.models.model_sharding import module_of
 from qlora_jax.models.partition import Lora, is_table
@@ -176,7 +177,8 @@ def _trained(session: Session) -> str:
         return f"all {trained:,} parameters, {size}"
     kind, modules = METHODS[lora.method]
     share = f"{trained:,} {kind} parameters, {trained / (trained + frozen):.2%} of all, {size}"
-    return f"{share}; {_rank(session.config)}on {_module_count(session.parts.lora)} {modules}"
+    head = ", and a head" if SCORE in session.parts.lora else ""
+    return f"{share}; {_rank(session.config)}on {_module_count(session.parts.lora)} {modules}{head}"
 
 
 def _rank(config: Config) -> str:
@@ -184,7 +186,7 @@ def _rank(config: Config) -> str:
 
 
 def _module_count(lora: Lora) -> int:
-    return sum(not is_table(name) for name in lora)
+    return sum(not is_table(name) and name != SCORE for name in lora)
 
 
 def _new_tokens(session: Session) -> Rows:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.data.report.examples import example_rows
-from qlora_jax.data.report.text import print_report, report_lines
+from qlora_jax.data.report.text import legend, print_report, report_lines
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load
@@ -97,6 +97,7 @@ def test_a_head_is_reported_without_its_fillers(plain_tokenizer: Tokenizer, writ
     assert lines["read by the head"] == "the last position of 3 texts"
     assert lines["tokens of text"].endswith("longest 3")
     assert [(segment.text, segment.supervised) for segment in dataset.report.example] == [("a b c", False)]
+    assert legend(dataset.report, ("[", "]")) == "as the head reads it"
     assert dataset.labels == ("bad", "good")
 
 

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from qlora_jax.evaluation.tasks.answer_matching import extract_answer
 from qlora_jax.evaluation.tasks.answers import AnswerQuestion, AnswersTask, answers_task, grade_replies
@@ -44,6 +45,15 @@ def test_words_are_compared_after_they_are_normalized(tmp_path):
     assert metrics["exactly the answer"].value == 0.5 and metrics["contains an answer"].value == 1
     assert metrics["F1 of words"].value == pytest.approx((1 + 2 / 6) / 2)
     assert [change.name for change in task.compare(scores, scores)] == [*metrics][:3]
+
+
+def test_words_that_are_all_wrong_have_an_interval_with_a_width(tmp_path):
+    task = task_of(write(tmp_path / "q.jsonl", [{"question": "?", "answer": "42"}] * 3), match="words")
+    scores = grade_replies([Reply([1], "stop")] * 3, task.questions, lambda _: "no idea")
+    metric = next(metric for metric in task.metrics(scores) if metric.name == "F1 of words")
+    change = next(change for change in task.compare(scores, scores) if change.name == "F1 of words")
+    assert metric.interval == pytest.approx(proportion_confint(0, 3, method="agresti_coull"), abs=1e-12)
+    assert change.interval[0] < change.difference == 0 < change.interval[1]
 
 
 def test_numbers_are_compared_by_value(tmp_path):

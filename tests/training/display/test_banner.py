@@ -80,3 +80,12 @@ def test_the_fixed_matrices_of_lora_fa_are_not_counted_as_trained():
     text = _trained.__wrapped__(SimpleNamespace(config=run, parts=parts, model=model))
     b = model.num_layers * 16 * model.embed_dim
     assert text.startswith(f"{b:,} LoRA-FA parameters, {b / (b + model.parameters()):.2%} of all, 0 MB in float32")
+
+
+def test_a_head_is_not_counted_as_a_projection():
+    lora = {name: {"a": jnp.ones(2)} for name in ("model.layers.mlp.down_proj", "score")}
+    run = Config(model=ModelArgs(path="base"), data=DataArgs(train="rows"), lora=LoraArgs(rank=8), output="run")
+    parts = SimpleNamespace(lora=lora, trained=lora)
+    model = SimpleNamespace(parameters=lambda: 96)
+    text = _trained.__wrapped__(SimpleNamespace(config=run, parts=parts, model=model))
+    assert text == "4 LoRA parameters, 4.00% of all, 0 MB in float32; rank 8 on 1 projections, and a head"
