@@ -148,7 +148,7 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
         top_ZM, total_ZM, sum_ZMH = carry
         scores_ZMC = visibility.mask(scores.capped(dot_nt(q_ZMH, keys.of(k_JZPH))), i, keys, MASKED)
         new_ZM = jnp.maximum(top_ZM, jnp.max(scores_ZMC, axis=2))
-        weights_ZMC = exp2_of_scores((scores_ZMC - new_ZM[..., None]) * to_log2).astype(q_ZMH.dtype)
+        weights_ZMC = _rounded(exp2_of_scores((scores_ZMC - new_ZM[..., None]) * to_log2), q_ZMH.dtype)
         # If a query sees no key of a tile, its weights are 1; its own key, in the last tile, fades them to 0.
         fade_ZM = exp2_of_scores((top_ZM - new_ZM) * to_log2)
         total_ZM = total_ZM * fade_ZM + jnp.sum(weights_ZMC.astype(jnp.float32), axis=2)
@@ -158,6 +158,12 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
     start = (jnp.full(q_ZMH.shape[:2], MASKED, jnp.float32), zeros_ZMH[..., 0], zeros_ZMH)
     top_ZM, total_ZM, sum_ZMH = visibility.fold_tiles(tile, start, i)
     return None, ((sum_ZMH / total_ZM[..., None]).astype(q_ZMH.dtype), top_ZM * to_log2 + jnp.log2(total_ZM))
+
+
+def _rounded(weights_ZMC: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Rounds weights; on CPUs, XLA would leave this out where it fuses it into a product with many rows."""
+    weights_ZMC = weights_ZMC.astype(dtype)
+    return jax.lax.platform_dependent(weights_ZMC, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def _backward(scores, window, residuals, do_BTNH):

@@ -230,6 +230,14 @@ def _causal_softmax(q, k, v, scale=0.3):
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf)), v)
 
 
+def test_rows_in_bf16_do_not_depend_on_the_number_of_rows():
+    """XLA for CPUs would leave out the rounding of weights for eight rows, and not for one."""
+    q, k, v, _ = _inputs(64, 8, 4, batch=8, dtype=jnp.bfloat16)
+    attention = jax.jit(lambda *qkv: causal_attention(*qkv, SCALE))
+    alone = [attention(*(x[row : row + 1] for x in (q, k, v))) for row in range(8)]
+    np.testing.assert_array_equal(attention(q, k, v), jnp.concatenate(alone))
+
+
 def test_attention_over_a_cache_equals_causal_attention():
     q, k, v = random_array(2, 9, 4, 16), random_array(2, 12, 2, 16), random_array(2, 12, 2, 16, seed=1)
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
