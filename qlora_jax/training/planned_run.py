@@ -9,7 +9,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
-from qlora_jax.config import Config, MeshSize, mesh_choices
+from pallas_kernels.devices import target_device
+from qlora_jax.config import Config, MeshSize
 from qlora_jax.config.mesh_settings import AUTO
 from qlora_jax.config.validate_mesh import MeshChoices
 from qlora_jax.data.report.text import print_report
@@ -20,6 +21,7 @@ from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.objectives.objective import needs_reference
 from qlora_jax.training.paging_budget import device_bytes
+from qlora_jax.training.plan.from_config import model_mesh_choices, step_before_files
 from qlora_jax.training.plan.plan import first_fitting
 from qlora_jax.training.plan.preflight import RunPlan, longest_step, plan_run
 from qlora_jax.training.plan.reference import forward_batch
@@ -124,7 +126,7 @@ def _choices(config: Config, group: Group) -> MeshChoices:
             "processes by the command qlora_jax.train, which joins them"
         )
     devices = jax.device_count()
-    choices = mesh_choices(config, devices)
+    choices = model_mesh_choices(config, devices, lambda: step_before_files(config, target_device().platform))
     usable = [size for size in choices.usable if group.processes == 1 or size.devices == devices]
     if not usable:
         raise ValueError(

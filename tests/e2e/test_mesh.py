@@ -137,7 +137,7 @@ CASES = [
     (FSDP8, dict(lora=dict(method="vera", rank=64))),
     (FSDP8, dict(train=dict(remat="full"))),
     (DATA8, dict(train=dict(remat="none"))),
-    (FSDP8, dict(model=dict(quant_type="none"))),
+    (FSDP2, dict(model=dict(quant_type="none"))),  # eight devices would hold all of it
     (FSDP2, dict(model=dict(double_quant=False, quant_type="int4"))),
 ]
 
@@ -238,6 +238,12 @@ def test_what_cannot_be_is_refused_before_data_and_weights_are_read(one, tmp_pat
         run(bad)
     keys = ["mesh.data, mesh.fsdp", "train.micro_batch_size", "train.remat"]
     assert [problem.partition(":")[0] for problem in error.value.problems] == keys
+    with pytest.raises(ConfigError) as error:
+        run(on(one, MeshArgs(fsdp=3), tmp_path / "run"))
+    width = "mesh.fsdp: found 3, which does not divide q_proj (128 x 128), k_proj (64 x 128), v_proj (64 x 128), "
+    assert len(error.value.problems) == 2 and error.value.problems[0].startswith("train.micro_batch_size: found 8")
+    assert error.value.problems[1].startswith(width)
+    assert "Set mesh.fsdp to one of 2, 4, 8, 16, or mesh.fsdp=1 and mesh.data=3" in error.value.problems[1]
 
 
 @pytest.mark.exhaustive

@@ -1,6 +1,8 @@
 """Builds the inputs of a plan from settings: the step's configuration, the compiler for its device, and the title."""
 
+import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +10,10 @@ import jax
 from jax.sharding import AbstractMesh
 
 from pallas_kernels import aot
-from qlora_jax.config import Config, DataArgs, LoraArgs, mesh_choices, paging_of
+from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, mesh_choices, paging_of
+from qlora_jax.config.mesh_settings import mesh_sizes
 from qlora_jax.config.validate import uses
+from qlora_jax.config.validate_mesh import MeshChoices
 from qlora_jax.data.batching.buckets import UNIT
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -19,7 +23,7 @@ from qlora_jax.training.objectives.objective import Objective, needs_reference
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
-from qlora_jax.training.plan.usable_meshes import usable_meshes
+from qlora_jax.training.plan.usable_meshes import usable_meshes, width_problems
 from qlora_jax.training.session import Inputs, open_inputs
 
 GIB = 2**30
@@ -53,14 +57,18 @@ def planned_rows(args: PlanArgs) -> tuple[PlannedRows, str | None]:
     Raises:
       ValueError: a problem with the data, or with the model's tokenizer.
     """
-    objective = make_objective(args)
-    unknown = PlannedRows((), objective, branching=objective.sequences_per_row > 1)
+    unknown = _any_rows(args)
     if args.data.train is None:
         return unknown, None
     place = Path(args.model.path).expanduser()
     if not place.exists() or place.suffix == ".json":
         return unknown, f"{args.model.path} has no tokenizer to count the tokens of data.train"
     return rows_of(open_inputs(args)), None
+
+
+def _any_rows(config: Config) -> PlannedRows:
+    objective = make_objective(config)
+    return PlannedRows((), objective, branching=objective.sequences_per_row > 1)
 
 
 def rows_of(inputs: Inputs) -> PlannedRows:
@@ -84,9 +92,39 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
     config = run_step_config(args, model, weights, rows, ids)
-    sizes = mesh_choices(args, device_count(args, target)).usable
+    sizes = model_mesh_choices(args, device_count(args, target), lambda: config).usable
     mesh = make_mesh if target.card is None else absent_mesh
     return usable_meshes([config if size.devices == 1 else config.replace(mesh=mesh(*size)) for size in sizes])
+
+
+def model_mesh_choices(config: Config, devices: int, step: Callable[[], StepConfig]) -> MeshChoices:
+    """Returns the meshes that the settings allow on so many devices.
+
+    Args:
+      step: returns the run's step on one device; called if the settings allow no mesh.
+
+    Raises:
+      ConfigError: there is none; with the problems of the settings and of the model's widths.
+    """
+    try:
+        return mesh_choices(config, devices)
+    except ConfigError as error:
+        problems = list(error.problems)
+    # A model that cannot be read is an error later, when its files are opened.
+    with contextlib.suppress(ValueError, OSError):
+        mesh = absent_mesh(*mesh_sizes(config.mesh, devices)[0])
+        problems += width_problems(step().replace(mesh=mesh))
+    raise ConfigError(problems)
+
+
+def step_before_files(config: Config, platform: str) -> StepConfig:
+    """Returns a run's step on one device as far as it is known before its data and weights are opened.
+
+    Raises:
+      ValueError: the model is missing or not supported.
+    """
+    model = model_features(config.model.path)
+    return run_step_config(config, model, planned_weights(config.model, model, platform), _any_rows(config), ())
 
 
 def _longest_row(data: DataArgs, sequences: int) -> int:

@@ -1,9 +1,10 @@
-"""Leaves out meshes that would cut none of a model's frozen weights, so that each device would hold all of them."""
+"""Leaves out meshes that do not cut a model's frozen weights, so that each device would hold them whole."""
 
 from collections.abc import Sequence
 
 from qlora_jax.config import ConfigError
 from qlora_jax.sharding import DATA, FSDP, absent_mesh, axis_size
+from qlora_jax.training.cost.arrays import quantized_leaves
 from qlora_jax.training.cost.memory_use import frozen_bytes
 from qlora_jax.training.plan.requirements import StepConfig
 
@@ -14,16 +15,42 @@ def usable_meshes(steps: Sequence[StepConfig]) -> list[StepConfig]:
     """Returns the steps whose mesh cuts the model's weights, or needs no cut.
 
     Raises:
-      ConfigError: there are none; with the values of mesh.fsdp that cut most.
+      ConfigError: there are none; with the values of mesh.fsdp that cut them.
     """
-    usable = [step for step in steps if axis_size(step.mesh, FSDP) == 1 or _is_cut(step)]
+    usable = [step for step in steps if not width_problems(step)]
     if not usable:
-        raise ConfigError([_problem(steps[0])])
+        raise ConfigError(width_problems(steps[0]))
     return usable
 
 
+def width_problems(step: StepConfig) -> list[str]:
+    """Describes why a mesh does not cut a model's weights: at most one line."""
+    fsdp = axis_size(step.mesh, FSDP)
+    if fsdp == 1:
+        return []
+    if whole := _whole_weights(step):
+        return [f"mesh.fsdp: found {fsdp}, which does not divide {', '.join(whole)}. {_fix(step)}"]
+    if not _is_cut(step):
+        return [
+            f"mesh.fsdp: found {fsdp}, which divides neither a 4-bit weight nor a table of this model. {_fix(step)}"
+        ]
+    return []
+
+
+def _whole_weights(step: StepConfig) -> list[str]:
+    """Describes the 4-bit projections of which each device would hold all codes, with their outputs x inputs."""
+    shape = step.step_shape()
+    found = {name: size for name, size in shape.matrices() if shape.frozen and _codes_are_whole(step, name, size)}
+    return [f"{name.rpartition('.')[2]} ({n:,} x {k:,})" for name, (n, k) in found.items()]
+
+
+def _codes_are_whole(step: StepConfig, name: str, size: tuple[int, int]) -> bool:
+    codes, _ = quantized_leaves(step.step_shape(), name, size)
+    return codes.spec is not None and not codes.is_cut(step.mesh)
+
+
 def _is_cut(step: StepConfig) -> bool:
-    """Returns True if a device has less than all 4-bit codes and tables."""
+    """Returns True if a device has less than all codes and tables."""
     return _codes_and_tables(step) != _codes_and_tables(step.replace(mesh=None))
 
 
@@ -32,20 +59,9 @@ def _codes_and_tables(step: StepConfig) -> tuple[int, int]:
     return found["codes"], found["tables"]
 
 
-def _problem(step: StepConfig) -> str:
-    fsdp, data = axis_size(step.mesh, FSDP), axis_size(step.mesh, DATA)
-    found = f"mesh.fsdp: found {fsdp}, which divides neither a 4-bit weight nor a table of this model"
-    values = _values_that_cut(step)
-    fix = f"Set mesh.fsdp to one of {', '.join(map(str, values))}, or" if values else "Set"
-    return (
-        f"{found}, so each device would hold the whole model. {fix} mesh.fsdp=1 and mesh.data={data * fsdp} to share "
-        "the rows alone"
-    )
-
-
-def _values_that_cut(step: StepConfig) -> list[int]:
-    """Returns the values of mesh.fsdp that cut all 4-bit weights; those that cut any if none cuts all."""
+def _fix(step: StepConfig) -> str:
     cut = {n: step.replace(mesh=absent_mesh(1, n)) for n in range(2, LARGEST + 1)}
-    codes, _ = _codes_and_tables(step.replace(mesh=None))
-    every = [n for n, other in cut.items() if _codes_and_tables(other)[0] * n == codes]
-    return every or [n for n, other in cut.items() if _is_cut(other)]
+    values = [n for n, other in cut.items() if _is_cut(other) and not _whole_weights(other)]
+    of_model = f"Set mesh.fsdp to one of {', '.join(map(str, values))}, or" if values else "Set"
+    devices = axis_size(step.mesh, DATA, FSDP)
+    return f"{of_model} mesh.fsdp=1 and mesh.data={devices} to share the rows alone"

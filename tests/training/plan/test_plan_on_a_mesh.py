@@ -152,6 +152,19 @@ def test_meshes_that_cut_no_weight_are_refused_with_values_that_do(tmp_path, cap
         plan_of(tmp_path, capsys, "--card", "h100", "--mesh.fsdp", "7", "--train.micro_batch_size", "7")
 
 
+def test_meshes_that_cut_some_weights_alone_are_refused_with_the_widths_of_the_others(tmp_path, capsys):
+    """6 divides the 128,256 rows of the tables of Llama-3-8B, and none of its widths; with other problems, at once."""
+    sixth, eighth = (real("llama-3-8b", (1, n)) for n in (6, 8))
+    assert usable_meshes([sixth, eighth]) == [eighth]
+    widths = r"q_proj \(4,096 x 4,096\), k_proj \(1,024 x 4,096\), .*gate_proj \(14,336 x 4,096\)"
+    with pytest.raises(ConfigError, match=rf"found 6, which does not divide {widths}.* one of 2, 4, 8, 16, or "):
+        usable_meshes([sixth])
+    with pytest.raises(ConfigError) as error:
+        plan_of(tmp_path, capsys, "--card", "h100", "--mesh.fsdp", "3", "--train.micro_batch_size", "4")
+    keys = [problem.partition(":")[0] for problem in error.value.problems]
+    assert keys == ["train.micro_batch_size", "mesh.fsdp"]
+
+
 def test_auto_may_use_as_many_cards_as_there_are():
     args = from_dict(PlanArgs, {"model": {"path": "llama-3-8b"}, "cards": 8, "train": {"micro_batch_size": 4}})
     target = plan_target("h100", None)
