@@ -202,7 +202,7 @@ def _adapter(kind: Kind) -> TypeAdapter:
 
 
 def _loads(text: str, pairs: int, name: FileName) -> object:
-    """Decodes JSON text with a number of colons outside of strings, which is that of its keys."""
+    """Decodes JSON text with `pairs` colons outside of strings; fewer keys than that show that one is repeated."""
     keys = 0
 
     def count(found: dict[str, object]) -> dict[str, object]:

@@ -41,7 +41,7 @@ def problem() -> str | None:
 def require() -> None:
     """Raises CompilerUnavailableError if there is a problem()."""
     if found := problem():
-        raise CompilerUnavailableError(f"compiling for a card that is not here: {found}")
+        raise CompilerUnavailableError(f"cannot compile for a card that this machine does not have: {found}")
 
 
 def tool(package: str, name: str) -> Path:

@@ -218,7 +218,7 @@ def _check_trainable(provenance: Provenance, tokenizer: Tokenizer) -> Provenance
         )
     if not _are_equal(tokenizer, provenance.opened.tokenizer):
         raise ValueError(
-            "tokenizer: is not the one that qlora_jax.load returned with this model. Pass that one; to change the chat "
+            "tokenizer: not the one that qlora_jax.load returned with this model. Pass that one; to change the chat "
             "template, pass chat_template to qlora_jax.load"
         )
     return provenance

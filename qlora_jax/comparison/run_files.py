@@ -21,7 +21,7 @@ from qlora_jax.metadata import decode_json, read_json, read_text
 
 SETTINGS_FILE, JOB_FILE, RUN_FOLDER, LOG_FILE = "settings.yaml", "job.json", "run", "log.txt"
 FAILURE_FILE, OUTCOME_FILE = "failure.txt", "outcome.json"
-PERFORM_AGAIN = "Delete this file, and the run is performed again"
+PERFORM_AGAIN = "Delete this file to perform the run again"
 MAX_BYTES = 256 << 20  # largest outcome file; it has two numbers per row
 
 Stage = Literal["calibration", "search", "final"]

@@ -110,7 +110,7 @@ def _parameter_problems(lora: LoraArgs) -> list[str]:
     wrong = {"dropout": (lora.dropout, 0.0), "init": (lora.init, "default")}
     problems = [
         f"lora.{name}: found {found!r} with lora.target_parameters, expected {expected!r}: for parameters neither PEFT "
-        "nor this package has dropout or an initialization from the weights. Remove one of the two settings"
+        "nor this package supports dropout or an initialization from the weights. Remove one of the two settings"
         for name, (found, expected) in wrong.items()
         if found != expected
     ]

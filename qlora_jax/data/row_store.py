@@ -368,7 +368,7 @@ class _Files:
             for name in shapes:
                 self._open(_values_file(name))
         if shapes != self.values:
-            raise ValueError(f"{rows.files[0].path}: found rows with values {shapes}, and with {self.values}.")
+            raise ValueError(f"{rows.files[0].path}: rows have different values (found {shapes} and {self.values}).")
         for name, array in rows.values.items():
             self._put(_values_file(name), array, _VALUE_TYPE)
 

@@ -67,7 +67,7 @@ def divide(seen: Sequence[Seen]) -> list[tuple[int, ...]]:
     if problems:
         raise ValueError(
             "\n  ".join(["hosts: the processes cannot share the GPUs:", *dict.fromkeys(problems)])
-            + "\nGive each process other GPUs: by the launcher, CUDA_VISIBLE_DEVICES or hosts.devices"
+            + "\nGive each process other GPUs, with the launcher, CUDA_VISIBLE_DEVICES or hosts.devices"
         )
     return chosen
 

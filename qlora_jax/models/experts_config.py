@@ -23,8 +23,8 @@ class ExpertsConfig(RoutingRule):
       selection_bias: True if a bias is added to the scores only for the choice.
       router_bias: True if the router adds a bias to its logits.
       bias: True if the projections of experts add a bias.
-      interleaved: True if transformers' parameter `gate_up_proj` has the outputs of gate and up in turns. Here they are
-        two weights.
+      interleaved: True if transformers' parameter `gate_up_proj` has alternating outputs of gate and up. Here
+        they are two weights.
       shared_mlp_dim: inner width of the expert that every token uses; 0: no such expert.
       shared_gate: True if the shared expert's result is multiplied by the sigmoid of a linear layer with one output.
     """

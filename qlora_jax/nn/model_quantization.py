@@ -97,7 +97,7 @@ def _rule_problems(
     rules: Sequence[QuantRule], layers: Mapping[str, Linear], chosen: Mapping[str, QuantRule]
 ) -> list[str]:
     used = {id(rule) for rule in chosen.values()}
-    problems = [] if rules else ["rules: there are none. Give at least one, such as QuantRule('.*')."]
+    problems = [] if rules else ["rules: found none, expected at least one. Give one, such as QuantRule('.*')."]
     for number, rule in enumerate(rules):
         place = f"rules[{number}] {rule.pattern!r}"
         problems += [f"{place}: {problem}" for problem in _own_problems(rule)]

@@ -39,7 +39,7 @@ def test_changed_digits_are_refused(tmp_path: Path) -> None:
     write_outcome(tmp_path, OUTCOME)
     path = tmp_path / OUTCOME_FILE
     path.write_text(path.read_text().replace("1.25", "1.75"))
-    with pytest.raises(ValueError, match=r"outcome\.json: damaged .*Delete this file, and the run is performed again"):
+    with pytest.raises(ValueError, match=r"outcome\.json: damaged .*Delete this file to perform the run again"):
         read_outcome(tmp_path, tmp_path)
 
 

@@ -276,7 +276,7 @@ def test_all_problems_are_reported_at_once():
 
 
 def test_no_rules_is_an_error():
-    with pytest.raises(ValueError, match="rules: there are none"):
+    with pytest.raises(ValueError, match="rules: found none, expected at least one"):
         quantize_model(MLP(nnx.Rngs(0)), [])
 
 

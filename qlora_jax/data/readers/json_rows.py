@@ -175,7 +175,7 @@ class _ArrayText:
         self._text, self._at, self._ended = self._text[self._at :] + more, 0, len(more) < size
 
     def count_lines(self, stop: int | None = None) -> None:
-        """Sets `line` to that of the next character, or of the one at `stop`."""
+        """Sets `line` to the line of the next character, or of the one at `stop`."""
         stop = self._at if stop is None else stop
         if lines := self._text.count("\n", self._counted, stop):
             self.line += lines

@@ -49,7 +49,7 @@ def _experts(info: TensorInfo, part: str, leaf: str) -> Iterator[TensorInfo]:
 
 
 def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape in a GGUF file of a tensor in Hugging Face's shape; of an expert's, that of its part."""
+    """Returns a tensor's shape in a GGUF file from Hugging Face's; for an expert's tensor, the shape of its part."""
     return shape[1:] if SHARED_GATE.fullmatch(name) else shape
 
 

@@ -151,7 +151,7 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
       dtype: a key of TYPES.
 
     Raises:
-      OSError: the file cannot be written, or differs on the disk; names it.
+      OSError: the file cannot be written, or its copy on the disk differs; names it.
     """
     wanted, file_type = TYPES[dtype]
     tensors = [spec.tensors[name] for name in names]

@@ -1,6 +1,6 @@
 """Experts in Hugging Face's files of gpt-oss, which fuse all experts of a layer in one tensor.
 
-`gate_up_proj` is [E, K, 2F]: transposed, with the columns of gate and up in turns, as in `gate_up_proj_bias` [E, 2F].
+`gate_up_proj` is [E, K, 2F]: transposed; columns of gate and up alternate, as in `gate_up_proj_bias` [E, 2F].
 In MXFP4 files, `gate_up_proj_blocks` uint8 [E, 2F, K / 32, 16] has two values of E2M1 per byte, the first in the low
 bits, and `gate_up_proj_scales` uint8 [E, 2F, K / 32] has exponents of two plus 127. `down_proj` has the same forms.
 Here every expert has separate matrices and biases, under the names of other mixtures.
@@ -59,7 +59,7 @@ def _problem(match: re.Match[str], entry: TensorEntry, tensors: Mapping[str, Ten
         return f"{entry.name}: found shape {shape}, expected {axes} axes, the first of {count} experts, none of them 0"
     rows = shape[2] if kind == "" else shape[1]
     if rows % parts:
-        return f"{entry.name}: found {rows} outputs per expert, expected an even number, gate and up in turns"
+        return f"{entry.name}: found {rows} outputs per expert, expected an even number, with gate and up alternating"
     if kind not in ("_blocks", "_scales"):
         return f"{entry.name}: found bytes (U8), expected floating point" if entry.file_type == "U8" else None
     stem = f"{match['experts']}.{match['part']}"

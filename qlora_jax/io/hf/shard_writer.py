@@ -59,7 +59,7 @@ def write_safetensors(path: Path, specs: Sequence[TensorSpec], values: Iterable[
       values: yields their arrays in the same order; one is in memory at a time.
 
     Raises:
-      OSError: the file cannot be written, or differs on the disk; names it.
+      OSError: the file cannot be written, or its copy on the disk differs; names it.
     """
     header, written = _header(specs), dict[str, StoredTensor]()
     with staged_file(

@@ -133,7 +133,7 @@ def expert_tensors(lora: AdapterArrays, layers_of: LayersOf, model: ModelConfig)
             for leaf, flatten in FLATTENED.items():
                 values = np.asarray(lora[name][leaf][row])
                 if leaf == "lora_b" and _takes_turns(name, model):
-                    values = _in_turns(values)
+                    values = _alternating(values)
                 whole = np.broadcast_to(values, (model.experts.count, *values.shape[1:]))
                 tensors[f"{prefix}.{TENSORS[leaf]}"] = np.ascontiguousarray(flatten(whole))
     return tensors
@@ -145,13 +145,13 @@ def _takes_turns(name: str, model: ModelConfig) -> bool:
     return model.experts.interleaved and name.endswith("gate_up_proj")
 
 
-def _in_turns(b: np.ndarray) -> np.ndarray:
-    """Returns B [..., N] with the outputs of gate and up in turns; they follow each other here."""
+def _alternating(b: np.ndarray) -> np.ndarray:
+    """Returns B [..., N] with the outputs of gate and up alternating; here all of gate come first."""
     return b.reshape(*b.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(b.shape)
 
 
 def _in_halves(b: np.ndarray) -> np.ndarray:
-    """Inverts `_in_turns`."""
+    """Inverts `_alternating`."""
     return b.reshape(*b.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(b.shape)
 
 

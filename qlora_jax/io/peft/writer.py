@@ -195,7 +195,7 @@ def effective_alphas(lora: AdapterArrays, args: LoraArgs, some_layers: SomeLayer
 def _first_match[Value: (int, float)](
     patterns: Mapping[str, Value], name: str, default: Value, some_layers: SomeLayers
 ) -> Value:
-    """PEFT's value for a module: that of the first pattern that matches the end of its full name."""
+    """PEFT's value for a module: the value of the first pattern that matches the end of its full name."""
     first = layer_name(name, some_layers.get(name, (0,))[0])
     matching = (p for p in patterns if matches_end(p, first))
     return patterns.get(next(matching, ""), default)

@@ -74,7 +74,7 @@ def last_power(neumann_terms: int) -> int:
 
 
 def _block_products(x_MK: jax.Array, blocks_CSS: jax.Array) -> jax.Array:
-    """Returns x times the block-diagonal matrix, in f32; a single block is that of all columns."""
+    """Returns x times the block-diagonal matrix, in f32; a single block is shared by all columns."""
     count, size, _ = blocks_CSS.shape
     if count == 1:
         return dot_nn(x_MK.reshape(-1, size), blocks_CSS[0]).reshape(x_MK.shape)

@@ -59,22 +59,22 @@ class Routed:
 
     @property
     def row_kind(self) -> RowKind:
-        """Returns that of the objective."""
+        """Returns the kind of rows of the objective."""
         return self.objective.row_kind
 
     @property
     def sequences_per_row(self) -> int:
-        """Returns that of the objective."""
+        """Returns the number of sequences per row of the objective."""
         return self.objective.sequences_per_row
 
     @property
     def values(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns those of the objective."""
+        """Returns the values per row that the objective reads."""
         return self.objective.values
 
     @property
     def kl_pairs(self) -> bool:
-        """Returns that of the objective."""
+        """Returns True if the objective pairs rows for a KL estimate."""
         return self.objective.kl_pairs
 
     @property
@@ -87,7 +87,7 @@ class Routed:
         return self.objective.outputs(model, hidden_MD, micro)
 
     def totals(self, batch: Arrays) -> Totals:
-        """Returns those of the objective, the number of tokens, and the count by which losses are divided."""
+        """Returns the totals of the objective, the number of tokens, and the count by which losses are divided."""
         own = {TOKENS: jnp.sum(batch[FILLED]).astype(jnp.float32), COUNT: self.objective.count(batch)}
         return self.objective.totals(batch) | own
 
@@ -102,7 +102,7 @@ class Routed:
         return losses
 
     def count(self, batch: Arrays) -> Float[Array, ""]:
-        """Returns that of the objective."""
+        """Returns the count that the objective divides by."""
         return self.objective.count(batch)
 
 
