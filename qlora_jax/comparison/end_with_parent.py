@@ -1,7 +1,7 @@
-"""`python -m qlora_jax.comparison.child PARENT WORDS...` becomes `python WORDS...`, which ends with its parent.
+"""Runs `python WORDS...` for `python -m qlora_jax.comparison.end_with_parent PARENT WORDS...`, and ends it with PARENT.
 
 A training run would otherwise survive a worker that was killed, and keep its folder locked. The system sends SIGTERM
-when the parent is gone (Linux), upon which a run saves a checkpoint.
+when the parent is gone (Linux), and the run then saves a checkpoint.
 """
 
 import ctypes

@@ -159,7 +159,7 @@ def _command(folder: Path, job: Job, words: list[str], stop: threading.Event | N
     Raises:
       Lost, Failed: it did not succeed.
     """
-    command = [sys.executable, "-m", "qlora_jax.comparison.child", str(os.getpid()), *words]
+    command = [sys.executable, "-m", "qlora_jax.comparison.end_with_parent", str(os.getpid()), *words]
     with open(folder / LOG_FILE, "ab") as log:
         start = log.tell()
         # In its own session, because a terminal sends Ctrl-C to all processes of one, and a run ends at the second.

@@ -1,13 +1,14 @@
 """The two processes that test a program: one runs the program, the other runs its tests and calls it by messages.
 
-The program never shares a process with its tests. It cannot change them, and only plain values come back (values.py).
+The program never shares a process with its tests. It cannot change them, and only plain values come back
+(json_values.py).
 """
 
 import builtins
 import json
 from typing import Any
 
-from qlora_jax.sandbox import values
+from qlora_jax.sandbox import json_values
 from qlora_jax.sandbox.messages import receive, send
 from qlora_jax.sandbox.programs import Program, ProgramOutcome
 
@@ -34,7 +35,7 @@ def run_program(requests: int, replies: int) -> None:
         function, reply = None, _raised(error)
     send(replies, reply)
     while function is not None:
-        arguments, keywords = values.decode(receive(requests))  # pyright: ignore[reportGeneralTypeIssues]
+        arguments, keywords = json_values.decode(receive(requests))  # pyright: ignore[reportGeneralTypeIssues]
         try:
             reply = _returned(function(*arguments, **keywords))
         except BaseException as error:
@@ -50,7 +51,7 @@ def run_tests(program: Program, requests: int, replies: int) -> ProgramOutcome:
     """
 
     def candidate(*arguments: object, **keywords: object) -> object:
-        return _call(requests, replies, values.encode((arguments, keywords)))
+        return _call(requests, replies, json_values.encode((arguments, keywords)))
 
     try:
         _call(requests, replies, json.dumps([program.source, program.entry_point]).encode())
@@ -78,7 +79,7 @@ def _call(requests: int, replies: int, request: bytes) -> object:
     """
     try:
         send(requests, request)
-        raised, content = values.decode(receive(replies))  # pyright: ignore[reportGeneralTypeIssues]
+        raised, content = json_values.decode(receive(replies))  # pyright: ignore[reportGeneralTypeIssues]
     except (EOFError, BrokenPipeError):
         raise _EndedError from None
     if raised is None:
@@ -96,11 +97,11 @@ def _exception(name: str, message: str) -> Exception:
 
 
 def _returned(value: object) -> bytes:
-    return values.encode((None, value))
+    return json_values.encode((None, value))
 
 
 def _raised(error: BaseException) -> bytes:
-    return values.encode((type(error).__name__, _message(error)))
+    return json_values.encode((type(error).__name__, _message(error)))
 
 
 def _message(error: BaseException) -> str:

@@ -223,7 +223,7 @@ def test_a_command_whose_worker_ended_before_it_began_does_nothing(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    words = [sys.executable, "-m", "qlora_jax.comparison.child"]
+    words = [sys.executable, "-m", "qlora_jax.comparison.end_with_parent"]
     assert subprocess.run([*words, str(ended.pid), "-c", code], check=False).returncode == 143
     assert not (tmp_path / "ran").exists()
     assert subprocess.run([*words, str(os.getpid()), "-c", code], check=False).returncode == 0
@@ -235,7 +235,7 @@ def test_a_command_ends_when_its_worker_is_killed(tmp_path):
     child = f"import os, time; open({str(report)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     worker = (
         "import os, subprocess, sys, time\n"
-        f"words = [sys.executable, '-m', 'qlora_jax.comparison.child', str(os.getpid()), '-c', {child!r}]\n"
+        f"words = [sys.executable, '-m', 'qlora_jax.comparison.end_with_parent', str(os.getpid()), '-c', {child!r}]\n"
         "subprocess.Popen(words, start_new_session=True)\n"
         "time.sleep(60)"
     )
