@@ -8,8 +8,8 @@ import numpy as np
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.padded_stack import PaddedStack
 
 
 def random_codes(ggml_type: str, rows: tuple[int, ...], columns: int, seed: int = 0) -> np.ndarray:
@@ -56,14 +56,14 @@ def int4_weights(codes: np.ndarray, ggml_type: str) -> np.ndarray:
     return (scales * (integers.astype(np.float32) - blocks[..., 2:3])).reshape(*codes.shape[:-1], -1)
 
 
-def joined_stack(mixed: MixedStack) -> JoinedStack:
-    """Returns the blocks of a stack of experts in one array."""
+def padded_stack(mixed: MixedStack) -> PaddedStack:
+    """Returns the blocks of a stack of experts, padded."""
     layers = [mixed.locate(layer) for layer in range(mixed.num_layers)]
     weights = [mixed.parts[part].layer(at) for part, at in layers]
     experts, shape = weights[0].codes.shape[0], (mixed.shape[0], mixed.shape[1])
-    joined = JoinedStack.zeros(tuple(each.ggml_type for each in weights), experts, shape, mixed.dtype)
-    codes = np.zeros(joined.codes.shape, np.uint8)
+    padded = PaddedStack.zeros(tuple(each.ggml_type for each in weights), experts, shape, mixed.dtype)
+    codes = np.zeros(padded.codes.shape, np.uint8)
     for layer, weight in enumerate(weights):
         for expert in range(experts):
-            codes.reshape(-1)[joined.bytes_of(layer, expert)] = np.asarray(weight.codes[expert]).reshape(-1)
-    return dataclasses.replace(joined, codes=jnp.asarray(codes))
+            codes[padded.place_of(layer, expert)] = np.asarray(weight.codes[expert]).reshape(-1)
+    return dataclasses.replace(padded, codes=jnp.asarray(codes))

@@ -11,9 +11,9 @@ from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.config import DENSE, QUANTIZED, WeightFormat
 from qlora_jax.nn.experts import ExpertWeight
-from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.linear import Weight
 from qlora_jax.nn.mixed_stack import MixedStack, Part
+from qlora_jax.nn.padded_stack import PaddedStack
 
 
 def frozen_linear_leaves(
@@ -45,7 +45,7 @@ def frozen_expert_leaves(
     bias = jnp.zeros((*stack, shape[0]), weights.dtype) if has_bias else None
     formats = weights.formats(name, stack[0])
     if weights.experts_on_host and len(set(formats)) > 1:
-        return JoinedStack.zeros(formats, stack[1], shape, weights.dtype), bias
+        return PaddedStack.zeros(formats, stack[1], shape, weights.dtype), bias
     return _leaf(name, stack, shape, weights), bias
 
 

@@ -7,7 +7,6 @@ Copies start at a position that depends only on the loop's counter, so that XLA 
 by the copy engine. A position that is read from an array would make each copy a kernel.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Protocol, cast
@@ -20,8 +19,8 @@ from jaxtyping import Array, Int, PyTree
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.linear import OneLayer, in_host_memory
+from qlora_jax.nn.padded_stack import PaddedStack
 
 Position = Int[Array, ""] | int
 Step = Callable[[PyTree, PyTree, Position, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -130,20 +129,14 @@ def fetch_layer(stacks: PyTree, position: Position, *, first: int) -> PyTree:
       position: counted from row `first` of the stacks. Outside of the stacks, the nearest layer is copied.
     """
 
-    layer = first + position
+    def one(stack: jax.Array) -> jax.Array:
+        at = (first + position, *[0] * (stack.ndim - 1))
+        with set_xla_metadata(latency_metadata=LONG):
+            layer = jax.lax.dynamic_slice(stack, at, (1, *stack.shape[1:]), allow_negative_indices=False)
+        return jax.device_put(layer.reshape(stack.shape[1:]), jax.memory.Space.Device)
 
     def weight_of_layer(weight: PyTree) -> OneLayer:
-        if isinstance(weight, JoinedStack):
-            window = _fetch_rows(weight.codes, weight.start(layer), weight.window_rows)
-            return OneLayer(dataclasses.replace(weight, codes=window))
-        return OneLayer(jax.tree.map(lambda stack: _fetch_rows(stack, layer, 1).reshape(stack.shape[1:]), weight))
+        return OneLayer(jax.tree.map(one, weight))
 
-    packed = QTensor | GgmlTensor | JoinedStack
+    packed = QTensor | GgmlTensor | PaddedStack
     return jax.tree.map(weight_of_layer, stacks, is_leaf=lambda leaf: isinstance(leaf, packed))
-
-
-def _fetch_rows(stack: jax.Array, first: Position, count: int) -> jax.Array:
-    at = (first, *[0] * (stack.ndim - 1))
-    with set_xla_metadata(latency_metadata=LONG):
-        rows = jax.lax.dynamic_slice(stack, at, (count, *stack.shape[1:]), allow_negative_indices=False)
-    return jax.device_put(rows, jax.memory.Space.Device)

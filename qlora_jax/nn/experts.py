@@ -21,14 +21,14 @@ from pallas_kernels.grouped_matmul import (
 )
 from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
 from qlora_jax.nn.expert_activation import weighted_activation
-from qlora_jax.nn.joined_stack import JoinedStack, joined_grouped
 from qlora_jax.nn.linear import OneLayer
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
 from qlora_jax.nn.mlp import GateActivation
+from qlora_jax.nn.padded_stack import PaddedStack, padded_grouped
 from qlora_jax.nn.variables import Frozen, select_layer
 
 # 4-bit or in ggml's blocks with the leading axes [S, E], of several formats, or dense [S, E, N, K].
-ExpertWeight = QTensor | GgmlTensor | MixedStack | JoinedStack | jax.Array
+ExpertWeight = QTensor | GgmlTensor | MixedStack | PaddedStack | jax.Array
 
 
 class ExpertAdapter(nnx.Module):
@@ -76,12 +76,12 @@ def _product(
     x_PK: Float[Array, "P K"], weight: ExpertWeight | OneLayer, groups: Groups, layer: jax.Array
 ) -> Float[Array, "P N"]:
     if isinstance(weight, OneLayer):
-        if isinstance(weight.weight, JoinedStack):
-            return joined_grouped(x_PK, weight.weight, groups, layer)
+        if isinstance(weight.weight, PaddedStack):
+            return padded_grouped(x_PK, weight.weight, groups, layer)
         return grouped_matmul(x_PK, jax.tree.map(lambda leaf: leaf[None], weight.weight), groups, 0)
     if isinstance(weight, MixedStack):
         return mixed_grouped(x_PK, weight, groups, layer)
-    assert not isinstance(weight, JoinedStack), "layers of a JoinedStack are fetched"
+    assert not isinstance(weight, PaddedStack), "layers of a PaddedStack are fetched"
     return grouped_matmul(x_PK, weight, groups, layer)
 
 

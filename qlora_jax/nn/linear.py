@@ -18,9 +18,9 @@ from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.ggml_matmul import ggml_matmul
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.dropout import fold_in_each
-from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
+from qlora_jax.nn.padded_stack import PaddedStack
 from qlora_jax.nn.variables import Frozen, select_layer
 from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec
 
@@ -30,7 +30,7 @@ from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec
 class OneLayer:
     """A weight of one layer in place of a stack: gathered from several devices, or fetched from host memory."""
 
-    weight: QTensor | GgmlTensor | JoinedStack | Leaf
+    weight: QTensor | GgmlTensor | PaddedStack | Leaf
 
 
 Weight = QTensor | GgmlTensor | MixedStack | jax.Array  # 4-bit, ggml blocks, of several formats, or dense [L, N, K]
@@ -65,7 +65,7 @@ def frozen_linear(
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
     if isinstance(weight, OneLayer):
-        assert not isinstance(weight.weight, JoinedStack), "only experts are in a JoinedStack"
+        assert not isinstance(weight.weight, PaddedStack), "only experts are in a PaddedStack"
         return frozen_linear(x_MK, weight.weight, None)
     if isinstance(weight, GgmlTensor):
         return ggml_matmul(x_MK, weight, layer)

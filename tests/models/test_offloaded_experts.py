@@ -19,12 +19,12 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.offloaded_experts import host_paths, with_experts_on_host, with_memory_of
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
-from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.padded_stack import PaddedStack
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.objectives.router_losses import FILLED
-from tests.ggml_codes import joined_stack, random_ggml
+from tests.ggml_codes import padded_stack, random_ggml
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, random_mixture
@@ -65,6 +65,8 @@ def mixed_format(config: dict[str, Any], types: dict[str, tuple[str, ...]]) -> W
 
 
 MIXED = mixed_format(CONFIG, TYPES)
+Q4_K_M = {"gate_proj": ("Q4_K",) * 8, "up_proj": ("Q4_K",) * 8, "down_proj": ("Q6_K", "Q4_K") * 4}
+MIXED_ON_CARD = dataclasses.replace(mixed_format(LARGER, Q4_K_M), platform="gpu")
 
 
 def on_host(parts: ModelParts) -> ModelParts:
@@ -105,11 +107,11 @@ def test_losses_and_gradients_equal_those_on_the_device_if_types_of_blocks_diffe
     away, here = (dataclasses.replace(MIXED, dtype="float32", experts_on_host=each) for each in (True, False))
     parts, batch = random_blocks(random_mixture(CONFIG, LORA, here)), mesh_batch(CONFIG, SHAPE)
     batch[FILLED] = jnp.full((*SHAPE[:2], 1), SHAPE[2] - 1, jnp.int32)
-    joined = on_host(with_joined_stacks(parts))
-    kinds = [type(dict(nnx.to_flat_state(joined.base))[path].get_value()) for path in EXPERT_PATHS]
-    assert kinds == [JoinedStack, JoinedStack, GgmlTensor]
+    away_parts = on_host(with_padded_stacks(parts))
+    kinds = [type(dict(nnx.to_flat_state(away_parts.base))[path].get_value()) for path in EXPERT_PATHS]
+    assert kinds == [PaddedStack, PaddedStack, GgmlTensor]
     steps = [CompiledGradients(abstract_step(model_config(CONFIG), each, LORA, batch=SHAPE)) for each in (away, here)]
-    found, expected = (step(each, batch, None) for step, each in zip(steps, (joined, parts), strict=True))
+    found, expected = (step(each, batch, None) for step, each in zip(steps, (away_parts, parts), strict=True))
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert np.isfinite(theirs).all()
         np.testing.assert_array_equal(ours, theirs, strict=True)
@@ -127,11 +129,11 @@ def random_blocks(parts: ModelParts) -> ModelParts:
     return dataclasses.replace(parts, base=jax.tree.map(one, parts.base, is_leaf=is_leaf))
 
 
-def with_joined_stacks(parts: ModelParts) -> ModelParts:
-    """Returns parts in which each MixedStack of experts is a JoinedStack of the same blocks."""
+def with_padded_stacks(parts: ModelParts) -> ModelParts:
+    """Returns parts in which each MixedStack of experts is a PaddedStack of the same blocks."""
 
     def one(leaf: Any) -> Any:
-        return joined_stack(leaf) if isinstance(leaf, MixedStack) else leaf
+        return padded_stack(leaf) if isinstance(leaf, MixedStack) else leaf
 
     is_leaf = lambda leaf: isinstance(leaf, MixedStack)  # noqa: E731
     return dataclasses.replace(parts, base=jax.tree.map(one, parts.base, is_leaf=is_leaf))
@@ -155,29 +157,32 @@ def equations(jaxpr, name: str):
                 yield from equations(getattr(inner, "jaxpr", inner), name)
 
 
-@pytest.mark.parametrize("card", [pytest.param("h100", marks=EXHAUSTIVE)])
-def test_a_card_holds_the_codes_of_few_layers(card):
+@pytest.mark.parametrize(
+    "on_card", [pytest.param(ON_CARD, marks=EXHAUSTIVE), pytest.param(MIXED_ON_CARD, marks=EXHAUSTIVE)]
+)
+def test_a_card_holds_the_codes_of_few_layers(on_card):
     """The stacks are arguments in host memory, and two layers of them are on the card."""
     if problem := aot.problem():
         pytest.skip(f"no compiling for absent cards: {problem}")
-    used, stack = {}, _bytes_of_experts()
-    for weights in (ON_CARD, dataclasses.replace(ON_CARD, experts_on_host=True)):
+    used, offloaded = {}, dataclasses.replace(on_card, experts_on_host=True)
+    on_device, stack = map(_bytes_of_experts, (on_card, offloaded))
+    for weights in (on_card, offloaded):
         lowered = abstract_step(model_config(LARGER), weights, LoraArgs(rank=16), batch=(1, 1, 512))
         program, options = lowered.gradients(), lowered.compiler_options or None
         used[weights.experts_on_host] = aot.compile_for(
-            card, program.function, *program.args, **program.kwargs, compiler_options=options
+            "h100", program.function, *program.args, **program.kwargs, compiler_options=options
         )
     here, away = used[False].memory, used[True].memory
     assert (here.host.arguments, away.host.arguments) == (0, stack)
-    assert here.device.arguments - away.device.arguments == stack
+    assert here.device.arguments - away.device.arguments == on_device
     assert away.device.temporaries - here.device.temporaries <= 2.2 * stack / LARGER["num_hidden_layers"]
     wide = LARGER["num_experts"], LARGER["moe_intermediate_size"], LARGER["hidden_size"]
     made = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", used[True].text)
     assert not [sizes for sizes in made if sorted(map(int, sizes.split(",")))[-3:] == sorted(wide)]
 
 
-def _bytes_of_experts() -> int:
-    parts = abstract_step(model_config(LARGER), ON_CARD, LoraArgs(rank=16), batch=(1, 1, 512)).parts
+def _bytes_of_experts(weights: WeightFormat) -> int:
+    parts = abstract_step(model_config(LARGER), weights, LoraArgs(rank=16), batch=(1, 1, 512)).parts
     flat = dict(nnx.to_flat_state(parts.base))
     return sum(leaf.size * leaf.dtype.itemsize for path in EXPERT_PATHS for leaf in jax.tree.leaves(flat[path]))
 

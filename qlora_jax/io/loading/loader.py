@@ -32,8 +32,8 @@ from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.offloaded_experts import check_fetchable, host_sharding, is_on_host
-from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.mixed_stack import MixedStack, Part
+from qlora_jax.nn.padded_stack import PaddedStack
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
 
@@ -187,9 +187,9 @@ def _filled_on_host(slot: Slot, layers: Iterator[Part]) -> Leaf:
 
 def _put_on_host(stack: Leaf, layer: Part, place: tuple[int, ...]) -> None:
     """Writes the weight of one layer or expert into a stack of NumPy arrays."""
-    if isinstance(stack, JoinedStack):
+    if isinstance(stack, PaddedStack):
         assert isinstance(layer, GgmlTensor)
-        stack.codes.reshape(-1)[stack.bytes_of(*place)] = np.asarray(layer.codes).reshape(-1)
+        stack.codes[stack.place_of(*place)] = np.asarray(layer.codes).reshape(-1)
         return
     one = _repacked(layer, stack.layout) if isinstance(stack, QTensor) else layer
     for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):

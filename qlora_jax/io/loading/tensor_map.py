@@ -15,8 +15,8 @@ from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import with_text_attributes
-from qlora_jax.nn.joined_stack import JoinedStack
 from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.padded_stack import PaddedStack
 from qlora_jax.nn.variables import StatePath
 
 LAYER, EXPERT = re.compile(r"\.layers\.(\d+)\."), re.compile(r"\.experts\.(\d+)\.")
@@ -24,7 +24,7 @@ MAX_LINES, MAX_WIDTH = 100, 300  # lines of an error, and characters per line
 EMBEDDING = "model.embed_tokens.weight"
 
 Leaf = (
-    jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | GgmlTensor | MixedStack | JoinedStack
+    jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | GgmlTensor | MixedStack | PaddedStack
 )  # a leaf of a state, with or without values
 
 
@@ -153,13 +153,13 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each tensor on disk."""
-        if isinstance(self.leaf, QTensor | GgmlTensor | MixedStack | JoinedStack):
+        if isinstance(self.leaf, QTensor | GgmlTensor | MixedStack | PaddedStack):
             return self.leaf.shape
         return self.leaf.shape[len(self.stack) :]
 
     def part(self, index: int) -> Leaf:
         """The leaf, or part of a mixed stack, that holds the tensor at `index` in `names`."""
-        if isinstance(self.leaf, MixedStack | JoinedStack):
+        if isinstance(self.leaf, MixedStack | PaddedStack):
             return self.leaf.part_of(self.place(index)[0])
         return self.leaf
 

@@ -16,7 +16,7 @@ from qlora_jax.models.config import DENSE, QUANTIZED, STORED
 from qlora_jax.models.expert_adapters import parameter_shapes
 from qlora_jax.nn.adapters.oft import block_elements
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec
-from qlora_jax.training.cost.step_shape import F32, StepShape
+from qlora_jax.training.cost.step_shape import F32, StepShape, is_routed
 
 Spec = Callable[[Sequence[int], AnyMesh], P]
 
@@ -55,6 +55,8 @@ def quantized_leaves(step: StepShape, name: str, shape: tuple[int, int]) -> tupl
     formats = weights.formats(name, layers)
     if weights.quant_type == STORED:
         rows = [row_bytes(each, shape[1]) for each in formats if each != DENSE]
+        if weights.experts_on_host and is_routed(name):
+            rows = len(rows) * [max(rows, default=0)]  # nn/padded_stack.py
         return Leaf((sum(rows), *experts, shape[0]), 1), []
     stack, spec = (formats.count(QUANTIZED), *experts), None if DENSE in formats else stack_spec
     layout = LAYOUTS[weights.layout_for(shape)]

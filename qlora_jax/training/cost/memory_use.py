@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.models.target_layers import ROUTER
@@ -63,27 +62,12 @@ def fetched_expert_bytes(step: StepShape) -> int:
     Each micro-batch fetches every sparse layer in its forward pass, and once more those that its backward pass visits.
     Each scan fetches one layer more, while its last layer runs.
     """
+    stored, sparse = sum(offloaded_expert_bytes(step).values()), step.layers(ROUTER)
+    if not stored:
+        return 0
     firsts = 0, step.first_backward
     fetched = sum(step.layers(ROUTER, first) + _sparse_scans(step, first) for first in firsts)
-    return step.batch[0] * fetched_layer_bytes(step) * fetched
-
-
-def fetched_layer_bytes(step: StepShape) -> int:
-    """Returns the bytes of offloaded experts that one fetch copies, those of a layer.
-
-    If layers differ in their type of blocks, each projection's copy is as large as its largest layer.
-    """
-    if not sum(offloaded_expert_bytes(step).values()):
-        return 0
-    return sum(_largest_layer(step, name, shape) for name, shape in step.matrices() if is_routed(name))
-
-
-def _largest_layer(step: StepShape, name: str, shape: tuple[int, int]) -> int:
-    layers, experts = step.stack(name)
-    formats = step.weights.formats(name, layers)
-    if len(set(formats)) > 1:
-        return experts * shape[0] * max(row_bytes(each, shape[1]) for each in formats)
-    return sum(_matrix_bytes(step, [(name, shape)]).values()) // layers
+    return step.batch[0] * stored * fetched // sparse
 
 
 def _sparse_scans(step: StepShape, first: int) -> int:

@@ -268,8 +268,9 @@ def working_set(step: StepShape) -> int:
     It is the larger of two, which are not live together: one tile of logits, or the backward pass of one layer. A
     model that is cut over devices adds two gathered layers, and experts in host memory add those of two layers.
     """
-    layer = _layer_bytes(step) + 2 * memory_use.fetched_layer_bytes(step)
-    return max(memory_use.logits_bytes(step), layer) + 2 * communication.layer_bytes(step)
+    fetched = sum(memory_use.offloaded_expert_bytes(step).values())
+    fetched //= len(step.experts.layers) if step.experts else 1
+    return max(memory_use.logits_bytes(step), _layer_bytes(step) + 2 * fetched) + 2 * communication.layer_bytes(step)
 
 
 def _layer_bytes(step: StepShape) -> int:

@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import pytest
+from flax import nnx
 
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.config import STORED, WeightFormat
+from qlora_jax.models.offloaded_experts import host_paths
 from qlora_jax.training.abstract_step import AbstractStep, abstract_step
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.step_shape import StepShape
@@ -73,6 +75,21 @@ def test_bytes_of_mixtures_are_those_of_their_leaves(settings, shared):
     lora, optim = dataclasses.replace(ON_EXPERTS, share_experts=shared), OptimArgs(name="adamw_8bit")
     step = abstract_step(model, weights, lora, batch=(1, 1, 64), optim=optim)
     check_bytes(counted_step(model, weights, step, (1, 1, 64), lora, optimizer=optim.name), step)
+
+
+def test_bytes_of_offloaded_blocks_are_those_of_their_leaves():
+    """Layers of a projection are as large as its largest one."""
+    experts = dataclasses.replace(SPARSE, layers=(2, 3, 4, 5, 6))
+    model = dataclasses.replace(MIXTURE, experts=experts)
+    stored = {name: ("Q8_0",) * len(model.layers_with(name)) for name in model.linear_shapes()}
+    stored |= dict.fromkeys(model.expert_shapes(), ("Q4_0", "Q5_0", "Q4_0", "Q4_0", "Q5_0"))
+    weights = WeightFormat(platform="gpu", quant_type=STORED, stored=tuple(stored.items()), experts_on_host=True)
+    step = abstract_step(model, weights, LoraArgs(rank=8), batch=(1, 1, 64))
+    counted = counted_step(model, weights, step, (1, 1, 64), LoraArgs(rank=8))
+    check_bytes(counted, step)
+    base = dict(nnx.to_flat_state(step.parts.base))
+    on_host = jax.tree.leaves([base[path] for path in host_paths(step.parts)])
+    assert sum(map(leaf_bytes, on_host)) == sum(memory_use.offloaded_expert_bytes(counted).values())
 
 
 @pytest.mark.parametrize("model", [MODEL, LIKE_PHI, dataclasses.replace(MODEL, embed_dim=4096, tie_embeddings=True)])
