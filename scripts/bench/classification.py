@@ -1,6 +1,7 @@
 """Compares classification with PyTorch + transformers + peft + bitsandbytes: accuracy and speed on SST-2 and MRPC.
 
     python -m scripts.bench.classification [--tasks sst2 mrpc] [--seeds 2] [--block 8] [--output FILE] [--steps 2]
+    python -m scripts.bench.classification --float32 --seeds 2 [--tasks sst2]
 
 Both train LoRA of rank 16 on all linear layers of SmolLM2 in NF4, and a new head, in bfloat16. Each step has the same
 rows for both, in the same order, with the same learning rate; adapter and head start with the same values. Ours packs
@@ -12,6 +13,8 @@ held-out rows. The processes take turns of `--block` steps; the first turn does 
   speed       their seconds per step / ours, the median over turns of the same steps, with its 95 % interval
   scoring     their seconds for the held-out rows / ours, of the last seed
   whole       seconds of all steps and scorings, compiling included
+  losses      the largest distance of the losses of a step in the first 10 steps, and in all, and how many predictions
+              differ: with --float32, which computes all runs in float32, rounding alone should separate the two
 
 Of several configurations of the opponent the fastest counts. Before the first update, in float32, both must have the
 same loss to TOLERANCE nats, otherwise the script ends with an error, as it does if ours or all opponents fail. Data:
@@ -39,24 +42,27 @@ from scripts.fetch_smollm2 import fetch_smollm2
 
 CONFIGURATIONS = {"eager": ["--compile", "none"], "compiled": ["--compile", "layers"]}
 SMOKE_ROWS = 16  # held out, with --steps
+OURS_FLOAT32, THEIRS_FLOAT32 = ["--compute_dtype", "float32"], ["--dtype", "fp32"]
+EARLY = 10  # steps, before the optimizer has amplified rounding
 TOLERANCE = 1e-3  # nats, in float32; in bfloat16, first losses of either side are 0.01 nats off (standard deviation)
 Runs = dict[str, list[tuple[Turns, Record]]]  # by worker, the turns and the scoring of each seed
 
 
-def commands_of(job: Path, configurations: Sequence[str]) -> dict[str, list[str]]:
+def commands_of(job: Path, configurations: Sequence[str], float32: bool) -> dict[str, list[str]]:
     """Returns the command of ours, and those of the opponent by configuration."""
     ours = [sys.executable, "-m", "scripts.bench.workers.classification", "--job", str(job)]
     theirs = [ORACLE, str(OPPONENTS / "torch_classification.py"), "--job", str(job)]
+    ours, theirs = ([*ours, *OURS_FLOAT32], [*theirs, *THEIRS_FLOAT32]) if float32 else (ours, theirs)
     return {OURS: ours, **{name: [*theirs, *CONFIGURATIONS[name]] for name in configurations}}
 
 
-def measure(job: Path, configurations: Sequence[str], block: int, timeout_s: float) -> Record:
+def measure(job: Path, configurations: Sequence[str], block: int, timeout_s: float, float32: bool) -> Record:
     """Returns the figures of a task, and failures."""
     described = json.loads(job.read_text())
     runs: Runs = {}
     with compilation_caches(keep=True) as environment, WorkerGroup(environment, timeout_s) as workers:
-        float32 = first_losses_float32(workers, job)
-        for name, command in commands_of(job, configurations).items():
+        first_losses = first_losses_float32(workers, job)
+        for name, command in commands_of(job, configurations, float32).items():
             workers.open(name, command)
         for run in described["runs"]:
             for name, record in train_and_score(workers, len(run["steps"]), block).items():
@@ -65,13 +71,12 @@ def measure(job: Path, configurations: Sequence[str], block: int, timeout_s: flo
         finished = {name: runs[name] for name in workers.names}
     right = np.array(described["right"])
     players = {name: summary(each, right) for name, each in finished.items()}
-    return {"players": players, "float32": float32, **verdict(finished, right), "failures": workers.failures}
+    return {"players": players, "float32": first_losses, **verdict(finished, right), "failures": workers.failures}
 
 
 def first_losses_float32(workers: WorkerGroup, job: Path) -> dict[str, float]:
     """Returns the loss of the first seed's first step in float32, of ours and of the opponent, where it can be run."""
-    ours, theirs = commands_of(job, ["eager"]).values()
-    commands = {OURS: [*ours, "--compute_dtype", "float32"], "eager": [*theirs, "--dtype", "fp32"]}
+    commands = commands_of(job, ["eager"], float32=True)
     records = {name: workers.once(f"{name}, float32", command) for name, command in commands.items()}
     return {name: record["loss"] for name, record in records.items() if record is not None}
 
@@ -98,8 +103,7 @@ def summary(runs: Sequence[tuple[Turns, Record]], right: np.ndarray) -> Record:
         "steps_s": sum(counted),
         "scoring_s": runs[-1][1]["seconds"],
         "whole_s": sum(record["seconds"] for turns, scored in runs for turn in (*turns, [scored]) for record in turn),
-        "first_losses": [turns[0][0]["loss"] for turns, _ in runs],
-        "last_losses": [statistics.mean(record["loss"] for record in turns[-1]) for turns, _ in runs],
+        "losses": [losses(turns) for turns, _ in runs],
         "peak_rss_mib": runs[-1][1]["peak_rss_mib"],
     }
 
@@ -131,7 +135,26 @@ def verdict(runs: Runs, right: np.ndarray) -> Record:
         "difference": difference.value,
         "difference_interval": difference.interval,
         "difference_p": difference.p,
+        **distances(runs[OURS], runs[theirs]),
     }
+
+
+def distances(ours: Sequence[tuple[Turns, Record]], theirs: Sequence[tuple[Turns, Record]]) -> Record:
+    """Returns the largest distance of the losses of a step, early and in all, and how many predictions differ."""
+    pairs = zip(ours, theirs, strict=True)
+    apart = [np.abs(np.subtract(losses(turns), losses(others))) for (turns, _), (others, _) in pairs]
+    predicted = [np.argmax([scored["outputs"] for _, scored in runs], axis=-1) for runs in (ours, theirs)]
+    return {
+        "losses_apart_early": float(max(each[:EARLY].max() for each in apart)),
+        "losses_apart": float(max(each.max() for each in apart)),
+        "predictions_differ": int((predicted[0] != predicted[1]).sum()),
+        "predictions": int(predicted[0].size),
+    }
+
+
+def losses(turns: Turns) -> list[float]:
+    """Returns the loss of each step."""
+    return [record["loss"] for turn in turns for record in turn]
 
 
 def disagreement(name: str, result: Record) -> list[str]:
@@ -162,6 +185,9 @@ def show(name: str, task: Task, result: Record) -> None:
             f"  speed {result['speed']:.2f}x [{low:.2f}, {high:.2f}], scoring {result['scoring']:.2f}x, against "
             f"{result['opponent']}"
         )
+        early, apart = result["losses_apart_early"], result["losses_apart"]
+        differ = f"{result['predictions_differ']} of {result['predictions']:,} predictions differ"
+        print(f"  losses {early:.1e} nats apart in the first {EARLY} steps, {apart:.1e} in all; {differ}")
     sys.stdout.flush()
 
 
@@ -174,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="runs of each task (default: the task's)")
     parser.add_argument("--block", type=int, default=8, help="steps per turn")
     parser.add_argument("--steps", type=int, help="run only this many steps, as a smoke test")
+    parser.add_argument("--float32", action="store_true", help="all runs in float32, to compare losses and predictions")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a step counts as failed")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
@@ -190,7 +217,7 @@ def main() -> None:
         sizes = {"max_length": task.max_length, "seeds": range(args.seeds or task.seeds), **limits}
         with tempfile.TemporaryDirectory() as folder:
             job = write_job(Path(folder), model, train, held_out[:rows], **sizes)
-            results[name] = measure(job, args.configurations, args.block, args.timeout)
+            results[name] = measure(job, args.configurations, args.block, args.timeout, args.float32)
         show(name, task, results[name])
         if args.output:
             args.output.write_text(json.dumps({"steps": args.steps, "tasks": results}, indent=1))

@@ -160,8 +160,9 @@ def _branches(split: SplitReport) -> list[tuple[str, str]]:
     lines += _warning(split.lost_branches, "such turns that are lost because truncation left no room for them")
     if split.unseen_reasoning:
         what = (
-            "rows with reasoning that the chat template does not write, so the model never sees it. Write it into the "
-            "content as <think>...</think>, or set data.chat_template to one that reads reasoning_content"
+            "rows with reasoning that the chat template does not write, so the model never sees it. Remove "
+            "enable_thinking: false if it is set; otherwise write the reasoning into the content as "
+            "<think>...</think>, or set data.chat_template to one that reads reasoning_content"
         )
         lines.append(("note", f"{what}: {split.unseen_reasoning:,}, the first is {split.unseen_rows[0].where}"))
     return lines

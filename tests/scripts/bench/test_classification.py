@@ -19,8 +19,8 @@ from tests.e2e.project import write_model
 RIGHT = np.array([0, 1, 1, 0])
 
 
-def run(*blocks: list[float], scoring: float = 2.0, predicted=(0, 1, 1, 0)):
-    turns = [[{"seconds": s, "loss": 1.0} for s in block] for block in blocks]
+def run(*blocks: list[float], scoring: float = 2.0, predicted=(0, 1, 1, 0), loss: float = 1.0):
+    turns = [[{"seconds": s, "loss": loss} for s in block] for block in blocks]
     outputs = np.eye(2)[list(predicted)].tolist()
     return turns, {"seconds": scoring, "outputs": outputs, "peak_rss_mib": 100.0}
 
@@ -38,6 +38,21 @@ def test_figures_of_two_seeds():
     assert (found["opponent"], found["speed"], found["scoring"], found["difference"]) == ("eager", 2.0, 3.0, 0.0)
     low, high = found["difference_interval"]
     assert low == -high and high > 0 and found["difference_p"] == 1.0
+
+
+def test_losses_and_predictions_are_compared_step_by_step():
+    ours = [run([1] * bench.EARLY, [1]), run([1] * bench.EARLY, [1])]
+    theirs = [run([1] * bench.EARLY, [1]), run([1] * bench.EARLY, [1], predicted=(1, 1, 1, 0))]
+    theirs[1][0][0][2]["loss"], theirs[0][0][1][0]["loss"] = 1.25, 0.5
+    found = bench.distances(ours, theirs)
+    assert (found["losses_apart_early"], found["losses_apart"]) == (0.25, 0.5)
+    assert (found["predictions_differ"], found["predictions"]) == (1, 8)
+
+
+def test_both_compute_in_float32_on_demand(tmp_path):
+    commands = bench.commands_of(tmp_path, ["compiled"], float32=True)
+    assert commands["ours"][-1] == "float32" and commands["compiled"][-4:] == ["--dtype", "fp32", "--compile", "layers"]
+    assert "float32" not in bench.commands_of(tmp_path, [], float32=False)["ours"]
 
 
 def test_without_an_opponent_there_is_no_speed(capsys):
@@ -70,22 +85,26 @@ def test_workers_take_turns_until_the_last_step_and_then_score():
 
 def test_a_worker_that_fails_leaves_the_figures_of_the_others(monkeypatch, tmp_path):
     programs = {"ours": PROGRAM, "eager": PROGRAM, "compiled": FAILS}
-    commands = {name: [sys.executable, "-S", "-c", program] for name, program in programs.items()}
-    monkeypatch.setattr(bench, "commands_of", lambda _, names: {name: commands[name] for name in ("ours", *names)})
+
+    def commands_of(_, names, float32):
+        dtype = "fp32" if float32 else "mixed"
+        return {name: [sys.executable, "-S", "-c", programs[name], dtype] for name in ("ours", *names)}
+
+    monkeypatch.setattr(bench, "commands_of", commands_of)
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"runs": [{"seed": seed, "steps": [[], [], []]} for seed in (0, 1)], "right": [1, 1]}))
-    found = bench.measure(job, ["eager", "compiled"], 2, 30.0)
+    found = bench.measure(job, ["eager", "compiled"], 2, 30.0, float32=False)
     assert found["players"].keys() == {"ours", "eager"} and found["players"]["ours"]["accuracy"] == 0.5
     assert (found["opponent"], found["speed"], found["difference"]) == ("eager", 1.0, 0.0)
     assert found["failures"]["compiled"].endswith("no such layer")
-    assert found["float32"] == {"ours": 0.5, "eager": 0.5} and found["players"]["ours"]["first_losses"] == [0.6, 0.6]
+    assert found["float32"] == {"ours": 0.5, "eager": 0.5} and found["players"]["ours"]["losses"] == [[0.6] * 3] * 2
     assert bench.disagreement("sst2", found) == []
     found["float32"]["eager"] = 0.503
     assert bench.disagreement("sst2", found) == ["sst2: first loss -0.00300 nats apart in float32"]
 
 
 def test_a_loss_in_float32_that_cannot_be_computed_is_a_failure(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "commands_of", lambda *_: {"ours": ["/nowhere"], "eager": ["/nowhere"]})
+    monkeypatch.setattr(bench, "commands_of", lambda *_, **__: {"ours": ["/nowhere"], "eager": ["/nowhere"]})
     with WorkerGroup() as workers:
         found = {"speed": 1.0, "float32": bench.first_losses_float32(workers, tmp_path), "failures": workers.failures}
     problems = [f"sst2: {name}, float32: /nowhere: No such file or directory" for name in ("ours", "eager")]
