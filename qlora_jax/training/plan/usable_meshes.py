@@ -64,4 +64,4 @@ def _fix(step: StepConfig) -> str:
     values = [n for n, other in cut.items() if _is_cut(other) and not _whole_weights(other)]
     of_model = f"Set mesh.fsdp to one of {', '.join(map(str, values))}, or" if values else "Set"
     devices = axis_size(step.mesh, DATA, FSDP)
-    return f"{of_model} mesh.fsdp=1 and mesh.data={devices} to share the rows alone"
+    return f"{of_model} mesh.fsdp=1 and mesh.data={devices} to share only the rows"
