@@ -19,7 +19,7 @@ from qlora_jax.models.offloaded_experts import host_sharding
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE, fetch_layer, prefetching_scan
 from qlora_jax.training.abstract_step import abstract_step
 from tests.marks import EXHAUSTIVE
-from tests.models.test_offloaded_experts import LARGER, ON_CARD
+from tests.models.test_offloaded_experts import LARGER, MIXED_ON_CARD, ON_CARD
 
 LAYERS, EXPERTS = 4, 4
 SCOPE = "experts"  # name of products with fetched weights
@@ -97,6 +97,18 @@ def test_copies_hide_in_the_step_of_a_mixture(card, remat):
     program, options = lowered.gradients(), lowered.compiler_options
     compiled = aot.compile_for(card, program.function, *program.args, **program.kwargs, compiler_options=options)
     assert products_meanwhile(compiled.text) == [[1] * 6] * 2  # codes and their constants in u8, of three projections
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_copies_of_layers_in_several_types_hide_too():
+    if problem := aot.problem():
+        pytest.skip(f"no compiling for absent cards: {problem}")
+    weights, lora = dataclasses.replace(MIXED_ON_CARD, experts_on_host=True), LoraArgs(rank=16)
+    lowered = abstract_step(model_config(LARGER), weights, lora, batch=(1, 1, 512), remat="names")
+    program, options = lowered.gradients(), lowered.compiler_options
+    compiled = aot.compile_for("h100", program.function, *program.args, **program.kwargs, compiler_options=options)
+    assert products_meanwhile(compiled.text) == [[1] * 3] * 2  # codes of three projections, without constants
 
 
 def products_meanwhile(text: str) -> list[list[float]]:
