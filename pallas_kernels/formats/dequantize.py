@@ -42,7 +42,12 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> jax.Array:
     """Returns table[code] * absmax, multiplied in f32, then cast to `dtype` (default: the dtype before quantization).
 
     The result has shape [..., *shape], with the leading axes of a stack. For one layer, pass `qt.layer(i)`.
+
+    Raises:
+      TypeError: `qt` is not a QTensor.
     """
+    if not isinstance(qt, QTensor):
+        raise TypeError(f"dequantize: found {type(qt).__name__}, expected a QTensor, as quantize returns it")
     with jax.named_scope("dequantize"):
         return _dequantize(qt, jnp.dtype(qt.dtype if dtype is None else dtype))
 

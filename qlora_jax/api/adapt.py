@@ -34,6 +34,7 @@ def add_adapter(
       progress: show a progress bar if the base is read again.
 
     Raises:
+      TypeError: `lora` is not a `qlora_jax.LoRA`.
       ValueError: the model is not from `load` or has an adapter, settings contradict each other, or a pattern of target
         modules matches nothing.
     """
@@ -42,6 +43,8 @@ def add_adapter(
         raise ValueError("model: already has an adapter. Load the base with qlora_jax.load to add another")
     opened, args = provenance.opened, provenance.opened.args
     lora = LoraArgs() if lora is None else lora
+    if not isinstance(lora, LoraArgs):
+        raise TypeError(f"lora: found {lora!r}, expected qlora_jax.LoRA(...)")
     validate(Config(model=args, lora=lora, data=DataArgs(train="unused"), output="unused"))
     check_decomposable(opened.source, lora)
     key = named_key(jax.random.key(0) if key is None else key, "lora")

@@ -9,7 +9,9 @@ from typing import Literal
 from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config import ModelArgs
+from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.readers.json_rows import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.training.objectives.make_objective import make_objective
 
@@ -20,6 +22,7 @@ Columns = Mapping[str, str] | Mapping[str, Mapping[str, str]]
 BadRows = Literal["error", "drop"]
 
 
+@suggests_arguments
 def prepare_data(
     data: Data,
     tokenizer: Tokenizer,
@@ -68,7 +71,7 @@ def prepare_data(
         "train.seed": seed,
     }
     with tempfile.TemporaryDirectory() as folder:
-        files = write_data(data, eval_data, Path(folder))
+        files = write_data(data, eval_data, Path(folder), resume=False)
         resolved = training_config(ModelArgs(path="unused"), None, settings | files, config, output="unused")
         return load_dataset(
             resolved.data,
@@ -82,14 +85,18 @@ def prepare_data(
         )
 
 
-def write_data(train: Data, evaluation: Data | None, folder: Path) -> dict[str, object]:
+def write_data(train: Data, evaluation: Data | None, folder: Path, *, resume: bool) -> dict[str, object]:
     """The settings data.train and data.eval; rows in memory are written to JSON Lines files in `folder` first.
 
+    Args:
+      resume: `folder` has a run, whose files must have these rows. Otherwise they are replaced: they are those of a
+        call that ended before its first step.
+
     Raises:
-      ValueError: a file in `folder` has other rows.
+      ValueError: a file of the run has other rows, or a row is not a mapping.
     """
     given = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
-    return {f"data.{name}": _setting(name, data, folder) for name, data in given.items()}
+    return {f"data.{name}": _setting(name, data, folder, resume) for name, data in given.items()}
 
 
 def rows_files(folder: Path) -> list[Path]:
@@ -97,15 +104,24 @@ def rows_files(folder: Path) -> list[Path]:
     return [folder / f"{name}.jsonl" for name in ("train", "eval")]
 
 
-def _setting(name: str, data: Data, folder: Path) -> object:
+def _setting(name: str, data: Data, folder: Path, resume: bool) -> object:
     if isinstance(data, str | Path):
         return str(data)
     if isinstance(data, Mapping):
         return {str(path): float(weight) for path, weight in data.items()}
-    text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data)
+    text = "".join(_line(number, row) for number, row in enumerate(data))
     path = folder / f"{name}.jsonl"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if resume and path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path}: the run was started with other rows. Give the same rows, or another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return str(path)
+
+
+def _line(number: int, row: object) -> str:
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f'data: row {number} is {shorten(repr(row))} ({type(row).__name__}), expected a dict such as {{"prompt": '
+            '"...", "completion": "..."}. Give a list of dicts; of a DataFrame, df.to_dict("records")'
+        )
+    return json.dumps(dict(row), ensure_ascii=False) + "\n"

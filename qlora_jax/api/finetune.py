@@ -16,6 +16,7 @@ from qlora_jax.api.export import merge, save_peft
 from qlora_jax.api.progress import console_for
 from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
 from qlora_jax.api.settings import Overrides, training_config
+from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.config.preference_settings import ObjectiveName
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.dtypes import Dtype, MergedFormat
@@ -66,6 +67,7 @@ class FinetuneRun:
         return merge(self.model, folder, format=format, dtype=dtype, base=base, progress=progress)
 
 
+@suggests_arguments
 def finetune(
     model: nnx.Module,
     tokenizer: Tokenizer,
@@ -158,7 +160,7 @@ def finetune(
     folder = Path(output)
     warn = functools.partial(warnings.warn, category=RuntimeWarning, stacklevel=2)
     with lock_output(folder, resume=resume, allowed=rows_files(folder), warn=warn) as lock:
-        settings |= write_data(data, eval_data, folder)
+        settings |= write_data(data, eval_data, folder, resume=resume)
         resolved = training_config(provenance.opened.args, provenance.lora_args, settings, config, output=str(folder))
         parts = parts_of(model)
         trained = run_training(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.api.provenance import Provenance, parts_of
+from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference import prompts
@@ -11,6 +12,7 @@ from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.decoder import CausalLM
 
 
+@suggests_arguments
 def generate_text(
     model: CausalLM,
     tokenizer: Tokenizer,

@@ -8,6 +8,7 @@ from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import Provenance, attach
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.fields import TemplateValue
+from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.loading.loader import Progress
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, is_finetuned, load_checked, open_base, open_finetuned
@@ -18,6 +19,7 @@ QuantType = Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
 
+@suggests_arguments
 def load(
     path: str,
     *,

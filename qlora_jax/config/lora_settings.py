@@ -12,22 +12,11 @@ from qlora_jax.config.fields import (
     WORD,
     setting,
 )
-
-MethodName = Literal[
-    "lora",
-    "lora_fa",
-    "dora",
-    "ia3",
-    "oft",
-    "vera",
-    "ln_tuning",
-    "bitfit",
-    "houlsby",
-    "pfeiffer",
-    "full",
-]
+from qlora_jax.config.keyword_suggestions import suggests_settings
+from qlora_jax.config.method_names import MethodName
 
 
+@suggests_settings
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraArgs:
     """The trained parameters: an adapter, or the whole model."""

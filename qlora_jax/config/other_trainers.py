@@ -3,7 +3,7 @@ and LLaMA-Factory. Suggestions appear in error messages only; no other name is e
 
 from typing import NamedTuple, get_args
 
-from qlora_jax.config.lora_settings import MethodName
+from qlora_jax.config.method_names import MethodName
 
 
 class Replacement(NamedTuple):

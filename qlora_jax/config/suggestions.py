@@ -45,8 +45,8 @@ def replacement_of(key: str, known: Sequence[str]) -> Replacement | None:
     return found._replace(key=ours) if ours else None
 
 
-def suggest_key(key: str, known: Sequence[str]) -> str:
-    """The end of the message for an unknown key: the known key that was probably meant, or where all are listed.
+def suggest_key(key: str, known: Sequence[str], otherwise: str = "; --help all lists all settings") -> str:
+    """The end of the message for an unknown key: the known key that was probably meant, or `otherwise`.
 
     Keys are compared by their last part: two keys of one section are not similar because of the section.
     """
@@ -56,7 +56,7 @@ def suggest_key(key: str, known: Sequence[str]) -> str:
     same_name = [name for name in known if name.rpartition(".")[2] == last]
     by_last = {name.rpartition(".")[2]: name for name in known}
     near = same_name or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
-    return f"; did you mean {near[0]}?" if near else "; --help all lists all settings"
+    return f"; did you mean {near[0]}?" if near else otherwise
 
 
 def _describe(replacement: Replacement) -> str:

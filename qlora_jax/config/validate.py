@@ -4,7 +4,8 @@ import dataclasses
 
 from qlora_jax.config.head_settings import HEADS, head_problems
 from qlora_jax.config.layer_numbers import parse_layers
-from qlora_jax.config.lora_settings import LoraArgs, MethodName
+from qlora_jax.config.lora_settings import LoraArgs
+from qlora_jax.config.method_names import MethodName
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
 from qlora_jax.config.preference_settings import preference_problems

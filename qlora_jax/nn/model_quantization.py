@@ -49,9 +49,11 @@ def quantize_model[Model: nnx.Module](
       rngs: draws the adapters' initial values and dropout masks; None: nnx.Rngs(0).
 
     Raises:
+      TypeError: `rules` is not a sequence of QuantRule.
       ValueError: every problem at once: a pattern that is not a regular expression or matches no layer that an
         earlier rule left, settings that are not possible, and matched layers that cannot be quantized.
     """
+    _check_types(rules)
     layers = _linear_layers(model)
     chosen = {path: rule for path in layers if (rule := _first_match(rules, path)) is not None}
     if problems := [*_rule_problems(rules, layers, chosen), *_layer_problems(layers, chosen)]:
@@ -66,6 +68,15 @@ def quantize_model[Model: nnx.Module](
         return _quantized(path, node, rule, nnx.Rngs(named_key(key, path)))
 
     return nnx.recursive_map(convert, nnx.clone(model))
+
+
+def _check_types(rules: object) -> None:
+    """Raises TypeError for rules in another form, such as one rule without its list."""
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, QuantRule) for rule in rules):
+        raise TypeError(f"rules: found {rules!r}, expected a list such as [QuantRule('.*')]")
+    for rule in rules:
+        if not isinstance(rule.lora, LoraArgs | None):
+            raise TypeError(f"QuantRule({rule.pattern!r}): lora: found {rule.lora!r}, expected qlora_jax.LoRA(...)")
 
 
 def _linear_layers(model: nnx.Module) -> dict[str, Linear]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qlora_jax as q
+from qlora_jax.api.data import _line, write_data
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.pretrained import open_base
 from tests.e2e.project import write_model, write_rows
@@ -43,6 +44,20 @@ def test_columns_and_bad_rows_are_arguments(tokenizer):
 def test_malformed_rows_in_memory_are_reported(tokenizer):
     with pytest.raises(ValueError, match=r"train\.jsonl"):
         q.prepare_data([{"neither": "column"}], tokenizer)
+
+
+@pytest.mark.parametrize("row", ["say sun", ("say sun", "sun"), None])
+def test_a_row_that_is_not_a_mapping_is_an_error_that_shows_it(row):
+    with pytest.raises(ValueError, match=rf"^data: row 1 is .*\({type(row).__name__}\), expected a dict such as"):
+        _line(1, row)
+
+
+def test_rows_of_a_call_that_failed_are_replaced_but_those_of_a_run_are_not(tmp_path):
+    write_data([{"promt": "typing mistake"}], None, tmp_path, resume=False)
+    write_data([{"prompt": "corrected"}], None, tmp_path, resume=False)
+    assert json.loads((tmp_path / "train.jsonl").read_text()) == {"prompt": "corrected"}
+    with pytest.raises(ValueError, match=r"train\.jsonl: the run was started with other rows"):
+        write_data([{"prompt": "other"}], None, tmp_path, resume=True)
 
 
 def test_the_objective_of_the_config_decides_the_rows(tokenizer):

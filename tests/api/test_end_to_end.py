@@ -1,5 +1,6 @@
 """The Python functions, from a model's files to a PEFT adapter, next to the commands."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -135,6 +136,8 @@ def test_what_finetune_refuses(project, tmp_path):
         attempt(steps=1, config={"train.steps": 2})
     with pytest.raises(ValueError, match="already has an adapter"):
         q.add_adapter(project.adapted)
+    with pytest.raises(TypeError, match=r"lora: found {'rank': 8}, expected qlora_jax\.LoRA"):
+        inspect.unwrap(q.add_adapter)(project.base, {"rank": 8})  # without the type checks of tests
     assert not (tmp_path / "run").exists()
     with lock_run(tmp_path / "run", pytest.fail):
         with pytest.raises(ValueError, match=rf"another process writes in this folder \(process {os.getpid()} on "):

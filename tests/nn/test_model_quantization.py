@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.nn.model_quantization import QuantRule, quantize_model
+from qlora_jax.nn.model_quantization import QuantRule, _check_types, quantize_model
 from qlora_jax.nn.nf4_linear import NF4Linear, NF4LinearGeneral
 from tests.nn.flax_models import MLP, StackedMLP, Transformer, batch
 
@@ -278,6 +278,19 @@ def test_all_problems_are_reported_at_once():
 def test_no_rules_is_an_error():
     with pytest.raises(ValueError, match="rules: found none, expected at least one"):
         quantize_model(MLP(nnx.Rngs(0)), [])
+
+
+@pytest.mark.parametrize("rules", [QuantRule(".*"), ".*", {".*": "nf4"}, [".*"]])
+def test_rules_in_another_form_are_an_error(rules):
+    with pytest.raises(TypeError, match=r"^rules: found .*, expected a list such as \[QuantRule"):
+        _check_types(rules)
+
+
+def test_an_adapter_that_is_a_number_is_an_error():
+    rule = QuantRule("up")
+    object.__setattr__(rule, "lora", 8)
+    with pytest.raises(TypeError, match=r"QuantRule\('up'\): lora: found 8, expected qlora_jax\.LoRA"):
+        _check_types([rule])
 
 
 def test_a_weight_that_is_not_finite_is_reported_with_its_path():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from qlora_jax.config.lora_settings import MethodName
+from qlora_jax.config.method_names import MethodName
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families.multimodal import WRAPPERS

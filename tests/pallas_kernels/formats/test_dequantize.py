@@ -1,5 +1,7 @@
 """dequantize and expand_absmax: against the formula per element, and jit against NumPy bit for bit."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,3 +116,8 @@ def test_not_finite_constants_stay_visible() -> None:
     qt = stacked_weight("nf4", layers=1)
     qt.nested_absmax[0, 0] = np.inf
     assert np.isnan(np.asarray(expand_absmax(on_device(qt)))[0, 0, 0])
+
+
+def test_an_array_is_an_error():
+    with pytest.raises(TypeError, match="dequantize: found ndarray, expected a QTensor"):
+        inspect.unwrap(dequantize)(np.zeros((64, 64), np.float32))  # without the type checks of tests
