@@ -80,6 +80,11 @@ def evaluate_model(
         "answers": answers,
         "programs": programs,
     }
+    for name, path in files.items():
+        if not isinstance(path, str | Path | None):
+            raise TypeError(
+                f"{name}: found a {type(path).__name__}, expected the path of a file. Write the rows to one"
+            )
     args = _task_args({name: str(path) for name, path in files.items() if path is not None} | settings)
     reader = dataclasses.replace(tokenizer, chat_template=None) if raw else tokenizer
     all_tasks = [*build_tasks(args, _context(models, reader)), *tasks]

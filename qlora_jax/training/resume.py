@@ -188,7 +188,9 @@ def check_resumable(session: Session, state: Record) -> None:
     if problems:
         raise ValueError(
             f"{session.config.output}: cannot resume from the checkpoint of step {state['step']}, because these "
-            "differ:\n  " + "\n  ".join(problems) + "\nUse the same settings, or another output folder."
+            "differ:\n  "
+            + "\n  ".join(problems)
+            + "\nUse the same settings; or start a new run from the exported adapter (export, lora.start)."
         )
     warn_of_other_masks(session.config, state)
 

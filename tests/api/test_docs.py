@@ -25,7 +25,7 @@ def examples(text: str) -> list[str]:
 
 def write_project(folder: Path) -> None:
     """The files that the examples use, with a tiny model in place of SmolLM2."""
-    write_model(folder / "models/SmolLM2-135M-Instruct", max_position_embeddings=2048)
+    write_model(folder / "HuggingFaceTB/SmolLM2-135M-Instruct", max_position_embeddings=2048)
     rows = [{"prompt": f"say {word}", "completion": word} for word in ("sun", "moon", "star", "sky") * 8]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -50,7 +50,7 @@ DROPS_REASONING = TEMPLATE.replace("m['content']", "(m.reasoning_content or '' i
 def test_the_training_loop_of_the_page_gives_rows_with_branches_their_mask(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path)
-    settings = tmp_path / "models/SmolLM2-135M-Instruct/tokenizer_config.json"
+    settings = tmp_path / "HuggingFaceTB/SmolLM2-135M-Instruct/tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": DROPS_REASONING}))
     turns = [("user", "say sun", ""), ("assistant", "sun", "a word;"), ("user", "moon", ""), ("assistant", "m", "it;")]
     messages = [{"role": role, "content": text, "reasoning_content": thought} for role, text, thought in turns]

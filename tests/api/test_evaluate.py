@@ -1,6 +1,7 @@
 """`evaluate_model` returns the numbers that the command `evaluate` stores, and prints nothing."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -130,3 +131,8 @@ def test_models_with_different_heads_are_refused(models, tmp_path):
 def test_bad_settings(models, settings, message):
     with pytest.raises((ConfigError, ValueError), match=message):
         q.evaluate_model(*models, **settings)
+
+
+def test_rows_in_memory_are_an_error_that_asks_for_a_file(models):
+    with pytest.raises(TypeError, match=r"^rows: found a list, expected the path of a file"):
+        inspect.unwrap(q.evaluate_model)(*models, rows=[{"prompt": "say sun", "completion": "sun"}])

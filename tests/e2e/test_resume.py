@@ -137,6 +137,7 @@ def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
     with pytest.raises(ValueError) as caught:
         run(changed, resume=True)
     assert "lora.alpha: 32.0 in the checkpoint, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
+    assert str(caught.value).endswith("or start a new run from the exported adapter (export, lora.start).")
 
 
 @pytest.mark.parametrize(

@@ -313,4 +313,11 @@ def _found_instead(folder: Path) -> str:
         )
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return f"It contains {ggufs[0]}: give the path of that file"
+    if "adapter_config.json" in names:
+        return "It is a PEFT adapter: give its base model here, and the adapter as lora.start"
+    if "checkpoints" in names and "config.yaml" in names:
+        return (
+            "It is a training run. Resume it with --config RUN/config.yaml --resume. To train its adapter with other "
+            "settings, export it with --format peft, and give it as lora.start and its base model here"
+        )
     return f"It contains: {', '.join(names[:10]) or 'nothing'}"

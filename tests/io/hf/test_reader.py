@@ -207,6 +207,8 @@ def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
             r"a pickle, which is not read because it can run any code.*save_pretrained",
         ),
         ({"model-q4.gguf": ""}, "contains model-q4.gguf: give the path of that file"),
+        ({"adapter_config.json": "{}"}, r"is missing\)\. It is a PEFT adapter: .*lora\.start"),
+        ({"config.yaml": "", "checkpoints": ""}, r"is missing\)\. It is a training run\. Resume it with --config RUN"),
         ({"config.json": '{"hidden_size": 5,}'}, r"config.json, line 1, column \d+: not JSON"),
         (
             {"config.json": '{"quantization_config": {"quant_method": "hqq"}}'},
