@@ -102,7 +102,9 @@ def test_a_mixture_names_the_file_of_each_dropped_row(tokenizer: Tokenizer, brok
     assert report.train.bad == 5
 
 
-@pytest.mark.parametrize("rows", [["{"] * 3, [json.dumps(question(1, ""))] * 3, [json.dumps({"prompt": "Q"}), "1"]])
+@pytest.mark.parametrize(
+    "rows", [['{"prompt"'] * 3, [json.dumps(question(1, ""))] * 3, [json.dumps({"prompt": "Q"}), "1"]]
+)
 def test_a_file_of_bad_rows_only_is_an_error(tokenizer: Tokenizer, tmp_path: Path, rows: list[str]):
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     with pytest.raises(ValueError, match=rf"rows\.jsonl.*(none of {len(rows)} can be used:\n  |no known format)"):
