@@ -41,6 +41,7 @@ def low_rank(x_MK: Float[Array, "M K"], a: Float[Array, "K R"], b: Float[Array, 
 def cost(function: Callable[..., Array], *shapes: jax.ShapeDtypeStruct) -> tuple[float, float]:
     """Returns the operations and the bytes of a compiled function."""
     found = jax.jit(function).lower(*shapes).compile().cost_analysis()
+    assert found is not None, "a CPU reports costs"
     return found["flops"], found["bytes accessed"]
 
 

@@ -72,6 +72,8 @@ def test_a_classifier_learns_continues_in_memory_and_is_evaluated(tmp_path: Path
     assert np.mean(found[-4:]) < 0.5 * np.mean(found[:4])
     head = open_run(tmp_path / "a").head
     assert head is not None and head.text_columns == (("text",),)
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "as the head reads them" in page and "counts in the loss" not in page
     assert head == TrainedHead(objective="classification", labels=("moon", "star", "sun"))
     again = q.finetune(
         first.model, tokenizer, train_rows, output=tmp_path / "b", **settings | {"steps": 4, "learning_rate": 1e-4}

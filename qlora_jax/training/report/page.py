@@ -61,6 +61,7 @@ def page(report: RunReport) -> str:
         histograms=_histograms(report.data),
         used=1 - report.data.padding_share,
         rows=report.rows,
+        head=report.data.parts.head,
         fits=report.plan.fits,
         plan=_plan(report.plan, report.peak),
         places=list(_places(report.plan.requirements)),
