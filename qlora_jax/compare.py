@@ -7,7 +7,7 @@ from qlora_jax.config import Command, run_main
 COMMAND = Command(
     name="compare",
     summary="Compares finetuning methods on your data: equal budgets, several seeds, intervals and tests.",
-    example="--study configs/studies/first_sweep.yaml --output runs/first_sweep",
+    example="--study configs/studies/first_sweep.yaml --model ~/models/Llama --output runs/first_sweep",
     schema=CompareArgs,
     common=("study", "output", "model", "launcher", "processes"),
     positional="study",

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,3 +134,10 @@ def test_processes_that_are_stopped_and_killed_continue_to_the_same_values(tmp_p
         with open(output / "runs.csv", newline="") as file:
             values.append([(row["seed"], row["value"], row["steps"]) for row in csv.DictReader(file)])
     assert values[0] == values[1] and len(values[0]) == 2
+
+
+def test_the_commands_that_people_copy_name_the_model_that_the_study_lacks():
+    assert "model" not in yaml.safe_load((ROOT / "configs/studies/first_sweep.yaml").read_text())
+    shown = f"{(ROOT / 'README.md').read_text()}\n{compare.COMMAND.example}"
+    commands = re.findall(r"configs/studies/first_sweep\.yaml.*", shown)
+    assert len(commands) == 2 and all("--model " in command for command in commands)
