@@ -30,6 +30,7 @@ SILENT_SECONDS = 3.0  # a process that counts may be as late on a busy machine
 LAST_WORDS_SECONDS = 3.0  # for processes to read what others wrote, before process 0 takes the service with it
 ANSWER_SECONDS = 5.0  # for processes to say where they are
 CONNECT_SECONDS = 1.0  # for process 0 to take a connection
+CLOSING_SECONDS = 0.5  # for a busy system to close the port of a process that was killed, after its connections
 _BEATS, _FAILED = "qlora_jax/watchdog/beats", "qlora_jax/watchdog/failed"
 _LEFT, _PLACES = "qlora_jax/left", "qlora_jax/places"
 RESTART = "Look at its output, then start all processes again, with --resume if the run has a checkpoint"
@@ -106,7 +107,8 @@ class Watchdog:
         with self._ending:
             self._say(f"{self._lost_text()}. {RESTART}")
             if self.group.is_first:
-                time.sleep(CONNECT_SECONDS)  # for the others, which find out whether this process has ended
+                # For the others, which find out whether this process has ended.
+                time.sleep(CLOSING_SECONDS + CONNECT_SECONDS)
             os._exit(ENDED)
 
     def _lost_text(self) -> str:
@@ -126,7 +128,7 @@ class Watchdog:
         now = time.monotonic()
         silent = sorted(process for process, (_, at) in self._beats.items() if now - at > limit)
         # The connection to process 0 may have broken, which all notice at once.
-        ended = not silent and not self.group.is_first and not answers(self.coordinator)
+        ended = not silent and not self.group.is_first and stops_answering(self.coordinator)
         return [0] if ended else silent
 
     def fail(self, error: BaseException, report: Report) -> NoReturn:
@@ -207,6 +209,16 @@ class Watchdog:
                 counts = {int(key.rpartition("/")[2]): int(text) for key, text in found}
             time.sleep(0.1)
         return [counts.get(process) for process in range(self.group.processes)]
+
+
+def stops_answering(coordinator: str | None) -> bool:
+    """Returns True if process 0 takes no connection, or none any more after CLOSING_SECONDS."""
+    deadline = time.monotonic() + CLOSING_SECONDS
+    while answers(coordinator):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def answers(coordinator: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 
 import pytest
@@ -41,6 +42,14 @@ def test_a_process_that_is_late_is_not_blamed_for_the_end_of_process_0(monkeypat
         ended.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{ended.getsockname()[1]}"  # nothing listens there
         assert "because process 0 (here) ended" in message_of(monkeypatch, capfd, address, process_3=9.0)
+
+
+def test_process_0_is_blamed_if_its_port_closes_after_its_connections(monkeypatch, capfd):
+    """A busy system takes a moment to close all sockets of a process that was killed."""
+    with socket.create_server(("127.0.0.1", 0)) as closing:
+        address = f"127.0.0.1:{closing.getsockname()[1]}"
+        threading.Timer(0.2, closing.close).start()
+        assert "because process 0 (here) ended" in message_of(monkeypatch, capfd, address, process_3=2.5)
 
 
 def test_the_process_that_is_silent_for_longest_is_a_guess_if_process_0_answers(monkeypatch, capfd):
