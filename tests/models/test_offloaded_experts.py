@@ -158,9 +158,10 @@ def equations(jaxpr, name: str):
 
 
 @pytest.mark.parametrize(
-    "on_card", [pytest.param(ON_CARD, marks=EXHAUSTIVE), pytest.param(MIXED_ON_CARD, marks=EXHAUSTIVE)]
+    ("on_card", "layers"),
+    [pytest.param(ON_CARD, 2.2, marks=EXHAUSTIVE), pytest.param(MIXED_ON_CARD, 2.3, marks=EXHAUSTIVE)],
 )
-def test_a_card_holds_the_codes_of_few_layers(on_card):
+def test_a_card_holds_the_codes_of_few_layers(on_card, layers):
     """The stacks are arguments in host memory, and two layers of them are on the card."""
     if problem := aot.problem():
         pytest.skip(f"no compiling for absent cards: {problem}")
@@ -175,7 +176,7 @@ def test_a_card_holds_the_codes_of_few_layers(on_card):
     here, away = used[False].memory, used[True].memory
     assert (here.host.arguments, away.host.arguments) == (0, stack)
     assert here.device.arguments - away.device.arguments == on_device
-    assert away.device.temporaries - here.device.temporaries <= 2.2 * stack / LARGER["num_hidden_layers"]
+    assert away.device.temporaries - here.device.temporaries <= layers * stack / LARGER["num_hidden_layers"]
     wide = LARGER["num_experts"], LARGER["moe_intermediate_size"], LARGER["hidden_size"]
     made = re.findall(r"(?:bf16|f32)\[([\d,]+)\]", used[True].text)
     assert not [sizes for sizes in made if sorted(map(int, sizes.split(",")))[-3:] == sorted(wide)]
