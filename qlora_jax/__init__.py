@@ -41,6 +41,8 @@ __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:  # Any, so that type checkers accept calls of the names
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("qlora-jax")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'qlora_jax' has no attribute {name!r}; its names: {', '.join(_PUBLIC)}")
     module, attribute = _PUBLIC[name]

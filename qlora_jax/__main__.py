@@ -1,6 +1,8 @@
 """`qlora-jax COMMAND ...` and `python -m qlora_jax COMMAND ...`: lists the commands, or runs one."""
 
 import importlib
+import importlib.metadata
+import platform
 import sys
 
 from qlora_jax import allocator
@@ -8,6 +10,7 @@ from qlora_jax.config import Command, run_main
 from qlora_jax.terminal.visible import visible
 
 COMMANDS = ("train", "generate", "predict", "evaluate", "compare", "arena", "variance", "export", "quantize", "plan")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 def main() -> None:
@@ -15,6 +18,8 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h"):
         print(overview())
+    elif name == "--version":
+        print(versions())
     elif name in COMMANDS:
         if name != "plan":  # it computes nothing
             allocator.tune()
@@ -30,7 +35,14 @@ def overview() -> str:
     for name in COMMANDS:
         command: Command = importlib.import_module(f"qlora_jax.{name}").COMMAND
         lines.append(f"  {name:<10}{command.summary}")
-    return "\n".join([*lines, "", "qlora-jax COMMAND --help shows a command's settings."])
+    ends = ["qlora-jax COMMAND --help shows a command's settings.", "qlora-jax --version shows the versions."]
+    return "\n".join([*lines, "", *ends])
+
+
+def versions() -> str:
+    """The versions that a bug report needs, one per line."""
+    lines = [f"{name} {importlib.metadata.version(name)}" for name in ("qlora-jax", *LIBRARIES)]
+    return "\n".join([*lines, f"Python {platform.python_version()}"])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,19 @@ import importlib
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import flax
+import jax
+import jaxlib
+import optax
+import orbax.checkpoint
 import pytest
 
+import qlora_jax
 from qlora_jax import evaluate, export, plan, quantize, train
-from qlora_jax.__main__ import COMMANDS
+from qlora_jax.__main__ import COMMANDS, main
 from qlora_jax.config import Command, ConfigError, read_arguments, run_main
 from qlora_jax.config.parse import walk_settings
 from qlora_jax.config.schema import Config
@@ -193,6 +200,16 @@ def test_the_package_lists_its_commands():
     assert done.returncode == 2 and done.stderr.startswith("error: nowhere: ")
     done = subprocess.run([sys.executable, "-m", "qlora_jax", "trian"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: trian: unknown command")
+
+
+def test_version_is_that_of_the_project_and_its_libraries(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qlora-jax", "--version"])
+    main()
+    found = dict(line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert found["qlora-jax"] == qlora_jax.__version__ == project["version"]
+    libraries = {"jax": jax, "jaxlib": jaxlib, "flax": flax, "optax": optax, "orbax-checkpoint": orbax.checkpoint}
+    assert {name: found[name] for name in libraries} == {name: each.__version__ for name, each in libraries.items()}
 
 
 def fail_with(error: BaseException):
