@@ -7,6 +7,7 @@ import sys
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
+from qlora_jax.config.suggestions import suggest_key
 from qlora_jax.terminal.visible import visible
 
 COMMANDS = ("train", "generate", "predict", "evaluate", "compare", "arena", "variance", "export", "quantize", "plan")
@@ -25,7 +26,8 @@ def main() -> None:
             allocator.tune()
         run_main(importlib.import_module(f"qlora_jax.{name}").main, arguments)
     else:
-        print(f"error: {visible(name)}: unknown command\n\n{overview()}", file=sys.stderr)
+        suggestion = suggest_key(name, COMMANDS, otherwise="")
+        print(f"error: {visible(name)}: unknown command{suggestion}\n\n{overview()}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -202,6 +202,13 @@ def test_the_package_lists_its_commands():
     assert done.returncode == 2 and done.stderr.startswith("error: trian: unknown command")
 
 
+def test_a_command_that_was_probably_meant_is_suggested(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qlora-jax", "trian"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("error: trian: unknown command; did you mean train?\n\nusage: ")
+
+
 def test_version_is_that_of_the_project_and_its_libraries(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["qlora-jax", "--version"])
     main()
