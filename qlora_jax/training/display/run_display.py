@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
@@ -19,6 +20,7 @@ from qlora_jax.training.metrics.router_metrics import DEAD, MAX_LOAD
 
 _WINDOW = 20  # steps over which speed and remaining time are averaged
 _SAMPLE_CHARACTERS = 160
+_SHORTEST_BAR = 2  # columns of the live line
 
 
 def print_banner(title: str, rows: Mapping[str, str], console: Console) -> None:
@@ -82,10 +84,10 @@ class Throughput:
         return sum(done(record) for _, record in self._steps) / seconds if seconds else None
 
 
-def status_line(record: Record, pace: Throughput, steps_left: int) -> str:
-    """Formats a step: `loss 2.345  812 tok/s  MFU 41.0%  1:23 left  lr 2.0e-04  grad 0.31`, then memory.
+def status_fields(record: Record, pace: Throughput, steps_left: int) -> list[str]:
+    """Formats a step: `loss 2.345`, `812 tok/s`, `MFU 41.0%`, `1:23 left`, `lr 2.0e-04`, `grad 0.31`, then memory.
 
-    The most important numbers come first, because a narrow terminal cuts off the end.
+    The most important numbers come first, because a narrow terminal shows only the first fields.
     """
     speed, step_time, mfu = pace.tokens_per_second, pace.seconds_per_step, pace.mfu
     parts = [
@@ -98,9 +100,9 @@ def status_line(record: Record, pace: Throughput, steps_left: int) -> str:
         f"grad {record['grad_norm']:.2f}",
         _router_text(record),
         _paging_text(record),
-        _memory_text(record),
+        *_memory_texts(record),
     ]
-    return "  ".join(filter(None, parts))
+    return [*filter(None, parts)]
 
 
 def _reward_text(record: Record) -> str:
@@ -133,10 +135,10 @@ def _paging_text(record: Record) -> str:
     return f"state {resident} resident, {paged_in} in, {paged_out} out"
 
 
-def _memory_text(record: Record) -> str:
-    """Formats memory in use: `device 10.20 GiB  host 1.50 GiB`, as far as it is known."""
+def _memory_texts(record: Record) -> list[str]:
+    """Formats memory in use: `device 10.20 GiB`, `host 1.50 GiB`, as far as it is known."""
     places = ("device", "host")
-    return "  ".join(f"{place} {format_bytes(record[key])}" for place in places if (key := f"{place}_bytes") in record)
+    return [f"{place} {format_bytes(record[key])}" for place in places if (key := f"{place}_bytes") in record]
 
 
 def evaluation_lines(record: Record) -> list[str]:
@@ -171,6 +173,12 @@ def _preference_text(record: Record, name: str) -> str:
     if name == ACCURACY:
         return f"{PREFERENCE_LABELS[name]} {value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{PREFERENCE_LABELS[name]} {value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _fit(fields: Sequence[str], width: int) -> str:
+    """Joins as many fields as fit into `width` columns, from the first; always the first."""
+    lines = [*itertools.accumulate(fields, "{}  {}".format)]
+    return next((line for line in reversed(lines) if cell_len(line) <= width), lines[0])
 
 
 class Display:
@@ -208,10 +216,11 @@ class Display:
         if step == 1 and record["learning_rate"] == 0:
             self.message("step 1: the learning rate is 0, because warm-up starts at 0 (optim.warmup_start)")
         self._pace.add(record, time.monotonic())
-        text = status_line(record, self._pace, self._total - step)
-        self._progress.update(self._task, completed=step, status=text)
+        fields = status_fields(record, self._pace, self._total - step)
+        room = self._console.width - len(f"step {self._total}/{self._total}") - len("  ") - _SHORTEST_BAR
+        self._progress.update(self._task, completed=step, status=_fit(fields, room))
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._total):
-            self.message(f"step {step}/{self._total}  {text}")
+            self.message("  ".join([f"step {step}/{self._total}", *fields]))
 
     def evaluation(self, record: Record) -> None:
         """Shows the held-out loss and a line per question task, above the live line of a terminal."""

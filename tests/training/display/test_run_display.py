@@ -106,13 +106,28 @@ def test_a_terminal_has_one_live_line_and_is_left_as_it_was():
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
 
 
-def test_a_narrow_terminal_cuts_the_end_alone():
+def live_line(width: int, **changes) -> str:
+    """The last live line of a run, in a terminal of this width."""
     out = io.StringIO()
-    with Display(500, 0, 1, Console(file=out, width=60, force_terminal=True)) as display:
+    with Display(500, 0, 1, Console(file=out, width=width, force_terminal=True)) as display:
         for step in (1, 2):
-            display.step(record(step, mfu=0.41, device_bytes=2**33, host_bytes=2**30))
-    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).split("\r")[-1]
-    assert re.match(r"step 2/500 +loss 2\.346  1024 tok/s  MFU 41\.0%  \d+:\d\d left  ", last) and "host" not in last
+            display.step(record(step, **changes))
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).split("\r")[-1].rstrip()
+
+
+@pytest.mark.parametrize("width", (60, 63, 80, 96))
+def test_a_narrow_terminal_drops_the_last_fields_whole(width):
+    line = live_line(width, mfu=0.41, device_bytes=2**33, host_bytes=567_803_248)
+    step, _, status = line.partition("loss ")
+    assert step.startswith("step 2/500 ") and len(line) <= width
+    fields = ["2.346", "1024 tok/s", "MFU 41.0%", "0:00 left", "lr 2.0e-04", "grad 0.31"]
+    fields += ["device 8.00 GiB", "host 541.50 MiB"]
+    shown = re.sub(r"\d+:\d\d left", "0:00 left", status).split("  ")
+    assert shown == fields[: len(shown)] and len(shown) >= 4
+
+
+def test_a_wide_terminal_shows_every_field():
+    assert live_line(150, host_bytes=2**30).endswith("  grad 0.31  host 1.00 GiB")
 
 
 def test_the_banner_neither_wraps_nor_reads_markup_in_a_file():
