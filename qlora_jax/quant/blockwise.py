@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -46,12 +47,17 @@ def quantize(
       nested_block_size: block constants that share a nested constant.
 
     Raises:
-      ValueError: the setting, dtype or shape cannot be quantized, or an element is not finite.
+      ValueError: the setting, dtype or shape cannot be quantized, an element is not finite, or the weight is traced.
     """
     settings = QuantSettings(
         quant_type=quant_type, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size
     )
     check_weight(weight.shape, weight.dtype)
+    if isinstance(weight, jax.core.Tracer):
+        raise ValueError(
+            "cannot quantize the weight: it is traced, as in jax.jit, jax.vmap or jax.grad, so its elements cannot be "
+            "checked (found a tracer, expected an array). Quantize it before, and pass the QTensor to the function."
+        )
     qt, finite, exact = _quantize_and_inspect(weight, settings)
     if not finite:
         check_finite(np.asarray(weight))

@@ -190,6 +190,12 @@ def test_refuses(quantize, case: str) -> None:
         quantize(weight, **settings)
 
 
+@pytest.mark.parametrize("trace", [jax.jit, jax.vmap])
+def test_refuses_a_traced_weight(trace) -> None:
+    with pytest.raises(ValueError, match=r"it is traced, as in jax\.jit.*Quantize it before, and pass the QTensor"):
+        trace(quant.quantize)(normal((4, 64)))
+
+
 def test_traceable_core_gives_shapes_without_arrays() -> None:
     settings = quant.QuantSettings(block_size=128)
     core = functools.partial(quant.quantize_traceable, settings=settings)
