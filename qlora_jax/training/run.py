@@ -26,7 +26,7 @@ from qlora_jax.io.run_folder.checkpoint import (
 from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.display.banner import resume_banner, start_banner, warm_up_text
+from qlora_jax.training.display.banner import rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.next_commands import next_commands
 from qlora_jax.training.display.run_display import Display, print_banner
 from qlora_jax.training.loop import TrainingReporter, initial_state, run_steps, save
@@ -131,9 +131,8 @@ def dry_run(
 def _print_dry_run(planned: PlannedRun, run: Path, console: Console) -> None:
     config, page = planned.config, write_report(_report_of(planned, run, None), run)
     steps = steps_of_run(config.train, planned.inputs.dataset.steps_per_epoch)
-    warm_up = warm_up_text(config.optim, steps)
-    rows = {"steps": f"{steps:,}"} | ({} if warm_up is None else {"warm-up": warm_up})
-    print_banner("dry run", rows | {"report": f"{page}"}, console)
+    rows = {"steps": f"{steps:,}", **rate_rows(config, steps), "report": f"{page}"}
+    print_banner("dry run", rows, console)
 
 
 def _warning(console: Console) -> Callable[[str], None]:

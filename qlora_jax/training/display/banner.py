@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul.groups import choose_tile
 from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
+from qlora_jax.config.preference_settings import PREFERENCES
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
@@ -77,7 +78,7 @@ def _facts(session: Session) -> Rows:
         **_router_losses(config.router),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
-        **_warm_up(config, session.total_steps),
+        **rate_rows(config, session.total_steps),
         **({"optimizer state": paging} if (paging := session.state_manager.describe()) else {}),
         "batch": f"{config.train.micro_batch_size * config.train.accumulation} "
         f"{'packs' if config.data.packing else 'rows'} = micro-batch "
@@ -102,9 +103,20 @@ def warm_up_text(optim: OptimArgs, total_steps: int) -> str | None:
     )
 
 
-def _warm_up(config: Config, total_steps: int) -> Rows:
-    text = warm_up_text(config.optim, total_steps)
-    return {} if text is None else {"warm-up": text}
+def rate_rows(config: Config, total_steps: int) -> Rows:
+    """Returns rows on the warm-up, and on a learning rate that is high for the objective."""
+    texts = {"warm-up": warm_up_text(config.optim, total_steps), "learning rate": _high_rate(config)}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _high_rate(config: Config) -> str | None:
+    """Returns a note if an objective of preferences has the default rate, which is that of supervised finetuning."""
+    if config.objective not in PREFERENCES or config.optim.learning_rate != OptimArgs().learning_rate:
+        return None
+    return (
+        f"{config.optim.learning_rate:g} is the default of optim.learning_rate, which is high for objective "
+        f"{config.objective}: usual values are 1e-6 to 1e-5 (TRL's default is 1e-6)"
+    )
 
 
 def _peak(session: Session) -> Rows:

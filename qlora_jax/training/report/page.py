@@ -18,7 +18,7 @@ from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import report_lines
 from qlora_jax.page_template import page_template
-from qlora_jax.training.display.banner import warm_up_text
+from qlora_jax.training.display.banner import rate_rows
 from qlora_jax.training.display.run_display import format_duration
 from qlora_jax.training.metrics.preference_metrics import ACCURACY, PREFERENCE_LABELS
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
@@ -57,7 +57,7 @@ def page(report: RunReport) -> str:
         loss=_loss(report),
         curves=_curves(report),
         samples=before_and_after(report.samples),
-        facts=[*report_lines(report.data), *_warm_up(report)],
+        facts=[*report_lines(report.data), *_learning_rate(report).items()],
         histograms=_histograms(report.data),
         used=1 - report.data.padding_share,
         rows=report.rows,
@@ -111,10 +111,8 @@ def _curves(report: RunReport) -> list[_Figure]:
     return _figures([(c.title, f"{c.caption} over optimizer steps", functools.partial(chart_svg, c)) for c in found])
 
 
-def _warm_up(report: RunReport) -> list[tuple[str, str]]:
-    config = report.config
-    text = warm_up_text(config.optim, steps_of_run(config.train, report.data.steps_per_epoch))
-    return [] if text is None else [("warm-up", text)]
+def _learning_rate(report: RunReport) -> dict[str, str]:
+    return rate_rows(report.config, steps_of_run(report.config.train, report.data.steps_per_epoch))
 
 
 def _histograms(data: DataReport) -> list[_Figure]:

@@ -14,7 +14,7 @@ from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.models.families import model_config
 from qlora_jax.models.offloaded_experts import host_sharding
 from qlora_jax.nn.variables import Frozen
-from qlora_jax.training.display.banner import _host_experts, _matmuls, _router_losses, _trained, warm_up_text
+from qlora_jax.training.display.banner import _host_experts, _matmuls, _router_losses, _trained, rate_rows, warm_up_text
 from tests.pallas_kernels.nf4_matmul.contract import weight
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 
@@ -30,6 +30,31 @@ from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 def test_the_first_step_of_a_warm_up_is_described(settings, text):
     found = warm_up_text(OptimArgs(**settings), 100)
     assert found is None if text is None else found.startswith(text)
+
+
+def rate_note(objective: str, **optim) -> str | None:
+    config = Config(
+        model=ModelArgs(path="m"),
+        data=DataArgs(train="t"),
+        output="o",
+        objective=objective,
+        optim=OptimArgs(**optim),
+    )
+    return rate_rows(config, 100).get("learning rate")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "cpo", "simpo"])
+def test_the_default_learning_rate_is_high_for_preferences(objective):
+    assert rate_note(objective) == (
+        f"0.0002 is the default of optim.learning_rate, which is high for objective {objective}: usual values are 1e-6 "
+        "to 1e-5 (TRL's default is 1e-6)"
+    )
+    assert rate_note(objective, learning_rate=5e-6) is None
+
+
+@pytest.mark.parametrize("objective", ["sft", "reward", "classification"])
+def test_other_objectives_have_the_default_learning_rate_without_a_note(objective):
+    assert rate_note(objective) is None
 
 
 def session_of(*weights):
