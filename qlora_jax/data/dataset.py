@@ -30,6 +30,7 @@ from qlora_jax.data.report.stats import (
     combine_reports,
     report_data,
     report_split,
+    row_parts,
 )
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import ROW_USES
@@ -210,6 +211,7 @@ def load_dataset(
         buckets,
         per_step,
         tokenizer,
+        parts=row_parts(objective, source.labels),
         packed=data.packing,
         sequences=sequences,
     )

@@ -26,6 +26,7 @@ FIRST_ROWS = 64  # rows whose columns determine the kind of a file without label
 _TRUTH = {"1": 1.0, "0": 0.0, "true": 1.0, "false": 0.0}
 # A whole number as a column of numbers with gaps has it in text.
 _WHOLE = re.compile(r"(-?\d+)\.0+")
+TRUTH_NAMES = ("undesirable", "desirable")
 
 
 def value_reader(kind: ValueKind, labels: Sequence[str], *, label_columns: bool = False) -> ValueReader:
@@ -47,6 +48,22 @@ def value_reader(kind: ValueKind, labels: Sequence[str], *, label_columns: bool 
         "number": lambda row: {"labels": [_number("label", row["label"])]},
     }
     return readers[kind]
+
+
+def label_text(kind: ValueKind, values: Mapping[str, np.ndarray], labels: Sequence[str]) -> str:
+    """Returns the label of a row's first sequence as a person writes it; empty if the kind has none.
+
+    Args:
+      values: the row's values by name, [sequences] or [sequences, C].
+      labels: names of the classes, in order.
+    """
+    writers: dict[ValueKind, Callable[[np.ndarray], str]] = {
+        "desirable": lambda value: TRUTH_NAMES[int(value)],
+        "class": lambda value: labels[int(value)],
+        "classes": lambda value: ", ".join(itertools.compress(labels, value)) or "none",
+        "number": lambda value: f"{value:g}",
+    }
+    return writers[kind](values["labels"][0]) if kind in writers else ""
 
 
 def _label_names(kind: ValueKind, row: Columns) -> list[str]:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from qlora_jax.data.bad_rows import BadRow, merge_reasons, merge_rows
 from qlora_jax.metadata import JsonObject
@@ -10,7 +11,17 @@ from qlora_jax.metadata import JsonObject
 PERCENTILES = (1, 25, 50, 75, 95, 100)
 _HISTOGRAMS = ("lengths", "new_tokens")  # by numbers
 _LISTED = ("bad_rows", "unseen_rows")
-_NOT_NUMBERS = {*_HISTOGRAMS, *_LISTED, "text_lengths", "labels", "lookalikes", "columns", "bad_reasons"}
+_OTHERS = ("text_lengths", "labels", "label_numbers", "lookalikes", "columns", "bad_reasons")
+_NOT_COUNTS = {*_HISTOGRAMS, *_LISTED, *_OTHERS}
+
+
+class NumberSummary(NamedTuple):
+    """The number, sum, smallest and largest of numbers."""
+
+    count: int
+    total: float
+    smallest: float
+    largest: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,7 @@ class RowCounts:
       lengths: number of rows by number of tokens of their longest text, before truncation.
       text_lengths: for rows of several texts, the number of rows by tokens of each part, such as `prompt` and `chosen`.
       labels: number of rows by label.
+      label_numbers: summary of labels that are numbers; None for rows without them.
       new_tokens: number of occurrences in kept rows by id of a new token, if any.
       lookalikes: number of rows of plain text that look like conversations of another format, by its name.
       columns: column names, in the order of their first occurrence.
@@ -66,6 +78,7 @@ class RowCounts:
     lengths: Mapping[int, int] = dataclasses.field(default_factory=dict)
     text_lengths: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    label_numbers: NumberSummary | None = None
     new_tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     lookalikes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()
@@ -74,7 +87,7 @@ class RowCounts:
     unseen_rows: tuple[BadRow, ...] = ()
 
     def __add__(self, other: "RowCounts") -> "RowCounts":
-        names = {field.name for field in dataclasses.fields(RowCounts)} - _NOT_NUMBERS
+        names = {field.name for field in dataclasses.fields(RowCounts)} - _NOT_COUNTS
         counts: dict[str, int] = {name: getattr(self, name) + getattr(other, name) for name in names}
         return RowCounts(
             **counts,  # pyright: ignore[reportArgumentType] (all are numbers)
@@ -88,6 +101,7 @@ class RowCounts:
                 name: self.labels.get(name, 0) + other.labels.get(name, 0)  # also 0, of a column without a positive
                 for name in dict.fromkeys((*self.labels, *other.labels))
             },
+            label_numbers=_merge(self.label_numbers, other.label_numbers),
             lookalikes=_sum(self.lookalikes, other.lookalikes),
             columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
             bad_reasons=merge_reasons(self.bad_reasons, other.bad_reasons),
@@ -115,7 +129,9 @@ class RowCounts:
         maps = {name: _by_number(stored[name]) for name in _HISTOGRAMS}
         texts = {name: _by_number(counts) for name, counts in stored["text_lengths"].items()}
         listed = {name: tuple(BadRow(*row) for row in stored[name]) for name in _LISTED}
-        return cls(**{**stored, **maps, **listed, "text_lengths": texts, "columns": tuple(stored["columns"])})
+        numbers = None if stored["label_numbers"] is None else NumberSummary(*stored["label_numbers"])
+        others = {"text_lengths": texts, "label_numbers": numbers, "columns": tuple(stored["columns"])}
+        return cls(**{**stored, **maps, **listed, **others})
 
 
 def percentiles(lengths: Mapping[int, int]) -> tuple[int, ...]:
@@ -140,3 +156,9 @@ def _by_number(counts: Mapping[str, int]) -> dict[int, int]:
 
 def _sum[K](a: Mapping[K, int], b: Mapping[K, int]) -> dict[K, int]:
     return dict(collections.Counter(a) + collections.Counter(b))
+
+
+def _merge(a: NumberSummary | None, b: NumberSummary | None) -> NumberSummary | None:
+    if a is None or b is None:
+        return a or b
+    return NumberSummary(a.count + b.count, a.total + b.total, min(a.smallest, b.smallest), max(a.largest, b.largest))

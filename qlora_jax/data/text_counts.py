@@ -7,9 +7,10 @@ import numpy as np
 
 from qlora_jax.data.bad_rows import first_rows
 from qlora_jax.data.branches.tree import Branch, branch_ends
+from qlora_jax.data.labels import TRUTH_NAMES
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
-from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_counts import NumberSummary, RowCounts
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
 
 UNSEEN = "the chat template does not write its reasoning"
@@ -31,6 +32,7 @@ def count_texts(use: RowUse, rows: Sequence[EncodedRow], labels: Sequence[str]) 
         longer_rejected=sum(more < 0 for more in extra),
         extra_tokens=sum(extra),
         labels=_count_labels(use, rows, labels),
+        label_numbers=_summarize_numbers(use, rows),
     )
 
 
@@ -52,8 +54,15 @@ def _count_labels(use: RowUse, rows: Sequence[EncodedRow], labels: Sequence[str]
     found = np.array([row.values["labels"] for row in rows])[:, 0]
     if use.values == "classes":
         return {name: int(count) for name, count in zip(labels, found.sum(axis=0), strict=True)}
-    names = ("undesirable", "desirable") if use.values == "desirable" else labels
+    names = TRUTH_NAMES if use.values == "desirable" else labels
     return Counter([names[int(index)] for index in found])
+
+
+def _summarize_numbers(use: RowUse, rows: Sequence[EncodedRow]) -> NumberSummary | None:
+    if use.values != "number" or not rows:
+        return None
+    found = np.array([row.values["labels"] for row in rows])[:, 0]
+    return NumberSummary(len(found), float(found.sum()), float(found.min()), float(found.max()))
 
 
 def count_branched(rows: Sequence[EncodedRow], places: Sequence[Place]) -> RowCounts:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from qlora_jax.data.batching.mixture import Mixture
-from qlora_jax.data.report.stats import ONE_TEXT, RowParts, decode_row
+from qlora_jax.data.report.stats import ONE_TEXT, RowParts, decode_row, row_label
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -35,10 +35,12 @@ class ExampleRow(NamedTuple):
 
     Fields:
       place: its `file:line`.
+      label: its label; empty if it has none.
       tokens, supervised: number of its targets, and of those that the loss sees.
     """
 
     place: str
+    label: str
     tokens: int
     supervised: int
     segments: tuple[ExampleSegment, ...]
@@ -63,6 +65,7 @@ def _example_row(
     _, supervised = rows.row(index)
     return ExampleRow(
         place=train.where(int(rows.numbers[index])),
+        label=row_label(rows, index, parts),
         tokens=int(rows.lengths[index]),
         supervised=int(supervised[1:].sum()),  # no position predicts the first id
         segments=tuple(

@@ -15,8 +15,9 @@ from qlora_jax.data.batching.slots import packed_lengths
 from qlora_jax.data.branches.tree import branch_ends
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
+from qlora_jax.data.labels import label_text
 from qlora_jax.data.row_counts import RowCounts
-from qlora_jax.data.row_kinds import TEXT_NAMES
+from qlora_jax.data.row_kinds import ROW_USES, TEXT_NAMES, ValueKind
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -55,18 +56,28 @@ class ShownText(NamedTuple):
 
 
 class RowParts(NamedTuple):
-    """The texts of a row, for examples.
+    """The texts and the label of a row, for examples.
 
     Fields:
       names: names of a row's texts, in order.
       head: True if each text ends with a filler, at which a head reads it.
+      values: kind of its label.
+      labels: names of the classes, in order.
     """
 
     names: tuple[str, ...]
     head: bool
+    values: ValueKind = "none"
+    labels: tuple[str, ...] = ()
 
 
 ONE_TEXT = RowParts((), head=False)
+
+
+def row_parts(objective: str, labels: tuple[str, ...]) -> RowParts:
+    """Returns the texts and the label of an objective's rows."""
+    use = ROW_USES[objective]
+    return RowParts(TEXT_NAMES[use.kind], use.head, use.values, labels)
 
 
 class SourceReport(NamedTuple):
@@ -94,6 +105,7 @@ class DataReport:
       rows_per_step: rows, or packs, per optimizer step.
       example: the first training row as text, split where supervision changes.
       example_place: its `file:line`.
+      example_label: its label; empty if it has none.
       parts: the texts of a row.
     """
 
@@ -112,6 +124,7 @@ class DataReport:
     rows_per_step: int
     example: tuple[ShownText, ...]
     example_place: str
+    example_label: str
     parts: RowParts
 
     @property
@@ -179,12 +192,14 @@ def report_data(
     rows_per_step: int,
     tokenizer: Tokenizer,
     *,
+    parts: RowParts,
     packed: bool = False,
     sequences: int = 0,
 ) -> DataReport:
     """Returns the report. Steps, packs and padding are those of the first epoch.
 
     Args:
+      parts: the texts and the label of a row.
       sequences: sequences of each row, which have slots in a batch; 0: no slots.
     """
     windows = [
@@ -193,7 +208,7 @@ def report_data(
     ]
     filled, total = sum(one.filled for one in windows), sum(one.total for one in windows)
     first, combined = train.window(0, 0), combine_reports([source.split for source in sources])
-    parts = RowParts(TEXT_NAMES[FORMATS[sources[0].split.form].kind], combined.head_texts > 0)
+    shown = int(first.indices[0])
     return DataReport(
         train=combined,
         sources=tuple(sources),
@@ -208,8 +223,9 @@ def report_data(
         windows=train.windows,
         padding_share=1 - filled / total,
         rows_per_step=rows_per_step,
-        example=decode_row(first.rows, int(first.indices[0]), tokenizer, parts),
-        example_place=train.where(int(first.rows.numbers[first.indices[0]])),
+        example=decode_row(first.rows, shown, tokenizer, parts),
+        example_place=train.where(int(first.rows.numbers[shown])),
+        example_label=row_label(first.rows, shown, parts),
         parts=parts,
     )
 
@@ -235,6 +251,11 @@ def decode_row(rows: TokenRows, index: int, tokenizer: Tokenizer, parts: RowPart
         pieces = _runs(tokenizer, ids[span], supervised[span])
         shown += [piece._replace(name="" if at else name) for at, piece in enumerate(pieces)]
     return tuple(shown)
+
+
+def row_label(rows: TokenRows, index: int, parts: RowParts) -> str:
+    """Returns the row's label as text; empty if it has none."""
+    return label_text(parts.values, {name: values[index] for name, values in rows.values.items()}, parts.labels)
 
 
 def _runs(

@@ -25,7 +25,7 @@ _MOVED = "rows whose answers begin before the end of the prompt, because a token
 def print_report(report: DataReport, console: Console) -> None:
     """Prints the report's lines and its example, without colours, boxes and wrapping if `console` is not a terminal."""
     marks = _ASCII_MARKS if console.options.ascii_only else _MARKS
-    example, title = format_example(report.example, marks), f"{report.example_place}, {legend(report, marks)}"
+    example, title = format_example(report.example, marks), _example_title(report, marks)
     if console.is_terminal:
         table = Table.grid(padding=(0, 2))
         for name, value in report_lines(report):
@@ -38,6 +38,11 @@ def print_report(report: DataReport, console: Console) -> None:
     console.print(f"data: example: {title}", soft_wrap=True, markup=False, highlight=False)
     for line in example.plain.split("\n"):
         console.print(f"  | {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _example_title(report: DataReport, marks: tuple[str, str]) -> str:
+    label = f"label {_on_one_line(report.example_label)}" if report.example_label else ""
+    return ", ".join(filter(None, (report.example_place, label, legend(report, marks))))
 
 
 def report_lines(report: DataReport) -> list[tuple[str, str]]:
@@ -144,7 +149,10 @@ def _with_reason(split: SplitReport, problem: str) -> int:
 
 
 def _labels(split: SplitReport) -> list[tuple[str, str]]:
-    """Returns a line with the most frequent labels."""
+    """Returns a line with the most frequent labels, or with the range and the mean of numbers."""
+    if (numbers := split.label_numbers) is not None:
+        mean = numbers.total / numbers.count
+        return [("labels", f"min {numbers.smallest:g}, mean {mean:g}, max {numbers.largest:g}")]
     if not split.labels:
         return []
     most = sorted(split.labels.items(), key=lambda label: -label[1])[:_LABELS_SHOWN]

@@ -130,7 +130,8 @@ def report_json(report: RunReport) -> dict[str, object]:
 
 def _data_facts(data: DataReport) -> dict[str, object]:
     facts: dict[str, object] = dataclasses.asdict(data)
-    del facts["example"], facts["example_place"], facts["parts"]  # `rows` has more examples
+    for name in ("example", "example_place", "example_label", "parts"):  # `rows` has more examples
+        del facts[name]
     return facts | {"sources": [{"weight": weight, **dataclasses.asdict(side)} for side, weight in data.sources]}
 
 
@@ -139,7 +140,8 @@ def _row_facts(row: ExampleRow) -> dict[str, object]:
         {"text": "".join(run.text for run in runs), "supervised": seen} | ({"name": name} if name else {})
         for runs, seen, name in row.segments
     ]
-    return {"place": row.place, "tokens": row.tokens, "supervised": row.supervised, "segments": segments}
+    label = {"label": row.label} if row.label else {}
+    return {"place": row.place, **label, "tokens": row.tokens, "supervised": row.supervised, "segments": segments}
 
 
 def training_summary(records: Sequence[Record]) -> TrainingSummary | None:

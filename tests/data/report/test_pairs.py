@@ -1,5 +1,6 @@
 """The data report of pairs and labels: lengths of the parts, dropped pairs, length bias, labels, and both answers."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from qlora_jax.data.report.examples import example_rows
 from qlora_jax.data.report.text import legend, print_report, report_lines
-from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_counts import NumberSummary, RowCounts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load
 
@@ -110,8 +111,54 @@ def test_labels_of_answers(tokenizer: Tokenizer, write_rows: Callable):
         load(tokenizer, "kto", train=wrong)
 
 
+@pytest.mark.parametrize(
+    ("objective", "labels", "shown"),
+    [
+        ("classification", ["good\n", "bad"], "good"),
+        ("multi_label", [["b", "a"], ["c"]], "a, b"),
+        ("multi_label", [[], ["c"]], "none"),
+        ("regression", [-2.5, 1], "-2.5"),
+    ],
+)
+def test_the_example_has_its_label(
+    plain_tokenizer: Tokenizer, write_rows: Callable, objective: str, labels: list[Any], shown: str
+):
+    path = write_rows([{"text": f"text {n}", "label": label} for n, label in enumerate(labels)])
+    dataset = load(plain_tokenizer, objective, train=path)
+    printed = io.StringIO()
+    print_report(dataset.report, Console(file=printed, width=100))
+    assert f"data: example: {path}:1, label {shown}, as the head reads it\n  | text 0\n" in printed.getvalue()
+    rows = example_rows(dataset.train, plain_tokenizer, 5, dataset.report.parts)
+    assert next(row for row in rows if row.place == f"{path}:1").label == shown
+
+
+@pytest.mark.parametrize("kl_pairs", [False, True])
+def test_the_example_says_whether_its_answer_is_desirable(tokenizer: Tokenizer, write_rows: Callable, kl_pairs: bool):
+    path = write_rows([{"prompt": "Q", "completion": f"{n}", "label": n > 0} for n in range(3)])
+    report = load(tokenizer, "kto", train=path, kl_pairs=kl_pairs).report
+    printed = io.StringIO()
+    print_report(report, Console(file=printed, width=100))
+    assert f"data: example: {path}:1, label undesirable, the loss sees" in printed.getvalue()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_labels_of_regression_have_a_range_and_a_mean(
+    plain_tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, cached: bool
+):
+    paths = [
+        write_rows([{"text": f"text {n}", "label": n} for n in numbers], f"{numbers[0]}.jsonl")
+        for numbers in ([-1.5, 0, 4], [2.5])
+    ]
+    settings = {"train": dict.fromkeys(paths, 1.0), "cache": str(tmp_path) if cached else None}
+    for _ in range(1 + cached):  # the second time from the cache
+        report = load(plain_tokenizer, "regression", **settings).report
+        assert dict(report_lines(report))["labels"] == "min -1.5, mean 1.25, max 4"
+
+
 def test_counts_survive_json():
     counts = RowCounts(rows=2, text_lengths={"prompt": {3: 2}}, labels={"good": 2}, lengths={5: 2}, extra_tokens=-3)
+    assert RowCounts.from_dict(json.loads(json.dumps(counts.to_dict()))) == counts
+    counts = dataclasses.replace(counts, label_numbers=NumberSummary(2, 0.3, 0.1, 0.2))
     assert RowCounts.from_dict(json.loads(json.dumps(counts.to_dict()))) == counts
     both = counts + RowCounts(rows=1, text_lengths={"prompt": {3: 1}, "chosen": {1: 1}}, extra_tokens=1)
     assert both.text_lengths == {"prompt": {3: 3}, "chosen": {1: 1}} and both.extra_tokens == -2
