@@ -298,6 +298,23 @@ def largest_shape(config: ModelConfig, spec: LoraArgs) -> tuple[int, int]:
     return max(n for n, _ in shapes), max(k for _, k in shapes)
 
 
+# The function that resolves the layers of each method. The other methods train the same layers of every model.
+TARGETS: Mapping[str, Callable[[ModelConfig, LoraArgs], object]] = {
+    **dict.fromkeys(("lora", "lora_fa", "dora"), ranks_and_scalings),
+    "ia3": ia3_targets,
+    "oft": oft_blocks,
+    "vera": target_layers,
+    "ln_tuning": norm_targets,
+    "bitfit": bias_targets,
+}
+
+
+def check_targets(config: ModelConfig, spec: LoraArgs) -> None:
+    """Raises ValueError, as `add_lora` would, if the settings name layers that a model does not have."""
+    if spec.method in TARGETS:
+        TARGETS[spec.method](config, spec)
+
+
 def _low_rank(
     model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array, initial: Factors | None, mesh: Mesh | None
 ) -> dict[str, Adapter]:

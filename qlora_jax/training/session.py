@@ -22,7 +22,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
-from qlora_jax.models.add_adapters import add_lora, our_names
+from qlora_jax.models.add_adapters import add_lora, check_targets, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -148,6 +148,8 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
             f"data.max_length: found {config.data.max_length}, expected at most {model.max_positions}, the number of "
             f"positions of {source.path}. Lower it"
         )
+    check_targets(model, config.lora)
+    check_decomposable(source, config.lora)
     tokenizer = open_tokenizer(source, config.model, model.vocab_size) if prepared is None else prepared.tokenizer
     objective = make_objective(config)
     dataset = load_dataset(
@@ -165,7 +167,6 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
     if prepared is not None:
         check_same_head("model", prepared.head, head)
     objective = fit_to_data(objective, head, sequences=dataset.sequences)
-    check_decomposable(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids, head)
     reads = dataset.tokenizer, source, model.max_positions
@@ -348,8 +349,7 @@ def make_manager(config: Config, inputs: Inputs, gradients: CompiledGradients) -
     manager = make_state_manager(config.optim, total_steps, gradients)
     if config.lora.method != "lora_fa":
         return manager
-    ours = our_names(inputs.model)
-    ranks = ranks_and_scalings(inputs.model, config.lora)
+    ours, ranks = our_names(inputs.model), ranks_and_scalings(inputs.model, config.lora)
     scalings = {ours[name]: scaling for name, (_, scaling) in ranks.items()}
     return LoraFAStateManager(manager, scalings, gradients.trained, gradients.mesh)
 
