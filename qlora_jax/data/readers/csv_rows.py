@@ -64,10 +64,17 @@ def parse_columns(file: io.TextIOBase, dialect: Dialect) -> Iterator[tuple[int, 
 def separator(header: str) -> str:
     """Returns the delimiter of a header: a comma outside quotes if it has one, else a semicolon, tab or bar.
 
-    Spreadsheets write semicolons where the comma is the decimal sign.
+    Spreadsheets write semicolons where the comma is the decimal sign, and may name the delimiter in a line before the
+    header, which is then the argument.
     """
+    if named := _DELIMITER_LINE.fullmatch(header):
+        return named[1]
     names = re.sub(r'"[^"]*"', "", header)
     return next((delimiter for delimiter in ",;\t|" if delimiter in names), ",")
+
+
+# Excel's line for the delimiter of the lines below it, such as `sep=;`, which is not a header.
+_DELIMITER_LINE = re.compile(r'"?sep=([^\w"\r\n])"?[\r\n]*', re.IGNORECASE)
 
 
 class _RecordLines:
@@ -96,11 +103,12 @@ class _TooLongError(Exception):
 
 
 def _with_header(lines: _RecordLines) -> tuple[str, Iterator[str]]:
-    """Returns the first line that is not blank, and all lines."""
+    """Returns the first line that is not blank, and all lines, with a blank one in place of `sep=;`."""
     try:
         for blank, line in enumerate(lines):
             if line.strip("\r\n"):
-                return line, itertools.chain(itertools.repeat("\n", blank), [line], lines)
+                header = "\n" if _DELIMITER_LINE.fullmatch(line) else line
+                return line, itertools.chain(itertools.repeat("\n", blank), [header], lines)
     except _TooLongError:
         raise ValueError(f"the first line is {TOO_LONG}.") from None
     return "", lines

@@ -76,6 +76,24 @@ def test_the_header_decides_how_columns_are_separated(tmp_path, content, rows):
     assert [*read_rows(path)[0].data] == ["prompt", "completion"]
 
 
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"\r', "\nSEP=;"])
+def test_a_line_for_the_separator_comes_before_the_header(tmp_path, first):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(f"\ufeff{first}\nprompt, or text;completion\n1,5;a, b\nR\n".encode())
+    line = first.count("\n") + 4
+    with pytest.raises(ValueError, match=rf"1 of 2 rows can't be used:\n.*csv:{line} \(row 2\): found 1 fields"):
+        read_rows(path)
+    path.write_bytes(path.read_bytes().removesuffix(b"R\n"))
+    assert [row.data for row in read_rows(path)] == [{"prompt, or text": "1,5", "completion": "a, b"}]
+
+
+@pytest.mark.parametrize("name", ["sep=x", "sep="])
+def test_a_header_like_the_line_for_the_separator_stays_one(tmp_path, name):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{name}\n1\n")
+    assert read_rows(path)[0].data == {name: "1"}
+
+
 def test_a_separator_inside_a_quoted_name_does_not_count(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('id;"text, or title"\n1;A\n')
