@@ -99,11 +99,11 @@ def walk_settings(schema: type, prefix: str = "") -> Iterator[tuple[str, datacla
             yield prefix + field.name, field, hints[field.name]
 
 
-def _value_problem(field: dataclasses.Field, hint: Hint, value: object) -> str | None:
+def _value_problem(key: str, field: dataclasses.Field, hint: Hint, value: object) -> str | None:
     try:
         converted = convert(hint, value)
     except _Mismatch:
-        return f"found {value!r}, expected {describe_type(hint)}{suggest_value(hint, value)}"
+        return f"found {value!r}, expected {describe_type(hint)}{suggest_value(key, hint, value)}"
     bound = field.metadata.get("bound")
     if bound is None or converted is None or bound.holds(converted):
         return None
@@ -148,7 +148,7 @@ def given_problems(schema: type, raw: Mapping[str, object], sources: Sources) ->
             problems.append(f"{key}: found {value!r}, expected a section with settings below it{near}{place}")
         elif key not in settings:
             problems.append(f"{key}: unknown setting{suggest_key(key, list(settings))}{place}")
-        elif problem := _value_problem(*settings[key], value):
+        elif problem := _value_problem(key, *settings[key], value):
             problems.append(f"{key}: {problem}{place}")
     return problems
 

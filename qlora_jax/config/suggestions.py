@@ -31,6 +31,9 @@ CHOICES = {
     "raise": "error",
 }
 
+# Settings to which mappings are given that another setting takes.
+MAPPINGS = {"columns": "file_columns"}
+
 
 def replacement_of(key: str, known: Sequence[str]) -> Replacement | None:
     """Returns what replaces another trainer's setting; None if that is not known, or not among the known keys."""
@@ -72,14 +75,15 @@ def suggest_section_key(section: str, known: Sequence[str]) -> str:
     return _describe(replaced) if replaced else ""
 
 
-def suggest_value(hint: object, value: object) -> str:
+def suggest_value(key: str, hint: object, value: object) -> str:
     """The end of the message for a value that the annotation `hint` does not allow; empty if nothing is near."""
+    if isinstance(value, Mapping):
+        meant = MAPPINGS.get(key)
+        return f"; did you mean {meant}?" if meant else "; this setting has no settings below it"
     near = _near_choices(str(value), _choices(hint))
     if isinstance(value, str) and any(typing.get_origin(arm) is list for arm in (hint, *typing.get_args(hint))):
         near = [f"[{(near or [value])[0]}]"]
-    if near:
-        return f"; did you mean {near[0]}?"
-    return "; this setting has no settings below it" if isinstance(value, Mapping) else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _near_choices(value: str, choices: Sequence[str]) -> list[str]:

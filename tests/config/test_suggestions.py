@@ -153,6 +153,14 @@ def test_commands_without_sections_suggest_their_own_names():
         generate.COMMAND.read(["--model", "m", "--do_train"])
 
 
+def test_names_of_columns_are_another_setting_than_the_models_to_score():
+    expected = "columns: found {'question': 'problem'}, expected a list of text or null; did you mean file_columns[?]"
+    with pytest.raises(ConfigError, match=expected):
+        evaluate.COMMAND.read(["--model", "m", "--answers", "q.jsonl", "--columns", "{question: problem}"])
+    (problem,) = problems_of(["--model", "m", "--data.train", "t", "--output", "o", "--data.columns", "{prompt: 3}"])
+    assert "file_columns" not in problem
+
+
 def test_a_flag_of_ours_is_still_a_flag():
     words = ["--model", "m", "--data.train", "t", "--output", "o", "--resume"]
     assert train.COMMAND.read(words)[1] == {"resume"}
