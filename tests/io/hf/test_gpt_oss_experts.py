@@ -102,8 +102,8 @@ BLOCKS, SCALES = _codes(EXPERTS, 2 * F, K // 32)
         ({"down_proj": _random(4, F, K)}, r"down_proj: found shape \[4, 32, 64\], .* the first of 3 experts"),
         ({"down_proj": _random(EXPERTS, 0, K)}, r"down_proj: found shape \[3, 0, 64\], .* none of them 0"),
         ({"down_proj_bias": SCALES[..., 0].copy()}, r"down_proj_bias: found bytes \(U8\), expected floating point"),
-        ({"down_proj_blocks": BLOCKS}, r"down_proj_blocks: found U8 alone, expected bytes .* and .*down_proj_scales"),
-        ({"down_proj_scales": SCALES}, r"down_proj_scales: found U8 alone"),
+        ({"down_proj_blocks": BLOCKS}, r"down_proj_blocks: found only U8, expected bytes .* and .*down_proj_scales"),
+        ({"down_proj_scales": SCALES}, r"down_proj_scales: found only U8"),
         (
             {"down_proj_blocks": BLOCKS, "down_proj_scales": SCALES[:, 1:]},
             r"down_proj_blocks: found shape \[3, 64, 2, 16\], expected \[3, 63, 2, 16\]",
