@@ -21,19 +21,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, finite_scales
-from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.base_fingerprint import BaseDigest, new_digest
 from qlora_jax.io.loading.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
 from qlora_jax.io.loading.process_rows import ProcessRows, all_rows, joined, read_own
+from qlora_jax.io.loading.stacks import empty_stacks, filled, filled_on_host
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.loading.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.offloaded_experts import check_fetchable, host_sharding, is_on_host
-from qlora_jax.nn.mixed_stack import MixedStack, Part
-from qlora_jax.nn.padded_stack import PaddedStack
+from qlora_jax.models.offloaded_experts import check_fetchable, is_on_host
+from qlora_jax.nn.mixed_stack import Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
 
@@ -106,16 +105,18 @@ def load_model(
     tensors = [(slot, index) for slot in slots for index in range(len(slot.names))]
     rows = [reader.rows(slot, index).ranges for slot, index in tensors]
     entries = prefetch([source.tensors[slot.names[index]] for slot, index in tensors], rows)
-    on_device = [slot.stacked and not is_on_host(slot.path, weights) for slot in slots]
-    stacks = iter(_zeros([slot for slot, here in zip(slots, on_device, strict=True) if here], places))
-    leaves = [
-        _filled_on_host(slot, reader.layers(slot, entries))
-        if is_on_host(slot.path, weights)
-        else _filled(slot, next(stacks) if here else None, reader.layers(slot, entries))
-        for slot, here in zip(slots, on_device, strict=True)
-    ]
-    filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
-    loaded = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled))
+    stacks = iter(empty_stacks([slot for slot in slots if slot.stacked and not is_on_host(slot.path, weights)], places))
+    leaves: list[Leaf] = []
+    for slot in slots:
+        layers = reader.layers(slot, entries)
+        if is_on_host(slot.path, weights):
+            leaves.append(filled_on_host(slot, layers))
+        elif slot.stacked:
+            leaves.append(filled(slot, next(stacks), layers))
+        else:
+            leaves.extend(layers)  # one
+    state = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
+    loaded = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(state))
     return Loaded(model=loaded, fingerprint=reader.digest.fingerprint())
 
 
@@ -157,57 +158,6 @@ def _reporter(source: ModelSource, slots: Sequence[Slot], progress: Progress | N
             progress(done, total, entry.name)
 
     return report
-
-
-def _zeros(slots: Sequence[Slot], places: MeshPlaces | None) -> Sequence[Leaf]:
-    """Zeros for stacks of ShapeDtypeStructs, made by one compiled call."""
-    specs = [slot.leaf for slot in slots]
-    shardings = None if places is None else [places.shardings(slot) for slot in slots]
-    make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs), out_shardings=shardings)
-    return make()
-
-
-def _filled(slot: Slot, stack: Leaf | None, layers: Iterator[Part]) -> Leaf:
-    """The stack with all layers and experts written into it, or the only layer if `stack` is None."""
-    if stack is None:
-        (leaf,) = layers
-        return leaf
-    for index, layer in enumerate(layers):
-        stack = _with_layer(stack, layer, slot.place(index))
-    return stack
-
-
-def _filled_on_host(slot: Slot, layers: Iterator[Part]) -> Leaf:
-    """The stack in pinned host memory. It is filled in ordinary memory first, which holds one such stack at a time."""
-    stack = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slot.leaf)
-    for index, layer in enumerate(layers):
-        _put_on_host(stack, layer, slot.place(index))
-    return jax.device_put(stack, host_sharding())
-
-
-def _put_on_host(stack: Leaf, layer: Part, place: tuple[int, ...]) -> None:
-    """Writes the weight of one layer or expert into a stack of NumPy arrays."""
-    if isinstance(stack, PaddedStack):
-        assert isinstance(layer, GgmlTensor)
-        stack.codes[stack.place_of(*place)] = np.asarray(layer.codes).reshape(-1)
-        return
-    one = _repacked(layer, stack.layout) if isinstance(stack, QTensor) else layer
-    for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
-        all_[place] = np.asarray(values)
-
-
-_repacked = jax.jit(repack, static_argnums=1)
-
-
-def _with_layer(stack: Leaf, layer: Part, place: tuple[int, ...]) -> Leaf:
-    if not isinstance(stack, MixedStack):
-        return _set_layer(stack, layer, _traced(place))
-    part, index = stack.locate(place[0])
-    return stack.with_part(part, _set_layer(stack.parts[part], layer, _traced((index, *place[1:]))))
-
-
-def _traced(place: tuple[int, ...]) -> tuple[np.int32, ...]:
-    return tuple(map(np.int32, place))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,22 +298,6 @@ def _quantized(
 
 def _settings_of(spec: QTensor) -> QuantSettings:
     return QuantSettings(**{name: getattr(spec, name) for name in QUANTIZATION_FIELDS})
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set_layer[Stack: (jax.Array, QTensor, GgmlTensor)](
-    stack: Stack, layer: Part, place: tuple[jax.Array | np.int32, ...]
-) -> Stack:
-    """The stack with the layer or expert at one place set, in the memory of the donated stack."""
-    if isinstance(stack, QTensor):
-        assert isinstance(layer, QTensor)
-        layer = repack(layer, stack.layout)
-
-    def with_one(all_: jax.Array, one: jax.Array) -> jax.Array:
-        start = (*place, *(0 for _ in one.shape))
-        return jax.lax.dynamic_update_slice(all_, one.reshape((1,) * len(place) + one.shape), start)
-
-    return jax.tree.map(with_one, stack, layer)
 
 
 def _stored_blocks(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:
