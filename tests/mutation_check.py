@@ -58,7 +58,7 @@ MUTATIONS = [
         "qlora_jax/training/objectives/sft.py",
         "jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)",
         "jnp.mean(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)",
-        "tests/e2e/test_training.py",
+        "tests/training/objectives/test_sft.py",
     ),
     Mutation(
         "qlora_jax/data/batching/batches.py",
