@@ -2,12 +2,15 @@
 
 import ast
 import graphlib
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import qlora_jax
 
@@ -112,6 +115,38 @@ def test_imports_go_down():
 )
 def test_an_upward_or_sideways_import_is_found(name, target):
     assert len(wrong_imports({name: {target}})) == 1
+
+
+def installed_with(extra: str) -> set[str]:
+    """The names of all distributions that qlora-jax and one of its extras require, directly or not."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    waiting = [("qlora-jax", frozenset([extra]))]
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) not in found:
+            found.add((name, extras))
+            required = map(Requirement, importlib.metadata.requires(name) or [])
+            waiting += [
+                (canonicalize_name(each.name), frozenset(each.extras))
+                for each in required
+                if each.marker is None or any(each.marker.evaluate({"extra": one}) for one in extras | {""})
+            ]
+    return {name for name, _ in found}
+
+
+def test_tests_import_what_the_dev_extra_installs_or_skip():
+    """scripts/test.sh installs only that extra; an import of another package must follow pytest.importorskip."""
+    installed, distributions = installed_with("dev"), importlib.metadata.packages_distributions()
+    ours = {"tests", "scripts", "qlora_jax", "pallas_kernels"} | sys.stdlib_module_names
+    missing = {
+        (str(file.relative_to(ROOT)), module)
+        for file in (ROOT / "tests").rglob("test_*.py")
+        if "importorskip(" not in (text := file.read_text(encoding="utf-8"))
+        for module, _ in imported(ast.parse(text))
+        if (root := module.split(".")[0]) not in ours
+        if not installed & {canonicalize_name(name) for name in distributions.get(root, [])}
+    }
+    assert not missing
 
 
 def test_there_is_no_import_cycle():
