@@ -25,7 +25,9 @@ class SystemArgs(LocalModelArgs):
     max_new_tokens: int | None = setting("maximum tokens per reply", None, AT_LEAST_ONE)
     temperature: float | None = setting("0: always the likeliest token", None, NON_NEGATIVE)
     top_k: int | None = setting("draw only from the k likeliest tokens; 0: from all", None, NON_NEGATIVE)
-    top_p: float | None = setting("draw only from the likeliest tokens of this sum", None, ABOVE_ZERO_UP_TO_ONE)
+    top_p: float | None = setting(
+        "draw only from the likeliest tokens whose probabilities reach this sum", None, ABOVE_ZERO_UP_TO_ONE
+    )
     seed: int | None = setting("seed of the draws", None, NON_NEGATIVE)
 
 

@@ -25,7 +25,9 @@ class ConditionArgs:
         "0: always the likeliest token; 1: draw with the model's probabilities", 0.0, NON_NEGATIVE
     )
     top_k: int = setting("draw only from the k likeliest tokens; 0: from all", 0, NON_NEGATIVE)
-    top_p: float = setting("draw only from the likeliest tokens of this sum", 1.0, ABOVE_ZERO_UP_TO_ONE)
+    top_p: float = setting(
+        "draw only from the likeliest tokens whose probabilities reach this sum", 1.0, ABOVE_ZERO_UP_TO_ONE
+    )
     seed: int = setting("seed of the draws", 0, NON_NEGATIVE)
     max_new_tokens: int = setting("maximum tokens per reply", 256, AT_LEAST_ONE)
     system: str | None = setting("system message (null: the template's default)", None)
@@ -38,7 +40,7 @@ class ConditionArgs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VarianceArgs:
-    """A study of what the difference between models is made of: one thing varies at a time."""
+    """The models, the prompts, and what varies between replies, one thing at a time."""
 
     output: str = setting(
         "folder of replies, results and page; an interrupted study resumes from it",
@@ -57,12 +59,11 @@ class VarianceArgs:
         common="file of rows with the columns prompt and answer",
     )
     vary: dict[str, list[Value] | dict[str, dict[str, Value]]] = setting(
-        "things to vary, one at a time: {seed: [0, 1, 2], decoding: {greedy: {temperature: 0}, sampled: {temperature: "
-        "1}}}; a name of a setting of fixed takes a list of its values",
+        "settings that vary, one at a time: {seed: [0, 1, 2], decoding: {greedy: {temperature: 0}, sampled: {temperature: "
+        "1}}}; the name of a setting of fixed takes a list of its values",
         bound=NOT_EMPTY,
-        common="things to vary, one at a time",
+        common="settings that vary, one at a time",
     )
-    fixed: ConditionArgs = dataclasses.field(default_factory=ConditionArgs)
     measures: list[Measure] = setting(
         "scores of a reply: answer: 1 if it is a right answer; likelihood: log likelihood per token of the first "
         "answer as the reply; length: tokens; judge: the judge's preference for it over the first model's reply; the "
@@ -80,9 +81,12 @@ class VarianceArgs:
     prompt_column: str = setting("column of a row's prompt", "prompt", NOT_EMPTY)
     answer_column: str = setting("column of a row's answer", "answer", NOT_EMPTY)
     max_prompts: int | None = setting("use only the first prompts; null: all", None, AT_LEAST_TWO)
-    random_examples: int = setting("prompts on the page that are drawn at random", 3, NON_NEGATIVE)
-    extreme_examples: int = setting("prompts on the page with the largest differences, of each sign", 2, NON_NEGATIVE)
+    random_examples: int = setting("number of prompts on the page that are drawn at random", 3, NON_NEGATIVE)
+    extreme_examples: int = setting(
+        "number of prompts on the page with the largest differences, of each sign", 2, NON_NEGATIVE
+    )
     example_seed: int = setting("seed of the random prompts on the page", 0, NON_NEGATIVE)
+    fixed: ConditionArgs = dataclasses.field(default_factory=ConditionArgs)
 
 
 def check_variance(args: VarianceArgs) -> None:
