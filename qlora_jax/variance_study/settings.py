@@ -59,8 +59,8 @@ class VarianceArgs:
         common="file of rows with the columns prompt and answer",
     )
     vary: dict[str, list[Value] | dict[str, dict[str, Value]]] = setting(
-        "settings that vary, one at a time: {seed: [0, 1, 2], decoding: {greedy: {temperature: 0}, sampled: {temperature: "
-        "1}}}; the name of a setting of fixed takes a list of its values",
+        "settings that vary, one at a time: {seed: [0, 1, 2], decoding: {greedy: {temperature: 0}, sampled: "
+        "{temperature: 1}}}; the name of a setting of fixed takes a list of its values",
         bound=NOT_EMPTY,
         common="settings that vary, one at a time",
     )
