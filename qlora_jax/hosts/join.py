@@ -5,6 +5,7 @@ import errno
 import ipaddress
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ JOIN_SECONDS = 300  # for all processes to connect
 DEVICES_VARIABLE = "JAX_LOCAL_DEVICE_IDS"
 REFUSED = 2
 NOTICED_SECONDS = 5.0  # after the heartbeat, until the watchdog has ended this process
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 
 
 @contextlib.contextmanager
@@ -83,7 +85,9 @@ def _may_follow(error: BaseException | None) -> bool:
     """Returns True if the error may follow from the end of another process, which breaks connections to this one."""
     if error is None or isinstance(error, MissingProcess):
         return False
-    return isinstance(error, jax.errors.JaxRuntimeError) or _may_follow(error.__cause__ or error.__context__)
+    # Compiled functions that run in the calling thread raise ValueError, with the status in front.
+    by_jax = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(f"{error}") is not None
+    return by_jax or _may_follow(error.__cause__ or error.__context__)
 
 
 def _connect(place: Place, run: Path, watchdog: Watchdog, heartbeat: int, seconds: int) -> None:

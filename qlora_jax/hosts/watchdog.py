@@ -74,6 +74,7 @@ class Watchdog:
     _stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
     # Never released by the thread that ends the process, so that the first message is the only one.
     _ending: Any = dataclasses.field(default_factory=threading.Lock)  # threading.Lock is a function in Python 3.12
+    _code: int = ENDED  # the exit code
 
     def passes(self, text: str) -> None:
         """Notes that this process has come to a place, at which all processes come in the same order."""
@@ -102,14 +103,15 @@ class Watchdog:
     def lost(self) -> None:
         """Ends this process because JAX has lost another one; called in a thread of JAX.
 
-        The thread may hold locks of JAX's client, so nothing here uses the client.
+        The thread may hold locks of JAX's client, so nothing here uses the client. For the same reason it does not wait
+        for long if another thread is ending this process: that thread may wait for the client.
         """
-        with self._ending:
+        if self._ending.acquire(timeout=LAST_WORDS_SECONDS):
             self._say(f"{self._lost_text()}. {RESTART}")
             if self.group.is_first:
                 # For the others, which find out whether this process has ended.
                 time.sleep(CLOSING_SECONDS + CONNECT_SECONDS)
-            os._exit(ENDED)
+        os._exit(self._code)
 
     def _lost_text(self) -> str:
         """Names the lost processes; if a busy machine leaves this open, guesses the one that is silent for longest."""
@@ -135,18 +137,19 @@ class Watchdog:
         """Reports an error, lets the others know it, and ends this process at once."""
         with self._ending:
             code = report(error)
+            self._code = 1 if code is None else code
             if code is None:
                 traceback.print_exception(error)
             with contextlib.suppress(Exception):  # the service may be gone, and nothing else is left to do
                 failure = {"process": self.group.process, "text": first_line(error)}
                 client().key_value_set(_FAILED, json.dumps(failure))
-            self._leave(1 if code is None else code)
+            self._leave()
 
     def end(self, text: str) -> NoReturn:
         """Prints one message and ends this process at once."""
         with self._ending:
             self._say(text)
-            self._leave(ENDED)
+            self._leave()
 
     def _say(self, text: str) -> None:
         cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress display hides it
@@ -155,7 +158,7 @@ class Watchdog:
         sys.stderr.write(f"{cursor}error: {name}: ended, because {text}\n")
         sys.stderr.flush()
 
-    def _leave(self, code: int) -> NoReturn:
+    def _leave(self) -> NoReturn:
         """Ends this process without JAX's exit, which would wait 300 s for processes that wait for this one."""
         with contextlib.suppress(Exception):
             client().key_value_set(f"{_LEFT}/{self.group.process}", "")
@@ -164,7 +167,7 @@ class Watchdog:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(code)
+        os._exit(self._code)
 
     def _see_others_leave(self) -> None:
         deadline = time.monotonic() + LAST_WORDS_SECONDS

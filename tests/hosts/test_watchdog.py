@@ -1,5 +1,6 @@
 """Messages of the watchdog that need no second process."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+import qlora_jax.hosts.watchdog as watchdog_module
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.watchdog import ENDED, Watchdog
 
@@ -63,3 +65,36 @@ def test_the_process_that_is_silent_for_longest_is_a_guess_if_process_0_answers(
 
 def test_a_process_that_is_silent_for_a_heartbeat_is_blamed(monkeypatch, capfd):
     assert "because process 3 (here) ended" in message_of(monkeypatch, capfd, process_3=16.0)
+
+
+def test_a_process_that_ends_while_jax_calls_back_ends(monkeypatch):
+    """JAX's thread holds its client, for which the thread that reports the failure waits."""
+    monkeypatch.setattr(watchdog_module, "LAST_WORDS_SECONDS", 0.1)
+    left: list[tuple[threading.Thread, int]] = []
+    held, freed = threading.Event(), threading.Event()
+
+    def leave(code: int) -> None:
+        left.append((threading.current_thread(), code))
+        freed.set()
+        raise Exited
+
+    class HeldClient:
+        def key_value_set(self, key: str, text: str) -> None:
+            held.set()
+            assert freed.wait(20)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(watchdog_module, "client", HeldClient)
+    watchdog = Watchdog(Group(1, 2, ["process 0", "process 1"]), 30.0)
+
+    def fail() -> None:
+        with contextlib.suppress(Exited):
+            watchdog.fail(ValueError("no space left"), lambda error: 2)
+
+    failing = threading.Thread(target=fail)
+    failing.start()
+    assert held.wait(20)
+    with pytest.raises(Exited):
+        watchdog.lost()
+    failing.join()
+    assert left[0] == (threading.current_thread(), 2)
