@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "pallas_kernels": 0,
     "qlora_jax.metadata": 0,
-    "qlora_jax.patterns": 0,
+    "qlora_jax.regex": 0,
     "qlora_jax.terminal": 0,
     "qlora_jax.allocator": 0,
     "qlora_jax.atomic_files": 0,

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound, setting
-from qlora_jax.patterns import text_pattern_problems
+from qlora_jax.regex import text_pattern_problems
 
 
 class QuestionKind(NamedTuple):

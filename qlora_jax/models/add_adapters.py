@@ -38,7 +38,7 @@ from qlora_jax.nn.adapters.vera import Projections, VeRA, draw_projections
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.variables import Frozen
-from qlora_jax.patterns import matches_end
+from qlora_jax.regex import matches_end
 from qlora_jax.sharding import mesh_of
 
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.

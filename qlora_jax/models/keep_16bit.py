@@ -17,7 +17,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.metadata import shorten
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
+from qlora_jax.regex import matches_end, matches_whole, pattern_problems
 
 SETTING = "model.keep_16bit"
 NEVER_QUANTIZED = ("embed_tokens", "lm_head", "norm", "gate", "router")

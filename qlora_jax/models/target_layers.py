@@ -10,7 +10,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
+from qlora_jax.regex import matches_end, matches_whole, pattern_problems
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # Methods whose adapters may be on some layers of a stack.

@@ -6,10 +6,10 @@ import optax
 from jaxtyping import PyTree
 
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
+from qlora_jax.optim.optax_state import to_optax
 from qlora_jax.optim.page_layout import Layout, layer_pages
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.optim.pager import PagedUpdate, paged_init
-from qlora_jax.optim.whole_state import to_optax
 
 # Optimizers that tests/optim/test_pager.py proves elementwise; `check_elementwise` checks others when a run starts.
 ELEMENTWISE = frozenset({"adamw_32bit", "adamw_8bit", "lion_32bit", "lion_8bit"})

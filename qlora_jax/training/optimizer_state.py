@@ -19,6 +19,7 @@ from qlora_jax.models.partition import Lora
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
 from qlora_jax.optim.mesh_state import init_state, state_specs
+from qlora_jax.optim.optax_state import from_optax, page_out_all, to_optax, unpage
 from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, PyTreeDef, layer_pages
 from qlora_jax.optim.page_pool import Memory, PagingError, Transfers
 from qlora_jax.optim.pager import (
@@ -29,7 +30,6 @@ from qlora_jax.optim.pager import (
     resident_bytes,
 )
 from qlora_jax.optim.sharded_page_pool import memory_of
-from qlora_jax.optim.whole_state import from_optax, page_out_all, to_optax, unpage
 from qlora_jax.sharding import placed_shapes
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.metrics.metrics_file import Record

@@ -37,9 +37,9 @@ from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
 from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.reference_session import ReferenceStopped, record_start, with_initial, with_reference
-from qlora_jax.training.report.facts import RunReport, report_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
+from qlora_jax.training.report.report_json import RunReport, report_rows
 from qlora_jax.training.resume import TrainState, restore, with_date_of_start
 from qlora_jax.training.run_mesh import local_devices
 from qlora_jax.training.session import (

@@ -8,7 +8,7 @@ from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, setting
 from qlora_jax.config.parse import find_problems, from_dict
 from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs, QuantType, folder_problems
-from qlora_jax.patterns import text_pattern_problems
+from qlora_jax.regex import text_pattern_problems
 from qlora_jax.tournament.settings import judge_problems
 
 Value = str | int | float | bool | None

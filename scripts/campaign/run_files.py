@@ -19,7 +19,7 @@ from qlora_jax.io.loading.adapter_init import read_initial
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
 from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
 from qlora_jax.training.report.curves import charts
-from qlora_jax.training.report.facts import before_and_after, question_summary, training_summary
+from qlora_jax.training.report.report_json import before_and_after, question_summary, training_summary
 from qlora_jax.training.resume import restore
 from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE, train
 from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable
 
 from qlora_jax.config.question_settings import AnswerMatch
-from qlora_jax.patterns import last_match
+from qlora_jax.regex import last_match
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -17,8 +17,8 @@ from qlora_jax.metadata import JsonObject, check_value
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.config_differences import config_differences
 from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.models.families.mrope import sections_of
 from qlora_jax.models.families.multimodal import text_config
-from qlora_jax.models.families.three_positions import sections_of
 from qlora_jax.nn.rope import SCALINGS, Rope
 
 # transformers' default of the layers of Qwen3-VL's vision tower whose features the first layers of the text half add.

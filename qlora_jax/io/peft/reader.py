@@ -29,7 +29,7 @@ from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.add_adapters import oft_blocks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.adapters.vera import Projections
-from qlora_jax.patterns import pattern_problems
+from qlora_jax.regex import pattern_problems
 
 CONFIG, PICKLE = "adapter_config.json", "adapter_model.bin"
 # Settings that do not change the computation; the tensors show which modules are targets.

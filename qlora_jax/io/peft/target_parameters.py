@@ -20,7 +20,7 @@ from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.peft.writer import PREFIX, AdapterArrays
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.target_layers import ROUTER
-from qlora_jax.patterns import matches_end
+from qlora_jax.regex import matches_end
 
 LayersOf = Mapping[str, Sequence[int]]  # {Hugging Face name without the layer's index: layers with an adapter}
 

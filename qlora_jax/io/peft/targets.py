@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.patterns import matches_whole, pattern_problems
+from qlora_jax.regex import matches_whole, pattern_problems
 
 
 def targeted_layers(config: AdapterConfig, model: ModelConfig) -> dict[str, list[int]]:

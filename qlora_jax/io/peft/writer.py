@@ -21,7 +21,7 @@ from qlora_jax.io.head_padding import Padding
 from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.peft.readme import readme
 from qlora_jax.metadata import JsonObject
-from qlora_jax.patterns import matches_end
+from qlora_jax.regex import matches_end
 
 PREFIX = "base_model.model."
 AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]

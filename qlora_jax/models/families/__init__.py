@@ -19,6 +19,7 @@ from qlora_jax.models.families import (
     ministral3,
     mistral,
     mixtral,
+    mrope,
     olmo2,
     olmo3,
     olmoe,
@@ -30,7 +31,6 @@ from qlora_jax.models.families import (
     qwen3_moe,
     seed_oss,
     smollm3,
-    three_positions,
 )
 from qlora_jax.models.families.expert_attributes import COUNTS
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
@@ -42,7 +42,7 @@ MODULES = (
     *(mixtral, qwen2_moe, qwen3_moe, olmoe, glm4_moe, gpt_oss),
 )
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}
-TEXT_HALVES = FAMILIES | dict.fromkeys(three_positions.MODEL_TYPES, three_positions)
+TEXT_HALVES = FAMILIES | dict.fromkeys(mrope.MODEL_TYPES, mrope)
 
 
 class ModelKind(TypedDict, total=False):

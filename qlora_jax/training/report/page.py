@@ -24,7 +24,8 @@ from qlora_jax.training.metrics.preference_metrics import ACCURACY, PREFERENCE_L
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
 from qlora_jax.training.report.curves import charts
-from qlora_jax.training.report.facts import (
+from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
+from qlora_jax.training.report.report_json import (
     RunReport,
     TrainingSummary,
     before_and_after,
@@ -33,7 +34,6 @@ from qlora_jax.training.report.facts import (
     report_json,
     training_summary,
 )
-from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
 from qlora_jax.training.session import steps_of_run
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"

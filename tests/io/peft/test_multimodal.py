@@ -11,7 +11,7 @@ from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.io.peft.writer import write_adapter
 from qlora_jax.models.families import model_config
-from qlora_jax.patterns import matches_whole
+from qlora_jax.regex import matches_whole
 from tests.io.peft.test_reader import random_lora
 from tests.io.tiny_models import tiny_config
 

@@ -1,4 +1,4 @@
-"""The whole state and its pages: pages to one optax state and back, for checkpoints and for steps that have room."""
+"""Pages of optimizer state to one optax state and back, for checkpoints and for steps that have room."""
 
 import functools
 

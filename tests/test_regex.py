@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from qlora_jax.patterns import (
+from qlora_jax.regex import (
     PatternError,
     last_match,
     matches_end,
