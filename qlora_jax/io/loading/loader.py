@@ -114,7 +114,7 @@ def load_model(
         elif slot.stacked:
             leaves.append(filled(slot, next(stacks), layers))
         else:
-            leaves.extend(layers)  # one
+            leaves.extend(layers)  # its only weight
     state = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
     loaded = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(state))
     return Loaded(model=loaded, fingerprint=reader.digest.fingerprint())
