@@ -26,7 +26,11 @@ Plan = Callable[[str, int], Answer]  # the user's message, the number of request
 
 
 class FakeEndpoint(http.server.ThreadingHTTPServer):
-    """The server; `requests` are the bodies that it received, `keys` their Authorization headers."""
+    """The server; `requests` are the bodies that it received, `keys` their Authorization headers.
+
+    Attributes:
+      most: the largest number of requests that waited for a reply at the same time.
+    """
 
     daemon_threads = True
 
@@ -62,13 +66,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.running += 1
             self.server.most = max(self.server.most, self.server.running)
         try:
-            self._answer(self.server.plan(message, before))
-        finally:
+            answer = self.server.plan(message, before)
+            time.sleep(answer.seconds)
+        finally:  # before the reply: a client that has it may send the next request at once
             with self.server.lock:
                 self.server.running -= 1
+        self._answer(answer)
 
     def _answer(self, answer: Answer) -> None:
-        time.sleep(answer.seconds)
         completion = {"choices": [{"message": {"role": "assistant", "content": answer.review}}]}
         body = json.dumps(completion).encode() if answer.body is None else answer.body
         self.send_response(answer.status)

@@ -43,9 +43,15 @@ def judge_with(folder: Path, plan: Plan, found: list | None = None, **settings: 
 
 def test_requests_are_the_references(tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_KEY", "secret")
-    endpoint, transcripts, found = judge_with(tmp_path, right, key_variable="TEST_KEY", concurrency=3)
+    arrived = threading.Barrier(3)  # three requests have to wait at the same time: 24 are eight times three
+
+    def plan(message: str, before: int) -> Answer:
+        arrived.wait(60)
+        return right(message, before)
+
+    endpoint, transcripts, found = judge_with(tmp_path, plan, key_variable="TEST_KEY", concurrency=3, timeout=60)
     assert len(found) == len(endpoint.requests) == 24
-    assert endpoint.most <= 3
+    assert endpoint.most == 3
     assert {key for key in endpoint.keys} == {"Bearer secret"}
     for body in endpoint.requests:
         assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.2, 1024)
