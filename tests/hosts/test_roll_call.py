@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from qlora_jax.hosts.roll_call import POLL_SECONDS, RollCall
+from qlora_jax.hosts.roll_call import RollCall
 
 
 def test_processes_that_count_are_here_and_leave_no_file(tmp_path: Path):
@@ -11,8 +11,10 @@ def test_processes_that_count_are_here_and_leave_no_file(tmp_path: Path):
     with calls[0].taken(), calls[1].taken():
         (calls[0].folder).mkdir(exist_ok=True)
         (calls[0].folder / "3").write_text("17")  # left by an earlier start
-        time.sleep(5 * POLL_SECONDS)
-        assert [call.missing() for call in calls] == ["processes 1, 3"] * 2
+        deadline = time.monotonic() + 60
+        while [call.missing() for call in calls] != ["processes 1, 3"] * 2:
+            assert time.monotonic() < deadline, [call.missing() for call in calls]
+            time.sleep(0.05)
     (calls[0].folder / "3").unlink()
     calls[0].folder.rmdir()  # empty
     assert RollCall(tmp_path / "run", 0, 1).missing() is None

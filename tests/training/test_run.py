@@ -26,7 +26,7 @@ def test_reports_of_a_stopped_run_are_skipped_when_they_take_too_long(tmp_path, 
                 return
 
     (tmp_path / "metrics.jsonl").write_text("")
-    monkeypatch.setattr(run_module, "REPORT_SECONDS", 0.05)
+    monkeypatch.setattr(run_module, "REPORT_SECONDS", 0.5)
     monkeypatch.setattr(run_module, "plot_loss", plot)
     monkeypatch.setattr(run_module, "_report_of", lambda *_: None)
     monkeypatch.setattr(run_module, "write_report", lambda *_: done.append("report"))
