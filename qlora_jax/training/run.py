@@ -37,7 +37,7 @@ from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
 from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.reference_session import ReferenceStopped, record_start, with_initial, with_reference
-from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
+from qlora_jax.training.report.page import JSON_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows
 from qlora_jax.training.resume import TrainState, restore, with_date_of_start
@@ -87,7 +87,7 @@ def lock_output(
 
 
 def _check_is_run_folder(run: Path, allowed: Collection[Path]) -> None:
-    known = {PAGE_FILE, FACTS_FILE, LOCK_FILE, *(path.name for path in allowed)}
+    known = {PAGE_FILE, JSON_FILE, LOCK_FILE, *(path.name for path in allowed)}
     if not run.exists() or (run / CONFIG_FILE).exists() or saved_steps(run):
         return
     if not run.is_dir() or not {entry.name for entry in run.iterdir()} <= known:

@@ -36,13 +36,13 @@ from qlora_jax.training.report.report_json import (
 )
 from qlora_jax.training.session import steps_of_run
 
-PAGE_FILE, FACTS_FILE = "report.html", "report.json"
+PAGE_FILE, JSON_FILE = "report.html", "report.json"
 
 
 def write_report(report: RunReport, run: Path) -> Path:
     """Writes both files into the folder `run`, which it creates if necessary; returns the page's path."""
     run.mkdir(parents=True, exist_ok=True)
-    texts = {FACTS_FILE: json.dumps(report_json(report), indent=2) + "\n", PAGE_FILE: page(report)}
+    texts = {JSON_FILE: json.dumps(report_json(report), indent=2) + "\n", PAGE_FILE: page(report)}
     for name, text in texts.items():
         write_text(run / name, text)
     return run / PAGE_FILE

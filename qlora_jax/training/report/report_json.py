@@ -109,8 +109,8 @@ def report_json(report: RunReport) -> dict[str, object]:
     """Returns the content of report.json; sizes are in bytes, shares from 0 to 1."""
     return {
         "config": to_dict(report.config),
-        "data": _data_facts(report.data),
-        "rows": [_row_facts(row) for row in report.rows],
+        "data": _data_json(report.data),
+        "rows": [_row_json(row) for row in report.rows],
         "memory_plan": {
             "fits": report.plan.fits,
             "device_bytes": report.plan.requirements.device,
@@ -128,14 +128,14 @@ def report_json(report: RunReport) -> dict[str, object]:
     }
 
 
-def _data_facts(data: DataReport) -> dict[str, object]:
+def _data_json(data: DataReport) -> dict[str, object]:
     facts: dict[str, object] = dataclasses.asdict(data)
     for name in ("example", "example_place", "example_label", "parts"):  # `rows` has more examples
         del facts[name]
     return facts | {"sources": [{"weight": weight, **dataclasses.asdict(side)} for side, weight in data.sources]}
 
 
-def _row_facts(row: ExampleRow) -> dict[str, object]:
+def _row_json(row: ExampleRow) -> dict[str, object]:
     segments = [
         {"text": "".join(run.text for run in runs), "supervised": seen} | ({"name": name} if name else {})
         for runs, seen, name in row.segments

@@ -46,6 +46,7 @@ def test_a_missing_server_is_reported_unless_there_is_a_proxy(nobody: str, monke
 @pytest.mark.filterwarnings("default")  # the harness and its libraries warn
 def test_a_data_set_that_is_nowhere_ends_it_at_once(nobody: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'qlora-jax[lm-eval]'")
+    pytest.importorskip("datasets", reason="datasets comes with lm-eval")
     import datasets.config
     import huggingface_hub.constants as hub
 
