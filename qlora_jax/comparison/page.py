@@ -109,9 +109,18 @@ def _text_of(settings: Mapping[str, object]) -> str:
     return ", ".join(f"{key}: {json.dumps(v, ensure_ascii=False)}" for key, v in settings.items()) or "as configured"
 
 
+def _chosen_rank(results: Results, method: str) -> dict[str, object]:
+    """Returns the `lora.rank` that the budget of trainable parameters gave a method, by task where tasks differ."""
+    runs = [one.run for one in results.runs if one.run.method == method]
+    ranks = {run.task: run.settings["lora.rank"] for run in runs if "lora.rank" in run.settings}
+    if len({*ranks.values()}) == 1:
+        return {"lora.rank": next(iter(ranks.values()))}
+    return {f"lora.rank of {task}": rank for task, rank in ranks.items()}
+
+
 def _methods(results: Results) -> Table:
     names = results.study.methods
-    settings = results.study.settings.methods
+    settings = {name: {**results.study.settings.methods[name], **_chosen_rank(results, name)} for name in names}
     return Table(("method", "settings"), [(_numbered(names, name), _text_of(settings[name])) for name in names])
 
 

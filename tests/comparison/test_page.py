@@ -1,6 +1,7 @@
 """The page of a study: figures, untrusted names, and its width on a phone."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 
 from qlora_jax.comparison.page import _text_of, page, write_page
 from qlora_jax.comparison.plots import COSTS, front
-from qlora_jax.comparison.results import summarize
+from qlora_jax.comparison.results import Finished, summarize
 from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.table_file import COLUMNS, write_table
 from tests.comparison.studies import finish, read, study_of
@@ -65,6 +66,15 @@ def test_settings_are_shown_whole():
     nested = {"lora.rank": 4, "model.rope": {"factor": 2.0, "kind": "yarn"}}
     assert _text_of(nested) == 'lora.rank: 4, model.rope: {"factor": 2.0, "kind": "yarn"}'
     assert _text_of({"data.train": "a {x} ü"}) == 'data.train: "a {x} ü"' and _text_of({}) == "as configured"
+
+
+def test_a_rank_that_the_budget_chose_is_shown(results, text):
+    def sized(one: Finished) -> Finished:
+        rank = {"lora.rank": 11} if one.run.method == "lora" else {}
+        return one._replace(run=dataclasses.replace(one.run, settings={**one.run.settings, **rank}))
+
+    assert "lora.rank: 11" not in text
+    assert page(dataclasses.replace(results, runs=[*map(sized, results.runs)])).count("lora.rank: 11") == 1
 
 
 def test_the_ids_of_plots_are_unique(text):
