@@ -113,8 +113,9 @@ def _chosen_rank(results: Results, method: str) -> dict[str, object]:
     """Returns the `lora.rank` that the budget of trainable parameters gave a method, by task where tasks differ."""
     runs = [one.run for one in results.runs if one.run.method == method]
     ranks = {run.task: run.settings["lora.rank"] for run in runs if "lora.rank" in run.settings}
-    if len({*ranks.values()}) == 1:
-        return {"lora.rank": next(iter(ranks.values()))}
+    first = next(iter(ranks.values()), None)
+    if first is not None and all(rank == first for rank in ranks.values()):
+        return {"lora.rank": first}
     return {f"lora.rank of {task}": rank for task, rank in ranks.items()}
 
 
