@@ -8,7 +8,7 @@ from typing import Literal
 from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, Bound, setting
 from qlora_jax.config.parse import find_problems, from_dict
-from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs, folder_problems
+from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs
 from qlora_jax.terminal.visible import without_passwords
 
 Value = str | int | float | bool | None
@@ -155,8 +155,7 @@ class ArenaArgs:
 
 def check_arena(args: ArenaArgs) -> None:
     """Raises ConfigError if settings contradict each other; the message lists all contradictions."""
-    problems = [*folder_problems("output", args.output), *_name_problems(args), *_system_problems(args)]
-    problems += _judge_problems(args)
+    problems = [*_name_problems(args), *_system_problems(args), *_judge_problems(args)]
     if args.systems and args.prompts is None:
         problems.append("prompts: missing, because there are systems. Set it to the file of their prompts")
     if len(args.systems) == 1:

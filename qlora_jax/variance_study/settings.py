@@ -7,7 +7,7 @@ from typing import Literal
 from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, setting
 from qlora_jax.config.parse import find_problems, from_dict
-from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs, QuantType, folder_problems
+from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs, QuantType
 from qlora_jax.regex import text_pattern_problems
 from qlora_jax.tournament.settings import judge_problems
 
@@ -91,8 +91,7 @@ class VarianceArgs:
 
 def check_variance(args: VarianceArgs) -> None:
     """Raises ConfigError if settings contradict each other; the message lists all contradictions."""
-    problems = [*folder_problems("output", args.output), *_model_problems(args), *_factor_problems(args)]
-    problems += _judge_problems(args)
+    problems = [*_model_problems(args), *_factor_problems(args), *_judge_problems(args)]
     if len({*args.measures}) < len(args.measures):
         problems.append(f"measures: found {', '.join(args.measures)}, expected each once. Remove the repeated ones")
     if args.examples is None and "example_order" in _varied(args):

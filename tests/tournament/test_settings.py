@@ -44,7 +44,6 @@ def test_every_kind_of_judge_has_settings_and_a_builder():
         ({"judges": {"j": {"kind": "verdicts"}}}, r"judges.j.path: missing"),
         ({"judges": {"j": {"kind": "person"}}}, r"judges.j: a judge of kind person needs replies"),
         ({"judges": {"j": ENDPOINT | {"url": "file:///x"}}}, r"judges.j.url: found .*expected an address that begins"),
-        ({"judges": {"j": {"kind": "verdicts", "path": "v"}}, "output": "nowhere/x"}, r"output: folder 'nowhere' does"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, settings, problem):

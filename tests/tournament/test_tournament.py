@@ -101,12 +101,12 @@ def test_recorded_verdicts_need_nothing_else(tmp_path):
         for (a, b), verdict in {("x", "y"): 1 + i % 2, ("y", "x"): 3, ("x", "z <b>"): 1, ("z <b>", "x"): 1}.items()
     ]
     path = write_lines(tmp_path / "verdicts.jsonl", rows)
-    settings = {"output": str(tmp_path / "arena"), "orderings": 50}
+    settings = {"output": str(tmp_path / "new/arena"), "orderings": 50}
     results = hold(settings, gpt4={"kind": "verdicts", "path": path})
     assert results.systems == ["x", "y", "z <b>"]
     assert results.judges["gpt4"].matches == 24 and results.agreement is None
     assert results.standings["gpt4"].problems == []
-    page = (tmp_path / "arena/results.html").read_text()
+    page = (tmp_path / "new/arena/results.html").read_text()
     assert "z &lt;b&gt;" in page and "z <b>" not in page
 
 

@@ -24,7 +24,7 @@ GOOD = {
 
 
 def problems(tmp_path, **changes):
-    args = from_dict(VarianceArgs, GOOD | {"output": str(tmp_path / "study")} | changes)
+    args = from_dict(VarianceArgs, GOOD | {"output": str(tmp_path / "new/study")} | changes)
     try:
         check_variance(args)
     except ConfigError as error:
