@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -52,11 +52,16 @@ def describe_type(hint: Hint) -> str:
 
 def _convert_scalar(hint: type, value: object) -> object:
     # bool is a subclass of int, but `rank: true` must not become 1.
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and _has_float(value):
         return float(value)
     if type(value) is not hint or hint is float:
         raise _Mismatch
     return value
+
+
+def _has_float(number: int | float) -> bool:
+    """True if the number is finite, and not a whole number that is too large for a float."""
+    return abs(number) <= sys.float_info.max
 
 
 def _convert_union(arms: tuple[Hint, ...], value: object) -> object:

@@ -110,19 +110,39 @@ def one_line_yaml(value: object) -> str:
     return text.removesuffix("\n")
 
 
-def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yields (dotted key, line); a duplicate key appears twice."""
+def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, yaml.Node]]:
+    """Yields (dotted key, its node); a duplicate key appears twice, but only the first time with the keys below it."""
     if isinstance(node, yaml.MappingNode):
+        found = set()
         for name, value in node.value:
-            yield f"{prefix}{name.value}", name.start_mark.line + 1
-            yield from _keys(value, f"{prefix}{name.value}.")
+            key = f"{prefix}{name.value}"
+            yield key, name
+            if key not in found:
+                yield from _keys(value, f"{key}.")
+            found.add(key)
+
+
+def _places(node: yaml.Node, path: str | os.PathLike) -> dict[str, str]:
+    """Returns {dotted key: "file:line"}; raises ConfigError for keys that are set twice or are not text."""
+    places: dict[str, str] = {}
+    problems = []
+    for key, name in _keys(node):
+        line, kind = name.start_mark.line + 1, name.tag.rpartition(":")[2]
+        if key in places:
+            problems.append(f"{key}: set twice ({places[key]} and line {line}). Remove one of them")
+        if kind != "str":
+            problems.append(f"{key}: found a key of type {kind}, expected text ({path}:{line}). Quote it")
+        places[key] = f"{path}:{line}"
+    if problems:
+        raise ConfigError(problems)
+    return places
 
 
 def read_yaml(path: str | os.PathLike) -> tuple[dict[str, object], dict[str, str]]:
     """Returns (the file's nested dict, {dotted key: "file:line"}).
 
     Raises:
-      ConfigError: the file is too large, is not YAML, is not a mapping, or sets a key twice.
+      ConfigError: the file is too large, is not YAML, is not a mapping from text, or sets a key twice.
     """
     if (size := Path(path).stat().st_size) > MAX_BYTES:
         raise ConfigError([f"{path}: too large for settings (found {size} bytes, expected at most {MAX_BYTES})"])
@@ -134,15 +154,7 @@ def read_yaml(path: str | os.PathLike) -> tuple[dict[str, object], dict[str, str
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError([f"{path}: found {type(raw).__name__}, expected sections such as `lora:`"])
-    sources: dict[str, str] = {}
-    problems = []
-    for key, line in _keys(node) if node else ():
-        if key in sources:
-            problems.append(f"{key}: set twice ({sources[key]} and line {line}). Remove one of them")
-        sources[key] = f"{path}:{line}"
-    if problems:
-        raise ConfigError(problems)
-    return raw, sources
+    return raw, _places(node, path) if node else {}
 
 
 def read_config(path: str | os.PathLike) -> Config:

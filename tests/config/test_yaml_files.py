@@ -102,13 +102,23 @@ def test_every_problem_is_reported_with_file_and_line(tmp_path):
         ("lora: {target_modules: [1]}", "lora.target_modules: found [1], expected text or a list of text"),
         ("lora: {rank_pattern: {q: x}}", "expected a mapping of text to a whole number"),
         ("optim: {learning_rate: .nan}", "optim.learning_rate: found nan, expected a number"),
+        (f"optim: {{learning_rate: 1{'0' * 400}}}", "00, expected a number"),  # larger than any float
         ("train: {steps: true}", "train.steps: found True, expected a whole number or null"),
+        ("1e9: sft", "1e9: found a key of type float, expected text"),
+        ("lora: {rank_pattern: {1: 4}}", "lora.rank_pattern.1: found a key of type int, expected text"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
-        read_config(write(tmp_path, text))
-    assert message in str(error.value)
+        read_config(path := write(tmp_path, text))
+    (found,) = [problem for problem in error.value.problems if message in problem]
+    assert str(path) in found
+
+
+def test_a_section_that_is_set_twice_is_one_problem(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        read_config(path := write(tmp_path, "lora:\n  rank: 3\n  alpha: 8\n" * 2))
+    assert error.value.problems == [f"lora: set twice ({path}:1 and line 4). Remove one of them"]
 
 
 def test_differences_name_the_dotted_keys():
