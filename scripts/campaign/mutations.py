@@ -29,6 +29,7 @@ TEXTS = (
 )
 DEEP = "\ue000deep"  # replaced in the text of JSON by brackets that nest too deeply to build in Python
 DEPTHS = (150, 1_000, 20_000, 100_000)
+MAX_TEXT = 4 << 20  # characters; a text that is repeated twice would need gigabytes
 
 
 def damage_bytes(chance: random.Random, data: bytes) -> bytes:
@@ -148,8 +149,14 @@ def _damaged(chance: random.Random, node: object) -> object:
         case float() if chance.random() < 0.5:
             return chance.choice((node * 2, -node, *FLOATS))
         case str() if chance.random() < 0.5:
-            return chance.choice((node[: len(node) // 2], node * 2, node + chance.choice(TEXTS), *TEXTS, node * 10_000))
+            return chance.choice(
+                (node[: len(node) // 2], node * 2, node + chance.choice(TEXTS), *TEXTS, node * _repeats(node))
+            )
     return chance.choice((any_value(chance), [node], {"": node}, {"content": node}, str(node)[:1000]))
+
+
+def _repeats(text: str) -> int:
+    return min(10_000, MAX_TEXT // max(len(text), 1))
 
 
 def _damaged_object(chance: random.Random, node: JsonObject, key: str) -> JsonObject:

@@ -99,6 +99,7 @@ def test_an_unknown_model_of_images_and_text_is_refused_as_such():
             "'gemma4_text' is not supported, because layers have their own token embeddings",
         ),
         (dict(model_type="mistral3", text_config=dict(model_type="mistral4")), "text_config: .*latent attention"),
+        (dict(model_type="llava", text_config=dict(model_type={"": "llama"})), "text_config.model_type: not text"),
         (dict(model_type="mistral_large4", text_config={}), "is not supported, because .*latent attention"),
         (
             dict(model_type="qwen3_5_moe", num_experts=4),

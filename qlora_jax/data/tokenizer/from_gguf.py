@@ -103,7 +103,8 @@ def rebuild(metadata: Metadata, bos: str | None = None) -> Tokenizer:
       bos: token that tokenizer.json puts before every text, or None.
 
     Raises:
-      ValueError: an unknown model or `pre`, lists of different lengths, repeated tokens, or a malformed merge.
+      ValueError: an unknown model or `pre`, lists of different lengths, repeated tokens, a malformed merge, or a
+        `bos` that is not in the vocabulary.
     """
     if metadata.get("model") not in MODELS:
         raise ValueError(
@@ -116,11 +117,18 @@ def rebuild(metadata: Metadata, bos: str | None = None) -> Tokenizer:
     tokenizer.add_tokens(_added_tokens(metadata["tokens"], metadata["token_type"]))
     _check_size(tokenizer, metadata["tokens"])
     if bos is not None:
-        starts = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
-        tokenizer.post_processor = processors.TemplateProcessing(
-            **starts, special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
+        tokenizer.post_processor = _starting_with(bos, tokenizer.token_to_id(bos))
     return tokenizer
+
+
+def _starting_with(bos: str, bos_id: int | None) -> processors.TemplateProcessing:
+    if bos_id is None:
+        raise ValueError(
+            f"GGUF: tokenizer.ggml.bos_token_id: its token is not in the rebuilt vocabulary (found {bos!r}). Use the "
+            "model's Hugging Face folder, which contains tokenizer.json."
+        )
+    starts = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
+    return processors.TemplateProcessing(**starts, special_tokens=[(bos, bos_id)])
 
 
 def _byte_level_bpe(metadata: Metadata) -> Tokenizer:

@@ -207,7 +207,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
     special_tokens = {name: source[name] for name in _NAMED if source.get(name) is not None}
     bos = special_tokens.get("bos_token") if source.get("add_bos_token") else None
     backend = _from_json(source["tokenizer_json"]) if "tokenizer_json" in source else _from_gguf(source, bos)
-    unknown = [f"{name} {token!r}" for name, token in special_tokens.items() if backend.token_to_id(token) is None]
+    unknown = [f"{name} {token!r}" for name, token in special_tokens.items() if not _contains(backend, token)]
     if unknown:
         raise ValueError(
             f"tokenizer: special tokens that are not in its vocabulary: {', '.join(unknown)}. Correct its files."
@@ -225,6 +225,13 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
         special_tokens=special_tokens,
         add_bos_token=bool(source.get("add_bos_token", False)),
     )
+
+
+def _contains(backend: tokenizers.Tokenizer, token: str) -> bool:
+    try:
+        return backend.token_to_id(token) is not None
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequence[str]) -> Tokenizer:

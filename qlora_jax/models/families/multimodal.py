@@ -87,14 +87,16 @@ def text_config(config: Mapping[str, object], name: str = "config.json") -> Mapp
       name: the file of the config, for messages.
 
     Raises:
-      MetadataError: the config of a multimodal model has no object `text_config`.
+      MetadataError: the config of a multimodal model has no object `text_config`, or its `model_type` is not text.
     """
     wrapper = wrapper_of(config)
     if wrapper is None:
         return config
     stated = _stated(config, name)
     kind = stated.get("model_type") or wrapper.text_type
-    sizes = dict(zip(SIZE_NAMES, SIZES.get(str(kind), ()), strict=False))
+    if not isinstance(kind, str):
+        raise MetadataError(f"{name}: {TEXT_CONFIG}.model_type: not text (found {shorten(kind)}). Download it again.")
+    sizes = dict(zip(SIZE_NAMES, SIZES.get(kind, ()), strict=False))
     return {**sizes, **stated, "model_type": kind, TIED: ties_embeddings(config, name)}
 
 

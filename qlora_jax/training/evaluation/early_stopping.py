@@ -32,4 +32,5 @@ class BestEvaluation:
     @classmethod
     def from_checkpoint(cls, state: Record) -> "BestEvaluation":
         """Reads the best evaluation from a checkpoint's JSON state."""
-        return cls(**state["best"])
+        best = state["best"]
+        return cls(loss=best["loss"], step=best["step"], since=best["since"])

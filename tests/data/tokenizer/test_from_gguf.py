@@ -184,6 +184,12 @@ def test_metadata_that_can_not_be_right_is_refused(change: dict[str, Any], told:
         rebuild({**metadata, **change})
 
 
+def test_a_first_token_that_is_spelt_in_another_way_is_refused():
+    metadata = _gemma_metadata()
+    with pytest.raises(ValueError, match=r"bos_token_id: its token is not in the rebuilt vocabulary \(found '  '\)"):
+        rebuild(metadata, bos="  ")
+
+
 def test_every_known_kind_builds():
     metadata = {"model": "gpt2", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
     for pre in KNOWN_PRE:

@@ -40,6 +40,8 @@ def test_settings_of_tokenizer_json_that_change_lengths_are_off(smollm2_source: 
 def test_sources_that_can_not_be_right_are_refused(smollm2_source: dict):
     with pytest.raises(ValueError, match="eos_token '<nope>'"):
         load_tokenizer({**smollm2_source, "eos_token": "<nope>"})
+    with pytest.raises(ValueError, match=r"special tokens that are not in its vocabulary: pad_token '\\ud800'"):
+        load_tokenizer({**smollm2_source, "pad_token": "\ud800"})
     with pytest.raises(ValueError, match=r"tokenizer\.json can't be read"):
         load_tokenizer({"tokenizer_json": '{"model": '})
     with pytest.raises(ValueError, match="expected 'tokenizer_json' or 'gguf'"):

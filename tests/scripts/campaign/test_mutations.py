@@ -5,7 +5,7 @@ import random
 
 from qlora_jax.io.gguf.header import parse_header
 from scripts.campaign.model_files import gguf_bytes
-from scripts.campaign.mutations import damage_bytes, damage_json, damage_text
+from scripts.campaign.mutations import MAX_TEXT, damage_bytes, damage_json, damage_text
 
 CONFIG = json.dumps({"rank": 4, "scale": 1.5, "targets": ["q", "v"], "rope": {"factor": 8.0, "type": "linear"}})
 
@@ -22,6 +22,11 @@ def test_damage_covers_depth_size_types_and_invalid_json():
     assert any(b"NaN" in text for text in texts) and any(len(text) > 100_000 for text in texts)
     assert any(b'"rank": "' in text for text in texts) and any(b'"targets": {' in text for text in texts)
     assert sum(not _is_json(text) for text in texts) > 100
+
+
+def test_a_large_text_is_not_repeated_beyond_a_limit():
+    large = json.dumps({"text": "x" * (MAX_TEXT // 4)})
+    assert max(len(damage_json(random.Random(n), large)) for n in range(60)) < 2 * MAX_TEXT
 
 
 def _is_json(text: bytes) -> bool:

@@ -15,3 +15,8 @@ def test_it_is_the_first_of_the_least_and_patience_counts_from_it(losses, patien
         so_far = losses[: step + 1]
         assert (best.loss, best.step) == (min(so_far), so_far.index(min(so_far)))
         assert best.should_stop(patience) == (step - best.step >= patience) and not best.should_stop(0)
+
+
+def test_an_unknown_key_of_a_checkpoint_is_ignored():
+    saved = {"best": {"loss": 1.5, "step": 3, "since": 2, "of another version": 0}}
+    assert BestEvaluation.from_checkpoint(saved) == BestEvaluation(loss=1.5, step=3, since=2)
