@@ -9,7 +9,7 @@ from pathlib import Path
 from qlora_jax.comparison.held_out import shared_row_problems
 from qlora_jax.comparison.settings import Settings, StudySettings, TaskSettings
 from qlora_jax.config import Config, ConfigError, validate
-from qlora_jax.config.parse import find_problems, from_dict, walk_settings
+from qlora_jax.config.parse import find_problems, from_dict, given_problems, walk_settings
 from qlora_jax.config.suggestions import suggest_key
 from qlora_jax.config.yaml_files import read_yaml
 from qlora_jax.data.readers.files import content_digest
@@ -200,9 +200,13 @@ def _twice_set(settings: StudySettings) -> list[str]:
 
 def _read_base(path: str, shared: Settings) -> tuple[Raw, list[str]]:
     try:
-        raw, _ = read_yaml(path)
-    except (ConfigError, OSError) as error:
-        return {}, error.problems if isinstance(error, ConfigError) else [f"base: {path}: cannot be read ({error})"]
+        raw, sources = read_yaml(path)
+    except ConfigError as error:
+        return {}, error.problems
+    except (OSError, UnicodeEncodeError) as error:  # half of a surrogate pair is not part of a path
+        return {}, [f"base: {path!r}: cannot be read ({error})"]
+    if problems := given_problems(Config, raw, sources):
+        return {}, problems
     _set_all(raw, shared)
     return raw, []
 

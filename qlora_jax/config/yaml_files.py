@@ -16,6 +16,7 @@ from qlora_jax.config.validate import validate
 MAX_DEPTH = 100  # levels of mappings and lists
 MAX_NODES = 20_000
 MAX_BYTES = 1 << 20  # largest YAML file
+MOST_KEYS = 20  # keys that one error lists
 
 # YAML 1.1 reads 2e-4 as text because it has no dot; YAML 1.2 reads it as a number.
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
@@ -134,7 +135,8 @@ def _places(node: yaml.Node, path: str | os.PathLike) -> dict[str, str]:
             problems.append(f"{key}: found a key of type {kind}, expected text ({path}:{line}). Quote it")
         places[key] = f"{path}:{line}"
     if problems:
-        raise ConfigError(problems)
+        more = [f"{path}: {len(problems) - MOST_KEYS} more keys like these"] if len(problems) > MOST_KEYS else []
+        raise ConfigError(problems[:MOST_KEYS] + more)
     return places
 
 

@@ -53,6 +53,16 @@ def test_unknown_keys_are_suggested_with_their_lines(tmp_path):
     assert any(line.startswith("tasks.numbers.evaluate: found {}, expected not empty") for line in found)
 
 
+def test_problems_of_the_base_name_its_file_and_line(tmp_path):
+    base = tmp_path / "own.yaml"
+    base.write_text("model: {path: smollm2-135m}\noptim: {rate: 1}\ntrain: {steps: x}\n")
+    unknown, wrong = problems(tmp_path, base=str(base))
+    assert unknown.startswith("optim.rate: unknown setting") and unknown.endswith(f"({base}:2)")
+    assert wrong.startswith("train.steps: found 'x'") and wrong.endswith(f"({base}:3)")
+    (path,) = problems(tmp_path, base="\ud800")
+    assert path.startswith(r"base: '\ud800': cannot be read")
+
+
 def test_all_contradictions_are_listed_at_once(tmp_path):
     methods = {"a": {"lora.rnak": 4, "train.seed": 1}, "b/c": {"optim.learning_rate": 1.0}}
     found = problems(

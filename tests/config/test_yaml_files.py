@@ -121,6 +121,12 @@ def test_a_section_that_is_set_twice_is_one_problem(tmp_path):
     assert error.value.problems == [f"lora: set twice ({path}:1 and line 4). Remove one of them"]
 
 
+def test_twenty_keys_that_are_set_twice_are_listed(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        read_config(path := write(tmp_path, "".join(f"k{n}: 0\n" for n in range(30)) * 2))
+    assert len(error.value.problems) == 21 and error.value.problems[-1] == f"{path}: 10 more keys like these"
+
+
 def test_differences_name_the_dotted_keys():
     other = Config(
         model=ModelArgs(path="m.gguf"),
