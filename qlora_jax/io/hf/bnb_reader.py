@@ -171,5 +171,5 @@ def _read_quantized(
     absmax = parts["absmax"].read().reshape(constants_shape)
     if offset is None:
         return dataclasses.replace(like, codes=packed, absmax=absmax)
-    nested = {"nested_absmax": parts["nested_absmax"].read(), "nested_offset": np.asarray(offset)}
+    nested = {"nested_absmax": parts["nested_absmax"].read().reshape(-1), "nested_offset": np.asarray(offset)}
     return dataclasses.replace(like, codes=packed, absmax_codes=absmax, **nested)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -111,3 +112,15 @@ def test_a_weight_of_another_format_than_its_stack_is_named(sound: Path, tmp_pat
     assert read is not None
     with pytest.raises(ValueError, match=rf"{DOWN} is quantized with other.*nested_block_size=255, expected 256"):
         read_quantized(source, source.tensors[DOWN], read())
+
+
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax"])
+def test_constants_of_another_shape_and_the_right_size_are_read(sound: Path, tmp_path: Path, part: str) -> None:
+    tensors = load_file(sound / SINGLE)
+    put(f"{DOWN}.{part}", tensors[f"{DOWN}.{part}"].reshape(-1, 1))(tensors)
+    save_file(tensors, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_bytes((sound / "config.json").read_bytes())
+    reads = [open_model(folder).tensors[DOWN].read_quantized for folder in (sound, tmp_path)]
+    first, second = (read() for read in reads if read is not None)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert jax.tree.map(np.shape, first) == jax.tree.map(np.shape, second)
