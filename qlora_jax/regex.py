@@ -156,6 +156,8 @@ def _compile_with_re2(pattern: str):
     options.log_errors = False
     try:
         return re2.compile(pattern, options)
+    except UnicodeEncodeError:
+        raise PatternError("not text: has half of a surrogate pair") from None
     except re2.error as error:
         message = error.args[0]
         raise PatternError(_unsupported(message.decode() if isinstance(message, bytes) else message)) from None

@@ -155,6 +155,7 @@ def test_no_pattern_takes_exponential_time(pattern: str):
         ("[[:alpha:]]", "in a class of characters"),
         ("((a{100}){100}){100}", "not supported in a pattern"),
         ("a" * 2001, "too long for a pattern"),
+        ("\ud83d", "half of a surrogate pair"),
         ("(" * 900 + ")" * 900, "not a regular expression|not supported"),
         ("a{99999999999999999999}", "not a regular expression: the repetition number is too large"),
     ],

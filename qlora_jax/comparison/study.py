@@ -203,8 +203,8 @@ def _read_base(path: str, shared: Settings) -> tuple[Raw, list[str]]:
         raw, sources = read_yaml(path)
     except ConfigError as error:
         return {}, error.problems
-    except (OSError, UnicodeEncodeError) as error:  # half of a surrogate pair is not part of a path
-        return {}, [f"base: {path!r}: cannot be read ({error})"]
+    except OSError as error:
+        return {}, [f"base: {path}: cannot be read ({error})"]
     if problems := given_problems(Config, raw, sources):
         return {}, problems
     _set_all(raw, shared)

@@ -43,6 +43,18 @@ def _quoted_if_several_lines(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 
 _OneLineDumper.add_representer(str, _quoted_if_several_lines)
+
+
+def _joined_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    """Returns a text with its pairs of surrogates joined: JSON escapes a character beyond 16 bits as such a pair."""
+    text = loader.construct_scalar(node)
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise yaml.constructor.ConstructorError(None, None, "half of a surrogate pair", node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _joined_text)
 # YAML 1.1 reads `off` as false, YAML 1.2 as text, which `paging: off` means; no setting is a date object. The dumper
 # quotes both.
 for _letters, _type in (("oO", ":bool"), ("0123456789", ":timestamp")):

@@ -26,11 +26,14 @@ from qlora_jax.data.loss_mask.spans import SegmentSearch
 from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment, join_text
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
+from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Rows per chunk. The encodings of a whole data set would take about 100 bytes per token; in smaller chunks the
 # tokenizer's threads wait for Python's lock more often.
 CHUNK = 2048
+# Messages per conversation. Each turn is rendered with all before it: 2,000 messages take a second, 20,000 minutes.
+MAX_MESSAGES = 2000
 
 
 SegmentAll = Callable[[Sequence[Columns]], list[RowText | ValueError]]
@@ -279,12 +282,19 @@ def _conversations(row_format: RowFormat, tokenizer: Tokenizer, learn: Learn) ->
     has_tools = "tools" in row_format.optional
 
     def search(row: Columns) -> SegmentSearch:
-        chat = messages(row)
+        chat = _not_too_long(messages(row))
         segmenting = segmenter_of(row)(chat, read_tools(row) if has_tools else None)
         found = yield from with_variables(segmenting, read_template_kwargs(row))
         return mark_dropped_reasoning(found.learned(learn), chat)
 
     return lambda rows: run_together(map(search, rows), tokenizer.start_rendering)
+
+
+def _not_too_long(chat: Sequence[Message]) -> Sequence[Message]:
+    """Returns the messages; raises ValueError if there are too many to render each turn with all before it."""
+    if len(chat) > MAX_MESSAGES:
+        raise ValueError(f"found {len(chat):,} messages, expected at most {MAX_MESSAGES:,}. Split the conversation.")
+    return chat
 
 
 def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:

@@ -128,19 +128,20 @@ def kept_text(config: ModelConfig, weights: WeightFormat) -> str:
 
 def _unknown(entry: str, config: ModelConfig) -> str:
     """Returns the message for a name or pattern that matches no projection."""
+    shown, last = shorten(entry), entry.rpartition(".")[2]
     names = [config.hugging_face_name(name) for name in projections(config)]
-    if entry.rpartition(".")[2] in NEVER_QUANTIZED or entry.endswith("norm"):
-        return f"{SETTING}: {entry!r} is never quantized, so it needs no entry. Remove it"
-    number = re.search(r"layers\.(\d+)\.", entry)
+    if last in NEVER_QUANTIZED or entry.endswith("norm"):
+        return f"{SETTING}: {shown} is never quantized, so it needs no entry. Remove it"
+    number = re.search(r"layers\.(\d{1,9})\.", entry)
     if number and int(number[1]) >= config.num_layers:
         return (
-            f"{SETTING}: {entry!r} names layer {number[1]} (expected 0 to {config.num_layers - 1}, the layers of this "
+            f"{SETTING}: {shown} names layer {number[1]} (expected 0 to {config.num_layers - 1}, the layers of this "
             "model). Correct the number"
         )
     by_last = {name.rpartition(".")[2]: name for name in names}
-    near = difflib.get_close_matches(entry.rpartition(".")[2], by_last, n=1)
+    near = difflib.get_close_matches(last[:100], by_last, n=1)
     advice = f"; did you mean {by_last[near[0]]}?" if near else ". Correct the name"
-    return f"{SETTING}: {entry!r} matches none of the linear layers: {', '.join(names)}{advice}"
+    return f"{SETTING}: {shown} matches none of the linear layers: {', '.join(names)}{advice}"
 
 
 def _ranges(layers: Sequence[int]) -> Iterator[str]:

@@ -59,8 +59,6 @@ def test_problems_of_the_base_name_its_file_and_line(tmp_path):
     unknown, wrong = problems(tmp_path, base=str(base))
     assert unknown.startswith("optim.rate: unknown setting") and unknown.endswith(f"({base}:2)")
     assert wrong.startswith("train.steps: found 'x'") and wrong.endswith(f"({base}:3)")
-    (path,) = problems(tmp_path, base="\ud800")
-    assert path.startswith(r"base: '\ud800': cannot be read")
 
 
 def test_all_contradictions_are_listed_at_once(tmp_path):

@@ -1,5 +1,6 @@
 """Configurations in YAML files."""
 
+import json
 import time
 from pathlib import Path
 
@@ -125,6 +126,12 @@ def test_twenty_keys_that_are_set_twice_are_listed(tmp_path):
     with pytest.raises(ConfigError) as error:
         read_config(path := write(tmp_path, "".join(f"k{n}: 0\n" for n in range(30)) * 2))
     assert len(error.value.problems) == 21 and error.value.problems[-1] == f"{path}: 10 more keys like these"
+
+
+def test_characters_that_json_escapes_as_two_are_one(tmp_path):
+    assert parse_yaml(json.dumps({"system": "\U0001f469"})) == {"system": "\U0001f469"}
+    with pytest.raises(ConfigError, match=r"run\.yaml: not a YAML file: half of a surrogate pair .*line 1"):
+        read_config(write(tmp_path, r'output: "\ud83d"'))
 
 
 def test_differences_name_the_dotted_keys():

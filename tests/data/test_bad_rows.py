@@ -1,6 +1,7 @@
 """data.bad_rows: rows that cannot be used end a run, or are dropped, counted by reason and listed."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,15 @@ def broken(tmp_path: Path) -> str:
 def test_bad_rows_end_a_run_by_default(tokenizer: Tokenizer, broken: str):
     with pytest.raises(ValueError, match="4 of 40 rows can't be used"):
         load(tokenizer, train=broken)
+
+
+def test_a_conversation_of_too_many_messages_is_a_bad_row(tokenizer: Tokenizer, write_rows: Callable):
+    chats = [{"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")] * n} for n in (2, 10_000)]
+    file = write_rows(chats)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r":2: found 20,000 messages, expected at most 2,000\. Split the conversation"):
+        load(tokenizer, train=file)
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache": "cache"}, {"cache": "cache", "window": 100}])
