@@ -47,7 +47,7 @@ def kept_layers(keep: str | Sequence[str], config: ModelConfig) -> Kept:
         for name, row in places:
             found.setdefault(name, set()).add(row)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     return tuple((name, tuple(sorted(found[name]))) for name in projections(config) if name in found)
 
 

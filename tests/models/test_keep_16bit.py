@@ -34,12 +34,15 @@ def test_names_and_patterns_select_layers(keep, expected):
 
 def test_all_names_that_match_nothing_are_in_one_error():
     with pytest.raises(ValueError) as caught:
-        kept_layers(["donw_proj", "layers.12.mlp.up_proj", "up_proj", "lm_head"], CONFIG)
+        kept_layers(["donw_proj", "layers.12.mlp.up_proj", "up_proj", "lm_head", "donw_proj"], CONFIG)
     unknown, number, head = str(caught.value).splitlines()
     assert unknown.startswith("model.keep_16bit: 'donw_proj' matches none of the linear layers: self_attn.q_proj, ")
     assert unknown.endswith("did you mean mlp.down_proj?")
     assert "'layers.12.mlp.up_proj' names layer 12 (expected 0 to 11" in number
     assert head.endswith("'lm_head' is never quantized, so it needs no entry. Remove it")
+    with pytest.raises(ValueError, match=r"model.keep_16bit: 'x+\.\.\.x+' matches none") as caught:
+        kept_layers(["x" * 1_000], CONFIG)
+    assert len(str(caught.value)) < 1000
     with pytest.raises(ValueError, match=r"model.keep_16bit: '\(': not a regular expression"):
         kept_layers("(", CONFIG)
 
