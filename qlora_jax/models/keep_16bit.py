@@ -14,7 +14,7 @@ import jax
 from jaxtyping import PyTree
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.metadata import shorten
+from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.regex import matches_end, matches_whole, pattern_problems
@@ -128,7 +128,7 @@ def kept_text(config: ModelConfig, weights: WeightFormat) -> str:
 
 def _unknown(entry: str, config: ModelConfig) -> str:
     """Returns the message for a name or pattern that matches no projection."""
-    shown, last = shorten(entry), entry.rpartition(".")[2]
+    shown, last = repr(shorten_key(entry)), entry.rpartition(".")[2]
     names = [config.hugging_face_name(name) for name in projections(config)]
     if last in NEVER_QUANTIZED or entry.endswith("norm"):
         return f"{SETTING}: {shown} is never quantized, so it needs no entry. Remove it"
