@@ -45,7 +45,9 @@ class RecordFile[T]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = _whole_lines(path)
         if lines:
-            _check_inputs(path, decode_json(_text(lines[0], f"{path}:1"), _Header, path)["inputs"], dict(inputs))
+            # Without its header, the file would not tell of which inputs its records are.
+            header = _text(lines[0], f"{path}:1", "Delete this file to make it again")
+            _check_inputs(path, decode_json(header, _Header, path)["inputs"], dict(inputs))
             numbered = enumerate(lines[1:], 2)
             self.records = [decode_json(_text(line, f"{path}:{n}"), kind, f"{path}:{n}") for n, line in numbered]
         else:
@@ -103,8 +105,8 @@ def _whole_lines(path: Path) -> Sequence[str]:
     return text.split("\n")[:-1]
 
 
-def _text(line: str, place: str) -> str:
-    return without_digest(line, place, required=True)
+def _text(line: str, place: str, fix: str = "Delete this line") -> str:
+    return without_digest(line, place, fix, required=True)
 
 
 def _check_inputs(path: Path, found: Mapping[str, object], expected: Mapping[str, object]) -> None:

@@ -81,7 +81,10 @@ def test_changed_inputs_and_lines_are_refused(tmp_path):
             RecordFile(path, changed, Line)
     text = path.read_text()
     path.write_text(text.replace('"value": 1', '"value": 7'))
-    with pytest.raises(ValueError, match=r"records.jsonl:3: damaged"):
+    with pytest.raises(ValueError, match=r"records.jsonl:3: damaged .* Delete this line$"):
+        records(path)
+    path.write_text(text.replace('"model": "m"', '"model": "n"'))
+    with pytest.raises(ValueError, match=r"records.jsonl:1: damaged .* Delete this file to make it again$"):
         records(path)
     path.write_text(text + '{"name": "by hand", "value": 3}\n')
     with pytest.raises(ValueError, match=r"records.jsonl:4: not a record"):

@@ -110,6 +110,8 @@ def scratch_folder() -> Path | None:
 
 
 def _start(campaign: Campaign, kind: Kind, sound: Path, scratch: Path, output: Path) -> CaseRunner:
+    shutil.rmtree(scratch, ignore_errors=True)  # files of the process that ran the cases before
+    scratch.mkdir(exist_ok=True)
     campaign.prepare(output)
     return kind.start(sound, scratch)
 

@@ -13,20 +13,31 @@ import jax
 import matplotlib.backends.backend_agg
 import matplotlib.figure
 
-from qlora_jax import evaluate, export, generate, quantize, runtime, train
+from qlora_jax import arena, compare, evaluate, export, generate, predict, quantize, runtime, train, variance
 from qlora_jax.api import evaluate as _evaluate_api
 from qlora_jax.api import export as _export_api
 from qlora_jax.api import generate as _generate_api
+from qlora_jax.api import predict as _predict_api
+from qlora_jax.comparison import command as _comparison
 from qlora_jax.config import run_main
+from qlora_jax.tournament import tournament as _tournament
 from qlora_jax.training import run as _training_run
+from qlora_jax.variance_study import analysis as _variance_analysis
+from qlora_jax.variance_study import page as _variance_page
 
-COMMANDS = {module.COMMAND.name: module for module in (train, generate, evaluate, export, quantize)}
+WRITERS = (train, generate, predict, evaluate, export, quantize, arena, variance, compare)
+COMMANDS = {module.COMMAND.name: module for module in WRITERS}
 # Imported by commands when they start; here once for all of them.
 IMPORTED = (
     _evaluate_api,
     _export_api,
     _generate_api,
+    _predict_api,
+    _comparison,
+    _tournament,
     _training_run,
+    _variance_analysis,
+    _variance_page,
     matplotlib.figure,
     matplotlib.backends.backend_agg,
 )

@@ -9,148 +9,38 @@ removes a file of a run, and then uses the run. Mounting disks requires root.
 """
 
 import dataclasses
-import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora_jax.config import read_config
-from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_folder.checkpoint import saved_steps
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Finished, Running, run_command
 from scripts.campaign.disk import make_read_only, resize, small_disk
+from scripts.campaign.file_tasks import (
+    BASE_RUN,
+    HALF_RUN,
+    HEAD,
+    RUNS,
+    SOUND_FILES,
+    TASKS,
+    FileTask,
+    files_digest,
+    must_succeed,
+)
 from scripts.campaign.isolation import CaseRunner, Limits
 from scripts.campaign.ledger import Case, Verdict
 from scripts.campaign.mutations import damage_bytes
-from scripts.campaign.run_results import CACHE, CONFIG, MODEL, PROMPTS, TinyRun, moved, run_digest, write_settings
+from scripts.campaign.run_results import CACHE, CONFIG, moved, run_digest, write_settings
 
 LIMITS = Limits(wall_seconds=900.0, cases=50)
 LARGE = 256 << 20
 PAGE = 4096  # a file system in memory allocates pages
-BASE_RUN, HALF_RUN = "base_run", "half_run"  # a finished run, and one that stopped half-way
 DISK = "disk"
 OUTPUT = "output"  # the command writes it, on the disk
-TEXTS = {".json", ".jsonl", ".md", ".yaml", ".html"}
-
-
-@dataclasses.dataclass(frozen=True)
-class FileTask:
-    """A command that writes.
-
-    Attributes:
-      words: returns its words, given the folder of sound files and the output on the disk.
-      result: returns a digest of what it wrote.
-      before: writes what has to be on the disk before, such as a run to resume.
-      again: returns the words that repeat it after an error, given the sound files and the output.
-    """
-
-    words: Callable[[Path, Path], list[str]]
-    result: Callable[[Path], str]
-    before: Callable[[Path, Path], None] = lambda sound, output: None
-    again: Callable[[Path, Path], list[str]] | None = None
-
-    def repeat(self, sound: Path, output: Path) -> list[str]:
-        """Returns the words that repeat the command after an error."""
-        return (self.again or self.words)(sound, output)
-
-
-def _train_words(sound: Path, output: Path) -> list[str]:
-    config = moved(read_config(sound / CONFIG), sound, output)
-    return write_settings(config, output.parent.parent / f"{output.name}.yaml")
-
-
-def _train_again(sound: Path, output: Path) -> list[str]:
-    if saved_steps(output):
-        return _resume_words(sound, output)
-    shutil.rmtree(output, ignore_errors=True)
-    return _train_words(sound, output)
-
-
-def _resume_words(sound: Path, output: Path) -> list[str]:
-    return [*_train_words(sound, output), "--resume"]
-
-
-def _copy_half(sound: Path, output: Path) -> None:
-    shutil.copytree(sound / HALF_RUN, output)
-
-
-def files_digest(output: Path) -> str:
-    """Returns a digest of the files in a folder; texts may name the folder."""
-    files = sorted(path for path in output.rglob("*") if path.is_file()) if output.is_dir() else [output]
-    return digest([item for path in files for item in (str(path.relative_to(output)), _content(path, output))])
-
-
-def _content(path: Path, output: Path) -> bytes:
-    content = path.read_bytes()
-    return content.replace(str(output).encode(), b"OUTPUT") if path.suffix in TEXTS else content
-
-
-def _export(form: str, *more: str) -> FileTask:
-    return FileTask(
-        lambda sound, output: ["export", *_model_of(sound), "--format", form, "--output", str(output), *more],
-        files_digest,
-    )
-
-
-def _model_of(sound: Path) -> list[str]:
-    return ["--run", str(sound / BASE_RUN), "--model", str(sound / MODEL)]
-
-
-def _generate_words(sound: Path, output: Path) -> list[str]:
-    prompts = ["--prompts", str(sound / PROMPTS), "--max_new_tokens", "8"]
-    return ["generate", *_model_of(sound), *prompts, "--output", str(output)]
-
-
-def _evaluate_words(sound: Path, output: Path) -> list[str]:
-    output.mkdir(exist_ok=True)
-    files = ["--rows", str(sound / "few.jsonl"), "--json", str(output / "scores.json"), "--keep", str(output / "kept")]
-    return ["evaluate", *_model_of(sound), *files]
-
-
-def _quantize_words(sound: Path, output: Path) -> list[str]:
-    return ["quantize", "--model", str(sound / MODEL), "--output", str(output)]
-
-
-TASKS: Mapping[str, FileTask] = {
-    "train": FileTask(_train_words, run_digest, again=_train_again),
-    "resume": FileTask(_resume_words, run_digest, before=_copy_half),
-    "generate": FileTask(_generate_words, files_digest),
-    "evaluate": FileTask(_evaluate_words, files_digest),
-    "export_peft": _export("peft", "--with_base"),
-    "export_hf": _export("hf"),
-    "export_gguf": _export("gguf"),
-    "export_gguf_lora": _export("gguf-lora", "--with_base"),
-    "quantize": FileTask(_quantize_words, files_digest),
-}
-
-
-def write_runs(folder: Path) -> None:
-    """Writes a model, rows, a finished run and one that stopped half-way."""
-    config = TinyRun(sections={"train": dict(save_every=2)}).write(folder, folder / BASE_RUN)
-    _split_like_gpt2(folder / MODEL / "tokenizer.json")
-    words = write_settings(config, folder / CONFIG)
-    (folder / "few.jsonl").write_text("".join((folder / "rows.jsonl").read_text().splitlines(keepends=True)[:4]))
-    _must(run_command(words, folder / "printed.txt", folder / CACHE))
-    half = write_settings(dataclasses.replace(config, output=str(folder / HALF_RUN)), folder / "half.yaml")
-    process = Running(half, folder / "printed.txt", folder / CACHE)
-    process.wait_until(lambda: len(saved_steps(folder / HALF_RUN)) >= 2)
-    process.send(9)
-    process.wait()
-
-
-def _split_like_gpt2(path: Path) -> None:
-    """Changes a byte-level tokenizer to one that a GGUF file can describe."""
-    tokenizer = json.loads(path.read_text())
-    tokenizer["pre_tokenizer"]["use_regex"] = True
-    path.write_text(json.dumps(tokenizer))
-
-
-def _must(done: Finished) -> None:
-    if done.status != 0:
-        raise RuntimeError(f"a command failed on sound files:\n{done.output}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +49,15 @@ class DiskKind:
 
     task: FileTask
     happens: Callable[["DiskCase"], Verdict]
-    shared: str | None = "runs"
+
+    @property
+    def shared(self) -> str:
+        """Name of the sound files."""
+        return self.task.sound
 
     def write_sound(self, folder: Path) -> None:
-        """Writes the runs, and measures the command on a large disk."""
-        write_runs(folder)
+        """Writes what the command reads."""
+        SOUND_FILES[self.shared](folder)
 
     def start(self, sound: Path, scratch: Path) -> CaseRunner:
         """Runs the command undisturbed, and returns the function that runs a case."""
@@ -171,7 +65,7 @@ class DiskKind:
             output = disk / OUTPUT
             self.task.before(sound, output)
             began = time.monotonic()
-            _must(run_command(self.task.words(sound, output), scratch / "printed.txt", sound / CACHE))
+            must_succeed(run_command(self.task.words(sound, output), scratch / "printed.txt", sound / CACHE))
             seconds, expected, needed = time.monotonic() - began, self.task.result(output), _used(disk)
 
         def run(case: Case) -> Verdict:
@@ -295,32 +189,34 @@ def remove(case: DiskCase) -> Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class DamagedRun:
-    """A command that uses a run with a damaged file.
+    """A command that uses a folder, such as a run's, with a damaged file.
 
     Attributes:
-      run: name of the sound run.
-      words: returns the command's words, given the sound files, the run and the output.
-      result: returns a digest of the result, given the run and the output.
+      write: writes the sound folder, given the sound files and its path.
+      words: returns the command's words, given the sound files, the folder and the output.
+      result: returns a digest of the result, given the folder and the output.
+      shared: name of the sound files.
     """
 
-    run: str
+    write: Callable[[Path, Path], None]
     words: Callable[[Path, Path, Path], list[str]]
     result: Callable[[Path, Path], str]
-    shared: str | None = "runs"
+    shared: str = RUNS
 
     def write_sound(self, folder: Path) -> None:
-        """Writes the runs."""
-        write_runs(folder)
+        """Writes what the command reads."""
+        SOUND_FILES[self.shared](folder)
 
     def start(self, sound: Path, scratch: Path) -> CaseRunner:
-        """Uses the sound run, and returns the function that runs a case."""
-        run, output, printed = scratch / "run", scratch / OUTPUT, scratch / "printed.txt"
+        """Uses the sound folder, and returns the function that runs a case."""
+        run, copy, output, printed = (scratch / name for name in ("run", "copy", OUTPUT, "printed.txt"))
 
         def use() -> Finished:
             return run_command(self.words(sound, run, output), printed, sound / CACHE)
 
-        shutil.copytree(sound / self.run, run)
-        _must(use())
+        self.write(sound, run)
+        shutil.copytree(run, copy)
+        must_succeed(use())
         expected = self.result(run, output)
 
         def run_case(case: Case) -> Verdict:
@@ -328,7 +224,7 @@ class DamagedRun:
             for path in (run, output):
                 shutil.rmtree(path, ignore_errors=True)
             output.unlink(missing_ok=True)
-            shutil.copytree(sound / self.run, run)
+            shutil.copytree(copy, run)
             damage = _damage(chance, run)
             done = use()
             if done.status != 0 and (not done.is_error or done.has_traceback):
@@ -358,10 +254,19 @@ def _resumed_words(sound: Path, run: Path, output: Path) -> list[str]:
     return [*write_settings(moved(read_config(sound / CONFIG), sound, run), output.with_suffix(".yaml")), "--resume"]
 
 
-def _using(command: Callable[[Path, Path], list[str]]) -> Callable[[Path, Path, Path], list[str]]:
+def _copied(name: str) -> Callable[[Path, Path], None]:
+    """Returns the function that copies one of the sound runs."""
+
+    def copy(sound: Path, run: Path) -> None:
+        shutil.copytree(sound / name, run)
+
+    return copy
+
+
+def _using(command: str) -> Callable[[Path, Path, Path], list[str]]:
     """Returns the words of a command with another run than BASE_RUN."""
     return lambda sound, run, output: [
-        str(run) if word == str(sound / BASE_RUN) else word for word in command(sound, output)
+        str(run) if word == str(sound / BASE_RUN) else word for word in TASKS[command].words(sound, output)
     ]
 
 
@@ -373,10 +278,25 @@ def _arrays(run: Path, output: Path) -> str:
     return run_digest(run, records=False)  # records have no separate digest
 
 
+def _repeated(command: str) -> DamagedRun:
+    """Returns the kind that repeats a command in the folder that it wrote."""
+
+    def words(sound: Path, folder: Path, output: Path) -> list[str]:
+        return TASKS[command].words(sound, folder)
+
+    def write(sound: Path, folder: Path) -> None:
+        must_succeed(run_command(words(sound, folder, folder), folder.with_name("printed.txt"), sound / CACHE))
+
+    return DamagedRun(write, words, lambda folder, output: files_digest(folder))
+
+
 DAMAGED = {
-    "damaged_resume": DamagedRun(HALF_RUN, _resumed_words, _arrays),
-    "damaged_generate": DamagedRun(BASE_RUN, _using(_generate_words), _written),
-    "damaged_export": DamagedRun(BASE_RUN, _using(TASKS["export_peft"].words), _written),
+    "damaged_resume": DamagedRun(_copied(HALF_RUN), _resumed_words, _arrays),
+    "damaged_generate": DamagedRun(_copied(BASE_RUN), _using("generate"), _written),
+    "damaged_predict": DamagedRun(_copied(BASE_RUN), _using("predict"), _written, shared=HEAD),
+    "damaged_export": DamagedRun(_copied(BASE_RUN), _using("export_peft"), _written),
+    "damaged_arena": _repeated("arena"),
+    "damaged_variance": _repeated("variance"),
 }
 
 
