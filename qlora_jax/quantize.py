@@ -94,7 +94,7 @@ def _convert(args: QuantizeArgs) -> None:
 
 
 def _measure(args: QuantizeArgs, rows: str) -> None:
-    """Writes the costs even if the chosen layers fail the check, which comes last."""
+    """Prints the costs even if they cannot be written, and writes them even if the chosen layers fail the check."""
     from qlora_jax.api.quantization_cost import measure_quantization
     from qlora_jax.atomic_files import staged_folder
     from qlora_jax.evaluation.quantization_cost.files import (
@@ -113,8 +113,8 @@ def _measure(args: QuantizeArgs, rows: str) -> None:
     with staged_folder(Path(args.output)) as staged:
         found = measure_quantization(args.model, rows, **settings, progress=functools.partial(print_progress, messages))
         model = {"path": args.model, "quant_type": args.quant_type, "double_quant": args.double_quant}
+        print_costs(found, console)
         write_files(staged, found, model)
-    print_costs(found, console)
     check_choice(found)
     if found.choice is not None:
         text = f"next: qlora-jax train --config {Path(args.output) / SETTINGS_FILE} --data.train ..."

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import stat
@@ -286,3 +287,14 @@ def test_a_command_that_is_interrupted_leaves_nothing(tmp_path: Path, smollm2_gg
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and "Traceback" not in process.communicate()[1]
     assert not list(target.parent.iterdir())
+
+
+# The file system of the kernel, and counts that say that a process is alive: no results, and lost ones do no harm.
+WITHOUT_RESULTS = {"training/metrics/memory_watch.py", "hosts/roll_call.py"}
+
+
+def test_results_are_written_by_these_functions_alone() -> None:
+    package = ROOT / "qlora_jax"
+    write = re.compile(r"\.(write_text|write_bytes|tofile|savetxt)\(|json\.dump\(|np\.save\(")
+    writers = {str(path.relative_to(package)) for path in package.rglob("*.py") if write.search(path.read_text())}
+    assert writers - {"atomic_files.py"} == WITHOUT_RESULTS

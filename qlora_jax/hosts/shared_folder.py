@@ -4,6 +4,7 @@ import secrets
 import time
 from pathlib import Path
 
+from qlora_jax.atomic_files import write_text
 from qlora_jax.hosts.group import Group
 
 _PREFIX = ".shared-"
@@ -17,7 +18,7 @@ def sees_first(group: Group, folder: Path, seconds: float = SECONDS) -> bool:
     name = group.gather("shared folder: name", f"{_PREFIX}{secrets.token_hex(8)}")[0]
     file = folder / name
     if group.is_first:
-        file.write_text(name, encoding="utf-8")
+        write_text(file, name)
     try:
         group.meet("shared folder: written")
         seen = _appears(file, name, seconds)

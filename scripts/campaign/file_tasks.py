@@ -242,8 +242,9 @@ def _write_questions(folder: Path) -> None:
     """Writes questions with answers, and the prompt of a judge."""
     rows = [{"prompt": f"say {word}", "answer": word} for word in ("sun", "moon", "rain")]
     (folder / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    instruction = {"category": "general", "defaults": {"prompt": "Which is better? 1, 2 or 3"}}
-    (folder / JUDGE).write_text(json.dumps(instruction) + "\n")
+    template = "{question} {answer_1} {answer_2} {prompt}"  # fits in the model's 256 positions
+    judge = {"system_prompt": "Judge.", "prompt_template": template, "defaults": {"prompt": "1, 2 or 3?"}}
+    (folder / JUDGE).write_text(json.dumps(judge) + "\n")
 
 
 def must_succeed(done: Finished) -> None:

@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from qlora_jax.atomic_files import write_text
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.metrics import loss_change
@@ -84,10 +85,10 @@ def write_files(folder: Path, measured: Measured, model: dict[str, object]) -> N
     Args:
       model: settings of section `model`.
     """
-    (folder / COSTS_FILE).write_text(json.dumps(measured.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_text(folder / COSTS_FILE, json.dumps(measured.to_dict(), indent=1) + "\n")
     if measured.choice is not None:
         settings = {"model": {**model, "keep_16bit": list(measured.names)}}
-        (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        write_text(folder / SETTINGS_FILE, yaml.safe_dump(settings, sort_keys=False))
 
 
 def print_costs(measured: Measured, console: Console) -> None:
