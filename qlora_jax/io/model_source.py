@@ -10,8 +10,8 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
+from pallas_kernels.formats.fsdp_parts import Rows
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.formats.parts import Rows
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.metadata import JsonObject

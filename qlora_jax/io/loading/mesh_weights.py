@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from pallas_kernels.formats.fsdp_parts import FsdpParts, equal_rows
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS, convert_codes, natural_layout
-from pallas_kernels.formats.parts import Cut, equal_rows
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.process_rows import Processes, ProcessRows, all_rows, rows_of_parts
 from qlora_jax.io.loading.tensor_map import Slot
@@ -41,12 +41,12 @@ class PlacedWeight:
     specs: QTensor
 
     @property
-    def cut(self) -> Cut:
+    def cut(self) -> FsdpParts:
         """The cut of its codes; none if the stack is cut between its experts."""
         axis = cut_axis(self._spec("codes"))
         if axis is None:
-            return Cut(self.stack.layout, self.stack.shape)
-        return Cut(self.stack.layout, self.stack.shape, axis, axis_size(self.mesh, FSDP))
+            return FsdpParts(self.stack.layout, self.stack.shape)
+        return FsdpParts(self.stack.layout, self.stack.shape, axis, axis_size(self.mesh, FSDP))
 
     @property
     def rows(self) -> ProcessRows:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pallas_kernels.formats.parts import Rows
+from pallas_kernels.formats.fsdp_parts import Rows
 from qlora_jax.sharding import FSDP
 
 STRIP = 64  # rows that a fingerprint hashes together; a process reads whole strips

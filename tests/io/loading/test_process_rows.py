@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.formats.fsdp_parts import FsdpParts
 from pallas_kernels.formats.layouts import convert_codes, layout_problem
-from pallas_kernels.formats.parts import Cut
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading import process_rows
 from qlora_jax.io.loading.base_fingerprint import SUFFIX, new_digest
@@ -106,7 +106,7 @@ def test_rows_of_each_process_are_the_weight_to_the_bit(shape, kind, layout, par
     source = ModelSource(path=tmp_path, config={}, tokenizer={}, tensors={})
     spec = quantize(weight)
     whole = jax.tree.map(np.asarray, read_quantized(source, _entry(weight, []), spec))
-    cut = Cut(layout, shape, 0, parts)
+    cut = FsdpParts(layout, shape, 0, parts)
     places = tuple(frozenset({part}) for part in range(parts))
     read: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
 
@@ -164,30 +164,30 @@ def _fingerprint(codes: np.ndarray, rows: ProcessRows, constants: dict[str, np.n
 
 
 def test_a_process_reads_the_strips_of_its_devices() -> None:
-    cut = Cut("row_planar", (1024, 64), 0, 8)  # 64 rows of each half a part
+    cut = FsdpParts("row_planar", (1024, 64), 0, 8)  # 64 rows of each half a part
     halves = Processes((frozenset({0, 1, 2, 3}), frozenset({4, 5, 6, 7})), 1)
     rows = rows_of_parts(1024, halves, cut.rows)
     assert rows.by_process == (((0, 256), (512, 768)), ((256, 512), (768, 1024)))
     assert rows.strips().by_process == (((0, 4), (8, 12)), ((4, 8), (12, 16)))
-    ragged = rows_of_parts(120, Processes((frozenset({0}), frozenset({1}))), Cut("bnb", (120, 64), 0, 2).rows)
+    ragged = rows_of_parts(120, Processes((frozenset({0}), frozenset({1}))), FsdpParts("bnb", (120, 64), 0, 2).rows)
     assert ragged.by_process == (((0, 64),), ((0, 120),))  # the strip in which the cut lies is read by both
     assert rows_of_parts(1024, Processes((frozenset(range(8)),)), cut.rows).read_by_all
 
 
 def test_processes_that_hold_the_same_rows_share_the_reading() -> None:
     pairs = Processes((frozenset({0}), frozenset({1}), frozenset({0}), frozenset({1})), 2)
-    rows = rows_of_parts(1000, pairs, Cut("bnb", (1000, 64), 0, 2).rows)
+    rows = rows_of_parts(1000, pairs, FsdpParts("bnb", (1000, 64), 0, 2).rows)
     assert rows.by_process == (((0, 256),), ((448, 704),), ((256, 512),), ((704, 1000),)) and rows.shared
-    whole = rows_of_parts(256, pairs.of_whole(), Cut("bnb", (256, 64)).rows)
+    whole = rows_of_parts(256, pairs.of_whole(), FsdpParts("bnb", (256, 64)).rows)
     assert whole.by_process == (((0, 64),), ((64, 128),), ((128, 192),), ((192, 256),)) and whole.shared
     crossed = Processes((frozenset({0}), frozenset({0, 1}), frozenset({1})))
-    each = rows_of_parts(192, crossed, Cut("bnb", (192, 64), 0, 2).rows)
+    each = rows_of_parts(192, crossed, FsdpParts("bnb", (192, 64), 0, 2).rows)
     assert each.by_process == (((0, 64),), ((64, 128),), ((128, 192),)) and each.shared
-    few = rows_of_parts(32, pairs.of_whole(), Cut("bnb", (32, 64)).rows)
+    few = rows_of_parts(32, pairs.of_whole(), FsdpParts("bnb", (32, 64)).rows)
     assert few.read_by_all and not few.shared
 
 
 def test_the_earlier_form_of_a_fingerprint_is_refused_among_several_processes() -> None:
-    rows = rows_of_parts(128, Processes((frozenset({0}), frozenset({1}))), Cut("bnb", (128, 64), 0, 2).rows)
+    rows = rows_of_parts(128, Processes((frozenset({0}), frozenset({1}))), FsdpParts("bnb", (128, 64), 0, 2).rows)
     with pytest.raises(ValueError, match="in the form of an earlier version"):
         new_digest(b"", "ab" * 32).add(np.zeros((64, 32), np.uint8), rows)

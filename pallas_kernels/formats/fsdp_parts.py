@@ -1,7 +1,9 @@
-"""Equal parts of a weight's codes, cut along one axis of their bytes, and the rows of the weight that each part holds.
+"""Parts of a weight's codes, one per device of an FSDP axis, and the rows of the weight that each part holds.
 
-A part is a share of the bytes, not a weight: it is gathered before it is multiplied. Parts that are weights themselves
-are in pallas_kernels.formats.shards. Dimension key: N out, K in, s parts.
+The codes are cut into equal parts along one axis of their bytes. A part is not a weight: all are gathered before they
+are multiplied. Parts that are weights themselves are in pallas_kernels.formats.shards.
+
+Dimension key: N out, K in, s parts.
 
 | layout       | cut along its first axis, part p holds                | cut along its second axis |
 |--------------|-------------------------------------------------------|---------------------------|
@@ -25,7 +27,7 @@ def equal_rows(rows: int, part: int, parts: int) -> Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class FsdpParts:
     """Equal parts of the codes of one weight.
 
     Attributes:

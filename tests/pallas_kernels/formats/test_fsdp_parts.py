@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from pallas_kernels.formats.fsdp_parts import FsdpParts
 from pallas_kernels.formats.layouts import LAYOUTS, convert_codes
-from pallas_kernels.formats.parts import Cut
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
 CUTS = [
@@ -26,7 +26,7 @@ CUTS = [
 def test_parts_of_rows_are_the_codes_of_the_weight(layout, shape, axis, parts):
     natural = weight(shape, layout="flat" if layout == "flat" else "bnb")
     whole = np.asarray(convert_codes(natural.codes, shape, natural.layout, layout))
-    cut = Cut(layout, shape, axis, parts)
+    cut = FsdpParts(layout, shape, axis, parts)
     found, seen = [], []
     for part in range(parts):
         rows = [row for first, end in cut.rows(part) for row in range(first, end)]
