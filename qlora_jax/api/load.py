@@ -52,7 +52,7 @@ def load(
         regular expression for full names; None: none, or those of the training run.
       new_tokens: tokens to add to a base's vocabulary; their rows train with the adapter.
       new_special_tokens: special tokens to add, such as turn markers.
-      chat_template: a jinja file to use instead of the model's template.
+      chat_template: a jinja file, or chatml, gemma, llama3 or zephyr, to use instead of the model's template.
       chat_template_kwargs: variables for the template, such as {"enable_thinking": False}; None: the training run's.
       base: for a run or adapter, the path of its base model if that moved after training.
       step: for a run, the checkpoint to load; None: the newest.

@@ -7,6 +7,7 @@ from typing import Any
 
 # A value that a setting gives a chat template.
 TemplateValue = bool | int | float | str | list[str]
+TEMPLATE_CHOICES = "a jinja file, or chatml, gemma, llama3 or zephyr"  # values of each setting chat_template
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ and LLaMA-Factory. Suggestions appear in error messages only; no other name is e
 
 from typing import NamedTuple, get_args
 
+from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.config.method_names import MethodName
 
 
@@ -152,7 +153,7 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "sample_packing": "data.packing",
     "neat_packing": "data.packing",
     "eval_sample_packing": Replacement(None, "remove it: evaluation batches are never packed"),
-    "template": Replacement("data.chat_template", "a jinja file; without it, the model's own template is used"),
+    "template": Replacement("data.chat_template", f"{TEMPLATE_CHOICES}; without it, the model's own template is used"),
     "remove_unused_columns": Replacement(None, "remove it: the data report lists columns that are not used"),
     "overwrite_cache": Replacement(None, "remove it: data.cache never returns rows of other settings"),
     # Optimizer

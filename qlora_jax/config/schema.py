@@ -13,6 +13,7 @@ from qlora_jax.config.fields import (
     NON_NEGATIVE,
     NOT_EMPTY,
     POSITIVE,
+    TEMPLATE_CHOICES,
     UP_TO_ONE,
     TemplateValue,
     setting,
@@ -216,7 +217,7 @@ class DataArgs:
         None,
         AT_LEAST_HUNDRED,
     )
-    chat_template: str | None = setting("a jinja file to use instead of the model's chat template", None)
+    chat_template: str | None = setting(f"{TEMPLATE_CHOICES}, to use instead of the model's chat template", None)
     chat_template_kwargs: dict[str, TemplateValue] = setting(
         "variables for the chat template: {enable_thinking: false}. The run stores them, and generate and evaluate use "
         "them too",

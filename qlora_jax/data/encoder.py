@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import tokenizers
 
+from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import Columns, RowFormat
 from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_plain, read_template_kwargs
@@ -301,7 +302,7 @@ def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:
     if row_format.plain is None:
         raise ValueError(
             f"rows of the format {row_format.name!r} need a chat template, and this model has none. "
-            "Set data.chat_template to a jinja file."
+            f"Set data.chat_template to {TEMPLATE_CHOICES}."
         )
     if tokenizer.eos_id is None:
         raise ValueError(

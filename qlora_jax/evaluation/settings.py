@@ -12,6 +12,7 @@ from qlora_jax.config.fields import (
     NON_NEGATIVE,
     NOT_EMPTY,
     POSITIVE,
+    TEMPLATE_CHOICES,
     TemplateValue,
     setting,
 )
@@ -115,7 +116,7 @@ class EvaluateArgs(TaskArgs, ModelOrRunArgs):
         common="folder that caches scores, so that an interrupted evaluation resumes",
     )
     columns: list[str] | None = setting(f"models to score, of [{', '.join(COLUMNS)}]; null: all", None, NOT_EMPTY)
-    chat_template: str | None = setting("jinja file to use instead of the model's chat template", None)
+    chat_template: str | None = setting(f"{TEMPLATE_CHOICES}, to use instead of the model's chat template", None)
     chat_template_kwargs: dict[str, TemplateValue] | None = setting(
         "variables for the chat template: {enable_thinking: false} (null: the run's)", None
     )

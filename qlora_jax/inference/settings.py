@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_jax.config import ConfigError
-from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound, TemplateValue, setting
+from qlora_jax.config.fields import (
+    AT_LEAST_ONE,
+    NON_NEGATIVE,
+    NOT_EMPTY,
+    TEMPLATE_CHOICES,
+    Bound,
+    TemplateValue,
+    setting,
+)
 
 QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
@@ -37,7 +45,9 @@ class LocalModelArgs:
     )
     base: str | None = setting("path of a run's or adapter's base, if it moved", None, NOT_EMPTY)
     step: int | None = setting("checkpoint of the run (null: the newest)", None, NON_NEGATIVE)
-    chat_template: str | None = setting("jinja file to use instead of the model's chat template", None, NOT_EMPTY)
+    chat_template: str | None = setting(
+        f"{TEMPLATE_CHOICES}, to use instead of the model's chat template", None, NOT_EMPTY
+    )
     raw: bool = setting("use no chat template: the model continues the text of the prompt", False)
     quant_type: QuantType = setting("4-bit code of the base; auto: as in training, or nf4; none: 16 bit", "auto")
     compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "auto")
@@ -64,7 +74,7 @@ class GenerateArgs(ModelOrRunArgs):
         common="JSON Lines file for the replies",
     )
     system: str | None = setting("system message of the chat template (null: the template's default)", None)
-    chat_template: str | None = setting("jinja file to use instead of the model's chat template", None)
+    chat_template: str | None = setting(f"{TEMPLATE_CHOICES}, to use instead of the model's chat template", None)
     chat_template_kwargs: dict[str, TemplateValue] | None = setting(
         "variables for the chat template: {enable_thinking: false} (null: the run's)", None
     )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.data.branches.tree import MIN_BRANCH, Branch
 from qlora_jax.data.encoder import Finish, check_encodable
 from qlora_jax.data.formats.preference import EQUAL_ANSWERS
@@ -217,7 +218,10 @@ def _write(
         check_plain(row)
         return plain
     if tokenizer.chat_template is None:
-        raise ValueError("a list of messages needs a chat template, and this model has none. Set data.chat_template")
+        raise ValueError(
+            "a list of messages needs a chat template, and this model has none. Set data.chat_template to "
+            f"{TEMPLATE_CHOICES}."
+        )
     tools = read_tools(row) if "tools" in row_format.optional else None
     prompt, answers = _messages(found.prompt), [_messages(text) for text in found.texts]
     wholes = [[*prompt, *answer] for answer in answers]

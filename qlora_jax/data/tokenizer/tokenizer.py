@@ -10,16 +10,11 @@ from typing import Any
 
 import tokenizers
 
-from qlora_jax.config.fields import TemplateValue
+from qlora_jax.config.fields import TEMPLATE_CHOICES, TemplateValue
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
-from qlora_jax.data.tokenizer.chat_template import (
-    MAX_TEMPLATE,
-    Rendering,
-    render,
-    start_process,
-    start_rendering,
-)
+from qlora_jax.data.tokenizer.chat_template import Rendering, render, start_process, start_rendering
 from qlora_jax.data.tokenizer.from_gguf import rebuild
+from qlora_jax.data.tokenizer.named_templates import read_template
 from qlora_jax.data.tokenizer.template_protocol import STRFTIME_NOW, Message
 from qlora_jax.data.tokenizer.template_variables import check_variables
 
@@ -115,7 +110,7 @@ class Tokenizer:
 
     def _template(self) -> str:
         if self.chat_template is None:
-            raise ValueError("this tokenizer has no chat template. Set data.chat_template to a jinja file.")
+            raise ValueError(f"this tokenizer has no chat template. Set data.chat_template to {TEMPLATE_CHOICES}.")
         return self.chat_template
 
     def check_text(self, text: str) -> None:
@@ -260,14 +255,8 @@ def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequenc
 
 
 def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
-    """Returns the tokenizer with the jinja template of the file `path`."""
-    try:
-        with Path(path).open(encoding="utf-8-sig") as file:
-            template = file.read(MAX_TEMPLATE + 1)  # a longer one is refused when it is used
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: the chat template can't be read as UTF-8 text ({error}). Name a jinja file."
-        ) from error
+    """Returns the tokenizer with the jinja template of the file `path`, or with one of `named_templates.TOKENS`."""
+    template = read_template(path, tokenizer.backend.token_to_id)
     return dataclasses.replace(tokenizer, chat_template=template, template_name=str(path))
 
 
