@@ -11,6 +11,7 @@ from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import parts_of, provenance_of
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.io.export.dtypes import MERGED_DTYPES, AdapterFormat, Dtype, MergedFormat, dtype_problems
 from qlora_jax.io.export.gguf_lora import export_gguf_lora
 from qlora_jax.io.export.merged import export_merged
@@ -18,6 +19,7 @@ from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
+from qlora_jax.io.model_source import TokenizerData
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.models.config import WeightFormat
@@ -153,7 +155,7 @@ def write_adapter(
         raise ValueError("base_dtype: requires with_base, which writes a base next to the adapter. Add it")
     export = export_peft if format == "peft" else export_gguf_lora
     with loading_bar(progress) as report:
-        result = export(opened, folder, with_base=with_base, base_dtype=base_dtype, progress=report)
+        result = export(_with_stop_ids(opened), folder, with_base=with_base, base_dtype=base_dtype, progress=report)
     return result.with_other_parts(opened.source, format)
 
 
@@ -170,8 +172,21 @@ def write_merged(
     _check_dtypes(format, dtype=dtype)
     dtype = dtype or MERGED_DTYPES[format][0]
     with loading_bar(progress) as report:
-        result = export_merged(opened, folder, format, dtype=dtype, base=base, progress=report)
+        result = export_merged(_with_stop_ids(opened), folder, format, dtype=dtype, base=base, progress=report)
     return result.with_other_parts(opened.source, format)
+
+
+def _with_stop_ids(opened: OpenedModel) -> OpenedModel:
+    """Returns the model with all ids that end its replies, which exported files then list.
+
+    The files of a base model lack the end of a turn, which the run learned from another chat template.
+    """
+    tokenizer, listed = opened.tokenizer, opened.source.tokenizer["stop_token_ids"]
+    if tokenizer.chat_template is None:
+        return opened
+    missing = sorted(stop_ids(tokenizer, listed, chat=True) - {*listed})
+    described: TokenizerData = {**opened.source.tokenizer, "stop_token_ids": [*listed[:1], *missing, *listed[1:]]}
+    return dataclasses.replace(opened, source=dataclasses.replace(opened.source, tokenizer=described))
 
 
 def _check_dtypes(

@@ -60,6 +60,11 @@ class OpenedModel:
         assert self.tokenizer.rows is not None, "open_tokenizer sets it"
         return dataclasses.replace(self.features, vocab_size=self.tokenizer.rows)
 
+    @property
+    def replaces_template(self) -> bool:
+        """True if its chat template is not the one of the base's files."""
+        return self.tokenizer.chat_template not in (None, self.source.tokenizer["chat_template"])
+
 
 def is_finetuned(path: str | Path) -> bool:
     """True if the folder holds a training run or a PEFT adapter, not a base model."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.atomic_files import staged_folder
+from qlora_jax.atomic_files import staged_folder, write_text
 from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
@@ -29,7 +29,7 @@ from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.models.config import STORED, ModelConfig
 from qlora_jax.models.target_layers import adapter_layers, some_layers
 
-FILE = "adapter.gguf"
+FILE, TEMPLATE_FILE = "adapter.gguf", "chat_template.jinja"
 PLAIN_LEAVES = {"lora_a", "lora_b"}
 
 
@@ -74,10 +74,20 @@ def export_gguf_lora(
         write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(layers), "float32")
         if base:
             notes += base.notes + _write_base(folder, base.spec, opened, base_dtype, progress)
+        else:
+            notes += _write_template(folder, output, opened)
     lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *notes]
     if base is None:
         lines.append(_where_to_apply(opened))
     return ExportResult(path=output / FILE, lines=tuple(lines))
+
+
+def _write_template(folder: Path, output: Path, opened: OpenedModel) -> list[str]:
+    """Writes the run's chat template, unless it is the base's; returns notes that say how to use it."""
+    if not opened.replaces_template:
+        return []
+    write_text(folder / TEMPLATE_FILE, opened.tokenizer.chat_template or "")
+    return [f"its chat template is not the base's; give it to llama.cpp: --chat-template-file {output / TEMPLATE_FILE}"]
 
 
 def _check_gguf_exists(opened: OpenedModel) -> None:

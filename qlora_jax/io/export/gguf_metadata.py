@@ -13,7 +13,7 @@ from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_MODEL_TYPE
 from qlora_jax.io.gguf.config_reader import config_from_metadata
 from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, image_metadata, tensors_misplaced
 from qlora_jax.io.gguf.header import TensorInfo
-from qlora_jax.io.gguf.tokenizer_writer import tokenizer_metadata
+from qlora_jax.io.gguf.tokenizer_writer import stop_keys, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, typed_keys
 from qlora_jax.io.loading.tensor_map import tensor_shapes
 from qlora_jax.io.model_source import ModelSource
@@ -44,14 +44,21 @@ def export_spec(opened: OpenedModel) -> ExportSpec:
     """
     source, features, tokenizer = opened.source, opened.full_features, opened.tokenizer
     spec, from_file = spec_without_tokenizer(opened), is_gguf(str(source.path))
-    if from_file and features == opened.features and not tokenizer.new_ids:
-        return ExportSpec(spec, [])
     stop = source.tokenizer["stop_token_ids"]
+    if from_file and features == opened.features and not tokenizer.new_ids:
+        return ExportSpec(_with_stop_ids(spec, stop_keys(tokenizer, stop)), [])
     vocabulary, notes = tokenizer_metadata(tokenizer, features.vocab_size, stop, spec.architecture)
     if from_file:
         return ExportSpec(_with_vocabulary(spec, features, vocabulary), notes)
     keys = [*typed_keys(_general_name(source.path, tokenizer)), *spec.keys, *typed_keys(vocabulary)]
     return ExportSpec(spec._replace(keys=keys), notes + _notes(ARCHITECTURES[spec.architecture], features))
+
+
+def _with_stop_ids(spec: GgufSpec, stops: Mapping[str, int]) -> GgufSpec:
+    """Replaces the ids that end a reply, if the file lacks some."""
+    if stops.items() <= {(key.name, key.value) for key in spec.keys if key.name in stops}:
+        return spec
+    return spec._replace(keys=[*(key for key in spec.keys if key.name not in stops), *typed_keys(stops)])
 
 
 def _with_vocabulary(spec: GgufSpec, features: ModelConfig, vocabulary: JsonObject) -> GgufSpec:

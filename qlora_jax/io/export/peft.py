@@ -85,10 +85,12 @@ def export_peft(
         stop = opened.source.tokenizer["stop_token_ids"]
         padding = None if run.head is None else head_padding(opened.tokenizer, opened.source.config, stop)
         write_adapter(folder, tensors, config, resized_rows, run.head, padding)
-        if tables:
+        if tables or opened.replaces_template:
             write_tokenizer(folder, opened.tokenizer, opened.source)
         if with_base:
             notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
+        elif opened.replaces_template:
+            notes.append(f"replies end with other ids than those of its base: pass eos_token_id={stop} to generate")
     lines = _lines(output, run, base, resized_rows, notes)
     return ExportResult(path=output, lines=lines)
 

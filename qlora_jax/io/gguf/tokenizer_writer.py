@@ -63,8 +63,8 @@ def tokenizer_metadata(
             "SentencePiece's). Export with --format hf"
         )
     keys = (_sentencepiece if model.get("byte_fallback") else _byte_level)(tokenizer, model, tokens, kinds)
-    keys |= {"add_bos_token": tokenizer.add_bos_token, **_special_ids(tokenizer, stop)}
-    metadata = {f"{PREFIX}{key}": value for key, value in keys.items()}
+    keys |= {"add_bos_token": tokenizer.add_bos_token, **_special_ids(tokenizer)}
+    metadata = {f"{PREFIX}{key}": value for key, value in keys.items()} | stop_keys(tokenizer, stop)
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     source = tokenizer_from_metadata(Path("tokenizer"), metadata | {"general.architecture": architecture})
@@ -120,14 +120,18 @@ def _sentencepiece(tokenizer: Tokenizer, model: JsonObject, tokens: list[str], k
     }
 
 
-def _special_ids(tokenizer: Tokenizer, stop: Sequence[int]) -> dict[str, int]:
+def stop_keys(tokenizer: Tokenizer, stop: Sequence[int]) -> dict[str, int]:
+    """Returns the metadata of the ids that end a reply: eos, and those of `stop` for which there are keys."""
+    return dict(zip((f"{PREFIX}{key}" for key in STOPS), _stops(tokenizer, stop), strict=False))
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     named = {
         "bos_token_id": tokenizer.bos_id,
         "padding_token_id": tokenizer.pad_id,
         "unknown_token_id": tokenizer.unk_id,
     }
-    present = {key: number for key, number in named.items() if number is not None}
-    return present | dict(zip(STOPS, _stops(tokenizer, stop), strict=False))
+    return {key: number for key, number in named.items() if number is not None}
 
 
 def _stops(tokenizer: Tokenizer, stop: Sequence[int]) -> list[int]:

@@ -20,8 +20,9 @@ from qlora_jax.metadata import (
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Files that describe a tokenizer and how replies end; those of multimodal models that describe their images.
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
-    *("generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *(GENERATION_CONFIG, "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
 PROCESSOR_TEMPLATE = "chat_template.json"
@@ -132,7 +133,7 @@ def read_tokenizer(folder: Path) -> TokenizerData:
     """
     config = _read_if_present(folder / TOKENIZER_CONFIG, TokenizerConfig)
     special = _read_if_present(folder / "special_tokens_map.json", TokenizerConfig)
-    stop = _read_if_present(folder / "generation_config.json", GenerationConfig).get("eos_token_id")
+    stop = _read_if_present(folder / GENERATION_CONFIG, GenerationConfig).get("eos_token_id")
     text, parsed = _read_tokenizer_json(folder / "tokenizer.json")
     named: TokenizerConfig = {**special, **config}
     tokens = [named.get("bos_token"), named.get("eos_token"), named.get("pad_token"), named.get("unk_token")]
