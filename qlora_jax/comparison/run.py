@@ -21,6 +21,8 @@ from qlora_jax.comparison.settings import Settings
 from qlora_jax.comparison.study import Pair, Study, data_settings, output_of, sources
 from qlora_jax.config import Config, ConfigError, write_config
 from qlora_jax.config.parse import is_required, walk_settings
+from qlora_jax.data.readers.files import content_digest
+from qlora_jax.data.tokenizer.named_templates import TOKENS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +90,9 @@ class Run:
             inputs |= {f"evaluate.{key}": value for key, value in evaluate.items()} | {"measure": task.settings.measure}
         others = {*task.training} - {*sources(self.config.data.train)}
         contents = {path: digest for path, digest in task.digests.items() if path not in others}
+        template = self.config.data.chat_template
+        if template is not None and template not in TOKENS:
+            contents[template] = content_digest(template)
         return inputs | {f"content of {path}": digest for path, digest in contents.items()}
 
     @property

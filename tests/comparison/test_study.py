@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.comparison.run import Run
+from qlora_jax.comparison.run import Run, run_of
 from qlora_jax.comparison.run_study import sized_settings
 from qlora_jax.comparison.study import data_settings, read_study
 from qlora_jax.config import ConfigError
@@ -178,6 +178,17 @@ def test_a_method_may_have_its_own_training_rows(tmp_path):
         rows.write(next(held_out))
     with pytest.raises(ConfigError, match=r"own\.jsonl has 1 of the 10 held-out rows"):
         read_study(str(tmp_path / "study.yaml"))
+
+
+def test_a_changed_chat_template_is_another_input(tmp_path):
+    template, found = tmp_path / "own.jinja", []
+    for text, value in (("{{ 1 }}", str(template)), ("{{ 2 }}", str(template)), ("{{ 3 }}", "chatml")):
+        template.write_text(text)
+        study = read(tmp_path, methods={"lora": {"data.chat_template": value}})
+        (pair,) = study.pairs()
+        found.append(run_of(study, "final", pair, {"train.seed": 0}).job()["inputs"])
+    assert found[0] != found[1]
+    assert [f"content of {template}" in each for each in found] == [True, True, False]
 
 
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
