@@ -13,6 +13,7 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 from jaxtyping import Float64
 
+from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.inference.sampling import Sampling
@@ -97,7 +98,10 @@ class _Source:
         self._settings = settings
         opened = open_local_model(settings, None)
         if not opened.prompter.chat:
-            raise ValueError(f"models.{name}: a study needs a chat template (found none). Set chat_template")
+            raise ValueError(
+                f"models.{name}: a study needs a chat template (found none). Set its chat_template to "
+                f"{TEMPLATE_CHOICES}"
+            )
         self._model_inputs: Inputs = {
             "quant_type": settings.quant_type,
             "compute_dtype": settings.compute_dtype,
