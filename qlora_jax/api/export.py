@@ -182,7 +182,7 @@ def _with_stop_ids(opened: OpenedModel) -> OpenedModel:
     The files of a base model lack the end of a turn, which the run learned from another chat template.
     """
     tokenizer, listed = opened.tokenizer, opened.source.tokenizer["stop_token_ids"]
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or (opened.run is not None and opened.run.head is not None):
         return opened
     missing = sorted(stop_ids(tokenizer, listed, chat=True) - {*listed})
     described: TokenizerData = {**opened.source.tokenizer, "stop_token_ids": [*listed[:1], *missing, *listed[1:]]}

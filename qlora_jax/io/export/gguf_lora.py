@@ -87,7 +87,8 @@ def _write_template(folder: Path, output: Path, opened: OpenedModel) -> list[str
     if not opened.replaces_template:
         return []
     write_text(folder / TEMPLATE_FILE, opened.tokenizer.chat_template or "")
-    return [f"its chat template is not the base's; give it to llama.cpp: --chat-template-file {output / TEMPLATE_FILE}"]
+    option = f"--jinja --chat-template-file {output / TEMPLATE_FILE}"
+    return [f"its chat template is not the base's: give llama.cpp {option}"]
 
 
 def _check_gguf_exists(opened: OpenedModel) -> None:

@@ -89,7 +89,7 @@ def export_peft(
             write_tokenizer(folder, opened.tokenizer, opened.source)
         if with_base:
             notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
-        elif opened.replaces_template:
+        elif opened.replaces_template and run.head is None:
             notes.append(f"replies end with other ids than those of its base: pass eos_token_id={stop} to generate")
     lines = _lines(output, run, base, resized_rows, notes)
     return ExportResult(path=output, lines=lines)

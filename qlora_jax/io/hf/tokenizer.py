@@ -18,9 +18,8 @@ from qlora_jax.metadata import (
     shorten,
 )
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 # Files that describe a tokenizer and how replies end; those of multimodal models that describe their images.
-GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     *(GENERATION_CONFIG, "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
