@@ -146,8 +146,9 @@ class DiskCase:
 def fill(case: DiskCase) -> Verdict:
     """Runs the command on a disk with room for a part of its result."""
     words = case.prepare()
+    (case.disk / "filler").write_bytes(bytes(PAGE))  # a size of 0 would be none
     size = _used(case.disk) + case.chance.randrange(0, case.needed + 4 * PAGE, PAGE)
-    resize(case.disk, max(size, PAGE))
+    resize(case.disk, size)
     return case.judge(case.run(words), f"{size} of {case.needed} bytes")
 
 
