@@ -189,6 +189,13 @@ class LineFile:
         if self._regular:
             _sync_file(self._file, self._path, None)
 
+    def is_in_place(self) -> bool:
+        """Returns False if the file was deleted, moved or replaced since it was opened."""
+        try:
+            return os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def close(self) -> None:
         """Flushes the lines to the disk, and checks that it holds all of them.
 

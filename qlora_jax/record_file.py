@@ -42,7 +42,7 @@ class RecordFile[T]:
         """
         self.path, self.records = path, []
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # only its own folder: an output that was deleted is not made anew
         lines = _whole_lines(path)
         if lines:
             # Without its header, the file would not tell of which inputs its records are.
@@ -58,10 +58,15 @@ class RecordFile[T]:
         """Adds a record; it is on the disk when this returns.
 
         Raises:
-          OSError: the file cannot be written; names it.
+          OSError: the file cannot be written, or is no longer at its path; names it.
         """
         line = with_digest(json.dumps(record))
         with self._lock:
+            if not self._file.is_in_place():
+                raise OSError(
+                    f"{self.path}: it or its folder was deleted, moved or replaced, so the command ends. Move it back, "
+                    "and start again"
+                )
             self._file.write(line)
             self._file.sync()
 

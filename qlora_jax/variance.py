@@ -44,12 +44,13 @@ def main(argv: list[str]) -> None:
     runtime.start()
     design, questions = design_of(args), read_questions(args)
     reporter = ConsoleReporter(Console(stderr=True))
-    with lock_run(Path(args.output), reporter.message):
+    with lock_run(Path(args.output), reporter.message) as lock:
         judge = build_study_judge(args, reporter)
         observations = observe(args, design, questions, reporter)
         if judge is not None:
             observations = add_preferences(args, judge, questions.asked, observations, reporter)
         splits = analyse(args, design, questions.asked, observations)
+        lock.check()
         path = write_results(PageContent(args, design, questions, observations, splits))
     _print(splits, Console())
     Console(stderr=True).print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Ledgers lose nothing that was appended, and notice what was changed."""
 
+import shutil
 import threading
 from typing import TypedDict
 
@@ -55,6 +56,24 @@ def test_every_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
         for value in range(3):
             stored.append(Line(name="x", value=value))
             assert len(synced) == before + value + 1
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_folder_that_went_away_is_noticed(tmp_path, moved):
+    folder = tmp_path / "output" / "replies"
+    folder.parent.mkdir()
+    with RecordFile(folder / "records.jsonl", INPUTS, Line) as stored:
+        stored.append(Line(name="x", value=1))
+        if moved:
+            folder.parent.rename(tmp_path / "elsewhere")
+        else:
+            shutil.rmtree(folder.parent)
+        with pytest.raises(OSError, match=r"records.jsonl: it or its folder was deleted, moved or replaced"):
+            stored.append(Line(name="x", value=2))
+    with pytest.raises(FileNotFoundError, match="replies"):
+        RecordFile(folder / "others.jsonl", INPUTS, Line)
+    if moved:
+        assert len(records(tmp_path / "elsewhere/replies/records.jsonl")) == 1
 
 
 def test_threads_do_not_mix_lines(tmp_path):

@@ -35,11 +35,13 @@ def compare(args: CompareArgs, *, dry_run: bool = False) -> Results | None:
     if dry_run:
         return None
     output = output_of(study)
-    with lock_run(output, warn=console.print), launcher_of(args, output) as launcher:
+    with lock_run(output, warn=console.print) as lock, launcher_of(args, output) as launcher:
         runs = run_study(study, sizes, launcher, args.retries, console.print)
-    results = summarize(study, runs, parameters)
-    _print(results, console)
-    console.print(f"page: {_near(write_page(results, output))}\ntable: {_near(write_table(results, output))}")
+        results = summarize(study, runs, parameters)
+        _print(results, console)
+        lock.check()
+        page, table = write_page(results, output), write_table(results, output)
+    console.print(f"page: {_near(page)}\ntable: {_near(table)}")
     return results
 
 

@@ -36,7 +36,7 @@ def hold_tournament(args: ArenaArgs, reporter: ProgressReporter) -> Results:
       OSError: a file cannot be written.
     """
     folder = Path(args.output)
-    with lock_run(folder, reporter.message):
+    with lock_run(folder, reporter.message) as lock:
         judges = build_judges(args, reporter)
         check_inputs(judges, folder)
         prompts = read_tournament_prompts(args) if args.systems else []
@@ -50,6 +50,7 @@ def hold_tournament(args: ArenaArgs, reporter: ProgressReporter) -> Results:
         judged = {name: found[name] for name in judges}
         results = compute_results(args, [*args.systems] or systems_of(matches), judged)
         examples = choose_examples(judged, _ratings(results), args.seed)
+        lock.check()
         content = {"settings": public_settings(args)} | to_dict(results)
         write_text(folder / RESULTS_FILE, json.dumps(content, indent=1) + "\n")
         write_text(folder / PAGE_FILE, results_page(folder.name, results, examples, transcripts))

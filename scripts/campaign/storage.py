@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora_jax.config import read_config
-from qlora_jax.io.run_folder.checkpoint import saved_steps
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Finished, Running, run_command
 from scripts.campaign.disk import make_read_only, resize, small_disk
@@ -39,6 +38,8 @@ from scripts.campaign.run_results import CACHE, CONFIG, moved, run_digest, write
 LIMITS = Limits(wall_seconds=900.0, cases=50)
 LARGE = 256 << 20
 PAGE = 4096  # a file system in memory allocates pages
+TURNED = ("train", "resume", "export_hf", "evaluate", "arena", "variance")  # read-only
+REMOVED = ("train", "resume", "arena", "variance")
 DISK = "disk"
 OUTPUT = "output"  # the command writes it, on the disk
 
@@ -180,7 +181,7 @@ def remove(case: DiskCase) -> Verdict:
     done = process.wait()
     if done.status != 0 and not done.is_error:
         return Verdict("traceback", f"status {done.status}: {done.last_line} | {cause}")
-    if saved_steps(case.output):
+    if case.output.exists() and any(path.is_file() for path in case.output.rglob("*")):
         return Verdict("silent", f"made anew, status {done.status} | {cause}")
     if done.status != 0:
         return Verdict("refused", f"| {cause}; {done.last_line}")
@@ -304,8 +305,8 @@ DAMAGED = {
 def campaign() -> Campaign:
     """Returns the campaign."""
     kinds = {f"full_{name}": DiskKind(task, fill) for name, task in TASKS.items()}
-    kinds |= {f"read_only_{name}": DiskKind(TASKS[name], write_protect) for name in ("train", "resume", "export_hf")}
-    kinds |= {f"gone_{name}": DiskKind(TASKS[name], remove) for name in ("train", "resume")}
+    kinds |= {f"read_only_{name}": DiskKind(TASKS[name], write_protect) for name in TURNED}
+    kinds |= {f"gone_{name}": DiskKind(TASKS[name], remove) for name in REMOVED}
     return Campaign("storage", kinds | DAMAGED, LIMITS)
 
 

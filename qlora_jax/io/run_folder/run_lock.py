@@ -24,7 +24,7 @@ Warn = Callable[[str], object]
 
 
 class FolderLostError(OSError):
-    """Raised if the folder of a run was deleted, moved or replaced while the run trained."""
+    """Raised if a folder was deleted, moved or replaced while a command wrote in it."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,8 +51,8 @@ class RunLock:
             moved = _moved_folder(self.descriptor)
             found = f"it was moved to {moved}" if moved else f"it or its {LOCK_FILE} was deleted, moved or replaced"
             raise FolderLostError(
-                f"{self.folder}: the folder changed while the run trained ({found}), so the run ends. Move it back and "
-                "start the run again, with --resume if it has a checkpoint"
+                f"{self.folder}: the folder changed while a command wrote in it ({found}), so the command ends. Move "
+                "it back and start again; train with --resume if there is a checkpoint"
             )
 
     def release(self) -> None:

@@ -113,7 +113,7 @@ def test_a_folder_that_went_away_is_noticed(tmp_path: Path, change: str) -> None
     with lock_run(folder, pytest.fail) as lock:
         lock.check()
         CHANGES[change](folder)
-        with pytest.raises(FolderLostError, match="run: the folder changed while the run trained") as caught:
+        with pytest.raises(FolderLostError, match="run: the folder changed while a command wrote in it") as caught:
             lock.check()
     if change == "moved" and sys.platform == "linux":
         assert f"(it was moved to {tmp_path}/elsewhere)" in str(caught.value)
