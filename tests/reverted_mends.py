@@ -48,6 +48,14 @@ MENDS = [
         "if False:",
         "tests/io/run_folder/test_run_lock.py",
     ),
+    Mutation("qlora_jax/record_file.py", "if not self._file.is_in_place():", "if False:", "tests/test_record_file.py"),
+    Mutation("qlora_jax/record_file.py", "mkdir(exist_ok", "mkdir(parents=True, exist_ok", "tests/test_record_file.py"),
+    Mutation(
+        "qlora_jax/evaluation/quantization_cost/files.py",
+        "write_text(folder / COSTS_FILE, ",
+        "(folder / COSTS_FILE).write_text(",
+        "tests/test_atomic_files.py",
+    ),
     # Small inputs that take long or need much memory
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",
@@ -124,6 +132,18 @@ MENDS = [
         'return [SPACE * len(token) if token and set(token) == {" "} else token for token in tokens]',
         "return tokens",
         "tests/data/tokenizer/test_from_gguf.py",
+    ),
+    Mutation(
+        "qlora_jax/api/export.py",
+        "stop_ids(tokenizer, listed, chat=True) - {*listed}",
+        "{*listed} - {*listed}",
+        "tests/api/test_export.py",
+    ),
+    Mutation(
+        "qlora_jax/data/tokenizer/named_templates.py",
+        "if missing:",
+        "if False:",
+        "tests/data/tokenizer/test_named_templates.py",
     ),
     # Data of a new user
     Mutation(
