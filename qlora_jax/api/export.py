@@ -19,7 +19,6 @@ from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
-from qlora_jax.io.model_source import TokenizerData
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.models.config import WeightFormat
@@ -126,7 +125,7 @@ def save_quantized(
         weights = keep_in_16_bits(weights, keep_16bit, model_config(source.config, source.config_name))
     with staged_folder(Path(folder)) as staged, loading_bar(progress) as report:
         write_quantized_folder(staged, source, weights, report)
-        write_tokenizer(staged, tokenizer, source)
+        write_tokenizer(staged, tokenizer, source, source.tokenizer["stop_token_ids"])
     return Path(folder)
 
 
@@ -179,14 +178,12 @@ def write_merged(
 def _with_stop_ids(opened: OpenedModel) -> OpenedModel:
     """Returns the model with all ids that end its replies, which exported files then list.
 
-    The files of a base model lack the end of a turn, which the run learned from another chat template.
+    The files of a base model may lack the end of a turn, which the run learned from a chat template.
     """
-    tokenizer, listed = opened.tokenizer, opened.source.tokenizer["stop_token_ids"]
-    if tokenizer.chat_template is None or (opened.run is not None and opened.run.head is not None):
+    if opened.tokenizer.chat_template is None or (opened.run is not None and opened.run.head is not None):
         return opened
-    missing = sorted(stop_ids(tokenizer, listed, chat=True) - {*listed})
-    described: TokenizerData = {**opened.source.tokenizer, "stop_token_ids": [*listed[:1], *missing, *listed[1:]]}
-    return dataclasses.replace(opened, source=dataclasses.replace(opened.source, tokenizer=described))
+    missing = sorted(stop_ids(opened.tokenizer, opened.stop_ids, chat=True) - {*opened.stop_ids})
+    return dataclasses.replace(opened, stop_ids=[*opened.stop_ids[:1], *missing, *opened.stop_ids[1:]])
 
 
 def _check_dtypes(

@@ -90,9 +90,8 @@ class Run:
             inputs |= {f"evaluate.{key}": value for key, value in evaluate.items()} | {"measure": task.settings.measure}
         others = {*task.training} - {*sources(self.config.data.train)}
         contents = {path: digest for path, digest in task.digests.items() if path not in others}
-        template = self.config.data.chat_template
-        if template is not None and template not in TOKENS:
-            contents[template] = content_digest(template)
+        templates = [self.config.data.chat_template, (evaluate or {}).get("chat_template")]
+        contents |= {path: content_digest(path) for path in templates if isinstance(path, str) and path not in TOKENS}
         return inputs | {f"content of {path}": digest for path, digest in contents.items()}
 
     @property

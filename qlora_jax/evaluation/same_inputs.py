@@ -43,7 +43,7 @@ def _difference(task: AnyTask, other: AnyTask) -> str | None:
 
 def _fix(a: Tokenizer, b: Tokenizer) -> str:
     if a.chat_template != b.chat_template:
-        return "Their chat templates differ. Use one template for both (--chat_template FILE), or none (--raw)."
+        return "Their chat templates differ. Use one template for both (--chat_template), or none (--raw)."
     if a.chat_template_kwargs != b.chat_template_kwargs:
         return "Their variables for the template differ. Set the same for both (--chat_template_kwargs)."
     return "Their tokenizers, maximum lengths or stop tokens differ. Evaluate each run separately, without --against."

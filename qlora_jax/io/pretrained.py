@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -46,6 +46,8 @@ class OpenedModel:
 
     Fields:
       args: weight format of the base; the run's if there is one.
+      stop_ids: ids that end a reply, which exported models list: those of the base's files, and for an export also the
+        end of a turn that the run learned.
     """
 
     source: ModelSource
@@ -53,6 +55,13 @@ class OpenedModel:
     tokenizer: Tokenizer
     args: ModelArgs
     run: Run | None
+    stop_ids: Sequence[int]
+
+    @property
+    def unlisted_stop_ids(self) -> list[int]:
+        """Ids that end a reply, of which the base's files say nothing."""
+        listed = {*self.source.tokenizer["stop_token_ids"], self.tokenizer.eos_id}
+        return [number for number in self.stop_ids if number not in listed]
 
     @property
     def full_features(self) -> ModelConfig:
@@ -140,7 +149,9 @@ def _opened(
     run: Run | None,
     chat_template: str | None,
     chat_template_kwargs: TemplateKwargs | None,
+    adapters: TokenizerData | None = None,
 ) -> OpenedModel:
+    """Returns the opened model; the template of an adapter's folder, `adapters`, replaces the base's."""
     features = model_config(source.config, source.config_name)
     tokenizer = open_tokenizer(source, args, _rows(features, run))
     if run is not None:
@@ -148,12 +159,16 @@ def _opened(
         run = dataclasses.replace(run, new_ids=tokenizer.new_ids)
     if chat_template is not None:
         tokenizer = with_chat_template(tokenizer, chat_template)
+    elif adapters is not None and adapters["chat_template"] is not None:
+        template = {key: adapters[key] for key in ("chat_template", "template_name")}
+        tokenizer = dataclasses.replace(tokenizer, **template)
     return OpenedModel(
         source=source,
         features=features,
         tokenizer=with_template_kwargs(tokenizer, chat_template_kwargs or {}, "chat_template_kwargs"),
         args=args,
         run=run,
+        stop_ids=source.tokenizer["stop_token_ids"],
     )
 
 
@@ -180,8 +195,11 @@ def _open_adapter(
     source = open_model(path)
     features = model_config(source.config, source.config_name)
     adapter = read_adapter(folder, features)
+    own = None
     if adapter.new_ids or adapter.tables:
         source = _with_tokenizer_of(folder, source, max((0, *adapter.new_ids)))
+    else:
+        own = read_tokenizer(folder)
     run = Run(
         path=folder,
         model=args,
@@ -195,7 +213,7 @@ def _open_adapter(
         projections=adapter.projections,
         head=adapter.head,
     )
-    return _opened(source, args, run, chat_template, chat_template_kwargs)
+    return _opened(source, args, run, chat_template, chat_template_kwargs, own)
 
 
 def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSource:

@@ -46,7 +46,10 @@ def hold_tournament(args: ArenaArgs, reporter: ProgressReporter) -> Results:
         matches = transcripts.matches() if args.systems else _recorded_matches(judges)
         check_texts(judges, matches, transcripts, folder)
         first = sorted(judges, key=lambda name: not judges[name].remembers)
-        found = {name: judge_matches(name, judges[name], matches, transcripts, folder, reporter) for name in first}
+        found = {}
+        for name in first:
+            lock.check()
+            found[name] = judge_matches(name, judges[name], matches, transcripts, folder, reporter)
         judged = {name: found[name] for name in judges}
         results = compute_results(args, [*args.systems] or systems_of(matches), judged)
         examples = choose_examples(judged, _ratings(results), args.seed)

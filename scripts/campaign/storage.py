@@ -13,12 +13,13 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from qlora_jax.config import read_config
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Finished, Running, run_command
-from scripts.campaign.disk import make_read_only, resize, small_disk
+from scripts.campaign.disk import break_disk, image_disk, repair_disk, resize, small_disk
 from scripts.campaign.file_tasks import (
     BASE_RUN,
     HALF_RUN,
@@ -46,10 +47,17 @@ OUTPUT = "output"  # the command writes it, on the disk
 
 @dataclasses.dataclass(frozen=True)
 class DiskKind:
-    """A command, and what happens to its disk."""
+    """A command, and what happens to its disk.
+
+    Attributes:
+      disk: makes a disk of some size.
+      restore: gives a disk its space, or makes it writable again.
+    """
 
     task: FileTask
     happens: Callable[["DiskCase"], Verdict]
+    disk: Callable[[Path, int], AbstractContextManager[Path]] = small_disk
+    restore: Callable[[Path], None] = lambda disk: resize(disk, LARGE)
 
     @property
     def shared(self) -> str:
@@ -62,7 +70,7 @@ class DiskKind:
 
     def start(self, sound: Path, scratch: Path) -> CaseRunner:
         """Runs the command undisturbed, and returns the function that runs a case."""
-        with small_disk(scratch / DISK, LARGE) as disk:
+        with self.disk(scratch / DISK, LARGE) as disk:
             output = disk / OUTPUT
             self.task.before(sound, output)
             began = time.monotonic()
@@ -71,8 +79,8 @@ class DiskKind:
 
         def run(case: Case) -> Verdict:
             chance = random.Random(f"{case.seed}/{case.kind}/{case.number}")
-            with small_disk(scratch / DISK, LARGE) as disk:
-                return self.happens(DiskCase(self.task, chance, sound, disk, expected, needed, seconds))
+            with self.disk(scratch / DISK, LARGE) as disk:
+                return self.happens(DiskCase(self.task, chance, sound, disk, self.restore, expected, needed, seconds))
 
         return run
 
@@ -96,6 +104,7 @@ class DiskCase:
     chance: random.Random
     sound: Path
     disk: Path
+    restore: Callable[[Path], None]
     expected: str
     needed: int
     seconds: float
@@ -127,7 +136,7 @@ class DiskCase:
             return Verdict("traceback", f"status {done.status}: {done.last_line} | {cause}")
         if str(self.disk) not in done.last_line:
             return Verdict("unclear", f"names no file: {done.last_line} | {cause}")
-        resize(self.disk, LARGE)
+        self.restore(self.disk)
         again = self.run(self.task.repeat(self.sound, self.output))
         if again.status != 0:
             return Verdict("lost", f"then status {again.status}: {again.last_line} | {cause}; {done.last_line}")
@@ -158,11 +167,13 @@ def write_protect(case: DiskCase) -> Verdict:
     words = case.prepare()
     moment = case.chance.choice((0.0, case.chance.uniform(0.0, case.seconds)))
     if moment == 0.0:
-        make_read_only(case.disk)
+        break_disk(case.disk)
     process = Running(words, case.printed, case.sound / CACHE)
     deadline = time.monotonic() + moment
-    done = process.wait_until(lambda: time.monotonic() > deadline and make_read_only(case.disk))
-    return case.judge(process.wait(), f"read-only after {moment:.2f} s" if done else "ended before")
+    if moment > 0.0 and process.wait_until(lambda: time.monotonic() > deadline):
+        break_disk(case.disk)
+    cause = "ended before" if process.ended() and moment > 0.0 else f"read-only after {moment:.2f} s"
+    return case.judge(process.wait(), cause)
 
 
 def remove(case: DiskCase) -> Verdict:
@@ -305,7 +316,7 @@ DAMAGED = {
 def campaign() -> Campaign:
     """Returns the campaign."""
     kinds = {f"full_{name}": DiskKind(task, fill) for name, task in TASKS.items()}
-    kinds |= {f"read_only_{name}": DiskKind(TASKS[name], write_protect) for name in TURNED}
+    kinds |= {f"read_only_{name}": DiskKind(TASKS[name], write_protect, image_disk, repair_disk) for name in TURNED}
     kinds |= {f"gone_{name}": DiskKind(TASKS[name], remove) for name in REMOVED}
     return Campaign("storage", kinds | DAMAGED, LIMITS)
 

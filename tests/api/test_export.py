@@ -45,7 +45,7 @@ def test_a_gguf_file_lists_the_end_of_a_turn(model: CausalLM, tmp_path: Path):
     own = q.add_adapter(base, q.LoRA(rank=2), key=jax.random.key(1))
     written = q.merge(own, tmp_path / "own", format="gguf", dtype="float32")
     (file,) = written.path.glob("*.gguf")
-    assert open_model(file).tokenizer["stop_token_ids"] == [257, IDS[0], IDS[1]]
+    assert open_model(file).tokenizer["stop_token_ids"] == [257, IDS[1], IDS[0]]
     assert open_model(file).tokenizer["chat_template"] == template.read_text()
     told = str(q.save_peft(own, tmp_path / "lora", format="gguf-lora"))
     assert f"--chat-template-file {tmp_path / 'lora/chat_template.jinja'}" in told
@@ -56,3 +56,26 @@ def test_an_adapter_has_its_template(model: CausalLM, tmp_path: Path):
     told = str(q.save_peft(model, tmp_path / "peft"))
     assert f"pass eos_token_id=[257, {IDS[1]}] to generate" in told
     assert "<|im_start|>" in (tmp_path / "peft/chat_template.jinja").read_text()
+
+
+def test_an_adapter_without_new_tokens_is_opened_with_its_template(tmp_path: Path):
+    path = write_model(tmp_path / "model")
+    (path / "generation_config.json").write_text('{"eos_token_id": 257}')
+    base, tokenizer = q.load(str(path), chat_template="zephyr", compute_dtype="float32")
+    model = q.add_adapter(base, q.LoRA(rank=2), key=jax.random.key(0))
+    assert "eos_token_id" not in str(q.save_peft(model, tmp_path / "peft"))  # zephyr ends turns with eos
+    adapter, found = q.load(str(tmp_path / "peft"))
+    assert found.chat_template == tokenizer.chat_template
+    q.save_peft(adapter, tmp_path / "again")
+    assert (tmp_path / "again/chat_template.jinja").read_text() == tokenizer.chat_template
+
+
+def test_a_base_that_does_not_list_its_own_end_of_a_turn(tmp_path: Path):
+    path = write_model(tmp_path / "model")
+    changed = json.loads((path / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + '<s>' }}{% endfor %}"
+    (path / "tokenizer_config.json").write_text(json.dumps(changed | {"chat_template": template}))
+    base, _ = q.load(str(path), compute_dtype="float32")
+    told = str(q.save_peft(q.add_adapter(base, q.LoRA(rank=2), key=jax.random.key(0)), tmp_path / "peft"))
+    assert "pass eos_token_id=[256, 257] to generate" in told
+    assert not (tmp_path / "peft/tokenizer.json").exists()

@@ -76,7 +76,7 @@ def write_in_awqs_form(gguf: Path, folder: Path) -> None:
         else:
             tensors[name] = entry.read()
     write_folder(folder, {**source.config, "quantization_config": dict(form.config)}, tensors)
-    write_tokenizer(folder, open_pretrained(model=str(gguf)).tokenizer, source)
+    write_tokenizer(folder, open_pretrained(model=str(gguf)).tokenizer, source, source.tokenizer["stop_token_ids"])
 
 
 @pytest.mark.slow

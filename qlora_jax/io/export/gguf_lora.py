@@ -75,7 +75,7 @@ def export_gguf_lora(
         if base:
             notes += base.notes + _write_base(folder, base.spec, opened, base_dtype, progress)
         else:
-            notes += _write_template(folder, output, opened)
+            notes += _write_template(folder, output, opened) + _unlisted(opened)
     lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *notes]
     if base is None:
         lines.append(_where_to_apply(opened))
@@ -89,6 +89,13 @@ def _write_template(folder: Path, output: Path, opened: OpenedModel) -> list[str
     write_text(folder / TEMPLATE_FILE, opened.tokenizer.chat_template or "")
     option = f"--jinja --chat-template-file {output / TEMPLATE_FILE}"
     return [f"its chat template is not the base's: give llama.cpp {option}"]
+
+
+def _unlisted(opened: OpenedModel) -> list[str]:
+    """Returns a note on the end of a turn, if the base's file does not list it."""
+    first = opened.unlisted_stop_ids[:1]
+    option = "--override-kv tokenizer.ggml.eot_token_id=int:"
+    return [f"its base does not list the end of a turn: give llama.cpp {option}{number}" for number in first]
 
 
 def _check_gguf_exists(opened: OpenedModel) -> None:

@@ -1,7 +1,7 @@
 """Builds the GGUF metadata of an exported model, from the base's GGUF file or from its Hugging Face folder."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_MODEL_TYPE
 from qlora_jax.io.gguf.config_reader import config_from_metadata
 from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, image_metadata, tensors_misplaced
 from qlora_jax.io.gguf.header import TensorInfo
-from qlora_jax.io.gguf.tokenizer_writer import stop_keys, tokenizer_metadata
+from qlora_jax.io.gguf.tokenizer_writer import STOP_KEYS, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, typed_keys
 from qlora_jax.io.loading.tensor_map import tensor_shapes
 from qlora_jax.io.model_source import ModelSource
@@ -44,21 +44,25 @@ def export_spec(opened: OpenedModel) -> ExportSpec:
     """
     source, features, tokenizer = opened.source, opened.full_features, opened.tokenizer
     spec, from_file = spec_without_tokenizer(opened), is_gguf(str(source.path))
-    stop = source.tokenizer["stop_token_ids"]
     if from_file and features == opened.features and not tokenizer.new_ids:
-        return ExportSpec(_with_stop_ids(spec, stop_keys(tokenizer, stop)), [])
-    vocabulary, notes = tokenizer_metadata(tokenizer, features.vocab_size, stop, spec.architecture)
+        return with_stop_ids(spec, opened.unlisted_stop_ids)
+    vocabulary, notes = tokenizer_metadata(tokenizer, features.vocab_size, opened.stop_ids, spec.architecture)
     if from_file:
         return ExportSpec(_with_vocabulary(spec, features, vocabulary), notes)
     keys = [*typed_keys(_general_name(source.path, tokenizer)), *spec.keys, *typed_keys(vocabulary)]
     return ExportSpec(spec._replace(keys=keys), notes + _notes(ARCHITECTURES[spec.architecture], features))
 
 
-def _with_stop_ids(spec: GgufSpec, stops: Mapping[str, int]) -> GgufSpec:
-    """Replaces the ids that end a reply, if the file lacks some."""
-    if stops.items() <= {(key.name, key.value) for key in spec.keys if key.name in stops}:
-        return spec
-    return spec._replace(keys=[*(key for key in spec.keys if key.name not in stops), *typed_keys(stops)])
+def with_stop_ids(spec: GgufSpec, unlisted: Sequence[int]) -> ExportSpec:
+    """Adds ids that end a reply to those of the spec; notes those for which it has no key left."""
+    used = {key.name for key in spec.keys}
+    free = [key for key in STOP_KEYS[1:] if key not in used]
+    added = spec._replace(keys=[*spec.keys, *typed_keys(dict(zip(free, unlisted, strict=False)))])
+    if len(unlisted) <= len(free):
+        return ExportSpec(added, [])
+    left = list(unlisted[len(free) :])
+    note = f"a GGUF file can list {len(STOP_KEYS)} tokens that end a reply, so the ids {left} are not listed"
+    return ExportSpec(added, [note])
 
 
 def _with_vocabulary(spec: GgufSpec, features: ModelConfig, vocabulary: JsonObject) -> GgufSpec:

@@ -154,7 +154,7 @@ def _write_merge(
     names = set(map(opened.features.hugging_face_name, tables))
     originals = {} if original is None else {n: entry for n, entry in original.tensors.items() if n not in names}
     adapters = mergeables(model)
-    tokenizer, head, stop = opened.tokenizer, opened.run.head, opened.source.tokenizer["stop_token_ids"]
+    tokenizer, head, stop = opened.tokenizer, opened.run.head, opened.stop_ids
     if head is not None:
         padding = head_padding(tokenizer, opened.source.config, stop)
         slots, config = with_score(slots, config, head, padding, opened.run.lora, opened.features)
@@ -174,7 +174,7 @@ def _write_merge(
         original=originals,
         multimodal=(original or opened.source).multimodal,
     )
-    write_tokenizer(folder, tokenizer, opened.source)
+    write_tokenizer(folder, tokenizer, opened.source, stop)
     return Merge(folder, compute_dtype, trained)
 
 

@@ -11,7 +11,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.head_padding import head_padding
+from qlora_jax.io.head_padding import head_padding, padded_tokenizer
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loading.loader import Progress
@@ -82,15 +82,17 @@ def export_peft(
     with staged_folder(output) as folder:
         if run.lora_args.method == "vera":
             tensors |= projection_tensors(run.projections or vera_projections(opened.features, run.lora_args))
-        stop = opened.source.tokenizer["stop_token_ids"]
-        padding = None if run.head is None else head_padding(opened.tokenizer, opened.source.config, stop)
+        tokenizer, padding = opened.tokenizer, None
+        if run.head is not None:
+            padding = head_padding(tokenizer, opened.source.config, opened.stop_ids)
+            tokenizer = padded_tokenizer(tokenizer, padding) if run.head.outputs else tokenizer
         write_adapter(folder, tensors, config, resized_rows, run.head, padding)
         if tables or opened.replaces_template:
-            write_tokenizer(folder, opened.tokenizer, opened.source)
+            write_tokenizer(folder, tokenizer, opened.source, opened.stop_ids)
         if with_base:
             notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
-        elif opened.replaces_template and run.head is None:
-            notes.append(f"replies end with other ids than those of its base: pass eos_token_id={stop} to generate")
+        elif opened.unlisted_stop_ids:
+            notes.append(f"its base does not list the end of a turn: pass eos_token_id={opened.stop_ids} to generate")
     lines = _lines(output, run, base, resized_rows, notes)
     return ExportResult(path=output, lines=lines)
 
@@ -138,7 +140,7 @@ def _write_base(folder: Path, opened: OpenedModel, dtype: str | None, progress: 
     slots, config = with_tables(slots, opened.source.config, merged_tables(model, ()))
     multimodal = opened.source.multimodal
     write_dense_folder(folder, slots, config, compute_dtype=computed, dtype=stored, adapters={}, multimodal=multimodal)
-    write_tokenizer(folder, opened.tokenizer, opened.source)
+    write_tokenizer(folder, opened.tokenizer, opened.source, opened.stop_ids)
     return rounding_note(stored.name, computed.name)
 
 

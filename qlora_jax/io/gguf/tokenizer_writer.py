@@ -38,7 +38,7 @@ PROBES = (
 MAX_ADDED = 64  # the number of added tokens that are tested inside other text
 WORDS_WITH_MARKS = {"gpt-4o", "tekken"}  # llama.cpp's patterns for them have only letters
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
+STOP_KEYS = tuple(f"{PREFIX}{key}" for key in ("eos_token_id", "eot_token_id", "eom_token_id"))
 
 
 def tokenizer_metadata(
@@ -64,7 +64,8 @@ def tokenizer_metadata(
         )
     keys = (_sentencepiece if model.get("byte_fallback") else _byte_level)(tokenizer, model, tokens, kinds)
     keys |= {"add_bos_token": tokenizer.add_bos_token, **_special_ids(tokenizer)}
-    metadata = {f"{PREFIX}{key}": value for key, value in keys.items()} | stop_keys(tokenizer, stop)
+    metadata = {f"{PREFIX}{key}": value for key, value in keys.items()}
+    metadata |= dict(zip(STOP_KEYS, _stops(tokenizer, stop), strict=False))
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     source = tokenizer_from_metadata(Path("tokenizer"), metadata | {"general.architecture": architecture})
@@ -72,7 +73,7 @@ def tokenizer_metadata(
     _check_ids(tokenizer, read, keys["model"])
     found = {token["content"] for token in added.values()} | ({model["unk_token"]} if model.get("unk_token") else set())
     return metadata, _notes(
-        tokenizer, read, keys["pre"], sorted(found)[:MAX_ADDED], _stops(tokenizer, stop)[len(STOPS) :]
+        tokenizer, read, keys["pre"], sorted(found)[:MAX_ADDED], _stops(tokenizer, stop)[len(STOP_KEYS) :]
     )
 
 
@@ -120,11 +121,6 @@ def _sentencepiece(tokenizer: Tokenizer, model: JsonObject, tokens: list[str], k
     }
 
 
-def stop_keys(tokenizer: Tokenizer, stop: Sequence[int]) -> dict[str, int]:
-    """Returns the metadata of the ids that end a reply: eos, and those of `stop` for which there are keys."""
-    return dict(zip((f"{PREFIX}{key}" for key in STOPS), _stops(tokenizer, stop), strict=False))
-
-
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     named = {
         "bos_token_id": tokenizer.bos_id,
@@ -156,7 +152,7 @@ def _notes(tokenizer: Tokenizer, read: Tokenizer, pre: str, added: Sequence[str]
         notes.append(f"text next to these tokens may get other ids from the file than from tokenizer.json: {other}")
     if unlisted:
         names = [tokenizer.backend.id_to_token(number) for number in unlisted]
-        notes.append(f"a GGUF file can list {len(STOPS)} tokens that end a reply, so these are not listed: {names}")
+        notes.append(f"a GGUF file can list {len(STOP_KEYS)} tokens that end a reply, so these are not listed: {names}")
     return notes
 
 

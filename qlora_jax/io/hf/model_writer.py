@@ -19,7 +19,7 @@ from qlora_jax.io.hf.fused_writer import in_file_order, joined_specs, joined_val
 from qlora_jax.io.hf.merging import Mergeables, merge
 from qlora_jax.io.hf.reader import FLOAT_TYPES, INDEX, SINGLE
 from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
-from qlora_jax.io.hf.tokenizer import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES, read_tokenizer
+from qlora_jax.io.hf.tokenizer import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_jax.io.loading.tensor_map import Leaf, Slot
 from qlora_jax.io.model_source import ModelSource, MultimodalParts, TensorEntry
 from qlora_jax.io.rounding import rounded
@@ -125,17 +125,19 @@ def _without_dtype(config: JsonObject) -> JsonObject:
     return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource, stop: Sequence[int]) -> None:
     """Writes the tokenizer's files and generation_config.json of a model that `source` became.
 
     The files of a multimodal model also describe its images, so they are copied. Only new tokens, another chat template
     and its end of a turn change them.
+
+    Args:
+      stop: ids that end a reply.
     """
     if source.multimodal is not None:
-        _copy_tokenizer(folder, tokenizer, source)
+        _copy_tokenizer(folder, tokenizer, source, stop)
         return
-    stop = source.tokenizer["stop_token_ids"]
-    _write_json(folder / GENERATION_CONFIG, {"eos_token_id": stop, "bos_token_id": tokenizer.bos_id})
+    _write_json(folder / GENERATION_CONFIG, {"eos_token_id": [*stop], "bos_token_id": tokenizer.bos_id})
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.add_bos_token}
     _write_json(folder / "tokenizer_config.json", named | dict(tokenizer.special_tokens))
@@ -143,7 +145,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> 
         write_text(folder / "chat_template.jinja", tokenizer.chat_template)
 
 
-def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> None:
+def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource, stop: Sequence[int]) -> None:
     for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
         if (source.path / name).is_file():
             write_bytes(folder / name, (source.path / name).read_bytes())
@@ -151,11 +153,10 @@ def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> 
         write_text(folder / "tokenizer.json", tokenizer.to_json())
     if tokenizer.chat_template not in (None, source.tokenizer["chat_template"]):
         write_text(folder / "chat_template.jinja", tokenizer.chat_template)
-    stop = source.tokenizer["stop_token_ids"]
-    if stop != read_tokenizer(source.path)["stop_token_ids"]:
+    if [*stop] != source.tokenizer["stop_token_ids"]:
         path = folder / GENERATION_CONFIG
         own = read_json(path, JsonObject) if path.exists() else {}
-        _write_json(path, {**own, "eos_token_id": stop})
+        _write_json(path, {**own, "eos_token_id": [*stop]})
 
 
 def _dense(slot: Slot, index: int, compute_dtype: np.dtype) -> jax.Array:

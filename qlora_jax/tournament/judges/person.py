@@ -114,7 +114,7 @@ class PersonJudge:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     write_text(path, text)
 
 

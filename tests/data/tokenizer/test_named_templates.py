@@ -61,6 +61,8 @@ def test_tokens_that_the_vocabulary_lacks_are_named(tokenizer: Tokenizer):
         lacking = r".*".join(map(repr, TOKENS[name])).replace("'", "").replace("|", r"\|")
         with pytest.raises(ValueError, match=rf"chat_template: {name} needs tokens .*{lacking}.*new_special_tokens"):
             with_chat_template(tokenizer, name)
+    with pytest.raises(ValueError, match=r"zephyr ends turns with eos \(found no eos_token\)"):
+        with_chat_template(dataclasses.replace(tokenizer, special_tokens={}), "zephyr")
     with pytest.raises(ValueError, match=r"llama-3: the chat template can't be read.*or zephyr"):
         with_chat_template(tokenizer, "llama-3")
 

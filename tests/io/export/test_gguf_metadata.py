@@ -1,5 +1,6 @@
 """GGUF files from Hugging Face folders, in every architecture, equal the converter's and are read back."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.io.export.gguf_metadata import export_spec
+from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec, with_stop_ids
 from qlora_jax.io.gguf.header import parse_header
-from qlora_jax.io.gguf.writer import write_gguf
+from qlora_jax.io.gguf.writer import GgufSpec, typed_keys, write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, open_pretrained
 from qlora_jax.models.families import model_config
@@ -193,8 +194,7 @@ def test_what_is_read_otherwise_is_noted(tmp_path: Path) -> None:
     text = json.loads(byte_level())
     text["added_tokens"][2]["rstrip"] = True
     opened, tensors = _folder(tmp_path / "model", FAMILIES["phi3"][1], json.dumps(text))
-    opened.source.tokenizer["stop_token_ids"] = [2, 0, 3, 4]
-    path, notes = _written(tmp_path / "new.gguf", opened, tensors)
+    path, notes = _written(tmp_path / "new.gguf", dataclasses.replace(opened, stop_ids=[2, 0, 3, 4]), tensors)
     assert open_model(path).tokenizer["stop_token_ids"] == [2, 0, 3]
     assert "['<|im_end|>']" in notes[0] and "these are not listed: ['\"']" in notes[1] and "sliding window" in notes[2]
 
@@ -282,3 +282,19 @@ def test_a_damaged_vision_config_is_an_error_with_its_key(tmp_path: Path, vision
     half, tensors, _ = _half_folder(tmp_path / "model", "qwen3_vl", vision_config=vision)
     with pytest.raises(ValueError, match=problem):
         _written(tmp_path / "half.gguf", half, tensors)
+
+
+def test_ids_that_end_a_reply_get_the_keys_that_a_file_does_not_use() -> None:
+    def spec_of(**ids: int) -> GgufSpec:
+        return GgufSpec("llama", typed_keys({f"tokenizer.ggml.{key}_token_id": ids[key] for key in ids}), {}, {})
+
+    def ids_of(found: ExportSpec) -> dict[str, object]:
+        return {
+            key.name.removeprefix("tokenizer.ggml.").removesuffix("_token_id"): key.value for key in found.spec.keys
+        }
+
+    assert ids_of(with_stop_ids(spec_of(eos=9, eom=8), [])) == dict(eos=9, eom=8)
+    assert ids_of(with_stop_ids(spec_of(eos=9, eom=8), [5])) == dict(eos=9, eom=8, eot=5)
+    full = with_stop_ids(spec_of(eos=1, eot=2, eom=3), [5])
+    assert ids_of(full) == dict(eos=1, eot=2, eom=3)
+    assert full.notes == ["a GGUF file can list 3 tokens that end a reply, so the ids [5] are not listed"]

@@ -155,8 +155,10 @@ def test_files_of_tokenizer_and_images_are_copied(tmp_path: Path) -> None:
     source = open_model(folder)
     assert source.tokenizer["chat_template"] == "{{ 1 }}"
     (tmp_path / "copy").mkdir()
-    write_tokenizer(tmp_path / "copy", load_tokenizer(source.tokenizer), source)
+    write_tokenizer(tmp_path / "copy", load_tokenizer(source.tokenizer), source, [])
     assert {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()} == files
+    write_tokenizer(tmp_path / "copy", load_tokenizer(source.tokenizer), source, [5])  # the end of a turn
+    assert json.loads((tmp_path / "copy/generation_config.json").read_text()) == {"eos_token_id": [5]}
 
 
 def test_what_a_published_text_config_says_besides_is_understood() -> None:

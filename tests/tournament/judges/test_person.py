@@ -18,6 +18,7 @@ def transcripts(tmp_path):
 
 
 def ask(folder, transcripts, **settings):
+    folder.mkdir(exist_ok=True)
     judge = PersonJudge("anna", PersonArgs(**settings), folder, ProgressReporter())
     found = []
     judge.judge(transcripts.matches(), transcripts, found.append)
