@@ -256,6 +256,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Flushes all files of a folder, and the names in it and of it, to the disk.
+
+    Raises:
+      OSError: the disk cannot hold a file; names it.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                _sync_file(file, path, path.stat().st_size)
+    sync_folder(folder)
+    sync_folder(folder.parent)
+
+
 def _flush_data(descriptor: int) -> None:
     flush = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
     flush(descriptor)

@@ -12,7 +12,7 @@
                                           digests of the state and of every array
     RUN/checkpoints/STEP.damaged          a damaged checkpoint that a resumed run passed over
 
-A checkpoint gets its name when all of it is on disk, so an interrupted write never leaves a partial checkpoint.
+A checkpoint gets its name when all of it is written, so an interrupted write never leaves a partial checkpoint.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
-from orbax.checkpoint.checkpoint_managers import PreservationContext, PreservationPolicy
 
+from qlora_jax.atomic_files import sync_tree
 from qlora_jax.config import Config, LoraArgs, ModelArgs, differences, read_config
 from qlora_jax.config.fields import TemplateValue
 from qlora_jax.config.parse import from_dict
@@ -78,19 +78,6 @@ def saved_fingerprint(run: Path) -> str | None:
     return newest_state(run).get("fingerprint")
 
 
-@dataclasses.dataclass
-class _RetentionPolicy(PreservationPolicy):
-    """Retains the newest `count` checkpoints and the one of `retained_step`."""
-
-    count: int
-    retained_step: int | None = None
-
-    # orbax's protocol PolicyCheckpointInfo cannot be checked at run time, hence Any.
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: PreservationContext) -> Sequence[bool]:
-        newest = len(checkpoints) - self.count
-        return [index >= newest or info.step == self.retained_step for index, info in enumerate(checkpoints)]
-
-
 class Restored(NamedTuple):
     """A checkpoint's LoRA parameters, optimizer state, and JSON part."""
 
@@ -102,14 +89,16 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the one of `retain`; a context manager.
 
-    Saving is synchronous: when `save` returns, the checkpoint is on disk.
+    Saving is synchronous: when `save` returns, the checkpoint is flushed to the disk. Only then are older ones removed,
+    so that there is a whole checkpoint even after a power failure.
     """
 
     def __init__(self, run: Path, keep: int):
         silence_threads()
-        self._policy = _RetentionPolicy(keep)
+        self._keep = keep
+        self._retained_step: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._policy,
+            max_to_keep=None,  # orbax would remove old ones before the new one is flushed
             enable_async_checkpointing=False,
             lightweight_initialize=True,  # times and metrics are not used
             multiprocessing_options=named_processes(),
@@ -127,7 +116,7 @@ class Checkpoints:
 
     def retain(self, step: int) -> None:
         """Retains the checkpoint of one step for as long as no other step is retained, however many follow."""
-        self._policy.retained_step = step
+        self._retained_step = step
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -146,6 +135,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        last = self.latest_step()
         parts = {
             LORA: ocp.args.StandardSave(lora),
             OPTIMIZER: ocp.args.StandardSave(optimizer_state),
@@ -156,14 +146,27 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # tensorstore raises ValueError if the disk is full
             nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((lora, optimizer_state)))
             problem = f"{_system_problem(error)} ({nbytes:,} bytes were to be written)"
-            raise CheckpointError(self._not_saved(step, problem)) from error
+            raise CheckpointError(self._not_saved(step, problem, last)) from error
         if not saved:
-            raise CheckpointError(self._not_saved(step, "orbax skipped it"))
+            raise CheckpointError(self._not_saved(step, "orbax skipped it", last))
+        try:
+            sync_tree(self.folder / str(step))
+        except OSError as error:
+            raise CheckpointError(self._not_saved(step, str(error), last)) from error
+        self._remove_old(step)
 
-    def _not_saved(self, step: int, problem: str) -> str:
+    def _remove_old(self, step: int) -> None:
+        """Removes checkpoints beyond the newest `keep`, after all processes have flushed that of `step`."""
+        old = [one for one in sorted(self._manager.all_steps())[: -self._keep] if one != self._retained_step]
+        if old:
+            meet(f"checkpoint {step} is flushed")
+        for one in old:
+            self._manager.delete(one)
+
+    def _not_saved(self, step: int, problem: str, last: int | None) -> str:
         start = f"{self.folder}: step {step} cannot be saved: {problem}; "
         fix = "Free disk space or make the folder writable, then run again"
-        if (last := self.latest_step()) is None:
+        if last is None:
             return f"{start}no earlier checkpoint exists. {fix} in a new output folder"
         return f"{start}the checkpoint of step {last} is complete. {fix} with --resume"
 

@@ -1,5 +1,7 @@
 """Checkpoints: retention, a full disk, and errors for missing or damaged ones."""
 
+import errno
+import os
 import resource
 from contextlib import contextmanager
 
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.io.run_folder import checkpoint
 from qlora_jax.io.run_folder.checkpoint import CheckpointError, Checkpoints, open_run, saved_steps
 from tests.conftest import SMALL_DISK_BYTES
 
@@ -46,6 +49,36 @@ def test_one_more_that_is_named_is_kept(tmp_path):
         checkpoints.retain(4)
         checkpoints.save(7, LORA, {"mu": jnp.zeros(3)}, {"step": 7})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "7"]
+
+
+def test_old_ones_are_removed_when_the_new_one_is_flushed(tmp_path, monkeypatch):
+    found, synced = [], []
+    flush = checkpoint.sync_tree
+    monkeypatch.setattr("qlora_jax.atomic_files.os.fsync", lambda number: synced.append(os.fstat(number).st_ino))
+
+    def recorded(folder):
+        found.append(saved_steps(tmp_path))
+        flush(folder)
+        assert {path.stat().st_ino for path in folder.rglob("*")} <= {*synced}
+
+    monkeypatch.setattr(checkpoint, "sync_tree", recorded)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, LORA, {"mu": jnp.zeros(3)}, {"step": step})
+    assert found == [[1], [1, 2], [2, 3]] and saved_steps(tmp_path) == [3]
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_is_an_error(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, LORA, {"mu": jnp.zeros(3)}, {"step": 1})
+
+        def fails(number):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr("qlora_jax.atomic_files.os.fsync", fails)
+        with pytest.raises(CheckpointError, match=r"step 2 cannot be saved: .*Input/output error.*; .*step 1 is compl"):
+            checkpoints.save(2, LORA, {"mu": jnp.zeros(3)}, {"step": 2})
+    assert 1 in saved_steps(tmp_path)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
