@@ -43,6 +43,10 @@ class TrainingReporter(Protocol):
         """Receives the replies to the sample prompts at a step."""
         ...
 
+    def flush(self) -> None:
+        """Puts all records on the disk, before a checkpoint: a resumed run does not repeat the steps before it."""
+        ...
+
 
 class _Stopped(Exception):
     """Raised within an evaluation when `stop()` returns True."""
@@ -91,8 +95,8 @@ def run_steps(
         if _is_evaluated(session, state.step):  # before the checkpoint, which then counts this evaluation as done
             state = evaluate(session, state, checkpoints, reporter, stop)
         if settings.save_every and state.step % settings.save_every == 0:
-            save(session, state, checkpoints)
-    save(session, state, checkpoints)
+            save(session, state, checkpoints, reporter)
+    save(session, state, checkpoints, reporter)
     return state
 
 
@@ -196,7 +200,7 @@ def evaluate(
     state = dataclasses.replace(state, best=best)
     if session.config.train.keep_best and best.step == state.step > 0:
         checkpoints.retain(best.step)
-        save(session, state, checkpoints)
+        save(session, state, checkpoints, reporter)
     return state
 
 
@@ -232,8 +236,9 @@ def _measure(
     return replies, found
 
 
-def save(session: Session, state: TrainState, checkpoints: Checkpoints) -> None:
-    """Saves a checkpoint of `state`."""
+def save(session: Session, state: TrainState, checkpoints: Checkpoints, reporter: TrainingReporter) -> None:
+    """Saves a checkpoint of `state`, after the records of the steps before it."""
+    reporter.flush()
     metadata = checkpoint_state(session, state.step, state.position, state.best)
     if state.evaluation_due:
         metadata[EVALUATION_DUE] = True

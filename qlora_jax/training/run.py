@@ -179,6 +179,10 @@ class _FileReporter(TrainingReporter):
             self._samples.write(record)
         self._display.samples(records)
 
+    def flush(self) -> None:
+        self._metrics.sync()
+        self._samples.sync()
+
     def _write(self, record: Record) -> None:
         self._metrics.write(record)
         for log in self._logs:
@@ -316,7 +320,7 @@ def _train_on(
                 )
             except ReferenceStopped:
                 if state.step == 0:  # a run can be resumed from a checkpoint alone
-                    save(session, state, checkpoints)
+                    save(session, state, checkpoints, reporter)
                 return state
             return run_steps(session, state, checkpoints, reporter, stop, before_step)
 

@@ -146,14 +146,36 @@ def test_activations_that_wait_in_host_memory_change_no_bit(tmp_path):
     assert "memory_kind" in away and "memory_kind" not in full
 
 
+class FlushedRecords(Records):
+    """Knows how many of its records are on the disk."""
+
+    flushed = 0
+
+    def flush(self):
+        self.flushed = len(self)
+
+
+class WatchedCheckpoints(Checkpoints):
+    """Expects all records on the disk before a save."""
+
+    def save(self, step, *args):
+        assert self.records.flushed == len(self.records) > 0
+        assert self.records[-1]["step"] == step
+        self.steps = [*getattr(self, "steps", []), step]
+        super().save(step, *args)
+
+
 def test_compilations_are_one_a_length_and_one_update(tmp_path):
     config = project(tmp_path)
     session = session_of(config)
     assert len(session.gradients) == 1  # for the longest batches, before the model was loaded
     for function in (update, evaluation_loss.plain):
         function.clear_cache()
-    with Checkpoints(Path(config.output), config.train.keep) as checkpoints:
-        loop.run_steps(session, loop.initial_state(session), checkpoints, Records(), lambda: False)
+    records = FlushedRecords()
+    with WatchedCheckpoints(Path(config.output), config.train.keep) as checkpoints:
+        checkpoints.records = records
+        loop.run_steps(session, loop.initial_state(session), checkpoints, records, lambda: False)
+    assert checkpoints.steps == [3, 6, 9, 10]
     assert len(session.dataset.buckets) == 2
     assert len(session.gradients) == len(session.dataset.buckets)
     assert update._cache_size() == 1

@@ -65,6 +65,9 @@ class Records(list):
     def evaluation_progress(self, words):
         pass
 
+    def flush(self):
+        pass
+
 
 def run_quietly(session, progress, batch):
     return loop.train_step(session, progress, batch, 0.0, Records())

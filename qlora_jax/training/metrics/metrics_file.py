@@ -122,7 +122,7 @@ def _stays(record: Record, step: int, evaluated: bool) -> bool:
 
 
 class MetricsFile:
-    """Appends records to a file; each is in it when `write` returns, and on the disk when the block ends."""
+    """Appends records to a file; each is in it when `write` returns, and on the disk after `sync` or the block."""
 
     def __init__(self, path: str | os.PathLike, first_step: int, *, evaluated: bool = True):
         """Opens `path` for a run that has done `first_step` steps, and drops later records.
@@ -153,6 +153,15 @@ class MetricsFile:
         if self._file is None:
             self._file = append_lines(self._path)
         self._file.write(_line(record))
+
+    def sync(self) -> None:
+        """Flushes the records to the disk.
+
+        Raises:
+          OSError: records are missing on the disk; names the file.
+        """
+        if self._file is not None:
+            self._file.sync()
 
     def __enter__(self) -> "MetricsFile":
         return self
