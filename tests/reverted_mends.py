@@ -56,6 +56,13 @@ MENDS = [
         "(folder / COSTS_FILE).write_text(",
         "tests/test_atomic_files.py",
     ),
+    Mutation(
+        "qlora_jax/io/run_folder/checkpoint.py",
+        "sync_tree(self.folder / str(step))",
+        "self._remove_old(step)",
+        "tests/io/run_folder/test_checkpoint.py",
+    ),
+    Mutation("qlora_jax/training/loop.py", "    reporter.flush()\n", "", "tests/e2e/test_training.py"),
     # Small inputs that take long or need much memory
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",
@@ -135,8 +142,8 @@ MENDS = [
     ),
     Mutation(
         "qlora_jax/api/export.py",
-        "stop_ids(tokenizer, listed, chat=True) - {*listed}",
-        "{*listed} - {*listed}",
+        "stop_ids(opened.tokenizer, opened.stop_ids, chat=True)",
+        "{*opened.stop_ids}",
         "tests/api/test_export.py",
     ),
     Mutation(

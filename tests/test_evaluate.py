@@ -164,7 +164,7 @@ def another_reader(folder, path, what):
         (
             "template",
             "choices",
-            r"choices: different tokens or stop tokens in 12 of 12(?s:.*)chat templates.*--chat_template FILE",
+            r"choices: different tokens or stop tokens in 12 of 12(?s:.*)chat templates.*--chat_template",
         ),
         ("template", "rows", "rows: different .* in 4 of 4"),
         ("template", "answers", "answers: different .* in 4 of 4"),
