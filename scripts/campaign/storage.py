@@ -166,7 +166,7 @@ def fill(case: DiskCase) -> Verdict:
 def write_protect(case: DiskCase) -> Verdict:
     """Turns the disk read-only before the command starts, or at a random moment."""
     words = case.prepare()
-    os.sync()  # what was there before is on the disk
+    os.sync()  # a run to resume is on the disk before that breaks
     moment = case.chance.choice((0.0, case.chance.uniform(0.0, case.seconds)))
     if moment == 0.0:
         break_disk(case.disk)
