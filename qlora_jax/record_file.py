@@ -58,7 +58,7 @@ class RecordFile[T]:
         """Adds a record; it is on the disk when this returns.
 
         Raises:
-          OSError: the file cannot be written, or is no longer at its path; names it.
+          OSError: the file cannot be written, or was deleted or moved; names it.
         """
         line = with_digest(json.dumps(record))
         with self._lock:

@@ -149,9 +149,9 @@ def _opened(
     run: Run | None,
     chat_template: str | None,
     chat_template_kwargs: TemplateKwargs | None,
-    adapters: TokenizerData | None = None,
+    own: TokenizerData | None = None,
 ) -> OpenedModel:
-    """Returns the opened model; the template of an adapter's folder, `adapters`, replaces the base's."""
+    """Returns the opened model; the template of an adapter's folder, in `own`, replaces the base's."""
     features = model_config(source.config, source.config_name)
     tokenizer = open_tokenizer(source, args, _rows(features, run))
     if run is not None:
@@ -159,9 +159,10 @@ def _opened(
         run = dataclasses.replace(run, new_ids=tokenizer.new_ids)
     if chat_template is not None:
         tokenizer = with_chat_template(tokenizer, chat_template)
-    elif adapters is not None and adapters["chat_template"] is not None:
-        template = {key: adapters[key] for key in ("chat_template", "template_name")}
-        tokenizer = dataclasses.replace(tokenizer, **template)
+    elif own is not None and own["chat_template"] is not None:
+        tokenizer = dataclasses.replace(
+            tokenizer, chat_template=own["chat_template"], template_name=own["template_name"]
+        )
     return OpenedModel(
         source=source,
         features=features,

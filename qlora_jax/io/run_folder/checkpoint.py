@@ -90,7 +90,7 @@ class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the one of `retain`; a context manager.
 
     Saving is synchronous: when `save` returns, the checkpoint is flushed to the disk. Only then are older ones removed,
-    so that there is a whole checkpoint even after a power failure.
+    so that a disk that fails still holds a whole checkpoint.
     """
 
     def __init__(self, run: Path, keep: int):
