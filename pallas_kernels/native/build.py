@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 
-from pallas_kernels.native.library import SOURCES, library_path
+from pallas_kernels.native.library import SOURCES, architecture, library_path
 
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: double-quantized constants are rounded twice, as in bitsandbytes.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
 
 
 def find_compiler() -> str:
@@ -42,7 +42,14 @@ def build() -> Path:
     path = library_path()
     if path.exists():
         return path
-    command = [find_compiler(), *FLAGS, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES)]
+    command = [
+        find_compiler(),
+        *FLAGS,
+        f"-march={architecture()}",
+        "-isystem",
+        jax.ffi.include_dir(),
+        *map(str, SOURCES),
+    ]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)

@@ -1,13 +1,14 @@
 """The library of compiled handlers: its path, checks that it can be used, and its registration with XLA.
 
 The library's name has a hash of the processor, the jaxlib version and the sources, so it is never loaded elsewhere.
-Without it everything works, in plain JAX.
+Without it everything works, in plain JAX. XLA's flag --xla_cpu_max_isa hides instruction sets from both.
 """
 
 import ctypes
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 from pathlib import Path
@@ -23,6 +24,8 @@ ATTENTION = {
     "bfloat16": (("attention_forward", "attention_backward"), "AVX-512 with products of bfloat16 numbers"),
     "float32": (("attention_forward_f32",), "AVX-512"),
 }
+# Value of --xla_cpu_max_isa -> what the compiler may use. Without the flag, or with another value: all that there is.
+ARCHITECTURES = {"SSE4_2": "x86-64-v2", "AVX": "x86-64-v2", "AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
 BUILD = "python -m pallas_kernels.native.build"
 
 
@@ -33,11 +36,17 @@ def _processor() -> str:
     return f"{platform.machine()} {found[0] if found else platform.processor()}"
 
 
+def architecture() -> str:
+    """Returns the compiler's -march of the library: "native", unless XLA_FLAGS hides instruction sets."""
+    limits = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    return ARCHITECTURES.get(limits[-1].upper(), "native") if limits else "native"
+
+
 def library_path() -> Path:
     """Returns the path of the library for this processor, jaxlib and sources; it may not be built."""
     version = importlib.metadata.version("jaxlib")
     sources = "".join(path.read_text() for path in SOURCES + HEADERS)
-    key = hashlib.sha256(f"{version} {_processor()} {sources}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{version} {_processor()} {architecture()} {sources}".encode()).hexdigest()[:16]
     return _HERE / f"cpu-{key}.so"
 
 

@@ -1,16 +1,12 @@
 """The C++ product of f32 matrices: exact for exact sums, otherwise as accurate as f32 sums, and used only on CPUs."""
 
-import ctypes
-import itertools
-import subprocess
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.dense_matmul import dot
-from pallas_kernels.native import build, library, matmul_f32
+from pallas_kernels.native import library, matmul_f32
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"the C++ library {library.problem()}")
 
@@ -97,20 +93,3 @@ def test_the_packed_operand_is_memory_that_xla_counts():
     compiled = jax.jit(lambda a, b: dot(a, b, (1, 1), jnp.float32)).lower(a, b).compile()
     packed = 3 * 32 * 100 * 4
     assert packed <= compiled.memory_analysis().temp_size_in_bytes < packed + 1024
-
-
-def test_a_processor_with_avx2_alone_has_the_same_whole_numbers(tmp_path):
-    """Tests the AVX2 half of the source, whose tiles have another size and which machines with AVX-512 never run."""
-    path = tmp_path / "avx2.so"
-    (source,) = (source for source in library.SOURCES if source.name == "matmul_f32_cpu.cc")
-    flags = [flag for flag in build.FLAGS if not flag.startswith("-march")]
-    include = ["-isystem", jax.ffi.include_dir()]
-    subprocess.run([build.find_compiler(), *flags, "-mavx2", "-mfma", *include, source, "-o", path], check=True)
-    handler = jax.ffi.pycapsule(ctypes.CDLL(str(path)).product_f32)
-    jax.ffi.register_ffi_target("product_f32_avx2", handler, platform="cpu")
-    for transposed, (rows, columns, terms) in itertools.product([False, True], SHAPES):
-        a, b = _operands((rows, columns, terms), transposed, whole=True)
-        sizes = (rows, columns), (-(-columns // matmul_f32.COLUMNS), terms, matmul_f32.COLUMNS)
-        results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
-        found = jax.ffi.ffi_call("product_f32_avx2", results)(a, b, transposed=transposed)[0]
-        np.testing.assert_array_equal(found, _in_f64(a, b, transposed))
