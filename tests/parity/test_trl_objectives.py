@@ -183,6 +183,7 @@ def test_objectives_equal_trl(tmp_path: Path, oracle, chosen: list[tuple[str, st
         both = _parts(base).with_lora(policy), _parts(base).with_lora(start)
         compared = compared_outputs(both, _sequences(kind))
         ours = {"reference": _reference_logps(base, kind), "policy": compared.logps_BS, "divergence": compared.kl_BS}
+        np.testing.assert_allclose(compared.reference_BS, found[f"{name}/reference"], rtol=TOLERANCE)
         for part, values in ours.items():
             np.testing.assert_allclose(values, found[f"{name}/{part}"], rtol=TOLERANCE, err_msg=f"{name}/{part}")
     for name, form in chosen:

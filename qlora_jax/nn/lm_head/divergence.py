@@ -4,7 +4,7 @@ KL(p || q) = sum_v p_v (log p_v - log q_v) = E_p[l - m] - log sum exp(l) + log s
 of q. The same pass over the head gives both models' log-probabilities of the target. All sums are running ones over
 tiles of the head, as in tiles.py.
 
-Dimension key: M tokens, D embed, C tokens of a chunk, W rows of the head in a tile.
+Dimension key: M tokens, D embed, C tokens of a chunk, W rows of the head in a tile, P the pair of models p and q.
 """
 
 from collections.abc import Sequence
@@ -40,30 +40,29 @@ class TokenComparison(NamedTuple):
 
 
 class ComparisonSums(NamedTuple):
-    """Statistics of the logits l of p and m of q over the tiles so far.
+    """Statistics of both models' logits over the tiles so far.
+
+    Both are summed by one expression, so models with equal logits have equal sums on every processor: their
+    log-probabilities are equal to the bit, and their divergence is 0.
 
     Fields:
-      largest_C, sum_C: max l, and sum exp(l - largest).
-      target_C: l of the target; 0 until its tile.
-      weighted_C: sum exp(l - largest) (l - m).
-      other_largest_C, other_sum_C, other_target_C: the same of m.
+      largest_CP, sum_CP: the largest logit, and sum exp(logit - largest).
+      target_CP: the target's logit; 0 until its tile.
+      weighted_C: sum exp(l - largest) (l - m), with the largest l.
     """
 
-    largest_C: jax.Array
-    sum_C: jax.Array
-    target_C: jax.Array
+    largest_CP: jax.Array
+    sum_CP: jax.Array
+    target_CP: jax.Array
     weighted_C: jax.Array
-    other_largest_C: jax.Array
-    other_sum_C: jax.Array
-    other_target_C: jax.Array
 
     @property
     def comparison(self) -> TokenComparison:
         """The scores of the tokens."""
-        lse_C = jnp.log(self.sum_C) + self.largest_C
-        other_lse_C = jnp.log(self.other_sum_C) + self.other_largest_C
-        divergence_C = jnp.maximum(self.weighted_C / self.sum_C - lse_C + other_lse_C, 0.0)
-        return TokenComparison(lse_C - self.target_C, other_lse_C - self.other_target_C, divergence_C)
+        lse_CP = jnp.log(self.sum_CP) + self.largest_CP
+        nll_CP = lse_CP - self.target_CP
+        divergence_C = self.weighted_C / self.sum_CP[:, 0] - (lse_CP[:, 0] - lse_CP[:, 1])
+        return TokenComparison(nll_CP[:, 0], nll_CP[:, 1], jnp.maximum(divergence_C, 0.0))
 
 
 def compare_tokens(
@@ -109,10 +108,8 @@ def _sums(
 def _over_tiles(
     head: Head, other_head: Head, hidden_CD: jax.Array, other_CD: jax.Array, targets_C: jax.Array
 ) -> ComparisonSums:
-    zeros_C = jnp.zeros(hidden_CD.shape[0], jnp.float32)
-    of_one = {"sum_C": zeros_C, "target_C": zeros_C, "weighted_C": zeros_C}
-    of_other = {"other_sum_C": zeros_C, "other_target_C": zeros_C}
-    start = ComparisonSums(largest_C=zeros_C - jnp.inf, other_largest_C=zeros_C - jnp.inf, **of_one, **of_other)
+    zeros_CP = jnp.zeros((hidden_CD.shape[0], 2), jnp.float32)
+    start = ComparisonSums(zeros_CP - jnp.inf, zeros_CP, zeros_CP, zeros_CP[:, 0])
 
     def add(run: ComparisonSums, tiles: Sequence[Head], first: ArrayLike) -> ComparisonSums:
         logits_CW, others_CW = tiles[0].logits(hidden_CD), tiles[1].logits(other_CD)
@@ -125,36 +122,32 @@ def _over_tiles(
 def _add(run: ComparisonSums, logits_CW: jax.Array, others_CW: jax.Array, hot_CW: jax.Array) -> ComparisonSums:
     """Adds one tile. A masked row has logits of -inf in both, and adds nothing.
 
+    The barrier keeps XLA from computing the logits anew within the sums, differently for the two models.
+
     Args:
       hot_CW: True at each token's target, if it is in the tile.
     """
-    largest_C = jnp.maximum(run.largest_C, jnp.max(logits_CW, axis=1))
-    other_largest_C = jnp.maximum(run.other_largest_C, jnp.max(others_CW, axis=1))
-    exp_CW = jnp.exp(logits_CW - largest_C[:, None])
-    shrink_C = jnp.exp(run.largest_C - largest_C)
-    weighted_CW = jnp.where(jnp.isneginf(logits_CW), 0.0, exp_CW * (logits_CW - others_CW))
-    other_sum_C = jnp.sum(jnp.exp(others_CW - other_largest_C[:, None]), axis=1)
+    logits_CW, others_CW = lax.optimization_barrier((logits_CW, others_CW))
+    logits_CPW = jnp.stack([logits_CW, others_CW], axis=1)
+    largest_CP = jnp.maximum(run.largest_CP, jnp.max(logits_CPW, axis=2))
+    exp_CPW = jnp.exp(logits_CPW - largest_CP[:, :, None])
+    shrink_CP = jnp.exp(run.largest_CP - largest_CP)
+    weighted_CW = jnp.where(jnp.isneginf(logits_CW), 0.0, exp_CPW[:, 0] * (logits_CW - others_CW))
     return ComparisonSums(
-        largest_C=largest_C,
-        sum_C=run.sum_C * shrink_C + jnp.sum(exp_CW, axis=1),
-        target_C=run.target_C + jnp.sum(jnp.where(hot_CW, logits_CW, 0.0), axis=1),
-        weighted_C=run.weighted_C * shrink_C + jnp.sum(weighted_CW, axis=1),
-        other_largest_C=other_largest_C,
-        other_sum_C=run.other_sum_C * jnp.exp(run.other_largest_C - other_largest_C) + other_sum_C,
-        other_target_C=run.other_target_C + jnp.sum(jnp.where(hot_CW, others_CW, 0.0), axis=1),
+        largest_CP=largest_CP,
+        sum_CP=run.sum_CP * shrink_CP + jnp.sum(exp_CPW, axis=2),
+        target_CP=run.target_CP + jnp.sum(jnp.where(hot_CW[:, None], logits_CPW, 0.0), axis=2),
+        weighted_C=run.weighted_C * shrink_CP[:, 0] + jnp.sum(weighted_CW, axis=1),
     )
 
 
 def _merged(run: ComparisonSums) -> ComparisonSums:
     """Adds up the group's sums over its rows, and returns those of this device's tokens."""
-    largest_G, other_largest_G = (lax.pmax(one, FSDP) for one in (run.largest_C, run.other_largest_C))
-    shrink_G = jnp.exp(run.largest_C - largest_G)
+    largest_GP = lax.pmax(run.largest_CP, FSDP)
+    shrink_GP = jnp.exp(run.largest_CP - largest_GP)
     return ComparisonSums(
-        largest_C=own_tokens(largest_G),
-        sum_C=sum_own_tokens(run.sum_C * shrink_G),
-        target_C=sum_own_tokens(run.target_C),  # 0 where the target is another device's row
-        weighted_C=sum_own_tokens(run.weighted_C * shrink_G),
-        other_largest_C=own_tokens(other_largest_G),
-        other_sum_C=sum_own_tokens(run.other_sum_C * jnp.exp(run.other_largest_C - other_largest_G)),
-        other_target_C=sum_own_tokens(run.other_target_C),
+        largest_CP=own_tokens(largest_GP),
+        sum_CP=sum_own_tokens(run.sum_CP * shrink_GP),
+        target_CP=sum_own_tokens(run.target_CP),  # 0 where the target is another device's row
+        weighted_C=sum_own_tokens(run.weighted_C * shrink_GP[:, 0]),
     )

@@ -18,8 +18,8 @@ from qlora_jax.training.evaluation.forward import evaluation_loss
 from qlora_jax.training.evaluation.held_out_heads import held_out_head_metrics
 from qlora_jax.training.metrics.eval_metrics import eval_loss_metrics, objective_loss_metrics
 from qlora_jax.training.metrics.preference_metrics import means_with_intervals, preference_values
-from qlora_jax.training.objectives.objective import Objective, PreferenceObjective, Totals, read_by_outputs
-from qlora_jax.training.objectives.sequences import SequenceLogps
+from qlora_jax.training.objectives.objective import REFERENCE, Objective, PreferenceObjective, Totals, read_by_outputs
+from qlora_jax.training.objectives.sequences import ComparedLogps, SequenceLogps
 from qlora_jax.training.run_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Session
 
@@ -31,6 +31,8 @@ def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], No
     batches, outputs = _outputs(session, lora, before_batch)
     names = (PRESENT, *session.objective.values)
     arrays = {name: np.concatenate([batch.arrays()[name][0, is_row(batch)] for batch in batches]) for name in names}
+    if isinstance(outputs, ComparedLogps):  # stored values come from another program, whose rounding differs
+        arrays[REFERENCE] = np.asarray(outputs.reference_BS)
     totals = _sum_totals(session.objective, batches)
     rows_per_step = math.ceil(session.dataset.report.train.kept / session.dataset.steps_per_epoch)
     losses_R = losses_of_rows(session.objective, outputs, arrays, totals, rows_per_step)

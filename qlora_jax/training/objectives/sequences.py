@@ -43,13 +43,15 @@ def sequence_logps(model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ComparedLogps(SequenceLogps):
-    """Log-probabilities of sequences, and the divergence of the model from its reference on their tokens.
+    """Log-probabilities of sequences under a model and its reference, and their divergence on these tokens.
 
     Attributes:
       kl_BS: sum over the supervised tokens of KL(model || reference) over the whole vocabulary, in nats.
+      reference_BS: `logps_BS` of the reference; the same to the bit if the two have equal hidden states.
     """
 
     kl_BS: Float[Array, "*A B S"]
+    reference_BS: Float[Array, "*A B S"]
 
 
 def compared_logps(
@@ -69,7 +71,8 @@ def compared_logps(
         return sum_by_slot(values_M.reshape(weights_BT.shape) * weights_BT, micro["sequences"], slots)
 
     tokens_BS = sum_by_slot(weights_BT, micro["sequences"], slots)
-    return ComparedLogps(summed(-found.nll_M), tokens_BS, summed(found.divergence_M))
+    logps_BS, reference_BS = summed(-found.nll_M), summed(-found.other_nll_M)
+    return ComparedLogps(logps_BS, tokens_BS, summed(found.divergence_M), reference_BS)
 
 
 def sum_by_slot(

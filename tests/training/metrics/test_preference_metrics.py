@@ -82,7 +82,7 @@ def test_answers_with_labels_are_counted_by_label():
 def test_divergences_are_averaged_over_the_tokens_of_each_answer():
     outputs, _, tokens, reference = outputs_of((40, 2))
     kl = np.random.default_rng(2).uniform(0, 3, (40, 2)).astype(np.float32)
-    compared = ComparedLogps(outputs.logps_BS, outputs.tokens_BS, jnp.array(kl))
+    compared = ComparedLogps(outputs.logps_BS, outputs.tokens_BS, jnp.array(kl), jnp.array(reference))
     arrays = {"present": np.ones((40, 2), np.float32), "reference": reference}
     found = means_with_intervals(preference_values(DPO(beta=BETA), compared, arrays))
     for place, answer in enumerate(("chosen", "rejected")):
