@@ -86,7 +86,13 @@ def compare_tokens(
         hidden_CD, other_CD = jnp.split(both_C2D, 2, axis=1)
         return _sums(head, other_head, hidden_CD, other_CD, targets_C).comparison
 
-    return map_token_chunks(of_chunk, jnp.concatenate([hidden_MD, other_MD], axis=1), head, targets_M, wanted_M)
+    both_M2D = jnp.concatenate(_computed_alike(hidden_MD, other_MD), axis=1)
+    return map_token_chunks(of_chunk, both_M2D, head, targets_M, wanted_M)
+
+
+def _computed_alike(ours: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keeps XLA from computing the arrays within what reads them, where it might vectorize each in another way."""
+    return lax.optimization_barrier((ours, others))
 
 
 def _sums(
@@ -122,12 +128,10 @@ def _over_tiles(
 def _add(run: ComparisonSums, logits_CW: jax.Array, others_CW: jax.Array, hot_CW: jax.Array) -> ComparisonSums:
     """Adds one tile. A masked row has logits of -inf in both, and adds nothing.
 
-    The barrier keeps XLA from computing the logits anew within the sums, differently for the two models.
-
     Args:
       hot_CW: True at each token's target, if it is in the tile.
     """
-    logits_CW, others_CW = lax.optimization_barrier((logits_CW, others_CW))
+    logits_CW, others_CW = _computed_alike(logits_CW, others_CW)
     logits_CPW = jnp.stack([logits_CW, others_CW], axis=1)
     largest_CP = jnp.maximum(run.largest_CP, jnp.max(logits_CPW, axis=2))
     exp_CPW = jnp.exp(logits_CPW - largest_CP[:, :, None])
