@@ -25,6 +25,7 @@ LAYERS = {
     "qlora_jax.terminal": 0,
     "qlora_jax.allocator": 0,
     "qlora_jax.atomic_files": 0,
+    "qlora_jax.bounded_request": 0,
     "qlora_jax.line_digests": 0,
     "qlora_jax.runtime": 0,
     "qlora_jax.sandbox": 0,

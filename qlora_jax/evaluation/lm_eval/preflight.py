@@ -1,16 +1,17 @@
 """Checks lm-evaluation-harness before a model is loaded: installation, task names, and data sets."""
 
 import functools
+import http.client
 import logging
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qlora_jax.bounded_request import send
 from qlora_jax.terminal.visible import without_passwords
 
-TIMEOUT = 5.0  # seconds to wait for the Hub
+TIMEOUT, MAX_BYTES = 5.0, 1 << 20  # seconds to wait for the Hub, and bytes of its reply
 
 
 def import_lm_eval() -> Any:
@@ -87,12 +88,11 @@ def connection_problem(address: str) -> str | None:
     """Returns why a server does not respond, or None if it does; behind a proxy, always None."""
     if urllib.request.getproxies():
         return None
+    request = urllib.request.Request(address, method="HEAD")
     try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
-    except urllib.error.HTTPError as error:
-        error.close()  # an error is a response too
-    except urllib.error.URLError as error:
-        return str(error.reason)
-    except OSError as error:
-        return str(error)
+        send(request, TIMEOUT, MAX_BYTES, lambda response: None)  # an error is a response too
+    except TimeoutError:
+        return f"no reply within {TIMEOUT:g} s"
+    except (OSError, http.client.HTTPException) as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
     return None

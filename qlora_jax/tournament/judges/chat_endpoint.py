@@ -2,15 +2,16 @@
 
 import http.client
 import json
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
+from qlora_jax.bounded_request import ReplyTooLarge, send
 from qlora_jax.metadata import MetadataError, decode_json, shorten
 
 MAX_BYTES = 8 << 20  # largest reply
+MAX_ERROR_BYTES = 2000
 BLOCK = 64 << 10
 RETRIED_STATUS = (408, 409, 425, 429)  # also 5xx; retrying any other status is useless
 REFUSED_STATUS = (401, 403, 404)  # every request to this endpoint would fail
@@ -34,7 +35,7 @@ class Endpoint(NamedTuple):
     Fields:
       url: address of the service up to /v1.
       key: sent as a bearer token; None for none.
-      timeout: seconds for the whole reply.
+      timeout: seconds for the whole request, from the resolution of the host's name to the last byte.
     """
 
     url: str
@@ -61,16 +62,6 @@ class RequestFailed(Exception):
 
 class RequestTimedOut(RequestFailed):
     """A request whose reply did not come in time."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, because the key would go along to another address."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        return None
-
-
-_opener = urllib.request.build_opener(_NoRedirect)
 
 
 def complete(endpoint: Endpoint, system: str, user: str) -> str:
@@ -103,50 +94,41 @@ def _request(endpoint: Endpoint, system: str, user: str) -> urllib.request.Reque
 
 
 def _send(endpoint: Endpoint, request: urllib.request.Request) -> bytes:
-    deadline = time.monotonic() + endpoint.timeout
     try:
-        with _opener.open(request, timeout=endpoint.timeout) as response:
-            return _read(response, deadline)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _status_problem(error) from None
+        return send(request, endpoint.timeout, MAX_BYTES, _read)
     except TimeoutError:
         raise RequestTimedOut(f"no reply within {endpoint.timeout:g} s") from None
     except urllib.error.URLError as error:
-        if isinstance(error.reason, TimeoutError):
-            raise RequestTimedOut(f"no connection within {endpoint.timeout:g} s") from None
         raise RequestFailed(f"no connection: {error.reason}") from None
     except http.client.InvalidURL:  # its text would show a password in the address
         raise RequestFailed(
             "not the address of a host (found a user name, or a port that is not a number)", refused=True
         ) from None
+    except ReplyTooLarge:
+        raise RequestFailed(f"the reply is too large (found more than {MAX_BYTES} bytes)", retry=False) from None
     except (OSError, http.client.HTTPException) as error:
         raise RequestFailed(f"the connection broke: {error!r}") from None
 
 
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """Reads to the end; the socket's timeout alone would never end a reply of a byte now and then."""
-    blocks, size = [], 0
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """Reads to the end, by blocks, because a length in the headers may be any number."""
+    if not 200 <= response.status < 300:
+        raise _status_problem(response)
+    blocks = []
     while block := response.read1(BLOCK):
         blocks.append(block)
-        size += len(block)
-        if size > MAX_BYTES:
-            raise RequestFailed(f"the reply is too large (found more than {MAX_BYTES} bytes)", retry=False)
-        if time.monotonic() > deadline:
-            raise TimeoutError
     return b"".join(blocks)
 
 
-def _status_problem(error: urllib.error.HTTPError) -> RequestFailed:
+def _status_problem(response: http.client.HTTPResponse) -> RequestFailed:
+    status, wait = response.status, response.headers.get("Retry-After", "")
     try:
-        text = shorten(error.read(2000).decode("utf-8", "replace"))
+        text = shorten(response.read(MAX_ERROR_BYTES).decode("utf-8", "replace"))
     except (OSError, http.client.HTTPException):
         text = "no text"
-    retry = error.code in RETRIED_STATUS or error.code >= 500
-    wait = error.headers.get("Retry-After", "")
     return RequestFailed(
-        f"HTTP status {error.code}: {text}",
-        retry=retry,
-        refused=error.code in REFUSED_STATUS or 300 <= error.code < 400,
+        f"HTTP status {status}: {text}",
+        retry=status in RETRIED_STATUS or status >= 500,
+        refused=status in REFUSED_STATUS or 300 <= status < 400,
         wait=float(wait) if wait.isascii() and wait.isdigit() else None,
     )
