@@ -41,6 +41,14 @@ def read_tournament_prompts(args: ArenaArgs) -> list[Prompt]:
     return prompts
 
 
+def read_ids(path: str, column: str) -> list[str]:
+    """The ids of all prompts in a file, also of those that `max_prompts` leaves out."""
+    rows = read_prompts(path)
+    if not any(column in row.data for row in rows):
+        return [str(row.place.number + 1) for row in rows]
+    return read_each(path, rows, lambda row: id_text(row, column))
+
+
 def id_text(row: Row, column: str) -> str:
     """The id of a prompt in a row of any file: a text, or a whole number.
 

@@ -7,14 +7,14 @@ from typing import NamedTuple, TypedDict
 
 import xxhash
 
-from qlora_jax.data.readers.files import Problem, raise_problems, read_rows
+from qlora_jax.data.readers.files import Place, Problem, raise_problems, read_rows
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.prompts import encode_prompts
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.local_model import LocalModel, open_local_model
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.record_file import Inputs, RecordFile, stored_records
-from qlora_jax.tournament.prompt_file import Prompt, id_text
+from qlora_jax.tournament.prompt_file import Prompt, id_text, read_ids
 from qlora_jax.tournament.settings import ArenaArgs, RecordedRepliesArgs, SystemArgs, system_settings
 
 MODEL = ("raw", "quant_type", "compute_dtype")
@@ -82,7 +82,7 @@ def collect_replies(
     generated: dict[str, _Generated] = {}
     for name, one in settings.items():
         if isinstance(one, RecordedRepliesArgs):
-            recorded[name] = read_replies(one, args.id_column, prompts)
+            recorded[name] = read_replies(one, args, prompts)
         else:
             generated[name] = found = _open(name, one, args, prompts)
             _on_prompts(found, stored_records(found.path, found.inputs, StoredReply), prompts)
@@ -92,35 +92,47 @@ def collect_replies(
     return replies
 
 
-def read_replies(args: RecordedRepliesArgs, id_column: str, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """The replies in a file by the id of the prompt; rows of other prompts are left out.
+def read_replies(recorded: RecordedRepliesArgs, args: ArenaArgs, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """The replies in a file by the id of the prompt; those to prompts beyond `max_prompts` are left out.
 
     Raises:
-      ValueError: rows without id or reply, or prompts without a reply or with several; the message lists them.
+      ValueError: rows without id or reply, or with the id of no prompt, or prompts without a reply or with several; the
+        message lists them.
     """
-    rows = read_rows(args.replies)
-    wanted = {prompt.id for prompt in prompts}
-    has_ids = any(id_column in row.data for row in rows)
+    path, column = recorded.replies, args.id_column
+    rows, ids = read_rows(path), read_ids(str(args.prompts), column)
+    known, wanted = {*ids}, {prompt.id for prompt in prompts}
+    has_ids = any(column in row.data for row in rows) or ids != [str(number + 1) for number in range(len(ids))]
     found: dict[str, str] = {}
     problems: list[Problem] = []
+    unknown: dict[str, Place] = {}
     for row in rows:
         try:
-            name = id_text(row, id_column) if has_ids else str(row.place.number + 1)
+            name = id_text(row, column) if has_ids else str(row.place.number + 1)
         except ValueError as error:
             problems.append((row.place, str(error)))
             continue
-        reply = row.data.get(args.reply_column)
+        reply = row.data.get(recorded.reply_column)
         if name in found:
             problems.append((row.place, f"a second reply to the prompt {name!r}. Remove one"))
+        elif name not in known:
+            unknown[name] = row.place
         elif name in wanted and not isinstance(reply, str):
-            problems.append((row.place, f"{args.reply_column}: found {reply!r}, expected a text. Set reply_column"))
+            problems.append((row.place, f"{recorded.reply_column}: found {reply!r}, expected a text. Set reply_column"))
         elif name in wanted and isinstance(reply, str):
             found[name] = reply
-    raise_problems(args.replies, problems, len(rows))
+    expected = f"expected ids of prompts: {_some(ids)}; prompts without {column} are numbered from 1"
+    problems += [
+        (place, f"{column}: found {_some([*unknown])} ({expected}). Correct them") for place in unknown.values()
+    ]
+    raise_problems(path, problems, len(rows))
     if missing := [prompt.id for prompt in prompts if prompt.id not in found]:
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        raise ValueError(f"{args.replies}: no reply to {len(missing)} of {len(prompts)} prompts ({shown}). Add them")
+        raise ValueError(f"{path}: no reply to {len(missing)} of {len(prompts)} prompts ({_some(missing)}). Add them")
     return found
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
 
 
 def _open(name: str, system: SystemArgs, args: ArenaArgs, prompts: Sequence[Prompt]) -> _Generated:
