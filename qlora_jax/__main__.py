@@ -24,7 +24,7 @@ def main() -> None:
     elif name in COMMANDS:
         if name != "plan":  # it computes nothing
             allocator.tune()
-        run_main(importlib.import_module(f"qlora_jax.{name}").main, arguments)
+        run_main(lambda arguments: importlib.import_module(f"qlora_jax.{name}").main(arguments), arguments)
     else:
         suggestion = suggest_key(name, COMMANDS, otherwise="")
         print(f"error: {visible(name)}: unknown command{suggestion}\n\n{overview()}", file=sys.stderr)

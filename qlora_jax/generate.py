@@ -73,10 +73,10 @@ def main(argv: list[str]) -> None:
             messages.print(f"{len(rows):,} replies: {args.output}", markup=False, highlight=False, soft_wrap=True)
     elif args.prompt is not None:
         _, end = show_reply(reply_to(encoded), opened.tokenizer, Console())
-        if end in END_MESSAGES:
-            messages.print(END_MESSAGES[end], style="dim", highlight=False)
         if end == "interrupted":
             raise KeyboardInterrupt
+        if end in END_MESSAGES:
+            messages.print(END_MESSAGES[end], style="dim", highlight=False)
     else:
         chat(prompter, lambda ids: reply_to([ids]), limit, Console())
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, Config, run_main, validate
-from qlora_jax.config.command_line import report_error
+from qlora_jax.config.command_line import SIGNALLED, report_error
 
-STOPPED = 143  # the exit code of SIGTERM in shells; the run is saved and can be resumed
 COMMAND = Command(
     name="train",
     summary="Finetunes a model on your data; writes checkpoints, metrics and a report into a run folder.",
@@ -25,7 +24,7 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Trains; raises ValueError or OSError for bad input, and exits with 143 if a signal stopped the run."""
+    """Trains; raises ValueError or OSError for bad input, and exits with 130 or 143 after SIGINT or SIGTERM."""
     _check_resume_has_settings(argv)
     config, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
@@ -44,9 +43,9 @@ def main(argv: list[str]) -> None:
         console = Console(quiet=not watchdog.group.is_first)
         if "dry_run" in flags:
             return dry_run(config, run, **settings, console=console, group=watchdog.group)
-        finished = train(config, run, **settings, console=console, watchdog=watchdog)
-    if not finished:
-        sys.exit(STOPPED)
+        trained = train(config, run, **settings, console=console, watchdog=watchdog)
+    if not trained.finished:  # it is saved, and can be resumed
+        sys.exit(SIGNALLED + trained.signal)
 
 
 def _check_resume_has_settings(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from qlora_jax import allocator, runtime
 from qlora_jax.config import Config, read_arguments, run_main
+from qlora_jax.config.command_line import SIGNALLED
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.evaluation.results import print_table, task_result
 from qlora_jax.evaluation.tasks.rows import rows_task
@@ -47,8 +48,9 @@ def main(argv: list[str]) -> None:
     config = _config(argv, model)
     run = Path(config.output)
     console.print(f"[bold]2. Training[/] on {config.data.train}; Ctrl-C saves a checkpoint and stops")
-    if not train(config, run, resume=False, oversized=False, console=console):
-        sys.exit(143)
+    trained = train(config, run, resume=False, oversized=False, console=console)
+    if not trained.finished:
+        sys.exit(SIGNALLED + trained.signal)
     console.print(
         f"[bold]3. Held-out rows[/] of {HELD_OUT.relative_to(ROOT)}, not used in training: scored before and after"
     )

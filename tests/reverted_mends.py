@@ -78,6 +78,20 @@ MENDS = [
     Mutation(
         "qlora_jax/tournament/replies.py", "unknown[name] = row.place", "pass", "tests/tournament/test_replies.py"
     ),
+    # Exit statuses after signals
+    Mutation(
+        "qlora_jax/config/command_line.py",
+        "signal.signal(signal.SIGTERM, _terminate)",
+        "pass",
+        "tests/config/test_command_line.py tests/comparison/test_dispatch.py",
+    ),
+    Mutation("qlora_jax/hosts/stop_signal.py", "received[0] if received", "15 if received", "tests/e2e/test_kill.py"),
+    Mutation(
+        "qlora_jax/hosts/stop_signal.py",
+        "self._minimum(-self._asked())",
+        "self._minimum(-(self._asked() > 0))",
+        "tests/hosts/test_agreed_minimum.py",
+    ),
     # Small inputs that take long or need much memory
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",

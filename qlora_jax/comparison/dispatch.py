@@ -1,13 +1,9 @@
 """Starts the unfinished runs of a stage, starts lost ones again, and reports those that cannot finish."""
 
-import contextlib
 import dataclasses
-import signal
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 
 from qlora_jax.comparison.launchers import Launcher, Started
 from qlora_jax.comparison.run import Run
@@ -33,22 +29,21 @@ class _State:
 def run_all(runs: Sequence[Run], launcher: Launcher, retries: int, report: Report) -> Mapping[Run, str]:
     """Performs all runs that are not finished; returns the reason for each that failed or was lost too often.
 
-    Ctrl-C or SIGTERM ends the active runs, which save checkpoints, and raises KeyboardInterrupt.
+    An exception, such as that of Ctrl-C or SIGTERM, ends the active runs, which save checkpoints.
 
     Args:
       retries: how often a lost run is started again.
     """
     state = _State(deque(run for run in runs if not run.finished))
     report(f"{len(runs)} runs, {len(runs) - len(state.waiting)} of them finished before")
-    with _interrupted_by_sigterm():
-        try:
-            while state.waiting or state.active:
-                _start(state, launcher, report)
-                _collect(state, retries, report)
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            _cancel(state, report)
-            raise
+    try:
+        while state.waiting or state.active:
+            _start(state, launcher, report)
+            _collect(state, retries, report)
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        _cancel(state, report)
+        raise
     return state.failed
 
 
@@ -100,20 +95,3 @@ def _cancel(state: _State, report: Report) -> None:
     end = time.monotonic() + CANCEL_SECONDS
     while time.monotonic() < end and not all(started.done() for started in state.active.values()):
         time.sleep(POLL_SECONDS)
-
-
-@contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Makes SIGTERM raise KeyboardInterrupt, in the main thread."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

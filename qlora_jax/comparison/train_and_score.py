@@ -25,12 +25,12 @@ from qlora_jax.comparison.run_files import (
     read_job,
     write_outcome,
 )
+from qlora_jax.config.command_line import SIGNALLED
 from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.metadata import read_json
 from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 
 TRAINED_FILE, SCORES_FILE, CACHE_FOLDER = "trained", "scores.json", "scored"
-SIGNALLED = 128  # exit codes of shells beyond this name a signal
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 60.0  # time for the process of a lost worker to save its run
 LAST_LINES = 12

@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import types
 import typing
 import warnings
@@ -36,6 +38,8 @@ from qlora_jax.terminal.visible import fit_to_print
 # `--model X` is `--model.path X` where there is such a setting.
 SHORT_NAMES = {"model": "model.path"}
 ALL = "all"  # `--help all`
+
+SIGNALLED = 128  # plus the number of the signal that ended a command: its exit code, as in shells
 
 _HELP_COLUMN = 34
 _METAVARS = {
@@ -353,17 +357,40 @@ def _printed_warnings() -> Iterator[None]:
         warnings.showwarning = before
 
 
+class Terminated(SystemExit):
+    """SIGTERM while a command runs: it ends as after Ctrl-C, with its files and processes in order."""
+
+
+def _terminate(number: int, frame: types.FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    raise Terminated(SIGNALLED + number)
+
+
+@contextlib.contextmanager
+def _raised_sigterm() -> Iterator[None]:
+    """Makes SIGTERM raise Terminated, unless the program that started this one has it ignored."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs `main(arguments)` and turns its errors into exit codes.
 
     Bad input prints one message and exits with 2; with QLORA_JAX_TRACEBACK=1 it shows the traceback. Ctrl-C exits with
-    130, a reader that closes standard output with 141.
+    130, SIGTERM with 143, a reader that closes standard output with 141.
 
     Args:
       argv: the arguments; None for those of the process.
     """
     try:
-        with _printed_warnings():
+        with _printed_warnings(), _raised_sigterm():
             _run(main, sys.argv[1:] if argv is None else argv)
     except BaseException as error:
         code = report_error(error)
@@ -374,8 +401,10 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
 
 def report_error(error: BaseException) -> int | None:
     """Prints the error that ends a command, and returns its exit code; None if Python is to show the traceback."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
+    if isinstance(error, KeyboardInterrupt | Terminated):
+        number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+        print(f"stopped by {'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'}", file=sys.stderr)
+        return SIGNALLED + number
     if isinstance(error, BrokenPipeError):  # `... | head` has read enough
         _drop_output()
         return 141

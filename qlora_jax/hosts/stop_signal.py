@@ -11,8 +11,8 @@ from qlora_jax.hosts.agreed_minimum import AgreedMinimum
 
 
 @contextmanager
-def stop_on_signals(report: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Yields `stop()`, which returns True after SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+def stop_on_signals(report: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the number of the first SIGINT or SIGTERM; 0: none. A second SIGINT interrupts."""
     received: list[int] = []
 
     def handle(number: int, _: object) -> None:
@@ -26,26 +26,26 @@ def stop_on_signals(report: Callable[[str], None]) -> Iterator[Callable[[], bool
     numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield lambda: bool(received)
+        yield lambda: received[0] if received else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 class StopSignal:
-    """Asks all processes whether one of them has been asked to stop; all get the same answer.
+    """Asks all processes which signal has asked one of them to stop; all get the same answer.
 
     All processes call it equally often.
 
     Args:
-      asked: returns True if this process has been asked to stop.
+      asked: returns the number of the signal that has asked this process to stop; 0: none.
       mesh: of the run; it has devices of every process.
     """
 
-    def __init__(self, asked: Callable[[], bool], mesh: Mesh):
+    def __init__(self, asked: Callable[[], int], mesh: Mesh):
         self._asked, self._minimum = asked, AgreedMinimum(mesh)
 
-    def __call__(self) -> bool:
-        """Returns True if any process has been asked to stop."""
-        (goes_on,) = self._minimum(not self._asked())
-        return goes_on == 0
+    def __call__(self) -> int:
+        """Returns the greatest number of the signals that have asked a process to stop; 0: none has."""
+        (least,) = self._minimum(-self._asked())
+        return -least

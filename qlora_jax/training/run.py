@@ -191,8 +191,8 @@ class _FileReporter(TrainingReporter):
 
 def train(
     config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, watchdog: Watchdog | None = None
-) -> bool:
-    """Trains in the folder `run`; returns True if the run finished, False if a signal stopped it early.
+) -> "Trained":
+    """Trains in the folder `run`.
 
     Args:
       oversized: start even if the memory plan says that the run does not fit.
@@ -205,18 +205,17 @@ def train(
     watchdog = watchdog or Watchdog(Group())
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(watchdog.group, first, config, run) as lock:
-        return run_training(
-            config, lock, resume=resume, oversized=oversized, console=console, watchdog=watchdog
-        ).finished
+        return run_training(config, lock, resume=resume, oversized=oversized, console=console, watchdog=watchdog)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The result of a run after `step` optimizer steps; `finished` is False if a signal stopped it early."""
+    """The result of a run after `step` optimizer steps; `signal` is the number of one that stopped it early, or 0."""
 
     lora: Lora
     step: int
     finished: bool
+    signal: int
 
 
 def run_training(
@@ -260,15 +259,16 @@ def run_training(
             logs = stack.enter_context(
                 trackers(config.train.track if is_first else (), run, to_dict(config), state.step)
             )
-            state = _train_on(session, state, checkpoints, planned.plan, logs, run, console, watchdog)
+            state, signal = _train_on(session, state, checkpoints, planned.plan, logs, run, console, watchdog)
         lock.check()
         at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
         finished = at_end and not state.evaluation_due
+        trained = Trained(lora=state.lora, step=state.step, finished=finished, signal=0 if finished else signal)
         if not is_first:
-            return Trained(lora=state.lora, step=state.step, finished=finished)
+            return trained
         reported = _write_reports(planned, run, peak, limited=not finished)
         _print_end(planned, state, session.total_steps, finished=finished, reported=reported, console=console)
-    return Trained(lora=state.lora, step=state.step, finished=finished)
+    return trained
 
 
 def _first_state(
@@ -295,8 +295,8 @@ def _train_on(
     run: Path,
     console: Console,
     watchdog: Watchdog,
-) -> TrainState:
-    """Trains to the end of the run, or until a signal; returns the state, which is saved."""
+) -> tuple[TrainState, int]:
+    """Trains to the end of the run, or until a signal; returns the state, which is saved, and the signal or 0."""
     settings, is_first = session.config.train, watchdog.group.is_first
     display = Display(session.total_steps, state.step, settings.log_every, console)
     with (
@@ -314,15 +314,16 @@ def _train_on(
                     session,
                     state,
                     watchdog.group,
-                    stop,
+                    lambda: stop() > 0,
                     progress=reporter.evaluation_progress,
                     message=display.message if is_first else reporter.evaluation_progress,
                 )
             except ReferenceStopped:
                 if state.step == 0:  # a run can be resumed from a checkpoint alone
                     save(session, state, checkpoints, reporter)
-                return state
-            return run_steps(session, state, checkpoints, reporter, stop, before_step)
+            else:
+                state = run_steps(session, state, checkpoints, reporter, lambda: stop() > 0, before_step)
+            return state, stop()
 
 
 @contextlib.contextmanager

@@ -139,13 +139,13 @@ def connect_devices(group: Group, mesh: Mesh | None, seconds: float) -> None:
         connect_groups(group, mesh, seconds)
 
 
-def stop_together(watchdog: Watchdog, asked: Callable[[], bool], mesh: Mesh | None) -> Callable[[], bool]:
-    """Returns `stop()`, which gives all processes the same answer; True if any of them has been asked to stop."""
+def stop_together(watchdog: Watchdog, asked: Callable[[], int], mesh: Mesh | None) -> Callable[[], int]:
+    """Returns `stop()`, which gives all processes the number of a signal that has asked one to stop, or 0."""
     if watchdog.group.processes == 1 or mesh is None:
         return asked
     signal = StopSignal(asked, mesh)
 
-    def stop() -> bool:
+    def stop() -> int:
         watchdog.passes("the last start of a step or of a part of an evaluation")
         return signal()
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_jax.config import read_config
+from qlora_jax.config.command_line import SIGNALLED
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, saved_steps
 from qlora_jax.training.run import METRICS_FILE
 from scripts.campaign.command import Campaign, main_of
@@ -27,8 +28,6 @@ from scripts.campaign.run_results import CACHE, CONFIG, DIGEST, TinyRun, moved, 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("anywhere", "after a step", "in a save", "in a save")
 LIMITS = Limits(wall_seconds=900.0, cases=50)
-# After the end, after SIGINT, after SIGTERM, and from the signals themselves.
-EXPECTED = (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
 SECONDS = "seconds.txt"
 COMPILED = 0.5  # the duration of a run that finds compiled programs, as a part of the first run's
 # Room for five eighths of the state: 64 KiB of AdamW, 32 KiB of Lion. Only large arrays have 8-bit state.
@@ -117,9 +116,11 @@ def _killed_and_resumed(chance: random.Random, sound: Path, folder: Path, expect
     status = None
     for _ in range(chance.choice((1, 1, 2, 3))):
         process = Running([*words, *_resume(run)], printed, cache)
-        sent.append(_kill(chance, process, run, seconds))
+        number = chance.choice(SIGNALS)
+        sent.append(_kill(number, chance, process, run, seconds))
         done = process.wait()
-        if done.status not in EXPECTED:
+        # After the end, after a signal that was noticed, and from the signal itself.
+        if done.status not in (0, SIGNALLED + number, -number):
             return Verdict("lost", f"status {done.status}: {done.last_line} | {'; '.join(sent)}")
         status = done.status
     if status != 0:
@@ -137,9 +138,9 @@ def _resume(run: Path) -> list[str]:
     return []
 
 
-def _kill(chance: random.Random, process: Running, run: Path, seconds: float) -> str:
+def _kill(number: int, chance: random.Random, process: Running, run: Path, seconds: float) -> str:
     """Sends a signal at a random moment; returns what it did."""
-    number, moment = chance.choice(SIGNALS), chance.choice(MOMENTS)
+    moment = chance.choice(MOMENTS)
     if moment == "anywhere":
         deadline = time.monotonic() + chance.uniform(0.0, seconds)
         process.wait_until(lambda: time.monotonic() > deadline)

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 
 import pytest
 
@@ -12,7 +11,7 @@ from qlora_jax.comparison.dispatch import run_all
 from qlora_jax.comparison.run import Run, check_unchanged
 from qlora_jax.comparison.run_files import FAILURE_FILE, OUTCOME_FILE
 from qlora_jax.comparison.train_and_score import Lost
-from qlora_jax.config import ConfigError
+from qlora_jax.config import ConfigError, run_main
 from tests.comparison.studies import Ended, Inline, by_folder, finish, read
 
 
@@ -99,12 +98,16 @@ def test_a_signal_cancels_the_active_runs(runs, number):
             return self.runs[-1]
 
     launcher = Launcher()
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        run_all(runs, launcher, 0, lambda line: None)
-        time.sleep(5)
+    lines = []
+
+    def command(argv):
+        run_all(runs, launcher, 0, lines.append)
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(command, [])
+    assert ended.value.code == 128 + number
     assert [run.cancelled for run in launcher.runs] == [True, True]
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert lines[-1] == "ending 2 runs, which save checkpoints first; start the study again to continue"
 
 
 def test_a_run_with_other_inputs_is_refused(runs, tmp_path):

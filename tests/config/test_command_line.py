@@ -1,7 +1,10 @@
 """Command lines of all commands: settings, flags, help, and errors without a traceback."""
 
+import contextlib
 import importlib
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -262,6 +265,43 @@ def test_a_closed_pipe_is_not_an_error():
         run.stdout.close()
         assert run.stderr.read() == b""
     assert run.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [("SIGINT", "stopped by Ctrl-C\n"), ("SIGTERM", "stopped by SIGTERM\n")]
+)
+def test_a_signal_ends_a_command_with_its_status_and_one_message_after_it_has_cleaned_up(number, message):
+    code = (
+        "import time\nfrom qlora_jax.config import run_main\ndef main(argv):\n"
+        "    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "    finally: print('cleaned up')\nrun_main(main)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "ready\n"
+        run.send_signal(signal.Signals[number])
+        assert run.communicate(timeout=50) == ("cleaned up\n", message)
+    assert run.returncode == 128 + signal.Signals[number]
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_sigterm_has_its_action_again_after_a_command_and_stays_ignored(before, capsys):
+    original = signal.signal(signal.SIGTERM, before)
+    found = []
+
+    def main(argv):
+        found.append(signal.getsignal(signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGTERM)
+        found.append(signal.getsignal(signal.SIGTERM))
+
+    try:
+        with pytest.raises(SystemExit) if before == signal.SIG_DFL else contextlib.nullcontext():
+            run_main(main, [])
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGTERM, original)
+    assert found[1:] == ([] if before == signal.SIG_DFL else [signal.SIG_IGN])
+    assert capsys.readouterr().err == ("stopped by SIGTERM\n" if before == signal.SIG_DFL else "")
 
 
 @pytest.mark.parametrize("statement", ["print('a line')", "print('a line', flush=True)"])

@@ -23,7 +23,7 @@ def late_log_loss(config, name: str, seed: int, folder: Path) -> float:
         optim=dataclasses.replace(config.optim, name=name),
         train=dataclasses.replace(config.train, seed=seed),
     )
-    assert train(config, folder, resume=False, oversized=False, console=Console(file=io.StringIO()))
+    assert train(config, folder, resume=False, oversized=False, console=Console(file=io.StringIO())).finished
     losses = [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
     assert len(losses) == STEPS and losses[-1] < 0.5 * losses[0]
     return float(np.mean(np.log(losses[-STEPS // 3 :])))

@@ -20,7 +20,7 @@ def test_layers_are_named_before_training_and_a_resumed_run_has_the_same(tmp_pat
     config = project(tmp_path, model=keep, train=train_args, data=dict(eval_fraction=0.0, buckets=1))
     printed = io.StringIO()
     settings = dict(oversized=False, console=Console(file=printed, width=400))
-    assert train(config, Path(config.output), resume=False, **settings)
+    assert train(config, Path(config.output), resume=False, **settings).finished
     text = printed.getvalue()
     assert text.count(KEPT) == 2  # once for the plan, once for the run
     assert "3 linear layers that model.keep_16bit names" in text

@@ -83,15 +83,16 @@ def test_a_run_killed_while_a_page_moves_equals_an_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_leaves_and(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
+def test_a_signal_saves_and_ends_the_run_with_its_status(tmp_path, number):
     config = project(tmp_path, train=dict(steps=400, save_every=0, eval_every=0), data=dict(eval_fraction=0.0))
     write_config(config, tmp_path / "run.yaml")
     process = _start(tmp_path / "run.yaml", tmp_path / "cache")
     metrics = Path(config.output) / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     status, output = process.wait(timeout=60), (tmp_path / "output.txt").read_text()
-    assert status == 143, output
-    assert "SIGTERM: saving after this step" in output and "--resume" in output
+    assert status == 128 + number, output
+    assert f"{number.name}: saving after this step" in output and "--resume" in output and "Traceback" not in output
     assert _saved(Path(config.output))

@@ -51,7 +51,7 @@ def on(config: Config, mesh: MeshArgs, folder: Path) -> Config:
 def run(config: Config, resume: bool = False, oversized: bool = False) -> str:
     """Trains to the end, and returns what is printed."""
     out = io.StringIO()
-    assert train(config, Path(config.output), resume=resume, oversized=oversized, console=Console(file=out))
+    assert train(config, Path(config.output), resume=resume, oversized=oversized, console=Console(file=out)).finished
     return out.getvalue()
 
 
@@ -167,7 +167,7 @@ def test_a_stopped_run_resumes_on_its_mesh_to_the_bit_and_on_one_device_within_r
     with monkeypatch.context() as patch:
         stop_after(patch, config, 2)
         console = Console(file=io.StringIO())
-        assert not train(config, Path(config.output), resume=False, oversized=False, console=console)
+        assert not train(config, Path(config.output), resume=False, oversized=False, console=console).finished
     moved = on(one, ONE, tmp_path / "moved")
     shutil.copytree(config.output, moved.output)
     run(config, resume=True)

@@ -106,7 +106,9 @@ def config_of(case: Case, folder: Path) -> Config:
 
 
 def run(config: Config, resume: bool = False) -> None:
-    assert train(config, Path(config.output), resume=resume, oversized=False, console=Console(file=io.StringIO()))
+    assert train(
+        config, Path(config.output), resume=resume, oversized=False, console=Console(file=io.StringIO())
+    ).finished
 
 
 def arrays_of(run: Path, step: int) -> list[np.ndarray]:

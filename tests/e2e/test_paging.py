@@ -38,7 +38,9 @@ def with_paging(config, folder, steps=None, **optim):
 
 def run(config, resume=False):
     out = io.StringIO()
-    assert train(config, Path(config.output), resume=resume, oversized=False, console=Console(file=out, width=200))
+    assert train(
+        config, Path(config.output), resume=resume, oversized=False, console=Console(file=out, width=200)
+    ).finished
     return out.getvalue()
 
 
@@ -98,7 +100,9 @@ MODES = [
 def test_a_run_goes_on_with_another_budget_or_mode(plain, tmp_path, before, after, monkeypatch):
     config = with_paging(plain, tmp_path / "run", **MODES[before])
     monkeypatch.setattr("qlora_jax.training.run.run_steps", functools.partial(steps_until, 4))
-    assert not train(config, Path(config.output), resume=False, oversized=False, console=Console(file=io.StringIO()))
+    assert not train(
+        config, Path(config.output), resume=False, oversized=False, console=Console(file=io.StringIO())
+    ).finished
     monkeypatch.undo()
     config = with_paging(plain, tmp_path / "run", **MODES[after])
     run(config, resume=True)
@@ -118,7 +122,9 @@ def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, dtype, m
     paged = dict(paging="on", paging_budget="320KiB")
     config = with_paging(whole, tmp_path / "run", name=before, **(paged if before.startswith("paged") else {}))
     monkeypatch.setattr("qlora_jax.training.run.run_steps", functools.partial(steps_until, 4))
-    assert not train(config, Path(config.output), resume=False, oversized=False, console=Console(file=io.StringIO()))
+    assert not train(
+        config, Path(config.output), resume=False, oversized=False, console=Console(file=io.StringIO())
+    ).finished
     monkeypatch.undo()
     after = with_paging(whole, tmp_path / "run", **({} if before.startswith("paged") else paged))
     run(after, resume=True)

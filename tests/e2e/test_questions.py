@@ -76,7 +76,9 @@ def evaluated(config, folder: Path, *, step: int, column: str = "checkpoint") ->
 def finished(tmp_path_factory):
     config = asking(tmp_path_factory.mktemp("questions"), train=dict(save_every=2))
     out = io.StringIO()
-    assert train(config, Path(config.output), resume=False, oversized=False, console=Console(file=out, width=200))
+    assert train(
+        config, Path(config.output), resume=False, oversized=False, console=Console(file=out, width=200)
+    ).finished
     return config, out.getvalue()
 
 

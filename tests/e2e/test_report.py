@@ -160,9 +160,9 @@ def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, mon
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, samples=str(prompts), sample_tokens=4))
     with monkeypatch.context() as patch:
         stop_after(patch, config, 2)
-        assert not train(config, Path(config.output), resume=False, oversized=False, console=quiet)
+        assert not train(config, Path(config.output), resume=False, oversized=False, console=quiet).finished
     assert facts_of(config)["training"]["steps"] == 2
-    assert train(config, Path(config.output), resume=True, oversized=False, console=quiet)
+    assert train(config, Path(config.output), resume=True, oversized=False, console=quiet).finished
     done = facts_of(config)["training"]
     assert done["steps"] == done["last_eval"]["step"] == 4 and done["first_eval"]["step"] == 0
     text = page_of(config)

@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_version_is_an_error(finished, monkeypatch, chan
 
 def test_a_run_that_goes_on_tells_where_and_not_again_what_its_start_told(finished):
     console = quiet()
-    assert train(finished, Path(finished.output), resume=True, oversized=False, console=console)
+    assert train(finished, Path(finished.output), resume=True, oversized=False, console=console).finished
     told = console.file.getvalue()
     assert "resuming after step 10 of 10" in told and "lowest held-out loss  " in told and "memory  " in told
     assert not [words for words in ("data:", "breakdown", "trained", "optimizer") if words in told]

@@ -54,7 +54,7 @@ def start_training(folder: Path, run: Path, processes: int, *words: str, **optio
 def trained(run: Path, config: Config, resume: bool = False) -> Path:
     """Trains to the end in this process."""
     output = dataclasses.replace(config, output=str(run))
-    assert train(output, run, **QUIETLY | dict(resume=resume))
+    assert train(output, run, **QUIETLY | dict(resume=resume)).finished
     return run
 
 

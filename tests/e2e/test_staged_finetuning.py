@@ -81,6 +81,6 @@ def test_the_command_resumes_with_the_same_reference(staged):
     config = read_config(run.folder / "config.yaml")
     assert config.objective == "dpo" and config.preference.beta == 0.2
     out = Console(file=io.StringIO())
-    assert train(config, run.folder, resume=True, oversized=False, console=out)
+    assert train(config, run.folder, resume=True, oversized=False, console=out).finished
     with without_start(run.folder), pytest.raises(ValueError, match=r"started with.*come from start\.safetensors"):
         train(config, run.folder, resume=True, oversized=False, console=out)

@@ -9,8 +9,8 @@ from qlora_jax.hosts.stop_signal import StopSignal
 def test_one_process_agrees_with_itself():
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
     assert AgreedMinimum(mesh, 3)(5, -7, 2**31 - 1) == (5, -7, 2**31 - 1)
-    asked = []
-    stop = StopSignal(lambda: bool(asked), mesh)
-    assert not stop()
-    asked.append(True)
-    assert stop()
+    asked = [0]
+    stop = StopSignal(lambda: asked[-1], mesh)
+    assert stop() == 0
+    asked.append(15)
+    assert stop() == 15

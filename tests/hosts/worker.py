@@ -17,7 +17,7 @@ from flax import nnx
 
 import qlora_jax.train
 from qlora_jax.config import run_main
-from qlora_jax.config.command_line import report_error
+from qlora_jax.config.command_line import SIGNALLED, report_error
 from qlora_jax.hosts.agreed_minimum import AgreedMinimum
 from qlora_jax.hosts.join import joined
 from qlora_jax.hosts.launchers import PORT_VARIABLE, Place, find_place
@@ -31,7 +31,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training import loop
-from tests.hosts.processes import ACTS_AT, STEPS, STOPPED
+from tests.hosts.processes import ACTS_AT, STEPS
 
 
 def act(action: str) -> None:
@@ -47,23 +47,23 @@ def act(action: str) -> None:
         time.sleep(1e6)
 
 
-def train(watchdog: Watchdog, options: dict[str, Any]) -> bool:
-    """Takes steps, whose only product is the flag of the stop signal; returns True if the processes were stopped."""
+def train(watchdog: Watchdog, options: dict[str, Any]) -> int:
+    """Takes steps, whose only product is the stop signal; returns the signal that stopped the processes, or 0."""
     asked: list[int] = []
     mesh = jax.make_mesh((2, len(jax.devices()) // 2), ("data", "fsdp"))
-    stop, least = StopSignal(lambda: bool(asked), mesh), AgreedMinimum(mesh, 2)
+    stop, least = StopSignal(lambda: asked[0] if asked else 0, mesh), AgreedMinimum(mesh, 2)
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     watchdog.group.meet("compiled")
     with watchdog.limited(options.get("stuck_after", 60)):
         for step in range(STEPS):
             _act_before(options, step)
             watchdog.passes(f"step {step}")
-            if stop():
+            if number := stop():
                 print(f"stopped before step {step}")
-                return True
+                return number
     agreed = least(watchdog.group.process + 7, -watchdog.group.process)
     print(f"trained on {len(jax.devices())} devices, {len(jax.local_devices())} here, agreed on {agreed}")
-    return False
+    return 0
 
 
 def run(folder: Path, options: dict[str, Any]) -> None:
@@ -143,6 +143,6 @@ def join_and_train(options: dict[str, Any]) -> None:
         }
         values |= options.get("values", {}).get(str(process), {})
         watchdog.group.agree("settings", values, "Start all processes with the same command")
-        stopped = train(watchdog, options)
-    if stopped:
-        sys.exit(STOPPED)
+        signalled = train(watchdog, options)
+    if signalled:
+        sys.exit(SIGNALLED + signalled)

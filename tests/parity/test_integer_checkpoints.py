@@ -124,9 +124,9 @@ def test_a_run_on_the_codes_is_resumed_evaluated_and_exported(tmp_path: Path, or
     settings: dict[str, Any] = dict(oversized=False, console=Console(file=printed, width=400))
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, config, 1)
-        assert not train(config, run, resume=False, **settings)
+        assert not train(config, run, resume=False, **settings).finished
     assert "the codes of the file: GPTQ, 14 layers in INT4_32; " in printed.getvalue()
-    assert train(config, run, resume=True, **settings)
+    assert train(config, run, resume=True, **settings).finished
 
     generate.main(["--run", str(run), "--prompt", "say sun", "--max_new_tokens", "4"])
     rows = ["--rows", config.data.train, "--max_rows", "4", "--columns", "[checkpoint,quantized]"]
@@ -158,7 +158,7 @@ def test_other_types_quantize_again_and_say_so(tmp_path: Path, capsys) -> None:
     config, _ = _project(tmp_path, "awq", quant_type="nf4")
     printed = io.StringIO()
     settings: dict[str, Any] = dict(oversized=False, console=Console(file=printed, width=400))
-    assert train(config, Path(config.output), resume=False, **settings)
+    assert train(config, Path(config.output), resume=False, **settings).finished
     again = "quantized again, from AWQ, 14 layers in INT4_32; "
     assert f"{again}model.quant_type=stored keeps these codes" in printed.getvalue()
     for quant_type, noted in (("nf4", True), ("stored", False)):
