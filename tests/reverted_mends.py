@@ -92,6 +92,19 @@ MENDS = [
         "self._minimum(-(self._asked() > 0))",
         "tests/hosts/test_agreed_minimum.py",
     ),
+    # A page whose words were broken
+    Mutation(
+        "qlora_jax/variance_study/variance.html.jinja",
+        '<div class="scroll">',
+        "<div>",
+        "tests/variance_study/test_page.py",
+    ),
+    Mutation(
+        "qlora_jax/variance_study/variance.html.jinja",
+        ".end { white-space: nowrap; }",
+        "",
+        "tests/variance_study/test_page.py",
+    ),
     # Small inputs that take long or need much memory
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",
