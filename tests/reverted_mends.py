@@ -105,6 +105,25 @@ MENDS = [
         "",
         "tests/variance_study/test_page.py",
     ),
+    # Hints
+    Mutation(
+        "qlora_jax/inference/terminal_chat.py",
+        "if sys.stdin.isatty():",
+        "if True:",
+        "tests/inference/test_terminal_chat.py",
+    ),
+    Mutation(
+        "qlora_jax/training/display/next_commands.py",
+        "if is_plain and is_served",
+        "if is_served",
+        "tests/training/display/test_next_commands.py",
+    ),
+    Mutation(
+        "qlora_jax/training/display/next_commands.py",
+        "if is_plain and is_served",
+        "if False",
+        "tests/training/display/test_next_commands.py",
+    ),
     # Small inputs that take long or need much memory
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",

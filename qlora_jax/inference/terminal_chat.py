@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -95,12 +96,13 @@ def show_reply(steps: Iterator[DecodeStep], tokenizer: Tokenizer, console: Conso
 
 
 def chat(prompter: Prompter, stream: Stream, max_positions: int, console: Console) -> None:
-    """Reads messages and shows replies until the input ends.
+    """Reads messages and shows replies until the input ends. Input that is not a terminal gets replies without help.
 
     Args:
       stream: yields the steps of the reply to a prompt's ids.
     """
-    _note(HELP, console)
+    if sys.stdin.isatty():
+        _note(HELP, console)
     history = _empty_history(prompter)
     for line in _questions(console):
         if line == "/quit":
@@ -152,12 +154,13 @@ def _with_spinner(steps: Iterator[DecodeStep], console: Console) -> Iterator[Dec
 
 def _questions(console: Console) -> Iterator[str]:
     """Yields the lines that are typed, without blank ones, until Ctrl-D."""
-    prompt = "> " if console.is_terminal else ""
+    is_typed = sys.stdin.isatty()
+    prompt = "> " if is_typed and console.is_terminal else ""
     while True:
         try:
             line = input(prompt).strip()
         except EOFError:
-            _write("\n", console)
+            _write("\n" if is_typed else "", console)
             return
         except KeyboardInterrupt:
             _write("\n", console)

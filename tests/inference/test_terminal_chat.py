@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qlora_jax.inference.decode import DecodeStep
 from qlora_jax.inference.prompts import Prompter
-from qlora_jax.inference.terminal_chat import chat, show_reply
+from qlora_jax.inference.terminal_chat import HELP, chat, show_reply
 from tests.inference.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -26,9 +26,16 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
-def talk(monkeypatch, typed: str, replies: list[str], max_positions: int = 1000) -> tuple[str, list[str]]:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def talk(
+    monkeypatch, typed: str, replies: list[str], max_positions: int = 1000, stdin: type[io.StringIO] = io.StringIO
+) -> tuple[str, list[str]]:
     """(what is printed, the prompts that the model got)."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    monkeypatch.setattr("sys.stdin", stdin(typed))
     asked, out, left = [], console(), iter(replies)
 
     def stream(ids):
@@ -45,6 +52,12 @@ def test_commands_and_history(monkeypatch):
     assert asked == ["one", "one[ä]two", "three"]
     assert "[ä]\n" in printed
     assert "unknown command: /rest" in printed
+
+
+def test_only_a_terminal_gets_help(monkeypatch):
+    printed, asked = talk(monkeypatch, "one\ntwo\n", ["[1]", "[2]"])
+    assert asked == ["one", "one[1]two"] and printed == "[1]\n[2]\n"
+    assert talk(monkeypatch, "one\n", ["[1]"], stdin=Terminal)[0] == f"{HELP}\n[1]\n\n"
 
 
 def test_a_question_that_does_not_fit_is_left_out(monkeypatch):

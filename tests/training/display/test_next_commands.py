@@ -24,6 +24,25 @@ def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
 
 
 @pytest.mark.parametrize(
+    ("path", "quant_type", "lora", "model", "export"),
+    [
+        ("m.gguf", "stored", dict(), dict(), ["gguf-lora"]),
+        ("m.gguf", "stored", dict(method="lora_fa"), dict(), ["gguf-lora"]),
+        ("m.gguf", "nf4", dict(), dict(), ["peft", "--with_base"]),
+        ("m.gguf", "stored", dict(method="dora"), dict(), ["peft", "--with_base"]),
+        ("m.gguf", "stored", dict(modules_to_save=["lm_head"]), dict(), ["peft", "--with_base"]),
+        ("m.gguf", "stored", dict(), dict(new_tokens=["<t>"]), ["peft", "--with_base"]),
+        ("gptq", "stored", dict(), dict(), ["peft"]),  # without --with_base, gguf-lora is refused
+    ],
+)
+def test_a_run_on_the_codes_of_a_gguf_file_is_exported_for_that_file(path, quant_type, lora, model, export):
+    settings = ModelArgs(path=path, quant_type=quant_type, **model)
+    config = dataclasses.replace(CONFIG, model=settings, lora=LoraArgs(**lora))
+    command = shlex.split(next_commands(config, BASE, finished=True)["export"])
+    assert command[command.index("--format") + 1 :] == export
+
+
+@pytest.mark.parametrize(
     ("objective", "pooling", "task", "base", "form"),
     [
         ("multi_label", "last", "labels", "llama", "peft"),
