@@ -124,6 +124,13 @@ MENDS = [
         "if False",
         "tests/training/display/test_next_commands.py",
     ),
+    # A step that changes nothing
+    Mutation(
+        "qlora_jax/training/planned_run.py",
+        "if text := short_run_warning(config.optim, total_steps):",
+        "if text := None:",
+        "tests/e2e/test_report.py",
+    ),
     # Small inputs that take long or need much memory
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",

@@ -17,6 +17,7 @@ from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
 from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.display.banner import short_run_warning
 from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.objectives.objective import needs_reference
@@ -28,7 +29,7 @@ from qlora_jax.training.plan.reference import forward_batch
 from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.plan.usable_meshes import usable_meshes
 from qlora_jax.training.run_mesh import run_mesh
-from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs
+from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs, steps_of_run
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
 
 OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
@@ -97,6 +98,9 @@ def plan_before_weights(
     steps = usable_meshes([longest_step(config, inputs, run_mesh(size)) for size in sizes])
     if full:
         print_report(inputs.dataset.report, console)
+        total_steps = steps_of_run(config.train, inputs.dataset.steps_per_epoch)
+        if text := short_run_warning(config.optim, total_steps):
+            console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
     with console.status("compiling the training step"):
         gradients, plan = _first_that_fits(config, inputs, steps, group)
     print_banner("memory plan", plan.rows() if full else {"memory": plan.rows()["memory"]}, console)

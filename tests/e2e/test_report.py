@@ -143,6 +143,7 @@ def test_what_people_wrote_stays_text_and_nothing_is_loaded(reported):
 def test_the_dry_run_prints_plan_and_place_and_writes_no_more(reported):
     config, printed = reported
     assert "memory plan" in printed and "saved activations" in printed and "report.html" in printed
+    assert "warning: step 1 of 4 will change nothing" in printed
     assert sorted(path.name for path in Path(config.output).iterdir()) == ["report.html", "report.json"]
     with lock_output(Path(config.output), resume=False, warn=pytest.fail):
         pass  # a run may take it

@@ -32,6 +32,7 @@ from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
+SHORT_RUN = 10  # steps; in a longer run, the first step of a warm-up is less than a tenth
 # Methods that train something next to frozen weights: the name of its parameters, and of the modules that have them.
 METHODS = {
     "lora": ("LoRA", "projections"),
@@ -100,6 +101,17 @@ def warm_up_text(optim: OptimArgs, total_steps: int) -> str | None:
     return (
         f"{count}; the first has learning rate 0 and changes nothing, as in transformers "
         f"(with optim.warmup_start first it has {first})"
+    )
+
+
+def short_run_warning(optim: OptimArgs, total_steps: int) -> str | None:
+    """Returns a warning if warm-up takes a tenth of a run or more by its first step, which changes nothing."""
+    if total_steps > SHORT_RUN or optim.warmup_start == "first" or not warmup_steps(optim, total_steps):
+        return None
+    step = "the only step" if total_steps == 1 else f"step 1 of {total_steps}"
+    return (
+        f"{step} will change nothing, because warm-up starts at learning rate 0. Set --optim.warmup_start first, or "
+        "--optim.warmup_ratio 0"
     )
 
 

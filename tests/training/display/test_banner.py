@@ -14,7 +14,15 @@ from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.models.families import model_config
 from qlora_jax.models.offloaded_experts import host_sharding
 from qlora_jax.nn.variables import Frozen
-from qlora_jax.training.display.banner import _host_experts, _matmuls, _router_losses, _trained, rate_rows, warm_up_text
+from qlora_jax.training.display.banner import (
+    _host_experts,
+    _matmuls,
+    _router_losses,
+    _trained,
+    rate_rows,
+    short_run_warning,
+    warm_up_text,
+)
 from tests.pallas_kernels.nf4_matmul.contract import weight
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 
@@ -30,6 +38,22 @@ from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 def test_the_first_step_of_a_warm_up_is_described(settings, text):
     found = warm_up_text(OptimArgs(**settings), 100)
     assert found is None if text is None else found.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "start"),
+    [
+        (dict(), 1, "the only step will change nothing"),
+        (dict(), 2, "step 1 of 2 will change nothing"),
+        (dict(warmup_ratio=1.0), 10, "step 1 of 10 will change nothing"),
+        (dict(), 11, None),
+        (dict(warmup_start="first"), 2, None),
+        (dict(warmup_ratio=0.0), 2, None),
+    ],
+)
+def test_a_short_run_whose_first_step_changes_nothing_begins_with_a_warning(settings, steps, start):
+    found = short_run_warning(OptimArgs(**settings), steps)
+    assert found is None if start is None else found.startswith(start) and "--optim.warmup_start first" in found
 
 
 def rate_note(objective: str, **optim) -> str | None:
