@@ -51,12 +51,14 @@ def quantize_model[Model: nnx.Module](
     Raises:
       TypeError: `rules` is not a sequence of QuantRule.
       ValueError: every problem at once: a pattern that is not a regular expression or matches no layer that an
-        earlier rule left, settings that are not possible, and matched layers that cannot be quantized.
+        earlier rule left, settings that are not possible, matched layers that cannot be quantized, and parameters that
+        a matched layer shares with the rest of the model. A layer that is shared as a whole stays shared.
     """
     _check_types(rules)
     layers = _linear_layers(model)
     chosen = {path: rule for path in layers if (rule := _first_match(rules, path)) is not None}
-    if problems := [*_rule_problems(rules, layers, chosen), *_layer_problems(layers, chosen)]:
+    tied = _tied_problems(model, chosen)
+    if problems := [*_rule_problems(rules, layers, chosen), *_layer_problems(layers, chosen), *tied]:
         raise ValueError("\n  ".join(["the model cannot be quantized:", *problems]))
     key = (nnx.Rngs(0) if rngs is None else rngs).params()
 
@@ -152,6 +154,18 @@ def _layer_problems(layers: Mapping[str, Linear], chosen: Mapping[str, QuantRule
             )
         problems += [f"{path}.{problem}" for problem in linear_problems(layer)]
     return problems
+
+
+def _tied_problems(model: nnx.Module, chosen: Mapping[str, QuantRule]) -> list[str]:
+    """Reports the parameters of layers to quantize that have other paths, too: each would get its own copy."""
+    quantized = {path for path, rule in chosen.items() if rule.quant_type is not None}
+    return [
+        f"{first}: one parameter with {', '.join(others)}, from which a 4-bit layer would untie it. Share the whole "
+        "layer, so that it stays one with one adapter, or leave all of them dense with a rule of quant_type=None."
+        for paths in nnx.find_duplicates(model, only=nnx.Variable)
+        if quantized & {_dotted(parts[:-1]) for parts in paths}
+        for first, *others in [list(map(_dotted, paths))]
+    ]
 
 
 def _quantized(path: str, layer: Linear, rule: QuantRule, rngs: nnx.Rngs) -> NF4Linear | NF4LinearGeneral:

@@ -1,5 +1,7 @@
 """quantize_model on Flax models that know nothing of it: values, and every transformation that NNX users reach for."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,6 +242,35 @@ def test_a_shared_layer_stays_shared():
 
     quantized = quantize_model(Twice(nnx.Rngs(0)), ALL)
     assert quantized.first is quantized.second
+
+
+class Tied(nnx.Module):
+    """Two layers with one kernel and a bias each, and a scale that is the bias of the first."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(64, 64, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(64, 64, rngs=rngs)])
+        self.blocks[0].kernel = self.first.kernel
+        self.scale = self.first.bias
+
+    def __call__(self, x):
+        return self.blocks[0](self.first(x)) * self.scale[...]
+
+
+@pytest.mark.parametrize("pattern", [".*", "first", r"blocks\.0"])
+def test_a_kernel_of_two_layers_is_not_untied(pattern):
+    with pytest.raises(ValueError) as error:
+        quantize_model(Tied(nnx.Rngs(0)), [QuantRule(pattern, lora=LORA)])
+    kernels = {"first.kernel", "blocks.0.kernel"}
+    (line,) = [line for line in str(error.value).splitlines() if kernels <= set(re.findall(r"[\w.]+\.kernel", line))]
+    assert "Share the whole layer" in line
+    assert ("first.bias: one parameter with scale" in str(error.value)) == (pattern != r"blocks\.0")
+
+
+def test_a_tied_kernel_that_stays_dense_stays_tied():
+    rules = [QuantRule("first|blocks.*", quant_type=None)]
+    quantized = quantize_model(Tied(nnx.Rngs(0)), rules)
+    assert quantized.first.kernel is quantized.blocks[0].kernel
 
 
 def test_a_model_that_is_one_layer():
