@@ -22,6 +22,7 @@ from qlora_jax.data.tokenizer.tokenizer import (
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loading.adapter_init import InitialAdapter, WeightDecomposer, subtract_initial
+from qlora_jax.io.loading.base_fingerprint import EARLIER_OFFSETS
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model, unchanged
 from qlora_jax.io.model_source import ModelSource, TokenizerData
 from qlora_jax.io.open_model import open_model
@@ -278,7 +279,8 @@ def load_checked(opened: OpenedModel, args: ModelArgs, progress: Progress | None
     if loaded.fingerprint != run.fingerprint:
         raise ValueError(
             f"{opened.source.path} is not the base that {run.path} was trained on: its fingerprint is "
-            f"{loaded.fingerprint[:12]}, expected {run.fingerprint[:12]}. Give the path of the right one: --model"
+            f"{loaded.fingerprint[:12]}, expected {run.fingerprint[:12]}. Give the path of the right one: --model. "
+            f"{EARLIER_OFFSETS}"
         )
     return loaded
 

@@ -42,8 +42,8 @@ def quantize(
         layout `bnb`, all other shapes `flat`.
       quant_type: `nf4` or `fp4` as in bitsandbytes, or `int4`, `e2m1`, `e3m0`.
       block_size: elements that share a constant, 32 to 4096.
-      double_quant: True quantizes the constants to 8 bits. `nested_offset` is then within 2 ulp of torch's mean, which
-        is not deterministic; given the same offset, all else is bit-identical.
+      double_quant: True quantizes the constants to 8 bits. Beyond 32,767 blocks, torch's mean of them depends on its
+        number of threads; `nested_offset` is that of one.
       nested_block_size: block constants that share a nested constant.
 
     Raises:

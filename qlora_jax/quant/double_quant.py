@@ -5,42 +5,68 @@ The arithmetic is that of bitsandbytes' CPU build. Every function takes NumPy or
 gives the same bits for both.
 """
 
+import functools
 import math
+import operator
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.formats.rounding import rounded
 from qlora_jax.quant.dynamic_8bit import quantize_blocks
 from qlora_jax.quant.settings import QuantSettings
 
 type Array = np.ndarray | jax.Array
 
 
-def _tree_sum(values: Array) -> Array:
-    """Returns the sum, [1], added in the same order by every library and device: eight parts at a time, by pairs."""
-    xp = values.__array_namespace__()
-    while (n := values.shape[0]) > 1:
-        columns = -(-n // 8)
-        padded = xp.concat([values, xp.zeros(8 * columns - n, values.dtype)]).reshape(8, columns)
-        parts = list(padded)
-        while len(parts) > 1:
-            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        values = parts[0]
-    return values
-
-
 def mean(absmax: Array) -> Array:
-    """Returns mean(absmax) in f32, with the same bits in NumPy and under jit.
+    """Returns mean(absmax) in f32 as torch's CPU build does on one thread; NumPy and jit give the same bits.
 
-    The second step adds the mean of the first estimate's residuals. torch's mean depends on its number of threads and
-    lies within 2 ulp of this one. XLA would turn a quotient by a constant into a product, hence 1 / n.
+    On several threads, torch adds more than 32,767 constants in an order that depends on their number.
     """
-    inverse = np.float32(1.0 / absmax.shape[0])
-    estimate = rounded(_tree_sum(absmax) * inverse)
-    return (estimate + rounded(_tree_sum(absmax - estimate) * inverse)).reshape(())
+    xp = absmax.__array_namespace__()
+    # XLA turns a quotient by a constant into a product with its reciprocal, but not one by an array.
+    count = xp.full(1, absmax.shape[0], absmax.dtype)
+    return (_sum(absmax) / (lax.optimization_barrier(count) if xp is jnp else count)).reshape(())
+
+
+def _sum(values_n: Array) -> Array:
+    """Returns the sum, [1], in the order of torch's vectorized_inner_sum (aten/src/ATen/native/cpu/SumKernel.cpp).
+
+    Vectors of 8 lanes, with AVX-512 too, or of one lane for fewer values, are added in four columns; then come the
+    vectors that are left over, the columns, the values that are left over, and the lanes.
+    """
+    xp, lanes = values_n.__array_namespace__(), 8 if values_n.shape[0] >= 8 else 1
+    whole = values_n.shape[0] // lanes * lanes
+    vectors = values_n[:whole].reshape(-1, lanes)
+    rows = vectors.shape[0] // 4
+    first, *others = _cascade(vectors[: 4 * rows].reshape(rows, 4 * lanes)).reshape(4, lanes)
+    sums = _added([_added([first, *vectors[4 * rows :]]), *others])
+    return _added([xp.zeros(1, values_n.dtype), *values_n[whole:].reshape(-1, 1), *sums.reshape(-1, 1)])
+
+
+def _cascade(rows: Array) -> Array:
+    """Returns the sum of rows [rows, columns] over groups, groups of groups and their groups (torch's multi_row_sum).
+
+    Zeros fill the last group of each level.
+    """
+    xp = rows.__array_namespace__()
+    group = 2 ** max(4, max(0, rows.shape[0] - 1).bit_length() // 4)
+    for _ in range(3):
+        groups = max(1, -(-rows.shape[0] // group))
+        padding = xp.zeros((groups * group - rows.shape[0], rows.shape[1]), rows.dtype)
+        grouped = xp.concat([rows, padding]).reshape(groups, group, -1)
+        rows = _added([grouped[:, row] for row in range(group)])
+    return _added(list(rows))
+
+
+def _added(parts: Sequence[Array]) -> Array:
+    """Returns the sum of the parts, added in order."""
+    return functools.reduce(operator.add, parts)
 
 
 def quantize_constants(absmax: Array, offset: Array | np.floating, nested_block_size: int) -> tuple[Array, Array]:

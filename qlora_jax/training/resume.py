@@ -11,6 +11,7 @@ import orbax.checkpoint
 
 from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import ConfigError, from_dict
+from qlora_jax.io.loading.base_fingerprint import EARLIER_OFFSETS
 from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
@@ -171,7 +172,8 @@ def check_resumable(session: Session, state: Record) -> None:
     if session.fingerprint != state["fingerprint"]:
         problems.append(
             f"the base model: fingerprint {state['fingerprint'][:12]} in the checkpoint "
-            f"({state['config']['model']['path']}), {session.fingerprint[:12]} now ({session.config.model.path})"
+            f"({state['config']['model']['path']}), {session.fingerprint[:12]} now ({session.config.model.path}). "
+            f"{EARLIER_OFFSETS}"
         )
     if not _is_same_data(session, state, saved):
         problems.append(f"data.train: other rows or tokens than in the checkpoint ({session.config.data.train})")

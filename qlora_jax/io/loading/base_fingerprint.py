@@ -16,6 +16,10 @@ import numpy as np
 from qlora_jax.io.loading.process_rows import STRIP, ProcessRows, all_rows
 
 SUFFIX = "-strips"
+EARLIER_OFFSETS = (
+    "If its files are unchanged and model.double_quant is on, an earlier version of qlora_jax trained the run, with "
+    "other last bits in the base's constants: use that version."
+)
 
 
 class BaseDigest(abc.ABC):
