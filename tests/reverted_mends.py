@@ -257,5 +257,17 @@ MENDS = [
         "for paths in nnx.find_duplicates(model, only=nnx.Variable)",
         "for paths in ()",
         "tests/nn/test_model_quantization.py",
+    # Tried as a new user would
+    Mutation(
+        "qlora_jax/data/readers/json_rows.py",
+        "problem = early if _ends_early(error, text) else",
+        "problem =",
+        "tests/data/readers/test_json_rows.py",
+    ),
+    Mutation(
+        "qlora_jax/config/parse.py",
+        "suggest_section if isinstance(value, Mapping) else suggest_key",
+        "suggest_key",
+        "tests/config/test_suggestions.py",
     ),
 ]

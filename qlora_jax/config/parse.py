@@ -8,7 +8,13 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from qlora_jax.config.suggestions import replacement_of, suggest_key, suggest_section_key, suggest_value
+from qlora_jax.config.suggestions import (
+    replacement_of,
+    suggest_key,
+    suggest_section,
+    suggest_section_key,
+    suggest_value,
+)
 
 # Where each dotted key was set, for messages: {"lora.rank": "my.yaml:3"}.
 Sources = Mapping[str, str]
@@ -152,7 +158,8 @@ def given_problems(schema: type, raw: Mapping[str, object], sources: Sources) ->
             near = suggest_section_key(key, list(settings))
             problems.append(f"{key}: found {value!r}, expected a section with settings below it{near}{place}")
         elif key not in settings:
-            problems.append(f"{key}: unknown setting{suggest_key(key, list(settings))}{place}")
+            suggest = suggest_section if isinstance(value, Mapping) else suggest_key
+            problems.append(f"{key}: unknown setting{suggest(key, list(settings))}{place}")
         elif problem := _value_problem(key, *settings[key], value):
             problems.append(f"{key}: {problem}{place}")
     return problems

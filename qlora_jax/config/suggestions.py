@@ -31,6 +31,15 @@ CHOICES = {
     "raise": "error",
 }
 
+# Names of our sections that are not similar to them.
+SECTIONS = {
+    **dict.fromkeys(("dataset", "datasets"), "data"),
+    **dict.fromkeys(("optimizer", "optimiser"), "optim"),
+    **dict.fromkeys(("adapter", "peft"), "lora"),
+    **dict.fromkeys(("training_args", "training_arguments"), "train"),
+    "quantization": "model",
+}
+
 # Settings to which mappings are given that another setting takes.
 MAPPINGS = {"columns": "file_columns"}
 
@@ -60,6 +69,13 @@ def suggest_key(key: str, known: Sequence[str], otherwise: str = "; --help all l
     by_last = {name.rpartition(".")[2]: name for name in known}
     near = same_name or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
     return f"; did you mean {near[0]}?" if near else otherwise
+
+
+def suggest_section(key: str, known: Sequence[str]) -> str:
+    """The end of the message for an unknown key with settings below it: the section that was probably meant, if any."""
+    sections = [*dict.fromkeys(name.partition(".")[0] for name in known if "." in name)]
+    near = [SECTIONS[key]] if key in SECTIONS else difflib.get_close_matches(key, sections, n=1)
+    return f"; did you mean the section {near[0]}?" if near and near[0] in sections else suggest_key(key, known)
 
 
 def _describe(replacement: Replacement) -> str:

@@ -124,6 +124,28 @@ def test_every_common_name_of_another_trainer_is_answered(names: str):
     assert [name for name in names.split() if name not in REPLACEMENTS and name not in last] == []
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("training", "the section train"),
+        ("trian", "the section train"),
+        ("optimiser", "the section optim"),
+        ("datasets", "the section data"),
+        ("peft", "the section lora"),
+        ("column_map", "data.columns"),  # a setting that is a mapping
+        ("data.colums", "data.columns"),
+    ],
+)
+def test_settings_under_an_unknown_name_get_the_section_that_was_meant(key: str, meant: str):
+    section, _, name = key.rpartition(".")
+    below = {name: {"steps": 3}}
+    with pytest.raises(ConfigError) as error:
+        from_dict(Config, {section: below} if section else below)
+    assert f"{key}: unknown setting; did you mean {meant}?" in error.value.problems
+    with pytest.raises(ConfigError, match=r"training: unknown setting; did you mean data\.train\?"):
+        from_dict(Config, {"training": "rows.jsonl"})
+
+
 def test_a_required_setting_is_not_missing_under_another_name():
     with pytest.raises(ConfigError) as error:
         from_dict(Config, {"base_model": "m", "datasets": "t", "output": "o"})

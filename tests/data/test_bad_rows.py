@@ -62,12 +62,12 @@ def test_the_report_counts_and_lists_dropped_rows(tokenizer: Tokenizer, broken: 
     assert lines[0][1].startswith(f"36 of 40 rows of {broken}")
     assert lines[1] == (
         "bad rows",
-        "4 dropped (data.bad_rows drop). 1: not JSON: Invalid control character; 1: completion is empty; 1: no column "
+        "4 dropped (data.bad_rows drop). 1: not JSON: the line ends too early; 1: completion is empty; 1: no column "
         "'completion'; 1: expected an object such as {\"prompt\": \"...\"}",
     )  # fmt: skip
     listed = [value for name, value in lines if name == "bad row"]
     assert [line.split(": ")[0] for line in listed] == [f"{broken}:{n + 1}" for n in BROKEN]
-    assert listed[0].endswith(": not JSON: Invalid control character at column 16: {\"prompt\": \"cut")  # fmt: skip
+    assert listed[0].endswith(": not JSON: the line ends too early at column 16: {\"prompt\": \"cut")  # fmt: skip
 
 
 def test_of_many_dropped_rows_the_first_are_listed(tokenizer: Tokenizer, write_rows: Callable):

@@ -12,12 +12,15 @@ SPACE = " \t\r\n"
 MAX_ROW = 64 << 20  # characters; a row of text that models can use has a few millions
 TOO_LONG = f"longer than {MAX_ROW:,} characters, so reading stops there. Split it into several rows"
 _TOO_DEEP = f"can't be read: nested too deeply (found more than {MAX_DEPTH} levels of lists and objects)"
+_EARLY = "the array ends too early"
 _BLOCK = 1 << 20  # characters
 # An error this close to the end of what has been read may be due to what has not been read. The longest token that is
 # decoded at once is a pair of escapes such as \ud83d\ude00.
 _TOKEN = 16
 _spaces = re.compile(f"[{SPACE}]*")
 _LINE_ENDS = ("\n", "\r\n", "")
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_UNFINISHED = re.compile(r"u[\da-fA-F]{0,4}|\.|[eE][+-]?")  # beginnings of an escape, and of the parts of a number
 _decode = json.JSONDecoder().raw_decode  # takes two thirds of the time of json.loads
 
 
@@ -30,6 +33,13 @@ def _end_of_spaces(text: str, at: int) -> int:
 def describe_json_error(error: json.JSONDecodeError) -> str:
     """Returns the problem of JSON text and its column. Some messages of the json library already end with "at"."""
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
+def _ends_early(error: json.JSONDecodeError, text: str) -> bool:
+    """Returns True if more text at the end might have prevented the error."""
+    rest = text[error.pos :]
+    unfinished = error.msg == "Expecting value" and any(word.startswith(rest) for word in _WORDS)
+    return not rest or unfinished or error.msg.startswith("Unterminated") or bool(_UNFINISHED.fullmatch(rest))
 
 
 class BadValue(NamedTuple):
@@ -70,9 +80,11 @@ def _decode_line(content: str) -> object:
     except ValueError:
         pass  # json.loads raises it again, unless only white space was in the way
     try:
-        return json.loads(content)
+        return json.loads(text := content.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        return BadValue(f"not JSON: {describe_json_error(error)}: {shorten(content.rstrip(SPACE))}")
+        early = f"the line ends too early at column {len(text) + 1}"
+        problem = early if _ends_early(error, text) else describe_json_error(error)
+        return BadValue(f"not JSON: {problem}: {shorten(content.rstrip(SPACE))}")
     except ValueError as error:  # a number with thousands of digits
         return BadValue(f"can't be read: {error}")
 
@@ -128,8 +140,8 @@ class _ArrayText:
 
     def take(self, expected: str) -> None:
         """Skips this character; raises _BrokenArrayError if it does not follow."""
-        if self.peek() != expected:
-            raise self._broken("expected ',' or ']' after an element of the array", self._at)
+        if (found := self.peek()) != expected:
+            raise self._broken("expected ',' or ']' after an element of the array" if found else _EARLY, self._at)
         self._at += 1
 
     def expect_value(self) -> None:
@@ -149,6 +161,8 @@ class _ArrayText:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos + _TOKEN >= len(self._text)
+                if self._ended and _ends_early(error, self._text):
+                    raise self._broken(_EARLY, len(self._text)) from None
                 if self._ended or not cut_off:
                     raise self._broken(error.msg.removesuffix(" at"), error.pos) from None
             except (RecursionError, ValueError) as error:  # much too deep, or a number with thousands of digits

@@ -69,6 +69,21 @@ def test_a_wrong_line_has_the_problem_that_json_names(line: str, problem: str):
     assert isinstance(found, BadValue) and found.problem.startswith(problem)
 
 
+WHOLE = json.dumps({"a": [True, None, -1.5e-7, {"b": "\u00e9\ud83d\ude00 \\"}], "c": float("inf")})
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_line_or_an_array_that_is_cut_anywhere_ends_too_early(end: str):
+    for length in range(1, len(WHOLE)):
+        ((line, found),) = json_lines(io.StringIO(WHOLE[:length] + end, newline="\n"))
+        shown = WHOLE[:length] if length <= 60 else f"{WHOLE[:57]}..."
+        assert line == 1 and isinstance(found, BadValue)
+        assert found.problem == f"not JSON: the line ends too early at column {length + 1}: {shown.rstrip()}"
+        _, (line, found) = json_array(io.StringIO(f"[1,\n{WHOLE[:length]}", newline="\n"))
+        assert line == 2 and isinstance(found, BadValue)
+        assert found.problem == f"not JSON: the array ends too early at column {length + 1}; reading stops there"
+
+
 def test_an_array_is_read_as_its_rows_are_used():
     file = io.StringIO(json.dumps([{"text": "a" * 1000}] * 10_000), newline="\n")
     assert next(json_array(file)) == (1, {"text": "a" * 1000})
