@@ -259,6 +259,18 @@ MENDS = [
         "tests/nn/test_model_quantization.py",
     # Tried as a new user would
     Mutation(
+        "qlora_jax/data/truncation.py",
+        "row.supervised[span[-1] : span[-1] + 2].sum()) == 2",
+        "row.supervised[span[-1] : span[-1] + 1].sum()) == 1",
+        "tests/data/test_truncation.py",
+    ),
+    Mutation(
+        "qlora_jax/data/readers/files.py",
+        'alike.setdefault(_TOKENS.sub("", problem), [])',
+        "alike.setdefault(problem, [])",
+        "tests/data/test_truncation.py",
+    ),
+    Mutation(
         "qlora_jax/data/readers/json_rows.py",
         "problem = early if _ends_early(error, text) else",
         "problem =",

@@ -50,6 +50,7 @@ from qlora_jax.data.tokenizer.tokenizer import (
     with_template_date,
     with_template_kwargs,
 )
+from qlora_jax.data.truncation import truncated_side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +212,7 @@ def load_dataset(
         buckets,
         per_step,
         tokenizer,
+        side=truncated_side(data),
         parts=row_parts(objective, source.labels),
         packed=data.packing,
         sequences=sequences,

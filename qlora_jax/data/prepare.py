@@ -339,6 +339,7 @@ def _count_encoded(encoded: Sequence[EncodedRow], kept: Sequence[EncodedRow]) ->
         rows=len(encoded),
         lengths=dict(Counter([longest_text(len(row.ids), row.branches) for row in encoded])),
         cut=sum([row.cut for row in kept]),
+        lost_ends=sum([row.lost_ends for row in kept]),
         lossy=sum([row.lossy for row in kept]),
     )
 

@@ -32,6 +32,7 @@ class RowCounts:
       rows, kept: rows encoded, and rows left after length handling.
       truncated, overlong, unsupervised: see lengths.FittedRows.
       lost_branches: branches that truncated rows lost, with the turns in them.
+      lost_ends: answers of truncated rows that lost their end.
       cut: rows in which a token crossed the start or end of an answer, so prompt and answer were encoded separately.
       lossy: rows that do not decode to their own text.
       unseen_reasoning: kept rows with reasoning that the chat template does not write, so the model does not see it.
@@ -61,6 +62,7 @@ class RowCounts:
     overlong: int = 0
     unsupervised: int = 0
     lost_branches: int = 0
+    lost_ends: int = 0
     cut: int = 0
     lossy: int = 0
     unseen_reasoning: int = 0

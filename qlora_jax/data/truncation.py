@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
+from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.branches.tree import Branch, branch_ends, longest_text
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
@@ -76,6 +77,14 @@ def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: Len
     )
 
 
+def truncated_side(data: DataArgs) -> str:
+    """Returns the side on which the settings truncate rows, for the report."""
+    if data.overlong != "truncate-left":
+        return "on the right"
+    parts = data.source_max_length is not None or data.target_max_length is not None
+    return "on the left" + ", and prompts or answers on the right" * parts
+
+
 def _too_long(rows: Sequence[EncodedRow], places: Sequence[Place], max_length: int) -> list[Problem]:
     expected = (
         f"expected at most {max_length} (data.max_length). Raise it, or set data.overlong to drop or truncate-right."
@@ -94,8 +103,16 @@ def _longest(row: EncodedRow) -> int:
 def _take(row: EncodedRow, kept: Int64[np.ndarray, " kept"]) -> EncodedRow:
     """Returns the row's ids at these ascending indices."""
     return row._replace(
-        ids=row.ids[kept], supervised=row.supervised[kept], source=int(np.searchsorted(kept, row.source))
+        ids=row.ids[kept],
+        supervised=row.supervised[kept],
+        source=int(np.searchsorted(kept, row.source)),
+        lost_ends=max(row.lost_ends, _lost_ends(row, [kept])),
     )
+
+
+def _lost_ends(row: EncodedRow, spans: Sequence[Int64[np.ndarray, " _"]]) -> int:
+    """Returns the number of spans of indices that end within an answer."""
+    return sum(int(row.supervised[span[-1] : span[-1] + 2].sum()) == 2 for span in spans if len(span))
 
 
 def _limit_parts(row: EncodedRow, limits: LengthLimits) -> EncodedRow:
@@ -176,6 +193,7 @@ def _take_tree(
         supervised=supervised,
         source=int(supervised.argmax()) if len(supervised) else 0,
         branches=tuple(map(Branch, begins.tolist(), [depth for _, depth in spans])),
+        lost_ends=_lost_ends(row, [trunk, *(span for span, _ in spans)]),
     )
 
 

@@ -1,6 +1,8 @@
 """Rows that are too long: truncated, dropped or reported, and counted."""
 
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from qlora_jax.data.branches.tree import branch_problem, longest_text
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
+from qlora_jax.data.report.text import report_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.data.truncation import FittedRows, LengthLimits, Overlong, fit_lengths
 from tests.data.loading import load, rows_of_lengths
@@ -22,6 +25,7 @@ def test_long_rows_are_cut_and_counted(plain_tokenizer: Tokenizer, write_rows: C
     assert (report.rows, report.kept, report.truncated, report.overlong, report.unsupervised) == (4, 3, 1, 0, 1)
     assert report.percentiles == (10, 10, 20, 30, 40, 40) and report.cut == 0
     assert (report.tokens, report.supervised) == (9 + 19 + 28, 2 + 2 + 1)
+    assert report.lost_ends == 1
     dropped = load(plain_tokenizer, train=path, max_length=29, overlong="drop").report.train
     assert (dropped.kept, dropped.truncated, dropped.overlong, dropped.unsupervised) == (2, 0, 2, 0)
 
@@ -48,16 +52,43 @@ def test_prompt_and_answer_can_have_lengths_of_their_own(plain_tokenizer: Tokeni
     dataset = load(plain_tokenizer, train=path, source_max_length=12, target_max_length=1)
     report = dataset.report.train
     assert (report.kept, report.truncated, report.tokens, report.supervised) == (4, 4, 8 + 3 * 12, 4)
+    assert report.lost_ends == 4
     assert plain_tokenizer.decode(dataset.train.row(3)[0].tolist()) == " word" * 12 + " yes"
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (dict(max_length=29), "1 truncated on the right (1 answer without the end), 1 dropped with no answer left"),
+        (dict(max_length=30), "1 dropped with no answer left"),
+        (dict(max_length=29, overlong="truncate-left"), "2 truncated on the left"),
+        (dict(source_max_length=12), "3 truncated on the right"),
+        (dict(source_max_length=28, max_length=29), "2 truncated on the right (2 answers without the end)"),
+        (
+            dict(max_length=29, overlong="truncate-left", target_max_length=1),
+            "4 truncated on the left, and prompts or answers on the right (4 answers without the end)",
+        ),
+    ],
+)
+def test_the_report_names_the_side_and_the_answers_that_lost_their_end(
+    plain_tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, settings: dict, line: str
+):
+    path, cache = rows_of_lengths(plain_tokenizer, write_rows), str(tmp_path / "cache")
+    for _ in range(2):  # the second time from the cache
+        report = load(plain_tokenizer, train=path, cache=cache, **settings).report
+        limit = settings.get("max_length", "1,024")
+        assert dict(report_lines(report))["too long"] == f"{line} (data.max_length {limit})"
 
 
 def test_long_rows_can_be_errors(plain_tokenizer: Tokenizer, write_rows: Callable):
     path = rows_of_lengths(plain_tokenizer, write_rows)
     with pytest.raises(
         ValueError,
-        match=r"2 of 4 rows(.|\n)*:3: found 30 tokens, expected at most 29 \(data\.max_length\)(.|\n)*:4: found 40",
+        match=r"2 of 4 rows.*\n.*:3, 4: found 30 to 40 tokens, expected at most 29 \(data\.max_length\).*\Z",
     ):
         load(plain_tokenizer, train=path, max_length=29, overlong="error")
+    with pytest.raises(ValueError, match=r"1 of 4 rows(.|\n)*:4: found 40 tokens, expected at most 39"):
+        load(plain_tokenizer, train=path, max_length=39, overlong="error")
     assert load(plain_tokenizer, train=path, max_length=40, overlong="error").report.train.kept == 4
 
 
@@ -87,6 +118,15 @@ def texts_of(row: EncodedRow) -> list[list[int]]:
     return found
 
 
+def ends_lost(whole: EncodedRow, row: EncodedRow) -> int:
+    """The number of runs of targets with their first id in the row, but not their last."""
+    edges = [0, *(branch.begin for branch in whole.branches), len(whole.ids)]
+    spans = [range(begin, end) for begin, end in itertools.pairwise(edges)]
+    groups = [itertools.groupby(span, lambda at: bool(whole.supervised[at])) for span in spans]
+    runs = [whole.ids[[*run]] for group in groups for learned, run in group if learned]
+    return sum(run[0] in row.ids and run[-1] not in row.ids for run in runs)
+
+
 def fitted(drawn: list[Shape], overlong: Overlong, limit: int) -> tuple[dict[int, EncodedRow], FittedRows]:
     """The rows of those shapes by the number of those kept, each with a bos in front."""
     rows = [encode_tree(shape, seed) for seed, shape in enumerate(drawn)]
@@ -113,12 +153,15 @@ def test_texts_of_a_tree_lose_their_ends(drawn: list[Shape], limit: int):
             inside = min(end, branch.begin + limit - branch.depth)
             targets = [at for at in range(branch.begin + 1, inside) if whole.supervised[at]]
             assert set(whole.ids[targets]) <= set(row.ids)
+    pairs = zip(kept.rows, kept.places, strict=True)
+    assert all(row.lost_ends == ends_lost(rows[place.number], row) for row, place in pairs)
 
 
 @given(sft_trees, st.integers(3, 30))
 def test_texts_of_a_tree_lose_their_beginnings_and_keep_bos(drawn: list[Shape], limit: int):
     rows, kept = fitted(drawn, "truncate-left", limit)
     for row, place in zip(kept.rows, kept.places, strict=True):
+        assert not row.lost_ends
         whole = texts_of(rows[place.number])
         assert branch_problem(row.branches, row.supervised) is None and row.ids[0] == 1
         assert longest_text(len(row.ids), row.branches) <= limit

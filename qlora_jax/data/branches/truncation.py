@@ -62,12 +62,13 @@ def truncate_texts(row: EncodedRow, limits: LengthLimits, use: RowUse) -> Encode
     if limits.overlong == "truncate-left":
         trunk, texts = _cut_left(trunk, texts, limits)
     room = limits.max_length - len(trunk[0])
+    lost = sum(len(ids) > room for ids, _ in texts)
     texts = [_cut_right(text, room, use.head) for text in texts]
     # A pair's branch begins with the last id of the prompt, and a head needs a filler after the answer.
     least = MIN_BRANCH + (use.head and use.kind == "pair")
     if any(len(ids) < least or not mask[1:].any() for ids, mask in texts):
         return None
-    return _joined(row, trunk, texts)
+    return _joined(row, trunk, texts)._replace(lost_ends=lost)
 
 
 def has_equal_texts(row: EncodedRow) -> bool:

@@ -43,6 +43,7 @@ class EncodedRow(NamedTuple):
       branches: the branches of a row that is a tree; none if it is one text.
       values: numbers for each of the row's sequences by name, such as `labels`.
       unseen_reasoning: the row has reasoning that is not in its ids.
+      lost_ends: answers of which truncation kept the beginning but not the end.
     """
 
     ids: Int32[np.ndarray, " T"]
@@ -53,6 +54,7 @@ class EncodedRow(NamedTuple):
     branches: tuple[Branch, ...] = ()
     values: Mapping[str, SequenceValues] = MappingProxyType({})
     unseen_reasoning: bool = False
+    lost_ends: int = 0
 
 
 class TokenText(NamedTuple):

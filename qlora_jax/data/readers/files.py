@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import typing
 import zlib
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
 from qlora_jax.metadata import JsonObject
 
 _SHOWN = 8
+_TOKENS = re.compile(r"(?<=found )\d+(?= tokens)")
 _GZIP = b"\x1f\x8b"
 _PEEKED = 4096
 _BLOCK = 1 << 20
@@ -208,18 +210,28 @@ def _columns(path: Path, records: Iterator[tuple[int, object]]) -> Iterator[tupl
 def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) -> None:
     """Raises one ValueError with the number of rows with problems, and the first few problems by line.
 
-    Rows with equal problems share a line of the message. Without problems it returns.
+    Rows whose problems are equal, or differ in a number of tokens, share a line of the message. Without problems it
+    returns.
     """
     if not problems:
         return
-    places: dict[str, list[Place]] = {}
+    alike: dict[str, list[Problem]] = {}
     for place, problem in problems:
-        places.setdefault(problem, []).append(place)
-    first = [*places.items()][:_SHOWN]
-    shown = "".join(f"\n  {path}:{_first_places(rows)}: {problem}" for problem, rows in first)
-    left = len(problems) - sum(len(rows) for _, rows in first)
+        alike.setdefault(_TOKENS.sub("", problem), []).append((place, problem))
+    first = [*alike.values()][:_SHOWN]
+    shown = "".join(
+        f"\n  {path}:{_first_places([place for place, _ in rows])}: {_with_range([problem for _, problem in rows])}"
+        for rows in first
+    )
+    left = len(problems) - sum(map(len, first))
     more = f"\n  ... and {left} more" if left else ""
     raise ValueError(f"{path}: {len(problems)} of {total} rows can't be used:{shown}{more}")
+
+
+def _with_range(problems: Sequence[str]) -> str:
+    """Returns problems that only differ in a number of tokens as one, with the range of these numbers."""
+    numbers = sorted({int(found) for problem in problems for found in _TOKENS.findall(problem)})
+    return _TOKENS.sub(f"{numbers[0]} to {numbers[-1]}", problems[0]) if len(numbers) > 1 else problems[0]
 
 
 def _first_places(places: Sequence[Place]) -> str:

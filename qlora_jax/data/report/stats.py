@@ -97,6 +97,7 @@ class DataReport:
       eval: counts of held-out rows, or None.
       shared: number of held-out rows that are also trained on.
       unseen: new tokens that are in no training row.
+      side: the side on which rows are truncated.
       buckets, steps: padded lengths, and the optimizer steps per epoch at each.
       rows_per_epoch: rows that an epoch uses. Weights of files may make them fewer or more than those of `train`.
       packs: number of packs that these rows fill; None without packing.
@@ -115,6 +116,7 @@ class DataReport:
     shared: int
     unseen: tuple[str, ...]
     max_length: int
+    side: str
     buckets: tuple[int, ...]
     steps: tuple[int, ...]
     rows_per_epoch: int
@@ -192,6 +194,7 @@ def report_data(
     rows_per_step: int,
     tokenizer: Tokenizer,
     *,
+    side: str,
     parts: RowParts,
     packed: bool = False,
     sequences: int = 0,
@@ -199,6 +202,7 @@ def report_data(
     """Returns the report. Steps, packs and padding are those of the first epoch.
 
     Args:
+      side: the side on which rows are truncated, in words.
       parts: the texts and the label of a row.
       sequences: sequences of each row, which have slots in a batch; 0: no slots.
     """
@@ -216,6 +220,7 @@ def report_data(
         shared=shared,
         unseen=tuple(tokenizer.decode([new]) for new in tokenizer.new_ids if new not in combined.new_tokens),
         max_length=max_length,
+        side=side,
         buckets=buckets,
         steps=tuple(np.sum([one.steps for one in windows], axis=0).tolist()),
         rows_per_epoch=len(train),

@@ -49,11 +49,11 @@ def report_lines(report: DataReport) -> list[tuple[str, str]]:
     """Returns (name, value) of every line of the report."""
     return [
         *_source_lines(report.sources),
-        *_split_lines("train", report.train, report.max_length),
+        *_split_lines("train", report.train, report),
         *_unseen(report.unseen),
         ("steps per epoch", _steps(report)),
         ("positions used", f"{1 - report.padding_share:.1%} of those in an epoch's batches; the rest is padding"),
-        *(_split_lines("held out", report.eval, report.max_length) if report.eval else [("held out", "none")]),
+        *(_split_lines("held out", report.eval, report) if report.eval else [("held out", "none")]),
         *_warning(report.shared, "held-out rows that are also trained on, so their loss is not that of new data"),
     ]
 
@@ -87,7 +87,7 @@ def _ignored(split: SplitReport) -> str:
     return f"; columns not used: {', '.join(split.ignored_columns)}" if split.ignored_columns else ""
 
 
-def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[str, str]]:
+def _split_lines(name: str, split: SplitReport, report: DataReport) -> list[tuple[str, str]]:
     return [
         (
             name,
@@ -97,7 +97,7 @@ def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[s
         ("tokens per text" if split.text_lengths else "tokens per row", _quantiles(split.percentiles)),
         *[(f"tokens of {part}", _quantiles(percentiles(counts))) for part, counts in split.text_lengths.items()],
         _supervised(split),
-        ("too long", _too_long(split, max_length)),
+        ("too long", _too_long(split, report)),
         *_pairs(split),
         *_labels(split),
         *_lookalikes(split),
@@ -216,15 +216,16 @@ def _quantile_name(percentile: int) -> str:
     return {50: "median", 100: "longest"}.get(percentile, f"{percentile}%")
 
 
-def _too_long(split: SplitReport, max_length: int) -> str:
+def _too_long(split: SplitReport, report: DataReport) -> str:
+    answers = f"{split.lost_ends:,} answer{'s' if split.lost_ends > 1 else ''}"
     counts = {
-        "truncated": split.truncated,
+        f"truncated {report.side}" + f" ({answers} without the end)" * bool(split.lost_ends): split.truncated,
         "dropped": split.overlong,
         "dropped with no answer left": split.unsupervised,
         "dropped with equal answers left": split.truncated_equal,
     }
     listed = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "none"
-    return f"{listed} (data.max_length {max_length:,})"
+    return f"{listed} (data.max_length {report.max_length:,})"
 
 
 def _warning(count: int, what: str) -> list[tuple[str, str]]:

@@ -34,6 +34,7 @@ def fitted(row: EncodedRow, objective: str, max_length: int, overlong: Any) -> t
     limits = LengthLimits(max_length=max_length, overlong=overlong, bos_id=BOS)
     found, equal = fit_branches([row], [Place(3, 2)], limits, ROW_USES[objective])
     counts = {"truncated": found.truncated, "overlong": found.overlong, "empty": found.unsupervised, "equal": equal}
+    counts["ends"] = sum(row.lost_ends for row in found.rows)
     assert [place for place in found.places] == [Place(3, 2)] * len(found.rows)
     return next(iter(found.rows), None), {name: count for name, count in counts.items() if count}
 
@@ -48,21 +49,21 @@ PROMPT, LONG, SHORT = [BOS, 11, 12, 13], [21, 22, 23, 24], [31, 32]
 
 
 @pytest.mark.parametrize(
-    ("overlong", "max_length", "expected"),
+    ("overlong", "max_length", "expected", "ends"),
     [
-        ("truncate-right", 8, pair(PROMPT, LONG, SHORT)),
-        ("truncate-right", 6, pair(PROMPT, LONG[:2], SHORT)),
-        ("truncate-right", 5, pair(PROMPT, LONG[:1], SHORT[:1])),
-        ("truncate-left", 7, pair([BOS, 12, 13], LONG, SHORT)),
-        ("truncate-left", 6, pair([BOS, 13], LONG, SHORT)),
-        ("truncate-left", 5, pair([BOS, 13], LONG[:3], SHORT)),
-        ("truncate-left", 3, pair([BOS, 13], LONG[:1], SHORT[:1])),
+        ("truncate-right", 8, pair(PROMPT, LONG, SHORT), 0),
+        ("truncate-right", 6, pair(PROMPT, LONG[:2], SHORT), 1),
+        ("truncate-right", 5, pair(PROMPT, LONG[:1], SHORT[:1]), 2),
+        ("truncate-left", 7, pair([BOS, 12, 13], LONG, SHORT), 0),
+        ("truncate-left", 6, pair([BOS, 13], LONG, SHORT), 0),
+        ("truncate-left", 5, pair([BOS, 13], LONG[:3], SHORT), 1),
+        ("truncate-left", 3, pair([BOS, 13], LONG[:1], SHORT[:1]), 2),
     ],
 )
-def test_pairs(overlong: str, max_length: int, expected: EncodedRow):
+def test_pairs(overlong: str, max_length: int, expected: EncodedRow, ends: int):
     found, counts = fitted(pair(PROMPT, LONG, SHORT), "dpo", max_length, overlong)
     assert_equal(found, expected)
-    assert counts == ({} if max_length == 8 else {"truncated": 1})
+    assert counts == {name: count for name, count in {"truncated": int(max_length < 8), "ends": ends}.items() if count}
 
 
 def test_the_longer_answer_decides_how_much_of_the_prompt_is_cut():
@@ -86,11 +87,12 @@ def test_answers_that_truncation_makes_equal_are_dropped():
 def test_fillers_stay_at_the_ends():
     found, counts = fitted(pair(PROMPT, LONG, SHORT, head=True), "reward", 7, "truncate-right")
     assert_equal(found, pair(PROMPT, LONG[:2], SHORT, head=True))
-    assert counts == {"truncated": 1}
+    assert counts == {"truncated": 1, "ends": 1}
     text = [BOS, *range(11, 20)]
     for overlong, kept in (("truncate-right", text[:5]), ("truncate-left", [BOS, *text[-4:]])):
-        found, _ = fitted(pair([], text, head=True, branches=False), "classification", 6, overlong)
+        found, counts = fitted(pair([], text, head=True, branches=False), "classification", 6, overlong)
         assert_equal(found, pair([], kept, head=True, branches=False))
+        assert counts.get("ends", 0) == (overlong == "truncate-right")
     found, _ = fitted(pair([], text, text[:3], text[:8], head=True), "embedding", 6, "truncate-left")
     assert_equal(found, pair([], [BOS, *text[-4:]], text[:3], [BOS, *text[4:8]], head=True))
 

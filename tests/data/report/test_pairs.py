@@ -45,7 +45,7 @@ def test_a_report_of_pairs(plain_tokenizer: Tokenizer, pairs: str, tmp_path: Pat
         assert lines["tokens of prompt"] == "1% 3, 25% 3, median 3, 75% 3, 95% 3, longest 3"
         assert lines["tokens of chosen"] == "1% 2, 25% 2, median 3, 75% 4, 95% 7, longest 7"
         assert lines["tokens of rejected"] == "1% 2, 25% 2, median 3, 75% 3, 95% 5, longest 5"
-        assert lines["too long"] == "2 truncated (data.max_length 7)"
+        assert lines["too long"] == "2 truncated on the right (2 answers without the end) (data.max_length 7)"
         assert lines["dropped pairs"] == "1 identical, 1 with prompts that differ, 0 made identical by truncation"
         assert lines["longer answer"] == (
             "chosen 50.0%, rejected 25.0%, neither 25.0%; chosen is 0.8 tokens longer on average"
@@ -72,7 +72,8 @@ def test_pairs_that_truncation_empties_or_makes_equal(plain_tokenizer: Tokenizer
     report = load(plain_tokenizer, "dpo", train=write_rows(rows), max_length=5).report
     lines = dict(report_lines(report))
     assert lines["too long"] == (
-        "1 truncated, 1 dropped with no answer left, 1 dropped with equal answers left (data.max_length 5)"
+        "1 truncated on the right (1 answer without the end), 1 dropped with no answer left, 1 dropped with equal "
+        "answers left (data.max_length 5)"
     )
     assert lines["dropped pairs"].endswith("1 made identical by truncation")
 
