@@ -259,6 +259,18 @@ MENDS = [
         "tests/nn/test_model_quantization.py",
     # Tried as a new user would
     Mutation(
+        "scripts/bench/train.py",
+        '[*command, "--dtype", row.dtype()]',
+        '[*command, "--dtype", "bfloat16"]',
+        "tests/scripts/bench/test_train.py",
+    ),
+    Mutation(
+        "scripts/bench/support/interleave.py",
+        'phase(f"{name}: block {block + 1} of {blocks}")',
+        "pass",
+        "tests/scripts/bench/support/test_progress.py",
+    ),
+    Mutation(
         "qlora_jax/data/truncation.py",
         "row.supervised[span[-1] : span[-1] + 2].sum()) == 2",
         "row.supervised[span[-1] : span[-1] + 1].sum()) == 1",

@@ -20,6 +20,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format
 from qlora_jax.quant import dequantize, quantize
+from scripts.bench.support.progress import phases
 
 INITS = {
     "default": {},
@@ -41,8 +42,8 @@ def main() -> None:
     source = open_model(args.model)
     config = model_config(source.config)
     weights = weight_format(ModelArgs(path=str(args.model)), config)
-    for name, settings in INITS.items():
-        spec = LoraArgs(rank=args.rank, **settings)
+    for name in phases("initialization", INITS):
+        spec = LoraArgs(rank=args.rank, **INITS[name])
         targets = {k: t for k, t in adapted_tensors(config, spec).items() if t.row % args.every == 0}
         decomposer = WeightDecomposer(config, weights, spec, jax.random.key(0))
         errors, seconds = [], 0.0

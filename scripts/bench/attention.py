@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from scripts.bench.support.environment import OPPONENTS, ORACLE
 from scripts.bench.support.interleave import Record, WorkerGroup, block_medians, median_of, median_ratio
+from scripts.bench.support.progress import phases
 
 HEADS = {"heads": 9, "kv_heads": 3, "head_dim": 64}
 
@@ -92,7 +93,7 @@ def main() -> None:
     rows = []
     for dtype in args.dtypes:
         for batch in args.batches:
-            for length in args.lengths:
+            for length in phases(f"{dtype}, batch {batch}, length", args.lengths):
                 case = {"batch": batch, "length": length, "dtype": dtype, "window": args.window} | HEADS
                 rows.append(compare(case, args.blocks))
                 _show(rows[-1])

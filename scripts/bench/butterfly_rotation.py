@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from scripts.bench.support.progress import phases
+
 FACTORS = (1, 2, 4)
 
 
@@ -58,7 +60,7 @@ def costs(tokens: int, width: int, block: int, rank: int) -> dict[str, tuple[flo
         "OFT": cost(rotate, x, array(*blocks)),
         **{
             f"BOFT of {count}": cost(butterfly, x, array(count, *blocks), order[count], order[count])
-            for count in FACTORS
+            for count in phases("compiling factors:", FACTORS)
         },
     }
 

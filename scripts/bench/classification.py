@@ -38,6 +38,7 @@ from qlora_jax.statistics.crossed import crossed_mean
 from scripts.bench.support.classification_job import TASKS, Task, read_split, write_job
 from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, compilation_caches
 from scripts.bench.support.interleave import Record, Turns, WorkerGroup, ratio_interval
+from scripts.bench.support.progress import phase, phases
 from scripts.fetch_smollm2 import fetch_smollm2
 
 CONFIGURATIONS = {"eager": ["--compile", "none"], "compiled": ["--compile", "layers"]}
@@ -65,9 +66,9 @@ def measure(job: Path, configurations: Sequence[str], block: int, timeout_s: flo
         for name, command in commands_of(job, configurations, float32).items():
             workers.open(name, command)
         for run in described["runs"]:
+            phase(f"seed {run['seed']}: {len(run['steps'])} steps by {', '.join(workers.names)}")
             for name, record in train_and_score(workers, len(run["steps"]), block).items():
                 runs.setdefault(name, []).append(record)
-            print(f"seed {run['seed']}: {len(run['steps'])} steps by {', '.join(workers.names)}", flush=True)
         finished = {name: runs[name] for name in workers.names}
     right = np.array(described["right"])
     players = {name: summary(each, right) for name, each in finished.items()}
@@ -84,7 +85,7 @@ def first_losses_float32(workers: WorkerGroup, job: Path) -> dict[str, float]:
 def train_and_score(workers: WorkerGroup, steps: int, block: int) -> dict[str, tuple[Turns, Record]]:
     """Returns the turns of one seed, and the scoring at its end, of each worker that did not fail."""
     turns: dict[str, Turns] = {name: [] for name in workers.names}
-    for begin in range(0, steps, block):
+    for begin in phases(f"{steps} steps, block", range(0, steps, block)):
         for name in workers.names:
             turns[name].append(workers.turn(name, min(block, steps - begin)))
     scorings = {name: workers.turn(name, 1) for name in workers.names}

@@ -38,6 +38,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.data.truncation import LengthLimits, fit_lengths
 from qlora_jax.io.open_model import open_model
 from scripts.bench.support.environment import ROOT
+from scripts.bench.support.progress import phases
 from scripts.fetch_smollm2 import fetch_smollm2
 
 MAX_LENGTH = 512
@@ -120,9 +121,9 @@ def main() -> None:
             "load": lambda: load(path, tokenizer, None),
             "cached": lambda: load(path, tokenizer, cache),
         }
-        for work in ways.values():
-            work()
-        rounds = [{name: seconds(work) for name, work in ways.items()} for _ in range(args.rounds)]
+        for name in phases("warm-up:", ways):
+            ways[name]()
+        rounds = [{name: seconds(work) for name, work in ways.items()} for _ in phases("round", range(args.rounds))]
     tokens = np.mean([len(ids) for ids in tokenizer.encode_batch(texts[:1000])])
     print(f"{args.rows} rows of {args.data}, form {form.name}, {tokens:.0f} tokens per row, {args.rounds} rounds")
     print("\n".join(table(rounds, args.rows)))

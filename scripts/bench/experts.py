@@ -36,6 +36,7 @@ from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.objectives.router_losses import FILLED
 from scripts.bench.support.interleave import Record, ratio_interval
+from scripts.bench.support.progress import phase, phases
 from scripts.bench.support.real_step import random_batch
 
 WIDTHS = {
@@ -66,6 +67,7 @@ class Model:
     """A model with random weights, and its compiled gradients."""
 
     def __init__(self, config: ModelConfig, batch: tuple[int, int, int], dtype: Literal["auto", "bfloat16", "float32"]):
+        phase("compiling a model")
         weights = weight_format(ModelArgs(path="", compute_dtype=dtype), config)
         adapters = LoraArgs(rank=16, target_modules=ATTENTION)
         step = abstract_step(config, weights, adapters, batch=batch, remat="names")
@@ -87,9 +89,9 @@ class Model:
 def measure(models: dict[str, Model], batches: list[dict[str, np.ndarray]]) -> Record:
     """Returns the figures of interleaved steps, one per batch; the first of each model is not counted."""
     names = list(models)
-    for number, batch in enumerate(batches):
+    for number in phases("pair", range(len(batches))):
         for name in names if number % 2 else names[::-1]:
-            models[name].run(batch)
+            models[name].run(batches[number])
     seconds = {name: model.seconds[1:] for name, model in models.items()}
     ratios = [dense / mixture for mixture, dense in zip(seconds["mixture"], seconds["dense"], strict=True)]
     found: Record = {"speed": statistics.median(ratios), "interval": ratio_interval(ratios)}

@@ -6,6 +6,8 @@ python scripts/bench/gather_overlap.py --model llama-3-8b --card h100 --cards 8 
 import argparse
 import os
 
+from scripts.bench.support.progress import phase
+
 GIB = 2**30
 
 
@@ -45,6 +47,7 @@ def report(args: argparse.Namespace) -> None:
     program = step.gradients()
     options = step.compiler_options | dict(option.split("=", 1) for option in args.option)
     options = {name: value for name, value in options.items() if value}
+    phase(f"compiling the step for {args.cards} cards")
     compiled = aot.compile_for(args.card, program.function, *program.args, **program.kwargs, compiler_options=options)
     gathers = read_gathers(compiled.text)
     for name, backward in (("forward", False), ("backward", True)):

@@ -42,6 +42,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import quantize
 from scripts.bench.plan_memory import reset_peak, resident
+from scripts.bench.support.progress import phase, phases
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CHUNK = 1 << 24  # bytes read in one go
@@ -51,6 +52,7 @@ WORK = ("read", "quantize", "load")
 def make(folder: Path, name: str, layers: int | None) -> None:
     """Writes the checkpoint, with one tensor in memory at a time."""
     config = {**PUBLISHED[name]} | ({} if layers is None else {"num_hidden_layers": layers})
+    phase("writing the checkpoint")
     features = model_config(config)
     weights = WeightFormat(quant_type=None, dtype=BF16.name)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
@@ -136,8 +138,8 @@ def run_in_process(work: str, folder: Path) -> dict[str, float]:
 
 def measured(folder: Path, blocks: int) -> Iterator[dict[str, dict[str, float]]]:
     """Yields the results of each block."""
-    for _ in range(blocks):
-        yield {work: run_in_process(work, folder) for work in WORK}
+    for _ in phases("block", range(blocks)):
+        yield {work: run_in_process(work, folder) for work in phases("measuring", WORK)}
 
 
 def summary(folder: Path, records: list[dict[str, dict[str, float]]]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.metadata import JsonObject
+from scripts.bench.support.progress import phases
 from scripts.fetch_smollm2 import fetch_smollm2
 
 MIN_ANSWER = 16  # tokens; samples of fewer are hardly answers
@@ -99,7 +100,7 @@ def make_pairs(path: str, questions: Sequence[Question], rows: int, share: float
     lengths = [_lengths(tokenizer, question) for question in questions]
     order = range(len(questions)) if share is None else nearest_to_share(lengths, share)
     made = 0
-    for index in order:
+    for index in phases("question", order):
         if made == rows:
             return
         question, limit = questions[index], most if share is None else sample_length(*lengths[index], share)

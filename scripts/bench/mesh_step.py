@@ -28,6 +28,7 @@ from qlora_jax.sharding import make_mesh
 from qlora_jax.training.run_mesh import place_batch
 from qlora_jax.training.step import gradients
 from scripts.bench.support.interleave import ratio_interval
+from scripts.bench.support.progress import phases
 from scripts.bench.support.real_step import load_step, random_batch
 from scripts.fetch_smollm2 import fetch_smollm2
 
@@ -63,7 +64,7 @@ def main() -> None:
     for call in (without, with_mesh) * 2:  # compiles, then warms up
         seconds(call)
     times: dict[Callable[[], object], list[float]] = {without: [], with_mesh: []}
-    for pair in range(args.pairs):
+    for pair in phases("pair", range(args.pairs)):
         for call in (without, with_mesh) if pair % 2 else (with_mesh, without):
             times[call].append(seconds(call))
     ratios = [b / a for a, b in zip(times[without], times[with_mesh], strict=True)]

@@ -30,6 +30,7 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.training.abstract_step import AbstractStep, abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
+from scripts.bench.support.progress import phase, phases
 from scripts.bench.support.real_step import LoadedStep, load_step
 from scripts.fetch_smollm2 import fetch_smollm2
 
@@ -118,8 +119,8 @@ def main() -> None:
     batch = (1, args.rows, args.max_length)
     loaded = load_step(path, rank=16, compute_dtype="auto", batch=batch, remat="names")
     methods = {}
-    for name, settings in METHODS.items():
-        data = DataArgs(train=args.data, max_length=args.max_length, **settings)
+    for name in phases("method", METHODS):
+        data = DataArgs(train=args.data, max_length=args.max_length, **METHODS[name])
         dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=args.rows, accumulation=1)
         gradients = CompiledGradients(abstract(loaded, batch, packed=dataset.packed))
         batches = dataset.train_batches()
@@ -127,6 +128,7 @@ def main() -> None:
         for _ in range(4):
             methods[name].step(loaded)
         methods[name] = dataclasses.replace(methods[name], tokens=0, seconds=0.0, waited=0.0, positions=0)
+    phase(f"measuring for {len(methods) * args.seconds:g} s or more")
     for method in itertools.cycle(methods.values()):
         method.step(loaded)
         if min(each.seconds for each in methods.values()) > args.seconds:

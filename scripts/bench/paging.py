@@ -37,6 +37,7 @@ from qlora_jax.optim.page_pool import Memory, Transfers
 from qlora_jax.optim.pager import PagedUpdate, paged_init
 from qlora_jax.training.optimizer_state import make_state_manager
 from qlora_jax.training.step import update
+from scripts.bench.support.progress import phases
 from scripts.bench.support.random_model import make_random_model
 from scripts.bench.support.real_step import LoadedStep, load_step, random_batch
 from scripts.fetch_smollm2 import fetch_smollm2
@@ -109,7 +110,7 @@ def measure(
       SystemExit: parameters differ.
     """
     names, records = list(updates), []
-    for turn in range(rounds + 2):
+    for turn in phases("round", range(rounds + 2)):
         lora = jax.tree.map(jnp.copy, loaded.parts.lora)  # the updates change their copies
         took, (grads, _) = timed(functools.partial(loaded.gradients, loaded.parts.with_lora(lora), batch, None))
         record, results = {"gradients": took}, {}

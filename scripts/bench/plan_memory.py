@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from qlora_jax import runtime
+from scripts.bench.support.progress import phases
 from scripts.bench.support.real_step import load_step, random_batch
 from scripts.bench.workers.train_step import step
 
@@ -58,7 +59,7 @@ def main() -> None:
     record("loaded")
     reset_peak()
     rng = np.random.default_rng(0)
-    for _ in range(STEPS):
+    for _ in phases("step", range(STEPS)):
         loaded, _ = step(loaded, random_batch(rng, loaded.config.vocab_size, 1, args.seq))
     measured["peak"] = resident("VmHWM")
     print(json.dumps(measured | {"growth": measured["peak"] - measured["compiled"]}))

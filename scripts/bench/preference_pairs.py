@@ -12,7 +12,6 @@ with its 95 % interval. `efficiency` is the ratio of times over the ratio of com
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -46,6 +45,7 @@ from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.step import gradients
 from scripts.bench.support.interleave import Record, ratio_interval
+from scripts.bench.support.progress import phases
 from scripts.fetch_smollm2 import fetch_smollm2
 
 
@@ -167,12 +167,12 @@ def main() -> None:
         "packed": packed_batches(pairs, max(pack_length(args.max_length), pack_length(longest + 1)), pad_id),
     }
     parts = load_parts(path)
-    for batches in methods.values():  # compiles
-        time_pass(parts, batches)
+    for name in phases("compiling", methods):
+        time_pass(parts, methods[name])
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
-    for turn, (name, batches) in itertools.product(range(args.turns), methods.items()):
-        times[name].append(time_pass(parts, batches))
-        print(f"turn {turn + 1}: {name} {times[name][-1][0]:.1f} s", flush=True)
+    for _ in phases("turn", range(args.turns)):
+        for name in phases("measuring", methods):
+            times[name].append(time_pass(parts, methods[name]))
     padded = positions(methods["padded"])
     print(f"{len(pairs)} pairs; prompts are {prompt_share(pairs):.0%} of the tokens of padded pairs")
     rows = {}

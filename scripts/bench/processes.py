@@ -37,6 +37,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.sharding import make_mesh
 from scripts.bench.load import drop_from_cache, make
 from scripts.bench.plan_memory import reset_peak, resident
+from scripts.bench.support.progress import phases
 
 DEVICES = 4  # in all processes together
 MIB = 2**20
@@ -127,7 +128,7 @@ def main() -> None:
         folder = Path(parent) / "model"
         folder.mkdir()
         make(folder, args.model, args.layers)
-        for processes in args.processes:
+        for processes in phases("processes:", args.processes):
             print(line(processes, measure(folder, processes)), flush=True)
 
 

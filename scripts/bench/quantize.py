@@ -137,9 +137,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve()
+    from scripts.bench.support.progress import phases  # the opponent's process cannot import it
+
     os.environ["JAX_PLATFORMS"] = "cpu"
     opponent = Opponent(args.opponent_python)
-    rows = [row for shape in args.shapes for row in compare(shape, opponent, args.repeats)]
+    rows = [row for shape in phases("shape", args.shapes) for row in compare(shape, opponent, args.repeats)]
     print_table(rows)
     print(json.dumps({"benchmark": "quantize", "cores": os.cpu_count(), "repeats": args.repeats, "rows": rows}))
 

@@ -5,13 +5,13 @@
 Both train LoRA on all linear layers of the same model in NF4 with double quantization, on rows of random tokens. For
 each row of the table each program starts twice, alone: with an empty compilation cache ("cold"), then with the cache of
 the first start ("warm"). The processes of the second start take turns of a block of steps; the first step of a block
-does not count. Two processes that time bf16 matrix products, in jax and in torch, take turns too. All figures are
-medians:
+does not count. Two processes that time matrix products of the row's dtype, in jax and in torch, take turns too. All
+figures are medians:
 
   speed   their seconds per step / ours, over neighbouring blocks
   memory  peak resident memory of the process, ours / theirs; the worse of the cold and the warm start
   first   seconds from the start of the process to the end of its first step
-  share   of the faster library's bf16 product rate: FLOP of a step by formula (train_rows.py) / its time / that rate
+  share   of the faster library's product rate: FLOP of a step by formula (train_rows.py) / its time / that rate
 
 In rows ending in -ckpt the opponent uses gradient checkpointing and ours `train.remat: full`; otherwise the opponent
 uses none and ours the default, `names`. If a row has several configurations of the opponent, the fastest counts. It
@@ -27,15 +27,14 @@ from pathlib import Path
 
 from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, ROOT, compilation_caches
 from scripts.bench.support.interleave import Record, Turns, WorkerGroup, block_medians, median_of, median_ratio
+from scripts.bench.support.progress import phases
 from scripts.bench.support.random_model import make_random_model
 from scripts.bench.support.train_rows import ROWS, Row
 from scripts.fetch_smollm2 import fetch_smollm2
 
 GEMM_RATE = str(ROOT / "scripts/bench/workers/gemm_rate.py")
-PRODUCTS = {
-    "gemm jax": [sys.executable, GEMM_RATE, "--library", "jax"],
-    "gemm torch": [ORACLE, GEMM_RATE, "--library", "torch"],
-}
+PRODUCTS = {"gemm jax": [sys.executable, GEMM_RATE, "--library", "jax"]}
+PRODUCTS["gemm torch"] = [ORACLE, GEMM_RATE, "--library", "torch"]
 MODELS = {"smollm2": fetch_smollm2, "qwen2-0.5b": lambda: make_random_model("qwen2-0.5b")}
 
 
@@ -58,7 +57,7 @@ def measure(row: Row, blocks: int, steps: int, warm_only: bool, timeout_s: float
         alive = [name for name in commands if name not in workers.failures]
         warm = {name: workers.start(name, commands[name], steps) for name in alive}
         for name, command in PRODUCTS.items():
-            workers.start(name, command)
+            workers.start(name, [*command, "--dtype", row.dtype()])
         turns = workers.run(blocks)
     players = {n: summary(row, turns, n, cold.get(n), warm[n]) for n in commands if n in turns}
     return {"flop": row.flops(), "players": players, **verdict(turns, players), "failures": workers.failures}
@@ -146,7 +145,7 @@ def main() -> None:
         print("\n".join(f"{name:<14}{row.describe()}" for name, row in ROWS.items()))
         return
     results = {}
-    for name in args.rows:
+    for name in phases("row", args.rows):
         try:
             blocks, steps = (1, 1) if args.quick else (args.blocks, ROWS[name].steps)
             results[name] = measure(ROWS[name], blocks, steps, args.warm or args.quick, args.timeout)

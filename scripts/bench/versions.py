@@ -22,6 +22,7 @@ from pathlib import Path
 
 from scripts.bench.support.environment import ROOT
 from scripts.bench.support.interleave import Record, WorkerGroup, ratio_interval
+from scripts.bench.support.progress import phase, phases
 from scripts.bench.workers.file_jobs import JOBS
 from scripts.fetch_smollm2 import fetch_smollm2
 
@@ -152,10 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if not (folder / "hf").exists():
+            phase("writing the files of the jobs")
             prepare(folder, args.before)
         print(f"{'job':18}   before    after    seconds, after / before          before    after    processor seconds")
         results = {}
-        for job in args.jobs:
+        for job in phases("job", args.jobs):
             results[job] = samples = measure(job, args.before.resolve(), folder, args.pairs)
             print(line(job, samples), flush=True)
     print(json.dumps({job: {field: ratio(samples, field) for field in FIELDS} for job, samples in results.items()}))

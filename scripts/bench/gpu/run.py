@@ -31,6 +31,7 @@ from pallas_kernels.nf4_matmul.mosaic import installation
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 from scripts.bench.gpu import tables
 from scripts.bench.gpu.matmuls import Bench, Record, measure
+from scripts.bench.support.progress import phase, phases
 
 STEP_TIMEOUT_S = 120
 UNFILTERED = {"JAX_TRACEBACK_FILTERING": "off"}  # otherwise the last lines of an error do not show its cause
@@ -44,7 +45,7 @@ SHARE = 10  # weights may take 1 / SHARE of a card's memory, and so may results
 def run_steps(rehearse: bool) -> list[Record]:
     """Returns one record per remat policy: its step, or its failure."""
     records = []
-    for remat in POLICIES:
+    for remat in phases("training steps, remat", POLICIES):
         command = [sys.executable, "-m", "scripts.bench.gpu.train_step", "--remat", remat]
         command += ["--rehearse"] if rehearse else []
         try:
@@ -125,6 +126,7 @@ def main() -> int:
         if time.perf_counter() - began > args.seconds:
             result["left out"].append(f"{shape.name} M={m}")
         else:
+            phase(f"product {shape.name} of {m} rows")
             result["products"].append(measure(bench_of(device, card, args.rehearse), shape, m))
             print("\n".join(tables.product_line(result["products"][-1])), flush=True)
         _write(args.output, result)

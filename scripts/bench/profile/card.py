@@ -19,6 +19,7 @@ from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
 from scripts.bench.profile.parts import direction_of, part_of, short, without_layout
 from scripts.bench.profile.tables import Row, number, table
+from scripts.bench.support.progress import phase
 
 GIB, MIB = 2**30, 2**20
 ALL = 1 << 30  # temporary buffers
@@ -120,6 +121,7 @@ def bytes_on(args: argparse.Namespace, console: Console) -> Row:
         raise SystemExit(f"--card: cannot compile for a card that is absent: {problem}")
     step, counted = step_for(args)
     programs = {"gradients": step.gradients(), "optimizer": step.update()}
+    phase(f"compiling for {args.card}")
     made = {name: aot.compile_for(args.card, p.function, *p.args, **p.kwargs) for name, p in programs.items()}
     found = {
         "memory": [row for name, compiled in made.items() for row in memory_rows(name, compiled)],

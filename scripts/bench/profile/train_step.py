@@ -54,6 +54,7 @@ from scripts.bench.profile.parts import (
     short,
 )
 from scripts.bench.profile.tables import Row, show_times
+from scripts.bench.support.progress import phase
 from scripts.bench.support.real_step import load_step, random_batch
 from scripts.fetch_smollm2 import fetch_smollm2
 
@@ -131,6 +132,7 @@ def events_of(profile: "jax.profiler.ProfileData") -> Iterator[Event]:  # pyrigh
 
 def profile(run: Run, steps: int) -> Row:
     """Returns wall-clock milliseconds, and the operations as `rows`."""
+    phase(f"taking {2 * steps + 1} steps")
     run.step()  # includes one-time set-up
     plain = [run.step() for _ in range(steps)]
     seen = [traced(run.step) for _ in range(steps)]

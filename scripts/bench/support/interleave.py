@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.metadata import JsonObject
+from scripts.bench.support.progress import phase
 
 Record = JsonObject  # one measurement of a benchmark
 Turns = list[list[Record]]  # per turn of a worker, the records that count
@@ -124,6 +125,7 @@ class WorkerGroup:
         Args:
           counted: units of work per turn that count.
         """
+        phase(f"{name}: starts")
         self.open(name, command)
         self._counted[name] = counted
         records = self.turn(name, 1) if name in self._workers else []
@@ -157,8 +159,9 @@ class WorkerGroup:
         Each turn starts with one unit that does not count: the first after a pause takes longer, which no user sees.
         """
         turns: dict[str, Turns] = {name: [] for name in self._workers}
-        for _ in range(blocks):
+        for block in range(blocks):
             for name in self.names:
+                phase(f"{name}: block {block + 1} of {blocks}")
                 turns[name].append(self.turn(name, 1 + self._counted[name])[1:])
         return {name: turns[name] for name in self._workers}
 

@@ -20,6 +20,7 @@ from qlora_jax.models.precision import weight_format
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
+from scripts.bench.support.progress import phase
 
 
 class LoadedStep(NamedTuple):
@@ -51,6 +52,7 @@ def load_step(
       quant_type: as `model.quant_type`.
       compiled: called after compiling, before loading.
     """
+    phase("compiling the step")
     source = open_model(path)
     config, adapters = model_config(source.config), LoraArgs(rank=rank)
     asked = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype, quant_type=quant_type), config)
@@ -58,6 +60,7 @@ def load_step(
     gradients = CompiledGradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
     gradients.compiled(batch)
     compiled()
+    phase("loading the model")
     model = load_model(source, config, weights).model
     add_lora(model, adapters, jax.random.key(0))
     parts = partition(model)

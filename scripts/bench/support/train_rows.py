@@ -85,14 +85,17 @@ class Row:
         """Returns the FLOP of one step."""
         return training_flops(SHAPES[self.model], self.batch, self.seq, self.rank)
 
+    def dtype(self) -> str:
+        """Returns the dtype of the products."""
+        return "float32" if self.f32 else "bfloat16"
+
     def remat(self) -> str:
         """Returns our setting `train.remat`."""
         return "full" if self.checkpointing else "names"
 
     def our_arguments(self, model_path: str) -> list[str]:
         """Returns arguments of workers/train_step.py."""
-        dtype = "float32" if self.f32 else "bfloat16"
-        return [*self._shared(model_path), "--remat", self.remat(), "--compute_dtype", dtype]
+        return [*self._shared(model_path), "--remat", self.remat(), "--compute_dtype", self.dtype()]
 
     def their_arguments(self, model_path: str, configuration: Iterable[str]) -> list[str]:
         """Returns arguments of opponents/torch_qlora_cpu.py."""

@@ -1,6 +1,6 @@
-"""Measures the rate of bf16 matrix products on this machine, the upper bound of training speed.
+"""Measures the rate of matrix products on this machine, the upper bound of training speed.
 
-    python scripts/bench/workers/gemm_rate.py --library jax      # or torch, in the oracle's Python
+    python scripts/bench/workers/gemm_rate.py --library jax --dtype bfloat16      # or torch, in the oracle's Python
 
 For each line on standard input it times each shape several times, and prints one line of JSON with the best rates in
 GFLOP/s. It runs in both Python environments, so it imports nothing of the project.
@@ -18,21 +18,21 @@ REPEATS = 7
 Product = Callable[[], object]
 
 
-def jax_product(m: int, k: int, n: int) -> Product:
+def jax_product(m: int, k: int, n: int, dtype: str) -> Product:
     """Returns a blocking product of constant operands."""
     import jax
     import jax.numpy as jnp
 
-    a, b = jnp.full((m, k), 0.5, jnp.bfloat16), jnp.full((k, n), 0.25, jnp.bfloat16)
+    a, b = jnp.full((m, k), 0.5, dtype), jnp.full((k, n), 0.25, dtype)
     product = jax.jit(jnp.matmul)
     return lambda: product(a, b).block_until_ready()
 
 
-def torch_product(m: int, k: int, n: int) -> Product:
+def torch_product(m: int, k: int, n: int, dtype: str) -> Product:
     """Returns the same product in torch."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    a, b = torch.full((m, k), 0.5, dtype=torch.bfloat16), torch.full((k, n), 0.25, dtype=torch.bfloat16)
+    a, b = (torch.full(size, 0.5, dtype=getattr(torch, dtype)) for size in ((m, k), (k, n)))
     return lambda: a @ b
 
 
@@ -50,7 +50,9 @@ def main() -> None:
     """Measures once per input line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, required=True)
-    products = {shape: LIBRARIES[parser.parse_args().library](*shape) for shape in SHAPES}
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True)
+    args = parser.parse_args()
+    products = {shape: LIBRARIES[args.library](*shape, args.dtype) for shape in SHAPES}
     for product in products.values():
         product()  # compiles or selects a kernel
     for _ in sys.stdin:

@@ -1,8 +1,13 @@
 """The training benchmark: figures from records."""
 
+from typing import ClassVar
+
+import numpy as np
 import pytest
 
 from scripts.bench import train as bench
+from scripts.bench.support.interleave import WorkerGroup
+from scripts.bench.workers import gemm_rate
 
 
 def turns_of(field: str, *blocks: float, peak: float = 0.0):
@@ -31,6 +36,23 @@ def test_figures_of_a_row():
     assert players["ours"]["warm"] == {"first_step_s": 9, "peak_rss_mib": 500}
     verdict = bench.verdict(turns, players)
     assert (verdict["opponent"], verdict["speed"], verdict["memory"]) == ("faster", 1.5, 0.6)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("f32", "float32"), ("b1-r16", "bfloat16")])
+def test_the_product_rate_is_that_of_the_dtype_of_the_row(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str):
+    class Recorder(WorkerGroup):
+        commands: ClassVar[list[list[str]]] = []
+
+        def start(self, name: str, command: list[str], counted: int = 1) -> None:
+            self.commands.append(command)
+
+    monkeypatch.setattr(bench, "WorkerGroup", Recorder)
+    monkeypatch.setattr(bench, "commands_of", lambda row: {})
+    assert bench.measure(bench.ROWS[name], 1, 1, True, 1.0)["speed"] is None
+    assert [command[-4:] for command in Recorder.commands] == [
+        ["--library", library, "--dtype", dtype] for library in ("jax", "torch")
+    ]
+    assert np.asarray(gemm_rate.jax_product(2, 3, 4, dtype)()).dtype == dtype
 
 
 def test_an_opponent_that_failed_leaves_no_ratio(capsys):
