@@ -8,11 +8,17 @@ characters may occur, patterns are translated (`last_match`).
 import functools
 import re
 import warnings
+from collections.abc import Iterable, Mapping
+from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
 from typing import cast
 
 import re2
 
 MAX_LENGTH = 2000  # characters of a pattern
+# Instructions of RE2's programs for all patterns of a file; compiling and matching so many takes a second or two.
+MOST_INSTRUCTIONS = 2_000_000
+_SHOWN = 60  # characters of a pattern
+MOST_PROBLEMS = 20  # that a message lists; RE2 tries for a tenth of a second before it refuses a large pattern
 # Parts of RE2's messages, and the names of what RE2 does not have.
 _UNSUPPORTED = {
     "(?=": "a lookahead",
@@ -48,6 +54,28 @@ def pattern_problems(pattern: str) -> list[str]:
     except PatternError as error:
         return [str(error)]
     return []
+
+
+def file_pattern_problems(patterns: Mapping[str, Iterable[str]]) -> list[str]:
+    """Returns the problems of all patterns of a file, up to MOST_PROBLEMS, or until their programs are too large.
+
+    Args:
+      patterns: by the setting that has them.
+    """
+    problems, size = [], 0
+    for setting, pattern in ((setting, pattern) for setting, given in patterns.items() for pattern in given):
+        try:
+            size += _compiled(pattern).programsize
+        except PatternError as error:
+            problems.append(f"{setting}: {pattern[:_SHOWN]!r}: {error}")
+        if size > MOST_INSTRUCTIONS:
+            problems.append(
+                f"{setting}: the file's patterns are too large (found more than {MOST_INSTRUCTIONS:,} instructions of "
+                f"RE2 up to {pattern[:_SHOWN]!r}). Write fewer repetitions"
+            )
+        if size > MOST_INSTRUCTIONS or len(problems) == MOST_PROBLEMS:
+            break
+    return problems
 
 
 def matches_whole(pattern: str, name: str) -> bool:
@@ -139,12 +167,15 @@ def _compiled(pattern: str):
 
 
 def _check(pattern: str) -> None:
-    """Raises PatternError if `re` refuses a pattern, or RE2 would read it in another way."""
+    """Raises PatternError if `re` refuses a pattern, or RE2 would read it in another way.
+
+    `re` only parses it: to compile a class over all of Unicode takes `re` milliseconds, and a pattern has hundreds.
+    """
     if len(pattern) > MAX_LENGTH:
         raise PatternError(f"too long for a pattern (found {len(pattern)} characters, expected at most {MAX_LENGTH})")
     try:
         with warnings.catch_warnings(action="ignore"):
-            re.compile(pattern)
+            _parser.parse(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise PatternError(f"not a regular expression: {error}. Escape special characters with \\") from None
     if found := [name for part, name in _AMBIGUOUS.items() if part in pattern]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.regex import (
     PatternError,
+    file_pattern_problems,
     last_match,
     matches_end,
     matches_whole,
@@ -167,3 +168,24 @@ def test_patterns_that_are_refused_by_name(pattern: str, message: str, capfd: py
     assert len(pattern_problems(pattern)) == 1 and not pattern_problems("q")
     assert time.process_time() - start < 1
     assert capfd.readouterr() == ("", "")  # RE2 logs to standard error unless it is asked not to
+
+
+WIDE = "(?i)" + "[\u0100-\U0010ffff]" * 390  # Python's compiler takes two seconds for it
+
+
+def test_a_pattern_is_not_compiled_by_python(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(re, "compile", pytest.fail)
+    assert not pattern_problems(WIDE) and not matches_whole(WIDE, "q")
+
+
+def test_the_patterns_of_a_file_share_a_budget():
+    large = ["[a-z]{1000}" * 100 + str(number) for number in range(30)]
+    (problem,) = file_pattern_problems({"rank_pattern": ["q_proj"], "alpha_pattern": large})
+    assert problem.startswith("alpha_pattern: the file's patterns are too large (found more than 2,000,000")
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2_000)]
+    assert not file_pattern_problems({"rank_pattern": names})
+
+
+def test_a_message_lists_the_first_of_many_broken_patterns():
+    problems = file_pattern_problems({"rank_pattern": [f"({number}" for number in range(10_000)]})
+    assert len(problems) == 20 and problems[0].startswith("rank_pattern: '(0': not a regular expression: missing )")

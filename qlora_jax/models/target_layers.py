@@ -10,7 +10,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.regex import matches_end, matches_whole, pattern_problems
+from qlora_jax.regex import file_pattern_problems, matches_end, matches_whole, pattern_problems
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # Methods whose adapters may be on some layers of a stack.
@@ -142,6 +142,8 @@ def values_by_pattern[Value](
     Raises:
       ValueError: a pattern that matches nothing, or only some of a projection's adapters.
     """
+    if problems := file_pattern_problems({f"lora.{what}": patterns}):
+        raise ValueError("\n".join(problems))
     values: dict[str, Value] = {}
     for pattern, value in patterns.items():
         for name in whole_stacks(what, pattern, matches_end, layers_of):

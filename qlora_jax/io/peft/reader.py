@@ -29,7 +29,7 @@ from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.add_adapters import oft_blocks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.adapters.vera import Projections
-from qlora_jax.regex import pattern_problems
+from qlora_jax.regex import file_pattern_problems
 
 CONFIG, PICKLE = "adapter_config.json", "adapter_model.bin"
 # Settings that do not change the computation; the tensors show which modules are targets.
@@ -281,7 +281,7 @@ def _check_settings(folder: Path, config: AdapterConfig, model: ModelConfig) -> 
         if name not in known and value not in (None, False, {}, [])
     ]
     problems += setting_problems(config, without_lm_head(config, model), head_modules(config))
-    problems += _pattern_problems(config)
+    problems += file_pattern_problems({name: config.get(name) or () for name in ("rank_pattern", "alpha_pattern")})
     if problems:
         raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))
 
@@ -301,13 +301,3 @@ def _oft_problems(config: AdapterConfig) -> list[str]:
             "Train the adapter again"
         )
     return problems
-
-
-def _pattern_problems(config: AdapterConfig) -> list[str]:
-    patterns = {"rank_pattern": config.get("rank_pattern"), "alpha_pattern": config.get("alpha_pattern")}
-    return [
-        f"{name}: {shorten(pattern)}: {problem}"
-        for name, values in patterns.items()
-        for pattern in values or ()
-        for problem in pattern_problems(pattern)
-    ]
