@@ -12,6 +12,7 @@ from qlora_jax.atomic_files import write_text
 from qlora_jax.config.parse import ConfigError, from_dict, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
+from qlora_jax.metadata import shorten
 
 MAX_DEPTH = 100  # levels of mappings and lists
 MAX_NODES = 20_000
@@ -23,7 +24,23 @@ _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.SafeLoader with 2e-4 as a number, and `on`, `off` and dates as text."""
+    """yaml.SafeLoader with 2e-4 as a number, `on`, `off` and dates as text, and one type of error."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        """Returns the value of a node; the library converts texts like `!!int ''` or `!!bool x` without a look."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError) as error:
+            reason = f": {error}" if isinstance(error, ValueError) else ""
+            kind = node.tag.rpartition(":")[2]
+            raise _error(node.start_mark, f"found {shorten(node.value)}, expected {kind}{reason}") from None
+
+    def fetch_more_tokens(self) -> None:
+        """Reads on; the library converts escapes like `"\\U00110000"` and versions without a look."""
+        try:
+            super().fetch_more_tokens()
+        except ValueError as error:
+            raise _error(self.get_mark(), str(error)) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -80,10 +97,6 @@ def _parse(text: str) -> tuple[yaml.Node | None, object]:
     try:
         node = loader.get_single_node()
         return node, None if node is None else loader.construct_document(node)
-    except yaml.YAMLError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
 
@@ -96,7 +109,7 @@ def _check_size(text: str) -> None:
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in (anchor for anchor, _ in opened):
-                raise _error(event, f"alias *{event.anchor} is part of what it stands for")
+                raise _error(event.start_mark, f"alias *{event.anchor} is part of what it stands for")
             nodes += sizes.get(event.anchor, 1)  # the parser reports an undefined one
         elif isinstance(event, yaml.ScalarEvent):
             nodes += 1
@@ -108,13 +121,13 @@ def _check_size(text: str) -> None:
             anchor, before = opened.pop()
             sizes |= {anchor: nodes - before} if anchor else {}
         if len(opened) > MAX_DEPTH:
-            raise _error(event, f"nested too deeply (found more than {MAX_DEPTH} levels)")
+            raise _error(event.start_mark, f"nested too deeply (found more than {MAX_DEPTH} levels)")
         if nodes > MAX_NODES:
-            raise _error(event, f"too large (found more than {MAX_NODES} values, those of aliases included)")
+            raise _error(event.start_mark, f"too large (found more than {MAX_NODES} values, those of aliases included)")
 
 
-def _error(event: yaml.Event, problem: str) -> yaml.YAMLError:
-    return yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
+def _error(mark: yaml.Mark, problem: str) -> yaml.YAMLError:
+    return yaml.YAMLError(f"line {mark.line + 1}: {problem}")
 
 
 def one_line_yaml(value: object) -> str:

@@ -164,7 +164,16 @@ REFUSED = {
     "indented": ("\n".join(" " * n + "a:" for n in range(1000)), "line 101: nested too deeply"),
     "dashes": ("- " * 100_000, "line 1: nested too deeply"),
     "undefined": ("a: *b", "found undefined alias"),
-    "digits": (f"a: {'9' * 5000}", "Exceeds the limit"),
+    "digits": (f"a: {'9' * 5000}", "line 1: found '999.*expected int: Exceeds the limit"),
+    "empty int": ("a: 1\nb: !!int ''", "line 2: found '', expected int$"),
+    "empty float": ("a: !!float ''", "line 1: found '', expected float$"),
+    "no bool": ("a: {b: [1, !!bool maybe]}", "line 1: found 'maybe', expected bool$"),
+    "no date": ("a: !!timestamp x", "line 1: found 'x', expected timestamp$"),
+    "a day 99": ("a: !!timestamp 2024-99-99", "line 1: found '2024-99-99', expected timestamp: month must be"),
+    "base 60": (f"\na: {'1:' * 200}1.5", "line 2: found '1:1.*expected float$"),
+    "a tag on a list": ("a: !!bool [x]", "expected a scalar node"),
+    "no character": ('a: 1\nb: "\\U00110000"', "line 2: .*not in range"),
+    "version": (f"%YAML 1.{'9' * 5000}\n---\na: 1", "line 1: Exceeds the limit"),
     "values": ("a: [" + "1, " * 30_000 + "]", "too large"),
 }
 
