@@ -5,6 +5,12 @@ from tests.mutation import Mutation
 MENDS = [
     # Damage that was silent
     Mutation(
+        "qlora_jax/data/readers/json_rows.py",
+        "if len(found) < len(pairs):",
+        "if False:",
+        "tests/data/readers/test_json_rows.py",
+    ),
+    Mutation(
         "qlora_jax/io/run_folder/checkpoint_reader.py",
         "if differences := changes(found, expected or {}):",
         "if differences := changes({}, {}):",
@@ -156,7 +162,23 @@ MENDS = [
         "if False:",
         "tests/data/readers/test_gzip_file.py tests/data/readers/test_files.py",
     ),
+    Mutation(
+        "qlora_jax/data/readers/gzip_file.py",
+        "if members > max(MAX_MEMBERS, size // MIN_MEMBER):",
+        "if False:",
+        "tests/data/readers/test_gzip_file.py",
+    ),
+    Mutation("qlora_jax/regex.py", "_parser.parse(pattern)", "re.compile(pattern)", "tests/test_regex.py"),
+    Mutation(
+        "qlora_jax/regex.py", "size += _compiled(pattern).programsize", "_compiled(pattern)", "tests/test_regex.py"
+    ),
     # Errors instead of tracebacks and crashes
+    Mutation(
+        "qlora_jax/config/yaml_files.py",
+        "(ValueError, LookupError, AttributeError, OverflowError)",
+        "ValueError",
+        "tests/config/test_yaml_files.py",
+    ),
     Mutation("qlora_jax/metadata.py", "if _depth(structure) > MAX_DEPTH:", "if False:", "tests/test_metadata.py"),
     Mutation(
         "qlora_jax/data/readers/parquet_rows.py",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_lines_have_the_values_of_json_whatever_surrounds_them(elements: list, e
         ('\ufeff{"a": 1}', "not JSON: Unexpected UTF-8 BOM"),
         ('{"a": }', "not JSON: Expecting value at column 7"),
         ("9" * 5000, "can't be read: Exceeds the limit"),
+        ('{"a": 1, "b": 2, "b": 3}', 'can\'t be read: an object has the key "b" twice; remove one of them'),
+        ('{"a": [{"c": 1, "c": 1}]} ', 'can\'t be read: an object has the key "c" twice'),
     ],
 )
 def test_a_wrong_line_has_the_problem_that_json_names(line: str, problem: str):
@@ -82,6 +85,18 @@ def test_a_line_or_an_array_that_is_cut_anywhere_ends_too_early(end: str):
         _, (line, found) = json_array(io.StringIO(f"[1,\n{WHOLE[:length]}", newline="\n"))
         assert line == 2 and isinstance(found, BadValue)
         assert found.problem == f"not JSON: the array ends too early at column {length + 1}; reading stops there"
+
+
+def test_a_repeated_key_is_an_error_with_file_and_line(tmp_path: Path):
+    path = tmp_path / "rows.json"
+    for text, more in (
+        ('{"a": 1}\n{"a": 2, "a": 3}\n', ""),
+        ('[{"a": 1},\n{"a": 2, "a": 3}]', "; reading stops there"),
+    ):
+        path.write_text(text)
+        message = f'{path}:2: can\'t be read: an object has the key "a" twice; remove one of them{more}'
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_rows(path)
 
 
 def test_an_array_is_read_as_its_rows_are_used():
