@@ -35,7 +35,25 @@ MENDS = [
         "is None:",
         "tests/inference/test_result_cache.py",
     ),
+    Mutation(
+        "qlora_jax/io/pretrained.py",
+        "if chat_template is None and run.template_digest not in",
+        "if False and run.template_digest not in",
+        "tests/e2e/test_template_date.py",
+    ),
     # Damaged checkpoints, and two processes
+    Mutation(
+        "qlora_jax/io/run_folder/checkpoint.py",
+        "if found in (left := saved_steps(path)):",
+        "if left := saved_steps(path):",
+        "tests/io/run_folder/test_checkpoint_reader.py",
+    ),
+    Mutation(
+        "qlora_jax/io/run_folder/checkpoint.py",
+        "            todelete_subdir=REMOVED,\n",
+        "",
+        "tests/io/run_folder/test_checkpoint.py",
+    ),
     Mutation(
         "qlora_jax/io/run_folder/checkpoint.py",
         "if len(damage) > 1:",

@@ -29,6 +29,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_model_of, is_adapter, read_adapter
 from qlora_jax.io.peft.start_adapter import check_shapes, read_start_adapter, starting_parameters
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Run, open_run
+from qlora_jax.io.run_folder.digests import json_digest
 from qlora_jax.io.run_folder.start_parameters import FILE, start_digest
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -121,7 +122,13 @@ def open_finetuned(
     run = open_run(Path(folder), step)
     source = open_model(run.model.path if base is None else base)
     variables = run.chat_template_kwargs if chat_template_kwargs is None else chat_template_kwargs
-    return _opened(source, run.model, run, chat_template or run.chat_template, variables)
+    opened = _opened(source, run.model, run, chat_template or run.chat_template, variables)
+    if chat_template is None and run.template_digest not in (None, json_digest(opened.tokenizer.chat_template)):
+        raise ValueError(
+            f"{run.chat_template}: not the chat template that {run.path} was trained with: its text has changed. "
+            "Restore the file, or give --chat_template to generate or evaluate with another one"
+        )
+    return opened
 
 
 def open_pretrained(

@@ -12,7 +12,8 @@ import orbax.checkpoint
 from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import ConfigError, from_dict
 from qlora_jax.io.loading.base_fingerprint import EARLIER_OFFSETS
-from qlora_jax.io.run_folder.checkpoint import Checkpoints
+from qlora_jax.io.run_folder.checkpoint import TEMPLATE_KEY, Checkpoints
+from qlora_jax.io.run_folder.digests import json_digest
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.models.partition import Lora
@@ -81,6 +82,7 @@ class TrainState:
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, object]:
     """Returns the JSON part of a checkpoint after `step` steps, with the next data position and the mesh of the run."""
+    template = session.dataset.tokenizer.chat_template
     return {
         "step": step,
         "position": position,
@@ -90,6 +92,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "data_fingerprint": session.dataset.fingerprint,
         "config": to_dict(session.config),
         **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
+        **({} if session.config.data.chat_template is None else {TEMPLATE_KEY: json_digest(template)}),
         MESH_KEY: mesh_size(session.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }

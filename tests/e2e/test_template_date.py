@@ -11,6 +11,7 @@ import pytest
 
 from qlora_jax.config import Config, read_config
 from qlora_jax.data.tokenizer import tokenizer
+from qlora_jax.io.pretrained import open_finetuned
 from tests.e2e.project import TEMPLATE, project, stop_after
 from tests.e2e.tiny_runs import arrays_at, numbers, run
 
@@ -32,7 +33,7 @@ def dated_project(folder: Path) -> Config:
     return project(folder, data=files, train=dict(steps=2, save_every=1, eval_every=0))
 
 
-def test_a_run_resumes_on_another_day(tmp_path, monkeypatch):
+def test_a_run_resumes_on_another_day_and_notices_another_template(tmp_path, monkeypatch):
     set_today(monkeypatch, 28)
     whole = dated_project(tmp_path / "whole")
     assert run(whole)
@@ -50,6 +51,16 @@ def test_a_run_resumes_on_another_day(tmp_path, monkeypatch):
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, template_date="2026-11-29"))
     with pytest.raises(ValueError, match=r"data\.train: other rows or tokens"):
         run(other, resume=True)
+    assert_a_changed_template_is_refused(config)
+
+
+def assert_a_changed_template_is_refused(config: Config) -> None:
+    assert open_finetuned(config.output).tokenizer.chat_template == DATED
+    template = Path(str(config.data.chat_template))
+    template.write_text(DATED + " ")
+    with pytest.raises(ValueError, match=r"dated\.jinja: not the chat template that .* was trained with.*Restore the"):
+        open_finetuned(config.output)
+    assert open_finetuned(config.output, chat_template=str(template)).tokenizer.chat_template == DATED + " "
 
 
 def test_a_date_that_no_template_writes_is_refused(tmp_path):

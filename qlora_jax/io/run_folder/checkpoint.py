@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ from qlora_jax.metadata import JsonObject
 from qlora_jax.nn.adapters.vera import Projections
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
+REMOVED = "removed"  # in the folder of checkpoints; an old one moves there at once, and is deleted file by file
+TEMPLATE_KEY = "chat_template"  # key of the digest of the text of data.chat_template, in a checkpoint's JSON
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in errors of tensorstore
 
 
@@ -103,6 +106,7 @@ class Checkpoints:
             lightweight_initialize=True,  # times and metrics are not used
             multiprocessing_options=named_processes(),
             create=False,  # orbax does not create it for several processes
+            todelete_subdir=REMOVED,
         )
         self.folder = (run / CHECKPOINT_FOLDER).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,10 +162,13 @@ class Checkpoints:
     def _remove_old(self, step: int) -> None:
         """Removes checkpoints beyond the newest `keep`, after all processes have flushed that of `step`."""
         old = [one for one in sorted(self._manager.all_steps())[: -self._keep] if one != self._retained_step]
-        if old:
-            meet(f"checkpoint {step} is flushed")
+        if not old:
+            return
+        meet(f"checkpoint {step} is flushed")
         for one in old:
             self._manager.delete(one)
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / REMOVED, ignore_errors=True)
 
     def _not_saved(self, step: int, problem: str, last: int | None) -> str:
         start = f"{self.folder}: step {step} cannot be saved: {problem}; "
@@ -262,6 +269,7 @@ class Run:
       head: the sequence head that was trained, if any; its matrix is in `lora`.
       start: the parameters that the run started with, if it stored them.
       start_digest: their digest, if its objective had a reference (start_parameters.py).
+      template_digest: of the text of `chat_template` in training; None in runs of earlier versions.
     """
 
     path: Path
@@ -279,6 +287,7 @@ class Run:
     head: TrainedHead | None = None
     start: Mapping[str, Mapping[str, jax.Array | np.ndarray]] | None = None
     start_digest: str | None = None
+    template_digest: str | None = None
 
     @property
     def label(self) -> str:
@@ -288,6 +297,8 @@ class Run:
 
 def open_run(path: Path, step: int | None = None) -> Run:
     """Reads the run in a folder, at its newest checkpoint or at `step`.
+
+    A training run may remove a checkpoint that is being read; then the newest is the next one.
 
     Raises:
       ValueError: the folder is not a run, or lacks the checkpoint (those that exist are named).
@@ -302,11 +313,19 @@ def open_run(path: Path, step: int | None = None) -> Run:
     if not steps or (step is not None and step not in steps):
         wanted = "any checkpoint" if step is None else f"a checkpoint of step {step}"
         raise ValueError(f"{path}: does not have {wanted} (found steps: {steps or 'none'}). Give one of these steps")
-    step = steps[-1] if step is None else step
+    found = steps[-1] if step is None else step
     try:
-        lora, state = _read_lora(path, step)
-    except DamagedCheckpoint as error:
-        raise CheckpointError(f"{error}\n{_advice(path, step)}") from error
+        lora, state = _read_lora(path, found)
+    except CheckpointError as error:
+        if found in (left := saved_steps(path)):
+            advice = f"\n{_advice(path, found)}" if isinstance(error, DamagedCheckpoint) else ""
+            raise CheckpointError(f"{error}{advice}") from error
+        if step is None:
+            return open_run(path)
+        raise ValueError(
+            f"{path}: the checkpoint of step {step} was removed while it was read; a training run keeps the newest "
+            f"train.keep (found steps: {left or 'none'}). Give one of these steps, or none for the newest"
+        ) from error
     config = read_config(path / CONFIG_FILE)
     _check_config(path, config, state)
     return Run(
@@ -315,13 +334,14 @@ def open_run(path: Path, step: int | None = None) -> Run:
         lora_args=config.lora,
         chat_template=config.data.chat_template,
         chat_template_kwargs=config.data.chat_template_kwargs,
-        step=step,
+        step=found,
         lora=lora,
         fingerprint=state["fingerprint"],
         initial=read_initial(path, config.lora),
         head=read_run_head(path, config.objective),
         start=read_start(path),
         start_digest=state.get(STATE_KEY),
+        template_digest=state.get(TEMPLATE_KEY),
     )
 
 
@@ -338,8 +358,6 @@ def _read_lora(run: Path, step: int) -> tuple[PyTree, JsonObject]:
 
 def _advice(run: Path, damaged: int) -> str:
     """Returns advice for a damaged checkpoint: the newest other step whose LoRA parameters are sound."""
-    if damaged not in saved_steps(run):
-        return "A training run removed it in the meantime. Start this command again"
     for step in reversed(saved_steps(run)):
         if step == damaged:
             continue

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from qlora_jax.io.run_folder import checkpoint
-from qlora_jax.io.run_folder.checkpoint import CheckpointError, Checkpoints, open_run, saved_steps
+from qlora_jax.io.run_folder.checkpoint import (
+    CHECKPOINT_FOLDER,
+    CheckpointError,
+    Checkpoints,
+    open_run,
+    saved_steps,
+)
 from tests.conftest import SMALL_DISK_BYTES
 
 LORA = {"model.layers.mlp.up_proj": {"lora_a": jnp.arange(60000.0), "lora_b": jnp.ones(5)}}
@@ -66,6 +72,20 @@ def test_old_ones_are_removed_when_the_new_one_is_flushed(tmp_path, monkeypatch)
         for step in (1, 2, 3):
             checkpoints.save(step, LORA, {"mu": jnp.zeros(3)}, {"step": step})
     assert found == [[1], [1, 2], [2, 3]] and saved_steps(tmp_path) == [3]
+
+
+def test_an_old_one_is_removed_as_a_whole(tmp_path, monkeypatch):
+    """Its files are deleted one by one, but a process that reads the run never sees a part of them."""
+    removed = tmp_path / CHECKPOINT_FOLDER / checkpoint.REMOVED
+    found = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda folder, **_: found.append((folder, saved_steps(tmp_path))))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, LORA, {"mu": jnp.zeros(3)}, {"step": step})
+        assert found == [(removed, [2])] and (removed / "1" / "state" / "metadata").is_file()
+        monkeypatch.undo()
+        checkpoints.save(3, LORA, {"mu": jnp.zeros(3)}, {"step": 3})
+    assert saved_steps(tmp_path) == [3] and not removed.exists()
 
 
 def test_a_checkpoint_that_the_disk_does_not_take_is_an_error(tmp_path, monkeypatch):

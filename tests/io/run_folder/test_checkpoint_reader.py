@@ -19,6 +19,7 @@ import optax
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, to_dict, write_config
+from qlora_jax.io.run_folder import checkpoint
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, CheckpointError, Checkpoints, open_run
 from qlora_jax.io.run_folder.checkpoint_reader import (
     LORA,
@@ -301,6 +302,22 @@ def test_a_damaged_adapter_is_an_error_that_names_a_sound_step(copy):
     with pytest.raises(CheckpointError, match=r"(?s)8/lora: the checkpoint of step 8 is damaged.*Give step 7 to use"):
         open_run(copy)
     assert open_run(copy, STEP).step == STEP
+
+
+@pytest.mark.parametrize("step", [None, 8])
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_not_called_damaged(copy, monkeypatch, step):
+    def read_removed(folder: Path, *arguments: object) -> object:
+        if folder.name == "8":  # a training run removes it
+            shutil.rmtree(folder)
+        return read_arrays(folder, *arguments)  # pyright: ignore[reportArgumentType]
+
+    with_two_steps(copy)
+    monkeypatch.setattr(checkpoint, "read_arrays", read_removed)
+    if step is None:
+        assert open_run(copy).step == STEP
+    else:
+        with pytest.raises(ValueError, match=r"the checkpoint of step 8 was removed while .* \(found steps: \[7\]\)"):
+            open_run(copy, step)
 
 
 def test_without_a_sound_step_the_error_says_so(copy):
