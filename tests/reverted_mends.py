@@ -154,6 +154,18 @@ MENDS = [
         "if text := short_run_warning(config.optim, total_steps):",
         "if text := None:",
         "tests/e2e/test_report.py",
+    # Programs from strangers
+    Mutation(
+        "qlora_jax/data/tokenizer/template_worker.py",
+        "    seal_if_possible(jinja2)",
+        "    pass",
+        "tests/data/tokenizer/test_template_process.py",
+    ),
+    Mutation(
+        "qlora_jax/data/tokenizer/template_process.py",
+        "env=python_environment()",
+        "env={**os.environ, **python_environment()}",
+        "tests/data/tokenizer/test_template_process.py",
     ),
     # Small inputs that take long or need much memory
     Mutation(

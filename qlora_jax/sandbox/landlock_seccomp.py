@@ -4,6 +4,7 @@ Two features of the kernel do this, and neither needs privileges. Landlock (Linu
 opened. A seccomp filter refuses every system call that is not in syscalls.py. Both hold until the process ends.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -12,6 +13,7 @@ import struct
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 from qlora_jax.sandbox.syscalls import ALLOWED, ARCHITECTURES, CLONE, CLONE3, TGKILL
 
@@ -44,6 +46,13 @@ def seal(folders: Sequence[str]) -> None:
     _call(libc, "no_new_privs", libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _restrict_files(libc, folders)
     _install_filter(libc, _filter(os.getpid(), platform.machine()))
+
+
+def seal_if_possible(*modules: ModuleType) -> None:
+    """Seals this process where the system can; it can then read only Python's libraries and these packages."""
+    packages = [folder for module in modules for folder in module.__path__]
+    with contextlib.suppress(OSError):
+        seal([*library_folders(), *packages])
 
 
 def platform_problem() -> str | None:

@@ -20,6 +20,7 @@ from qlora_jax.data.tokenizer.template_protocol import (
     OUTPUT_REACHED,
     Limits,
 )
+from qlora_jax.sandbox.limits import python_environment
 
 WORKER = "qlora_jax.data.tokenizer.template_worker"
 
@@ -150,14 +151,12 @@ class TemplateProcess:
 
 
 def _start_process(limits: Limits) -> subprocess.Popen[bytes]:
-    # The modules of this process, in any folder (-P), however its path was made.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     try:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", WORKER, *map(str, limits)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+            env=python_environment(),
             process_group=0,  # Ctrl-C is for this process, which waits for the text
         )
     except OSError as error:

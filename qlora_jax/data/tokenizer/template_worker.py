@@ -1,7 +1,8 @@
 """Renders chat templates in a separate process, with limits on memory and processor time.
 
 A template is a program from a stranger. Jinja's sandbox keeps it away from Python's objects, but not from endless loops
-and gigabytes of text. The kernel therefore limits this process. A rendering that reaches a limit ends it.
+and gigabytes of text. The kernel therefore limits this process. A rendering that reaches a limit ends it. Where the
+system can, the process is also sealed, as those of programs are: no network, processes or files but Python's libraries.
 
 template_process.py starts it, and template_protocol.py describes the requests on its standard input and its replies.
 """
@@ -41,6 +42,7 @@ from qlora_jax.data.tokenizer.template_protocol import (
     Message,
     Tool,
 )
+from qlora_jax.sandbox.landlock_seccomp import seal_if_possible
 from qlora_jax.sandbox.limits import limit_resources
 
 # The fields of a Rendering.
@@ -238,6 +240,8 @@ def main(seconds: str, memory: str, output: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for the text
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     limit_resources({resource.RLIMIT_AS: limits.memory, resource.RLIMIT_CORE: 0})
+    time.localtime()  # reads the time zone
+    seal_if_possible(jinja2)  # which imports some of its modules late
     try:
         with open(sys.stdin.fileno(), "rb", buffering=_BUFFER, closefd=False) as requests:
             _serve(requests, sys.stdout.buffer, limits)

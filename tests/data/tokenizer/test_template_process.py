@@ -17,8 +17,10 @@ from qlora_jax.data.tokenizer.chat_template import Rendering, render, start_rend
 from qlora_jax.data.tokenizer.template_process import TemplateProcess
 from qlora_jax.data.tokenizer.template_protocol import Limits
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer, with_chat_template
+from qlora_jax.sandbox.limits import python_environment
 from tests.data.tokenizer.hostile_templates import ENDLESS, REFUSED
 from tests.marks import EXHAUSTIVE, SLOW
+from tests.sandbox.kernel import needs_seal
 
 ROOT = Path(__file__).parents[3]
 USER = {"role": "user", "content": "Hi"}
@@ -208,6 +210,47 @@ def test_the_kernel_limits_the_process(limited: TemplateProcess):
     assert limited._process is not None
     limits = Path(f"/proc/{limited._process.pid}/limits").read_text()
     assert re.search(rf"Max address space +{192 << 20} ", limits) and re.search(r"Max core file size +0 ", limits)
+
+
+SEALED = """
+import os, socket, subprocess, sys
+from qlora_jax.data.tokenizer import template_worker
+attempts = {
+    "read": lambda: open("pyproject.toml"), "list": lambda: os.listdir("/"), "proc": lambda: open("/proc/self/environ"),
+    "write": lambda: open("/tmp/written", "w"), "socket": socket.socket, "fork": os.fork,
+}
+def outcome(attempt):
+    try:
+        attempt()
+    except PermissionError:
+        return True
+def serve(*_):
+    print({name for name, attempt in attempts.items() if not outcome(attempt)} or "all refused", sorted(os.environ))
+template_worker._serve = serve
+template_worker.main("1", str(768 << 20), "1000")
+"""
+
+
+@needs_seal
+def test_the_process_is_sealed_and_has_no_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("TZ", "UTC")
+    environment = {**python_environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SEALED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    printed, _, names = done.stdout.partition(" [")
+    assert printed == "all refused", done.stderr
+    assert {"PYTHONPATH", "TZ"} <= {*re.findall(r"\w+", names)} <= {"PYTHONPATH", "TZ", "LC_CTYPE", "LD_LIBRARY_PATH"}
+
+
+def test_modules_that_jinja_imports_late_and_the_date_are_at_hand(limited: TemplateProcess):
+    assert rendered("{{ lipsum(n=1) | length > 10 }} {{ strftime_now('%Y-%m') }}") == [f"True {time.strftime('%Y-%m')}"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the environment is in Linux's /proc")
+def test_the_process_inherits_no_environment(limited: TemplateProcess):
+    assert rendered("a") == ["a"] and limited._process is not None
+    environment = Path(f"/proc/{limited._process.pid}/environ").read_text()
+    assert {*re.findall(r"(\w+)=", environment)} <= {"PYTHONPATH", "TZ", "LD_LIBRARY_PATH", "PYTHONHOME"}
 
 
 def test_the_process_ends_with_the_one_that_started_it():
