@@ -142,7 +142,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     stage = _stage_of(target)
     try:
         with _errors_named(stage, target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             stage.mkdir()
             yield stage
             sync_folder(stage)
@@ -215,11 +215,12 @@ class LineFile:
 
 
 def append_lines(path: Path) -> LineFile:
-    """Opens a file to append lines, and creates it if it does not exist.
+    """Opens a file to append lines; creates it if it does not exist, and flushes its name to the disk.
 
     Raises:
       OSError: `path` is a link, or not a regular file.
     """
+    is_new = not os.path.lexists(path)
     flags = os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK  # without O_NONBLOCK, opening a pipe may wait forever
     try:
         file = io.FileIO(path, "ab", opener=lambda name, mode: os.open(name, mode | flags, 0o666))
@@ -229,6 +230,8 @@ def append_lines(path: Path) -> LineFile:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise _not_a_file(path)
+    if is_new:
+        sync_folder(path.parent)
     return LineFile(file)
 
 
@@ -239,6 +242,15 @@ def write_error(error: OSError, target: Path, written: int | None = None, nbytes
     progress = "" if written is None else f" (after {written:,}{total} bytes)"
     fix = FIXES.get(number, "Give another output")
     return OSError(number, f"cannot be written: {os.strerror(number)}{progress}. {fix}", str(target))
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Creates a folder and its parents, and flushes their names to the disk; returns those that were missing."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+    return missing
 
 
 def sync_folder(folder: Path) -> None:

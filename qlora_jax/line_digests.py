@@ -1,4 +1,6 @@
-"""Digests at the end of JSON lines, by which a reader notices a changed digit.
+"""Digests of JSON lines, by which a reader notices a changed digit or a missing line.
+
+A line ends with a digest of itself. A checkpoint contains the number of lines of a file, and a digest of all of them.
 
 Every file that an earlier version wrote without digests opens with `warn_without_digests`.
 """
@@ -7,11 +9,20 @@ import functools
 import re
 import warnings
 from pathlib import Path
+from typing import TypedDict
 
 import xxhash
+from pydantic import NonNegativeInt
 
 KEY = "xxh3_64"
 _AT_END = re.compile(rf', "{KEY}": "([0-9a-f]{{16}})"\}}\n?$')
+
+
+class LinesDigest(TypedDict):
+    """The number of lines at the start of a file, and the digest of their bytes, line breaks included."""
+
+    lines: NonNegativeInt
+    xxh3_128: str
 
 
 def with_digest(text: str) -> str:

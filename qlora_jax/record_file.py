@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from qlora_jax.atomic_files import LineFile, append_lines, write_text
+from qlora_jax.atomic_files import LineFile, append_lines, sync_folder, write_text
 from qlora_jax.line_digests import with_digest, without_digest
 from qlora_jax.metadata import decode_json, shorten
 
@@ -43,6 +43,7 @@ class RecordFile[T]:
         self.path, self.records = path, []
         self._lock = threading.Lock()
         path.parent.mkdir(exist_ok=True)  # only its own folder: an output that was deleted is not made anew
+        sync_folder(path.parent.parent)
         lines = _whole_lines(path)
         if lines:
             # Without its header, the file would not tell of which inputs its records are.

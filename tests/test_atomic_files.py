@@ -19,6 +19,7 @@ import pytest
 from qlora_jax import atomic_files
 from qlora_jax.atomic_files import (
     append_lines,
+    make_folder,
     staged_file,
     staged_folder,
     write_bytes,
@@ -183,6 +184,19 @@ def test_lines_are_appended(tmp_path: Path) -> None:
             lines.write(line)
             assert (tmp_path / "lines").read_text(encoding="utf-8").endswith(line)
     assert (tmp_path / "lines").read_text(encoding="utf-8") == "one\nzw\u00f6lf\n"
+
+
+def test_names_of_new_files_and_folders_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr("qlora_jax.atomic_files.os.fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    inodes = [path.stat().st_ino for path in (tmp_path, *make_folder(tmp_path / "runs" / "mine")[::-1])]
+    assert [*reversed(synced)] == inodes[:2] and make_folder(tmp_path / "runs" / "mine") == []
+    synced.clear()
+    append_lines(tmp_path / "runs" / "mine" / "lines").close()
+    assert inodes[2] in synced
+    synced.clear()
+    append_lines(tmp_path / "runs" / "mine" / "lines").close()
+    assert inodes[2] not in synced
 
 
 def test_lines_are_not_appended_through_a_link(tmp_path: Path) -> None:

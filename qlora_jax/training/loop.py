@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_jax.data.batching.batches import START, Batch
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
+from qlora_jax.line_digests import LinesDigest
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.evaluation.held_out import held_out_metrics
 from qlora_jax.training.metrics.memory_watch import memory_in_use
@@ -18,7 +19,7 @@ from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.preference_metrics import step_metrics
 from qlora_jax.training.metrics.router_metrics import router_metrics
 from qlora_jax.training.objectives.router_losses import step_arrays, unrouted
-from qlora_jax.training.resume import EVALUATION_DUE, TrainState, checkpoint_state
+from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
 from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.session import Session
 
@@ -43,8 +44,11 @@ class TrainingReporter(Protocol):
         """Receives the replies to the sample prompts at a step."""
         ...
 
-    def flush(self) -> None:
-        """Puts all records on the disk, before a checkpoint: a resumed run does not repeat the steps before it."""
+    def flush(self) -> Mapping[str, LinesDigest]:
+        """Puts all records on the disk, before a checkpoint: a resumed run does not repeat the steps before it.
+
+        Returns {file name: digest of its lines}.
+        """
         ...
 
 
@@ -238,8 +242,8 @@ def _measure(
 
 def save(session: Session, state: TrainState, checkpoints: Checkpoints, reporter: TrainingReporter) -> None:
     """Saves a checkpoint of `state`, after the records of the steps before it."""
-    reporter.flush()
     metadata = checkpoint_state(session, state.step, state.position, state.best)
+    metadata[RECORDS] = reporter.flush()
     if state.evaluation_due:
         metadata[EVALUATION_DUE] = True
     optimizer_state = session.state_manager.to_checkpoint(state.optimizer_state)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 
 import jax
 import jaxlib
@@ -16,6 +17,7 @@ from qlora_jax.io.run_folder.checkpoint import TEMPLATE_KEY, Checkpoints
 from qlora_jax.io.run_folder.digests import json_digest
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
+from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.metrics.metrics_file import Record
@@ -55,6 +57,7 @@ MAY_DIFFER = {
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
 MESH_KEY = "mesh"
+RECORDS = "records"
 EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 # Keys of the state that a resumed run requires.
@@ -70,6 +73,7 @@ class TrainState:
       position: the data position of the next batch.
       best: the best evaluation so far.
       evaluation_due: the evaluation after `step` was cut off by a signal; a resumed run begins with it.
+      records: digests of the lines of metrics.jsonl and samples.jsonl, if the run resumes from a checkpoint with them.
     """
 
     lora: Lora
@@ -78,6 +82,7 @@ class TrainState:
     position: dict[str, int]
     best: BestEvaluation
     evaluation_due: bool = False
+    records: Mapping[str, LinesDigest] = dataclasses.field(default_factory=dict)
 
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, object]:
@@ -220,4 +225,5 @@ def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
         saved["position"],
         best,
         evaluation_due=saved.get(EVALUATION_DUE, False),
+        records=saved.get(RECORDS, {}),
     )

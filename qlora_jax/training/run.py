@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +25,7 @@ from qlora_jax.io.run_folder.checkpoint import (
 )
 from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
+from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.display.banner import rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.next_commands import next_commands
@@ -179,9 +180,8 @@ class _FileReporter(TrainingReporter):
             self._samples.write(record)
         self._display.samples(records)
 
-    def flush(self) -> None:
-        self._metrics.sync()
-        self._samples.sync()
+    def flush(self) -> Mapping[str, LinesDigest]:
+        return {file.path.name: file.sync() for file in (self._metrics, self._samples)}
 
     def _write(self, record: Record) -> None:
         self._metrics.write(record)
@@ -328,11 +328,11 @@ def _train_on(
 
 @contextlib.contextmanager
 def _reporter(state: TrainState, display: Display, logs: Sequence[Log], run: Path) -> Iterator[TrainingReporter]:
-    evaluated = not state.evaluation_due
-    with (
-        MetricsFile(run / METRICS_FILE, state.step, evaluated=evaluated) as metrics,
-        MetricsFile(run / SAMPLES_FILE, state.step, evaluated=evaluated) as samples,
-    ):
+    metrics, samples = (
+        MetricsFile(run / name, state.step, evaluated=not state.evaluation_due, saved=state.records.get(name))
+        for name in (METRICS_FILE, SAMPLES_FILE)
+    )
+    with metrics, samples:
         yield _FileReporter(metrics, samples, display, logs)
 
 

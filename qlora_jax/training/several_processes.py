@@ -19,6 +19,7 @@ from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock
+from qlora_jax.line_digests import LinesDigest
 from qlora_jax.training.loop import TrainingReporter
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.session import Inputs
@@ -169,4 +170,5 @@ class SilentReporter(TrainingReporter):
 
     def samples(self, records: list[Record]) -> None: ...
 
-    def flush(self) -> None: ...
+    def flush(self) -> Mapping[str, LinesDigest]:
+        return {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,32 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_an_uninterrupted_one(f
     assert numbers(config) == numbers(finished)
     for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
         np.testing.assert_array_equal(resumed, whole)
+
+
+def test_lost_records_are_a_warning_and_the_run_continues(finished, tmp_path, monkeypatch):
+    config = dataclasses.replace(finished, output=str(tmp_path / "run"))
+    folder = Path(shutil.copytree(finished.output, config.output))
+    shutil.rmtree(folder / "checkpoints/10")
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    place = next(place for place, line in enumerate(lines) if line.startswith('{"step": 3, "loss"'))
+    metrics.write_text("".join(lines[:place] + lines[place + 1 :]))
+    with pytest.warns(UserWarning, match=rf"^{metrics}: not the .* step 9 .*Lost: 1 \(steps without a record: 3\)"):
+        assert run(config, resume=True)
+    whole = numbers(finished)
+    assert numbers(config) == whole[:place] + whole[place + 1 :]
+    for resumed, array in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
+        np.testing.assert_array_equal(resumed, array)
+    metrics.unlink()
+
+    def read(folder):
+        state, digests = read_state(folder)
+        assert state.pop("records")["metrics.jsonl"]["lines"] == len(whole) - 1
+        return state, digests
+
+    monkeypatch.setattr("qlora_jax.io.run_folder.checkpoint.read_state", read)  # a checkpoint of an earlier version
+    with warnings.catch_warnings(action="error"):
+        assert run(config, resume=True)
 
 
 @pytest.mark.slow

@@ -153,6 +153,7 @@ class FlushedRecords(Records):
 
     def flush(self):
         self.flushed = len(self)
+        return {}
 
 
 class WatchedCheckpoints(Checkpoints):

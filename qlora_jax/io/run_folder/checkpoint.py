@@ -5,11 +5,12 @@
     RUN/start.safetensors                 the parameters that a run of a model in memory started with
     RUN/head.json                         the meaning of a sequence head's outputs, if the objective trains one
     RUN/metrics.jsonl                     one line per step or evaluation
+    RUN/samples.jsonl                     one line per sample reply
     RUN/report.html, report.json          the report of the run, for people and for programs
     RUN/checkpoints/STEP/lora             {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}
     RUN/checkpoints/STEP/optimizer        the optax state
     RUN/checkpoints/STEP/state            JSON: step, data position, configuration, fingerprint of the base, versions,
-                                          digests of the state and of every array
+                                          digests of the state, of every array and of the lines of records
     RUN/checkpoints/STEP.damaged          a damaged checkpoint that a resumed run passed over
 
 A checkpoint gets its name when all of it is written, so an interrupted write never leaves a partial checkpoint.
@@ -31,7 +32,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from qlora_jax.atomic_files import sync_tree
+from qlora_jax.atomic_files import make_folder, sync_tree
 from qlora_jax.config import Config, LoraArgs, ModelArgs, differences, read_config
 from qlora_jax.config.fields import TemplateValue
 from qlora_jax.config.parse import from_dict
@@ -109,7 +110,7 @@ class Checkpoints:
             todelete_subdir=REMOVED,
         )
         self.folder = (run / CHECKPOINT_FOLDER).absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":

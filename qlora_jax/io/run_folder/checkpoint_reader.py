@@ -19,6 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from qlora_jax.io.run_folder.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.io.run_folder.orbax_processes import named_processes
 from qlora_jax.io.run_folder.orbax_threads import silence_threads
+from qlora_jax.line_digests import LinesDigest
 from qlora_jax.metadata import JsonObject, MetadataError, check_value, read_json
 
 LORA, OPTIMIZER, STATE = "lora", "optimizer", "state"  # the parts of a checkpoint
@@ -75,6 +76,7 @@ class _State(TypedDict, total=False):
     config: JsonObject
     versions: dict[str, str]
     mesh: dict[str, PositiveInt]
+    records: dict[str, LinesDigest]
     digests: Digests
 
 

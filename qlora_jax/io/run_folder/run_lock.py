@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+from qlora_jax.atomic_files import make_folder
+
 LOCK_FILE = "run.lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _HOLDER_BYTES = 300  # at most this much of a lock file appears in a message
@@ -96,8 +98,7 @@ def lock_run(folder: Path, warn: Warn) -> Iterator[RunLock]:
       OSError: the lock file cannot be written.
     """
     _check_writable(folder)
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    created = make_folder(folder)
     try:
         lock = _acquire(folder, warn)
         try:

@@ -1,20 +1,24 @@
 """metrics.jsonl: one JSON object per line for each step and each evaluation of a run; each has `step`.
 
 A number that is not finite is written as null, because JSON cannot represent it. A line ends with the key `xxh3_64`, a
-digest of the line without it, by which a reader notices a changed digit. Earlier versions wrote files without digests.
+digest of the line without it, by which a reader notices a changed digit. A checkpoint contains a digest of all lines
+before it, by which a resumed run notices a lost line. Earlier versions wrote files and checkpoints without digests.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+import xxhash
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from qlora_jax.atomic_files import append_lines, write_text
-from qlora_jax.line_digests import warn_without_digests, with_digest, without_digest
+from qlora_jax.atomic_files import append_lines, write_bytes
+from qlora_jax.hosts.messages import ranges
+from qlora_jax.line_digests import LinesDigest, warn_without_digests, with_digest, without_digest
 from qlora_jax.metadata import JsonObject, MetadataError, decode_json, find_problems
 
 Record = JsonObject  # docs/training.md lists the keys
@@ -106,14 +110,9 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     return list(_records(Path(path)))
 
 
-def truncate_after(path: str | os.PathLike, step: int, *, evaluated: bool) -> None:
-    """Drops the records that a run resumed from `step` writes again.
-
-    Args:
-      evaluated: False if the evaluation of `step` runs again, so that of this step only the record of the step stays.
-    """
-    kept = [_line(record) for record in _records(Path(path)) if _stays(record, step, evaluated)]
-    write_text(Path(path), "".join(kept))
+def _by_step(path: Path, step: int, evaluated: bool) -> bytes:
+    """Returns the lines that a run resumed from `step` does not write again."""
+    return "".join(_line(record) for record in _records(path) if _stays(record, step, evaluated)).encode()
 
 
 def _stays(record: Record, step: int, evaluated: bool) -> bool:
@@ -121,25 +120,81 @@ def _stays(record: Record, step: int, evaluated: bool) -> bool:
     return record["step"] < step or (record["step"] == step and of_this_step)
 
 
-class MetricsFile:
-    """Appends records to a file; each is in it when `write` returns, and on the disk after `sync` or the block."""
+def _at_checkpoint(path: Path, content: bytes, step: int, evaluated: bool, saved: LinesDigest) -> bytes:
+    """Returns the lines that were saved with the checkpoint of `step`; if some are lost, the others, with a warning."""
+    lines = [line + b"\n" for line in content.split(b"\n")]
+    head = b"".join(lines[: saved["lines"]])
+    if content.startswith(head) and _is_saved(head, saved):
+        return head
+    sound = {line: record for line in lines if (record := _sound(line)) is not None}
+    records = {line: record for line, record in sound.items() if _stays(record, step, evaluated)}
+    ordered = sorted(records.items(), key=lambda item: (item[1]["step"], "loss" not in item[1]))
+    kept = b"".join(line for line, _ in ordered)
+    message = f"{path}: not the records that were saved with the checkpoint of step {step}"
+    message += f" (found {len(records)} sound ones, expected {saved['lines']}). Lost: "
+    message += "none" if _is_saved(kept, saved) else _lost(records.values(), step, saved)
+    message += ". The run continues"
+    if set(lines) - {*sound, b"\n"}:
+        write_bytes(path.with_name(f"{path.name}.damaged"), content)
+        message += f"; the damaged lines are in {path.name}.damaged"
+    warnings.warn(message, stacklevel=2)
+    return kept
 
-    def __init__(self, path: str | os.PathLike, first_step: int, *, evaluated: bool = True):
+
+def _is_saved(content: bytes, saved: LinesDigest) -> bool:
+    return xxhash.xxh3_128_hexdigest(content) == saved["xxh3_128"]
+
+
+def _sound(line: bytes) -> Record | None:
+    """Returns the record of a line that is as it was written, otherwise None."""
+    try:
+        return _decode(without_digest(line.decode(), "", required=True), "")
+    except ValueError:
+        return None
+
+
+def _lost(records: Collection[Record], step: int, saved: LinesDigest) -> str:
+    """Returns which of the records that were saved with the checkpoint of `step` are not among those found."""
+    lost, steps = saved["lines"] - len(records), {record["step"] for record in records if "loss" in record}
+    if lost <= 0:
+        return "none, but some are others or in another order"
+    missing = sorted(set(range(1, step + 1)) - steps) if steps else []  # samples.jsonl has no steps
+    return f"{lost}" + (f" (steps without a record: {ranges(missing)})" if missing else "")
+
+
+class MetricsFile:
+    """Appends records to a file; each is in it when `write` returns, and on the disk after `sync` or the block.
+
+    Attributes:
+      path: the file.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, first_step: int, *, evaluated: bool = True, saved: LinesDigest | None = None
+    ):
         """Opens `path` for a run that has done `first_step` steps, and drops later records.
 
         With `first_step` 0 all records are dropped, because the evaluation of step 0 runs again.
 
         Args:
           evaluated: False if the evaluation of `first_step` runs again.
+          saved: the lines at the checkpoint of `first_step`. If some are lost, the others stay, with a warning. None if
+            the run has none, or that of an earlier version: then lost lines go unnoticed.
 
         Raises:
           OSError: the file is a link, or cannot be written; names it.
         """
-        path = Path(path)
-        if os.path.lexists(path):
-            append_lines(path).close()
-            truncate_after(path, first_step if first_step > 0 else -1, evaluated=evaluated)
-        self._path, self._file = path, None
+        self.path, self._file, exists = Path(path), None, os.path.lexists(path)
+        if exists:
+            append_lines(self.path).close()
+        content, kept = self.path.read_bytes() if exists else b"", b""
+        if first_step > 0 and saved is not None:
+            kept = _at_checkpoint(self.path, content, first_step, evaluated, saved)
+        elif first_step > 0 and exists:
+            kept = _by_step(self.path, first_step, evaluated)
+        if exists:
+            write_bytes(self.path, kept)
+        self._lines, self._digest = kept.count(b"\n"), xxhash.xxh3_128(kept)
 
     def write(self, record: Record) -> None:
         """Appends one record; the first one creates the file.
@@ -151,17 +206,21 @@ class MetricsFile:
         if "step" not in record:
             raise ValueError(f"record: `step` is missing (found {sorted(record)}).")
         if self._file is None:
-            self._file = append_lines(self._path)
-        self._file.write(_line(record))
+            self._file = append_lines(self.path)
+        line = _line(record)
+        self._file.write(line)
+        self._lines += 1
+        self._digest.update(line.encode())
 
-    def sync(self) -> None:
-        """Flushes the records to the disk.
+    def sync(self) -> LinesDigest:
+        """Flushes the records to the disk, and returns the digest of their lines.
 
         Raises:
           OSError: records are missing on the disk; names the file.
         """
         if self._file is not None:
             self._file.sync()
+        return LinesDigest(lines=self._lines, xxh3_128=self._digest.hexdigest())
 
     def __enter__(self) -> "MetricsFile":
         return self
