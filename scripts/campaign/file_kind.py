@@ -22,7 +22,7 @@ LONGEST_MESSAGE = 20_000
 # data.chat_template, vocab_size, config.json; or a key on a line alone: `  output: missing`
 KEY = re.compile(r"\b[a-z]\w*[._]\w+|^ +\w+: ", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-WITHOUT_DIGESTS = "without digests"  # in the warning about a file that lost them to damage
+TOLD = ("without digests", "Lost: ")  # in warnings about a file without its digests, and about lost records
 OURS = ("qlora_jax", "pallas_kernels")
 
 Damage = Callable[[random.Random, Path], str]
@@ -93,7 +93,7 @@ class FileKind:
             return Verdict("same")
         if not self.digested:
             return Verdict("other")
-        return Verdict("warned" if WITHOUT_DIGESTS in message.getvalue() else "silent", "another result")
+        return Verdict("warned" if any(t in message.getvalue() for t in TOLD) else "silent", "another result")
 
 
 def _copy(sound: Path, copy: Path) -> None:

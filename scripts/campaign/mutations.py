@@ -4,6 +4,7 @@ import json
 import random
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qlora_jax.metadata import JsonObject
 
@@ -101,6 +102,31 @@ _BYTE_DAMAGES: Sequence[Callable[[random.Random, bytes], bytes]] = (
     *(_flip_bit, _flip_bit, _flip_bit, _set_byte, _truncate),
     *(_insert, _delete, _duplicate, _zero, _splice, _set_integer),
 )
+
+
+def damage_lines(chance: random.Random, path: Path) -> str:
+    """Damages a file of lines as disks, crashes and people do; returns what it did."""
+    content = path.read_bytes()
+    lines, place = content.splitlines(keepends=True), chance.randrange(len(content))
+    at, other = chance.randrange(len(lines)), chance.randrange(len(lines))
+    end = len(b"".join(lines[: at + 1])) - 1
+    damages = {
+        "missing": None,
+        "empty": b"",
+        "cut": content[:place],
+        "zeros at the end": content[:place] + bytes(len(content) - place),
+        "deleted": b"".join(lines[:at] + lines[at + chance.choice((1, 1, 3)) :]),
+        "doubled": b"".join([*lines[:other], lines[at], *lines[other:]]),
+        "swapped": b"".join({at: lines[other], other: lines[at]}.get(n, line) for n, line in enumerate(lines)),
+        "line break": content[:end] + bytes([content[end] ^ 1 << chance.randrange(8)]) + content[end + 1 :],
+    }
+    way = chance.choice(list(damages))
+    damaged = damages[way]
+    if damaged is None:
+        path.unlink()
+    else:
+        path.write_bytes(damaged)
+    return f"{path.name}: {way}"
 
 
 def any_value(chance: random.Random) -> object:

@@ -17,14 +17,17 @@ from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, read_run_head, write_
 from qlora_jax.io.loading.adapter_init import FILE as INITIAL_FILE
 from qlora_jax.io.loading.adapter_init import read_initial
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
-from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
+from qlora_jax.io.run_folder.checkpoint_reader import read_state
+from qlora_jax.line_digests import LinesDigest
+from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_metrics
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.report_json import before_and_after, question_summary, training_summary
-from qlora_jax.training.resume import restore
+from qlora_jax.training.resume import RECORDS, restore
 from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE, train
 from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
 from scripts.campaign.data_files import damage_any
-from scripts.campaign.file_kind import FileKind
+from scripts.campaign.file_kind import Damage, FileKind
+from scripts.campaign.mutations import damage_lines
 from tests.e2e.project import project
 
 RUN, SCORES, STEPS = "run", "scores", 3
@@ -91,18 +94,31 @@ def _read_run(folder: Path) -> list[object]:
     return [*named, *map(np.asarray, arrays)]
 
 
-def _damage_records(chance: random.Random, folder: Path) -> str:
-    return damage_any(chance, folder / RUN / chance.choice((METRICS_FILE, METRICS_FILE, SAMPLES_FILE)))
+def _write_records(folder: Path) -> None:
+    """Writes a run that was killed after its checkpoint and more records."""
+    write_run_folder(folder)
+    for path, saved in _saved_records(folder):
+        last = read_metrics(path)[-1]
+        with MetricsFile(path, STEPS, saved=saved) as file:
+            file.write(last | {"step": STEPS + 1})
+
+
+def _saved_records(folder: Path) -> list[tuple[Path, LinesDigest]]:
+    state, _ = read_state(folder / RUN / CHECKPOINT_FOLDER / str(STEPS))
+    return [(folder / RUN / name, state[RECORDS][name]) for name in (METRICS_FILE, SAMPLES_FILE)]
+
+
+def _records_damage(damage: Damage) -> Damage:
+    return lambda chance, folder: damage(chance, folder / RUN / chance.choice((METRICS_FILE, SAMPLES_FILE)))
 
 
 def _read_records(folder: Path) -> list[object]:
-    """Reads the records as reports and resumed runs do."""
-    found: list[object] = []
-    for name in (METRICS_FILE, SAMPLES_FILE):
-        with MetricsFile(folder / RUN / name, STEPS - 1):
-            found.append(read_metrics(folder / RUN / name))
+    """Reads the records as resumed runs and reports do."""
+    found: list[list[Record]] = []
+    for path, saved in _saved_records(folder):
+        with MetricsFile(path, STEPS, saved=saved):
+            found.append(read_metrics(path) if path.exists() else [])
     metrics, samples = found
-    assert isinstance(metrics, list) and isinstance(samples, list)
     summaries = [training_summary(metrics), question_summary(metrics), charts(metrics, 0), before_and_after(samples)]
     return [*found, *map(repr, summaries)]
 
@@ -136,7 +152,12 @@ RUN_KINDS: Mapping[str, FileKind] = {
         write=write_run_folder, shared="run", damage=_damage_checkpoint, read=_read_run, digested=True
     ),
     "state": FileKind(write=write_run_folder, shared="run", damage=_damage_state, read=_read_run, digested=True),
-    "metrics": FileKind(write=write_run_folder, shared="run", damage=_damage_records, read=_read_records),
+    "metrics": FileKind(
+        write=_write_records, shared="killed", damage=_records_damage(damage_any), read=_read_records, digested=True
+    ),
+    "metrics_lines": FileKind(
+        write=_write_records, shared="killed", damage=_records_damage(damage_lines), read=_read_records, digested=True
+    ),
     "head": FileKind(
         write=_write_head, damage=lambda c, f: damage_any(c, f / HEAD_FILE), read=_read_head, digested=True
     ),

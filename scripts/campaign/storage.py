@@ -43,6 +43,7 @@ PAGE = 4096  # a file system in memory allocates pages
 TURNED = ("train", "resume", "export_hf", "evaluate", "arena", "variance")  # read-only
 REMOVED = ("train", "resume", "arena", "variance")
 DISK = "disk"
+LOST = "Lost: "  # in the warning of a resumed run
 OUTPUT = "output"  # the command writes it, on the disk
 
 
@@ -210,12 +211,14 @@ class DamagedRun:
       write: writes the sound folder, given the sound files and its path.
       words: returns the command's words, given the sound files, the folder and the output.
       result: returns a digest of the result, given the folder and the output.
+      records: returns a digest of the folder's records; some may be lost, with a warning.
       shared: name of the sound files.
     """
 
     write: Callable[[Path, Path], None]
     words: Callable[[Path, Path, Path], list[str]]
     result: Callable[[Path, Path], str]
+    records: Callable[[Path], str] = lambda folder: ""
     shared: str = RUNS
 
     def write_sound(self, folder: Path) -> None:
@@ -232,7 +235,7 @@ class DamagedRun:
         self.write(sound, run)
         shutil.copytree(run, copy)
         must_succeed(use())
-        expected = self.result(run, output)
+        expected, records = self.result(run, output), self.records(run)
 
         def run_case(case: Case) -> Verdict:
             chance = random.Random(f"{case.seed}/{case.kind}/{case.number}")
@@ -247,8 +250,10 @@ class DamagedRun:
             if done.status != 0:
                 named = str(run) in done.last_line
                 return Verdict("refused" if named else "unclear", f"| {damage}; {done.last_line}")
-            same = self.result(run, output) == expected
-            return Verdict("same" if same else "silent", f"{damage.partition(':')[0]} | {damage}")
+            same, outcome = self.result(run, output) == expected, "silent"
+            if same:
+                outcome = "same" if self.records(run) == records else "warned" if LOST in done.output else outcome
+            return Verdict(outcome, f"{damage.partition(':')[0]} | {damage}")
 
         return run_case
 
@@ -290,7 +295,7 @@ def _written(run: Path, output: Path) -> str:
 
 
 def _arrays(run: Path, output: Path) -> str:
-    return run_digest(run, records=False)  # records have no separate digest
+    return run_digest(run, records=False)
 
 
 def _repeated(command: str) -> DamagedRun:
@@ -306,7 +311,7 @@ def _repeated(command: str) -> DamagedRun:
 
 
 DAMAGED = {
-    "damaged_resume": DamagedRun(_copied(HALF_RUN), _resumed_words, _arrays),
+    "damaged_resume": DamagedRun(_copied(HALF_RUN), _resumed_words, _arrays, run_digest),
     "damaged_generate": DamagedRun(_copied(BASE_RUN), _using("generate"), _written),
     "damaged_predict": DamagedRun(_copied(BASE_RUN), _using("predict"), _written, shared=HEAD),
     "damaged_export": DamagedRun(_copied(BASE_RUN), _using("export_peft"), _written),

@@ -21,7 +21,7 @@ from qlora_jax.tournament.tournament import RESULTS_FILE, hold_tournament
 from scripts.campaign.data_files import YAML_TEXTS, damage_any
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.model_files import MODEL, read_opened
-from scripts.campaign.mutations import damage_bytes, damage_text, damage_value, to_json
+from scripts.campaign.mutations import damage_bytes, damage_lines, damage_text, damage_value, to_json
 from tests.comparison.studies import finish, write_study
 from tests.e2e.project import write_model
 from tests.tournament.tiny_tournament import WORDS, arena_args, write_lines, write_tournament
@@ -181,6 +181,9 @@ STUDY_KINDS: Mapping[str, FileKind] = {
     "tournament": FileKind(write=_write_tournament, damage=_damage_tournament, read=_read_tournament),
     "records": FileKind(
         write=_write_records, damage=lambda c, f: damage_any(c, f / RECORDS), read=_read_records, digested=True
+    ),
+    "records_lines": FileKind(
+        write=_write_records, damage=lambda c, f: damage_lines(c, f / RECORDS), read=_read_records, digested=True
     ),
     "comparison": FileKind(write=_write_comparison, damage=_damage_comparison, read=_read_comparison),
     "keep_16bit": FileKind(write=_write_kept, damage=_damage_kept, read=_read_kept),

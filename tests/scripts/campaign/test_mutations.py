@@ -5,7 +5,7 @@ import random
 
 from qlora_jax.io.gguf.header import parse_header
 from scripts.campaign.model_files import gguf_bytes
-from scripts.campaign.mutations import MAX_TEXT, damage_bytes, damage_json, damage_text
+from scripts.campaign.mutations import MAX_TEXT, damage_bytes, damage_json, damage_lines, damage_text
 
 CONFIG = json.dumps({"rank": 4, "scale": 1.5, "targets": ["q", "v"], "rope": {"factor": 8.0, "type": "linear"}})
 
@@ -59,3 +59,16 @@ def test_undamaged_values_are_a_gguf_file(tmp_path):
     header = parse_header(path)
     assert dict(header.metadata) == metadata
     assert [(info.name, info.shape) for info in header.tensors] == [("t", (8,))]
+
+
+def test_every_damage_of_lines_occurs_and_most_change_the_file(tmp_path):
+    path, sound = tmp_path / "lines", b"one\ntwo\nthree\nfour\n"
+    found = {}
+    for number in range(300):
+        path.write_bytes(sound)
+        way = damage_lines(random.Random(number), path)
+        found.setdefault(way, set()).add(path.read_bytes() if path.exists() else None)
+    assert found["lines: missing"] == {None} and found["lines: empty"] == {b""} and len(found) == 8
+    assert all(len(results - {sound}) >= 4 for results in (*found.values(),) if len(results) > 1)
+    assert {content.count(b"\n") for content in found["lines: line break"]} == {3}
+    assert all(sorted(content) == sorted(sound) for content in found["lines: swapped"])
