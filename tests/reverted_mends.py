@@ -154,6 +154,7 @@ MENDS = [
         "if text := short_run_warning(config.optim, total_steps):",
         "if text := None:",
         "tests/e2e/test_report.py",
+    ),
     # Programs from strangers
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",
@@ -302,6 +303,7 @@ MENDS = [
         'limits else "native"',
         'not limits else "native"',
         "tests/pallas_kernels/native/test_library.py",
+    ),
     # Claims that were too wide
     Mutation(
         "qlora_jax/quant/double_quant.py",
@@ -320,6 +322,7 @@ MENDS = [
         "for paths in nnx.find_duplicates(model, only=nnx.Variable)",
         "for paths in ()",
         "tests/nn/test_model_quantization.py",
+    ),
     # Tried as a new user would
     Mutation(
         "scripts/bench/train.py",
