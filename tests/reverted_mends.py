@@ -86,7 +86,6 @@ MENDS = [
         "self._remove_old(step)",
         "tests/io/run_folder/test_checkpoint.py",
     ),
-    Mutation("qlora_jax/training/loop.py", "    reporter.flush()\n", "", "tests/e2e/test_training.py"),
     # Peers that are slow or endless
     Mutation(
         "qlora_jax/bounded_request.py", "settimeout(seconds)", "settimeout(None)", "tests/test_bounded_request.py"
