@@ -104,9 +104,15 @@ MENDS = [
     # Exit statuses after signals
     Mutation(
         "qlora_jax/config/command_line.py",
-        "signal.signal(signal.SIGTERM, _terminate)",
+        "signal.signal(number, _interrupt)",
         "pass",
         "tests/config/test_command_line.py tests/comparison/test_dispatch.py",
+    ),
+    Mutation(
+        "qlora_jax/config/command_line.py",
+        'if frame.f_code.co_filename.startswith("<frozen importlib"):',
+        "if False:",
+        "tests/config/test_command_line.py",
     ),
     Mutation("qlora_jax/hosts/stop_signal.py", "received[0] if received", "15 if received", "tests/e2e/test_kill.py"),
     Mutation(

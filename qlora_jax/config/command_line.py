@@ -40,6 +40,7 @@ SHORT_NAMES = {"model": "model.path"}
 ALL = "all"  # `--help all`
 
 SIGNALLED = 128  # plus the number of the signal that ended a command: its exit code, as in shells
+AFTER_IMPORT_SECONDS = 0.1  # until a signal that came during an import is sent again
 
 _HELP_COLUMN = 34
 _METAVARS = {
@@ -361,23 +362,34 @@ class Terminated(SystemExit):
     """SIGTERM while a command runs: it ends as after Ctrl-C, with its files and processes in order."""
 
 
-def _terminate(number: int, frame: types.FrameType | None) -> None:
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    """Raises KeyboardInterrupt or Terminated; only after an import, because an extension module may lose either."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            again = threading.Timer(AFTER_IMPORT_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
     raise Terminated(SIGNALLED + number)
 
 
 @contextlib.contextmanager
-def _raised_sigterm() -> Iterator[None]:
-    """Makes SIGTERM raise Terminated, unless the program that started this one has it ignored."""
+def _raised_signals() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise exceptions, unless the program has another use for them, or ignores them."""
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _terminate)
+    before = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL} if in_main_thread else {}
+    before = {number: handler for number, handler in before.items() if signal.getsignal(number) == handler}
+    for number in before:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -390,7 +402,7 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
       argv: the arguments; None for those of the process.
     """
     try:
-        with _printed_warnings(), _raised_sigterm():
+        with _printed_warnings(), _raised_signals():
             _run(main, sys.argv[1:] if argv is None else argv)
     except BaseException as error:
         code = report_error(error)

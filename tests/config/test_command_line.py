@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -282,6 +283,23 @@ def test_a_signal_ends_a_command_with_its_status_and_one_message_after_it_has_cl
         run.send_signal(signal.Signals[number])
         assert run.communicate(timeout=50) == ("cleaned up\n", message)
     assert run.returncode == 128 + signal.Signals[number]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_an_import_ends_the_command_after_it(number, tmp_path, monkeypatch):
+    """NumPy's import_array() prints an exception and raises ImportError instead, or ends the process."""
+    name = f"loses_{number.name.lower()}"
+    text = f"import os\ntry:\n    os.kill(os.getpid(), {number.value})\nexcept BaseException:\n    raise ImportError\n"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def main(argv):
+        importlib.import_module(name)
+        time.sleep(60)
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main, [])
+    assert ended.value.code == 128 + number
 
 
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
