@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qlora_jax.data.readers.files import Row
-    from qlora_jax.inference.prompts import Prompter
     from qlora_jax.io.pretrained import OpenedModel
     from qlora_jax.models.decoder import CausalLM
 
@@ -47,6 +46,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.terminal.console import Console
 
     runtime.start()
+    rows = _rows(args)
     opened = open_pretrained(
         model=args.model,
         run=args.run,
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     )
     prompter = prompts.prompter(opened.tokenizer, raw="raw" in flags, system=args.system)
     limit = opened.features.max_positions
-    rows, encoded = _prompts(args, prompter, limit)
+    encoded = prompts.encode_prompts(args.prompts or "--prompt", rows, prompter, limit)
     messages = Console(stderr=True)
     model = _load(opened, args, messages)
     reply_to = functools.partial(
@@ -81,16 +81,14 @@ def main(argv: list[str]) -> None:
         chat(prompter, lambda ids: reply_to([ids]), limit, Console())
 
 
-def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tuple[list["Row"], list[list[int]]]:
-    """The prompts as rows and as token ids; both empty for a chat."""
+def _rows(args: GenerateArgs) -> list["Row"]:
+    """The prompts as rows; none for a chat."""
     from qlora_jax.data.readers.files import Place, Row
-    from qlora_jax.inference.prompts import encode_prompts, read_prompts
+    from qlora_jax.inference.prompts import read_prompts
 
     if args.prompts is not None:
-        rows = read_prompts(args.prompts)
-        return rows, encode_prompts(args.prompts, rows, prompter, max_positions)
-    rows = [] if args.prompt is None else [Row(Place(1, 0), {"prompt": args.prompt})]
-    return rows, encode_prompts("--prompt", rows, prompter, max_positions)
+        return read_prompts(args.prompts)
+    return [] if args.prompt is None else [Row(Place(1, 0), {"prompt": args.prompt})]
 
 
 def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "CausalLM":

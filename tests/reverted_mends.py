@@ -330,6 +330,24 @@ MENDS = [
     ),
     # Tried as a new user would
     Mutation(
+        "qlora_jax/io/hf/hub.py",
+        "    before_weights()\n    _snapshot(name, DESCRIPTION)",
+        "    _snapshot(name, DESCRIPTION)",
+        "tests/e2e/test_hub.py",
+    ),
+    Mutation(
+        "qlora_jax/io/hf/reader.py",
+        "model_config(without_drafts(config), name",
+        "str((config, name)",
+        "tests/io/hf/test_reader.py",
+    ),
+    Mutation(
+        "qlora_jax/training/resume.py",
+        "_refuse(config, state, _changed_settings(config, saved))",
+        "_changed_settings(config, saved)",
+        "tests/e2e/test_resume.py",
+    ),
+    Mutation(
         "scripts/bench/train.py",
         '[*command, "--dtype", row.dtype()]',
         '[*command, "--dtype", "bfloat16"]',

@@ -117,14 +117,15 @@ def save_quantized(
     Raises:
       ValueError: the model's files are missing, damaged or not supported, or the folder exists.
     """
-    source = open_model(path)
-    tokenizer = load_tokenizer(source.tokenizer)
     kind = None if quant_type == "none" else quant_type
     weights = WeightFormat(quant_type=kind, double_quant=double_quant, dtype=dtype)
-    if keep_16bit:
-        weights = keep_in_16_bits(weights, keep_16bit, model_config(source.config, source.config_name))
-    with staged_folder(Path(folder)) as staged, loading_bar(progress) as report:
-        write_quantized_folder(staged, source, weights, report)
+    with staged_folder(Path(folder)) as staged:
+        source = open_model(path)
+        tokenizer = load_tokenizer(source.tokenizer)
+        if keep_16bit:
+            weights = keep_in_16_bits(weights, keep_16bit, model_config(source.config, source.config_name))
+        with loading_bar(progress) as report:
+            write_quantized_folder(staged, source, weights, report)
         write_tokenizer(staged, tokenizer, source, source.tokenizer["stop_token_ids"])
     return Path(folder)
 

@@ -110,13 +110,16 @@ def predict_rows(args: PredictArgs, console: Console) -> list[dict[str, object]]
     Raises:
       ValueError: the run has no head, or rows cannot be used; the message lists them.
     """
+    path = args.rows or "text"
+    rows = [_row(0, {"text": args.text})] if args.rows is None else _read_texts(path, args)
     opened = open_pretrained(model=args.model, run=args.run, step=args.step)
     if opened.run is None or opened.run.head is None:
         raise ValueError(
             f"{args.run}: has no sequence head. Use generate, or a run of an objective such as classification"
         )
-    head, path = opened.run.head, args.rows or "text"
-    rows = [_row(0, {"text": args.text})] if args.rows is None else _read_texts(path, args, head)
+    head = opened.run.head
+    problems = [(row.place, problem) for row in rows for problem in _column_problems(row.data, added_names(head))]
+    raise_problems(path, problems, len(rows))
     texts = encode_texts(path, rows, head, opened.tokenizer, opened.features.max_positions)
     with loading(console) as progress:
         model = load_opened(opened, weight_settings(opened, args.quant_type, args.compute_dtype), None, progress)
@@ -132,21 +135,16 @@ def _row(number: int, columns: Mapping[str, object]) -> Row:
     return Row(Place(number + 1, number), dict(columns))
 
 
-def _read_texts(path: str, args: PredictArgs, head: TrainedHead) -> list[Row]:
+def _read_texts(path: str, args: PredictArgs) -> list[Row]:
     """Returns the rows of a file; of a .txt file, a row {"text": line} per line that is not blank.
 
     Raises:
-      ValueError: the file cannot be read, has no row, lacks a column of `file_columns`, or has a column that cannot be
-        written next to the predictions; the message lists them.
+      ValueError: the file cannot be read, has no row, or lacks a column of `file_columns`.
     """
     if Path(path).name.endswith(TEXT_SUFFIXES):
         lines = [(line, text) for line, text in read_lines(path) if text.strip()]
-        rows = [Row(Place(line, number), {"text": text}) for number, (line, text) in enumerate(lines)][: args.max_rows]
-    else:
-        rows = read_task_rows(path, "rows", args.file_columns, args.max_rows)
-    problems = [(row.place, problem) for row in rows for problem in _column_problems(row.data, added_names(head))]
-    raise_problems(path, problems, len(rows))
-    return rows
+        return [Row(Place(line, number), {"text": text}) for number, (line, text) in enumerate(lines)][: args.max_rows]
+    return read_task_rows(path, "rows", args.file_columns, args.max_rows)
 
 
 def _column_problems(columns: Mapping[str, object], added: Collection[str]) -> list[str]:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.data.readers.files import stream_rows
 from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.quantization_cost.choose import choose_layers, spare_bytes
 from qlora_jax.evaluation.quantization_cost.files import Measured
@@ -62,6 +63,7 @@ def measure_quantization(
     """
     reporter = reporter or ProgressReporter()
     args = ModelArgs(path=path, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype)
+    next(stream_rows(rows), None)  # before the model is fetched: does the file exist
     opened = open_base(args)
     _check_16_bits(opened)
     weights = WeightFormat(quant_type=quant_type, double_quant=double_quant, dtype=dtype)

@@ -1,10 +1,10 @@
 """Reads the labels of rows, margins included, and finds the names of classes in training data."""
 
-import contextlib
 import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +13,15 @@ from qlora_jax.data.formats.columns import list_columns, rename_columns
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.formats.row_format import Columns
-from qlora_jax.data.readers.files import Place, Row, stream_rows
+from qlora_jax.data.readers.files import (
+    BrokenRow,
+    Place,
+    Problem,
+    Row,
+    no_rows_message,
+    raise_problems,
+    stream_rows,
+)
 from qlora_jax.data.readers.json_rows import shorten
 from qlora_jax.data.row_kinds import ROW_USES, ValueKind
 
@@ -86,7 +94,7 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
     for path in paths:
         found |= dict.fromkeys(_names_in(path, data.columns_of(path), kind))
     for path in () if found else paths:
-        _check_format(data, path, objective)
+        check_format(data, path, objective)
     least = 2 if kind == "class" else 1
     if not least <= len(found) <= MAX_CLASSES:
         raise ValueError(
@@ -99,7 +107,7 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
 
 def _names_in(path: str, names: Mapping[str, str], kind: ValueKind) -> Iterable[str]:
     known: set[str] = set()
-    for columns in _renamed_rows(path, names):
+    for columns in _renamed_rows(path, names, []):
         try:
             new = set(_label_names(kind, columns)) - known
         except (KeyError, ValueError):
@@ -110,20 +118,32 @@ def _names_in(path: str, names: Mapping[str, str], kind: ValueKind) -> Iterable[
             return
 
 
-def _renamed_rows(path: str, names: Mapping[str, str]) -> Iterator[Columns]:
-    """Yields the rows that have the columns of `names`, under our names."""
+def _renamed_rows(path: str, names: Mapping[str, str], problems: list[Problem]) -> Iterator[Columns]:
+    """Yields the rows that have the columns of `names`, under our names. The others are added to `problems`."""
     for row in stream_rows(path):
-        if isinstance(row, Row):
-            with contextlib.suppress(ValueError):
-                yield rename_columns(row.data, names, "data.columns", OPTIONAL_COLUMNS)
+        try:
+            if isinstance(row, BrokenRow):
+                raise ValueError(row.problem)
+            columns = rename_columns(row.data, names, "data.columns", OPTIONAL_COLUMNS)
+        except ValueError as error:
+            problems.append((row.place, str(error)))
+        else:
+            yield columns
 
 
-def _check_format(data: DataArgs, path: str, objective: str) -> None:
-    """Raises ValueError if the columns of the file's first rows fit no format of the objective."""
-    names = data.columns_of(path)
-    first = [Row(Place(1, 0), columns) for columns in itertools.islice(_renamed_rows(path, names), FIRST_ROWS)]
-    if first:
-        detect_format(path, first, data.format_of(path), names=names, objective=objective)
+def check_format(data: DataArgs, path: str, objective: str) -> None:
+    """Raises ValueError if a file does not exist, has no usable row, or its first rows fit no format of the objective.
+
+    A pipe is not checked, because it can be read once.
+    """
+    if Path(path).is_fifo():
+        return
+    names, problems = data.columns_of(path), []
+    first = [Row(Place(1, 0), each) for each in itertools.islice(_renamed_rows(path, names, problems), FIRST_ROWS)]
+    if not first:
+        raise_problems(path, problems, len(problems))
+        raise ValueError(no_rows_message(path))
+    detect_format(path, first, data.format_of(path), names=names, objective=objective)
 
 
 def _order(name: str) -> tuple[bool, float, str]:

@@ -11,7 +11,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.score import ScoredModel
 from qlora_jax.evaluation.settings import EvaluateArgs
-from qlora_jax.evaluation.tasks.registry import build_tasks
+from qlora_jax.evaluation.tasks.registry import build_tasks, check_files
 from qlora_jax.evaluation.tasks.task import AnyTask, ReferenceTask, TaskContext
 from qlora_jax.io.pretrained import (
     OpenedModel,
@@ -56,6 +56,7 @@ def open_compared(args: EvaluateArgs, *, raw: bool) -> dict[str, ComparedModel]:
     Raises:
       ValueError: a model or a task's file cannot be used, or two runs are not comparable.
     """
+    check_files(args)
     opened = open_pretrained(model=args.model, run=args.run, step=args.step, **_template(args))
     tasks = _tasks(args, opened, raw=raw)
     compared = _base_and_run(args, opened, tasks)

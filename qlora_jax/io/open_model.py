@@ -1,6 +1,7 @@
 """Opens a model of any format, from a path or by its name on the Hub."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from qlora_jax.io.gguf.reader import open_gguf
@@ -9,10 +10,14 @@ from qlora_jax.io.hf.reader import open_folder
 from qlora_jax.io.model_source import ModelSource
 
 
-def open_model(path: str | Path) -> ModelSource:
+def open_model(path: str | Path, before_weights: Callable[[], object] = lambda: None) -> ModelSource:
     """Opens a Hugging Face folder, a GGUF file, or `org/name` on the Hub, which is fetched unless it is cached.
 
     Metadata is read and checked; tensors are not read.
+
+    Args:
+      before_weights: called when the model's description is known to be supported, before weights are fetched or
+        looked at. A GGUF file on the Hub contains its description, so it is called before that file is fetched.
 
     Raises:
       ValueError: there is nothing at `path`; the format is unknown; a file is truncated, corrupt or not supported; or a
@@ -20,16 +25,18 @@ def open_model(path: str | Path) -> ModelSource:
     """
     on_hub = hub_name_of(path)
     if on_hub is not None:
-        fetched = fetch_model(on_hub)
-        return dataclasses.replace(_open(fetched.path), hub_name=str(fetched.name))
-    return _open(Path(path).expanduser())
+        fetched = fetch_model(on_hub, before_weights)
+        return dataclasses.replace(_open(fetched.path, lambda: None), hub_name=str(fetched.name))
+    return _open(Path(path).expanduser(), before_weights)
 
 
-def _open(path: Path) -> ModelSource:
+def _open(path: Path, before_weights: Callable[[], object]) -> ModelSource:
     if path.is_dir():
-        return open_folder(path)
+        return open_folder(path, before_weights)
     if path.is_file() and path.suffix != ".safetensors":
-        return open_gguf(path)
+        source = open_gguf(path)
+        before_weights()
+        return source
     if path.is_file():
         raise ValueError(
             f"{path}: a weight file, expected a model. Give its folder, which has config.json: {path.parent}"

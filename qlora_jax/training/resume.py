@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jaxlib
@@ -122,17 +122,23 @@ def _saved_config(session: Session, state: Record) -> Config:
         ) from error
 
 
-def with_date_of_start(config: Config, state: Record) -> Config:
+def settings_to_resume(config: Config, state: Record) -> Config:
     """Returns the settings with the date on which the saved run started, if its template writes it and none is set.
+
+    Called before anything is loaded.
 
     Args:
       state: of a checkpoint; without settings that this version can read, the result is `config`.
+
+    Raises:
+      ValueError: settings differ from those of the checkpoint, with each difference.
     """
-    if config.data.template_date is not None:
-        return config
     try:
         saved = from_dict(Config, state.get("config", {}), {})
     except ConfigError:
+        return config
+    _refuse(config, state, _changed_settings(config, saved))
+    if config.data.template_date is not None:
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=saved.data.template_date))
 
@@ -170,13 +176,7 @@ def check_resumable(session: Session, state: Record) -> None:
             "folder; lora.start continues from the exported adapter."
         )
     saved = _saved_config(session, state)
-    changed = differences(_unpaged(saved), _unpaged(session.config))
-    may_differ = MAY_DIFFER | (SPLIT if _rows_per_step(saved) == _rows_per_step(session.config) else set())
-    problems = [
-        f"{key}: {then!r} in the checkpoint, {now!r} now"
-        for key, (then, now) in changed.items()
-        if key not in may_differ
-    ]
+    problems = _changed_settings(session.config, saved)
     if session.fingerprint != state["fingerprint"]:
         problems.append(
             f"the base model: fingerprint {state['fingerprint'][:12]} in the checkpoint "
@@ -195,14 +195,27 @@ def check_resumable(session: Session, state: Record) -> None:
             f"They come from {START_FILE} in the run's folder if it has one, otherwise from lora.start "
             f"({session.config.lora.start}) or the seed"
         )
+    _refuse(session.config, state, problems)
+    warn_of_other_masks(session.config, state)
+
+
+def _changed_settings(config: Config, saved: Config) -> list[str]:
+    may_differ = MAY_DIFFER | (SPLIT if _rows_per_step(saved) == _rows_per_step(config) else set())
+    return [
+        f"{key}: {then!r} in the checkpoint, {now!r} now"
+        for key, (then, now) in differences(_unpaged(saved), _unpaged(config)).items()
+        if key not in may_differ
+    ]
+
+
+def _refuse(config: Config, state: Record, problems: Sequence[str]) -> None:
+    """Raises ValueError if there are problems."""
     if problems:
         raise ValueError(
-            f"{session.config.output}: cannot resume from the checkpoint of step {state['step']}, because these "
-            "differ:\n  "
+            f"{config.output}: cannot resume from the checkpoint of step {state['step']}, because these differ:\n  "
             + "\n  ".join(problems)
             + "\nUse the same settings; or start a new run from the exported adapter (export, lora.start)."
         )
-    warn_of_other_masks(session.config, state)
 
 
 def restore(session: Session, checkpoints: Checkpoints) -> TrainState:

@@ -41,7 +41,7 @@ from qlora_jax.training.reference_session import ReferenceStopped, record_start,
 from qlora_jax.training.report.page import JSON_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows
-from qlora_jax.training.resume import TrainState, restore, with_date_of_start
+from qlora_jax.training.resume import TrainState, restore, settings_to_resume
 from qlora_jax.training.run_mesh import local_devices
 from qlora_jax.training.session import (
     PreparedModel,
@@ -122,7 +122,7 @@ def dry_run(
     group = group or Group()
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(group, first, config, run):
-        config = with_date_of_start(config, newest_state(run)) if resume else config
+        config = settings_to_resume(config, newest_state(run)) if resume else config
         planned = plan_before_weights(config, console, full=True, group=group)
         if group.is_first:
             _print_dry_run(planned, run, console)
@@ -238,7 +238,7 @@ def run_training(
     """
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
     is_first = watchdog.group.is_first
-    config = with_date_of_start(config, newest_state(run)) if resume else config
+    config = settings_to_resume(config, newest_state(run)) if resume else config
     planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
     if resume:
         check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.inputs.head)

@@ -12,7 +12,9 @@ from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.formats.unlabelled import learned_columns
+from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.tasks.registry import check_files
 from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
 from qlora_jax.io.loading.adapter_init import InitialAdapter, check_decomposable, subtract_initial
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model
@@ -141,7 +143,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
     Raises:
       ValueError: the model's files or the data are missing, malformed or not supported.
     """
-    source = open_model(config.model.path) if prepared is None else prepared.source
+    source = open_model(config.model.path, lambda: _check_files(config)) if prepared is None else prepared.source
     model = model_config(source.config, source.config_name)
     if config.data.max_length > model.max_positions:
         raise ValueError(
@@ -181,6 +183,18 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         samples=open_samples(config.train, *reads),
         questions=open_questions(config.questions, *reads),
     )
+
+
+def _check_files(config: Config) -> None:
+    """Checks the beginning of files of rows, and that those of questions and prompts exist.
+
+    Raises:
+      ValueError: a file is missing, or its rows are not those that the objective trains on.
+    """
+    data = config.data
+    for path in [*([data.train] if isinstance(data.train, str) else data.train), *filter(None, [data.eval])]:
+        check_format(data, path, config.objective)
+    check_files(config.questions)
 
 
 def _initializer_range(source: ModelSource) -> float:

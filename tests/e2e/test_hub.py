@@ -4,12 +4,14 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qlora_jax import evaluate, export, generate, plan, quantize, train
+from qlora_jax import evaluate, export, generate, plan, predict, quantize, train
 from qlora_jax.config import read_config, write_config
 from qlora_jax.io.peft.reader import base_model_of
+from qlora_jax.training.session import open_inputs
 from tests.e2e.project import project, write_model
 from tests.io.hub_server import Hub, running
 
@@ -20,6 +22,58 @@ REPO = "org/tiny"
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with running(monkeypatch, tmp_path / "cache") as hub:
         yield hub
+
+
+@pytest.mark.parametrize(
+    ("data", "questions", "message"),
+    [
+        (dict(train="{folder}/none.jsonl"), {}, "none.jsonl: no such file"),
+        (dict(eval="{folder}/none.jsonl", eval_fraction=0.0), {}, "none.jsonl: no such file"),
+        (dict(train="{folder}/odd.jsonl"), {}, "the rows have no known format. Columns found: 'a'"),
+        (dict(columns={"prompt": "ask"}), {}, r"40 of 40 rows can't be used:\n.*: data.columns: no column 'ask'"),
+        (dict(train="{folder}/empty.jsonl"), {}, "found no rows"),
+        ({}, dict(answers="{folder}/none.jsonl"), "none.jsonl: no such file"),
+    ],
+)
+def test_data_is_checked_before_weights_are_fetched(
+    hub: Hub, tmp_path: Path, data: dict[str, Any], questions: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    sections: list[dict[str, Any]] = [data, questions]
+    placed = [
+        {name: value.format(folder=tmp_path) if isinstance(value, str) else value for name, value in section.items()}
+        for section in sections
+    ]
+    config = project(tmp_path, data=placed[0], questions=placed[1])
+    hub.push_folder(REPO, Path(config.model.path))
+    on_hub = dataclasses.replace(config, model=dataclasses.replace(config.model, path=REPO))
+    with pytest.raises(ValueError, match=message):
+        open_inputs(on_hub)
+    assert hub.fetched == ["config.json"]
+    (Path(config.model.path) / "config.json").write_text('{"model_type": "bert"}')
+    hub.push_folder(REPO, Path(config.model.path))
+    with pytest.raises(ValueError, match="model_type='bert' is not supported"):
+        open_inputs(on_hub)
+
+
+def test_missing_files_are_errors_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.push_folder(REPO, write_model(tmp_path / "tiny"))
+    missing, output = str(tmp_path / "none.jsonl"), str(tmp_path / "nf4")
+    for command, arguments in (
+        (evaluate, ["--rows", missing]),
+        (generate, ["--prompts", missing]),
+        (quantize, ["--measure", missing, "--output", output]),
+    ):
+        with pytest.raises(ValueError, match="no such file"):
+            command.main(["--model", REPO, *arguments])
+    with pytest.raises(ValueError, match="no such file"):
+        predict.main(["--run", str(tmp_path / "run"), "--model", REPO, "--rows", missing])
+    (tmp_path / "nf4").mkdir()
+    (tmp_path / "nf4/kept.txt").write_text("kept")
+    with pytest.raises(ValueError, match="exists"):
+        quantize.main(["--model", REPO, "--output", output])
+    assert hub.fetched == []
 
 
 @pytest.mark.slow

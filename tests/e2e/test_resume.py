@@ -15,7 +15,7 @@ from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.run_folder.checkpoint_reader import read_state
 from qlora_jax.training.evaluation.early_stopping import BestEvaluation
 from qlora_jax.training.resume import check_resumable, checkpoint_state
-from qlora_jax.training.run import train
+from qlora_jax.training.run import dry_run, train
 from qlora_jax.training.session import open_inputs, weights_of
 from tests.e2e.project import project, write_model, write_rows
 from tests.e2e.tiny_runs import arrays_at, numbers, quiet, run, session_of, stop_and_resume
@@ -154,16 +154,18 @@ def test_a_run_resumes_on_other_devices_and_with_another_split_of_its_rows(tmp_p
         check_resumable(with_split(rows, 2), state)
 
 
-def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
+def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path, monkeypatch):
     other_model = write_model(tmp_path / "model", seed=1)
-    changed = dataclasses.replace(
-        finished,
-        lora=dataclasses.replace(finished.lora, alpha=8.0),
-        model=dataclasses.replace(finished.model, path=str(other_model)),
-    )
-    with pytest.raises(ValueError) as caught:
+    changed = dataclasses.replace(finished, model=dataclasses.replace(finished.model, path=str(other_model)))
+    with pytest.raises(ValueError, match=r"these differ:\n  the base model: fingerprint"):
         run(changed, resume=True)
-    assert "lora.alpha: 32.0 in the checkpoint, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
+    lora, optim = dataclasses.replace(finished.lora, alpha=8.0), dataclasses.replace(finished.optim, beta2=0.5)
+    changed = dataclasses.replace(changed, lora=lora, optim=optim)
+    monkeypatch.setattr("qlora_jax.training.session.open_model", lambda *args: pytest.fail("the model was opened"))
+    for start in (train, dry_run):
+        with pytest.raises(ValueError) as caught:
+            start(changed, Path(changed.output), resume=True, oversized=False, console=quiet())
+        assert "lora.alpha: 32.0 in the checkpoint, 8.0 now\n  optim.beta2: " in str(caught.value)
     assert str(caught.value).endswith("or start a new run from the exported adapter (export, lora.start).")
 
 

@@ -2,7 +2,10 @@
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qlora_jax.data.readers.files import stream_rows
 
 if TYPE_CHECKING:
     from qlora_jax.config import QuestionArgs
@@ -37,6 +40,14 @@ TASKS: dict[str, Builder] = {
     "embeddings": _lazy("qlora_jax.evaluation.tasks.embeddings"),
     "harness": _lazy("qlora_jax.evaluation.lm_eval.task"),
 }
+
+
+def check_files(settings: "QuestionArgs") -> None:
+    """Raises ValueError for a task's file that does not exist; called before a model is opened, or fetched."""
+    paths = [path for name in TASKS if isinstance(path := getattr(settings, name, None), str)]
+    for path in paths:
+        if not Path(path).exists():
+            next(stream_rows(path), None)
 
 
 def build_tasks(settings: "QuestionArgs", context: "TaskContext") -> "list[AnyTask]":

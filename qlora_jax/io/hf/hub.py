@@ -10,17 +10,17 @@ import logging
 import re
 import types
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qlora_jax.io.hf.reader import INDEX, SINGLE, read_index
+from qlora_jax.io.hf.reader import INDEX, SINGLE, read_config, read_index
 from qlora_jax.io.hf.tokenizer import PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_jax.terminal.visible import without_passwords
 
 # The grammar of hf:// addresses: the revision follows the name; a slash in a revision is written %2F.
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<file>.+\.gguf))?")
 CONFIG = "config.json"
-DESCRIPTION = (CONFIG, INDEX, *TOKENIZER_FILES, *PROCESSOR_FILES)
+DESCRIPTION = (INDEX, *TOKENIZER_FILES, *PROCESSOR_FILES)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -65,20 +65,27 @@ def hub_name_of(path: str | Path) -> HubName | None:
     return None if Path(path).expanduser().exists() else HubName.parse(str(path))
 
 
-def fetch_model(name: HubName) -> Fetched:
+def fetch_model(name: HubName, before_weights: Callable[[], object]) -> Fetched:
     """Fetches the files of a model that are read, unless they are in the cache.
+
+    Args:
+      before_weights: called after config.json is fetched and checked, before weights are fetched.
 
     Raises:
       ValueError: huggingface_hub is not installed; the repository, revision or file does not exist; access is denied;
-        or the Hub is offline and the cache incomplete.
+        the model is not supported; or the Hub is offline and the cache incomplete.
     """
     if name.file is not None:
+        before_weights()
         folder = _snapshot(name, [name.file])
         if not (folder / name.file).is_file():
             raise ValueError(_missing_file(name, name.file))
         return Fetched(path=folder / name.file, name=_at_commit(name, folder))
-    folder = _fetch_description(name)
+    folder = fetch_config(name).parent
     name = _at_commit(name, folder)
+    read_config(folder / CONFIG, f"{name}/{CONFIG}")
+    before_weights()
+    _snapshot(name, DESCRIPTION)
     weights = sorted(set(read_index(folder / INDEX).values())) if (folder / INDEX).is_file() else [SINGLE]
     _snapshot(name, weights)
     if missing := [file for file in weights if not (folder / file).is_file()]:
@@ -93,7 +100,10 @@ def fetch_config(name: HubName) -> Path:
       ValueError: as `fetch_model`; or a GGUF file is not in the cache.
     """
     if name.file is None:
-        return _fetch_description(name, [CONFIG]) / CONFIG
+        folder = _snapshot(name, [CONFIG])
+        if not (folder / CONFIG).is_file():
+            raise ValueError(_missing_file(name, CONFIG))
+        return folder / CONFIG
     hub = _library(name)
     try:
         return Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision, local_files_only=True))
@@ -102,14 +112,6 @@ def fetch_config(name: HubName) -> Path:
             f"{name}: a GGUF file contains its config, and this one is not in the cache; a plan downloads nothing "
             "large. Name the repository of the original model, or the model in its published size"
         ) from None
-
-
-def _fetch_description(name: HubName, files: Sequence[str] = DESCRIPTION) -> Path:
-    """Fetches those of `files` that the repository has, config.json at least; returns their folder in the cache."""
-    folder = _snapshot(name, files)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(_missing_file(name, CONFIG))
-    return folder
 
 
 def _at_commit(name: HubName, folder: Path) -> HubName:

@@ -24,6 +24,7 @@ from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loading.draft_layers import draft_layers, split_drafts, without_drafts
 from qlora_jax.io.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
 from qlora_jax.metadata import JsonObject, MetadataError, Offset, check_value, decode_json, read_json, shorten
+from qlora_jax.models.families import model_config
 
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}  # U8: codes of quantized weights
@@ -70,8 +71,11 @@ class TensorHeader(TypedDict):
     data_offsets: Annotated[list[Offset], Field(min_length=2, max_length=2)]
 
 
-def open_folder(folder: Path) -> ModelSource:
+def open_folder(folder: Path, before_weights: Callable[[], object]) -> ModelSource:
     """Opens the model in a Hugging Face folder; headers are read and checked, tensors are not read.
+
+    Args:
+      before_weights: called after config.json is checked, before files of weights are looked for.
 
     Raises:
       ValueError: a file is missing, damaged or not supported; names the file, the byte offset, and what to do.
@@ -82,6 +86,7 @@ def open_folder(folder: Path) -> ModelSource:
             f"{folder}: not a Hugging Face model folder (config.json is missing). {_found_instead(folder)}"
         )
     config = read_config(config_path)
+    before_weights()
     form = _quantized_form(config_path, config)
     types = form.types
     entries = {entry.name: entry for path in _weight_files(folder, types) for entry in read_header(path, types)}
@@ -135,14 +140,18 @@ def _quantized_form(path: Path, config: JsonObject) -> _Form:
     return _Form(DTYPES | INTEGER_TYPES, grouped, method.title)
 
 
-def read_config(path: Path) -> JsonObject:
-    """Reads config.json; models.families.model_config checks the attributes of the model.
+def read_config(path: Path, name: str | None = None) -> JsonObject:
+    """Reads config.json.
+
+    Args:
+      name: the file, for messages about the model; None for its path.
 
     Raises:
-      MetadataError: not a JSON object, or model_type or quantization_config has values of other types.
+      ValueError: not a JSON object, values of other types, or a model that is not supported.
     """
     config = read_json(path, JsonObject)
     check_value(config, FolderConfig, path)
+    model_config(without_drafts(config), name or str(path))
     return config
 
 

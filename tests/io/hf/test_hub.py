@@ -139,9 +139,28 @@ def test_a_gguf_file(hub: Hub, tmp_path: Path) -> None:
     ],
 )
 def test_a_repository_without_it_tells_what_it_holds(hub: Hub, files: list[str], name: str, told: str) -> None:
-    hub.push(REPO, dict.fromkeys(files, b"{}"))
+    hub.push(REPO, dict.fromkeys(files, json.dumps(tiny_config()).encode()))
     with pytest.raises(ValueError, match=f"(?s){told}"):
         open_model(name)
+
+
+def test_weights_are_fetched_last(hub: Hub, tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise ValueError(f"asked after {hub.fetched}")
+
+    folder = write_model(tmp_path / "tiny")
+    hub.push_folder(REPO, folder)
+    hub.push(f"{REPO}-gguf", {"tiny.gguf": b"GGUF"})
+    for name in (REPO, f"{REPO}-gguf/tiny.gguf"):
+        with pytest.raises(ValueError, match=r"^asked after \['config.json'\]$"):
+            open_model(name, refuse)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    commit = hub.push_folder(f"{REPO}-bert", folder)
+    hub.asked.clear()
+    named = rf"^{REPO}-bert@{commit}/config\.json: model_type='bert' is not supported.*known are .*'llama'"
+    with pytest.raises(ValueError, match=named):
+        open_model(f"{REPO}-bert", refuse)
+    assert hub.fetched == ["config.json"]
 
 
 def test_no_such_repository_or_revision(hub: Hub, tmp_path: Path) -> None:
@@ -215,7 +234,7 @@ def test_a_password_in_the_endpoint_is_not_logged(hub: Hub, monkeypatch: pytest.
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r'org/tiny: no such file or folder, and .*pip install "qlora-jax\[hub\]"'):
-        fetch_model(names(REPO))
+        fetch_model(names(REPO), lambda: None)
 
 
 def test_an_adapter_names_its_base_and_the_commit(hub: Hub, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     ],
 )
 def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / INDEX).write_text(index)
     with pytest.raises(ValueError, match=message):
         open_model(tmp_path)
@@ -201,9 +201,10 @@ def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
     ("files", "message"),
     [
         ({}, "config.json is missing.* It contains: nothing"),
-        ({"config.json": "{}"}, "model.safetensors and model.safetensors.index.json are both missing"),
+        ({"config.json": json.dumps(CONFIG)}, "model.safetensors and model.safetensors.index.json are both missing"),
+        ({"config.json": '{"model_type": "bert"}'}, "model_type='bert' is not supported.*known are .*'llama'"),
         (
-            {"config.json": "{}", "a.bin": ""},
+            {"config.json": json.dumps(CONFIG), "a.bin": ""},
             r"a pickle, which is not read because it can run any code.*save_pretrained",
         ),
         ({"model-q4.gguf": ""}, "contains model-q4.gguf: give the path of that file"),
@@ -211,7 +212,7 @@ def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
         ({"config.yaml": "", "checkpoints": ""}, r"is missing\)\. It is a training run\. Resume it with --config RUN"),
         ({"config.json": '{"hidden_size": 5,}'}, r"config.json, line 1, column \d+: not JSON"),
         (
-            {"config.json": '{"quantization_config": {"quant_method": "hqq"}}'},
+            {"config.json": json.dumps(CONFIG | {"quantization_config": {"quant_method": "hqq"}})},
             "found .*hqq.*16-bit model",
         ),
         ({"config.json": '{"model_type": {"": "llama"}}'}, r"model_type: found {'': 'llama'}, expected text"),
