@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("QLORA_JAX_BUILD_LOOPS", "0")  # tests run what set-up has built
 
 import hypothesis
 import jax

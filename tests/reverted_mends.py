@@ -330,6 +330,12 @@ MENDS = [
     ),
     # Tried as a new user would
     Mutation(
+        "pallas_kernels/native/library.py",
+        "if not library_path().exists() and (failure := _build_failure()):",
+        "if not library_path().exists() and (failure := BUILD):",
+        "tests/pallas_kernels/native/test_library.py",
+    ),
+    Mutation(
         "qlora_jax/io/hf/hub.py",
         "    before_weights()\n    _snapshot(name, DESCRIPTION)",
         "    _snapshot(name, DESCRIPTION)",

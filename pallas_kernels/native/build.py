@@ -50,12 +50,13 @@ def build() -> Path:
         jax.ffi.include_dir(),
         *map(str, SOURCES),
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{' '.join(command)}\nended with status {done.returncode}:\n{_errors(done.stderr)}")
-        built.replace(path)  # atomically, because another process may be loading it
+        built.replace(path)  # atomically, because another process may be loading or building it
     return path
 
 

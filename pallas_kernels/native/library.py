@@ -1,7 +1,8 @@
 """The library of compiled handlers: its path, checks that it can be used, and its registration with XLA.
 
-The library's name has a hash of the processor, the jaxlib version and the sources, so it is never loaded elsewhere.
-Without it everything works, in plain JAX. XLA's flag --xla_cpu_max_isa hides instruction sets from both.
+The library's name has a hash of the processor, the jaxlib version and the sources, so it is never loaded elsewhere. It
+is built at its first use. Without it everything works, in plain JAX. XLA's flag --xla_cpu_max_isa hides instruction
+sets from both.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -27,6 +30,7 @@ ATTENTION = {
 # Value of --xla_cpu_max_isa -> what the compiler may use. Without the flag, or with another value: all that there is.
 ARCHITECTURES = {"SSE4_2": "x86-64-v2", "AVX": "x86-64-v2", "AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
 BUILD = "python -m pallas_kernels.native.build"
+SWITCH = "QLORA_JAX_BUILD_LOOPS"  # environment variable
 
 
 def _processor() -> str:
@@ -47,14 +51,35 @@ def library_path() -> Path:
     version = importlib.metadata.version("jaxlib")
     sources = "".join(path.read_text() for path in SOURCES + HEADERS)
     key = hashlib.sha256(f"{version} {_processor()} {architecture()} {sources}".encode()).hexdigest()[:16]
-    return _HERE / f"cpu-{key}.so"
+    packaged, cached = (folder / f"cpu-{key}.so" for folder in (_HERE, _cache()))
+    return packaged if packaged.exists() or (os.access(_HERE, os.W_OK) and not cached.exists()) else cached
+
+
+def _cache() -> Path:
+    """Returns the folder for the library if that of the package cannot be written."""
+    given, shared = os.environ.get("QLORA_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(shared) / "qlora_jax"
+
+
+def _build_failure() -> str | None:
+    """Builds the library, unless SWITCH is 0; returns the reason, of which a warning tells, if that fails."""
+    if os.environ.get(SWITCH) == "0":
+        return f"Run `{BUILD}`"
+    from pallas_kernels.native.build import build  # which imports this module
+
+    print("building the C++ loops for this processor, once (about a minute)", file=sys.stderr, flush=True)
+    try:
+        build()
+    except (ValueError, OSError) as error:
+        warnings.warn(f"C++ loops could not be built, so this CPU is several times slower: {error}", stacklevel=2)
+        return f"{error}"
 
 
 @functools.cache
 def problem() -> str | None:
-    """Returns why the product handlers cannot be used, or None after registering them with XLA."""
-    if not library_path().exists():
-        return f"is not built for this processor and jaxlib. Run `{BUILD}`"
+    """Returns why the product handlers cannot be used, or None after building and registering them with XLA."""
+    if not library_path().exists() and (failure := _build_failure()):
+        return f"is not built for this processor and jaxlib. {failure}"
     _register(HANDLERS)
     return None
 

@@ -1,8 +1,67 @@
 """The library is built for the instruction sets that XLA may use, so that one switch hides them from both."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from pallas_kernels.native import library
+
+# Compilers that count their calls: one leaves the file that it is asked for, the other fails.
+COMPILES = 'echo >> "$0.calls"; for last; do :; done; echo library > "$last"'
+FAILS = 'echo >> "$0.calls"; echo "error: no such flag" >&2; exit 1'
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """The path of the compiler, which the test writes, and which builds into the user's cache."""
+    path = tmp_path / "compiler"
+    for name, value in {"CXX": str(path), "QLORA_JAX_CACHE": str(tmp_path / "cache"), library.SWITCH: "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(library, "_HERE", tmp_path / "package")
+    monkeypatch.setattr(library, "_register", lambda names: None)
+    library.problem.cache_clear()
+    yield path
+    library.problem.cache_clear()
+
+
+def write_compiler(path: Path, words: str) -> None:
+    path.write_text(f"#!/bin/sh\n{words}\n")
+    path.chmod(0o755)
+
+
+def test_the_first_use_builds_once_into_a_folder_that_can_be_written(compiler, capsys):
+    write_compiler(compiler, COMPILES)
+    assert library.problem() is None
+    library.problem.cache_clear()  # as another process would find it
+    assert library.problem() is None
+    built = library.library_path()
+    assert built.parent == compiler.parent / "cache" and built.read_text() == "library\n"
+    assert [*built.parent.iterdir()] == [built]
+    assert capsys.readouterr().err.count("building the C++ loops") == 1
+    assert Path(f"{compiler}.calls").read_text() == "\n"
+
+
+def test_a_failed_build_is_one_warning_with_its_reason(compiler, recwarn):
+    write_compiler(compiler, FAILS)
+    assert all("error: no such flag" in library.problem() for _ in range(2))
+    assert [str(warning.message).splitlines()[-1] for warning in recwarn] == ["error: no such flag"]
+    assert Path(f"{compiler}.calls").read_text() == "\n"
+
+
+def test_nothing_is_built_where_that_is_switched_off(compiler, monkeypatch):
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert library.BUILD in library.problem() and not compiler.parent.joinpath("cache").exists()
+
+
+def test_the_users_cache_is_where_the_system_has_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("QLORA_JAX_CACHE", raising=False)
+    monkeypatch.setattr(library, "_HERE", tmp_path / "absent")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library.library_path().parent == tmp_path / "qlora_jax"
+    monkeypatch.setattr(library, "_HERE", tmp_path)
+    assert library.library_path().parent == tmp_path
+
 
 LIMITS = [
     ("", "native"),
