@@ -184,6 +184,21 @@ MENDS = [
     Mutation("qlora_jax/training/resume.py", "records=saved.get(RECORDS, {}),", "", "tests/e2e/test_resume.py"),
     Mutation("qlora_jax/atomic_files.py", "    if is_new:\n", "    if False:\n", "tests/test_atomic_files.py"),
     Mutation("qlora_jax/atomic_files.py", "in missing:\n", "in []:\n", "tests/test_atomic_files.py"),
+    *(
+        Mutation("qlora_jax/data/tokenizer/untrusted.py", old, new, "tests/data/tokenizer/test_untrusted.py")
+        for old, new in (
+            ("if (growth := _growth(own)) > MAX_GROWTH:", "if (growth := 0.0) > MAX_GROWTH:"),
+            ("if ((blocks | 255)[inner] >= len(units)).any():", "if False:"),
+            ("{*_patterns(steps)} <= _known_patterns()", "True"),
+            ('if dropout := model.get("dropout"):', "if dropout := None:"),
+        )
+    ),
+    Mutation(
+        "qlora_jax/data/tokenizer/tokenizer.py",
+        'if type(error).__name__ != "PanicException":',
+        "if True:",
+        "tests/data/tokenizer/test_untrusted.py",
+    ),
     # Small inputs that take long or need much memory
     Mutation(
         "qlora_jax/data/tokenizer/template_worker.py",

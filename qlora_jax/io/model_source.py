@@ -91,6 +91,7 @@ class TokenizerData(TypedDict):
       add_bos_token: True if plain text begins with the bos token.
       stop_token_ids: ids that end a reply.
       tokenizer_json: the text of tokenizer.json.
+      tokenizer_name: its path, for messages.
       missing: the reason for a missing tokenizer, and what to do.
       gguf: the vocabulary of a GGUF file.
     """
@@ -104,6 +105,7 @@ class TokenizerData(TypedDict):
     add_bos_token: bool
     stop_token_ids: list[int]
     tokenizer_json: NotRequired[str]
+    tokenizer_name: NotRequired[str]
     missing: NotRequired[str]
     gguf: NotRequired[GgufVocabulary]
 

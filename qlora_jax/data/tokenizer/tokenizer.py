@@ -34,6 +34,7 @@ class Tokenizer:
       template_name: the file that the template is from, for messages.
       chat_template_kwargs: variables that every rendering gives the template, such as `enable_thinking`.
       template_date: the date that the template writes with strftime_now; None for today.
+      name: the file that it is from, for messages.
       special_tokens: those of `bos_token`, `eos_token`, `pad_token` and `unk_token` that exist, by name.
       add_bos_token: True if plain text, without a chat template, starts with bos.
       new_ids: ids of tokens that were added to the model's own.
@@ -52,11 +53,12 @@ class Tokenizer:
     refused: tuple[str, ...] = ()
     chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
     template_date: datetime.date | None = None
+    name: str = "tokenizer.json"
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens around it."""
         self.check_text(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return _named(self.name, self.backend.encode, text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, without special tokens around it."""
@@ -68,16 +70,16 @@ class Tokenizer:
         Tokens that share one character all cover the whole character.
         """
         self._check_texts(texts)
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return _named(self.name, self.backend.encode_batch, list(texts), add_special_tokens=False)
 
     def encode_fast(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Returns encodings with `ids` but without `offsets`, in five sixths of the time."""
         self._check_texts(texts)
-        return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _named(self.name, self.backend.encode_batch_fast, list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Returns the text of `ids`, including special tokens unless they are skipped."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return _named(self.name, self.backend.decode, list(ids), skip_special_tokens=skip_special_tokens)
 
     def render(
         self,
@@ -194,14 +196,18 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
     Args:
       source: `chat_template`, `bos_token`, `eos_token`, `pad_token`, `unk_token` (each a str or None),
         `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (dict, see from_gguf.rebuild). `missing` may give
-        the error message if the source has neither, and `template_name` the file of the chat template.
+        the error message if the source has neither, and `tokenizer_name` and `template_name` the files, for messages.
 
     Raises:
       ValueError: the source has neither, the text is not a tokenizer, or a named token is not in the vocabulary.
     """
     special_tokens = {name: source[name] for name in _NAMED if source.get(name) is not None}
     bos = special_tokens.get("bos_token") if source.get("add_bos_token") else None
-    backend = _from_json(source["tokenizer_json"]) if "tokenizer_json" in source else _from_gguf(source, bos)
+    name = source.get("tokenizer_name", "tokenizer.json")
+    if "tokenizer_json" in source:
+        backend = _named(name, _from_json, source["tokenizer_json"], name)
+    else:
+        backend = _from_gguf(source, bos)
     unknown = [f"{name} {token!r}" for name, token in special_tokens.items() if not _contains(backend, token)]
     if unknown:
         raise ValueError(
@@ -217,6 +223,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
         exported=exported,
         chat_template=source.get("chat_template"),
         template_name=source.get("template_name", ""),
+        name=name,
         special_tokens=special_tokens,
         add_bos_token=bool(source.get("add_bos_token", False)),
     )
@@ -296,12 +303,29 @@ def with_template_date(tokenizer: Tokenizer, date: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _from_json(text: str) -> tokenizers.Tokenizer:
+def _named[**Arguments, Result](
+    name: str, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """Calls the tokenizers library; a panic of it, which is not an Exception, becomes a ValueError that names the file.
+
+    A backtracking regular expression ends in a panic after ten million steps.
+    """
+    try:
+        return function(*args, **kwargs)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"{name}: the tokenizers library fails with this file ({error}). Use the tokenizer of another source."
+        ) from None
+
+
+def _from_json(text: str, name: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception for text that it can't parse
         raise ValueError(
-            f"tokenizer.json can't be read by tokenizers {tokenizers.__version__} ({error}). Update tokenizers, or use "
+            f"{name} can't be read by tokenizers {tokenizers.__version__} ({error}). Update tokenizers, or use "
             "another file."
         ) from error
 

@@ -6,6 +6,7 @@ from typing import Annotated, TypedDict
 
 from pydantic import FailFast, Field
 
+from qlora_jax.data.tokenizer.untrusted import check_tokenizer
 from qlora_jax.io.model_source import TokenizerData
 from qlora_jax.metadata import (
     MetadataError,
@@ -104,6 +105,10 @@ class TokenizerModel(TypedDict, total=False):
 
     vocab: object  # {token: id}; a list in some models
     continuing_subword_prefix: str | None
+    end_of_word_suffix: object
+    unk_token: object
+    max_input_chars_per_word: object
+    dropout: object
     merges: object
 
 
@@ -121,6 +126,9 @@ class TokenizerJson(TypedDict, total=False):
 
     model: TokenizerModel
     added_tokens: AddedTokens | None
+    normalizer: object
+    pre_tokenizer: object
+    decoder: object
     post_processor: PostProcessor | None
 
 
@@ -147,7 +155,9 @@ def read_tokenizer(folder: Path) -> TokenizerData:
         "stop_token_ids": [] if stop is None else [stop] if isinstance(stop, int) else list(stop),
         "add_bos_token": _adds_bos(config, parsed, bos),
     }
-    return {**tokenizer, "missing": _missing(folder)} if text is None else {**tokenizer, "tokenizer_json": text}
+    if text is None:
+        return {**tokenizer, "missing": _missing(folder)}
+    return {**tokenizer, "tokenizer_json": text, "tokenizer_name": str(folder / "tokenizer.json")}
 
 
 def _missing(folder: Path) -> str:
@@ -174,6 +184,7 @@ def _read_tokenizer_json(path: Path) -> tuple[str | None, TokenizerJson]:
     model = parsed.get("model", {})
     _check_ids(path, model.get("vocab"))
     _check_merges(path, model)
+    check_tokenizer(text, {part: parsed.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")}, model, path)
     return text, parsed
 
 

@@ -39,6 +39,7 @@ def test_everything_in_tokenizer_config(tmp_path: Path) -> None:
         "template_name": str(folder / "tokenizer_config.json"),
         "stop_token_ids": [2],
         "tokenizer_json": json.dumps(TOKENIZER),
+        "tokenizer_name": str(folder / "tokenizer.json"),
     }
 
 
