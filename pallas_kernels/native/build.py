@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ from pallas_kernels.native.library import SOURCES, architecture, library_path
 
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: double-quantized constants are rounded twice, as in bitsandbytes.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
 
 
 def find_compiler() -> str:
@@ -42,22 +44,23 @@ def build() -> Path:
     path = library_path()
     if path.exists():
         return path
-    command = [
-        find_compiler(),
-        *FLAGS,
-        f"-march={architecture()}",
-        "-isystem",
-        jax.ffi.include_dir(),
-        *map(str, SOURCES),
-    ]
+    compiler = (find_compiler(), *FLAGS, f"-march={architecture()}", "-isystem", jax.ffi.include_dir())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(os.process_cpu_count()) as pool:
+        objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
+        commands = [(*compiler, "-c", source, "-o", one) for source, one in zip(SOURCES, objects, strict=True)]
+        list(pool.map(_run, commands))
         built = Path(folder) / path.name
-        done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{' '.join(command)}\nended with status {done.returncode}:\n{_errors(done.stderr)}")
+        _run((*compiler, "-shared", *objects, "-o", built))
         built.replace(path)  # atomically, because another process may be loading or building it
     return path
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        ran = " ".join(map(str, command))
+        raise ValueError(f"{ran}\nended with status {done.returncode}:\n{_errors(done.stderr)}")
 
 
 def _errors(output: str) -> str:

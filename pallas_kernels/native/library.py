@@ -67,7 +67,7 @@ def _build_failure() -> str | None:
         return f"Run `{BUILD}`"
     from pallas_kernels.native.build import build  # which imports this module
 
-    print("building the C++ loops for this processor, once (about a minute)", file=sys.stderr, flush=True)
+    print("building the C++ loops for this processor, once (about half a minute)", file=sys.stderr, flush=True)
     try:
         build()
     except (ValueError, OSError) as error:

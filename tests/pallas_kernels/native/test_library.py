@@ -39,14 +39,15 @@ def test_the_first_use_builds_once_into_a_folder_that_can_be_written(compiler, c
     assert built.parent == compiler.parent / "cache" and built.read_text() == "library\n"
     assert [*built.parent.iterdir()] == [built]
     assert capsys.readouterr().err.count("building the C++ loops") == 1
-    assert Path(f"{compiler}.calls").read_text() == "\n"
+    assert len(Path(f"{compiler}.calls").read_text()) == len(library.SOURCES) + 1
 
 
 def test_a_failed_build_is_one_warning_with_its_reason(compiler, recwarn):
     write_compiler(compiler, FAILS)
-    assert all("error: no such flag" in library.problem() for _ in range(2))
+    assert "error: no such flag" in library.problem()
+    calls = Path(f"{compiler}.calls").read_text()
+    assert "error: no such flag" in library.problem() and Path(f"{compiler}.calls").read_text() == calls
     assert [str(warning.message).splitlines()[-1] for warning in recwarn] == ["error: no such flag"]
-    assert Path(f"{compiler}.calls").read_text() == "\n"
 
 
 def test_nothing_is_built_where_that_is_switched_off(compiler, monkeypatch):
