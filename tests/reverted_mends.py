@@ -403,5 +403,10 @@ MENDS = [
         "suggest_section if isinstance(value, Mapping) else suggest_key",
         "suggest_key",
         "tests/config/test_suggestions.py",
+    Mutation(
+        "qlora_jax/evaluation/statistics.py",
+        "changes / errors,",
+        "changes / error,",
+        "tests/evaluation/test_statistics.py",
     ),
 ]

@@ -68,6 +68,7 @@ def test_three_models_side_by_side(folder, tmp_path, capsys):
         assert f"{text.perplexity:.3f}" in printed
         perplexities.add(f"{text.perplexity:.3f}")
     assert len(perplexities) == 3
+    assert "rows: in simulations, 95 % intervals of means over so few contained the truth in" in printed
     pairs = [(change["from"], change["to"]) for change in tasks["text"]["comparisons"]]
     assert pairs == [("unquantized", "quantized"), ("quantized", "checkpoint")]
 

@@ -71,11 +71,19 @@ def share_change(name: str, before: Bool[np.ndarray, " rows"], after: Bool[np.nd
 def loss_metrics(scores: RowScores) -> list[Metric]:
     """The perplexity, and the loss in nats per token; each scored token has the same weight."""
     low, high = interval = bootstrap(scores.nll, scores.tokens)
-    perplexities = math.exp(low), math.exp(high)
+    perplexities = perplexity(low), perplexity(high)
     return [
         Metric("perplexity", "number", scores.perplexity, perplexities),
         Metric("loss per token", "number", scores.mean_nll, interval),
     ]
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss), infinite if it overflows a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def loss_change(before: RowScores, after: RowScores) -> Comparison:

@@ -13,6 +13,8 @@ from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
 from qlora_jax.evaluation.tasks.task import DetailedTask, RowValuesTask, Task
 from qlora_jax.terminal.console import Console
 
+# How often 95 % intervals of means contained the truth in scripts/interval_coverage.py, by the least number of rows.
+COVERAGE = {100: None, 32: "84 to 95 %", 16: "85 to 94 %", 8: "84 to 94 %", 1: "67 to 90 %"}
 WIDTH = 120  # columns of a table, unless a terminal prints it
 
 
@@ -121,10 +123,22 @@ def print_table(result: TaskResult, labels: Mapping[str, str], console: rich.con
         found = (metrics.get(name) for metrics in result.metrics.values())
         table.add_row(name, *("" if metric is None else _metric_text(metric) for metric in found))
     console.print(table)
+    if note := _few_rows_note(result):
+        console.print(f"  {note}", markup=False, highlight=False, soft_wrap=True)
     for (before, after), comparisons in result.comparisons.items():
         changes = "; ".join(_comparison_text(comparison) for comparison in comparisons)
         text = f"  {labels[before]} to {labels[after]}: {changes}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _few_rows_note(result: TaskResult) -> str | None:
+    """Returns how often intervals of means over so few rows contain the truth; None for enough rows, or no means."""
+    means = {name for by in result.metrics.values() for name, one in by.items() if one.kind == "number"}
+    rows = min((len(one.values) for by in result.rows.values() for name, one in by.items() if name in means), default=0)
+    covered = next((share for least, share in COVERAGE.items() if rows > 0 and least <= rows), None)
+    return (
+        covered and f"{rows} rows: in simulations, 95 % intervals of means over so few contained the truth in {covered}"
+    )
 
 
 def _given(**values: object) -> dict[str, object]:

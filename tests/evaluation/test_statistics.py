@@ -9,13 +9,17 @@ from statsmodels.stats.proportion import proportion_confint
 
 from qlora_jax.evaluation.statistics import (
     Z_95,
+    bootstrap,
     mcnemar,
     mean_change_interval,
     mean_interval,
     paired_bootstrap,
+    paired_bootstrap_of,
+    resample_counts,
     wilson_interval,
 )
 from qlora_jax.evaluation.tasks.programs import pass_at_k
+from scripts.interval_coverage import coverage, simulated
 from tests.marks import some_in_ci
 
 
@@ -79,6 +83,48 @@ def test_intervals_of_pass_at_k_cover_the_truth(rows, replies, chances):
     ):
         low, high = np.array(intervals).T
         assert np.mean((low <= wanted) & (wanted <= high)) > 0.93
+
+
+def rows_of(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's -log p and number of tokens."""
+    rng = np.random.default_rng(count)
+    tokens = rng.integers(5, 50, count)
+    return tokens * rng.lognormal(0.0, 0.8, count), tokens
+
+
+def test_intervals_are_those_of_t_in_every_sample():
+    nll, tokens = rows_of(20)
+
+    def with_error(draws):
+        loss = (draws @ nll) / (draws @ tokens)
+        squares = [count @ (nll - mean * tokens) ** 2 for count, mean in zip(draws, loss, strict=True)]
+        return loss, np.sqrt(squares) / (draws @ tokens)
+
+    (loss,), (error,) = with_error(np.ones((1, 20)))
+    losses, errors = with_error(np.concatenate([*resample_counts(20)]))
+    low, high = np.quantile((losses - loss) / errors, (0.025, 0.975))
+    assert bootstrap(nll, tokens) == pytest.approx((loss - high * error, loss - low * error), rel=1e-3)
+    perplexities = paired_bootstrap_of(
+        np.stack([0 * nll, tokens], axis=1), np.stack([nll, tokens], axis=1), lambda mean: np.exp(mean)
+    )
+    t = (np.exp(losses) - np.exp(loss)) / (np.exp(losses) * errors)
+    low, high = np.quantile(t, (0.025, 0.975))
+    expected = np.exp(loss) - 1 - np.array([high, low]) * np.exp(loss) * error
+    assert perplexities == pytest.approx(expected, rel=1e-3)
+
+
+def test_few_rows_and_rows_without_spread_take_students_quantiles():
+    few, one_of_forty = np.array([1.0, 2.0, 2.5, 4.0]), (np.arange(40) == 0).astype(float)
+    for values in (few, one_of_forty):
+        low, high = paired_bootstrap(np.zeros(len(values)), values, np.ones(len(values)))
+        assert (low, high) == pytest.approx(stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values)))
+    assert bootstrap(one_of_forty, np.ones(40))[0] == 0  # no value is negative
+    assert bootstrap(np.full(9, 2.0), np.ones(9)) == (2, 2) and bootstrap(few[:1], np.ones(1)) == (1, 1)
+
+
+def test_few_rows_with_long_tails_are_covered_better_than_by_percentiles():
+    percentiles, _, _, used = coverage(*simulated("medium", 100, 8, np.random.default_rng(2)))
+    assert percentiles < 0.87 and used > 0.87
 
 
 def test_mcnemar_counts_coin_throws():

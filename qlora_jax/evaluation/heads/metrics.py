@@ -14,6 +14,7 @@ from qlora_jax.evaluation.bootstrapped import Draws, bootstrapped
 from qlora_jax.evaluation.calibration import calibration_error, reliability
 from qlora_jax.evaluation.classification import class_interval, count_pairs, f1, matthews
 from qlora_jax.evaluation.metrics import Metric, share
+from qlora_jax.evaluation.statistics import bootstrap
 
 RIGHT = "right label"  # for rows with several labels: all of them are right
 
@@ -69,7 +70,7 @@ def number_metrics(predicted_R: Float64[np.ndarray, " R"], answers_R: Float64[np
     return [
         spearman_metric(predicted_R, answers_R),
         bootstrapped("Pearson correlation", lambda draws: _correlation(draws, predicted_R, answers_R), len(errors_R)),
-        bootstrapped("mean squared error", lambda draws: draws @ errors_R / draws.sum(axis=1), len(errors_R)),
+        Metric("mean squared error", "number", float(errors_R.mean()), bootstrap(errors_R, np.ones(len(errors_R)))),
     ]
 
 

@@ -4,7 +4,7 @@ The increase over the loss with everything in 16 bits is the layer's cost. Each 
 same compiled programs, because only the values of one stack change. The experts of a layer are quantized together.
 Memory holds the model in 16 bits, and one layer of one projection, with all its experts, once more.
 
-Dimension key: R rows, C layers of projections, S bootstrap samples.
+Dimension key: R rows, C layers of projections.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.evaluation.loglikelihood import RowScores
-from qlora_jax.evaluation.statistics import Weights, resample_counts
+from qlora_jax.evaluation.statistics import Weights, bootstrap_t, ratio
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.keep_16bit import full_names, layer_bytes, projections
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -39,7 +39,7 @@ class LayerCost:
       place: the projection's name within a layer, and the row of its stack.
       name: Hugging Face's full name.
       increase: of the loss, in nats per token.
-      interval: 95 % interval of the increase: rows are resampled 10,000 times, seed 0.
+      interval: 95 % interval of the increase, as `bootstrap_t` computes it.
       added_bytes: bytes that the layer takes in 16 bits beyond those in 4 bits.
     """
 
@@ -133,8 +133,5 @@ def increase_intervals(
     base_R: Float64[np.ndarray, " R"], other_RC: Float64[np.ndarray, "R C"], tokens: Weights
 ) -> Float64[np.ndarray, "2 C"]:
     """Returns the ends of the 95 % interval of each column's increase, as `paired_bootstrap` of each pair does."""
-    change_RC = other_RC - base_R[:, None]
-    samples_SC = np.concatenate(
-        [(draws @ change_RC) / (draws @ tokens)[:, None] for draws in resample_counts(len(base_R))]
-    )
-    return np.quantile(samples_SC, (0.025, 0.975), axis=0)
+    changes = [np.stack([other_R - base_R, tokens], axis=1) for other_R in other_RC.T]
+    return np.array(bootstrap_t(changes, ratio)).T

@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.data.readers.files import Row
-from qlora_jax.evaluation.bootstrapped import bootstrapped
 from qlora_jax.evaluation.heads.metrics import spearman_metric
 from qlora_jax.evaluation.heads.predictions import normalized
 from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
 from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.statistics import mean_interval
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, encode_head_rows, head_of_task
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
@@ -76,8 +76,7 @@ class EmbeddingsTask:
 def retrieval_metrics(states_RKD: States) -> list[Metric]:
     """Returns how often an anchor's positive is nearest to it, and the mean reciprocal rank."""
     reciprocal_R = 1 / _ranks(normalized(states_RKD))
-    count = len(reciprocal_R)
-    mean = bootstrapped("mean reciprocal rank", lambda draws: draws @ reciprocal_R / draws.sum(axis=1), count)
+    mean = Metric("mean reciprocal rank", "number", float(reciprocal_R.mean()), mean_interval(reciprocal_R))
     return [share(NEAREST, reciprocal_R == 1), mean]
 
 

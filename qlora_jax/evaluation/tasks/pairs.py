@@ -25,7 +25,7 @@ from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_r
 from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues
 from qlora_jax.evaluation.row_measures import MEASURES
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.statistics import bootstrap, mean_change_interval, paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks import reward_pairs
 from qlora_jax.evaluation.tasks.reward_pairs import RewardPairsTask
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
@@ -130,7 +130,7 @@ class PairsTask:
         """The changes of all measures that both models have, with intervals over pairs."""
         old, new = self.pair_values(before), self.pair_values(after)
         return [
-            Comparison(name, KINDS[name], _mean(new[name]) - _mean(old[name]), interval=_change(old[name], new[name]))
+            Comparison(name, KINDS[name], _mean(new[name]) - _mean(old[name]), _change(name, old[name], new[name]))
             for name in KINDS
             if name in old and name in new and name != LONGER
         ]
@@ -185,7 +185,9 @@ def _metric(name: str, values: RowValues) -> Metric:
     return Metric(name, KINDS[name], _mean(values), interval)
 
 
-def _change(before: RowValues, after: RowValues) -> tuple[float, float]:
+def _change(name: str, before: RowValues, after: RowValues) -> tuple[float, float]:
+    if KINDS[name] == "share":
+        return mean_change_interval(after.values - before.values)
     return paired_bootstrap(before.values, after.values, after.weights)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.statistics import bootstrap, mean_change_interval, wilson_interval
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
@@ -59,7 +59,7 @@ class RewardPairsTask:
     def compare(self, before: Rewards, after: Rewards) -> list[Comparison]:
         """The change of the accuracy, with an interval over pairs."""
         old, new = _right(before), _right(after)
-        return [Comparison(RIGHT, "share", float((new - old).mean()), paired_bootstrap(old, new, np.ones(len(old))))]
+        return [Comparison(RIGHT, "share", float((new - old).mean()), mean_change_interval(new - old))]
 
     def row_values(self, scores: Rewards) -> dict[str, RowValues]:
         """The pairs' parts of the measures in row_measures.py."""

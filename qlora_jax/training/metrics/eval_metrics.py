@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.evaluation.metrics import Metric
+from qlora_jax.evaluation.metrics import Metric, perplexity
 from qlora_jax.evaluation.statistics import bootstrap
 from qlora_jax.training.metrics.metrics_file import Record
 
@@ -87,11 +87,3 @@ def task_metrics(record: Record, task: str) -> list[TaskMetric]:
         )
         for name in names
     ]
-
-
-def perplexity(loss: float) -> float:
-    """Returns exp(loss), infinite if it overflows a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
