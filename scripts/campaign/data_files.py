@@ -100,8 +100,12 @@ def _encoded(chance: random.Random, rows: Sequence[object], name: str) -> bytes:
         text = f"[{','.join(to_json(chance, row) for row in rows)}]"
     else:
         text = "".join(f"{to_json(chance, row)}\n" for row in rows)
+    if ".json" in name and chance.random() < 0.1:
+        text = text.replace("{", '{"id": 1, "id": 2, ', 1)
     content = text.encode("utf-8", "surrogatepass")
-    return gzip.compress(content, 1) if name.endswith(".gz") else content
+    if not name.endswith(".gz"):
+        return content
+    return gzip.compress(b"") * chance.choice((*[0] * 8, 10, 300_000)) + gzip.compress(content, 1)
 
 
 def _columns(chance: random.Random, rows: Sequence[object], separator: str) -> str:
@@ -230,6 +234,8 @@ YAML_TEXTS = (
     *("a: &a [*a]\n", "&a {*a: *a}\n", "!!python/object/apply:os.system ['id']\n", "--- a\n--- b\n", "? [a]\n: b\n"),
     *("\t- x\n", "a: b: c\n", "lora: {rank: 4, rank: 8}\n", "%YAML 9.9\n---\n", "a: !!binary x\n", "a: 2024-99-99\n"),
     *("a: 1:60:60\n", "a: 0o9\n", "a: !!int x\n", "a: !!float x\n", "a: .inf\n", "a: 1e999\n", "<<: *x\n", "<<: 1\n"),
+    *("a: !!int ''\n", "a: !!float ''\n", "a: !!bool maybe\n", "a: !!timestamp x\n", f"a: {'1:' * 200}1.5\n"),
+    *('a: "\\U00110000"\n', "a: !!timestamp 2024-99-99\n", "a: !!null x\n", "!!set [a]\n", "a: !!omap x\n"),
     "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] * 9)}]\n" for n in range(12)),
     *("[" * 20_000, "{a: " * 20_000, "- " * 20_000, "lora:\n  target_modules: '(([a-z_.0-9]+)+)+!'\n"),
     *(

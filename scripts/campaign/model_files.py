@@ -16,6 +16,7 @@ from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_
 from qlora_jax.metadata import JsonObject
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.mutations import damage_bytes, damage_json, damage_value, to_json
+from tests.data.tokenizer.hostile_tokenizers import PUBLISHED, REFUSED, TABLE, TRIED, precompiled, split
 from tests.e2e.project import write_model
 from tests.io.gguf_families import FAMILIES, random_tensors, write_family
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
@@ -263,6 +264,17 @@ def _damage_tokenizer(chance: random.Random, folder: Path) -> str:
     return damage_file(chance, folder / MODEL / chance.choice(TOKENIZER_FILES))
 
 
+def _damage_untrusted(chance: random.Random, folder: Path) -> str:
+    """Gives a tokenizer hostile parts, published patterns or a damaged table, and damages these half of the time."""
+    hostile = [parts for parts, _ in (*REFUSED.values(), *TRIED.values())]
+    published = {"pre_tokenizer": split(chance.choice(PUBLISHED))}
+    parts = chance.choice((chance.choice(hostile), published, {"normalizer": precompiled(damage_bytes(chance, TABLE))}))
+    given = parts if chance.random() < 0.5 else _object(damage_value(chance, parts))
+    path = folder / MODEL / "tokenizer.json"
+    path.write_bytes(to_json(chance, json.loads(path.read_text()) | given).encode("utf-8", "surrogatepass"))
+    return str(parts)[:200]
+
+
 # PEFT and bitsandbytes
 
 
@@ -323,6 +335,7 @@ MODEL_KINDS: Mapping[str, FileKind] = {
     "index": FileKind(write=_write_shards, damage=_damage_index, read=_of_model(read_model, MODEL)),
     "config": FileKind(write=_write_families, variants=True, damage=_damage_config, read=_of_model(read_model, MODEL)),
     "tokenizer": FileKind(write=_write_tokenizer, damage=_damage_tokenizer, read=_of_model(read_model, MODEL)),
+    "untrusted": FileKind(write=_write_tokenizer, damage=_damage_untrusted, read=_of_model(read_model, MODEL)),
     "peft": FileKind(write=_write_adapter, damage=_damage_adapter, read=_read_adapter),
     "bitsandbytes": FileKind(write=_write_quantized, damage=_damage_quantized, read=_of_model(read_model, MODEL)),
 }

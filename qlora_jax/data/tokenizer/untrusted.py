@@ -24,7 +24,7 @@ from qlora_jax.regex import MAX_LENGTH
 from qlora_jax.sandbox.limits import python_environment
 
 WORKER = "qlora_jax.data.tokenizer.trial_worker"
-MAX_STEPS = 64  # of a normalizer, pre-tokenizer or decoder; each passes over the text
+MAX_STEPS = 64  # steps of a normalizer, pre-tokenizer or decoder; each passes over the text
 MAX_TEXT = 100  # characters that a step or the model adds at one place
 MAX_WORD = 1000  # characters of a word that WordPiece looks for, in quadratic time
 MAX_GROWTH = (
@@ -63,9 +63,8 @@ def check_tokenizer(text: str, parts: Mapping[str, object], model: Mapping[str, 
     if not problems and not all(map(_is_ordinary, steps.values())):
         problems = _try(text, [pattern for own in steps.values() for pattern in _patterns(own)])
     if problems:
-        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        listed = "\n  ".join(["", *problems[:MAX_PROBLEMS], *more])
-        raise ValueError(f"{path}: unsafe. Correct it, or use the file of another source:{listed}")
+        listed = "\n  ".join(problems[:MAX_PROBLEMS])
+        raise ValueError(f"{path}: unsafe. Correct it, or use the file of another source:\n  {listed}")
 
 
 def _model_problems(model: Mapping[str, object]) -> list[str]:
@@ -79,13 +78,12 @@ def _model_problems(model: Mapping[str, object]) -> list[str]:
 
 
 def _steps(part: object) -> Iterator[Step]:
-    """Yields the steps of a normalizer, pre-tokenizer or decoder in order."""
+    """Yields the steps of a normalizer, pre-tokenizer or decoder, and those inside of each, whatever its type says."""
     if isinstance(part, dict):
-        inner = [part[key] for key in ("normalizers", "pretokenizers", "decoders") if isinstance(part.get(key), list)]
-        for each in (each for steps in inner for each in steps):
+        yield part
+        inner = (part.get(key) for key in ("normalizers", "pretokenizers", "decoders"))
+        for each in (each for steps in inner if isinstance(steps, list) for each in steps):
             yield from _steps(each)
-        if not inner:
-            yield part
 
 
 def _pattern(step: Step, kind: str) -> str | None:
@@ -113,10 +111,10 @@ def _is_ordinary(steps: Sequence[Step]) -> bool:
 def _step_problems(step: Step) -> list[str]:
     if step.get("type") == "Precompiled":
         return [f"Precompiled: {problem}" for problem in table_problems(*table_of(step))]
-    lengths = [len(pattern) for pattern in _patterns([step]) if len(pattern) > MAX_LENGTH]
-    return _text_problems(step) + [
-        f"a pattern has {length:,} characters (expected at most {MAX_LENGTH:,})" for length in lengths
-    ]
+    problems = _text_problems(step) + ([] if "type" in step else ["a step without a type"])
+    if any(len(pattern) > MAX_LENGTH for pattern in _patterns([step])):
+        problems.append(f"a pattern is too long (expected at most {MAX_LENGTH:,} characters)")
+    return problems
 
 
 def _text_problems(texts: Mapping[str, object]) -> list[str]:

@@ -56,8 +56,10 @@ REFUSED: dict[str, tuple[Parts, str]] = {
         "decoder: may",
     ),
     "prefix": ({"normalizer": {"type": "Prepend", "prepend": "b" * 101}}, "prepend: found 101 characters, expected at"),
-    "steps": ({"normalizer": sequence(*[{"type": "Strip"}] * 65)}, "normalizer: found 65 steps, expected at most 64"),
-    "long pattern": ({"pre_tokenizer": split("a" * 2001)}, "pre_tokenizer: a pattern has 2,001 characters"),
+    "steps": ({"normalizer": sequence(*[{"type": "Strip"}] * 64)}, "normalizer: found 65 steps, expected at most 64"),
+    "disguised": ({"normalizer": {**replace({"String": "a"}, "b" * 100), "normalizers": [TENFOLD]}}, "1e\\+03 times"),
+    "no type": ({"normalizer": {"pattern": {"Regex": "a"}, "content": "b"}}, "normalizer: a step without a type"),
+    "long pattern": ({"pre_tokenizer": split("a" * 2001)}, "pre_tokenizer: a pattern is too long"),
     "no table": (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "!"}},
         "a trie of 0 bytes",
