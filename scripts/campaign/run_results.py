@@ -102,18 +102,20 @@ def write_settings(config: Config, path: Path) -> list[str]:
 
 
 def run_digest(run: Path, *, records: bool = True) -> str:
-    """Returns a digest of a run's newest checkpoint and of its records and samples, without times and places.
+    """Returns a digest of a run's newest checkpoint and of its records and samples, without times and places."""
+    return forked(lambda: _run_digest(run, records), "unreadable")
 
-    A forked process computes it, because orbax starts a jax backend.
-    """
+
+def forked[T](function: Callable[[], T], otherwise: T) -> T:
+    """Returns the result of a function that starts a jax backend, from a forked process; `otherwise` if that fails."""
     receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=lambda: sender.send(_run_digest(run, records)))
+    process = FORK.Process(target=lambda: sender.send(function()))
     process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError:
-        return "unreadable"
+        return otherwise
     finally:
         process.join()
 
