@@ -403,10 +403,11 @@ MENDS = [
         "suggest_section if isinstance(value, Mapping) else suggest_key",
         "suggest_key",
         "tests/config/test_suggestions.py",
+    ),
     Mutation(
         "qlora_jax/evaluation/statistics.py",
-        "changes / errors,",
-        "changes / error,",
+        "(values - value) / errors,",
+        "(values - value) / error,",
         "tests/evaluation/test_statistics.py",
     ),
 ]
