@@ -59,7 +59,7 @@ KINDS: Mapping[str, TinyRun] = {
 
 
 class State(NamedTuple):
-    """What a crash leaves: files and folders (None) by path.
+    """The files (and folders, None) that a crash leaves, by path.
 
     Fields:
       after: number of events before the crash.

@@ -74,12 +74,12 @@ def _parsed(event: Event, result: int, root: str) -> Event:
     return event._replace(paths=inside, data=data)
 
 
-type Content = bytes | dict[str, Node]  # of a file, or of a folder by name
+type Content = bytes | dict[str, Node]  # data of a file, or nodes of a folder by name
 
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """A file or a folder: what it has now, and what it had at the last fsync that has ended."""
+    """A file or a folder: its content now, and as of the last fsync that has ended."""
 
     now: Content
     synced: Content
