@@ -159,7 +159,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/data/batching/test_packing.py::test_losses_and_gradients_are_those_of_the_rows_alone": (0, 1),
     "tests/e2e/test_new_tokens.py::test_rows_start_at_the_mean_and_train": (0, 1),
     "tests/parity/test_transformers_logits.py::test_random_models_of_every_feature": (0, 1),
-    "tests/e2e/test_template_date.py::test_a_run_resumes_on_another_day": (0, 1),
+    "tests/e2e/test_template_date.py::test_a_run_resumes_on_another_day_and_notices_another_template": (0, 1),
     "tests/inference/test_decode.py::test_repeated_prompts_draw_anew_and_another_seed_draws_otherwise": (0, 1),
     "tests/inference/test_decode.py::test_more_prompts_than_a_batch_come_back_in_order": (0, 1),
     "tests/inference/test_decode.py::test_prompts_of_several_chunks": (0, 1),

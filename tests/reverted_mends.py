@@ -319,7 +319,7 @@ MENDS = [
         "tests/nn/lm_head/test_divergence.py",
     ),
     Mutation(
-        "pallas_kernels/native/library.py",
+        "pallas_kernels/native/build.py",
         'limits else "native"',
         'not limits else "native"',
         "tests/pallas_kernels/native/test_library.py",

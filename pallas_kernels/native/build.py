@@ -2,9 +2,16 @@
 
 Requires a C++17 compiler ($CXX, else c++, g++ or clang++) and a processor with AVX-512, or AVX2 and FMA. The handlers
 are optional: without them, CPUs dequantize and decode in plain JAX, several times slower.
+
+The library's name has a hash of the processor, the jaxlib version and the sources, so it is never loaded elsewhere.
+XLA's flag --xla_cpu_max_isa hides instruction sets from XLA and from the library.
 """
 
+import hashlib
+import importlib.metadata
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +22,43 @@ from pathlib import Path
 
 import jax
 
-from pallas_kernels.native.library import SOURCES, architecture, library_path
-
+_HERE = Path(__file__).parent
+SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "ggml", "matmul_f32", "attention", "attention_f32"))
+HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "buffer", "floats", "parallel"))
+# Value of --xla_cpu_max_isa -> what the compiler may use. Without the flag, or with another value: all that there is.
+ARCHITECTURES = {"SSE4_2": "x86-64-v2", "AVX": "x86-64-v2", "AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
+BUILD = "python -m pallas_kernels.native.build"
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: double-quantized constants are rounded twice, as in bitsandbytes.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC")
+
+
+def _processor() -> str:
+    """Returns the instruction sets of this machine's processor, from Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^flags.*$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.exists() else None
+    return f"{platform.machine()} {found[0] if found else platform.processor()}"
+
+
+def architecture() -> str:
+    """Returns the compiler's -march of the library: "native", unless XLA_FLAGS hides instruction sets."""
+    limits = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    return ARCHITECTURES.get(limits[-1].upper(), "native") if limits else "native"
+
+
+def library_path() -> Path:
+    """Returns the path of the library for this processor, jaxlib and sources; it may not be built."""
+    version = importlib.metadata.version("jaxlib")
+    sources = "".join(path.read_text() for path in SOURCES + HEADERS)
+    key = hashlib.sha256(f"{version} {_processor()} {architecture()} {sources}".encode()).hexdigest()[:16]
+    packaged, cached = (folder / f"cpu-{key}.so" for folder in (_HERE, _cache()))
+    return packaged if packaged.exists() or (os.access(_HERE, os.W_OK) and not cached.exists()) else cached
+
+
+def _cache() -> Path:
+    """Returns the folder for the library if that of the package cannot be written."""
+    given, shared = os.environ.get("QLORA_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(shared) / "qlora_jax"
 
 
 def find_compiler() -> str:

@@ -35,7 +35,8 @@ def write_model(folder: Path, name: str) -> Path:
 
 
 def _train(config, resume: bool = False):
-    return train(config, Path(config.output), resume=resume, oversized=False, console=Console(file=io.StringIO()))
+    settings = dict(resume=resume, oversized=False, console=Console(file=io.StringIO()))
+    return train(config, Path(config.output), **settings).finished
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def session_of(config):
 
 
 def run(config, resume=False):
-    return train(config, Path(config.output), resume=resume, oversized=False, console=quiet())
+    return train(config, Path(config.output), resume=resume, oversized=False, console=quiet()).finished
 
 
 def numbers(config):

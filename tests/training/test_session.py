@@ -1,5 +1,6 @@
 """The inputs of a run: settings that the model cannot have are refused before its data is read."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelArgs:
         ({"method": "bitfit"}, "lora.method=bitfit: the model has no bias that can train"),
     ],
 )
-def test_layers_that_the_model_lacks(model: ModelArgs, lora: dict[str, Any], problem: str):
-    config = Config(model=model, lora=LoraArgs(**lora), data=DataArgs(train="missing.jsonl", max_length=64), output="o")
+def test_layers_that_the_model_lacks(model: ModelArgs, lora: dict[str, Any], problem: str, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    config = Config(model=model, lora=LoraArgs(**lora), data=DataArgs(train=str(rows), max_length=64), output="o")
     with pytest.raises(ValueError, match=problem):
         open_inputs(config)

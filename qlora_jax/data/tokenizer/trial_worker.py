@@ -37,7 +37,7 @@ def main(seconds: str, memory: str) -> None:
     except MemoryError:
         os._exit(MEMORY_REACHED)
     except BaseException as error:  # a panic of the library does not derive from Exception
-        print(str(error)[:_LONGEST_ERROR], end="")
+        sys.stdout.write(str(error)[:_LONGEST_ERROR])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels.native import library
+from pallas_kernels.native import build, library
 
 # Compilers that count their calls: one leaves the file that it is asked for, the other fails.
 COMPILES = 'echo >> "$0.calls"; for last; do :; done; echo library > "$last"'
@@ -18,7 +18,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "compiler"
     for name, value in {"CXX": str(path), "QLORA_JAX_CACHE": str(tmp_path / "cache"), library.SWITCH: "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(library, "_HERE", tmp_path / "package")
+    monkeypatch.setattr(build, "_HERE", tmp_path / "package")
     monkeypatch.setattr(library, "_register", lambda names: None)
     library.problem.cache_clear()
     yield path
@@ -35,11 +35,11 @@ def test_the_first_use_builds_once_into_a_folder_that_can_be_written(compiler, c
     assert library.problem() is None
     library.problem.cache_clear()  # as another process would find it
     assert library.problem() is None
-    built = library.library_path()
+    built = build.library_path()
     assert built.parent == compiler.parent / "cache" and built.read_text() == "library\n"
     assert [*built.parent.iterdir()] == [built]
     assert capsys.readouterr().err.count("building the C++ loops") == 1
-    assert len(Path(f"{compiler}.calls").read_text()) == len(library.SOURCES) + 1
+    assert len(Path(f"{compiler}.calls").read_text()) == len(build.SOURCES) + 1
 
 
 def test_a_failed_build_is_one_warning_with_its_reason(compiler, recwarn):
@@ -52,16 +52,16 @@ def test_a_failed_build_is_one_warning_with_its_reason(compiler, recwarn):
 
 def test_nothing_is_built_where_that_is_switched_off(compiler, monkeypatch):
     monkeypatch.setenv(library.SWITCH, "0")
-    assert library.BUILD in library.problem() and not compiler.parent.joinpath("cache").exists()
+    assert build.BUILD in library.problem() and not compiler.parent.joinpath("cache").exists()
 
 
 def test_the_users_cache_is_where_the_system_has_it(monkeypatch, tmp_path):
     monkeypatch.delenv("QLORA_JAX_CACHE", raising=False)
-    monkeypatch.setattr(library, "_HERE", tmp_path / "absent")
+    monkeypatch.setattr(build, "_HERE", tmp_path / "absent")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert library.library_path().parent == tmp_path / "qlora_jax"
-    monkeypatch.setattr(library, "_HERE", tmp_path)
-    assert library.library_path().parent == tmp_path
+    assert build.library_path().parent == tmp_path / "qlora_jax"
+    monkeypatch.setattr(build, "_HERE", tmp_path)
+    assert build.library_path().parent == tmp_path
 
 
 LIMITS = [
@@ -76,7 +76,7 @@ LIMITS = [
 @pytest.mark.parametrize(("flags", "expected"), LIMITS)
 def test_instruction_sets_that_xla_does_not_use_are_hidden(monkeypatch, flags, expected):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    path = library.library_path()
+    path = build.library_path()
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert library.architecture() == expected
-    assert (library.library_path() == path) == (expected == "native")
+    assert build.architecture() == expected
+    assert (build.library_path() == path) == (expected == "native")

@@ -33,7 +33,7 @@ def test_plain_lines_at_every_nth_step_and_the_last():
     assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5", "step 0/5", "step 5/5"]
     assert lines[0].startswith("step 2/5  loss 2.346  1024 tok/s  0:00 left  lr 2.0e-04  grad 0.31")
     assert lines[-2] == "step 0/5  held-out loss inf, perplexity inf"
-    assert lines[-1] == "step 5/5  held-out loss 1.250 [1.000, 1.500], perplexity 3.490"
+    assert lines[-1] == "step 5/5  held-out loss 1.250 [0.000, 4.427], perplexity 3.490"
     assert "\x1b" not in out.getvalue()
 
 
