@@ -38,7 +38,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     # Whole runs.
     "tests/e2e/test_resume.py::test_mixtures_and_windows_resume_to_the_bit": (0, 1),
     "tests/e2e/test_questions.py::test_every_evaluation_has_what_evaluate_says_of_its_checkpoint": (0, 1),
-    "tests/e2e/test_questions.py::test_every_method_is_scored_as_evaluate_scores_it": (0, 1),
+    "tests/e2e/test_questions.py::test_every_method_is_scored_as_evaluate_scores_it": (0, 0),
     "tests/e2e/test_questions.py::test_a_resumed_run_may_ask_others": (0, 0),
     "tests/e2e/test_questions.py::test_pages_change_nothing": (0, 0),
     "tests/e2e/test_new_tokens.py::test_a_resumed_run_equals_an_uninterrupted_one": (0, 1),
@@ -68,6 +68,12 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/optim/test_optimizers_8bit.py::test_optax_transforms_give_the_state_and_the_parameters_of_a_run": (0, 2),
     "tests/optim/test_paged_transform.py::test_other_transforms_are_equal": (0, 4),
     "tests/optim/test_pager.py::test_norms_of_bf16_gradients_are_the_same_in_every_program": (1, 2),
+    # Real models and whole runs; CI has the same contract on a tiny model, or in a smaller run.
+    "tests/parity/test_perplexity.py::test_strided_windows_and_letters_are_what_torch_computes": (0, 0),
+    "tests/parity/test_generate_transformers.py::test_smollm2": (0, 0),
+    "tests/inference/test_result_cache.py::test_killed_again_and_again_it_ends_as_one_that_was_not": (0, 0),
+    "tests/e2e/test_paging.py::test_an_8_bit_run_goes_on_paged_or_not_to_the_bit": (0, 0),
+    f"{KERNELS}/mosaic/test_installation.py::test_a_run_says_at_its_start_what_is_too_old": (0, 0),
     # Shapes of attention, of adapters and of the head.
     f"{NN}/attention/test_causal.py::test_causal": (4, 6),
     f"{NN}/attention/test_causal.py::test_window": (2, 6),
