@@ -85,7 +85,7 @@ def build() -> Path:
         return path
     compiler = (find_compiler(), *FLAGS, f"-march={architecture()}", "-isystem", jax.ffi.include_dir())
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(os.process_cpu_count()) as pool:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor() as pool:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
         commands = [(*compiler, "-c", source, "-o", one) for source, one in zip(SOURCES, objects, strict=True)]
         list(pool.map(_run, commands))
