@@ -27,9 +27,7 @@ WORKER = "qlora_jax.data.tokenizer.trial_worker"
 MAX_STEPS = 64  # steps of a normalizer, pre-tokenizer or decoder; each passes over the text
 MAX_TEXT = 100  # characters that a step or the model adds at one place
 MAX_WORD = 1000  # characters of a word that WordPiece looks for, in quadratic time
-MAX_GROWTH = (
-    256.0  # bytes that the steps of a part write per byte; T5's table and its space of three bytes may write 132
-)
+MAX_GROWTH = 256.0  # bytes that the steps of a part write per byte; those of T5 may write 132
 MAX_PROBLEMS = 10  # that an error lists
 ORDINARY_GROWTH = 16.0  # so that added tokens, which the library normalizes when it loads them, fit into memory
 TRIAL_MEMORY = 16  # bytes per byte of the file, besides those of any process

@@ -213,11 +213,12 @@ def test_the_kernel_limits_the_process(limited: TemplateProcess):
 
 
 SEALED = """
-import os, socket, subprocess, sys
+import os, socket, subprocess, sys, tempfile
 from qlora_jax.data.tokenizer import template_worker
+written = os.path.join(tempfile.gettempdir(), 'written')
 attempts = {
     "read": lambda: open("pyproject.toml"), "list": lambda: os.listdir("/"), "proc": lambda: open("/proc/self/environ"),
-    "write": lambda: open("/tmp/written", "w"), "socket": socket.socket, "fork": os.fork,
+    "write": lambda: open(written, "w"), "socket": socket.socket, "fork": os.fork,
 }
 def outcome(attempt):
     try:
