@@ -141,30 +141,22 @@ class Dataset:
         padding = _padding(self.tokenizer)
         return eval_batches(rows, self.eval_buckets, batch_size=batch_size, pad_id=padding, sequences=self.sequences)
 
-    def with_values(self, name: str, train: ValuesByNumber, held_out: ValuesByNumber | None = None) -> "Dataset":
-        """Returns the data set with one more value per sequence, which batches have under `name`.
+    def with_values(self, name: str, values: ValuesByNumber) -> "Dataset":
+        """Returns the data set with one more value per training sequence, which batches have under `name`.
 
         The fingerprint stays, because the order of batches does.
 
         Args:
-          train: values of the training rows, [train.number_limit, sequences], indexed by their numbers.
-          held_out: those of the held-out rows, if there are any.
+          values: [train.number_limit, sequences], indexed by the rows' numbers.
         """
-        for rows, values in ((self.train, train), (self.eval, held_out)):
-            _check_values(name, rows, values, self.sequences)
+        found, expected = values.shape[:2], (self.train.number_limit, self.sequences)
+        if found != expected:
+            raise ValueError(f"values {name}: they belong to other rows (found shape {found}, expected {expected})")
         if isinstance(self.train, Mixture):
-            rows = dataclasses.replace(self.train, attached={**self.train.attached, name: train})
+            rows = dataclasses.replace(self.train, attached={**self.train.attached, name: values})
         else:
-            rows = attach_values(self.train, {name: train})
-        with_eval = self.eval if held_out is None or self.eval is None else attach_values(self.eval, {name: held_out})
-        return dataclasses.replace(self, train=rows, eval=with_eval)
-
-
-def _check_values(name: str, rows: TokenRows | Mixture | None, values: ValuesByNumber | None, sequences: int) -> None:
-    expected = None if rows is None else (rows.number_limit, sequences)
-    found = None if values is None else values.shape[:2]
-    if found != expected:
-        raise ValueError(f"values {name}: they belong to other rows (found shape {found}, expected {expected})")
+            rows = attach_values(self.train, {name: values})
+        return dataclasses.replace(self, train=rows)
 
 
 def load_dataset(

@@ -1,15 +1,16 @@
 """Computes the log-probabilities of a run's answers under the parameters that it starts with, before its first step.
 
-One pass over all rows, in the precision of the run. With an adapter that changes nothing yet, which is the default, the
-reference is the base itself. Results are stored in pieces, in `data.cache` or in RUN/reference. Their key is a hash of
-the rows, the base, the adapter and the precision, so that an interrupted pass resumes and other runs can read them.
+One pass over the training rows, in the precision of the run. With an adapter that changes nothing yet, which is the
+default, the reference is the base itself. Results are stored in pieces, in `data.cache` or in RUN/reference. Their key
+is a hash of the rows, the base, the adapter and the precision, so that an interrupted pass resumes and other runs can
+read them.
 
-Dimension key: B rows of a batch, S sequences of a row, N row numbers.
+Dimension key: B rows of a batch, S sequences of a row, N row numbers (nan where no row has the number).
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -76,25 +77,14 @@ class ReferencePass:
     go_on: Callable[[int], None] = lambda done: None
 
     def run(self, dataset: Dataset) -> Dataset:
-        """Returns the data set with the reference log p of every row, training and held out, by the name REFERENCE."""
+        """Returns the data set with the reference log p of every training row, by the name REFERENCE."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        train = self._table(dataset.each_row_once(self.rows), dataset.train.number_limit, dataset.sequences, 0)
-        if dataset.eval is None:
-            return dataset.with_values(REFERENCE, train, None)
-        done = dataset.report.train.kept
-        held_out = self._table(dataset.eval_batches(self.rows), dataset.eval.number_limit, dataset.sequences, done)
-        return dataset.with_values(REFERENCE, train, held_out)
-
-    def _table(
-        self, batches: Iterable[Batch], number_limit: int, sequences: int, done: int
-    ) -> Float32[np.ndarray, "N S"]:
-        """Returns log p by row number; nan where no row has the number."""
-        table_NS = np.full((number_limit, sequences), np.nan, np.float32)
-        for piece in itertools.batched(batches, max(1, PIECE_ROWS // self.rows)):
+        table_NS, done = np.full((dataset.train.number_limit, dataset.sequences), np.nan, np.float32), 0
+        for piece in itertools.batched(dataset.each_row_once(self.rows), max(1, PIECE_ROWS // self.rows)):
             numbers = np.concatenate([batch.rows[0, is_row(batch), 0] for batch in piece])
             table_NS[numbers] = self._logps(piece, done)
             done += len(numbers)
-        return table_NS
+        return dataset.with_values(REFERENCE, table_NS)
 
     def _logps(self, piece: Sequence[Batch], done: int) -> Float32[np.ndarray, "rows S"]:
         arrays = [part for batch in piece for named in sorted(batch.arrays().items()) for part in named]

@@ -95,7 +95,7 @@ def with_reference(
     is_over = state.step >= session.total_steps and not state.evaluation_due
     if session.initial_digest is None or is_over:
         return session
-    rows, began = reference_rows(session), time.monotonic()
+    rows, began = session.dataset.report.train.kept, time.monotonic()
     message(f"reference: log p of {rows:,} rows, under the parameters that the run starts with")
 
     def go_on(done: int) -> None:
@@ -123,9 +123,3 @@ def _logps(session: Session, parts: ModelParts, arrays: ForwardBatch) -> jax.Arr
     """Returns log p of a batch's sequences, [B, S]."""
     read = read_by_outputs(arrays, session.objective)
     return session.gradients.forward.outputs(session.objective, read)(parts, read).logps_BS
-
-
-def reference_rows(session: Session) -> int:
-    """Returns the number of rows of the pass, training and held out."""
-    report = session.dataset.report
-    return report.train.kept + (0 if report.eval is None else report.eval.kept)

@@ -29,9 +29,9 @@ def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], No
     if session.objective.sequences_per_row == 0:
         return _token_loss(session, lora, before_batch)
     batches, outputs = _outputs(session, lora, before_batch)
-    names = (PRESENT, *session.objective.values)
+    names = {PRESENT, *session.objective.values} - {REFERENCE}
     arrays = {name: np.concatenate([batch.arrays()[name][0, is_row(batch)] for batch in batches]) for name in names}
-    if isinstance(outputs, ComparedLogps):  # stored values come from another program, whose rounding differs
+    if isinstance(outputs, ComparedLogps):
         arrays[REFERENCE] = np.asarray(outputs.reference_BS)
     totals = _sum_totals(session.objective, batches)
     rows_per_step = math.ceil(session.dataset.report.train.kept / session.dataset.steps_per_epoch)

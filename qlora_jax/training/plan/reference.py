@@ -27,10 +27,10 @@ F32 = 4
 
 
 class ReferenceWork(NamedTuple):
-    """The operations of the pass over all rows before the first step.
+    """The operations of the pass over the training rows before the first step.
 
     Fields:
-      rows: training rows and held-out rows; 0 if they are not known.
+      rows: training rows; 0 if they are not known.
       tokens: their positions, without padding.
       flops: model FLOP.
       epochs: `flops` relative to those of an epoch of training.
@@ -90,20 +90,17 @@ def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients)
         remat=config.train.remat,
         new_tokens=len(inputs.new_ids),
     )
-    work = work_of_rows(step, inputs.dataset.report)
+    work = work_of_rows(step, inputs.dataset.report.train)
     values = F32 * work.rows * inputs.objective.sequences_per_row
     parameters = 0 if inputs.dataset.eval is None else part_bytes(gradients.parts.lora)
     program = parameters + _program_bytes(config, inputs, gradients)
     return ReferencePlan(work=work, program=program, values=values, parameters=parameters)
 
 
-def work_of_rows(step: StepShape, report: DataReport) -> ReferenceWork:
-    """Returns the work of the pass over these rows."""
-    splits = [split for split in (report.train, report.eval) if split is not None]
-    forward = utilization(step, None, backward=False)
-    flops = sum(_flops(forward, split) for split in splits)
-    rows, tokens = (sum(getattr(split, name) for split in splits) for name in ("kept", "tokens"))
-    return ReferenceWork(rows, tokens, flops, flops / _flops(utilization(step, None), splits[0]))
+def work_of_rows(step: StepShape, rows: SplitReport) -> ReferenceWork:
+    """Returns the work of the pass over the training rows."""
+    flops = _flops(utilization(step, None, backward=False), rows)
+    return ReferenceWork(rows.kept, rows.tokens, flops, flops / _flops(utilization(step, None), rows))
 
 
 def work_without_rows(step: StepShape) -> ReferenceWork:
@@ -143,7 +140,7 @@ def reference_of_step(config: StepConfig, report: DataReport | None, train: Trai
     if not needs_reference(config.objective):
         return None
     step = config.step_shape()
-    work = work_without_rows(step) if report is None else work_of_rows(step, report)
+    work = work_without_rows(step) if report is None else work_of_rows(step, report.train)
     epochs = train.epochs
     if train.steps is not None:
         epochs = None if report is None else train.steps / report.steps_per_epoch
