@@ -4,8 +4,8 @@ import sys
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
+from qlora_jax.studies.tournament.settings import ArenaArgs, check_arena
 from qlora_jax.terminal.console import Console
-from qlora_jax.tournament.settings import ArenaArgs, check_arena
 
 COMMAND = Command(
     name="arena",
@@ -24,8 +24,8 @@ def main(argv: list[str]) -> None:
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
     from qlora_jax.progress_reporter import ConsoleReporter
-    from qlora_jax.tournament.tables import print_results
-    from qlora_jax.tournament.tournament import PAGE_FILE, hold_tournament
+    from qlora_jax.studies.tournament.tables import print_results
+    from qlora_jax.studies.tournament.tournament import PAGE_FILE, hold_tournament
 
     runtime.start()
     messages = Console(stderr=True)

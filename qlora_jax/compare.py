@@ -1,8 +1,8 @@
 """`qlora-jax compare STUDY.yaml`: methods, tasks and seeds with equal budgets, and tests between methods."""
 
 from qlora_jax import allocator
-from qlora_jax.comparison.settings import CompareArgs
 from qlora_jax.config import Command, run_main
+from qlora_jax.studies.comparison.settings import CompareArgs
 
 COMMAND = Command(
     name="compare",
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     """Performs the unfinished runs of a study, and writes its page and its table; raises ValueError for bad input."""
     args, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
-    from qlora_jax.comparison.command import compare
+    from qlora_jax.studies.comparison.command import compare
 
     compare(args, dry_run="dry_run" in flags)
 

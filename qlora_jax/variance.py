@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
+from qlora_jax.studies.variance.settings import VarianceArgs, check_variance
 from qlora_jax.terminal.console import Console
-from qlora_jax.variance_study.settings import VarianceArgs, check_variance
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from qlora_jax.variance_study.analysis import Split
+    from qlora_jax.studies.variance.analysis import Split
 
 COMMAND = Command(
     name="variance",
@@ -34,12 +34,12 @@ def main(argv: list[str]) -> None:
     from qlora_jax import runtime
     from qlora_jax.io.run_folder.run_lock import lock_run
     from qlora_jax.progress_reporter import ConsoleReporter
-    from qlora_jax.variance_study.analysis import analyse
-    from qlora_jax.variance_study.conditions import design_of
-    from qlora_jax.variance_study.page import PageContent, write_results
-    from qlora_jax.variance_study.preferences import add_preferences, build_study_judge
-    from qlora_jax.variance_study.questions import read_questions
-    from qlora_jax.variance_study.replies import observe
+    from qlora_jax.studies.variance.analysis import analyse
+    from qlora_jax.studies.variance.conditions import design_of
+    from qlora_jax.studies.variance.page import PageContent, write_results
+    from qlora_jax.studies.variance.preferences import add_preferences, build_study_judge
+    from qlora_jax.studies.variance.questions import read_questions
+    from qlora_jax.studies.variance.replies import observe
 
     runtime.start()
     design, questions = design_of(args), read_questions(args)

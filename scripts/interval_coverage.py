@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float64
 from scipy import special
 
-from qlora_jax.evaluation.statistics import bootstrap_t, ratio, resample_counts
-from qlora_jax.statistics.crossed import crossed_mean, ratio_scores
+from qlora_jax.measures.statistics import bootstrap_t, ratio, resample_counts
+from qlora_jax.studies.statistics import crossed_mean, ratio_scores
 
 Tables = Float64[np.ndarray, "trials rows 2"]  # each row's loss, summed over its tokens, and its number of tokens
 SPREADS = {"light": 0.5, "medium": 0.8, "heavy": 1.2}  # the standard deviation of the logarithm of a row's tokens

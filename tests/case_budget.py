@@ -196,7 +196,10 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/data/tokenizer/test_from_gguf.py::test_real_gguf_gives_tokenizer_json_back": (0, 1),
     "tests/api/test_evaluate.py::test_heads_are_evaluated_also_those_of_other_libraries": (0, 1),
     "tests/api/test_evaluate.py::test_plain_text_without_the_chat_template_has_other_scores": (0, 1),
-    "tests/tournament/ratings/test_bradley_terry.py::test_with_ties_is_the_log_linear_fit_of_statsmodels": (1, 2),
+    "tests/studies/tournament/ratings/test_bradley_terry.py::test_with_ties_is_the_log_linear_fit_of_statsmodels": (
+        1,
+        2,
+    ),
     "tests/io/run_folder/test_orbax_threads.py::test_failures_print_no_traceback": (0, 1),
     "tests/models/test_layer_runs.py::test_losses_and_gradients_equal_those_of_zeros_elsewhere": (1, 2),
     f"{NN}/lm_head/test_token_scores.py::test_logits_of_a_16_bit_model_are_not_rounded_to_16_bits": (0, 1),
@@ -234,7 +237,10 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/training/plan/test_plan_on_a_mesh.py::test_more_cards_keep_the_rows_of_an_optimizer_step": (0, 1),
     "tests/training/plan/test_plan_on_a_mesh.py::test_more_cards_are_proposed_where_no_setting_helps": (0, 1),
     "tests/training/test_step.py::test_each_device_has_its_share": (0, 1),
-    "tests/tournament/test_agreement.py::test_kappas_and_correlations_are_those_of_statsmodels_and_scipy": (0, 1),
+    "tests/studies/tournament/test_agreement.py::test_kappas_and_correlations_are_those_of_statsmodels_and_scipy": (
+        0,
+        1,
+    ),
 }
 
 

@@ -83,9 +83,7 @@ MUTATIONS = [
         "qlora_jax/optim/pager.py", "    pool.evict_to(budget_bytes)\n", "    pass\n", "tests/optim/test_pager.py"
     ),
     Mutation("qlora_jax/inference/sampling.py", "(before_BV < p)", "(before_BV <= p + 0.01)", "tests/inference"),
-    Mutation(
-        "qlora_jax/evaluation/statistics.py", "(0.025, 0.975)", "(0.05, 0.95)", "tests/evaluation/test_statistics.py"
-    ),
+    Mutation("qlora_jax/measures/statistics.py", "(0.025, 0.975)", "(0.05, 0.95)", "tests/measures/test_statistics.py"),
     Mutation(
         "qlora_jax/io/peft/writer.py", '"lora_A.weight", np.transpose', '"lora_A.weight", np.asarray', "tests/io/peft"
     ),

@@ -72,8 +72,18 @@ MENDS = [
         "if False:",
         "tests/io/run_folder/test_run_lock.py",
     ),
-    Mutation("qlora_jax/record_file.py", "if not self._file.is_in_place():", "if False:", "tests/test_record_file.py"),
-    Mutation("qlora_jax/record_file.py", "mkdir(exist_ok", "mkdir(parents=True, exist_ok", "tests/test_record_file.py"),
+    Mutation(
+        "qlora_jax/studies/record_file.py",
+        "if not self._file.is_in_place():",
+        "if False:",
+        "tests/studies/test_record_file.py",
+    ),
+    Mutation(
+        "qlora_jax/studies/record_file.py",
+        "mkdir(exist_ok",
+        "mkdir(parents=True, exist_ok",
+        "tests/studies/test_record_file.py",
+    ),
     Mutation(
         "qlora_jax/evaluation/quantization_cost/files.py",
         "write_text(folder / COSTS_FILE, ",
@@ -99,14 +109,17 @@ MENDS = [
     ),
     # Replies that were paired with the wrong prompts
     Mutation(
-        "qlora_jax/tournament/replies.py", "unknown[name] = row.place", "pass", "tests/tournament/test_replies.py"
+        "qlora_jax/studies/tournament/replies.py",
+        "unknown[name] = row.place",
+        "pass",
+        "tests/studies/tournament/test_replies.py",
     ),
     # Exit statuses after signals
     Mutation(
         "qlora_jax/config/command_line.py",
         "signal.signal(number, _interrupt)",
         "pass",
-        "tests/config/test_command_line.py tests/comparison/test_dispatch.py",
+        "tests/config/test_command_line.py tests/studies/comparison/test_dispatch.py",
     ),
     Mutation(
         "qlora_jax/config/command_line.py",
@@ -123,16 +136,16 @@ MENDS = [
     ),
     # A page whose words were broken
     Mutation(
-        "qlora_jax/variance_study/variance.html.jinja",
+        "qlora_jax/studies/variance/variance.html.jinja",
         '<div class="scroll">',
         "<div>",
-        "tests/variance_study/test_page.py",
+        "tests/studies/variance/test_page.py",
     ),
     Mutation(
-        "qlora_jax/variance_study/variance.html.jinja",
+        "qlora_jax/studies/variance/variance.html.jinja",
         ".end { white-space: nowrap; }",
         "",
-        "tests/variance_study/test_page.py",
+        "tests/studies/variance/test_page.py",
     ),
     # Hints
     Mutation(
@@ -405,9 +418,9 @@ MENDS = [
         "tests/config/test_suggestions.py",
     ),
     Mutation(
-        "qlora_jax/evaluation/statistics.py",
+        "qlora_jax/measures/statistics.py",
         "(values - value) / errors,",
         "(values - value) / error,",
-        "tests/evaluation/test_statistics.py",
+        "tests/measures/test_statistics.py",
     ),
 ]

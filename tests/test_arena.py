@@ -10,7 +10,7 @@ from qlora_jax import arena
 from tests.e2e.project import write_model
 from tests.inference.small_run import STEPS, write_run
 from tests.marks import EXHAUSTIVE
-from tests.tournament.tiny_tournament import write_lines
+from tests.studies.tournament.tiny_tournament import write_lines
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def test_models_reply_are_judged_and_nothing_is_done_twice(tmp_path, capsys, mon
     assert record_files(folder) == stored
 
     # With everything stored, no model is loaded.
-    monkeypatch.setattr("qlora_jax.local_model.load_base", None)
+    monkeypatch.setattr("qlora_jax.studies.local_model.load_base", None)
     arena.main(["--config", config])
     with pytest.raises(ValueError, match=r"step-3.jsonl: made with other inputs: max_new_tokens \(found 8, expected 9"):
         arena.main(["--config", config, "--max_new_tokens", "9"])

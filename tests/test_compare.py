@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from qlora_jax import compare
-from qlora_jax.comparison import command, dispatch
-from qlora_jax.comparison import train_and_score as performing
-from qlora_jax.comparison.train_and_score import perform
 from qlora_jax.config import to_dict
+from qlora_jax.studies.comparison import command, dispatch
+from qlora_jax.studies.comparison import train_and_score as performing
+from qlora_jax.studies.comparison.train_and_score import perform
 from qlora_jax.training.metrics.metrics_file import read_metrics
-from tests.comparison.studies import Inline, write_study
 from tests.e2e.project import project
+from tests.studies.comparison.studies import Inline, write_study
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,10 +13,10 @@ from qlora_jax import variance
 from qlora_jax.api.generate import generate_text
 from qlora_jax.api.load import load
 from qlora_jax.io.run_folder.run_lock import lock_run
-from qlora_jax.local_model import LocalModel, OpenedLocalModel
+from qlora_jax.studies.local_model import LocalModel, OpenedLocalModel
 from tests.e2e.project import write_model
-from tests.tournament.judges.fake_endpoint import Answer, fake_endpoint
-from tests.tournament.tiny_tournament import write_judge_prompts
+from tests.studies.tournament.judges.fake_endpoint import Answer, fake_endpoint
+from tests.studies.tournament.tiny_tournament import write_judge_prompts
 
 HOSTILE = '<script>alert(1)</script> & "quoted" \'</div>'
 QUESTIONS = [
@@ -188,9 +188,9 @@ def test_one_process_at_a_time_writes_in_a_folder(tmp_path, monkeypatch):
 
         return refuses_others
 
-    monkeypatch.setattr("qlora_jax.variance_study.replies.observe", writes("observe", {}))
-    monkeypatch.setattr("qlora_jax.variance_study.analysis.analyse", lambda *args: [])
-    monkeypatch.setattr("qlora_jax.variance_study.page.write_results", writes("write_results", output))
+    monkeypatch.setattr("qlora_jax.studies.variance.replies.observe", writes("observe", {}))
+    monkeypatch.setattr("qlora_jax.studies.variance.analysis.analyse", lambda *args: [])
+    monkeypatch.setattr("qlora_jax.studies.variance.page.write_results", writes("write_results", output))
     with pytest.raises(FileNotFoundError):
         run(tmp_path, output)  # nothing wrote its results
     assert writers == ["observe", "write_results"]

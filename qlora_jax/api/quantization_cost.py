@@ -11,13 +11,13 @@ from flax import nnx
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.readers.files import stream_rows
-from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.quantization_cost.choose import choose_layers, spare_bytes
 from qlora_jax.evaluation.quantization_cost.files import Measured
 from qlora_jax.evaluation.quantization_cost.measure import Progress, measure_layers
 from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.pretrained import OpenedModel, load_base, open_base
+from qlora_jax.measures.metrics import RowScores
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.keep_16bit import full_names, names_of

@@ -6,9 +6,7 @@ a token is scored. A model that lies on a mesh is scored there: each device has 
 Dimension key: B rows of a batch, T positions, D embed, M padded scored tokens, K scored tokens, S devices with rows.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float64, Int, Int32, Int64
+from jaxtyping import Array, Int, Int32
 
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.shared_prefixes import PackedRow, ScoredIds, pack_rows
@@ -24,6 +22,7 @@ from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_progra
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.inference.token_ids import id_problems
+from qlora_jax.measures.metrics import RowScores
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
@@ -33,37 +32,6 @@ from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 PADDED_MULTIPLE = 256  # the padded number of scored tokens is a multiple of this
 PADDING = np.iinfo(np.int32).max  # branch of a padding position; after all others, because ids of segments ascend
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowScores:
-    """Scores of each row's scored tokens.
-
-    Fields:
-      nll: sum of their -log p, in nats.
-      tokens: their number.
-      exact: True if each is the likeliest token after those before it, so greedy decoding generates exactly them.
-      begins: the same without the last one, the end-of-turn token of an answer, so greedy decoding begins with them.
-    """
-
-    nll: Float64[np.ndarray, " rows"]
-    tokens: Int64[np.ndarray, " rows"]
-    exact: Bool[np.ndarray, " rows"]
-    begins: Bool[np.ndarray, " rows"]
-
-    @property
-    def mean_nll(self) -> float:
-        """The mean of -log p over all scored tokens of all rows, in nats."""
-        return float(self.nll.sum() / self.tokens.sum())
-
-    @property
-    def perplexity(self) -> float:
-        """exp(mean_nll)."""
-        return math.exp(self.mean_nll)
-
-    def of(self, rows: Int64[np.ndarray, " some"]) -> "RowScores":
-        """The scores of some rows, by index."""
-        return RowScores(nll=self.nll[rows], tokens=self.tokens[rows], exact=self.exact[rows], begins=self.begins[rows])
 
 
 @functools.partial(ModelFunction, static_argnames="mesh")

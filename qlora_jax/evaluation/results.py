@@ -9,8 +9,8 @@ import rich.console
 from rich import box
 from rich.table import Table
 
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
 from qlora_jax.evaluation.tasks.task import DetailedTask, RowValuesTask, Task
+from qlora_jax.measures.metrics import Comparison, Metric, RowValues
 from qlora_jax.terminal.console import Console
 
 # How often 95 % intervals of means contained the truth in scripts/interval_coverage.py, by the least number of rows.

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_jax.io.gguf.reader import open_gguf
 from qlora_jax.io.hf.hub import fetch_model, hub_name_of
 from qlora_jax.io.hf.reader import open_folder
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.model_source import ModelSource
 
 
 def open_model(path: str | Path, before_weights: Callable[[], object] = lambda: None) -> ModelSource:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from qlora_jax.io.model_source import map_bytes
+from qlora_jax.model_source import map_bytes
 
 EXAMPLES = 5  # tensors that an error names
 

@@ -19,11 +19,11 @@ from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
 from qlora_jax.io.loading.adapter_init import InitialAdapter, check_decomposable, subtract_initial
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model
 from qlora_jax.io.loading.stored_codes import stored_types, with_dense_layers
-from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.add_adapters import add_lora, check_targets, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM

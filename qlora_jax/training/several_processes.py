@@ -17,9 +17,9 @@ from qlora_jax.hosts.stop_signal import StopSignal
 from qlora_jax.hosts.warm_up import connect_groups
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.inference.result_cache import digest
-from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock
 from qlora_jax.line_digests import LinesDigest
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.training.loop import TrainingReporter
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.session import Inputs

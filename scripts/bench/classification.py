@@ -33,8 +33,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.evaluation.statistics import wilson_interval
-from qlora_jax.statistics.crossed import crossed_mean
+from qlora_jax.measures.statistics import wilson_interval
+from qlora_jax.studies.statistics import crossed_mean
 from scripts.bench.support.classification_job import TASKS, Task, read_split, write_job
 from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, compilation_caches
 from scripts.bench.support.interleave import Record, Turns, WorkerGroup, ratio_interval

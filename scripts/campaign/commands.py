@@ -18,12 +18,12 @@ from qlora_jax.api import evaluate as _evaluate_api
 from qlora_jax.api import export as _export_api
 from qlora_jax.api import generate as _generate_api
 from qlora_jax.api import predict as _predict_api
-from qlora_jax.comparison import command as _comparison
 from qlora_jax.config import run_main
-from qlora_jax.tournament import tournament as _tournament
+from qlora_jax.studies.comparison import command as _comparison
+from qlora_jax.studies.tournament import tournament as _tournament
+from qlora_jax.studies.variance import analysis as _variance_analysis
+from qlora_jax.studies.variance import page as _variance_page
 from qlora_jax.training import run as _training_run
-from qlora_jax.variance_study import analysis as _variance_analysis
-from qlora_jax.variance_study import page as _variance_page
 
 WRITERS = (train, generate, predict, evaluate, export, quantize, arena, variance, compare)
 COMMANDS = {module.COMMAND.name: module for module in WRITERS}

@@ -8,23 +8,23 @@ from pathlib import Path
 
 import yaml
 
-from qlora_jax.comparison.results import summarize
-from qlora_jax.comparison.run import Run, check_unchanged, run_of
-from qlora_jax.comparison.study import read_study
 from qlora_jax.config.command_line import read_arguments
 from qlora_jax.config.validate import validate
 from qlora_jax.io.pretrained import open_base
 from qlora_jax.progress_reporter import ProgressReporter
-from qlora_jax.record_file import RecordFile
-from qlora_jax.tournament.judging import StoredJudgement
-from qlora_jax.tournament.tournament import RESULTS_FILE, hold_tournament
+from qlora_jax.studies.comparison.results import summarize
+from qlora_jax.studies.comparison.run import Run, check_unchanged, run_of
+from qlora_jax.studies.comparison.study import read_study
+from qlora_jax.studies.record_file import RecordFile
+from qlora_jax.studies.tournament.judging import StoredJudgement
+from qlora_jax.studies.tournament.tournament import RESULTS_FILE, hold_tournament
 from scripts.campaign.data_files import YAML_TEXTS, damage_any
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.model_files import MODEL, read_opened
 from scripts.campaign.mutations import damage_bytes, damage_lines, damage_text, damage_value, to_json
-from tests.comparison.studies import finish, write_study
 from tests.e2e.project import write_model
-from tests.tournament.tiny_tournament import WORDS, arena_args, write_lines, write_tournament
+from tests.studies.comparison.studies import finish, write_study
+from tests.studies.tournament.tiny_tournament import WORDS, arena_args, write_lines, write_tournament
 
 # Tournaments with recorded replies and verdicts
 

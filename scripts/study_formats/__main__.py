@@ -8,7 +8,7 @@ Llamas of 6M parameters that learn the passages of examples/titles, one per seed
 training. The models of --models are scored on --text. All formats have double quantization.
 
 Prints a table for each: the loss in nats per token of each format, and its difference from NF4 with a 95 % interval
-over seeds and windows of text (qlora_jax/statistics/crossed.py). Finished steps are not repeated.
+over seeds and windows of text (qlora_jax/studies/statistics.py). Finished steps are not repeated.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.statistics.crossed import crossed_mean, ratio_scores
+from qlora_jax.studies.statistics import crossed_mean, ratio_scores
 from scripts.study_formats.pretraining import pretrain, write_texts
 
 FORMATS = ("none", "nf4", "fp4", "int4", "e2m1", "e3m0")  # "none": 16 bits

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from qlora_jax import evaluate
-from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.io.run_folder.checkpoint import Checkpoints
+from qlora_jax.measures.metrics import Metric
 from qlora_jax.training import loop
 from qlora_jax.training.metrics.eval_metrics import flatten_metrics
 from qlora_jax.training.metrics.metrics_file import read_metrics

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.results import Evaluation, task_result
 from qlora_jax.evaluation.row_measures import MEASURES, measures_of
 from qlora_jax.evaluation.tasks.answers import AnswerScores, AnswersTask
@@ -19,6 +18,7 @@ from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.evaluation.tasks.text import TextTask
 from qlora_jax.inference.sampling import GREEDY
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.measures.metrics import RowScores
 from qlora_jax.sandbox.programs import Limits
 from tests.inference.tiny import byte_tokenizer
 

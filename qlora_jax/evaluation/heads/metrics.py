@@ -10,11 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
-from qlora_jax.evaluation.bootstrapped import Draws, bootstrapped
-from qlora_jax.evaluation.calibration import calibration_error, reliability
-from qlora_jax.evaluation.classification import class_interval, count_pairs, f1, matthews
-from qlora_jax.evaluation.metrics import Metric, share
-from qlora_jax.evaluation.statistics import bootstrap
+from qlora_jax.measures.classification import calibration_error, class_interval, count_pairs, f1, matthews, reliability
+from qlora_jax.measures.metrics import Draws, Metric, bootstrapped, share
+from qlora_jax.measures.statistics import bootstrap
 
 RIGHT = "right label"  # for rows with several labels: all of them are right
 

@@ -7,8 +7,8 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.evaluation.metrics import Comparison, MetricKind
-from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap_of
+from qlora_jax.measures.metrics import Comparison, MetricKind
+from qlora_jax.measures.statistics import mcnemar, paired_bootstrap_of
 
 Documents = Float64[np.ndarray, "documents 2"]  # a metric's value and weight of each document
 MetricOfMean = Callable[[np.ndarray], np.ndarray]

@@ -12,10 +12,9 @@ from rich.table import Table
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.evaluation.loglikelihood import RowScores
-from qlora_jax.evaluation.metrics import loss_change
 from qlora_jax.evaluation.quantization_cost.choose import Choice
 from qlora_jax.evaluation.quantization_cost.measure import LayerCost
+from qlora_jax.measures.metrics import RowScores, loss_change
 
 PROGRESS_LINES = 20  # per measurement
 COSTS_FILE, SETTINGS_FILE = "layer_costs.json", "keep_16bit.yaml"

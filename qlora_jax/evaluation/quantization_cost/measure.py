@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.evaluation.loglikelihood import RowScores
-from qlora_jax.evaluation.statistics import Weights, bootstrap_t, ratio
+from qlora_jax.measures.metrics import RowScores
+from qlora_jax.measures.statistics import Weights, bootstrap_t, ratio
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.keep_16bit import full_names, layer_bytes, projections
 from qlora_jax.models.partition import ModelParts, combine, partition

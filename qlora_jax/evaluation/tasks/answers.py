@@ -10,8 +10,6 @@ from qlora_jax.config import QUESTION_KINDS, QuestionArgs
 from qlora_jax.config.question_settings import AnswerMatch
 from qlora_jax.data.readers.files import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
-from qlora_jax.evaluation.statistics import mean_change_interval, mean_interval
 from qlora_jax.evaluation.tasks.answer_matching import contains_words, extract_answer, words_f1
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
@@ -20,6 +18,8 @@ from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import greedy_replies, lower_replies
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
+from qlora_jax.measures.statistics import mean_change_interval, mean_interval
 from qlora_jax.models.partition import ModelParts
 
 NEXT_QUESTION = "\nQuestion:"  # a reply in plain text ends before this, which begins the next prompt

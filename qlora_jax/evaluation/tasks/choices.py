@@ -10,13 +10,13 @@ from jaxtyping import Bool
 from qlora_jax.config import QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
 from qlora_jax.evaluation.tasks.continuations import encode_continuations
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
+from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
 from qlora_jax.models.partition import ModelParts
 
 

@@ -13,14 +13,14 @@ from qlora_jax.data.readers.files import Row
 from qlora_jax.evaluation.heads.metrics import spearman_metric
 from qlora_jax.evaluation.heads.predictions import normalized
 from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
-from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.statistics import mean_interval
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, encode_head_rows, head_of_task
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.measures.metrics import Comparison, Metric, share, share_change
+from qlora_jax.measures.statistics import mean_interval
 from qlora_jax.models.partition import ModelParts
 
 SCORED = {"sentence1": "anchor", "sentence2": "positive"}  # columns of pairs with a score

@@ -12,12 +12,12 @@ from jaxtyping import Float64
 from qlora_jax.config import QuestionArgs
 from qlora_jax.evaluation.heads.metrics import RIGHT, class_details, class_metrics, multi_label_metrics, number_metrics
 from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share_change, share_of_rows
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share_change, share_of_rows
 from qlora_jax.models.partition import ModelParts
 
 OF_LIKELIHOOD = ("label_prompt", "label_texts", "label_score")  # settings of scoring without a head

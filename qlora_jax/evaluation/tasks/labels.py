@@ -16,16 +16,7 @@ from qlora_jax.config.question_settings import LabelScore
 from qlora_jax.data.formats.columns import list_columns
 from qlora_jax.data.readers.files import Place, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.classification import (
-    ClassMetric,
-    class_change_interval,
-    class_interval,
-    count_pairs,
-    f1,
-    matthews,
-)
-from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, lower_scoring, score_rows
-from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues, share, share_change, share_of_rows
+from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.tasks import head_labels
 from qlora_jax.evaluation.tasks.continuations import encode_continuations
 from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask
@@ -33,6 +24,24 @@ from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.measures.classification import (
+    ClassMetric,
+    class_change_interval,
+    class_interval,
+    count_pairs,
+    f1,
+    matthews,
+)
+from qlora_jax.measures.metrics import (
+    Comparison,
+    Metric,
+    MetricKind,
+    RowScores,
+    RowValues,
+    share,
+    share_change,
+    share_of_rows,
+)
 from qlora_jax.models.partition import ModelParts
 
 WITHOUT_CONTENT = "N/A"  # stands for each column in the prompt that measures the labels' prior (Zhao et al. 2021)

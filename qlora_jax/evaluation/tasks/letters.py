@@ -21,8 +21,6 @@ from qlora_jax.config import QuestionArgs
 from qlora_jax.data.readers.files import Row, raise_problems, shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
-from qlora_jax.evaluation.statistics import stratified_bootstrap, stratified_paired_bootstrap
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows
@@ -30,6 +28,8 @@ from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.inference.token_ids import id_problems
+from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
+from qlora_jax.measures.statistics import stratified_bootstrap, stratified_paired_bootstrap
 from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of

@@ -22,16 +22,16 @@ from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.divergence import compare_rows
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
-from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues
 from qlora_jax.evaluation.row_measures import MEASURES
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.statistics import bootstrap, mean_change_interval, paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks import reward_pairs
 from qlora_jax.evaluation.tasks.reward_pairs import RewardPairsTask
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.measures.metrics import Comparison, Metric, MetricKind, RowValues
+from qlora_jax.measures.statistics import bootstrap, mean_change_interval, paired_bootstrap, wilson_interval
 from qlora_jax.models.partition import ModelParts
 
 OBJECTIVE = "dpo"  # its rows are pairs

@@ -13,8 +13,6 @@ from jaxtyping import Float64, Int64
 
 from qlora_jax.config import QUESTION_KINDS, QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change
-from qlora_jax.evaluation.statistics import mean_change_interval, mean_interval
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
@@ -22,6 +20,8 @@ from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import lower_replies, sampled_replies
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.inference.sampling import Sampling
+from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change
+from qlora_jax.measures.statistics import mean_change_interval, mean_interval
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.sandbox.programs import Limits, Program, Reason
 from qlora_jax.sandbox.runner import run_programs, seal_problem

@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.statistics import bootstrap, mean_change_interval, wilson_interval
 from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.measures.metrics import Comparison, Metric, RowValues
+from qlora_jax.measures.statistics import bootstrap, mean_change_interval, wilson_interval
 from qlora_jax.models.partition import ModelParts
 
 OF_LIKELIHOOD = ("by", "pair_beta")  # settings of scoring without a head

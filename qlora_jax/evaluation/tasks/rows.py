@@ -12,10 +12,16 @@ from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.readers.files import Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds
-from qlora_jax.evaluation.metrics import (
+from qlora_jax.evaluation.loglikelihood import ScoredIds
+from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
+from qlora_jax.evaluation.tasks.text import TextTask
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.measures.metrics import (
     Comparison,
     Metric,
+    RowScores,
     RowValues,
     loss_change,
     loss_metrics,
@@ -24,11 +30,6 @@ from qlora_jax.evaluation.metrics import (
     share_change,
     share_of_rows,
 )
-from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
-from qlora_jax.evaluation.tasks.text import TextTask
-from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
 
 _SEVERAL_TEXTS = (

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 
 from qlora_jax.data.readers.files import read_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, lower_scoring, score_rows, windows
-from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, loss_change, loss_metrics, loss_of_rows
+from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows, windows
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.measures.metrics import Comparison, Metric, RowScores, RowValues, loss_change, loss_metrics, loss_of_rows
 from qlora_jax.models.partition import ModelParts
 
 

@@ -16,10 +16,10 @@ from qlora_jax.io.gguf.header import TensorInfo
 from qlora_jax.io.gguf.tokenizer_writer import STOP_KEYS, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, typed_keys
 from qlora_jax.io.loading.tensor_map import tensor_shapes
-from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import text_config, text_only, text_only_name

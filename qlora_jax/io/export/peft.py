@@ -16,7 +16,6 @@ from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loading.loader import Progress
 from qlora_jax.io.loading.tensor_map import slots_of, with_tables
-from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.head_adapters import split_head, with_head
@@ -29,6 +28,7 @@ from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.add_adapters import ia3_targets, vera_projections
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.target_layers import adapter_layers, some_layers

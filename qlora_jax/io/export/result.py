@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from qlora_jax.io.export.verify import LogitDifference
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.model_source import ModelSource
 
 NOT_IN_GGUF = "not in the file: {}. llama.cpp reads these parts from a separate file (mmproj)"
 OTHER_PARTS = {

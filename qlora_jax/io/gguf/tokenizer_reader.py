@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlora_jax.io.gguf.header import Metadata
-from qlora_jax.io.model_source import GgufVocabulary, TokenizerData
+from qlora_jax.model_source import GgufVocabulary, TokenizerData
 
 PREFIX = "tokenizer.ggml."
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id")

@@ -25,10 +25,10 @@ from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, numbe
 from qlora_jax.io.gguf.expert_stacks import ROUTERS, stack_name, stored_shape
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
 from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of, weights_of
-from qlora_jax.io.model_source import map_bytes
 from qlora_jax.io.read_back import StoredTensor, TensorDigest, check_read_back
 from qlora_jax.io.rounding import check_range
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import map_bytes
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 TYPES = {

@@ -16,8 +16,8 @@ import numpy as np
 
 from qlora_jax.io.hf import gpt_oss_experts
 from qlora_jax.io.hf.gpt_oss_experts import ExpertRows, transposed_matrix
-from qlora_jax.io.model_source import ByteRange, TensorEntry
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import ByteRange, TensorEntry
 from qlora_jax.models.experts_config import FUSED_PROJECTIONS
 from qlora_jax.models.families.expert_attributes import expert_count
 from qlora_jax.models.families.multimodal import text_config

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.io.model_source import MultimodalParts, TensorEntry
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import MultimodalParts, TensorEntry
 from qlora_jax.models.families.multimodal import (
     ALONE,
     HEAD,

@@ -10,9 +10,9 @@ import numpy as np
 
 from qlora_jax.atomic_files import staged_file
 from qlora_jax.io.hf.reader import DTYPES, HEADER_LENGTH_BYTES, read_header
-from qlora_jax.io.model_source import map_bytes
 from qlora_jax.io.read_back import StoredTensor, check_read_back
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import map_bytes
 
 FILE_TYPES = {dtype: file_type for file_type, dtype in DTYPES.items()}
 

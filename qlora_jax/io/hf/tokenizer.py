@@ -7,7 +7,6 @@ from typing import Annotated, TypedDict
 from pydantic import FailFast, Field
 
 from qlora_jax.data.tokenizer.untrusted import check_tokenizer
-from qlora_jax.io.model_source import TokenizerData
 from qlora_jax.metadata import (
     MetadataError,
     check_value,
@@ -18,6 +17,7 @@ from qlora_jax.metadata import (
     read_text,
     shorten,
 )
+from qlora_jax.model_source import TokenizerData
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 # Files that describe a tokenizer and how replies end; those of multimodal models that describe their images.

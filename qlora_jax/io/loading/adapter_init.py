@@ -21,10 +21,10 @@ from qlora_jax.atomic_files import write_bytes
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loading.loader import Transform
 from qlora_jax.io.loading.tensor_map import layer_name
-from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.run_folder.digests import ArrayDigest, array_digest, changes, tree_digests
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import decode_json
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.add_adapters import Factors, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.ranks import ranks_and_scalings

@@ -10,8 +10,8 @@ from flax import nnx
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.model_source import ModelSource
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import with_text_attributes

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.peft.writer import PREFIX, AdapterArrays
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import is_table
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.io.head_file import TrainedHead, read_head
-from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.peft.writer import PREFIX, AdapterArrays
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 
 from qlora_jax.io.hf.multimodal import module_name
-from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.writer import PREFIX
 from qlora_jax.metadata import JsonObject
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.multimodal import OTHER_MODULES, WRAPPED, is_text_half
 

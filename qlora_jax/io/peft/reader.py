@@ -14,7 +14,6 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.hf.hub import hub_name_of
 from qlora_jax.io.hf.reader import read_header
-from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.config import AdapterConfig, read_adapter_config
 from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.peft.head_adapters import head_modules, named_as_causal, read_score, without_lm_head
@@ -26,6 +25,7 @@ from qlora_jax.io.peft.target_parameters import entries_of, own_patterns, read_p
 from qlora_jax.io.peft.targets import targeted_layers
 from qlora_jax.io.peft.writer import AdapterArrays, SomeLayers, target_settings, target_suffixes
 from qlora_jax.metadata import shorten, shorten_key
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.add_adapters import oft_blocks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.adapters.vera import Projections

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.io.loading.tensor_map import EXPERT, LAYER, MAX_LINES, layer_name
-from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.writer import EVERY_LAYER, LEAVES, PREFIX, VECTOR, SomeLayers
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 
 WEIGHTS = "adapter_model.safetensors"

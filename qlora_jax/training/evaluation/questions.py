@@ -10,7 +10,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
 from qlora_jax.inference.result_cache import NO_CACHE
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.metrics.eval_metrics import flatten_metrics
 

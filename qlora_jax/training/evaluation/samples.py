@@ -8,7 +8,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, stop_ids
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.metrics.metrics_file import Record
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.evaluation.metrics import Metric, perplexity
-from qlora_jax.evaluation.statistics import bootstrap
+from qlora_jax.measures.metrics import Metric, perplexity
+from qlora_jax.measures.statistics import bootstrap
 from qlora_jax.training.metrics.metrics_file import Record
 
 LOW, HIGH = "_low", "_high"  # suffixes of an interval's ends

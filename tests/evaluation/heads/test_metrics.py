@@ -13,7 +13,7 @@ from qlora_jax.evaluation.heads.metrics import (
     multi_label_metrics,
     number_metrics,
 )
-from qlora_jax.evaluation.statistics import resample_counts
+from qlora_jax.measures.statistics import resample_counts
 
 RNG = np.random.default_rng(0)
 ROWS = 60

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.tasks.labels import labels_task, parse_prompt, predict
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
+from qlora_jax.measures.metrics import RowScores
 from tests.evaluation.reference import expected_scores
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.statistics import stratified_bootstrap, stratified_paired_bootstrap, wilson_interval
 from qlora_jax.evaluation.tasks.letters import LetterQuestion, letters_task, mean_over_subjects, score_letters
+from qlora_jax.measures.statistics import stratified_bootstrap, stratified_paired_bootstrap, wilson_interval
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
 TOKENIZER = byte_tokenizer()

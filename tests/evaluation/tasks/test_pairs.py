@@ -9,9 +9,9 @@ from qlora_jax.evaluation.divergence import compare_given_tokens
 from qlora_jax.evaluation.loglikelihood import batches_of, score_tokens, scoring_inputs
 from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.shared_prefixes import pack_rows
-from qlora_jax.evaluation.statistics import mean_change_interval, wilson_interval
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, pairs_task
 from qlora_jax.inference.result_cache import open_cache
+from qlora_jax.measures.statistics import mean_change_interval, wilson_interval
 from qlora_jax.progress_reporter import ProgressReporter
 from tests.evaluation.reference import expected_divergence, expected_scores
 from tests.inference.tiny import byte_tokenizer, tiny_parts

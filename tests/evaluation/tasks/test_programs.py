@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from qlora_jax.evaluation.same_inputs import check_same_inputs
-from qlora_jax.evaluation.statistics import mean_change_interval, mean_interval
 from qlora_jax.evaluation.tasks import programs
 from qlora_jax.evaluation.tasks.programs import (
     ProgramScores,
@@ -23,6 +22,7 @@ from qlora_jax.evaluation.tasks.programs import (
 from qlora_jax.inference.decode import EndReason, Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.measures.statistics import mean_change_interval, mean_interval
 from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
 from qlora_jax.sandbox.runner import run_programs
 from tests.e2e.project import TEMPLATE

@@ -13,10 +13,10 @@ from qlora_jax.data.encoder import encode_rows
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.rows import token_rows
-from qlora_jax.evaluation.loglikelihood import RowScores
-from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap
 from qlora_jax.evaluation.tasks.rows import joined_scores, rows_task
 from qlora_jax.inference.result_cache import NO_CACHE
+from qlora_jax.measures.metrics import RowScores
+from qlora_jax.measures.statistics import bootstrap, paired_bootstrap
 from qlora_jax.training.evaluation.forward import evaluation_loss
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 

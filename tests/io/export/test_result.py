@@ -7,8 +7,8 @@ import pytest
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.pretrained import open_finetuned
+from qlora_jax.model_source import ModelSource
 from tests.inference.small_run import write_run
 
 

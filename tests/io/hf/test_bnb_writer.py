@@ -8,8 +8,8 @@ import pytest
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_config
 from qlora_jax.io.loading.loader import load_model
-from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
+from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import MIXTURES, random_tensors

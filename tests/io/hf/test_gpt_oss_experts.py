@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from qlora_jax.io.hf.gpt_oss_experts import as_ggml, expert_by_expert
 from qlora_jax.io.hf.reader import read_header
-from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.model_source import TensorEntry
 
 EXPERTS, K, F = 3, 64, 32
 STEM = "model.layers.1.mlp.experts"

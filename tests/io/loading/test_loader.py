@@ -21,8 +21,8 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading import loader
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.loading.tensor_map import Slot, layer_name, slots_of
-from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
+from qlora_jax.model_source import ModelSource, TensorEntry
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.keep_16bit import keep_in_16_bits
@@ -309,7 +309,7 @@ from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 from qlora_jax.io.loading.loader import load_model
-from qlora_jax.io.model_source import ModelSource, TensorEntry
+from qlora_jax.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax import model_source
 from qlora_jax.config import LoraArgs
-from qlora_jax.io import model_source
 from qlora_jax.io.hf import reader as hf_reader
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.loading.base_fingerprint import SUFFIX

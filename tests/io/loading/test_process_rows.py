@@ -18,8 +18,8 @@ from qlora_jax.io.loading import process_rows
 from qlora_jax.io.loading.base_fingerprint import SUFFIX, new_digest
 from qlora_jax.io.loading.loader import load_model, read_quantized, read_quantized_rows
 from qlora_jax.io.loading.process_rows import Processes, ProcessRows, all_rows, rows_of_parts
-from qlora_jax.io.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
+from qlora_jax.model_source import ModelSource, TensorEntry
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import quantize

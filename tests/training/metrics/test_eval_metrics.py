@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 
-from qlora_jax.evaluation.metrics import Metric, share
-from qlora_jax.evaluation.statistics import wilson_interval
+from qlora_jax.measures.metrics import Metric, share
+from qlora_jax.measures.statistics import wilson_interval
 from qlora_jax.training.metrics.eval_metrics import (
     eval_loss_metrics,
     flatten_metrics,

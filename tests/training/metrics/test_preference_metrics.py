@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from qlora_jax.evaluation.statistics import wilson_interval
+from qlora_jax.measures.statistics import wilson_interval
 from qlora_jax.training.metrics.preference_metrics import means, means_with_intervals, preference_values
 from qlora_jax.training.objectives.dpo import DPO
 from qlora_jax.training.objectives.kto import KTO
