@@ -67,7 +67,7 @@ MUTATIONS = [
         "tests/data/batching",
     ),
     Mutation(
-        "qlora_jax/data/branches/tree.py",
+        "qlora_jax/data/branch_tree.py",
         "ids[:-1], ids[1:], supervised[1:]",
         "ids[:-1], ids[1:], supervised[:-1]",
         "tests/data/batching",

@@ -13,7 +13,7 @@ import tokenizers
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.formats.row_format import Columns, RowFormat
+from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
 from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_plain, read_template_kwargs
 from qlora_jax.data.formats.tool_calls import read_tools
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
@@ -24,7 +24,7 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.loss_mask.spans import SegmentSearch
-from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment, join_text
+from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, join_text
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
 from qlora_jax.data.tokenizer.template_protocol import Message

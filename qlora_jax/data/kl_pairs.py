@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from qlora_jax.data.branches.tree import Branches
+from qlora_jax.data.branch_tree import Branches
 from qlora_jax.data.row_store import StoredRows
 from qlora_jax.data.rows import TokenRows, concatenate_rows
 

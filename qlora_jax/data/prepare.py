@@ -22,8 +22,8 @@ from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.bad_rows import all_bad_message, count_reasons, first_rows
+from qlora_jax.data.branch_tree import longest_text
 from qlora_jax.data.branches.encoder import make_branch_encoder
-from qlora_jax.data.branches.tree import longest_text
 from qlora_jax.data.branches.truncation import fit_branches
 from qlora_jax.data.encoder import (
     CHUNK,

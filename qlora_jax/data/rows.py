@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
-from qlora_jax.data.branches.tree import (
+from qlora_jax.data.branch_tree import (
     Branch,
     Branches,
     branch_problem,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qlora_jax.data.bad_rows import first_rows
-from qlora_jax.data.branches.tree import Branch, branch_ends
+from qlora_jax.data.branch_tree import Branch, branch_ends
 from qlora_jax.data.labels import TRUTH_NAMES
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.branches.tree import Branch, branch_ends, longest_text
+from qlora_jax.data.branch_tree import Branch, branch_ends, longest_text
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 

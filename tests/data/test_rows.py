@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.data.branches.tree import Branch
+from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import RowDigest, TokenRows, check_ids, concatenate_rows, token_rows
 from tests.data.trees import Shape, encode_tree, make_trees, shapes

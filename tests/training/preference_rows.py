@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.data.batching.batches import Batch, fill_batch
-from qlora_jax.data.branches.tree import Branch
+from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import TokenRows, token_rows

@@ -25,7 +25,7 @@ from qlora_jax.data.batching.buckets import bucket_of
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
 from qlora_jax.data.batching.slots import packed_lengths, slot_count, slot_values
-from qlora_jax.data.branches.tree import Positions, lay_out
+from qlora_jax.data.branch_tree import Positions, lay_out
 from qlora_jax.data.rows import TokenRows
 
 START = {"epoch": 0, "window": 0, "index": 0}

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES
-from qlora_jax.data.branches.tree import MIN_BRANCH, Branch
+from qlora_jax.data.branch_tree import MIN_BRANCH, Branch
 from qlora_jax.data.encoder import Finish, check_encodable
 from qlora_jax.data.formats.preference import EQUAL_ANSWERS
 from qlora_jax.data.formats.reasoning import read_thought

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from qlora_jax.data.branches.tree import MIN_BRANCH, Branch, branch_ends, longest_text
+from qlora_jax.data.branch_tree import MIN_BRANCH, Branch, branch_ends, longest_text
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 from qlora_jax.data.row_kinds import RowUse

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 from qlora_jax.data.formats import conversations, labelled, preference
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
-from qlora_jax.data.formats.row_format import Columns, RowFormat
+from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.formats.texts import text_problems
 from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.template_protocol import Message
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, read_template_kwargs, template_kwargs_problems
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.row_kinds import RowKind, objectives_of
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.metadata import JsonObject
@@ -97,3 +96,10 @@ class RowFormat:
         if variables := read_template_kwargs(row):
             columns[TEMPLATE_KWARGS] = variables
         return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)
+
+
+class Segment(NamedTuple):
+    """A piece of text, and True if the loss sees it."""
+
+    text: str
+    supervised: bool

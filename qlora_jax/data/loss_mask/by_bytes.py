@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from qlora_jax.data.formats.row_format import Segment
 from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, supervised_segments
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int64
 
+from qlora_jax.data.formats.row_format import Segment
 from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, encode_separately, supervised_segments
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 

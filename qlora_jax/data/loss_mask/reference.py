@@ -20,10 +20,11 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Float32, Int32
 
-from qlora_jax.data.branches.tree import Branch
+from qlora_jax.data.branch_tree import Branch
+from qlora_jax.data.formats.row_format import Segment
 from qlora_jax.data.formats.tool_calls import Tools
 from qlora_jax.data.loss_mask.spans import conversation_segments
-from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment
+from qlora_jax.data.loss_mask.turn_branches import Learn, RowText
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer

@@ -14,14 +14,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from qlora_jax.data.formats.row_format import Segment
+
 Learn = Literal["assistant", "last", "all"]
-
-
-class Segment(NamedTuple):
-    """A piece of text, and True if the loss sees it."""
-
-    text: str
-    supervised: bool
 
 
 class LearnedTurn(NamedTuple):

@@ -12,7 +12,7 @@ from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
 from qlora_jax.data.batching.slots import packed_lengths
-from qlora_jax.data.branches.tree import branch_ends
+from qlora_jax.data.branch_tree import branch_ends
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.labels import label_text

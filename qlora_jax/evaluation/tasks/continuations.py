@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qlora_jax.data.formats.row_format import Segment
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds
 

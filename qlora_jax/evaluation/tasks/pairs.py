@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from qlora_jax.data.branch_tree import whole_texts
 from qlora_jax.data.branches.encoder import make_branch_encoder
-from qlora_jax.data.branches.tree import whole_texts
 from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS

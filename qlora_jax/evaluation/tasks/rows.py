@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from qlora_jax.data.branches.tree import whole_texts
+from qlora_jax.data.branch_tree import whole_texts
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS

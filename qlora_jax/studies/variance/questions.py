@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from qlora_jax.data.formats.row_format import Segment
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer

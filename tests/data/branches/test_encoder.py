@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qlora_jax.data.branch_tree import branch_ends
 from qlora_jax.data.branches.encoder import WrittenRow, encode_written, make_branch_encoder
-from qlora_jax.data.branches.tree import branch_ends
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.loss_mask.reference import EncodedRow, loss_mask
 from qlora_jax.data.loss_mask.turn_marks import turn_marks

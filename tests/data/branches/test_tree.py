@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data.branches.tree import (
+from qlora_jax.data.branch_tree import (
     Branch,
     branch_problem,
     concatenate_branches,

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.branches.tree import Branch
+from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.branches.truncation import fit_branches
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place

@@ -4,9 +4,9 @@ import json
 
 from hypothesis import strategies as st
 
-from qlora_jax.data.branches.tree import Branch
+from qlora_jax.data.branch_tree import Branch
+from qlora_jax.data.formats.row_format import Segment
 from qlora_jax.data.loss_mask.reference import EncodedRow
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR, sentencepiece_tokenizer
 

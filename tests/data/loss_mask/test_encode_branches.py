@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.data.branches.tree import branch_ends, branch_problem
+from qlora_jax.data.branch_tree import branch_ends, branch_problem
 from qlora_jax.data.encoder import Encoder, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.reference import EncodedRow, mask_branches

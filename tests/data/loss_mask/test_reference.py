@@ -16,8 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from qlora_jax.data.encoder import Encoder, encode_rows, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.row_format import Segment
 from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, loss_mask, mask_segments
-from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer

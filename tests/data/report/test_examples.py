@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.branches.tree import Branch
+from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
