@@ -11,7 +11,7 @@ import pytest
 import qlora_jax as q
 from qlora_jax import predict
 from qlora_jax.api.provenance import parts_of
-from qlora_jax.evaluation.heads.sequence_outputs import sequence_outputs
+from qlora_jax.evaluation.heads.rows import sequence_outputs
 from qlora_jax.io.head_file import TrainedHead
 from tests.inference.head_run import write_head_run
 

@@ -10,11 +10,11 @@ from qlora_jax.config import ConfigError
 from qlora_jax.config.parse import from_dict
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.compared_models import load_compared, open_compared
+from qlora_jax.evaluation.registry import build_tasks
 from qlora_jax.evaluation.results import Evaluation
 from qlora_jax.evaluation.score import ScoredModel, prepare_tasks, score_models
 from qlora_jax.evaluation.settings import EvaluateArgs, TaskArgs, check_tasks
-from qlora_jax.evaluation.tasks.registry import build_tasks
-from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+from qlora_jax.evaluation.task import AnyTask, TaskContext
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.progress_reporter import ConsoleReporter, ProgressReporter
@@ -57,7 +57,7 @@ def evaluate_model(
       labels: file of texts with a label, scored by the likelihood of each label, or by the model's head.
       answers: file of questions, scored by exact match of the greedy reply.
       programs: file of functions to write, scored by running the replies with tests, like HumanEval.
-      tasks: more tasks, of your own classes (see qlora_jax/evaluation/tasks/task.py).
+      tasks: more tasks, of your own classes (see qlora_jax/evaluation/task.py).
       raw: no chat template: questions and rows are plain text.
       cache: folder that caches scores, so that an interrupted evaluation resumes.
       progress: show progress bars.

@@ -23,7 +23,7 @@ from qlora_jax.evaluation.heads.predictions import (
     normalized,
     predicted_columns,
 )
-from qlora_jax.evaluation.tasks.task_file import read_task_rows
+from qlora_jax.evaluation.task_file import read_task_rows
 from qlora_jax.inference.result_cache import open_cache
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.loading.progress import loading

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.registry import build_tasks, check_files
 from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.score import ScoredModel
 from qlora_jax.evaluation.settings import EvaluateArgs
-from qlora_jax.evaluation.tasks.registry import build_tasks, check_files
-from qlora_jax.evaluation.tasks.task import AnyTask, ReferenceTask, TaskContext
+from qlora_jax.evaluation.task import AnyTask, ReferenceTask, TaskContext
 from qlora_jax.io.pretrained import (
     OpenedModel,
     TemplateKwargs,

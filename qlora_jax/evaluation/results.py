@@ -9,7 +9,7 @@ import rich.console
 from rich import box
 from rich.table import Table
 
-from qlora_jax.evaluation.tasks.task import DetailedTask, RowValuesTask, Task
+from qlora_jax.evaluation.task import DetailedTask, RowValuesTask, Task
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues
 from qlora_jax.terminal.console import Console
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.tasks.task import AnyTask
+from qlora_jax.evaluation.task import AnyTask
 from qlora_jax.inference.result_cache import digest
 
 

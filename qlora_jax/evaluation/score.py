@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_jax.evaluation.results import Evaluation, task_result
-from qlora_jax.evaluation.tasks.task import AnyTask, PreparedTask, ProgressCallback, ReferenceTask
+from qlora_jax.evaluation.task import AnyTask, PreparedTask, ProgressCallback, ReferenceTask
 from qlora_jax.inference.result_cache import ResultCache, open_cache
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.progress_reporter import ProgressReporter

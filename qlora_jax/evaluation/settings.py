@@ -16,8 +16,8 @@ from qlora_jax.config.fields import (
     TemplateValue,
     setting,
 )
-from qlora_jax.evaluation.tasks.registry import TASKS
-from qlora_jax.evaluation.tasks.task_file import known_columns
+from qlora_jax.evaluation.registry import TASKS
+from qlora_jax.evaluation.task_file import known_columns
 from qlora_jax.inference.settings import (
     ComputeDtype,
     ExpertPlace,

@@ -14,7 +14,7 @@ from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.tasks.registry import check_files
+from qlora_jax.evaluation.registry import check_files
 from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
 from qlora_jax.io.loading.adapter_init import InitialAdapter, check_decomposable, subtract_initial
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from qlora_jax.evaluation.heads.rows import HeadRows
 from qlora_jax.evaluation.results import Evaluation, task_result
 from qlora_jax.evaluation.row_measures import MEASURES, measures_of
 from qlora_jax.evaluation.tasks.answers import AnswerScores, AnswersTask
 from qlora_jax.evaluation.tasks.choices import ChoiceScores, ChoicesTask
 from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask
-from qlora_jax.evaluation.tasks.head_rows import HeadRows
 from qlora_jax.evaluation.tasks.labels import LabelsTask
 from qlora_jax.evaluation.tasks.letters import LetterScores, LettersTask
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask

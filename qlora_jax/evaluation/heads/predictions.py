@@ -15,8 +15,7 @@ from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.unlabelled import find_unlabelled_format, use_of
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.heads.sequence_outputs import TextIds, sequence_outputs
-from qlora_jax.evaluation.tasks.head_rows import check_are_finite, texts_of, too_long
+from qlora_jax.evaluation.heads.rows import TextIds, check_are_finite, sequence_outputs, texts_of, too_long
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.partition import ModelParts

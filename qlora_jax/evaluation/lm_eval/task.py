@@ -8,7 +8,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.lm_eval.paired import Documents, by_document, compare_metric
 from qlora_jax.evaluation.lm_eval.preflight import check_ready, import_lm_eval, task_manager
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.metrics import Comparison, Metric, MetricKind

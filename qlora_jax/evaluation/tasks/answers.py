@@ -10,9 +10,9 @@ from qlora_jax.config import QUESTION_KINDS, QuestionArgs
 from qlora_jax.config.question_settings import AnswerMatch
 from qlora_jax.data.readers.files import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.evaluation.tasks.answer_matching import contains_words, extract_answer, words_f1
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.prompts import Prompter, stop_ids
@@ -54,7 +54,7 @@ class AnswerScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswersTask:
-    """Share of greedy replies that are exactly the answer; see `task.Task` for the members.
+    """Share of greedy replies that are exactly the answer; see evaluation/task.py for the members.
 
     Attributes:
       pattern: finds the answer in a text; None: the answer is the whole text.

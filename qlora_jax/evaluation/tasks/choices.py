@@ -10,10 +10,10 @@ from jaxtyping import Bool
 from qlora_jax.config import QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import check_lengths, read_each, read_task_rows
 from qlora_jax.evaluation.tasks.continuations import encode_continuations
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
@@ -44,7 +44,7 @@ class ChoiceScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChoicesTask:
-    """Share of questions whose likeliest option is right; see `task.Task` for the members."""
+    """Share of questions whose likeliest option is right; see evaluation/task.py for the members."""
 
     title: str
     choices: Sequence[ChoiceQuestion]

@@ -12,11 +12,10 @@ from jaxtyping import Float64
 from qlora_jax.data.readers.files import Row
 from qlora_jax.evaluation.heads.metrics import spearman_metric
 from qlora_jax.evaluation.heads.predictions import normalized
-from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
+from qlora_jax.evaluation.heads.rows import HeadRows, encode_head_rows, head_of_task, lower_outputs
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.head_rows import HeadRows, encode_head_rows, head_of_task
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.metrics import Comparison, Metric, share, share_change
@@ -32,7 +31,7 @@ States = Float64[np.ndarray, "R K D"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingsTask:
-    """Retrieval among all texts of the file, or the rank correlation with scores; see `task.Task` for the members.
+    """Retrieval among all texts of the file, or the rank correlation with scores; see evaluation/task.py for the members.
 
     Attributes:
       rows: the texts, equally many of each row.

@@ -11,9 +11,8 @@ from jaxtyping import Float64
 
 from qlora_jax.config import QuestionArgs
 from qlora_jax.evaluation.heads.metrics import RIGHT, class_details, class_metrics, multi_label_metrics, number_metrics
-from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
-from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.heads.rows import HeadRows, head_of_task, lower_outputs, read_head_rows
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.io.head_file import TrainedHead
@@ -28,7 +27,7 @@ Outputs = Float64[np.ndarray, "R C"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadLabelsTask:
-    """Metrics of a head's outputs for texts with labels; see `task.Task` for the members.
+    """Metrics of a head's outputs for texts with labels; see evaluation/task.py for the members.
 
     Attributes:
       rows: the texts, one of each row.

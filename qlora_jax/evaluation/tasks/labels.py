@@ -17,11 +17,11 @@ from qlora_jax.data.formats.columns import list_columns
 from qlora_jax.data.readers.files import Place, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import check_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.evaluation.tasks import head_labels
 from qlora_jax.evaluation.tasks.continuations import encode_continuations
 from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.classification import (
@@ -76,7 +76,7 @@ class LabelPrompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelsTask:
-    """Accuracy, F1 and Matthews correlation of the likeliest labels; see `task.Task` for the members.
+    """Accuracy, F1 and Matthews correlation of the likeliest labels; see evaluation/task.py for the members.
 
     Attributes:
       path, places: the file, and each row's place in it.

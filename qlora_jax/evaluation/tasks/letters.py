@@ -21,9 +21,9 @@ from qlora_jax.config import QuestionArgs
 from qlora_jax.data.readers.files import Row, raise_problems, shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import read_each, read_task_rows
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
@@ -59,7 +59,7 @@ class LetterScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LettersTask:
-    """Share of questions whose likeliest letter is right; see `task.Task` for the members.
+    """Share of questions whose likeliest letter is right; see evaluation/task.py for the members.
 
     Attributes:
       subjects: the subject of each question; None unless every question has one. MMLU reports the mean over subjects.

@@ -24,10 +24,10 @@ from qlora_jax.evaluation.divergence import compare_rows
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.row_measures import MEASURES
 from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.evaluation.tasks import reward_pairs
 from qlora_jax.evaluation.tasks.reward_pairs import RewardPairsTask
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.metrics import Comparison, Metric, MetricKind, RowValues
@@ -70,7 +70,7 @@ class PairScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsTask:
-    """Accuracy, margin and log ratio of preference pairs; see `task.Task` for the members.
+    """Accuracy, margin and log ratio of preference pairs; see evaluation/task.py for the members.
 
     Attributes:
       sequences: the chosen and the rejected answer of each pair in turn, after their prompt.

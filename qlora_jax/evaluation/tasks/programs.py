@@ -13,8 +13,8 @@ from jaxtyping import Float64, Int64
 
 from qlora_jax.config import QUESTION_KINDS, QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import lower_replies, sampled_replies
@@ -72,7 +72,7 @@ class ProgramScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramsTask:
-    """Chance that one of k replies passes its tests; see `task.Task` for the members.
+    """Chance that one of k replies passes its tests; see evaluation/task.py for the members.
 
     Attributes:
       samples: replies to each prompt.

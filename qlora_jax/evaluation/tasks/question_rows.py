@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config import QUESTION_KINDS
-from qlora_jax.evaluation.tasks.task_file import values_of, wrong_value
+from qlora_jax.evaluation.task_file import values_of, wrong_value
 
 _LETTERED = re.compile(r"([A-Z])\. ")
 

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.evaluation.heads.sequence_outputs import lower_outputs
+from qlora_jax.evaluation.heads.rows import HeadRows, head_of_task, lower_outputs, read_head_rows
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.io.head_file import TrainedHead
@@ -28,7 +27,7 @@ Rewards = Float64[np.ndarray, "P 2"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardPairsTask:
-    """Accuracy and margin of rewards; see `task.Task` for the members.
+    """Accuracy and margin of rewards; see evaluation/task.py for the members.
 
     Attributes:
       rows: the chosen and the rejected answer of each pair, after their prompt.

@@ -14,8 +14,8 @@ from qlora_jax.data.readers.files import Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.evaluation.tasks.text import TextTask
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.metrics import (

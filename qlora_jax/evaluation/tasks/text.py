@@ -7,7 +7,7 @@ from qlora_jax.data.readers.files import read_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows, windows
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.metrics import Comparison, Metric, RowScores, RowValues, loss_change, loss_metrics, loss_of_rows
@@ -16,7 +16,7 @@ from qlora_jax.models.partition import ModelParts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTask:
-    """Perplexity of windows of a text; see `task.Task` for the members."""
+    """Perplexity of windows of a text; see evaluation/task.py for the members."""
 
     title: str
     rows: Sequence[ScoredIds]

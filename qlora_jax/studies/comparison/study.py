@@ -11,9 +11,9 @@ from qlora_jax.config.parse import find_problems, from_dict, given_problems, wal
 from qlora_jax.config.suggestions import suggest_key
 from qlora_jax.config.yaml_files import read_yaml
 from qlora_jax.data.readers.files import content_digest
+from qlora_jax.evaluation.registry import TASKS
 from qlora_jax.evaluation.row_measures import MEASURES, Better, measures_of
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
-from qlora_jax.evaluation.tasks.registry import TASKS
 from qlora_jax.metadata import JsonObject
 from qlora_jax.studies.comparison.held_out import shared_row_problems
 from qlora_jax.studies.comparison.settings import Settings, StudySettings, TaskSettings

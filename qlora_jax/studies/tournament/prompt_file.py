@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qlora_jax.data.readers.files import Problem, Row, raise_problems
-from qlora_jax.evaluation.tasks.task_file import read_each
+from qlora_jax.evaluation.task_file import read_each
 from qlora_jax.inference.prompts import PROMPT_COLUMNS, read_prompts
 from qlora_jax.studies.tournament.settings import ArenaArgs
 

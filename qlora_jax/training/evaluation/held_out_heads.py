@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qlora_jax.data.readers.files import Place
+from qlora_jax.evaluation.heads.rows import check_are_finite
 from qlora_jax.evaluation.tasks.embeddings import retrieval_metrics
 from qlora_jax.evaluation.tasks.head_labels import LABELLED, head_label_metrics
-from qlora_jax.evaluation.tasks.head_rows import check_are_finite
 from qlora_jax.evaluation.tasks.reward_pairs import reward_metrics
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.measures.metrics import Metric

@@ -7,8 +7,8 @@ from pallas_kernels import aot
 from qlora_jax import runtime
 from qlora_jax.config import QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.tasks.registry import build_tasks
-from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+from qlora_jax.evaluation.registry import build_tasks
+from qlora_jax.evaluation.task import AnyTask, TaskContext
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts

@@ -22,8 +22,8 @@ from qlora_jax.data.batching.batches import PRESENT, Batch
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from qlora_jax.evaluation.tasks.head_rows import encode_head_rows
-from qlora_jax.evaluation.tasks.task import TaskContext
+from qlora_jax.evaluation.heads.rows import encode_head_rows
+from qlora_jax.evaluation.task import TaskContext
 from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.loading.loader import load_model

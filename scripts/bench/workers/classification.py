@@ -20,7 +20,7 @@ import numpy as np
 
 from qlora_jax import runtime
 from qlora_jax.config import OptimArgs
-from qlora_jax.evaluation.heads.sequence_outputs import sequence_outputs
+from qlora_jax.evaluation.heads.rows import sequence_outputs
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.objectives.classification import Classification

@@ -9,8 +9,8 @@ import scipy.special
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.evaluation.heads.predictions import class_predictions, encode_texts, predicted_columns
-from qlora_jax.evaluation.tasks.head_rows import encode_head_rows
-from qlora_jax.evaluation.tasks.task import TaskContext
+from qlora_jax.evaluation.heads.rows import encode_head_rows
+from qlora_jax.evaluation.task import TaskContext
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.open_model import open_model
 from tests.e2e.project import write_model

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import xxhash
 
 from qlora_jax.data.readers.files import Row, read_rows
-from qlora_jax.evaluation.tasks.task_file import read_each
+from qlora_jax.evaluation.task_file import read_each
 from qlora_jax.studies.tournament.judges.judge import FIRST, SECOND, TIE, UNREADABLE, Verdict
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."

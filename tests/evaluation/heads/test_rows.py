@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.readers.files import Place
-from qlora_jax.evaluation.tasks.head_rows import check_are_finite
+from qlora_jax.evaluation.heads.rows import check_are_finite
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.training.evaluation.held_out_heads import held_out_head_metrics
 

@@ -9,10 +9,10 @@ import pytest
 
 from qlora_jax.config import QuestionArgs
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
+from qlora_jax.evaluation.registry import TASKS, build_tasks
 from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.score import ScoredModel, score_models
-from qlora_jax.evaluation.tasks.registry import TASKS, build_tasks
-from qlora_jax.evaluation.tasks.task import PreparedTask, ProgressCallback, Task, TaskContext
+from qlora_jax.evaluation.task import PreparedTask, ProgressCallback, Task, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.metrics import Comparison, Metric, share, share_change

@@ -9,7 +9,7 @@ from qlora_jax.data.readers.files import stream_rows
 
 if TYPE_CHECKING:
     from qlora_jax.config import QuestionArgs
-    from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+    from qlora_jax.evaluation.task import AnyTask, TaskContext
 
 # (settings, context) -> task. The settings are QuestionArgs or a subclass, such as TaskArgs.
 Builder = Callable[..., "AnyTask"]
