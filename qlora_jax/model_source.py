@@ -18,6 +18,7 @@ from qlora_jax.metadata import JsonObject
 
 PREFETCH_DEPTH = 4  # tensors
 CHUNK = 1 << 20  # bytes per read
+ACT_ORDER = "INT4 in act-order"  # file_type of weights whose groups are not runs of neighbouring columns
 NUMBERED = re.compile(r".*?\.\d+(?=\.)")  # a tensor's name up to the number of its layer
 
 

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config.head_settings import CLASSES, HEADS, HeadObjective
-from qlora_jax.io.run_folder.digests import json_digest
+from qlora_jax.io.digests import json_digest
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import read_json
 from qlora_jax.nn.sequence_head import HeadSpec, Pooling

@@ -19,16 +19,17 @@ from qlora_jax.data.tokenizer.tokenizer import (
     with_new_tokens,
     with_template_kwargs,
 )
+from qlora_jax.io.digests import json_digest
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.tokenizer import read_tokenizer
-from qlora_jax.io.loading.adapter_init import InitialAdapter, WeightDecomposer, subtract_initial
+from qlora_jax.io.initial_file import InitialAdapter
+from qlora_jax.io.loading.adapter_init import WeightDecomposer, subtract_initial
 from qlora_jax.io.loading.base_fingerprint import EARLIER_OFFSETS
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model, unchanged
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_model_of, is_adapter, read_adapter
 from qlora_jax.io.peft.start_adapter import check_shapes, read_start_adapter, starting_parameters
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Run, open_run
-from qlora_jax.io.run_folder.digests import json_digest
 from qlora_jax.io.run_folder.start_parameters import FILE, start_digest
 from qlora_jax.model_source import ModelSource, TokenizerData
 from qlora_jax.models.add_adapters import add_lora

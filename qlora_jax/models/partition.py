@@ -1,15 +1,17 @@
 """A model as three parts: its structure, the LoRA parameters that train, and the frozen base."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from qlora_jax.models.decoder import CausalLM
 
 Lora = dict[str, dict[str, jax.Array]]
+AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]  # the same, also in host memory
 
 
 @jax.tree_util.register_dataclass

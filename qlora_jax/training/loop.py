@@ -12,8 +12,8 @@ import numpy as np
 from qlora_jax.data.batching.batches import START, Batch
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
 from qlora_jax.line_digests import LinesDigest
-from qlora_jax.training.evaluation.early_stopping import BestEvaluation
-from qlora_jax.training.evaluation.held_out import held_out_metrics
+from qlora_jax.training.early_stopping import BestEvaluation
+from qlora_jax.training.held_out import held_out_metrics
 from qlora_jax.training.metrics.memory_watch import memory_in_use
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.preference_metrics import step_metrics

@@ -12,14 +12,14 @@ import orbax.checkpoint
 
 from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import ConfigError, from_dict
+from qlora_jax.io.digests import json_digest
 from qlora_jax.io.loading.base_fingerprint import EARLIER_OFFSETS
 from qlora_jax.io.run_folder.checkpoint import TEMPLATE_KEY, Checkpoints
-from qlora_jax.io.run_folder.digests import json_digest
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.optimizer_state import OptimizerState
 from qlora_jax.training.run_mesh import mesh_size

@@ -12,7 +12,7 @@ from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.stop_signal import stop_on_signals
 from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
-from qlora_jax.io.loading.adapter_init import read_initial, write_initial
+from qlora_jax.io.initial_file import read_initial, write_initial
 from qlora_jax.io.loading.base_fingerprint import same_form
 from qlora_jax.io.loading.progress import loading
 from qlora_jax.io.run_folder.checkpoint import (

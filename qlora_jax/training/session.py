@@ -16,12 +16,12 @@ from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.registry import check_files
 from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
-from qlora_jax.io.loading.adapter_init import InitialAdapter, check_decomposable, subtract_initial
+from qlora_jax.io.initial_file import InitialAdapter
+from qlora_jax.io.loading.adapter_init import check_decomposable, subtract_initial
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model
 from qlora_jax.io.loading.stored_codes import stored_types, with_dense_layers
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
-from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.add_adapters import add_lora, check_targets, our_names
@@ -30,7 +30,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.models.partition import AdapterArrays, ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.ranks import ranks_and_scalings
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
@@ -40,16 +40,16 @@ from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.evaluation.questions import Questions, open_questions
-from qlora_jax.training.evaluation.reference_parameters import ReferenceParameters
-from qlora_jax.training.evaluation.samples import Samples, open_samples
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
+from qlora_jax.training.questions import Questions, open_questions
+from qlora_jax.training.reference_parameters import ReferenceParameters
 from qlora_jax.training.run_mesh import mesh_size, replicate
+from qlora_jax.training.samples import Samples, open_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from qlora_jax.config import Config, MeshArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.training import reference_logps
-from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
+from qlora_jax.training.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import dry_run, train
 from qlora_jax.training.session import Session, prepare

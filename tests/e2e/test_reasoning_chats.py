@@ -19,7 +19,7 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import token_rows
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.training.evaluation.forward import evaluation_loss
+from qlora_jax.training.forward import evaluation_loss
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.plan.from_config import planned_rows, step_configs
 from qlora_jax.training.plan.settings import PlanArgs

@@ -13,7 +13,7 @@ from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.loading.base_fingerprint import same_form
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.run_folder.checkpoint_reader import read_state
-from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.run import dry_run, train
 from qlora_jax.training.session import open_inputs, weights_of

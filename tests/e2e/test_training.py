@@ -11,7 +11,7 @@ import pytest
 
 from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.training import loop
-from qlora_jax.training.evaluation.forward import evaluation_loss
+from qlora_jax.training.forward import evaluation_loss
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.session import open_inputs
 from qlora_jax.training.step import gradients, update

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 from flax import nnx
 
-from qlora_jax.io.loading.tensor_map import slots_of
+from qlora_jax.io.tensor_map import slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

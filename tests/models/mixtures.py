@@ -6,12 +6,12 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.tensor_names import layer_name
 
 SIZES = dict(
     vocab_size=97,

@@ -9,13 +9,13 @@ import pytest
 
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.io.loading.loader import load_model
-from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.embeddings import module_name
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.models.trainable_embeddings import add_tables
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder

@@ -17,11 +17,11 @@ from qlora_jax.export import main
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.gguf import writer
 from qlora_jax.io.loading.loader import load_model
-from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import open_pretrained
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.tensor_names import layer_name
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import byte_level

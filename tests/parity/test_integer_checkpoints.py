@@ -15,13 +15,13 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax import evaluate, export, generate
 from qlora_jax.config import Config, LoraArgs
 from qlora_jax.io.loading.loader import load_model
-from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
+from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.training.run import train
 from tests.e2e.project import TEMPLATE, project, stop_after
 from tests.io.integer_folders import FORMS, write_integer_folder

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.models.families import model_config
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.nn.router import Routing
 from qlora_jax.training.step import row_nll
 from tests.marks import some_in_ci

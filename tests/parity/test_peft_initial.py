@@ -10,12 +10,13 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.export import main
-from qlora_jax.io.loading.adapter_init import WeightDecomposer, adapted_tensors, write_initial
+from qlora_jax.io.initial_file import write_initial
+from qlora_jax.io.loading.adapter_init import WeightDecomposer, adapted_tensors
 from qlora_jax.io.loading.loader import load_model
-from qlora_jax.io.loading.tensor_map import slots_of
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
+from qlora_jax.io.tensor_map import slots_of
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition

@@ -18,7 +18,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, ModelParts, partition
-from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
+from qlora_jax.training.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.objectives.make_objective import make_objective
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.sequences import SequenceLogps

@@ -9,7 +9,7 @@ import pytest
 from qlora_jax.config import Config, DataArgs, ModelArgs
 from qlora_jax.terminal.console import Console
 from qlora_jax.training import run as run_module
-from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.early_stopping import BestEvaluation
 
 CONFIG = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="runs/1")
 

@@ -21,7 +21,7 @@ from qlora_jax.models.partition import ModelParts
 from qlora_jax.nn import linear
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.sharding import FSDP, ROWS, axis_size, gathered, make_mesh, named
-from qlora_jax.training.evaluation.forward import evaluation_loss
+from qlora_jax.training.forward import evaluation_loss
 from qlora_jax.training.step import gradients
 from tests.marks import EXHAUSTIVE
 from tests.training.compiled_text import PASSES_ON, TO_READ

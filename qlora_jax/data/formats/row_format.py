@@ -17,6 +17,13 @@ Text = str | Sequence[Message]  # plain text, or a conversation or the end of on
 _LABELS = ("label", "margin")  # columns that objectives read, and the model does not
 
 
+class Segment(NamedTuple):
+    """A piece of text, and True if the loss sees it."""
+
+    text: str
+    supervised: bool
+
+
 class Texts(NamedTuple):
     """The texts of a row that is not one text.
 
@@ -96,10 +103,3 @@ class RowFormat:
         if variables := read_template_kwargs(row):
             columns[TEMPLATE_KWARGS] = variables
         return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)
-
-
-class Segment(NamedTuple):
-    """A piece of text, and True if the loss sees it."""
-
-    text: str
-    supervised: bool

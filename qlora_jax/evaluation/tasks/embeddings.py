@@ -31,7 +31,7 @@ States = Float64[np.ndarray, "R K D"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingsTask:
-    """Retrieval among all texts of the file, or the rank correlation with scores; see evaluation/task.py for the members.
+    """Retrieval among all texts of the file, or the rank correlation with scores; see `Task` for the members.
 
     Attributes:
       rows: the texts, equally many of each row.

@@ -15,9 +15,9 @@ from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, imag
 from qlora_jax.io.gguf.header import TensorInfo
 from qlora_jax.io.gguf.tokenizer_writer import STOP_KEYS, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, typed_keys
-from qlora_jax.io.loading.tensor_map import tensor_shapes
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel
+from qlora_jax.io.tensor_map import tensor_shapes
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig

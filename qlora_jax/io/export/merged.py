@@ -25,10 +25,10 @@ from qlora_jax.io.head_padding import head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.loading.loader import Progress, load_model
-from qlora_jax.io.loading.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
 from qlora_jax.io.run_folder.checkpoint import Run
+from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE, CausalLM

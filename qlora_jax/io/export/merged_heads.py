@@ -14,8 +14,8 @@ import numpy as np
 
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.head_padding import Padding
-from qlora_jax.io.loading.tensor_map import Slot
 from qlora_jax.io.peft.readme import label_settings
+from qlora_jax.io.tensor_map import Slot
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig

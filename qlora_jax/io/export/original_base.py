@@ -10,12 +10,13 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loading.loader import read_quantized
-from qlora_jax.io.loading.tensor_map import Slot, check_tensors, lines_by_layer, tensor_shapes
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
+from qlora_jax.io.tensor_map import Slot, check_tensors, tensor_shapes
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config_differences import config_differences
 from qlora_jax.models.families import model_config
+from qlora_jax.models.tensor_names import lines_by_layer
 from qlora_jax.quant import dequantize
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.loading.adapter_init import InitialAdapter
+from qlora_jax.io.initial_file import InitialAdapter
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.models.add_adapters import Factors
 

@@ -15,7 +15,6 @@ from qlora_jax.io.head_padding import head_padding, padded_tokenizer
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loading.loader import Progress
-from qlora_jax.io.loading.tensor_map import slots_of, with_tables
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.head_adapters import split_head, with_head
@@ -23,14 +22,16 @@ from qlora_jax.io.peft.multimodal import text_half_only
 from qlora_jax.io.peft.norms import norm_config, norm_tensors
 from qlora_jax.io.peft.projections import projection_tensors
 from qlora_jax.io.peft.target_parameters import expert_parameters, expert_tensors, target_entries
-from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
+from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
+from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.add_adapters import ia3_targets, vera_projections
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.models.target_layers import adapter_layers, some_layers
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 
@@ -69,7 +70,11 @@ def export_peft(
     adapters, tables = split_tables(bare)
     # A model with a sequence head has no language-model head to which the embedding could be tied.
     features = opened.features if run.head is None else dataclasses.replace(opened.features, tie_embeddings=False)
-    check_exportable(run, tables, features)
+    if run.tables:
+        raise ValueError(
+            f"--format peft: {run.path} is already a PEFT adapter, with whole tables. Use it, or --format hf"
+        )
+    check_exportable(run.lora_args.method, tables, features)
     lora = {named(name): matrices for name, matrices in adapters.items()}
     config, tensors = in_peft_format(lora, trained.args, opened.features, base)
     config |= {"revision": revision} | table_config(tables, run.new_ids, features)

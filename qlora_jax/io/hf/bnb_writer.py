@@ -19,14 +19,15 @@ from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
 from qlora_jax.io.loading.loader import Progress, check_stored_quantization, read_quantized
 from qlora_jax.io.loading.stored_codes import with_dense_layers
-from qlora_jax.io.loading.tensor_map import Slot, check_tensors, layer_name, slots_of
 from qlora_jax.io.rounding import rounded
+from qlora_jax.io.tensor_map import Slot, check_tensors, slots_of
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource, prefetch
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
+from qlora_jax.models.tensor_names import layer_name
 
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}

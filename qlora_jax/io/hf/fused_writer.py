@@ -15,7 +15,7 @@ import numpy as np
 from qlora_jax.io.hf.fused_experts import TRANSPOSED
 from qlora_jax.io.hf.gpt_oss_experts import MODEL_TYPE
 from qlora_jax.io.hf.shard_writer import TensorSpec
-from qlora_jax.io.loading.tensor_map import Slot
+from qlora_jax.io.tensor_map import Slot
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.experts_config import FUSED_PROJECTIONS
 from qlora_jax.models.families.multimodal import text_config

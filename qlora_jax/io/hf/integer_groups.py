@@ -17,12 +17,11 @@ from jaxtyping import Integer, Shaped, UInt8
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, int4_type
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.io.loading.tensor_map import MAX_LINES, lines_by_layer
 from qlora_jax.metadata import check_value, shorten
-from qlora_jax.model_source import TensorEntry
+from qlora_jax.model_source import ACT_ORDER, TensorEntry
+from qlora_jax.models.tensor_names import MAX_LINES, lines_by_layer
 
 GIVE_16_BITS = "Give the folder of the 16-bit model that these weights were made from: loading quantizes it"
-ACT_ORDER = "INT4 in act-order"  # file_type of weights whose groups are not runs of neighbouring columns
 SCALE_TYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 PART = 32  # weights; a group is whole parts
 WHOLE_ROW = -1  # group_size of one group per row

@@ -20,8 +20,8 @@ from qlora_jax.io.hf.merging import Mergeables, merge
 from qlora_jax.io.hf.reader import FLOAT_TYPES, INDEX, SINGLE
 from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
 from qlora_jax.io.hf.tokenizer import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
-from qlora_jax.io.loading.tensor_map import Leaf, Slot
 from qlora_jax.io.rounding import rounded
+from qlora_jax.io.tensor_map import Leaf, Slot
 from qlora_jax.metadata import JsonObject, read_json
 from qlora_jax.model_source import ModelSource, MultimodalParts, TensorEntry
 from qlora_jax.models.families.multimodal import TEXT_CONFIG

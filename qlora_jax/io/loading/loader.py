@@ -27,7 +27,7 @@ from qlora_jax.io.loading.mesh_weights import MeshPlaces, PlacedArray, PlacedWei
 from qlora_jax.io.loading.process_rows import ProcessRows, all_rows, joined, read_own
 from qlora_jax.io.loading.stacks import empty_stacks, filled, filled_on_host
 from qlora_jax.io.loading.stored_codes import with_dense_layers
-from qlora_jax.io.loading.tensor_map import Leaf, Slot, check_tensors, slots_of
+from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM

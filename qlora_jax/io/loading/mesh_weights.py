@@ -16,7 +16,7 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS, convert_codes, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.process_rows import Processes, ProcessRows, all_rows, rows_of_parts
-from qlora_jax.io.loading.tensor_map import Slot
+from qlora_jax.io.tensor_map import Slot
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.partition import is_table, partition

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
-from qlora_jax.io.hf.integer_groups import ACT_ORDER
-from qlora_jax.io.loading.tensor_map import check_number_of_experts, expert_name, layer_name
-from qlora_jax.model_source import ModelSource, TensorEntry
+from qlora_jax.io.tensor_map import check_number_of_experts
+from qlora_jax.model_source import ACT_ORDER, ModelSource, TensorEntry
 from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat, count_by_type
+from qlora_jax.models.tensor_names import expert_name, layer_name
 
 Entries = list[TensorEntry]  # the tensors of one layer: one, or one per expert
 

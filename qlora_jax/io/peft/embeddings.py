@@ -11,12 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from qlora_jax.io.peft.config import AdapterConfig
-from qlora_jax.io.peft.writer import PREFIX, AdapterArrays
-from qlora_jax.io.run_folder.checkpoint import Run
+from qlora_jax.io.peft.writer import PREFIX
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.partition import is_table
+from qlora_jax.models.partition import AdapterArrays, is_table
 
 DELTA = "token_adapter.trainable_tokens_delta"  # PEFT's name of trained rows, although they are the rows themselves
 PEFT_NAMES = {"rows": DELTA, "weight": "weight"}
@@ -72,18 +71,14 @@ def table_config(tables: AdapterArrays, ids: tuple[int, ...], model: ModelConfig
     return config
 
 
-def check_exportable(run: Run, tables: AdapterArrays, model: ModelConfig) -> None:
-    """Checks that PEFT can compute the run's adapter.
+def check_exportable(method: str, tables: AdapterArrays, model: ModelConfig) -> None:
+    """Checks that PEFT can compute embedding and head of an adapter.
 
     Raises:
-      ValueError: the run is a PEFT adapter with whole tables; a method other than LoRA and DoRA is combined with
-        trained rows or with a tied head; or rows of a head with a bias were trained, which PEFT computes without it.
+      ValueError: a method other than LoRA and DoRA is combined with trained rows or with a tied head; or rows of a head
+        with a bias were trained, which PEFT computes without it.
     """
-    if run.tables:
-        raise ValueError(
-            f"--format peft: {run.path} is already a PEFT adapter, with whole tables. Use it, or --format hf"
-        )
-    leaves, method = {leaf for table in tables.values() for leaf in table}, LORA_ONLY.get(run.lora_args.method)
+    leaves, method = {leaf for table in tables.values() for leaf in table}, LORA_ONLY.get(method, "")
     problems = {
         f"PEFT cannot combine trained rows of tokens with {method}": "rows" in leaves and method,
         f"PEFT does not keep a head tied to the embedding with {method}": "weight" in leaves

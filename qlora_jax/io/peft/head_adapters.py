@@ -15,11 +15,12 @@ import numpy as np
 
 from qlora_jax.io.head_file import TrainedHead, read_head
 from qlora_jax.io.peft.config import AdapterConfig
-from qlora_jax.io.peft.writer import PREFIX, AdapterArrays
+from qlora_jax.io.peft.writer import PREFIX
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
+from qlora_jax.models.partition import AdapterArrays
 
 SEQ_CLS, FEATURES = "SEQ_CLS", "FEATURE_EXTRACTION"  # task types of PEFT
 MATRIX = f"{PREFIX}{SCORE}.weight"

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qlora_jax.io.loading.tensor_map import layer_name
-from qlora_jax.io.peft.writer import PREFIX, AdapterArrays, target_suffixes
+from qlora_jax.io.peft.writer import PREFIX, target_suffixes
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.add_adapters import FINAL_NORM, norm_widths
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.partition import AdapterArrays
+from qlora_jax.models.tensor_names import layer_name
 
 PEFT_TYPE = "LN_TUNING"
 LEAVES = {"gain": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"}  # our leaf -> PEFT's name

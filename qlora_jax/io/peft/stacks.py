@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.io.loading.tensor_map import EXPERT, LAYER, MAX_LINES, layer_name
 from qlora_jax.io.peft.writer import EVERY_LAYER, LEAVES, PREFIX, VECTOR, SomeLayers
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.tensor_names import EXPERT, LAYER, MAX_LINES, layer_name
 
 WEIGHTS = "adapter_model.safetensors"
 MATRICES = ("lora_a", "lora_b")

@@ -6,9 +6,9 @@ layers_to_transform. A regular expression or a full name in target_modules holds
 
 from collections.abc import Mapping
 
-from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.regex import matches_whole, pattern_problems
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-import jax
 import numpy as np
 from safetensors.numpy import save
 
@@ -18,13 +17,13 @@ from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.head_file import TrainedHead, write_head
 from qlora_jax.io.head_padding import Padding
-from qlora_jax.io.loading.tensor_map import layer_name
 from qlora_jax.io.peft.readme import readme
 from qlora_jax.metadata import JsonObject
+from qlora_jax.models.partition import AdapterArrays
+from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.regex import matches_end
 
 PREFIX = "base_model.model."
-AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 # Modules that have an adapter only in some layers: {name without the layer's index: those layers, ascending}.
 SomeLayers = Mapping[str, Sequence[int]]
 EVERY_LAYER: SomeLayers = MappingProxyType({})

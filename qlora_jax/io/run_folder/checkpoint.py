@@ -37,7 +37,7 @@ from qlora_jax.config import Config, LoraArgs, ModelArgs, differences, read_conf
 from qlora_jax.config.fields import TemplateValue
 from qlora_jax.config.parse import from_dict
 from qlora_jax.io.head_file import TrainedHead, read_run_head
-from qlora_jax.io.loading.adapter_init import InitialAdapter, read_initial
+from qlora_jax.io.initial_file import InitialAdapter, read_initial
 from qlora_jax.io.run_folder.checkpoint_reader import (
     LORA,
     OPTIMIZER,

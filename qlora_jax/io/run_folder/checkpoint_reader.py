@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from pydantic import NonNegativeInt, PositiveInt
 
-from qlora_jax.io.run_folder.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
+from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.io.run_folder.orbax_processes import named_processes
 from qlora_jax.io.run_folder.orbax_threads import silence_threads
 from qlora_jax.line_digests import LinesDigest

@@ -10,10 +10,9 @@ from typing import cast
 import jax
 import numpy as np
 
-from qlora_jax.io.loading.adapter_init import read_tensors, write_tensors
-from qlora_jax.io.peft.writer import AdapterArrays
-from qlora_jax.io.run_folder.digests import json_digest, tree_digests, whole
-from qlora_jax.models.partition import Lora
+from qlora_jax.io.digests import json_digest, tree_digests, whole
+from qlora_jax.io.initial_file import read_tensors, write_tensors
+from qlora_jax.models.partition import AdapterArrays, Lora
 
 FILE = "start.safetensors"
 STATE_KEY = "initial_adapter"  # key of the digest of the run's initial parameters, in a checkpoint's JSON

@@ -27,7 +27,7 @@ from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.models.prefetched_layers import split_host
 from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.optim.schedule import warmup_steps
-from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 

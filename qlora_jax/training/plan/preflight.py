@@ -19,7 +19,6 @@ from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.evaluation.questions import QuestionMemory
 from qlora_jax.training.paging_budget import device_bytes
 from qlora_jax.training.plan.from_config import rows_of, run_step_config
 from qlora_jax.training.plan.plan import make_plan
@@ -35,6 +34,7 @@ from qlora_jax.training.plan.requirements import (
     compiled_requirements,
 )
 from qlora_jax.training.plan.text import verdict
+from qlora_jax.training.questions import QuestionMemory
 from qlora_jax.training.session import Inputs, weights_of
 
 STEP_ONLY = ("gradients", ACTIVATIONS, "scratch")  # kinds that an evaluation does not need

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.hf import integer_groups
-from qlora_jax.io.hf.integer_groups import ACT_ORDER, check_settings
+from qlora_jax.io.hf.integer_groups import check_settings
 from qlora_jax.io.hf.reader import INTEGER_METHODS
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.model_source import TensorEntry
+from qlora_jax.model_source import ACT_ORDER, TensorEntry
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.offloaded_experts import host_paths

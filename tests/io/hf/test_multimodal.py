@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.hf.model_writer import other_tensors, write_dense_folder, write_tokenizer
-from qlora_jax.io.loading.tensor_map import check_tensors, slots_of, tensor_shapes
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import check_tensors, slots_of, tensor_shapes
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.loading.adapter_init import FILE, InitialAdapter, read_initial, subtract_initial, write_initial
+from qlora_jax.io.initial_file import FILE, InitialAdapter, read_initial, write_initial
+from qlora_jax.io.loading.adapter_init import subtract_initial
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config

@@ -18,10 +18,11 @@ from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.loading.stored_codes import with_dense_layers, with_stored_codes
-from qlora_jax.io.loading.tensor_map import layer_name, slots_of
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import slots_of
 from qlora_jax.models.config import DENSE, STORED, WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.nn.mixed_stack import MixedStack, dense_weight
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.plan.target import model_features, planned_weights

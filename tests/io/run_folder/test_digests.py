@@ -9,8 +9,8 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.io.run_folder import digests
-from qlora_jax.io.run_folder.digests import (
+from qlora_jax.io import digests
+from qlora_jax.io.digests import (
     array_digest,
     changes,
     combine,

@@ -8,7 +8,7 @@ from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.training.abstract_step import abstract_batch
-from qlora_jax.training.evaluation.forward import compared_outputs, evaluation_outputs
+from qlora_jax.training.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.objectives.dpo import DPO
 from qlora_jax.training.objectives.objective import read_by_outputs
 from qlora_jax.training.plan.reference import reference_of_step

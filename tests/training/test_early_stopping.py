@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.training.evaluation.early_stopping import BestEvaluation
+from qlora_jax.training.early_stopping import BestEvaluation
 
 
 @given(st.lists(st.sampled_from([1.0, 2.0, 3.0, 4.0]), min_size=1, max_size=12), st.integers(1, 5))
