@@ -154,6 +154,39 @@ def test_there_is_no_import_cycle():
     graphlib.TopologicalSorter(read_graph()).prepare()  # raises CycleError with its modules
 
 
+def parts_of(package: str, graph: Graph) -> Graph:
+    """{a folder or file in a package: those in the same package that it imports}."""
+    inside = {name: name[len(package) + 1 :].split(".")[0] for name in graph if name.startswith(f"{package}.")}
+    parts: Graph = {part: set() for part in inside.values()}
+    for name, part in inside.items():
+        parts[part] |= {inside[target] for target in graph[name] if target in inside} - {part}
+    return parts
+
+
+def knots(graph: Graph) -> list[str]:
+    """Packages whose folders and files import each other in a circle, although their modules do not."""
+    packages = {
+        ".".join(parts[:depth]) for name in graph for parts in [name.split(".")] for depth in range(2, len(parts))
+    }
+    found = []
+    for package in sorted(packages):
+        try:
+            graphlib.TopologicalSorter(parts_of(package, graph)).prepare()
+        except graphlib.CycleError as error:
+            found.append(f"{package}: {' imports '.join(reversed(error.args[1]))}")
+    return found
+
+
+def test_the_folders_of_a_unit_have_an_order():
+    assert knots(read_graph()) == []
+
+
+def test_a_knot_of_folders_is_found():
+    graph: Graph = {"q.unit.a.one": {"q.unit.b.two"}, "q.unit.b.two": set(), "q.unit.b.three": {"q.unit.a.four"}}
+    assert knots(graph | {"q.unit.a.four": set()}) == ["q.unit: a imports b imports a"]
+    assert knots(graph | {"q.unit.b.three": set()}) == []
+
+
 def test_every_folder_has_a_layer():
     folders = {f"qlora_jax.{path.parent.name}" for path in (ROOT / "qlora_jax").glob("*/__init__.py")}
     assert folders <= set(LAYERS)

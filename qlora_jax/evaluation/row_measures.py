@@ -6,7 +6,7 @@ from qlora_jax.config.head_settings import HeadObjective
 
 Better = Literal["higher", "lower"]
 
-# By the setting that names a task's file, then by measure. A task with an entry here has `row_values` (tasks/task.py).
+# By the setting that names a task's file, then by measure. A task with an entry here has `row_values` (task.py).
 MEASURES: dict[str, dict[str, Better]] = {
     "text": {"loss per token": "lower"},
     "rows": {"loss per token": "lower", "begins with the answer": "higher", "is exactly the answer": "higher"},

@@ -42,7 +42,7 @@ class Batch:
 
     Fields:
       segments: index of the segment that each position belongs to, ascending from 0; padding is the last. A row is one
-        segment. A tree (branches/tree.py) has one for its trunk, if there is one, and one per branch. None if each
+        segment. A tree (branch_tree.py) has one for its trunk, if there is one, and one per branch. None if each
         row of the batch is one text.
       rows: number of each row in the data (`TokenRows.where` returns its line); -1 for a gap.
       lengths: positions that each row fills; 0 for a gap.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.elo import ratings_by_ordering
 from qlora_jax.studies.tournament.ratings.games import read_games
 from qlora_jax.studies.tournament.ratings.results import Interval

@@ -14,7 +14,7 @@ from qlora_jax.inference.sampling import Sampling
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.local_model import LocalModel, open_local_model
 from qlora_jax.studies.record_file import Inputs, RecordFile, stored_records
-from qlora_jax.studies.tournament.prompt_file import Prompt, id_text, read_ids
+from qlora_jax.studies.tournament.matches import Prompt, id_text, read_ids
 from qlora_jax.studies.tournament.settings import ArenaArgs, RecordedRepliesArgs, SystemArgs, system_settings
 
 MODEL = ("raw", "quant_type", "compute_dtype")

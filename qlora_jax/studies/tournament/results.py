@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.studies.tournament.agreement import Agreement, agreement
-from qlora_jax.studies.tournament.game import Game
 from qlora_jax.studies.tournament.judges.judge import FIRST, OUTCOMES, SECOND, TIE, UNREADABLE, Attempts
 from qlora_jax.studies.tournament.judging import Judged
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.bradley_terry import bradley_terry
 from qlora_jax.studies.tournament.ratings.elo import elo_ratings
 from qlora_jax.studies.tournament.ratings.results import BradleyTerryRatings, EloRatings

@@ -12,11 +12,10 @@ from qlora_jax.studies.tournament.judges.judge import Judge
 from qlora_jax.studies.tournament.judges.recorded import RecordedJudge
 from qlora_jax.studies.tournament.judges.registry import build_judges
 from qlora_jax.studies.tournament.judging import check_inputs, check_texts, judge_matches
-from qlora_jax.studies.tournament.matches import Match, Transcripts, systems_of
-from qlora_jax.studies.tournament.pages.results_page import results_page
-from qlora_jax.studies.tournament.prompt_file import read_tournament_prompts
+from qlora_jax.studies.tournament.matches import Match, Transcripts, read_tournament_prompts, systems_of
 from qlora_jax.studies.tournament.replies import collect_replies
 from qlora_jax.studies.tournament.results import Results, compute_results, to_dict
+from qlora_jax.studies.tournament.results_page import results_page
 from qlora_jax.studies.tournament.settings import ArenaArgs, public_settings
 
 RESULTS_FILE, PAGE_FILE = "results.json", "results.html"

@@ -15,8 +15,7 @@ from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.tournament.judges.judge import OUTCOMES, TIE, UNREADABLE, Judge
 from qlora_jax.studies.tournament.judges.registry import Context, build_judge
 from qlora_jax.studies.tournament.judging import Judged, check_inputs, judge_matches
-from qlora_jax.studies.tournament.matches import Match, Transcripts
-from qlora_jax.studies.tournament.prompt_file import Prompt
+from qlora_jax.studies.tournament.matches import Match, Prompt, Transcripts
 from qlora_jax.studies.variance.questions import Question
 from qlora_jax.studies.variance.replies import Observations, Observed
 from qlora_jax.studies.variance.settings import VarianceArgs

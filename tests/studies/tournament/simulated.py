@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.bradley_terry import POINTS
 from qlora_jax.studies.tournament.ratings.results import BradleyTerryRatings
 

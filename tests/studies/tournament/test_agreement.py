@@ -9,7 +9,7 @@ from scipy import stats
 from statsmodels.stats import inter_rater
 
 from qlora_jax.studies.tournament.agreement import agreement, cohen_kappa, fleiss_kappa, rank_correlations, verdicts_of
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.elo import elo_ratings
 
 SYSTEMS = ("a", "b", "c", "d")

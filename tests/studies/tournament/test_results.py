@@ -1,9 +1,8 @@
 """Counts, wins and shares of a tournament; the ratings have tests in tests/studies/tournament/ratings."""
 
-from qlora_jax.studies.tournament.game import Game
 from qlora_jax.studies.tournament.judges.judge import Attempts, Judgement
 from qlora_jax.studies.tournament.judging import Judged
-from qlora_jax.studies.tournament.matches import Match
+from qlora_jax.studies.tournament.matches import Game, Match
 from qlora_jax.studies.tournament.results import Wins, compute_results, standings, win_matrix
 from qlora_jax.studies.tournament.tables import count_rows, note_lines
 from tests.studies.tournament.tiny_tournament import arena_args

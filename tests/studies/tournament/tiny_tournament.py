@@ -7,8 +7,7 @@ from typing import Any
 
 from qlora_jax.config.parse import from_dict
 from qlora_jax.progress_reporter import ProgressReporter
-from qlora_jax.studies.tournament.matches import Transcripts
-from qlora_jax.studies.tournament.prompt_file import read_tournament_prompts
+from qlora_jax.studies.tournament.matches import Transcripts, read_tournament_prompts
 from qlora_jax.studies.tournament.replies import collect_replies
 from qlora_jax.studies.tournament.settings import ArenaArgs, check_arena
 

@@ -7,8 +7,7 @@ from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows
 from qlora_jax.evaluation.task_file import read_each
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.tournament.judges.judge import VERDICTS, Judgement, Record, Verdict
-from qlora_jax.studies.tournament.matches import Match, Transcripts
-from qlora_jax.studies.tournament.prompt_file import id_text
+from qlora_jax.studies.tournament.matches import Match, Transcripts, id_text
 
 
 class RecordedJudge:

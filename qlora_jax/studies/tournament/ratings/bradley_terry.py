@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.davidson import Model, davidson_model, fit
 from qlora_jax.studies.tournament.ratings.games import check_several_prompts, read_games
 from qlora_jax.studies.tournament.ratings.mle_existence import check_estimates_exist

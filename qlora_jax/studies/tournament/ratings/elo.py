@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from qlora_jax.measures.statistics import t_quantile
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.games import Games, check_several_prompts, read_games
 from qlora_jax.studies.tournament.ratings.results import EloRating, EloRatings
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 
 OUTCOMES = (1.0, 0.0, 0.5)  # the first system is better, the second is, neither is
 _SHOWN = 5  # problems in an error message

@@ -1,4 +1,4 @@
-"""A person's page, its key, and the verdicts that come back; a browser drives it in tests/studies/tournament/pages."""
+"""A person's page, its key, and the verdicts that come back; a browser drives it in test_person_page.py."""
 
 import json
 import re

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.elo import elo_ratings, play, prompt_errors, ratings_by_ordering
 from qlora_jax.studies.tournament.ratings.games import read_games
 from tests.studies.tournament.simulated import tournament

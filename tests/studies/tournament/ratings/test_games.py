@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.studies.tournament.game import Game
+from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.bradley_terry import bradley_terry
 from qlora_jax.studies.tournament.ratings.games import read_games
 

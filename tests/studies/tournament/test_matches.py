@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.studies.tournament.prompt_file import read_tournament_prompts
+from qlora_jax.studies.tournament.matches import read_tournament_prompts
 from tests.studies.tournament.tiny_tournament import arena_args, write_lines
 
 
