@@ -4,10 +4,10 @@ from qlora_jax.config.command_line import Command as Command
 from qlora_jax.config.command_line import read_arguments as read_arguments
 from qlora_jax.config.command_line import run_main as run_main
 from qlora_jax.config.head_settings import HeadArgs as HeadArgs
-from qlora_jax.config.lora_settings import LoraArgs as LoraArgs
 from qlora_jax.config.mesh_settings import HostsArgs as HostsArgs
 from qlora_jax.config.mesh_settings import MeshArgs as MeshArgs
 from qlora_jax.config.mesh_settings import MeshSize as MeshSize
+from qlora_jax.config.methods import LoraArgs as LoraArgs
 from qlora_jax.config.optimizer_names import paging_of as paging_of
 from qlora_jax.config.optimizer_names import plain_name as plain_name
 from qlora_jax.config.parse import ConfigError as ConfigError

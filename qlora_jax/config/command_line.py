@@ -15,7 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, NamedTuple
 
 import yaml
 
@@ -29,6 +29,7 @@ from qlora_jax.config.parse import (
     is_required,
     walk_settings,
 )
+from qlora_jax.config.registry import choices_of
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 from qlora_jax.config.yaml_files import parse_yaml, read_yaml
@@ -276,8 +277,8 @@ def _section_title(schema: type, section: str) -> str:
 
 def _metavar(hint: Hint) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "{" + ",".join(arguments) + "}"
+    if (choices := choices_of(hint)) is not None:
+        return "{" + ",".join(choices) + "}"
     if origin in UNIONS:
         return "|".join(dict.fromkeys(map(_metavar, arguments)))
     return _METAVARS[origin or hint]

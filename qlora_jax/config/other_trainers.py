@@ -1,10 +1,10 @@
 """Settings of other trainers, and what replaces each: the QLoRA reference, transformers, peft, trl, Unsloth, Axolotl
 and LLaMA-Factory. Suggestions appear in error messages only; no other name is ever accepted."""
 
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES
-from qlora_jax.config.method_names import MethodName
+from qlora_jax.config.methods import METHODS
 
 
 class Replacement(NamedTuple):
@@ -21,7 +21,7 @@ class Replacement(NamedTuple):
 
 _PRECISION = "bfloat16 or float32; auto chooses for the device"
 _WHOLE_MODEL = "full trains the whole model, lora an adapter"
-_METHOD = " or ".join(", ".join(get_args(MethodName)).rsplit(", ", 1))
+_METHOD = " or ".join(", ".join(METHODS.names()).rsplit(", ", 1))
 _4BIT = "nf4, fp4 or int4 for 4 bits, none for 16 bits; 8 bits are not supported"
 _EVALUATION = "an evaluation follows from data.eval or data.eval_fraction, and train.eval_every is its interval"
 _NOT_NEEDED = "remove it: there is nothing to set"

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from qlora_jax.config.registry import choices_of, registry_of
 from qlora_jax.config.suggestions import (
     replacement_of,
     suggest_key,
@@ -42,8 +43,8 @@ class _Mismatch(Exception):
 def describe_type(hint: Hint) -> str:
     """The type in plain words: `describe_type(int | None)` is 'a whole number or null'."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(arguments)
+    if (choices := choices_of(hint)) is not None:
+        return ("one of " if len(choices) > 1 else "") + ", ".join(choices)
     if origin in UNIONS:
         first, *others = map(describe_type, arguments)
         if typing.get_origin(arguments[0]) is Literal:  # list the choices only once
@@ -82,7 +83,7 @@ def _convert_union(arms: tuple[Hint, ...], value: object) -> object:
 def convert(hint: Hint, value: object) -> object:
     """The value as the annotated type; only whole numbers are converted, to float where one is expected."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal and value in arguments:
+    if (origin is Literal and value in arguments) or (isinstance(value, str) and value in (registry_of(hint) or ())):
         return value
     if origin in UNIONS:
         return _convert_union(arguments, value)
@@ -97,7 +98,7 @@ def convert(hint: Hint, value: object) -> object:
 
 @functools.cache  # resolving the annotations of all settings takes tens of milliseconds
 def _hints(schema: type) -> Mapping[str, Hint]:
-    return typing.get_type_hints(schema)
+    return typing.get_type_hints(schema, include_extras=True)
 
 
 def walk_settings(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Hint]]:

@@ -19,11 +19,14 @@ from qlora_jax.config.fields import (
     setting,
 )
 from qlora_jax.config.head_settings import HeadArgs
-from qlora_jax.config.lora_settings import LoraArgs
+from qlora_jax.config.keyword_suggestions import suggests_settings
 from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
+from qlora_jax.config.methods import LoraArgs
 from qlora_jax.config.preference_settings import ObjectiveName, PreferenceArgs
 from qlora_jax.config.question_settings import QuestionArgs
 from qlora_jax.config.router_settings import RouterArgs
+
+suggests_settings(LoraArgs)  # here, because suggestions list the methods
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from qlora_jax.config.other_trainers import REPLACEMENTS, Replacement
+from qlora_jax.config.registry import choices_of
 
 # Other trainers' names of our optimizers, data formats and choices.
 CHOICES = {
@@ -109,7 +109,6 @@ def _near_choices(value: str, choices: Sequence[str]) -> list[str]:
 
 
 def _choices(hint: object) -> tuple[str, ...]:
-    """The choices of a Literal, alone or in a union."""
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint)
-    return next((_choices(arm) for arm in typing.get_args(hint) if typing.get_origin(arm) is Literal), ())
+    """The names that an annotation allows, alone or in a union."""
+    arms = map(choices_of, (hint, *typing.get_args(hint)))
+    return next((choices for choices in arms if choices is not None), ())

@@ -4,8 +4,7 @@ import dataclasses
 
 from qlora_jax.config.head_settings import HEADS, head_problems
 from qlora_jax.config.layer_numbers import parse_layers
-from qlora_jax.config.lora_settings import LoraArgs
-from qlora_jax.config.method_names import MethodName
+from qlora_jax.config.methods import CONDITIONAL, METHODS, LoraArgs, methods_with, uses
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
 from qlora_jax.config.preference_settings import preference_problems
@@ -25,46 +24,10 @@ def _pattern_problems(config: Config) -> list[str]:
     ]
 
 
-LOW_RANK: tuple[MethodName, ...] = ("lora", "lora_fa", "dora")
-BOTTLENECKS: tuple[MethodName, ...] = ("houlsby", "pfeiffer")
-# Settings of section `lora` that only some methods use: setting -> these methods.
-USED_BY: dict[str, tuple[MethodName, ...]] = {
-    "init": ("lora", "dora"),
-    "layers_to_transform": ("lora", "lora_fa"),
-    "target_parameters": ("lora",),
-    "share_experts": ("lora",),
-    "rank": (*LOW_RANK, "vera", *BOTTLENECKS),
-    "alpha": LOW_RANK,
-    "dropout": (*LOW_RANK, "vera"),
-    "rank_pattern": LOW_RANK,
-    "alpha_pattern": LOW_RANK,
-    "use_rslora": LOW_RANK,
-    "dtype": (*LOW_RANK, "oft", *BOTTLENECKS, "full"),
-    "feedforward_modules": ("ia3",),
-    "oft_block_size": ("oft",),
-    "oft_blocks": ("oft",),
-    "block_share": ("oft",),
-    "use_cayley_neumann": ("oft",),
-    "num_cayley_neumann_terms": ("oft",),
-    "projection_prng_key": ("vera",),
-    "d_initial": ("vera",),
-    "bottleneck_activation": BOTTLENECKS,
-    "target_modules": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit"),
-    "modules_to_save": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit", *BOTTLENECKS),
-    "start": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning"),
-}
-NOT_OF_LINEARS = ("ln_tuning", "bitfit")
-
-
-def uses(method: MethodName, name: str) -> bool:
-    """Returns True if a method uses the setting `lora.name`."""
-    return method in USED_BY.get(name, (method,))
-
-
 def _method_problems(lora: LoraArgs) -> list[str]:
     """Reports settings that the method or the initialization ignores."""
     plain = LoraArgs()
-    unused = {name: f"lora.method={lora.method}" for name in USED_BY if not uses(lora.method, name)}
+    unused = {name: f"lora.method={lora.method}" for name in CONDITIONAL if not uses(lora.method, name)}
     if lora.init == "default":
         unused["svd_niter"] = "lora.init=default"
     if lora.init != "loftq":
@@ -78,7 +41,7 @@ def _method_problems(lora: LoraArgs) -> list[str]:
         for name, why in unused.items()
         if getattr(lora, name) != getattr(plain, name)
     ]
-    if lora.method in NOT_OF_LINEARS and lora.target_modules == "all-linear":
+    if not METHODS[lora.method].of_linears and lora.target_modules == "all-linear":
         problems.append(
             f"lora.target_modules: found 'all-linear' with lora.method={lora.method}, which does not train weights of "
             "linear layers. Remove this setting, or name the modules"
@@ -123,16 +86,13 @@ def _parameter_problems(lora: LoraArgs) -> list[str]:
     return problems
 
 
-LORAPLUS_METHODS = ("lora", "dora")  # methods that train A and B
-
-
 def _loraplus_problems(config: Config) -> list[str]:
     ratio, method = config.optim.loraplus_lr_ratio, config.lora.method
-    if ratio is None or method in LORAPLUS_METHODS:
+    if ratio is None or METHODS[method].loraplus:
         return []
     return [
         f"optim.loraplus_lr_ratio: found {ratio} with lora.method={method}, which does not train both A and B. "
-        f"Remove this setting, or set lora.method={' or '.join(LORAPLUS_METHODS)}"
+        f"Remove this setting, or set lora.method={' or '.join(methods_with('loraplus'))}"
     ]
 
 
@@ -171,10 +131,10 @@ def _offload_problems(config: Config) -> list[str]:
 def _init_problems(config: Config) -> list[str]:
     init, start = config.lora.init, config.lora.start
     problems = []
-    if config.lora.method == "full" and config.model.quant_type != "none":
+    if not METHODS[config.lora.method].quantized and config.model.quant_type != "none":
         problems.append(
-            f"model.quant_type: found {config.model.quant_type!r} with lora.method=full, expected none. Set "
-            "model.quant_type=none, since 4-bit weights cannot train"
+            f"model.quant_type: found {config.model.quant_type!r} with lora.method={config.lora.method}, expected "
+            "none. Set model.quant_type=none, since 4-bit weights cannot train"
         )
     if init != "default" and start is not None:
         problems.append(

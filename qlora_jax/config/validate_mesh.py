@@ -3,11 +3,9 @@
 from typing import NamedTuple
 
 from qlora_jax.config.mesh_settings import MeshSize, mesh_sizes
+from qlora_jax.config.methods import METHODS
 from qlora_jax.config.parse import ConfigError
 from qlora_jax.config.schema import Config, TrainArgs
-
-# Values that a mesh does not support yet, by setting.
-UNSUPPORTED = {"method": ("full",), "init": ("pissa", "loftq")}
 
 
 class MeshChoices(NamedTuple):
@@ -56,8 +54,11 @@ def mesh_problems(config: Config, size: MeshSize, devices: int) -> list[str]:
         problems += [
             f"lora.{name}: found {value!r} on a mesh of {size.devices} devices, which does not support it yet. Set "
             f"mesh.data=1 and mesh.fsdp=1, or lora.{name}={'lora' if name == 'method' else 'default'}"
-            for name, values in UNSUPPORTED.items()
-            if (value := getattr(config.lora, name)) in values
+            for name, value, is_supported in (
+                ("method", config.lora.method, METHODS[config.lora.method].on_mesh),
+                ("init", config.lora.init, config.lora.init == "default"),
+            )
+            if not is_supported
         ]
     return problems
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.layer_numbers import parse_layers
+from qlora_jax.config.methods import METHODS, methods_with
 from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.regex import file_pattern_problems, matches_end, matches_whole, pattern_problems
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
-# Methods whose adapters may be on some layers of a stack.
-SOME_LAYERS = ("lora", "lora_fa")
 ROUTER = "mlp.gate"  # our name within a layer
 
 Matches = Callable[[str, str], bool]  # (pattern, full name)
@@ -89,11 +88,11 @@ def target_layers_of(every: Mapping[str, Layers], spec: LoraArgs, num_layers: in
         for name, layers in found.items()
         if len(layers) < len(every[name])
     ]
-    if partial and spec.method not in SOME_LAYERS:
+    if partial and not METHODS[spec.method].some_layers:
         raise ValueError(
             f"lora.target_modules, lora.layers_to_transform: only some layers of {', '.join(partial)}: layers are "
             f"stacked, so lora.method={spec.method} requires all layers of a projection. Name the projection without a "
-            f"layer's index, or set lora.method to {' or '.join(SOME_LAYERS)}."
+            f"layer's index, or set lora.method to {' or '.join(methods_with('some_layers'))}."
         )
     return found
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.config import methods
 from qlora_jax.export import main as export
-from qlora_jax.io.export.methods import REFUSED, refusal
+from qlora_jax.io.export.methods import refusal
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import combine
@@ -127,7 +128,7 @@ def test_training_goes_on_from_the_exported_adapter(finished, tmp_path):
 
 
 def test_formats_that_cannot_hold_it_are_refused(finished, tmp_path):
-    for form in REFUSED.get(finished.lora.method, {}):
+    for form in methods.METHODS[finished.lora.method].refused_exports:
         with pytest.raises(ValueError, match=f"--format {form}: it cannot hold lora.method={finished.lora.method}, "):
             export(["--run", finished.output, "--format", form, "--output", str(tmp_path / form)])
         assert not (tmp_path / form).exists()

@@ -1,44 +1,26 @@
 """Refuses export formats that cannot hold a finetuning method or a sequence head, with the reason."""
 
-from collections.abc import Mapping
-
-from qlora_jax.config.method_names import MethodName
+from qlora_jax.config.methods import METHODS
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families.multimodal import WRAPPERS
 
-ADAPTERS, MERGED = ("peft", "gguf-lora"), ("hf", "gguf")
 GGUF_FORMS = ("gguf-lora", "gguf")
-NONLINEAR = "an adapter with a nonlinearity between its two products cannot be merged into a weight"
-NO_BOTTLENECKS = "neither peft nor llama.cpp has bottleneck adapters after attention or MLP"
-IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
 PREDICT = "Use the run itself: qlora-jax predict --run RUN"
 # Model types for which transformers 5.24 has no class for sequence classification.
 NO_CLASSIFIER = {"cohere2", "glm4_moe", "granite", "olmoe", *WRAPPERS} - {"gemma3"}
-MERGE_IT = "Export one model instead: --format hf or gguf"
-
-# Method -> format -> (the reason, what to do).
-REFUSED: Mapping[MethodName, Mapping[str, tuple[str, str]]] = {
-    "full": dict.fromkeys(
-        ADAPTERS, ("all of the model was trained and not a part that an adapter could hold", MERGE_IT)
-    ),
-    "bitfit": dict.fromkeys(ADAPTERS, ("neither peft nor llama.cpp has adapters that consist of biases", MERGE_IT)),
-    **dict.fromkeys(
-        ("houlsby", "pfeiffer"),
-        dict.fromkeys(ADAPTERS, (NO_BOTTLENECKS, IN_RUN)) | dict.fromkeys(MERGED, (NONLINEAR, IN_RUN)),
-    ),
-}
 
 
-def refusal(method: MethodName, form: str) -> str | None:
+def refusal(method: str, form: str) -> str | None:
     """Returns why a format cannot hold a method, and what to do; None if it can."""
-    if form not in REFUSED.get(method, {}):
+    refused = METHODS[method].refused_exports
+    if form not in refused:
         return None
-    reason, fix = REFUSED[method][form]
+    reason, fix = refused[form]
     return f"--format {form}: it cannot hold lora.method={method}, because {reason}. {fix}"
 
 
-def check_method(method: MethodName, form: str) -> None:
+def check_method(method: str, form: str) -> None:
     """Checks that a format can hold a method.
 
     Raises:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.config.methods import METHODS
 from qlora_jax.io.head_file import TrainedHead, check_same_head
 from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import AdapterArrays, Lora, is_table
-from qlora_jax.models.target_layers import SOME_LAYERS, target_layers
+from qlora_jax.models.target_layers import target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 
 SCALING = (
@@ -67,7 +68,7 @@ def read_start_adapter(
         for name in SCALING
         if getattr(like, name) != getattr(adapter.args, name)
     ]
-    if args.method in SOME_LAYERS:
+    if METHODS[args.method].some_layers:
         wrong += _layer_differences(args, adapter.args, model)
     if args.method == adapter.args.method == "ia3" and ia3_targets(model, args) != ia3_targets(model, adapter.args):
         wrong += [f"lora.{name}: expected {getattr(adapter.args, name)!r}" for name in IA3_SETTINGS]

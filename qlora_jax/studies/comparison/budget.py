@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from qlora_jax.config import Config
-from qlora_jax.config.validate import uses
+from qlora_jax.config.methods import uses
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.cost.arrays import trained_leaves
 from qlora_jax.training.cost.step_shape import StepShape

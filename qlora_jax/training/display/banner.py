@@ -14,10 +14,10 @@ from pallas_kernels.grouped_matmul.groups import choose_tile
 from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
+from qlora_jax.config.methods import METHODS, uses
 from qlora_jax.config.preference_settings import PREFERENCES
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.config.validate import uses
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 from qlora_jax.models.config import DENSE, STORED, ModelConfig
 from qlora_jax.models.decoder import SCORE
@@ -33,19 +33,6 @@ from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
 SHORT_RUN = 10  # steps; in a longer run, the first step of a warm-up is less than a tenth
-# Methods that train something next to frozen weights: the name of its parameters, and of the modules that have them.
-METHODS = {
-    "lora": ("LoRA", "projections"),
-    "lora_fa": ("LoRA-FA", "projections"),
-    "dora": ("DoRA", "projections"),
-    "ia3": ("(IA)^3", "projections"),
-    "oft": ("OFT", "projections"),
-    "vera": ("VeRA", "projections"),
-    "ln_tuning": ("LayerNorm tuning", "norms"),
-    "bitfit": ("BitFit", "layers with a bias"),
-    "houlsby": ("Houlsby adapter", "modules of a layer"),
-    "pfeiffer": ("Pfeiffer adapter", "modules of a layer"),
-}
 
 
 def resume_banner(session: Session, step: int, best: BestEvaluation) -> tuple[str, Rows]:
@@ -199,10 +186,10 @@ def _trained(session: Session) -> str:
     size = f"{_megabytes(session.parts.trained)} in {lora.dtype}"
     if lora.method == "full":
         return f"all {trained:,} parameters, {size}"
-    kind, modules = METHODS[lora.method]
-    share = f"{trained:,} {kind} parameters, {trained / (trained + frozen):.2%} of all, {size}"
+    declared = METHODS[lora.method]
+    share = f"{trained:,} {declared.title} parameters, {trained / (trained + frozen):.2%} of all, {size}"
     head = ", and a head" if SCORE in session.parts.lora else ""
-    return f"{share}; {_rank(session.config)}on {_module_count(session.parts.lora)} {modules}{head}"
+    return f"{share}; {_rank(session.config)}on {_module_count(session.parts.lora)} {declared.modules}{head}"
 
 
 def _rank(config: Config) -> str:

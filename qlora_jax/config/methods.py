@@ -1,0 +1,262 @@
+"""Declares the finetuning methods, and the settings of the trained parameters.
+
+A method is declared here, without JAX, so that settings are checked and explained before it is imported.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from qlora_jax.config.fields import (
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    BELOW_ONE,
+    NON_NEGATIVE,
+    POSITIVE,
+    WORD,
+    setting,
+)
+from qlora_jax.config.registry import Registry
+
+# Settings of section `lora` that only some methods read, in the order in which errors list them.
+CONDITIONAL = (
+    *("init", "layers_to_transform", "target_parameters", "share_experts", "rank", "alpha", "dropout", "rank_pattern"),
+    *("alpha_pattern", "use_rslora", "dtype", "feedforward_modules", "oft_block_size", "oft_blocks", "block_share"),
+    *("use_cayley_neumann", "num_cayley_neumann_terms", "projection_prng_key", "d_initial", "bottleneck_activation"),
+    *("target_modules", "modules_to_save", "start"),
+)
+ON_TARGETS = frozenset({"target_modules", "modules_to_save", "start"})
+LOW_RANK = ON_TARGETS | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype"}
+BOTTLENECK = frozenset({"rank", "dtype", "bottleneck_activation", "modules_to_save"})
+
+type Refusals = Mapping[str, tuple[str, str]]  # export format -> (the reason, what to do)
+MERGE_IT = "Export one model instead: --format hf or gguf"
+IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
+
+
+def _no_adapter(reason: str) -> Refusals:
+    return dict.fromkeys(("peft", "gguf-lora"), (reason, MERGE_IT))
+
+
+_NO_BOTTLENECKS = "neither peft nor llama.cpp has bottleneck adapters after attention or MLP"
+_NONLINEAR = "an adapter with a nonlinearity between its two products cannot be merged into a weight"
+_BOTTLENECKS_REFUSED = {
+    **dict.fromkeys(("peft", "gguf-lora"), (_NO_BOTTLENECKS, IN_RUN)),
+    **dict.fromkeys(("hf", "gguf"), (_NONLINEAR, IN_RUN)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodDeclaration:
+    """What settings, messages and plans need to know of a method.
+
+    Attributes:
+      summary: one line of the help of `lora.method`.
+      title: name in banners and model cards.
+      modules: what it adapts, in the banner.
+      uses: names out of CONDITIONAL that it reads.
+      some_layers: a projection may have adapters in some layers only.
+      loraplus: it trains both A and B, for which LoRA+ has two learning rates.
+      on_mesh: it trains on several devices.
+      quantized: the base may be quantized.
+      of_linears: it adapts weights of linear layers.
+      refused_exports: export format -> (why it cannot hold the method, what to do).
+    """
+
+    summary: str
+    title: str
+    modules: str = "projections"
+    uses: frozenset[str]
+    some_layers: bool = False
+    loraplus: bool = False
+    on_mesh: bool = True
+    quantized: bool = True
+    of_linears: bool = True
+    refused_exports: Refusals = dataclasses.field(default_factory=dict)
+
+
+METHODS = Registry(
+    "qlora_jax.methods",
+    MethodDeclaration,
+    {
+        "lora": MethodDeclaration(
+            summary="low-rank matrices",
+            title="LoRA",
+            uses=LOW_RANK | {"init", "layers_to_transform", "target_parameters", "share_experts"},
+            some_layers=True,
+            loraplus=True,
+        ),
+        "lora_fa": MethodDeclaration(
+            summary="LoRA whose A stays at its initial value",
+            title="LoRA-FA",
+            uses=LOW_RANK | {"layers_to_transform"},
+            some_layers=True,
+        ),
+        "dora": MethodDeclaration(
+            summary="LoRA plus a trained norm per weight row", title="DoRA", uses=LOW_RANK | {"init"}, loraplus=True
+        ),
+        "ia3": MethodDeclaration(
+            summary="scaling vectors for keys, values and the MLP's inner activations",
+            title="(IA)^3",
+            uses=ON_TARGETS | {"feedforward_modules"},
+        ),
+        "oft": MethodDeclaration(
+            summary="rotations of inputs",
+            title="OFT",
+            uses=ON_TARGETS
+            | {
+                "dtype",
+                "oft_block_size",
+                "oft_blocks",
+                "block_share",
+                "use_cayley_neumann",
+                "num_cayley_neumann_terms",
+            },
+        ),
+        "vera": MethodDeclaration(
+            summary="vectors that scale frozen random matrices",
+            title="VeRA",
+            uses=ON_TARGETS | {"rank", "dropout", "projection_prng_key", "d_initial"},
+        ),
+        "ln_tuning": MethodDeclaration(
+            summary="the norms", title="LayerNorm tuning", modules="norms", uses=ON_TARGETS, of_linears=False
+        ),
+        "bitfit": MethodDeclaration(
+            summary="the biases",
+            title="BitFit",
+            modules="layers with a bias",
+            uses=ON_TARGETS - {"start"},
+            of_linears=False,
+            refused_exports=_no_adapter("neither peft nor llama.cpp has adapters that consist of biases"),
+        ),
+        "houlsby": MethodDeclaration(
+            summary="bottleneck adapters after attention and after the MLP",
+            title="Houlsby adapter",
+            modules="modules of a layer",
+            uses=BOTTLENECK,
+            refused_exports=_BOTTLENECKS_REFUSED,
+        ),
+        "pfeiffer": MethodDeclaration(
+            summary="after the MLP only",
+            title="Pfeiffer adapter",
+            modules="modules of a layer",
+            uses=BOTTLENECK,
+            refused_exports=_BOTTLENECKS_REFUSED,
+        ),
+        "full": MethodDeclaration(
+            summary="every weight of the unquantized model",
+            title="full finetuning",
+            modules="layers",
+            uses=frozenset({"dtype"}),
+            on_mesh=False,
+            quantized=False,
+            refused_exports=_no_adapter("all of the model was trained and not a part that an adapter could hold"),
+        ),
+    },
+)
+MethodName = Annotated[str, METHODS]
+
+
+def uses(method: str, name: str) -> bool:
+    """Returns True if a method reads the setting `lora.name`."""
+    return name not in CONDITIONAL or name in METHODS[method].uses
+
+
+def methods_with(property: str) -> tuple[str, ...]:
+    """Returns the names of the methods whose declaration has a property, such as "loraplus"."""
+    return tuple(name for name, declared in METHODS.items() if getattr(declared, property))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """The trained parameters: an adapter, or the whole model."""
+
+    method: MethodName = setting(
+        "finetuning method (docs/adapters.md). "
+        + ". ".join(f"{name}: {declared.summary}" for name, declared in METHODS.items()),
+        "lora",
+        common="finetuning method, such as lora, dora, full",
+    )
+    init: Literal["default", "pissa", "loftq"] = setting(
+        "initial adapter. default: A random, B zero. pissa: the largest singular components of each weight; the "
+        "remainder is quantized. loftq: an approximation of the quantization error",
+        "default",
+    )
+    svd_niter: int = setting(
+        "pissa and loftq: power iterations of the randomized SVD, such as 4 or 16; 0: the exact SVD, slow for large "
+        "models",
+        0,
+        NON_NEGATIVE,
+    )
+    loftq_iterations: int = setting("loftq: alternations between quantization and SVD", 1, AT_LEAST_ONE)
+    rank: int = setting(
+        "rank of the adapter: columns of lora_a, rows of lora_b; houlsby, pfeiffer: width of the bottleneck",
+        16,
+        AT_LEAST_ONE,
+        common="LoRA rank",
+    )
+    alpha: float = setting(
+        "the adapter's output is scaled by alpha / rank", 32.0, POSITIVE, common="LoRA alpha; scaling is alpha / rank"
+    )
+    dropout: float = setting("dropout rate of the adapter's inputs in training", 0.0, BELOW_ONE)
+    target_modules: str | list[str] = setting(
+        "layers with an adapter: all-linear (every linear layer except the head), a list of names such as [q_proj, "
+        "v_proj], or one regular expression for full names. auto: all-linear; for ia3 the key and value projections "
+        "and the MLP's last projection; for ln_tuning all norms except those of queries and keys; for bitfit all "
+        "layers with a bias",
+        "auto",
+        common="layers with an adapter: all-linear, or a list such as [q_proj, v_proj]",
+    )
+    target_parameters: list[str] = setting(
+        "lora on a mixture of experts: parameters with an adapter, by transformers' names: [mlp.experts.gate_up_proj, "
+        "mlp.experts.down_proj] for the routed experts, mlp.gate (gpt-oss: mlp.router) for the router. target_modules "
+        "does not select these; set it to [] for adapters only on these. layers_to_transform does not apply, but a "
+        "name may have a layer's index",
+        [],
+    )
+    share_experts: bool = setting(
+        "target_parameters: all experts of a layer share one adapter; false: each expert has its own", False
+    )
+    layers_to_transform: int | list[int] | str | None = setting(
+        "lora and lora_fa: layers with an adapter, from 0: a list such as [0, 2], or ranges such as 8-15,20. null: "
+        "all. Not with a regular expression in target_modules, which may select layers itself",
+        None,
+    )
+    feedforward_modules: list[str] | None = setting(
+        "ia3: target modules whose inputs are scaled instead of their outputs; null: the MLP's last projection", None
+    )
+    bottleneck_activation: Literal["gelu", "relu", "silu"] = setting(
+        "houlsby, pfeiffer: the function between the two projections of an adapter", "gelu"
+    )
+    oft_block_size: int = setting(
+        "oft: neighbouring inputs that rotate together; it divides the inputs of each target module", 32, AT_LEAST_TWO
+    )
+    oft_blocks: int = setting(
+        "oft: number of blocks of each target module, in place of oft_block_size; 0: oft_block_size decides",
+        0,
+        NON_NEGATIVE,
+    )
+    block_share: bool = setting("oft: all blocks of a target module share one rotation", False)
+    use_cayley_neumann: bool = setting(
+        "oft: compute rotations by a series, which is fast but exact only for small angles; false: by a linear solve",
+        True,
+    )
+    num_cayley_neumann_terms: int = setting("oft: terms of this series", 5, AT_LEAST_TWO)
+    projection_prng_key: int = setting("vera: seed of the frozen matrices, which all layers share", 0, WORD)
+    d_initial: float = setting("vera: initial value of the vector that scales the first product", 0.1, POSITIVE)
+    rank_pattern: dict[str, int] = setting("a different rank for matching names: {down_proj: 8}", {})
+    alpha_pattern: dict[str, float] = setting("a different alpha for matching names: {down_proj: 16.0}", {})
+    use_rslora: bool = setting("scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)", False)
+    modules_to_save: list[str] = setting(
+        "tables to train in full next to the adapter, out of [embed_tokens, lm_head] (docs/tokens.md). Each needs "
+        "memory for a full copy, its gradient and its optimizer state",
+        [],
+    )
+    start: str | None = setting(
+        "folder of a PEFT adapter to start from; its rank and alpha must equal the settings above", None
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "storage dtype of trained parameters and their gradients. bfloat16 needs half the memory; each update is "
+        "computed in float32 and rounded",
+        "float32",
+    )

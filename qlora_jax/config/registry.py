@@ -1,0 +1,100 @@
+"""Values by name: built in, registered in this process, or declared by an entry point of an installed package.
+
+Commands run in processes of their own, so they find only what entry points declare:
+
+    [project.entry-points."qlora_jax.methods"]
+    hra = "my_package.hra:METHOD_DECLARATION"
+"""
+
+import functools
+import importlib.metadata
+import typing
+from collections.abc import Mapping
+
+type EntryPoints = Mapping[str, importlib.metadata.EntryPoint]
+
+
+class Registry[T]:
+    """Named values of one kind, for a setting of type `Annotated[str, REGISTRY]`.
+
+    Args:
+      group: of the entry points, such as "qlora_jax.methods".
+      kind: the type of the values.
+      builtin: the package's own values, in the order in which help and errors list them.
+    """
+
+    def __init__(self, group: str, kind: type[T], builtin: Mapping[str, T]):
+        self._group, self._kind, self._values = group, kind, {**builtin}
+
+    @functools.cached_property
+    def _found(self) -> EntryPoints:
+        """Entry points by name: asked for only when a name is unknown, because that reads every installed package."""
+        return {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
+
+    def names(self) -> tuple[str, ...]:
+        """Returns the names that are built in or registered, and those of entry points that were looked for."""
+        found = self._found if "_found" in self.__dict__ else {}
+        return tuple(dict.fromkeys([*self._values, *found]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values or name in self._found
+
+    def __getitem__(self, name: str) -> T:
+        """Returns a value.
+
+        Raises:
+          ValueError: no value has the name, or its entry point cannot be loaded.
+        """
+        if name not in self._values:
+            self._values[name] = self._load(name)
+        return self._values[name]
+
+    def items(self) -> list[tuple[str, T]]:
+        """Returns the names that are built in or registered, with their values."""
+        return [*self._values.items()]
+
+    def register(self, name: str, value: T) -> None:
+        """Adds a value.
+
+        Raises:
+          ValueError: the name is taken.
+        """
+        if name in self:
+            raise ValueError(f"{self._group}: {name!r} is taken. Choose another name")
+        self._values[name] = value
+
+    def _load(self, name: str) -> T:
+        if name not in self._found:
+            raise ValueError(
+                f"{self._group}: unknown name (found {name!r}, expected one of {', '.join(self.names())}). What "
+                "another process registered needs an entry point of an installed package"
+            )
+        point = self._found[name]
+        package = "an unknown package" if point.dist is None else f"package {point.dist.name}"
+        try:
+            value = point.load()
+        except Exception as error:
+            raise ValueError(
+                f"{self._group}: {name!r} of {package} cannot be loaded ({type(error).__name__}: {error}). Repair or "
+                "uninstall the package"
+            ) from error
+        if not isinstance(value, self._kind):
+            raise ValueError(
+                f"{self._group}: {name!r} of {package} is not a declaration (found {type(value).__name__}, expected "
+                f"{self._kind.__name__}). Repair or uninstall the package"
+            )
+        return value
+
+
+def choices_of(hint: object) -> tuple[str, ...] | None:
+    """Returns the names that an annotation allows, a Literal or `Annotated[str, Registry]`; None for others."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    registry = registry_of(hint)
+    return None if registry is None else registry.names()
+
+
+def registry_of(hint: object) -> Registry | None:
+    """Returns the registry of an annotation."""
+    found = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+    return next((each for each in found if isinstance(each, Registry)), None)
