@@ -12,7 +12,7 @@ Dimension key: L layers, V vocab, s devices along `fsdp`.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -194,3 +194,11 @@ def mesh_of(tree: PyTree) -> AnyMesh | None:
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
     meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
     return next((mesh for mesh in meshes if mesh.axis_names == ROWS), None)
+
+
+def born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
+    """Draws A and B of one module; on a mesh each device draws only its part."""
+    if mesh is None:
+        return draw(key)
+    specs = jax.tree.map(lambda leaf: lora_spec(leaf.shape, mesh), jax.eval_shape(draw, key))
+    return jax.jit(draw, out_shardings=named(mesh, specs))(key)

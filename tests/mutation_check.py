@@ -37,10 +37,10 @@ MUTATIONS = [
         "tests/pallas_kernels/nf4_matmul/test_contract.py",
     ),
     Mutation(
-        "qlora_jax/nn/adapters/lora.py",
+        "qlora_jax/nn/lora.py",
         "d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)",
         "d_xa_MR = d_xa_MR.astype(dtype)",
-        "tests/nn/adapters/test_lora.py",
+        "tests/nn/test_lora.py",
     ),
     Mutation(
         "qlora_jax/nn/attention/tiles.py",

@@ -14,7 +14,7 @@ import numpy as np
 from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
 from qlora_jax.inference.mesh_inference import row_shapes, row_shards
 from qlora_jax.inference.sampling import GREEDY, Sampling
-from qlora_jax.models.add_adapters import prepare_for_decoding
+from qlora_jax.methods.attach import prepare_for_decoding
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.model_function import ModelFunction

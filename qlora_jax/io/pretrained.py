@@ -31,8 +31,8 @@ from qlora_jax.io.peft.reader import base_model_of, is_adapter, read_adapter
 from qlora_jax.io.peft.start_adapter import check_shapes, read_start_adapter, starting_parameters
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Run, open_run
 from qlora_jax.io.run_folder.start_parameters import FILE, start_digest
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.model_source import ModelSource, TokenizerData
-from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

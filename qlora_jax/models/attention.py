@@ -12,9 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from qlora_jax.methods.bottleneck import Bottleneck
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.nn.adapters.bottleneck import Bottleneck
 from qlora_jax.nn.attention.branching import Spans
 from qlora_jax.nn.attention.causal import cached_attention, causal_attention
 from qlora_jax.nn.linear import QLinear, project

@@ -25,12 +25,11 @@ from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, mlp_start,
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
 from qlora_jax.models.remat import LAYER_INPUT, REMAT_POLICIES
-from qlora_jax.nn.adapters.full_rank import TrainableTable
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.linear import QLinear, name_number, named_key
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows
+from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows, TrainableTable
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.norm import LayerNorm, RMSNorm

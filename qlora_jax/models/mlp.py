@@ -11,9 +11,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from qlora_jax.methods.bottleneck import Bottleneck
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.nn.adapters.bottleneck import Bottleneck
 from qlora_jax.nn.experts import ExpertLinear, Experts
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.mlp import apply_activation, gated_activation

@@ -5,7 +5,7 @@ All else is whole on every device: norms, biases, layers that are not quantized,
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +16,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.partition import ModelParts, is_table
 from qlora_jax.nn.linear import weight_specs
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.sharding import AnyMesh, Leaf, lora_spec, named, place, table_spec
+from qlora_jax.sharding import AnyMesh, Leaf, lora_spec, place, table_spec
 
 
 def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
@@ -52,14 +52,6 @@ def lora_specs(lora: Mapping[str, Mapping[str, Leaf]], mesh: AnyMesh) -> dict[st
 def place_parts(parts: ModelParts, mesh: Mesh) -> ModelParts:
     """Places a model on a mesh."""
     return place(parts, parts_specs(parts, mesh), mesh)
-
-
-def born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
-    """Draws A and B of one module; on a mesh each device draws only its part."""
-    if mesh is None:
-        return draw(key)
-    specs = jax.tree.map(lambda leaf: lora_spec(leaf.shape, mesh), jax.eval_shape(draw, key))
-    return jax.jit(draw, out_shardings=named(mesh, specs))(key)
 
 
 def module_of(path: jax.tree_util.KeyPath) -> str:

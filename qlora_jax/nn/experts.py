@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     weights_of_slots,
 )
-from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
+from qlora_jax.methods.expert_lora import ExpertLoRA
 from qlora_jax.nn.expert_activation import weighted_activation
 from qlora_jax.nn.linear import OneLayer
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped

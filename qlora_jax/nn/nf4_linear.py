@@ -22,8 +22,8 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
 from qlora_jax.config import LoraArgs
-from qlora_jax.nn.adapters.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, dequantize, quantize, quantize_traceable
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.config.router_settings import RouterArgs
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs

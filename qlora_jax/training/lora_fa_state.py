@@ -7,9 +7,9 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from qlora_jax.methods.lora_fa import LoRAFA
 from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.models.partition import Lora, join_leaves, split_leaves
-from qlora_jax.nn.adapters.lora_fa import LoRAFA
 from qlora_jax.optim.apply_updates import in_f32
 from qlora_jax.optim.clipping import global_norm
 from qlora_jax.optim.lora_fa import correct, correction

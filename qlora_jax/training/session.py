@@ -23,8 +23,9 @@ from qlora_jax.io.loading.stored_codes import stored_types, with_dense_layers
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
+from qlora_jax.methods.attach import add_lora, check_targets, our_names
+from qlora_jax.methods.targets import ranks_and_scalings
 from qlora_jax.model_source import ModelSource
-from qlora_jax.models.add_adapters import add_lora, check_targets, our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -32,7 +33,6 @@ from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import AdapterArrays, ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.ranks import ranks_and_scalings
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec

@@ -39,7 +39,7 @@ from qlora_jax.data.rows import TokenRows, token_rows
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format

@@ -11,7 +11,7 @@ from qlora_jax.config import methods
 from qlora_jax.export import main as export
 from qlora_jax.io.export.methods import refusal
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
-from qlora_jax.models.add_adapters import prepare_for_decoding
+from qlora_jax.methods.attach import prepare_for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging

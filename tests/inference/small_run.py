@@ -11,7 +11,7 @@ from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format

@@ -11,7 +11,7 @@ from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine, partition

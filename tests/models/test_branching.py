@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

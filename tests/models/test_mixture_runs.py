@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.add_adapters import add_lora, prepare_for_decoding
+from qlora_jax.methods.attach import add_lora, prepare_for_decoding
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

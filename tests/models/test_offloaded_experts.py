@@ -13,7 +13,7 @@ from flax import nnx
 from pallas_kernels import aot
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.config import LoraArgs, ModelArgs
-from qlora_jax.models.add_adapters import prepare_for_decoding
+from qlora_jax.methods.attach import prepare_for_decoding
 from qlora_jax.models.config import DENSE, STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.offloaded_experts import host_paths, with_experts_on_host, with_memory_of

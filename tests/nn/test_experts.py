@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
+from qlora_jax.methods.expert_lora import ExpertLoRA
 from qlora_jax.nn.experts import ExpertLinear, Experts
 from tests.marks import EXHAUSTIVE, SLOW
 

@@ -17,7 +17,7 @@ from flax import nnx
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.kv_cache import KVCache

@@ -17,11 +17,11 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.tensor_map import slots_of
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.nn.adapters.lora import add_delta
+from qlora_jax.nn.lora import add_delta
 from qlora_jax.quant import dequantize
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.parity.test_peft import SCRIPT, _logits

@@ -23,7 +23,7 @@ from qlora_jax.io.peft.head_adapters import split_head, with_head
 from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.pretrained import OpenedModel, open_finetuned
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition

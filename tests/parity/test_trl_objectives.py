@@ -14,7 +14,7 @@ from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.writer import write_adapter
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, ModelParts, partition

@@ -11,7 +11,7 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.tensor_map import slots_of
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

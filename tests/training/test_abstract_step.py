@@ -14,7 +14,7 @@ from pallas_kernels.kernel_report import abstract_weight, device_of_card
 from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

@@ -26,9 +26,9 @@ from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import slots_of
+from qlora_jax.methods.targets import adapter_layers, some_layers
 from qlora_jax.models.config import STORED, ModelConfig
 from qlora_jax.models.partition import AdapterArrays
-from qlora_jax.models.target_layers import adapter_layers, some_layers
 from qlora_jax.models.tensor_names import expert_name, layer_name
 
 FILE, TEMPLATE_FILE = "adapter.gguf", "chat_template.jinja"

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.io.tensor_map import Slot
-from qlora_jax.models.add_adapters import linears, norms
+from qlora_jax.methods.attach import linears, norms
+from qlora_jax.methods.expert_lora import ExpertLoRA
+from qlora_jax.methods.targets import ROUTER
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP
-from qlora_jax.models.target_layers import ROUTER
 from qlora_jax.models.tensor_names import EXPERT, LAYER
-from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
-from qlora_jax.nn.adapters.lora import LoRA
 from qlora_jax.nn.linear import Adapter
+from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.norm import TrainableNorm
 
 

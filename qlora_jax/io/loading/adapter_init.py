@@ -15,11 +15,10 @@ import numpy as np
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.initial_file import COPY_IT, FACTORS, FILE, SUBTRACTED, InitialAdapter
 from qlora_jax.io.loading.loader import Transform
+from qlora_jax.methods.attach import our_names
+from qlora_jax.methods.targets import ranks_and_scalings, target_layers
 from qlora_jax.model_source import ModelSource
-from qlora_jax.models.add_adapters import our_names
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.ranks import ranks_and_scalings
-from qlora_jax.models.target_layers import target_layers
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.nn.linear import named_key
 from qlora_jax.quant import dequantize, pissa_loftq, quantize

@@ -25,11 +25,11 @@ from qlora_jax.io.peft.target_parameters import entries_of, own_patterns, read_p
 from qlora_jax.io.peft.targets import targeted_layers
 from qlora_jax.io.peft.writer import SomeLayers, target_settings, target_suffixes
 from qlora_jax.metadata import shorten, shorten_key
+from qlora_jax.methods.attach import oft_blocks
+from qlora_jax.methods.vera import Projections
 from qlora_jax.model_source import TensorEntry
-from qlora_jax.models.add_adapters import oft_blocks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays
-from qlora_jax.nn.adapters.vera import Projections
 from qlora_jax.regex import file_pattern_problems
 
 CONFIG, PICKLE = "adapter_config.json", "adapter_model.bin"

@@ -10,11 +10,11 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS
 from qlora_jax.io.head_file import TrainedHead, check_same_head
 from qlora_jax.io.peft.reader import read_adapter
-from qlora_jax.models.add_adapters import ia3_targets
+from qlora_jax.methods.attach import ia3_targets
+from qlora_jax.methods.targets import target_layers
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import AdapterArrays, Lora, is_table
-from qlora_jax.models.target_layers import target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 
 SCALING = (

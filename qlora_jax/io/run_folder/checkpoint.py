@@ -53,7 +53,7 @@ from qlora_jax.io.run_folder.orbax_threads import silence_threads
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY, read_start
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import JsonObject
-from qlora_jax.nn.adapters.vera import Projections
+from qlora_jax.methods.vera import Projections
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 REMOVED = "removed"  # in the folder of checkpoints; an old one moves there at once, and is deleted file by file

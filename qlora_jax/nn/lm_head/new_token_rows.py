@@ -111,3 +111,18 @@ def _put(table: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
     beyond = max(0, max(ids) + 1 - table.shape[0])
     longer = jnp.pad(table, ((0, beyond),) + ((0, 0),) * (table.ndim - 1))
     return longer.at[np.asarray(ids)].set(rows.astype(table.dtype))
+
+
+class TrainableTable(nnx.Module):
+    """A trainable table in place of the frozen one: `weight` [V, D] in f32 or bf16, cast to the compute dtype."""
+
+    def __init__(self, weight_VD: Float[Array, "V D"]):
+        self.weight = nnx.LoRAParam(weight_VD)
+
+    def lookup(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "_ D"]) -> Float[Array, "M D"]:
+        """Returns the row of each token, in the frozen table's dtype."""
+        return self.weight[...].at[tokens_M].get(mode="clip").astype(table_VD.dtype)
+
+    def insert_into(self, table_VD: jax.Array) -> jax.Array:
+        """Returns this table in the frozen one's dtype."""
+        return self.weight[...].astype(table_VD.dtype)

@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pallas_kernels.devices import Device
 from pallas_kernels.grouped_matmul.groups import choose_tile, most_tiles
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks
+from qlora_jax.methods.attach import BOTTLENECKS, ia3_targets, oft_blocks
+from qlora_jax.methods.expert_adapters import parameter_shapes
+from qlora_jax.methods.targets import parameter_ranks_and_scalings, ranks_and_scalings, target_layers, target_parameters
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.expert_adapters import parameter_shapes
 from qlora_jax.models.experts_config import ExpertsConfig
-from qlora_jax.models.ranks import parameter_ranks_and_scalings, ranks_and_scalings
-from qlora_jax.models.target_layers import target_layers, target_parameters
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec

@@ -29,7 +29,7 @@ from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.head_adapters import split_head, with_head
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition

@@ -12,7 +12,7 @@ from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.open_model import open_model
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition

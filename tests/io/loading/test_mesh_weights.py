@@ -20,7 +20,7 @@ from qlora_jax.io.loading.base_fingerprint import SUFFIX
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_for_training
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import parts_specs

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.partition import partition
 from qlora_jax.studies.comparison.budget import matching_rank, steps_within, trainable_parameters
 from tests.e2e.project import write_model

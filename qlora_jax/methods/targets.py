@@ -11,6 +11,7 @@ from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.config.methods import METHODS, methods_with
 from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.nn.lora import lora_scaling
 from qlora_jax.regex import file_pattern_problems, matches_end, matches_whole, pattern_problems
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
@@ -184,3 +185,35 @@ def _matched(
         names = ", ".join(layers_of)
         raise ValueError(f"lora.{what}: {pattern!r} matches none of the {kind}: {names}. Correct the name.")
     return {name: layers for name, layers in found.items() if layers}
+
+
+RankAndScaling = tuple[int, float]
+
+
+def ranks_and_scalings(config: ModelConfig, spec: LoraArgs) -> dict[str, RankAndScaling]:
+    """Returns {name: (rank, scaling)} of each targeted projection, for LoRA and DoRA.
+
+    Raises:
+      ValueError: a pattern that matches nothing or only some of a projection's adapters, or a rank below 1.
+    """
+    every = _of_all_targets(config, spec)
+    return {name: every[name] for name in target_layers(config, spec)}
+
+
+def parameter_ranks_and_scalings(config: ModelConfig, spec: LoraArgs) -> dict[str, RankAndScaling]:
+    """Returns {name: (rank, scaling)} of each targeted parameter of experts and routers.
+
+    Raises:
+      ValueError: as `ranks_and_scalings`.
+    """
+    every = _of_all_targets(config, spec)
+    return {name: every[name] for name in target_parameters(config, spec)}
+
+
+def _of_all_targets(config: ModelConfig, spec: LoraArgs) -> dict[str, RankAndScaling]:
+    layers_of = target_layers(config, spec) | target_parameters(config, spec)
+    ranks = values_by_pattern("rank_pattern", spec.rank_pattern, spec.rank, layers_of)
+    alphas = values_by_pattern("alpha_pattern", spec.alpha_pattern, spec.alpha, layers_of)
+    if wrong := [f"{rank} for {name}" for name, rank in ranks.items() if rank < 1]:
+        raise ValueError(f"lora.rank_pattern: found rank {', '.join(wrong)}, expected at least 1.")
+    return {name: (ranks[name], lora_scaling(ranks[name], alphas[name], spec.use_rslora)) for name in layers_of}

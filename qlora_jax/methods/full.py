@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from qlora_jax.nn.linear import FrozenLayer, QLinear
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
@@ -92,18 +92,3 @@ def make_trainable(linear: QLinear, dtype: DTypeLike) -> None:
     linear.adapter = TrainableLinear(weight.astype(dtype), bias)
     linear.weight = Frozen(weight[:0])  # zero layers: frees the memory and keeps (N, K)
     linear.bias = None if linear.bias is None else Frozen(linear.bias[...][:0])
-
-
-class TrainableTable(nnx.Module):
-    """A trainable table in place of the frozen one: `weight` [V, D] in f32 or bf16, cast to the compute dtype."""
-
-    def __init__(self, weight_VD: Float[Array, "V D"]):
-        self.weight = nnx.LoRAParam(weight_VD)
-
-    def lookup(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "_ D"]) -> Float[Array, "M D"]:
-        """Returns the row of each token, in the frozen table's dtype."""
-        return self.weight[...].at[tokens_M].get(mode="clip").astype(table_VD.dtype)
-
-    def insert_into(self, table_VD: jax.Array) -> jax.Array:
-        """Returns this table in the frozen one's dtype."""
-        return self.weight[...].astype(table_VD.dtype)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.adapters.lora import lora_deltas
+from qlora_jax.nn.lora import lora_deltas
 from tests.nn.gradients import check_vjp, random_array
 
 

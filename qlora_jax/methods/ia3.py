@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.adapters.column_scale import scale_columns
+from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.linear import FrozenLayer
 
 

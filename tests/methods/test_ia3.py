@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.adapters.ia3 import IA3
+from qlora_jax.methods.ia3 import IA3
 from tests.nn.frozen_linears import LAYER, K, M, N, dequantized_layer, random_linear
 from tests.nn.gradients import check_vjp, random_array
 

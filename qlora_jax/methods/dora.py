@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from qlora_jax.nn.adapters.column_scale import scale_columns
-from qlora_jax.nn.adapters.lora import adapter_deltas, add_delta, low_rank_deltas
+from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.linear import FrozenLayer, Weight, gather_layer, weight_specs
+from qlora_jax.nn.lora import adapter_deltas, add_delta, low_rank_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_tn
 from qlora_jax.nn.mixed_stack import MixedStack, Part, dense_weight
 from qlora_jax.nn.variables import Frozen, select_layer

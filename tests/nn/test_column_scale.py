@@ -1,6 +1,6 @@
 """Tests the scaling of columns and its custom VJP."""
 
-from qlora_jax.nn.adapters.column_scale import scale_columns
+from qlora_jax.nn.column_scale import scale_columns
 from tests.nn.frozen_linears import M, N
 from tests.nn.gradients import check_vjp, random_array
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.adapters.bottleneck import Bottleneck, bottleneck
+from qlora_jax.methods.bottleneck import Bottleneck, bottleneck
 from tests.nn.gradients import check_vjp, random_array
 
 M, D, R = 7, 24, 5

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.adapters.dora import DoRA, InferenceDoRA, row_norms
-from qlora_jax.nn.adapters.ia3 import IA3
+from qlora_jax.methods.dora import DoRA, InferenceDoRA, row_norms
+from qlora_jax.methods.ia3 import IA3
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.mixed_stack import MixedStack

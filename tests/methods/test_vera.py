@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.adapters.vera import VeRA, draw_projections
+from qlora_jax.methods.vera import VeRA, draw_projections
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.variables import Frozen
 from tests.nn.frozen_linears import LAYER, K, M, N, R, dequantized_layer, random_linear

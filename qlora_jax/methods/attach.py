@@ -11,35 +11,34 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
-from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.expert_adapters import add_expert_adapters
-from qlora_jax.models.model_sharding import born_cut
-from qlora_jax.models.partition import ModelParts, combine, partition
-from qlora_jax.models.ranks import ranks_and_scalings
-from qlora_jax.models.target_layers import (
+from qlora_jax.methods.bitfit import make_bias_trainable
+from qlora_jax.methods.bottleneck import Bottleneck
+from qlora_jax.methods.dora import DoRA, InferenceDoRA
+from qlora_jax.methods.expert_adapters import add_expert_adapters
+from qlora_jax.methods.full import make_trainable
+from qlora_jax.methods.ia3 import IA3
+from qlora_jax.methods.lora_fa import LoRAFA
+from qlora_jax.methods.oft import OFT, InferenceOFT
+from qlora_jax.methods.targets import (
     AUTO,
     ROUTER,
     Layers,
     projection_layers,
+    ranks_and_scalings,
     target_layers,
     target_layers_of,
     whole_stacks,
 )
-from qlora_jax.nn.adapters.bitfit import make_bias_trainable
-from qlora_jax.nn.adapters.bottleneck import Bottleneck
-from qlora_jax.nn.adapters.dora import DoRA, InferenceDoRA
-from qlora_jax.nn.adapters.full_rank import make_trainable
-from qlora_jax.nn.adapters.ia3 import IA3
-from qlora_jax.nn.adapters.lora import LoRA, initial_factors
-from qlora_jax.nn.adapters.lora_fa import LoRAFA
-from qlora_jax.nn.adapters.oft import OFT, InferenceOFT
-from qlora_jax.nn.adapters.vera import Projections, VeRA, draw_projections
+from qlora_jax.methods.vera import Projections, VeRA, draw_projections
+from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
+from qlora_jax.nn.lora import LoRA, initial_factors
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.regex import matches_end
-from qlora_jax.sharding import mesh_of
+from qlora_jax.sharding import born_cut, mesh_of
 
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
 LAST = "mlp.down_proj"

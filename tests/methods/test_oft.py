@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.adapters.oft import OFT, InferenceOFT, block_elements, block_size, rotation_change, skew_symmetric
+from qlora_jax.methods.oft import OFT, InferenceOFT, block_elements, block_size, rotation_change, skew_symmetric
 from tests.marks import SLOW
 from tests.nn.frozen_linears import LAYER, K, M, dequantized_layer, random_linear
 from tests.nn.gradients import check_vjp, random_array

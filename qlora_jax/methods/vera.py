@@ -15,9 +15,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from qlora_jax.nn.adapters.lora import adapter_deltas
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.lora import adapter_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen
 

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.adapters.lora import initial_factors
+from qlora_jax.nn.lora import initial_factors
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.mlp import ACTIVATIONS
 

@@ -8,15 +8,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.methods.expert_lora import ExpertLoRA
+from qlora_jax.methods.targets import ROUTER, Layers, parameter_ranks_and_scalings, target_parameters
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP
-from qlora_jax.models.model_sharding import born_cut
-from qlora_jax.models.ranks import parameter_ranks_and_scalings
-from qlora_jax.models.target_layers import ROUTER, Layers, target_parameters
-from qlora_jax.nn.adapters.expert_lora import ExpertLoRA
-from qlora_jax.nn.adapters.lora import LoRA, initial_factors
 from qlora_jax.nn.linear import named_key
+from qlora_jax.nn.lora import LoRA, initial_factors
+from qlora_jax.sharding import born_cut
 
 
 def add_expert_adapters(model: CausalLM, spec: LoraArgs, key: jax.Array, mesh: Mesh | None = None) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.nn.adapters.bitfit import TrainableBias, add_bias, make_bias_trainable
+from qlora_jax.methods.bitfit import TrainableBias, add_bias, make_bias_trainable
 from tests.nn.frozen_linears import LAYER, K, M, N, dequantized_layer, random_linear
 from tests.nn.gradients import check_vjp, random_array
 

@@ -8,7 +8,7 @@ import functools
 import jax
 from jaxtyping import Array, Float, Key
 
-from qlora_jax.nn.adapters.lora import LoRA, backward, forward
+from qlora_jax.nn.lora import LoRA, backward, forward
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
