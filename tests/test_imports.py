@@ -41,15 +41,16 @@ LAYERS = {
     "qlora_jax.optim": 3,
     "qlora_jax.nn": 3,
     "qlora_jax.models": 4,
-    "qlora_jax.io": 5,
-    "qlora_jax.inference": 5,
-    "qlora_jax.progress_reporter": 6,
-    "qlora_jax.evaluation": 7,
-    "qlora_jax.training": 8,
-    "qlora_jax.studies": 9,
-    "qlora_jax.api": 9,
+    "qlora_jax.methods": 5,
+    "qlora_jax.io": 6,
+    "qlora_jax.inference": 6,
+    "qlora_jax.progress_reporter": 7,
+    "qlora_jax.evaluation": 8,
+    "qlora_jax.training": 9,
+    "qlora_jax.studies": 10,
+    "qlora_jax.api": 10,
 }
-COMMANDS = 10  # every other top-level file: train.py, generate.py, ...
+COMMANDS = 11  # every other top-level file: train.py, generate.py, ...
 
 Graph = dict[str, set[str]]
 

@@ -53,6 +53,7 @@ class MethodDeclaration:
     Attributes:
       summary: one line of the help of `lora.method`.
       title: name in banners and model cards.
+      implementation: its `Method`, as "module:attribute".
       modules: what it adapts, in the banner.
       uses: names out of CONDITIONAL that it reads.
       some_layers: a projection may have adapters in some layers only.
@@ -65,6 +66,7 @@ class MethodDeclaration:
 
     summary: str
     title: str
+    implementation: str
     modules: str = "projections"
     uses: frozenset[str]
     some_layers: bool = False
@@ -82,6 +84,7 @@ METHODS = Registry(
         "lora": MethodDeclaration(
             summary="low-rank matrices",
             title="LoRA",
+            implementation="qlora_jax.methods.lora:METHOD",
             uses=LOW_RANK | {"init", "layers_to_transform", "target_parameters", "share_experts"},
             some_layers=True,
             loraplus=True,
@@ -89,20 +92,27 @@ METHODS = Registry(
         "lora_fa": MethodDeclaration(
             summary="LoRA whose A stays at its initial value",
             title="LoRA-FA",
+            implementation="qlora_jax.methods.lora_fa:METHOD",
             uses=LOW_RANK | {"layers_to_transform"},
             some_layers=True,
         ),
         "dora": MethodDeclaration(
-            summary="LoRA plus a trained norm per weight row", title="DoRA", uses=LOW_RANK | {"init"}, loraplus=True
+            summary="LoRA plus a trained norm per weight row",
+            title="DoRA",
+            implementation="qlora_jax.methods.dora:METHOD",
+            uses=LOW_RANK | {"init"},
+            loraplus=True,
         ),
         "ia3": MethodDeclaration(
             summary="scaling vectors for keys, values and the MLP's inner activations",
             title="(IA)^3",
+            implementation="qlora_jax.methods.ia3:METHOD",
             uses=ON_TARGETS | {"feedforward_modules"},
         ),
         "oft": MethodDeclaration(
             summary="rotations of inputs",
             title="OFT",
+            implementation="qlora_jax.methods.oft:METHOD",
             uses=ON_TARGETS
             | {
                 "dtype",
@@ -116,14 +126,21 @@ METHODS = Registry(
         "vera": MethodDeclaration(
             summary="vectors that scale frozen random matrices",
             title="VeRA",
+            implementation="qlora_jax.methods.vera:METHOD",
             uses=ON_TARGETS | {"rank", "dropout", "projection_prng_key", "d_initial"},
         ),
         "ln_tuning": MethodDeclaration(
-            summary="the norms", title="LayerNorm tuning", modules="norms", uses=ON_TARGETS, of_linears=False
+            summary="the norms",
+            title="LayerNorm tuning",
+            implementation="qlora_jax.methods.norms:METHOD",
+            modules="norms",
+            uses=ON_TARGETS,
+            of_linears=False,
         ),
         "bitfit": MethodDeclaration(
             summary="the biases",
             title="BitFit",
+            implementation="qlora_jax.methods.bitfit:METHOD",
             modules="layers with a bias",
             uses=ON_TARGETS - {"start"},
             of_linears=False,
@@ -132,6 +149,7 @@ METHODS = Registry(
         "houlsby": MethodDeclaration(
             summary="bottleneck adapters after attention and after the MLP",
             title="Houlsby adapter",
+            implementation="qlora_jax.methods.bottleneck:HOULSBY",
             modules="modules of a layer",
             uses=BOTTLENECK,
             refused_exports=_BOTTLENECKS_REFUSED,
@@ -139,6 +157,7 @@ METHODS = Registry(
         "pfeiffer": MethodDeclaration(
             summary="after the MLP only",
             title="Pfeiffer adapter",
+            implementation="qlora_jax.methods.bottleneck:PFEIFFER",
             modules="modules of a layer",
             uses=BOTTLENECK,
             refused_exports=_BOTTLENECKS_REFUSED,
@@ -146,6 +165,7 @@ METHODS = Registry(
         "full": MethodDeclaration(
             summary="every weight of the unquantized model",
             title="full finetuning",
+            implementation="qlora_jax.methods.full:METHOD",
             modules="layers",
             uses=frozenset({"dtype"}),
             on_mesh=False,

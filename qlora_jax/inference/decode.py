@@ -25,12 +25,11 @@ from jaxtyping import Array, Float, Int, Key
 from qlora_jax.inference.mesh_inference import CACHE, row_shapes, row_shards, run_on_mesh
 from qlora_jax.inference.sampling import Sampling, choose
 from qlora_jax.inference.token_ids import id_problems
-from qlora_jax.methods.attach import prepare_for_decoding
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
 from qlora_jax.sharding import ROWS, AnyMesh, gather_rows, mesh_of, named
 
 PREFILL_CHUNKS = (64, 256, 512)  # prompt tokens per call of the model

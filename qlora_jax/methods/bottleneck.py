@@ -12,9 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.method import Given, Method
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.lora import initial_factors
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.mlp import ACTIVATIONS
+from qlora_jax.nn.variables import TrainedLeaf
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -76,6 +81,11 @@ class Bottleneck(nnx.Module):
     scan over layers they have one layer.
     """
 
+    LEAVES = (
+        *(TrainedLeaf("down"), TrainedLeaf("down_bias", vector=True)),
+        *(TrainedLeaf("up"), TrainedLeaf("up_bias", vector=True)),
+    )
+
     def __init__(
         self,
         down: Float[Array, "*L D R"],
@@ -102,3 +112,32 @@ class Bottleneck(nnx.Module):
         leaves = (leaf[...] for leaf in (self.down, self.down_bias, self.up, self.up_bias))
         with jax.named_scope("bottleneck"):
             return bottleneck(x_MD, *leaves, self.activation)
+
+
+class BottleneckMethod(Method):
+    """Bottleneck adapters behind modules of each layer.
+
+    Args:
+      modules: "self_attn", "mlp".
+    """
+
+    def __init__(self, *modules: str):
+        self.modules = modules
+
+    def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
+        """Adds adapters that change nothing."""
+        config, layers = model.config, model.model.layers
+        for group in self.modules:
+            getattr(layers, group).adapter = Bottleneck.init(
+                named_key(given.key, f"model.layers.{group}"),
+                config.num_layers,
+                config.embed_dim,
+                rank=spec.rank,
+                activation=spec.bottleneck_activation,
+                dtype=spec.dtype,
+            )
+
+
+# The modules of a layer whose results go through adapters, by method.
+BOTTLENECKS = {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",)}
+HOULSBY, PFEIFFER = (BottleneckMethod(*modules) for modules in BOTTLENECKS.values())

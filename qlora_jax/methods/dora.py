@@ -14,19 +14,22 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.lora import LowRankMethod, LowRankStart
+from qlora_jax.methods.method import Given
 from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
-from qlora_jax.nn.linear import FrozenLayer, Weight, gather_layer, weight_specs
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight, gather_layer, weight_specs
 from qlora_jax.nn.lora import adapter_deltas, add_delta, low_rank_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_tn
 from qlora_jax.nn.mixed_stack import MixedStack, Part, dense_weight
-from qlora_jax.nn.variables import Frozen, select_layer
+from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh, gathered, lora_spec, shards_of
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
-class DoRA(nnx.Module):
+class DoRA(LinearAdapter):
     """y = magnitude / ||W + scaling (A B)^T|| * (x W^T + scaling x A B) + b, with norms of rows, as PEFT computes it.
 
     Gradients treat the norm as a constant (section 4.3 of the paper). With dropout d(x), PEFT computes only the change
@@ -43,6 +46,8 @@ class DoRA(nnx.Module):
     `lora_a` [L, K, R] and `lora_b` [L, R, N] are in f32 or bf16. `magnitude` [L, N] is in f32, because bf16 would round
     its updates away. Inside the scan over layers they have one layer each. `weight_norms2` [L, N] in f32 is frozen.
     """
+
+    LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"), TrainedLeaf("magnitude", vector=True))
 
     def __init__(
         self,
@@ -120,9 +125,9 @@ class DoRA(nnx.Module):
         whole_NK = add_delta(weight, self)
         return whole_NK * (self.magnitude[...] / jnp.linalg.norm(whole_NK, axis=1))[:, None]
 
-    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
-        """Returns the bias unchanged."""
-        return bias
+    def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "DoRA":
+        """Returns the adapter with its norms computed once."""
+        return InferenceDoRA(self, weight, mesh)
 
 
 class InferenceDoRA(DoRA):
@@ -132,6 +137,8 @@ class InferenceDoRA(DoRA):
       mesh: the devices that the adapter and the weight are cut over; None: one device.
     """
 
+    LEAVES = (*DoRA.LEAVES, TrainedLeaf("scale", vector=True))
+
     def __init__(self, adapter: DoRA, weight: Weight, mesh: AnyMesh | None = None):
         a, b, magnitude = (leaf[...] for leaf in (adapter.lora_a, adapter.lora_b, adapter.magnitude))
         norms2 = adapter.weight_norms2[...]
@@ -140,6 +147,10 @@ class InferenceDoRA(DoRA):
 
     def _scale(self, frozen: FrozenLayer, dtype: DTypeLike) -> jax.Array:
         return self.scale[...]
+
+    def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "DoRA":
+        """Returns itself."""
+        return self
 
 
 def row_norms(
@@ -220,3 +231,15 @@ def _on_every_device(program: Callable[[PyTree], jax.Array], arrays: PyTree, spe
         check_vma=False,  # kernels' results carry no such types
     )
     return run(arrays)
+
+
+class DoRAMethod(LowRankMethod):
+    """DoRA on projections."""
+
+    def adapter(self, start: LowRankStart, spec: LoraArgs, given: Given) -> DoRA:
+        """Returns the adapter of one projection."""
+        weight = start.linear.weight.get_value()
+        return DoRA.init(start.lora_a, start.lora_b, weight, start.scaling, spec.dropout, given.mesh)
+
+
+METHOD = DoRAMethod()

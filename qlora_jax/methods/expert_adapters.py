@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.expert_lora import ExpertLoRA
-from qlora_jax.methods.targets import ROUTER, Layers, parameter_ranks_and_scalings, target_parameters
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.methods.targets import Layers, parameter_ranks_and_scalings, target_parameters
+from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP
 from qlora_jax.nn.linear import named_key

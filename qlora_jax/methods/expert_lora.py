@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.grouped_matmul import Groups
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.variables import TrainedLeaf
 
 
 class ExpertLoRA(nnx.Module):
@@ -26,6 +27,8 @@ class ExpertLoRA(nnx.Module):
       lora_b: [S, E, R, N] or [S, 1, R, N].
       layers: the numbers of the S layers in the model, ascending; None: all.
     """
+
+    LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"))
 
     def __init__(
         self,

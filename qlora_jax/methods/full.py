@@ -11,9 +11,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.linear import FrozenLayer, QLinear
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.method import Given, Method, linears, norms
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, QLinear
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.variables import Frozen
+from qlora_jax.nn.variables import Frozen, TrainedLeaf
 
 
 @jax.custom_vjp
@@ -40,11 +43,13 @@ def _backward(residuals, dy_MN):
 trainable_linear.defvjp(_forward, _backward)
 
 
-class TrainableLinear(nnx.Module):
+class TrainableLinear(LinearAdapter):
     """y = x W^T + b in place of the frozen layer.
 
     `weight` [L, N, K] is in f32 or bf16, `bias` [L, N] in f32 or None. Inside the scan over layers they have one layer.
     """
+
+    LEAVES = (TrainedLeaf("weight"), TrainedLeaf("bias", vector=True))
 
     def __init__(self, weight: Float[Array, "*L N K"], bias: Float[Array, "*L N"] | None):
         self.weight = nnx.LoRAParam(weight)
@@ -92,3 +97,23 @@ def make_trainable(linear: QLinear, dtype: DTypeLike) -> None:
     linear.adapter = TrainableLinear(weight.astype(dtype), bias)
     linear.weight = Frozen(weight[:0])  # zero layers: frees the memory and keeps (N, K)
     linear.bias = None if linear.bias is None else Frozen(linear.bias[...][:0])
+
+
+class FullMethod(Method):
+    """Every weight of an unquantized model trains; tables: models/trainable_embeddings.py."""
+
+    def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
+        """Makes all linear layers and norms trainable."""
+        if model.config.experts is not None:
+            raise ValueError(
+                "lora.method=full: the model is a mixture of experts, whose experts cannot train in full (found "
+                f"{model.config.experts.count} experts per layer). Set lora.method=lora, with lora.target_parameters "
+                "for adapters on experts."
+            )
+        for _, linear in linears(model):
+            make_trainable(linear, spec.dtype)
+        for _, norm in norms(model):
+            norm.make_trainable()
+
+
+METHOD = FullMethod()

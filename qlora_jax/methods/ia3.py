@@ -3,7 +3,8 @@
 Dimension key: L layers, M rows, K in, N out.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,25 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.method import Given, Method, linears
+from qlora_jax.methods.targets import AUTO, Layers, projection_layers, target_layers, whole_stacks
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.column_scale import scale_columns
-from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
+from qlora_jax.nn.variables import TrainedLeaf
+from qlora_jax.regex import matches_end
 
 
-class IA3(nnx.Module):
+class IA3(LinearAdapter):
     """y = (x W^T + b) * vector, or (x * vector) W^T + b if `on_input`; PEFT's IA3.
 
     `vector` is [L, N], or [L, K] if `on_input`. It is in f32, because it starts at 1, where bf16 would round updates
     away. Inside the scan over layers it has one layer.
     """
+
+    LEAVES = (TrainedLeaf("vector", vector=True),)
 
     def __init__(self, vector: Float[Array, "*L _"], on_input: bool):
         self.vector = nnx.LoRAParam(vector)
@@ -59,3 +69,48 @@ class IA3(nnx.Module):
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
         """Returns bias * vector in f32, or the bias unchanged if `on_input`."""
         return bias if self.on_input else bias.astype(jnp.float32) * self.vector[...]
+
+
+# The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
+LAST = "mlp.down_proj"
+IA3_TARGETS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", LAST)
+
+
+def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[str]]:
+    """Returns (projections that get a vector, those of them whose inputs are scaled).
+
+    The defaults are keys, values, and the inputs of the MLP's last projection.
+
+    Raises:
+      ValueError: a pattern that matches nothing, or only some layers of a stack.
+    """
+    names = {name: config.hugging_face_name(f"model.layers.{name}") for name in config.linear_shapes()}
+    usual = [names[name] for name in IA3_TARGETS if name in names]
+    scaled = usual if spec.target_modules == AUTO else list(target_layers(config, spec))
+    if spec.feedforward_modules is None:
+        return scaled, [name for name in scaled if name == names.get(LAST)]
+    layers_of: dict[str, Layers] = {name: projection_layers(config)[name] for name in scaled}
+    found = [
+        name
+        for entry in spec.feedforward_modules
+        for name in whole_stacks("feedforward_modules", re.escape(entry), matches_end, layers_of)
+    ]
+    return scaled, found
+
+
+class IA3Method(Method):
+    """(IA)^3 on projections."""
+
+    def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
+        """Returns the projections that get a vector."""
+        return ia3_targets(config, spec)[0]
+
+    def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
+        """Adds a vector of ones to each targeted projection."""
+        scaled, on_inputs = ia3_targets(model.config, spec)
+        stacks, known = projection_layers(model.config), dict(linears(model))
+        for name in scaled:
+            known[name].adapter = IA3.init(len(stacks[name]), known[name].shape, on_input=name in on_inputs)
+
+
+METHOD = IA3Method()

@@ -8,7 +8,11 @@ import functools
 import jax
 from jaxtyping import Array, Float, Key
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.lora import LowRankMethod, LowRankStart
+from qlora_jax.methods.method import Given
 from qlora_jax.nn.lora import LoRA, backward, forward
+from qlora_jax.nn.variables import TrainedLeaf
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -35,5 +39,16 @@ fixed_a_deltas.defvjp(_forward, backward)
 class LoRAFA(LoRA):
     """LoRA in which only B trains."""
 
-    UNTRAINED = ("lora_a",)
+    LEAVES = (TrainedLeaf("lora_a", trained=False), TrainedLeaf("lora_b"))
     DELTAS = staticmethod(fixed_a_deltas)
+
+
+class LoRAFAMethod(LowRankMethod):
+    """LoRA-FA on projections."""
+
+    def adapter(self, start: LowRankStart, spec: LoraArgs, given: Given) -> LoRAFA:
+        """Returns the adapter of one projection."""
+        return LoRAFA(start.lora_a, start.lora_b, start.scaling, spec.dropout, start.layers)
+
+
+METHOD = LoRAFAMethod()

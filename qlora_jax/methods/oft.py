@@ -9,7 +9,7 @@ Dimension key: L layers, M rows, K in, N out, C blocks, S block size, E trained 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.method import Given, Method, linears, target_shapes
+from qlora_jax.methods.targets import projection_layers
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight
 from qlora_jax.nn.matmul import dot_nn, dot_tn, row_major
+from qlora_jax.nn.variables import TrainedLeaf
+from qlora_jax.sharding import AnyMesh
 
 
 def block_elements(size: int) -> int:
@@ -130,12 +137,14 @@ def _backward(neumann_terms, residuals, dy_MK):
 rotate.defvjp(_forward, _backward)
 
 
-class OFT(nnx.Module):
+class OFT(LinearAdapter):
     """y = (x R) W^T + b with an orthogonal, block-diagonal R; PEFT's OFT.
 
     `oft_r` [L, C, E] is in f32 or bf16, the triangles of Q; C is 1 if all blocks share one. Inside the scan over layers
     it has one layer.
     """
+
+    LEAVES = (TrainedLeaf("oft_r"),)
 
     def __init__(self, oft_r: Float[Array, "*L C E"], neumann_terms: int | None):
         self.oft_r = nnx.LoRAParam(oft_r)
@@ -173,13 +182,15 @@ class OFT(nnx.Module):
         change_CSS = rotation_change(skew_symmetric(self.oft_r[...]), self.neumann_terms)
         return add_rotation(weight.astype(jnp.float32), jnp.swapaxes(change_CSS, -1, -2))
 
-    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
-        """Returns the bias unchanged."""
-        return bias
+    def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "OFT":
+        """Returns the adapter with its rotations computed once."""
+        return InferenceOFT(self)
 
 
 class InferenceOFT(OFT):
     """OFT with rotations computed once, for inference only. `rotation` [L, C, S, S] is R - I."""
+
+    LEAVES = (*OFT.LEAVES, TrainedLeaf("rotation"))
 
     def __init__(self, adapter: OFT):
         super().__init__(adapter.oft_r[...], adapter.neumann_terms)
@@ -187,3 +198,47 @@ class InferenceOFT(OFT):
 
     def _rotated(self, x_MK: jax.Array) -> jax.Array:
         return add_rotation(x_MK, self.rotation[...])
+
+    def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "OFT":
+        """Returns itself."""
+        return self
+
+
+def oft_blocks(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
+    """Returns {Hugging Face name: (trained blocks, block size)} of each projection whose inputs OFT rotates.
+
+    One block trains if all share it.
+
+    Raises:
+      ValueError: the inputs of a projection are not a multiple of the blocks, or a pattern that matches nothing or only
+        some layers of a stack.
+    """
+    setting, value = ("oft_blocks", spec.oft_blocks) if spec.oft_blocks else ("oft_block_size", spec.oft_block_size)
+    inputs = {name: k for name, (_, k) in target_shapes(config, spec).items()}
+    if single := [name for name, k in inputs.items() if k == spec.oft_blocks]:
+        raise ValueError(
+            f"lora.oft_blocks: found {value}, which makes blocks of 1 input in {', '.join(single)}, and these do not "
+            "rotate. Set a smaller number of blocks."
+        )
+    if wrong := [f"{name} has {k} inputs" for name, k in inputs.items() if k % value]:
+        raise ValueError(f"lora.{setting}: found {value}, but {'; '.join(wrong)}. Set it to a divisor of all of these.")
+    counts = {name: (value, k // value) if spec.oft_blocks else (k // value, value) for name, k in inputs.items()}
+    return {name: (1 if spec.block_share else count, size) for name, (count, size) in counts.items()}
+
+
+class OFTMethod(Method):
+    """OFT on projections."""
+
+    def targets(self, config: ModelConfig, spec: LoraArgs) -> Mapping[str, tuple[int, int]]:
+        """Returns the projections whose inputs rotate, with their blocks."""
+        return oft_blocks(config, spec)
+
+    def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
+        """Adds rotations by nothing to each targeted projection."""
+        terms = spec.num_cayley_neumann_terms if spec.use_cayley_neumann else None
+        stacks, known = projection_layers(model.config), dict(linears(model))
+        for name, blocks in oft_blocks(model.config, spec).items():
+            known[name].adapter = OFT.init(len(stacks[name]), *blocks, neumann_terms=terms, dtype=spec.dtype)
+
+
+METHOD = OFTMethod()

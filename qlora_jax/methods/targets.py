@@ -10,12 +10,11 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.config.methods import METHODS, methods_with
 from qlora_jax.metadata import shorten
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.nn.lora import lora_scaling
 from qlora_jax.regex import file_pattern_problems, matches_end, matches_whole, pattern_problems
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
-ROUTER = "mlp.gate"  # our name within a layer
 
 Matches = Callable[[str, str], bool]  # (pattern, full name)
 Layers = tuple[int, ...]

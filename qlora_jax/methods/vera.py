@@ -5,7 +5,7 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out, R rank.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,11 +15,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.method import Given, Method, linears, target_shapes
+from qlora_jax.methods.targets import projection_layers, target_layers
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.dropout import apply_dropout
-from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
 from qlora_jax.nn.lora import adapter_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.variables import Frozen
+from qlora_jax.nn.variables import Frozen, TrainedLeaf
 
 
 class Projections(NamedTuple):
@@ -105,13 +110,15 @@ def _backward(dropout, residuals, dys):
 vera_deltas.defvjp(_forward, _backward)
 
 
-class VeRA(nnx.Module):
+class VeRA(LinearAdapter):
     """y = x W^T + b + lambda_b * ((lambda_d * dropout(x) A) B^T); PEFT's VeRA.
 
     `lambda_d` [L, R] and `lambda_b` [L, N] train in f32. Inside the scan over layers they have one layer each. A and B
     are frozen Variables that all adapters of a model share: `a` [K, R] and `b` [N, R] of the largest K and N, of which
     each adapter takes the first rows.
     """
+
+    LEAVES = (TrainedLeaf("lambda_d", vector=True), TrainedLeaf("lambda_b", vector=True))
 
     def __init__(
         self, lambda_d: Float[Array, "*L R"], lambda_b: Float[Array, "*L N"], a: Frozen, b: Frozen, dropout: float
@@ -156,10 +163,6 @@ class VeRA(nnx.Module):
         delta_NK = dot_nt(self.lambda_b[...][:, None] * b_NR * self.lambda_d[...][None], a_KR)
         return weight.astype(jnp.float32) + delta_NK
 
-    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
-        """Returns the bias unchanged."""
-        return bias
-
 
 def _deltas(
     adapters: Sequence[VeRA], x_MK: jax.Array, dropout: float, keys_B: jax.Array | None
@@ -170,3 +173,37 @@ def _deltas(
     lambda_ds = tuple(adapter.lambda_d[...] for adapter in adapters)
     lambda_bs = tuple(adapter.lambda_b[...] for adapter in adapters)
     return vera_deltas(x_MK, a_KR, bs, lambda_ds, lambda_bs, dropout, keys_B)
+
+
+def vera_projections(config: ModelConfig, spec: LoraArgs) -> Projections:
+    """Returns the frozen A and B of VeRA, which all targeted projections share."""
+    return draw_projections(spec.projection_prng_key, spec.rank, largest_shape(config, spec))
+
+
+def largest_shape(config: ModelConfig, spec: LoraArgs) -> tuple[int, int]:
+    """Returns the largest N and the largest K of the targeted projections."""
+    shapes = target_shapes(config, spec).values()
+    return max(n for n, _ in shapes), max(k for _, k in shapes)
+
+
+class VeRAMethod(Method):
+    """VeRA on projections."""
+
+    def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
+        """Returns the targeted projections."""
+        return target_layers(config, spec)
+
+    def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
+        """Adds vectors to each targeted projection, and A and B, which they share, to the base."""
+        shapes = target_shapes(model.config, spec)
+        a, b = vera_projections(model.config, spec) if given.frozen is None else Projections(**given.frozen)
+        dtype = model.model.embed_tokens.weight.get_value().dtype
+        shared = Frozen(jnp.asarray(a.T, dtype)), Frozen(jnp.asarray(b, dtype))
+        stacks, known = projection_layers(model.config), dict(linears(model))
+        for name, (n, _) in shapes.items():
+            known[name].adapter = VeRA.init(
+                len(stacks[name]), n, *shared, d_initial=spec.d_initial, dropout=spec.dropout
+            )
+
+
+METHOD = VeRAMethod()

@@ -12,12 +12,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from qlora_jax.methods.bottleneck import Bottleneck
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.nn.attention.branching import Spans
 from qlora_jax.nn.attention.causal import cached_attention, causal_attention
-from qlora_jax.nn.linear import QLinear, project
+from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
 from qlora_jax.nn.variables import Frozen, select_layer
@@ -101,7 +100,7 @@ class Attention(nnx.Module):
         heads = (config.num_layers, config.num_heads)
         self.sinks = Frozen(jnp.zeros(heads, dtype)) if config.attention_sinks else None
         self.config = config
-        self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
+        self.adapter: ModuleAdapter | None = nnx.data(None)  # data: an adapter may be set later
 
     def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
         q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, keys_B)

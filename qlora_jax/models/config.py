@@ -34,6 +34,7 @@ class NormPlacement:
 
 
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+ROUTER = "mlp.gate"  # our name within a layer
 NORM_PLACEMENTS = {
     "pre": NormPlacement(before_attention=ATTENTION_NORM, before_mlp=MLP_NORM),
     "post": NormPlacement(after_attention="post_attention_layernorm", after_mlp="post_feedforward_layernorm"),

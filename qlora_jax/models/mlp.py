@@ -11,11 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from qlora_jax.methods.bottleneck import Bottleneck
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.experts import ExpertLinear, Experts
-from qlora_jax.nn.linear import QLinear, project
+from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.router import Router, route, routing_sums
 
@@ -36,7 +35,7 @@ class MLP(nnx.Module):
         for name, linear in linears.items():
             setattr(self, name, linear)
         self.config = config
-        self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
+        self.adapter: ModuleAdapter | None = nnx.data(None)  # data: an adapter may be set later
 
     def __call__(self, x_MD, layer, keys_B):
         result_MD = self.down_proj(self._inner(x_MD, layer, keys_B), layer, keys_B)
@@ -79,7 +78,7 @@ class SparseMLP(nnx.Module):
         self.rule = config.experts
         self.gate, self.experts = gate, experts
         self.shared_experts, self.shared_expert_gate = nnx.data(shared_experts), nnx.data(shared_expert_gate)
-        self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
+        self.adapter: ModuleAdapter | None = nnx.data(None)  # data: an adapter may be set later
 
     def __call__(self, x_MD, layer, keys_B, counted_BT=None) -> tuple[jax.Array, RoutingSums | None]:
         """Returns the result, and the sums of the router if `counted_BT` says which tokens count."""
@@ -124,7 +123,7 @@ class MixtureMLP(nnx.Module):
         self.experts = _experts(config, weights)
         self.shared_experts = nnx.data(_shared_experts(config, weights))
         self.shared_expert_gate = nnx.data(_shared_expert_gate(config, weights))
-        self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
+        self.adapter: ModuleAdapter | None = nnx.data(None)  # data: an adapter may be set later
 
     def in_layers(self, run: range) -> MLP | SparseMLP:
         """Returns the MLP of consecutive layers that are all dense or all sparse."""

@@ -8,7 +8,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from qlora_jax.models.config import ROUTER
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.linear import QLinear
+from qlora_jax.nn.variables import TrainedLeaf
+from qlora_jax.sharding import mesh_of
 
 Lora = dict[str, dict[str, jax.Array]]
 AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]  # the same, also in host memory
@@ -52,9 +56,13 @@ def is_table(name: str) -> bool:
 def partition(model: nnx.Module) -> ModelParts:
     """Returns the parts of a model; `combine` is the inverse."""
     graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
-    nodes = (type(node) for _, node in nnx.iter_graph(model))
-    untrained = sorted({name for node in nodes for name in getattr(node, "UNTRAINED", ())})
+    untrained = sorted({leaf.name for leaf in trained_leaves(model) if not leaf.trained})
     return ModelParts(graphdef, _to_dict(lora), base, tuple(untrained))
+
+
+def trained_leaves(model: nnx.Module) -> set[TrainedLeaf]:
+    """Returns what the modules of a model declare of their trained arrays."""
+    return {leaf for _, node in nnx.iter_graph(model) for leaf in getattr(node, "LEAVES", ())}
 
 
 def split_leaves[Leaf](
@@ -93,3 +101,23 @@ def _to_dict(state: nnx.State) -> Lora:
         assert adapter == "adapter", path
         lora.setdefault(".".join(name), {})[leaf] = variable.get_value()
     return lora
+
+
+def prepare_for_decoding(parts: ModelParts) -> ModelParts:
+    """Returns the model for many calls of few tokens, with the shared parts computed once.
+
+    These are the norms of DoRA, the rotations of OFT, and the cast of matrices to the compute dtype. Those of routers,
+    which compute in f32, are not cast.
+    """
+    model, mesh = combine(parts), mesh_of(parts)
+    linears = [node for _, node in nnx.iter_graph(model) if isinstance(node, QLinear) and node.adapter is not None]
+    for linear in linears:
+        linear.adapter = linear.adapter.for_decoding(linear.weight.get_value(), mesh)
+    dtype = model.model.embed_tokens.weight[...].dtype
+    settled, vectors = partition(model), {leaf.name for leaf in trained_leaves(model) if leaf.vector}
+    cast = {
+        name: {leaf: values if leaf in vectors else values.astype(dtype) for leaf, values in leaves.items()}
+        for name, leaves in settled.lora.items()
+        if not name.endswith(ROUTER)
+    }
+    return settled.with_lora({**settled.lora, **cast})

@@ -4,6 +4,8 @@ Dimension key: M tokens, k choices per token, S sparse layers, E experts, P slot
 D embed, N out, K in.
 """
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,7 +21,6 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     weights_of_slots,
 )
-from qlora_jax.methods.expert_lora import ExpertLoRA
 from qlora_jax.nn.expert_activation import weighted_activation
 from qlora_jax.nn.linear import OneLayer
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
@@ -31,11 +32,19 @@ from qlora_jax.nn.variables import Frozen, select_layer
 ExpertWeight = QTensor | GgmlTensor | MixedStack | PaddedStack | jax.Array
 
 
+class ExpertDelta(Protocol):
+    """What trains next to one parameter of the experts."""
+
+    def __call__(self, x_PK: Float[Array, "P K"], groups: Groups) -> Float[Array, "P N"]:
+        """Returns what it adds to the result of each slot."""
+        ...
+
+
 class ExpertAdapter(nnx.Module):
     """The place of an adapter on gate and up together, which are two weights."""
 
     def __init__(self):
-        self.adapter: ExpertLoRA | None = nnx.data(None)  # data: an adapter may be set later
+        self.adapter: ExpertDelta | None = nnx.data(None)  # data: an adapter may be set later
 
 
 class ExpertLinear(ExpertAdapter):

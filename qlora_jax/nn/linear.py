@@ -3,10 +3,11 @@
 Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 """
 
+import abc
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol
 
 import jax
 from flax import nnx
@@ -21,7 +22,7 @@ from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
 from qlora_jax.nn.padded_stack import PaddedStack
-from qlora_jax.nn.variables import Frozen, select_layer
+from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec
 
 
@@ -107,15 +108,19 @@ class FrozenLayer:
         return y_MN + bias_N.astype(y_MN.dtype)[None]
 
 
-@runtime_checkable
-class Adapter(Protocol):
-    """Interface between a frozen linear layer and what trains on top of it.
+class LinearAdapter(nnx.Module):
+    """What trains on top of a frozen linear layer, or in place of it.
 
-    Leaves that train are `nnx.LoRAParam`s. Inside the scan over layers they have the values of one layer, while frozen
-    leaves stay stacked.
+    Inside the scan over layers, leaves have the values of one layer, while frozen leaves stay stacked.
+
+    Attributes:
+      LEAVES: what trains, by attribute.
     """
 
+    LEAVES: ClassVar[tuple[TrainedLeaf, ...]]
+
     @staticmethod
+    @abc.abstractmethod
     def apply(
         adapters: Sequence, x_MK: jax.Array, frozen: Sequence[FrozenLayer], keys: Sequence[jax.Array | None]
     ) -> list[jax.Array]:
@@ -124,18 +129,29 @@ class Adapter(Protocol):
         Each layer has its adapter of this kind, its frozen layer, and a dropout key per row of the batch (None: no
         dropout).
         """
-        ...
 
-    def select_layer(self, layer: int) -> "Adapter":
+    @abc.abstractmethod
+    def select_layer(self, layer: int) -> "LinearAdapter":
         """Returns the adapter of one layer of the stack."""
-        ...
 
+    @abc.abstractmethod
     def merge(self, weight: jax.Array) -> jax.Array:
         """Returns the f32 weight that computes the same as `weight` with this adapter of one layer."""
-        ...
 
     def merge_bias(self, bias: jax.Array) -> jax.Array:
         """Returns the bias that belongs to the merged weight."""
+        return bias
+
+    def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "LinearAdapter":
+        """Returns the adapter for many calls of few tokens, with what they share computed once."""
+        return self
+
+
+class ModuleAdapter(Protocol):
+    """What trains behind a whole module, such as attention."""
+
+    def __call__(self, x_MD: jax.Array) -> jax.Array:
+        """Returns the module's result with the adapter's change."""
         ...
 
 
@@ -152,7 +168,7 @@ class QLinear(nnx.Module):
         self.name = name
         self.weight = Frozen(weight)
         self.bias = None if bias is None else Frozen(bias)
-        self.adapter: Adapter | None = nnx.data(None)  # data: an adapter may be set later
+        self.adapter: LinearAdapter | None = nnx.data(None)  # data: an adapter may be set later
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from qlora_jax.nn.dropout import apply_dropout
-from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.variables import TrainedLeaf
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -103,7 +104,7 @@ class LowRank(HasDropout, Protocol):
     scaling: float
 
 
-class LoRA(nnx.Module):
+class LoRA(LinearAdapter):
     """LoRA or rsLoRA on one projection (Hu et al., 2021): `scaling` is alpha / rank, or alpha / sqrt(rank).
 
     `lora_a` [L, K, R] and `lora_b` [L, R, N] are in f32 or bf16. Inside the scan over layers they have one layer each.
@@ -111,6 +112,8 @@ class LoRA(nnx.Module):
     Args:
       layers: the numbers of the L layers in the model, ascending; None: all.
     """
+
+    LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"))
 
     DELTAS = staticmethod(lora_deltas)
 
@@ -165,10 +168,6 @@ class LoRA(nnx.Module):
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """Returns weight + scaling * (A B)^T, in f32."""
         return add_delta(weight, self)
-
-    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
-        """Returns the bias unchanged."""
-        return bias
 
 
 def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:

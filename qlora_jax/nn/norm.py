@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.variables import Frozen, select_layer
+from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -107,6 +107,8 @@ class TrainableNorm(nnx.Module):
     A leaf that is None does not train, or does not exist. Leaves are rounded to the compute dtype in use. So a model
     that is saved in that dtype computes the same.
     """
+
+    LEAVES = (TrainedLeaf("gain", vector=True), TrainedLeaf("bias", vector=True))
 
     def __init__(self, gain: Float[Array, "*L D"] | None, bias: Float[Array, "*L D"] | None):
         self.gain = None if gain is None else nnx.LoRAParam(gain)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.nn.variables import TrainedLeaf
+
 Pooling = Literal["last", "mean"]
 INIT_STD = 0.02  # for configs without initializer_range
 
@@ -30,6 +32,8 @@ class HeadSpec:
 
 class ScoreMatrix(nnx.Module):
     """The trained matrix `weight` [D, C], in f32; the transpose of `score.weight` in transformers."""
+
+    LEAVES = (TrainedLeaf("weight"),)
 
     def __init__(self, weight_DC: Float[Array, "D C"]):
         self.weight = nnx.LoRAParam(weight_DC)

@@ -1,6 +1,6 @@
 """The Variable of frozen arrays. Arrays that optax trains are `nnx.LoRAParam`s."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -13,6 +13,20 @@ class Frozen(nnx.Variable):
 
     Holds an array or a QTensor. Where layers are stacked, every leaf has a leading axis of layers.
     """
+
+
+class TrainedLeaf(NamedTuple):
+    """An array of a module that trains.
+
+    Fields:
+      name: of the attribute, an `nnx.LoRAParam`.
+      vector: it stays in f32 when a model is prepared for decoding.
+      trained: False: it has no gradient and no optimizer state, but checkpoints have it.
+    """
+
+    name: str
+    vector: bool = False
+    trained: bool = True
 
 
 def select_layer(stack: jax.Array, layer: jax.Array | int | None) -> jax.Array:

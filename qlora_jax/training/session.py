@@ -23,7 +23,8 @@ from qlora_jax.io.loading.stored_codes import stored_types, with_dense_layers
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
-from qlora_jax.methods.attach import add_lora, check_targets, our_names
+from qlora_jax.methods.attach import add_lora, check_targets
+from qlora_jax.methods.method import our_names
 from qlora_jax.methods.targets import ranks_and_scalings
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat

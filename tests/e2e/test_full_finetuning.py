@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_finetuned, open_pretrained
-from qlora_jax.methods.attach import prepare_for_decoding
-from qlora_jax.models.partition import combine
+from qlora_jax.models.partition import combine, prepare_for_decoding
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume

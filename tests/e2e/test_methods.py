@@ -11,8 +11,7 @@ from qlora_jax.config import methods
 from qlora_jax.export import main as export
 from qlora_jax.io.export.methods import refusal
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
-from qlora_jax.methods.attach import prepare_for_decoding
-from qlora_jax.models.partition import combine
+from qlora_jax.models.partition import combine, prepare_for_decoding
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
 from tests.e2e.tiny_runs import arrays_at, first_losses_before_and_after, numbers, run, stop_and_resume

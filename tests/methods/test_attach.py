@@ -8,7 +8,10 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import add_lora, bias_targets, linears, norm_targets
+from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.bitfit import bias_targets
+from qlora_jax.methods.method import linears
+from qlora_jax.methods.norms import norm_targets
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

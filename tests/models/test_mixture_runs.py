@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import add_lora, prepare_for_decoding
+from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import partition, prepare_for_decoding
 from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.step import gradients

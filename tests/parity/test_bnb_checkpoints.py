@@ -14,7 +14,8 @@ from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.methods.attach import add_lora, linears
+from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.method import linears
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.keep_16bit import keep_in_16_bits

@@ -16,7 +16,8 @@ from qlora_jax.io.hf.model_writer import write_dense_folder
 from qlora_jax.io.peft.embeddings import module_name
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.io.tensor_map import slots_of
-from qlora_jax.methods.attach import BOTTLENECKS, norm_targets
+from qlora_jax.methods.bottleneck import BOTTLENECKS
+from qlora_jax.methods.norms import norm_targets
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.models.tensor_names import layer_name

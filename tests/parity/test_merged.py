@@ -17,7 +17,7 @@ from qlora_jax.io.hf import shard_writer
 from qlora_jax.io.hf.fused_experts import name_in_files
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
-from qlora_jax.methods.attach import linears
+from qlora_jax.methods.method import linears
 from qlora_jax.nn.lora import LoRA
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder

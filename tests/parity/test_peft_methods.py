@@ -17,7 +17,7 @@ from qlora_jax.export import main
 from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.io.run_folder.checkpoint import Run
-from qlora_jax.methods.attach import ia3_targets
+from qlora_jax.methods.ia3 import ia3_targets
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from tests.io.gguf_families import FAMILIES, random_tensors

@@ -11,7 +11,7 @@ import numpy as np
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.initial_file import InitialAdapter
 from qlora_jax.io.run_folder.checkpoint import Run
-from qlora_jax.methods.attach import Factors
+from qlora_jax.methods.method import Factors
 
 NOTE = (
     "lora.init={}: this is a LoRA of twice the rank over the original 16-bit model. It does not contain the "

@@ -28,8 +28,9 @@ from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.metadata import JsonObject
-from qlora_jax.methods.attach import ia3_targets, vera_projections
+from qlora_jax.methods.ia3 import ia3_targets
 from qlora_jax.methods.targets import adapter_layers, some_layers
+from qlora_jax.methods.vera import vera_projections
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays

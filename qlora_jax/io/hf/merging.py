@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.io.tensor_map import Slot
-from qlora_jax.methods.attach import linears, norms
 from qlora_jax.methods.expert_lora import ExpertLoRA
-from qlora_jax.methods.targets import ROUTER
+from qlora_jax.methods.method import linears, norms
+from qlora_jax.models.config import ROUTER
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP
 from qlora_jax.models.tensor_names import EXPERT, LAYER
-from qlora_jax.nn.linear import Adapter
+from qlora_jax.nn.linear import LinearAdapter
 from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.norm import TrainableNorm
 
@@ -37,7 +37,7 @@ class ExpertPart:
         return LoRA(a_EKR[own], b_RN, self.adapter.scaling, 0.0)
 
 
-Mergeable = Adapter | TrainableNorm | ExpertPart  # can be merged into the tensors of a module
+Mergeable = LinearAdapter | TrainableNorm | ExpertPart  # can be merged into the tensors of a module
 Mergeables = Mapping[str, Mergeable]  # by Hugging Face's name without the indices of layer and expert
 
 
@@ -80,7 +80,7 @@ def merge(slot: Slot, index: int, dense: jax.Array, adapters: Mergeables) -> jax
     return one.merge_bias(dense) if leaf == "bias" else one.merge(dense)
 
 
-def _one_matrix(adapter: Mergeable, name: str, place: tuple[int, ...]) -> Adapter | TrainableNorm | None:
+def _one_matrix(adapter: Mergeable, name: str, place: tuple[int, ...]) -> LinearAdapter | TrainableNorm | None:
     """Returns the adapter of one tensor; None if its layer has none."""
     layers = getattr(adapter.adapter if isinstance(adapter, ExpertPart) else adapter, "adapted_layers", None)
     layer = int(match[1]) if (match := LAYER.search(name)) else 0

@@ -15,7 +15,7 @@ import numpy as np
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.initial_file import COPY_IT, FACTORS, FILE, SUBTRACTED, InitialAdapter
 from qlora_jax.io.loading.loader import Transform
-from qlora_jax.methods.attach import our_names
+from qlora_jax.methods.method import our_names
 from qlora_jax.methods.targets import ranks_and_scalings, target_layers
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat

@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_jax.io.peft.writer import PREFIX, target_suffixes
 from qlora_jax.metadata import JsonObject
-from qlora_jax.methods.attach import FINAL_NORM, norm_widths
+from qlora_jax.methods.method import FINAL_NORM, norm_widths
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays

@@ -11,8 +11,7 @@ import numpy as np
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.peft.stacks import check_fits
-from qlora_jax.methods.attach import largest_shape, vera_projections
-from qlora_jax.methods.vera import Projections
+from qlora_jax.methods.vera import Projections, largest_shape, vera_projections
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays

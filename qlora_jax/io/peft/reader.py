@@ -25,7 +25,7 @@ from qlora_jax.io.peft.target_parameters import entries_of, own_patterns, read_p
 from qlora_jax.io.peft.targets import targeted_layers
 from qlora_jax.io.peft.writer import SomeLayers, target_settings, target_suffixes
 from qlora_jax.metadata import shorten, shorten_key
-from qlora_jax.methods.attach import oft_blocks
+from qlora_jax.methods.oft import oft_blocks
 from qlora_jax.methods.vera import Projections
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig

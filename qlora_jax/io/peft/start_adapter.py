@@ -10,7 +10,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS
 from qlora_jax.io.head_file import TrainedHead, check_same_head
 from qlora_jax.io.peft.reader import read_adapter
-from qlora_jax.methods.attach import ia3_targets
+from qlora_jax.methods.ia3 import ia3_targets
 from qlora_jax.methods.targets import target_layers
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE

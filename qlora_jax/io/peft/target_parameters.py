@@ -16,9 +16,8 @@ import numpy as np
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.peft.writer import PREFIX
-from qlora_jax.methods.targets import ROUTER
 from qlora_jax.model_source import TensorEntry
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.regex import matches_end

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.variables import Frozen
+from qlora_jax.nn.variables import Frozen, TrainedLeaf
 
 
 def one_hot_ids(tokens_M: Int[Array, " M"], ids: tuple[int, ...]) -> Bool[Array, "M N"]:
@@ -70,6 +70,8 @@ class NewTokenRows(nnx.Module):
     `rows` [N, D] is in f32 or bf16. The head's biases [N] of these tokens stay frozen.
     """
 
+    LEAVES = (TrainedLeaf("rows"),)
+
     def __init__(self, rows_ND: Float[Array, "N D"], bias_N: Float[Array, " N"] | None, ids: tuple[int, ...]):
         self.rows = nnx.LoRAParam(rows_ND)
         self.bias = None if bias_N is None else Frozen(bias_N)
@@ -115,6 +117,8 @@ def _put(table: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
 
 class TrainableTable(nnx.Module):
     """A trainable table in place of the frozen one: `weight` [V, D] in f32 or bf16, cast to the compute dtype."""
+
+    LEAVES = (TrainedLeaf("weight"),)
 
     def __init__(self, weight_VD: Float[Array, "V D"]):
         self.weight = nnx.LoRAParam(weight_VD)

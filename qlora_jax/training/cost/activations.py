@@ -5,8 +5,7 @@ Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-
 
 from collections.abc import Callable, Sequence
 
-from qlora_jax.methods.targets import ROUTER
-from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
+from qlora_jax.models.config import NORM_PLACEMENTS, ROUTER, ModelConfig
 from qlora_jax.training.cost.flops import Formula, tiling, uses_cpu_handlers
 from qlora_jax.training.cost.step_shape import DOWN, F32, OUT, SHARED_DOWN, StepShape
 

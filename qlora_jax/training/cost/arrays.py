@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.layouts import LAYOUTS
-from qlora_jax.methods.attach import bias_targets, bias_widths, norm_targets, norm_widths
+from qlora_jax.methods.bitfit import bias_targets, bias_widths
 from qlora_jax.methods.expert_adapters import parameter_shapes
+from qlora_jax.methods.method import norm_widths
+from qlora_jax.methods.norms import norm_targets
 from qlora_jax.methods.oft import block_elements
 from qlora_jax.models.config import DENSE, QUANTIZED, STORED
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec

@@ -15,8 +15,7 @@ import jax
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.methods.expert_adapters import parameter_shapes
 from qlora_jax.methods.oft import last_power
-from qlora_jax.methods.targets import ROUTER
-from qlora_jax.models.config import NORM_PLACEMENTS
+from qlora_jax.models.config import NORM_PLACEMENTS, ROUTER
 from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.nn.attention.tiles import Tiling
 from qlora_jax.nn.lm_head import tiles as lm_head_tiles

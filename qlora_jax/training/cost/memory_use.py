@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config.router_settings import RouterArgs
-from qlora_jax.methods.targets import ROUTER
+from qlora_jax.models.config import ROUTER
 from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
 from qlora_jax.sharding import ROWS, axis_size
 from qlora_jax.training.batch_shapes import batch_shapes

@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pallas_kernels.devices import Device
 from pallas_kernels.grouped_matmul.groups import choose_tile, most_tiles
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import BOTTLENECKS, ia3_targets, oft_blocks
+from qlora_jax.methods.bottleneck import BOTTLENECKS
 from qlora_jax.methods.expert_adapters import parameter_shapes
+from qlora_jax.methods.ia3 import ia3_targets
+from qlora_jax.methods.oft import oft_blocks
 from qlora_jax.methods.targets import parameter_ranks_and_scalings, ranks_and_scalings, target_layers, target_parameters
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.experts_config import ExpertsConfig

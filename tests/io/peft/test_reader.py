@@ -15,7 +15,7 @@ from qlora_jax.io.peft.reader import base_model_of, read_adapter
 from qlora_jax.io.peft.stacks import check_fits
 from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
-from qlora_jax.methods.attach import vera_projections
+from qlora_jax.methods.vera import vera_projections
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config
 

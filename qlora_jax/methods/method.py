@@ -1,0 +1,109 @@
+"""The protocol of finetuning methods, and what they attach themselves to.
+
+A method is a file of this folder, or of another package: what it puts into a model (a `LinearAdapter`, or weights that
+train), and an instance of a `Method`. Its declaration (config/methods.py) names that instance.
+"""
+
+import abc
+import dataclasses
+import functools
+import importlib
+import operator
+from collections.abc import Collection, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.config.methods import METHODS
+from qlora_jax.methods.targets import target_layers
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.linear import QLinear
+from qlora_jax.nn.norm import LayerNorm, RMSNorm
+
+FINAL_NORM = "model.norm"
+
+Factors = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the start of a run gives a method.
+
+    Attributes:
+      key: draws initial values; those of a module depend on it and on the module's name alone.
+      initial: initial values in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
+      frozen: arrays of the base that the method does not train, by name, in place of those that it would draw.
+      mesh: devices that the weights are cut over; None: the default device.
+    """
+
+    key: jax.Array
+    initial: Factors | None = None
+    frozen: Mapping[str, jax.Array | np.ndarray] | None = None
+    mesh: Mesh | None = None
+
+
+class Method(abc.ABC):
+    """A finetuning method; one instance, without state."""
+
+    def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
+        """Returns what trains, by Hugging Face's names without the layer's index; empty: the same in every model.
+
+        Raises:
+          ValueError: the settings name something that the model does not have, or cannot adapt.
+        """
+        return ()
+
+    @abc.abstractmethod
+    def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
+        """Adds adapters in place, or makes weights trainable; the model's outputs stay as they are.
+
+        Raises:
+          ValueError: as `targets`, or the model cannot train by this method.
+        """
+
+
+def method_of(name: str) -> Method:
+    """Returns the method of a name in METHODS, whose module it imports."""
+    return _imported(METHODS[name].implementation)
+
+
+@functools.cache
+def _imported(place: str) -> Method:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def our_names(config: ModelConfig) -> dict[str, str]:
+    """Returns {Hugging Face name: our name} of each projection; ours are like `model.layers.self_attn.q_proj`."""
+    names = (f"model.layers.{name}" for name in config.linear_shapes())
+    return {config.hugging_face_name(name): name for name in names}
+
+
+def target_shapes(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
+    """Returns {Hugging Face name: (N, K)} of each targeted projection."""
+    shapes = {config.hugging_face_name(f"model.layers.{n}"): shape for n, (shape, _) in config.linear_shapes().items()}
+    return {name: shapes[name] for name in target_layers(config, spec)}
+
+
+def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
+    """Yields (Hugging Face name without the layer's index, projection) of each projection."""
+    for name in model.config.linear_shapes():
+        linear: QLinear = operator.attrgetter(name)(model.model.layers)
+        yield linear.name, linear
+
+
+def norms(model: CausalLM) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
+    """Yields (Hugging Face name without the layer's index, norm) of each norm."""
+    for name in model.config.norm_widths():
+        norm: RMSNorm | LayerNorm = operator.attrgetter(name)(model.model.layers)
+        yield model.config.hugging_face_name(f"model.layers.{name}"), norm
+    yield model.config.hugging_face_name(FINAL_NORM), model.model.norm
+
+
+def norm_widths(config: ModelConfig) -> dict[str, int]:
+    """Returns {Hugging Face name without the layer's index: width} of each norm, as `norms` yields them."""
+    widths = {f"model.layers.{name}": width for name, width in config.norm_widths().items()}
+    return {config.hugging_face_name(name): width for name, width in (widths | {FINAL_NORM: config.embed_dim}).items()}
