@@ -57,7 +57,9 @@ class MethodDeclaration:
       modules: what it adapts, in the banner.
       uses: names out of CONDITIONAL that it reads.
       some_layers: a projection may have adapters in some layers only.
-      loraplus: it trains both A and B, for which LoRA+ has two learning rates.
+      fast_leaves: trained arrays to which LoRA+ gives the higher learning rate; empty: LoRA+ does not apply.
+      switches: trained arrays without which the others in `switched` change nothing; they are 0 at the start.
+      switched: the arrays of a module that change nothing while all of its switches are 0.
       on_mesh: it trains on several devices.
       quantized: the base may be quantized.
       of_linears: it adapts weights of linear layers.
@@ -70,13 +72,17 @@ class MethodDeclaration:
     modules: str = "projections"
     uses: frozenset[str]
     some_layers: bool = False
-    loraplus: bool = False
+    fast_leaves: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
+    switched: tuple[str, ...] = ()
     on_mesh: bool = True
     quantized: bool = True
     of_linears: bool = True
     refused_exports: Refusals = dataclasses.field(default_factory=dict)
 
 
+# DoRA's magnitude is not switched, because its product rounds.
+_LOW_RANK_LEAVES = {"switches": ("lora_b",), "switched": ("lora_a", "lora_b")}
 METHODS = Registry(
     "qlora_jax.methods",
     MethodDeclaration,
@@ -87,7 +93,8 @@ METHODS = Registry(
             implementation="qlora_jax.methods.lora:METHOD",
             uses=LOW_RANK | {"init", "layers_to_transform", "target_parameters", "share_experts"},
             some_layers=True,
-            loraplus=True,
+            fast_leaves=("lora_b",),
+            **_LOW_RANK_LEAVES,
         ),
         "lora_fa": MethodDeclaration(
             summary="LoRA whose A stays at its initial value",
@@ -95,13 +102,15 @@ METHODS = Registry(
             implementation="qlora_jax.methods.lora_fa:METHOD",
             uses=LOW_RANK | {"layers_to_transform"},
             some_layers=True,
+            **_LOW_RANK_LEAVES,
         ),
         "dora": MethodDeclaration(
             summary="LoRA plus a trained norm per weight row",
             title="DoRA",
             implementation="qlora_jax.methods.dora:METHOD",
             uses=LOW_RANK | {"init"},
-            loraplus=True,
+            fast_leaves=("lora_b", "magnitude"),
+            **_LOW_RANK_LEAVES,
         ),
         "ia3": MethodDeclaration(
             summary="scaling vectors for keys, values and the MLP's inner activations",
@@ -128,6 +137,8 @@ METHODS = Registry(
             title="VeRA",
             implementation="qlora_jax.methods.vera:METHOD",
             uses=ON_TARGETS | {"rank", "dropout", "projection_prng_key", "d_initial"},
+            switches=("lambda_b",),
+            switched=("lambda_b", "lambda_d"),
         ),
         "ln_tuning": MethodDeclaration(
             summary="the norms",
@@ -152,6 +163,8 @@ METHODS = Registry(
             implementation="qlora_jax.methods.bottleneck:HOULSBY",
             modules="modules of a layer",
             uses=BOTTLENECK,
+            switches=("up", "up_bias"),
+            switched=("down", "down_bias", "up", "up_bias"),
             refused_exports=_BOTTLENECKS_REFUSED,
         ),
         "pfeiffer": MethodDeclaration(
@@ -160,6 +173,8 @@ METHODS = Registry(
             implementation="qlora_jax.methods.bottleneck:PFEIFFER",
             modules="modules of a layer",
             uses=BOTTLENECK,
+            switches=("up", "up_bias"),
+            switched=("down", "down_bias", "up", "up_bias"),
             refused_exports=_BOTTLENECKS_REFUSED,
         ),
         "full": MethodDeclaration(
@@ -183,7 +198,7 @@ def uses(method: str, name: str) -> bool:
 
 
 def methods_with(property: str) -> tuple[str, ...]:
-    """Returns the names of the methods whose declaration has a property, such as "loraplus"."""
+    """Returns the names of the methods whose declaration has a property, such as "some_layers"."""
     return tuple(name for name, declared in METHODS.items() if getattr(declared, property))
 
 

@@ -88,11 +88,11 @@ def _parameter_problems(lora: LoraArgs) -> list[str]:
 
 def _loraplus_problems(config: Config) -> list[str]:
     ratio, method = config.optim.loraplus_lr_ratio, config.lora.method
-    if ratio is None or METHODS[method].loraplus:
+    if ratio is None or METHODS[method].fast_leaves:
         return []
     return [
         f"optim.loraplus_lr_ratio: found {ratio} with lora.method={method}, which does not train both A and B. "
-        f"Remove this setting, or set lora.method={' or '.join(methods_with('loraplus'))}"
+        f"Remove this setting, or set lora.method={' or '.join(methods_with('fast_leaves'))}"
     ]
 
 

@@ -7,20 +7,23 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-# Leaves at the multiplied rate: B, and DoRA's vectors, as in peft.optimizers.create_loraplus_optimizer.
-FAST_LEAVES = ("lora_b", "magnitude")
+from qlora_jax.config.methods import METHODS
 
 # Parameters -> the factor of the learning rate of each leaf.
 Factors = Callable[[PyTree], PyTree]
 
 
 def rate_factors(ratio: float | None) -> Factors | None:
-    """Returns the factors of LoRA+ with this ratio; None without LoRA+."""
+    """Returns the factors of LoRA+ with this ratio; None without LoRA+.
+
+    The multiplied rate is that of B and of DoRA's vectors, as in peft.optimizers.create_loraplus_optimizer.
+    """
     if ratio is None:
         return None
+    fast = {leaf for _, declared in METHODS.items() for leaf in declared.fast_leaves}
 
     def factor(path: jax.tree_util.KeyPath, leaf: object) -> float:
-        return ratio if getattr(path[-1], "key", None) in FAST_LEAVES else 1.0
+        return ratio if getattr(path[-1], "key", None) in fast else 1.0
 
     return functools.partial(jax.tree_util.tree_map_with_path, factor)
 

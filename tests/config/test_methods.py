@@ -47,7 +47,7 @@ def test_conditional_settings_exist():
 
 
 def test_properties_select_the_methods_that_they_selected_before():
-    assert methods_with("loraplus") == ("lora", "dora")
+    assert methods_with("fast_leaves") == ("lora", "dora")
     assert methods_with("some_layers") == ("lora", "lora_fa")
     assert [m for m in BUILT_IN if not METHODS[m].of_linears] == ["ln_tuning", "bitfit"]
     assert [m for m in BUILT_IN if not METHODS[m].on_mesh] == ["full"]

@@ -12,7 +12,7 @@ from qlora_jax.config import OptimArgs
 from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.apply_updates import apply_updates
-from qlora_jax.optim.loraplus import FAST_LEAVES, rate_factors
+from qlora_jax.optim.loraplus import rate_factors
 from qlora_jax.optim.mesh_state import init_state
 from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.training.step import update
@@ -29,6 +29,8 @@ LEAVES = {
     "q": {"lora_a": (2, 24, 4), "lora_b": (2, 4, 12), "magnitude": (2, 12)},
     "v": {"lora_a": (2, 24, 4), "lora_b": (2, 4, 6), "magnitude": (2, 6)},
 }
+
+FAST_LEAVES = ("lora_b", "magnitude")  # those of peft.optimizers.create_loraplus_optimizer
 
 
 def _drawn(rng: np.random.Generator, scale: float = 1.0) -> dict[str, dict[str, np.ndarray]]:

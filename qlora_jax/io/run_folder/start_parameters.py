@@ -10,19 +10,13 @@ from typing import cast
 import jax
 import numpy as np
 
+from qlora_jax.config.methods import METHODS
 from qlora_jax.io.digests import json_digest, tree_digests, whole
 from qlora_jax.io.initial_file import read_tensors, write_tensors
 from qlora_jax.models.partition import AdapterArrays, Lora
 
 FILE = "start.safetensors"
 STATE_KEY = "initial_adapter"  # key of the digest of the run's initial parameters, in a checkpoint's JSON
-# Leaves by which an adapter's output is multiplied, and all leaves that change nothing where these are 0. DoRA's
-# magnitude is not among them, because its product rounds.
-SWITCHES = {
-    ("lora_b",): ("lora_a", "lora_b"),
-    ("lambda_b",): ("lambda_b", "lambda_d"),
-    ("up", "up_bias"): ("down", "down_bias", "up", "up_bias"),
-}
 
 
 def start_digest(lora: AdapterArrays | Lora) -> str:
@@ -41,8 +35,8 @@ def _effective(leaves: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Ar
     """Returns the leaves of a module that change its output."""
     off = {
         name
-        for switch, switched in SWITCHES.items()
-        if leaves.keys() >= set(switch) and not any(np.any(np.asarray(whole(leaves[name]))) for name in switch)
+        for switch, switched in dict.fromkeys((declared.switches, declared.switched) for _, declared in METHODS.items())
+        if switch and leaves.keys() >= {*switch} and not any(np.any(np.asarray(whole(leaves[name]))) for name in switch)
         for name in switched
     }
     return {name: leaf for name, leaf in leaves.items() if name not in off}
