@@ -69,7 +69,7 @@ class MeshSize(NamedTuple):
 
 
 def mesh_sizes(args: MeshArgs, devices: int) -> list[MeshSize]:
-    """Returns the meshes that the settings allow, the first to try first: exactly one unless `fsdp` is auto.
+    """Returns the candidate meshes, in the order to try them: exactly one unless `fsdp` is auto.
 
     Args:
       devices: the number of devices that there are.

@@ -101,7 +101,7 @@ class ChunkTexts(NamedTuple):
 
     Fields:
       places, segments, texts: of rows that are one text.
-      unseen_reasoning: places of those of them whose reasoning is not in their text.
+      unseen_reasoning: places of the rows of one text whose reasoning the template drops.
       branched: rows with branches, and their places.
     """
 

@@ -65,7 +65,7 @@ class Session:
       utilization: computes the device's utilization per step.
       fingerprint: of the base, from io.loading.base_fingerprint.
       total_steps: optimizer steps of the whole run.
-      dropout_key: folded with step, place of the row in it, layer and name; None without dropout and noise.
+      dropout_key: base PRNG key, folded with step, row index, layer and module name; None without dropout and noise.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       mesh: the devices that share the model and the rows; None: one device.
       not_loaded: parts of the files that are not loaded, as text; empty if there are none.

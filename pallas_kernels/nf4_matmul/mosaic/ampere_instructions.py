@@ -120,11 +120,11 @@ class Interpreted:
         return [jnp.concatenate(runs, axis=1) for runs in zip(*scaled, strict=True)]
 
     def zeros(self, rows: int) -> jax.Array:
-        """Computes Machine.zeros."""
+        """Returns the initial sums."""
         return jnp.zeros((rows, TILE_COLUMNS), jnp.float32)
 
     def multiply_add(self, sums, rows_s, weights) -> jax.Array:
-        """Computes Machine.multiply_add."""
+        """Returns sums + rows @ weights."""
         products = (jnp.dot(rows_s[part], weights[part], preferred_element_type=jnp.float32) for part in range(2))
         return sum(products, sums)
 

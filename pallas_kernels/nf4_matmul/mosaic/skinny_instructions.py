@@ -109,23 +109,23 @@ class Interpreted:
     rows = codes = scales = stored = _load
 
     def runs(self) -> jax.Array:
-        """Computes Machine.runs."""
+        """Returns [8, 32], the number of each run."""
         return lax.broadcasted_iota(jnp.int32, (2 * WARPS, BLOCK), 0)
 
     def constants(self, words_g) -> None:
         """Returns None: the select tree has its own constants."""
 
     def zeros(self) -> jax.Array:
-        """Computes Machine.zeros."""
+        """Returns the initial sums of four warps."""
         return jnp.zeros((WARPS * BLOCK, EIGHT), jnp.float32)
 
     def show(self, sums, target) -> None:
-        """Computes Machine.show."""
+        """Writes the sums of all warps to shared memory."""
         target[...] = sums
         plgpu.commit_smem()
 
     def dot(self, sums, x, codes, scales, words) -> list[jax.Array]:
-        """Computes Machine.dot."""
+        """Returns the sums plus the round's products, for each warp, row of the weight and row of x."""
         bytes_of_warps = jnp.concatenate(jnp.split(codes, WARPS, axis=1))
         pair = select_pair(bytes_of_warps, WARPS * BLOCK, None, self.table, self.dtype)
         weights_WrNC = jnp.stack([values.reshape(WARPS, BLOCK, 64) for values in pair], axis=1)

@@ -48,7 +48,7 @@ class RowFormat:
       problems: returns the problems of a row that has the required columns.
       matches: returns True if a row with these columns has this format, not another with the same columns.
       examples: returns the rows of the format `example` that one row contains. None: a row is one example.
-      canonical: returns the row in the form that is common to rows which the model sees alike.
+      canonical: returns a canonical row, equal for rows that the model cannot tell apart.
       messages: returns a row of the kind text as a conversation, for a tokenizer with a chat template. None: never a
         conversation.
       plain: returns a row of the kind text as text, for a tokenizer without a template; bos and eos are added later.

@@ -81,7 +81,7 @@ class LmEvalTask:
 
     @property
     def inputs(self) -> Sequence[Sequence[object]]:
-        """The properties that decide into which tokens texts are turned; the texts are known only during scoring."""
+        """What determines the tokenization; the texts are known only during scoring."""
         reader = self.tokenizer
         return [[reader.exported, sorted(reader.special_tokens.items()), reader.add_bos_token, self.max_positions]]
 

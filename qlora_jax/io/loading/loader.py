@@ -82,7 +82,7 @@ def load_model(
         of the weights that adapters start with (PiSSA, LoftQ).
       mesh: devices that share the model, as `parts_specs` says; None for the default device.
       whole_tables: True keeps embedding and head whole on every device of the mesh, because rows of them train.
-      fingerprint: a fingerprint that the new one will be compared with, which therefore gets its form.
+      fingerprint: saved fingerprint to compare with; it also selects the format of the new one.
 
     Raises:
       ValueError: tensors are missing, unexpected or mis-shaped (all are named); the files store codes of another format

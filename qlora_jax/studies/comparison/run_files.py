@@ -80,7 +80,7 @@ def read_outcome(folder: Path, study: Path) -> RunOutcome:
     """Reads a run's outcome.json.
 
     Args:
-      study: the folder of the study, which is warned of once if an earlier version wrote outcomes without digests.
+      study: the study's folder; a missing digest warns once per study.
 
     Raises:
       ValueError: the file is damaged.

@@ -103,7 +103,7 @@ def count_fitting(configs: list[StepConfig], limit: int, measure: Measure) -> in
 
 
 def _max_length(config: StepConfig) -> int:
-    """Returns the limit of one sequence with which a row, of one or more of them, has at most the batch's length."""
+    """Returns the largest limit per sequence such that a full row fits the batch's length."""
     return config.batch[2] // max(1, config.objective.sequences_per_row)
 
 

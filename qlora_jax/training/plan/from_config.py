@@ -98,7 +98,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
 
 
 def model_mesh_choices(config: Config, devices: int, step: Callable[[], StepConfig]) -> MeshChoices:
-    """Returns the meshes that the settings allow on so many devices.
+    """Returns the candidate meshes of a run on so many devices.
 
     Args:
       step: returns the run's step on one device; called if the settings allow no mesh.
