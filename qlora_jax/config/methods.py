@@ -48,13 +48,13 @@ _BOTTLENECKS_REFUSED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodDeclaration:
-    """What settings, messages and plans need to know of a method.
+    """The facts about a method that settings, messages and plans read.
 
     Attributes:
       summary: one line of the help of `lora.method`.
       title: name in banners and model cards.
       implementation: its `Method`, as "module:attribute".
-      modules: what it adapts, in the banner.
+      modules: name of the adapted modules in the banner.
       uses: names out of CONDITIONAL that it reads.
       some_layers: a projection may have adapters in some layers only.
       fast_leaves: trained arrays to which LoRA+ gives the higher learning rate; empty: LoRA+ does not apply.

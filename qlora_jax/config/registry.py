@@ -66,8 +66,8 @@ class Registry[T]:
     def _load(self, name: str) -> T:
         if name not in self._found:
             raise ValueError(
-                f"{self._group}: unknown name (found {name!r}, expected one of {', '.join(self.names())}). What "
-                "another process registered needs an entry point of an installed package"
+                f"{self._group}: unknown name (found {name!r}, expected one of {', '.join(self.names())}). "
+                "Install the package whose entry point declares it; another process does not see a registration"
             )
         point = self._found[name]
         package = "an unknown package" if point.dist is None else f"package {point.dist.name}"

@@ -1,7 +1,7 @@
 """The protocol of finetuning methods, and what they attach themselves to.
 
-A method is a file of this folder, or of another package: what it puts into a model (a `LinearAdapter`, or weights that
-train), and an instance of a `Method`. Its declaration (config/methods.py) names that instance.
+A method is a file of this folder, or of another package. It has a module that it puts into a model, such as a
+`LinearAdapter`, and one instance of a `Method`, which its declaration (config/methods.py) names.
 """
 
 import abc
@@ -30,7 +30,7 @@ Factors = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given:
-    """What the start of a run gives a method.
+    """Values that the start of a run gives a method.
 
     Attributes:
       key: draws initial values; those of a module depend on it and on the module's name alone.

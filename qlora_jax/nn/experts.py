@@ -33,7 +33,7 @@ ExpertWeight = QTensor | GgmlTensor | MixedStack | PaddedStack | jax.Array
 
 
 class ExpertDelta(Protocol):
-    """What trains next to one parameter of the experts."""
+    """Adapter next to one parameter of the experts."""
 
     def __call__(self, x_PK: Float[Array, "P K"], groups: Groups) -> Float[Array, "P N"]:
         """Returns what it adds to the result of each slot."""

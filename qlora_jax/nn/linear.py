@@ -109,12 +109,12 @@ class FrozenLayer:
 
 
 class LinearAdapter(nnx.Module):
-    """What trains on top of a frozen linear layer, or in place of it.
+    """Trained module on top of a frozen linear layer, or in place of it.
 
     Inside the scan over layers, leaves have the values of one layer, while frozen leaves stay stacked.
 
     Attributes:
-      LEAVES: what trains, by attribute.
+      LEAVES: its trained arrays.
     """
 
     LEAVES: ClassVar[tuple[TrainedLeaf, ...]]
@@ -148,7 +148,7 @@ class LinearAdapter(nnx.Module):
 
 
 class ModuleAdapter(Protocol):
-    """What trains behind a whole module, such as attention."""
+    """Adapter behind a whole module, such as attention."""
 
     def __call__(self, x_MD: jax.Array) -> jax.Array:
         """Returns the module's result with the adapter's change."""

@@ -1,4 +1,4 @@
-"""What every finetuning method promises, on a tiny model: of the built-in ones, and of any that is registered."""
+"""The contract of finetuning methods, on a tiny model."""
 
 import jax
 import jax.numpy as jnp

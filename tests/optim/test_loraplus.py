@@ -30,7 +30,7 @@ LEAVES = {
     "v": {"lora_a": (2, 24, 4), "lora_b": (2, 4, 6), "magnitude": (2, 6)},
 }
 
-FAST_LEAVES = ("lora_b", "magnitude")  # those of peft.optimizers.create_loraplus_optimizer
+FAST_LEAVES = ("lora_b", "magnitude")  # as in peft.optimizers.create_loraplus_optimizer
 
 
 def _drawn(rng: np.random.Generator, scale: float = 1.0) -> dict[str, dict[str, np.ndarray]]:

@@ -81,7 +81,7 @@ class LmEvalTask:
 
     @property
     def inputs(self) -> Sequence[Sequence[object]]:
-        """What determines the tokenization; the texts are known only during scoring."""
+        """The properties that determine the tokenization; the texts are known only during scoring."""
         reader = self.tokenizer
         return [[reader.exported, sorted(reader.special_tokens.items()), reader.add_bos_token, self.max_positions]]
 
