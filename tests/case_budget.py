@@ -237,6 +237,31 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/training/plan/test_plan_on_a_mesh.py::test_more_cards_keep_the_rows_of_an_optimizer_step": (0, 1),
     "tests/training/plan/test_plan_on_a_mesh.py::test_more_cards_are_proposed_where_no_setting_helps": (0, 1),
     "tests/training/test_step.py::test_each_device_has_its_share": (0, 1),
+    # Each takes 20 to 75 s of a processor without AVX-512, and others in CI compare the same with the same oracle.
+    **dict.fromkeys(
+        (
+            "tests/parity/test_peft_methods.py::test_some_layers",
+            "tests/parity/test_peft_methods.py::test_families_under_their_own_names",
+            "tests/parity/test_peft_initial.py::test_what_is_exported_is_what_was_trained",
+            "tests/parity/test_bnb_checkpoints.py::test_layers_that_were_left_in_16_bit_stay_so",
+            "tests/parity/test_merged.py::test_gguf_files_from_folders",
+            "tests/parity/test_replies.py::test_options_and_answers_are_as_likely_as_torch_finds_them",
+            "tests/e2e/test_notebooks.py::test_the_chat_notebook_finetunes_and_answers",
+            "tests/e2e/test_training.py::test_rematerialization_changes_memory_and_not_gradients",
+            "tests/e2e/test_question_memory.py::test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit",
+            "tests/e2e/test_run_plan.py::test_it_starts_where_it_is_told_to",
+            "tests/models/test_offloaded_experts.py::"
+            "test_losses_and_gradients_equal_those_on_the_device_if_types_of_blocks_differ",
+            "tests/scripts/bench/gpu/test_run.py::test_the_benchmark_rehearses_all_that_it_does_on_a_card",
+            "tests/scripts/bench/profile/test_train_step.py::test_bytes_for_an_absent_card",
+        ),
+        (0, 0),
+    ),
+    "tests/e2e/test_families.py::test_a_whole_run": (0, 1),
+    "tests/e2e/test_methods.py::test_training_goes_on_from_the_exported_adapter": (0, 1),
+    "tests/nn/attention/test_branching.py::test_absent_cards_visit_chunks_and_store_no_square": (0, 1),
+    "tests/training/test_abstract_step.py::test_steps_of_real_models_compile_for_every_card": (0, 0),
+    "tests/training/plan/test_requirements.py::test_the_estimate_is_near_what_is_compiled_for_a_card": (0, 0),
     "tests/studies/tournament/test_agreement.py::test_kappas_and_correlations_are_those_of_statsmodels_and_scipy": (
         0,
         1,

@@ -91,5 +91,5 @@ def test_a_broken_package_is_named_and_does_not_stop_others(install, code: str, 
 
 
 def test_an_unknown_name_says_what_other_processes_need():
-    with pytest.raises(ValueError, match=r"found 'blue', expected one of red, green.*another process does not see a registration"):
+    with pytest.raises(ValueError, match=r"found 'blue', expected one of red, green.*another process does not see"):
         colours()["blue"]

@@ -41,11 +41,14 @@ COTANGENT = np.random.default_rng(1).normal(size=(2, 19, 32)).astype(np.float32)
 
 def _stored(folder: Path) -> Any:
     """Returns the model on the codes of a folder."""
-    source = open_model(folder)
-    weights = WeightFormat(quant_type=STORED, dtype="float32")
-    model = load_model(source, model_config(source.config), weights).model
+    model = _loaded(folder, STORED)
     assert isinstance(model.model.layers.self_attn.v_proj.weight.get_value(), GgmlTensor)
     return model
+
+
+def _loaded(folder: Path, quant_type: str | None) -> Any:
+    source = open_model(folder)
+    return load_model(source, model_config(source.config), WeightFormat(quant_type=quant_type, dtype="float32")).model
 
 
 def _logits_and_gradients(model: Any) -> tuple[Any, np.ndarray, Any]:
@@ -69,17 +72,32 @@ def _error(found: Any, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("form", some_in_ci([(form,) for form in FORMS], lambda index: index == 0))
 def test_logits_and_gradients_are_those_of_the_dequantized_model(form: str, tmp_path: Path, oracle) -> None:
-    """For y = x (W^T + s A B), the gradient by B is s A^T G^T, with G transformers' gradient by W."""
+    """For y = x (W^T + s A B), the gradient by B is s A^T G^T, with G transformers' gradient by W.
+
+    Codes may round like products of the dequantized weights in f32, whose own errors depend on the processor.
+    """
     dense = write_integer_folder(tmp_path / "codes", FORMS[form], CONFIG, random_weights(CONFIG))
     cases = {"dense": str(write_folder(tmp_path / "dense", CONFIG, dense))}
     expected = oracle(ORACLES / "whole_gradients.py", cases=cases, tokens=TOKENS, cotangent=COTANGENT)
-    lora, logits, gradients = _logits_and_gradients(_stored(tmp_path / "codes"))
-    assert _error(logits, expected["dense/logits"]) < TOLERANCE
+    found, in_f32 = (
+        _errors(_logits_and_gradients(model), expected)
+        for model in (_stored(tmp_path / "codes"), _loaded(tmp_path / "dense", None))
+    )
+    assert found["logits"] < TOLERANCE
+    wrong = {name: error for name, error in found.items() if error >= max(TOLERANCE, 2 * in_f32[name])}
+    assert not wrong
+
+
+def _errors(result: tuple[Any, np.ndarray, Any], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns the error of the logits, and of the gradient of each layer's B."""
+    lora, logits, gradients = result
+    errors = {"logits": _error(logits, expected["dense/logits"])}
     for name, leaves in lora.items():
         for layer in range(CONFIG["num_hidden_layers"]):
             by_weight = expected[f"dense/grad/{layer_name(name, layer)}.weight"]
             wanted = 2.0 * np.asarray(leaves["lora_a"][layer]).T @ by_weight.T
-            assert _error(gradients[name]["lora_b"][layer], wanted) < TOLERANCE, (name, layer)
+            errors[layer_name(name, layer)] = _error(gradients[name]["lora_b"][layer], wanted)
+    return errors
 
 
 @pytest.mark.slow
