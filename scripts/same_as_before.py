@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ REPLY = "generate --run run --prompt sun --raw --max_new_tokens 8"
 EVALUATE = "evaluate --run run --rows inputs/sft.jsonl"
 METHODS = {
     "lora": "--lora.dropout 0.1",
-    "rslora, patterns": "--lora.use_rslora true --lora.rank_pattern {q_proj: 8} --lora.layers_to_transform [1]",
+    "rslora, patterns": "--lora.use_rslora true --lora.rank_pattern '{q_proj: 8}' --lora.layers_to_transform [1]",
     "dora": "--lora.method dora",
     "dora, dropout, bf16": "--lora.method dora --lora.dropout 0.1 --lora.dtype bfloat16",
     "lora_fa": "--lora.method lora_fa",
@@ -85,7 +86,7 @@ RUNS = {
     "mixture": "--model inputs/families/qwen3moe",
     "mixture, offloaded": "--model inputs/families/qwen3moe --model.offload_experts true",
     "samples": "--train.samples inputs/prompts.txt --train.sample_tokens 4 --train.eval_every 1",
-    "new tokens": "--data.new_tokens ['<a>','<b>']",
+    "new tokens": "--model.new_tokens '[<a>, <b>]'",
 }
 PREFERENCES = ("dpo", "kto", "orpo", "cpo", "simpo", "reward")
 HEADS = ("classification", "multi_label", "regression", "embedding")
@@ -126,13 +127,9 @@ WRONG = (
     "evaluate --run nowhere",
 )
 ARENA = (
-    (
-        "arena --prompts inputs/arena.jsonl --output arena --orderings 50 --systems "
-        "{{a: {{replies: inputs/a.jsonl}}, b: {{replies: inputs/b.jsonl}}, c: {{replies: inputs/c.jsonl}}}} "
-        "--judges {{j: {{kind: model, path: inputs/llama, reads: likelihood, prompts: inputs/judge.jsonl}}}}"
-    )
-    .replace("{{", "{")
-    .replace("}}", "}")
+    "arena --prompts inputs/arena.jsonl --output arena --orderings 50 --systems "
+    "'{a: {replies: inputs/a.jsonl}, b: {replies: inputs/b.jsonl}, c: {replies: inputs/c.jsonl}}' "
+    "--judges '{j: {kind: model, path: inputs/llama, reads: likelihood, prompts: inputs/judge.jsonl}}'"
 )
 
 type Case = Sequence[str]
@@ -259,7 +256,7 @@ def hand_over(kept: str, inputs: Path) -> None:
 
 def _run(line: str) -> list[str]:
     """Runs one command line; returns the printed lines and how it ended."""
-    name, *words = re.findall(r"\{.*\}|\[.*?\]|\S+", line)
+    name, *words = shlex.split(line)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
