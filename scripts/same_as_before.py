@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "05d0bfd9"  # the last one before the redesign
 HOME = ROOT / ".cache" / "same_as_before"
 HANDED_OVER = "handed over"
+LOCATION = r"(?m)^#loc.*\n|\s*loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
 SYMBOL = r'@"[^"]*"|@[\w$.]+'
 SINGLE_OPERATION = 5_000  # characters of a program
 # Differences that are meant: a part of a line, and the reason.
@@ -333,7 +334,7 @@ def _checkpoint(step: Path) -> Iterator[str]:
 def _programs(folder: Path) -> Iterator[str]:
     """Yields a digest of each program that is not a single operation; symbols are numbered by their first use."""
     for path in folder.glob("*_compile.mlir"):
-        text = path.read_text()
+        text = re.sub(LOCATION, "", path.read_text())
         symbols = {symbol: f"@{k}" for k, symbol in enumerate(dict.fromkeys(re.findall(SYMBOL, text)))}
         text = re.sub(SYMBOL, lambda found, symbols=symbols: symbols[found[0]], text)
         text = re.sub(r"\b\d{12,}\b", "ADDRESS", text)  # callbacks into Python have addresses
