@@ -297,16 +297,17 @@ def _written(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Yields the lines of each file: of arrays and binary files a digest."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
+        name = re.sub("[0-9a-f]{32,}", "DIGEST", str(relative))
         if relative.parts[0] == "inputs" or not path.is_file() or "checkpoints" in relative.parts:
             continue
         data = path.read_bytes()
         if path.suffix in (".json", ".jsonl"):
             records = data.decode().splitlines() if path.suffix == ".jsonl" else [data.decode()]
-            yield str(relative), [line for record in records for line in _indented(record)]
+            yield name, [line for record in records for line in _indented(record)]
         elif path.suffix in (".yaml", ".html", ".md", ".txt", ".csv", ".tsv"):
-            yield str(relative), data.decode().splitlines()
+            yield name, data.decode().splitlines()
         else:
-            yield str(relative), [hashlib.sha256(data).hexdigest()]
+            yield name, [hashlib.sha256(data).hexdigest()]
     for step in sorted(folder.glob("*/checkpoints/[0-9]*")):
         yield str(step.relative_to(folder)), list(_checkpoint(step))
 
@@ -348,11 +349,12 @@ def pytest_configure(config) -> None:
 
     folder, leave = os.environ["SAME_AS_BEFORE_MESSAGES"], RaisesExc.__exit__
 
-    def recorded(self, kind, error, trace):
-        text = re.sub(r"/[\w./-]*pytest-[\w./-]*|0x[0-9a-f]+", "PLACE", f"{kind and kind.__name__}: {error}")
+    def recorded(self, exc_type, exc_val, exc_tb):
+        name = exc_type and exc_type.__name__
+        text = re.sub(r"/[\w./-]*pytest-[\w./-]*|0x[0-9a-f]+", "PLACE", f"{name}: {exc_val}")
         with open(f"{folder}/{os.getpid()}", "a", encoding="utf-8") as file:
             file.write(json.dumps(text) + "\n")
-        return leave(self, kind, error, trace)
+        return leave(self, exc_type, exc_val, exc_tb)
 
     RaisesExc.__exit__ = recorded
 
@@ -376,10 +378,10 @@ def python(tree: Path, *words: str, **environment: str) -> None:
     subprocess.run([sys.executable, *words], cwd=tree, env=os.environ | own | environment, check=True)
 
 
-def results_of(tree: Path, results: Path, names: Sequence[str]) -> None:
+def results_of(tree: Path, results: Path, found: Mapping[str, Case]) -> None:
     """Runs cases in a tree."""
     results.mkdir(parents=True, exist_ok=True)
-    (results / "cases.json").write_text(json.dumps(names))
+    (results / "cases.json").write_text(json.dumps(found))
     python(tree, str(Path(__file__)), "--run", str(results))
 
 
@@ -433,7 +435,7 @@ def compare_messages(trees: Sequence[Path]) -> list[str]:
 
 def main() -> None:
     """Prints "same", or the differences of each case; exits with 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--commit", default=COMMIT)
     parser.add_argument("--only", default="", help="run the cases whose name has this text")
     parser.add_argument("--messages", action="store_true", help="compare the errors that both suites expect")

@@ -41,7 +41,7 @@ class Given:
 
     key: jax.Array
     initial: Factors | None = None
-    frozen: Mapping[str, jax.Array | np.ndarray] | None = None
+    frozen: Mapping[str, np.ndarray] | None = None
     mesh: Mesh | None = None
 
 

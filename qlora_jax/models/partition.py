@@ -110,9 +110,9 @@ def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     which compute in f32, are not cast.
     """
     model, mesh = combine(parts), mesh_of(parts)
-    linears = [node for _, node in nnx.iter_graph(model) if isinstance(node, QLinear) and node.adapter is not None]
-    for linear in linears:
-        linear.adapter = linear.adapter.for_decoding(linear.weight.get_value(), mesh)
+    for linear in [node for _, node in nnx.iter_graph(model) if isinstance(node, QLinear)]:
+        if linear.adapter is not None:
+            linear.adapter = linear.adapter.for_decoding(linear.weight.get_value(), mesh)
     dtype = model.model.embed_tokens.weight[...].dtype
     settled, vectors = partition(model), {leaf.name for leaf in trained_leaves(model) if leaf.vector}
     cast = {

@@ -82,7 +82,7 @@ class LoraFAStateManager(OptimizerStateManager):
 
 
 def _split(lora: Lora) -> tuple[Lora, Lora]:
-    return split_leaves(lora, LoRAFA.UNTRAINED)
+    return split_leaves(lora, [leaf.name for leaf in LoRAFA.LEAVES if not leaf.trained])
 
 
 def _norm_and_correct(grads: Lora, corrections: dict[str, jax.Array]) -> tuple[Lora, jax.Array]:

@@ -13,6 +13,7 @@ from qlora_jax.models.config import ROUTER
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP
 from qlora_jax.models.tensor_names import EXPERT, LAYER
+from qlora_jax.nn.experts import ExpertAdapter
 from qlora_jax.nn.linear import LinearAdapter
 from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.norm import TrainableNorm
@@ -48,12 +49,18 @@ def mergeables(model: CausalLM) -> Mergeables:
     return {**found, **_of_experts(model)}
 
 
+def _mergeable(place: ExpertAdapter) -> ExpertLoRA | None:
+    if place.adapter is None or isinstance(place.adapter, ExpertLoRA):
+        return place.adapter
+    raise ValueError(f"{type(place.adapter).__name__}: an adapter of experts that cannot be merged. Export the adapter")
+
+
 def _of_experts(model: CausalLM) -> Mergeables:
     mlp, config = model.model.layers.mlp, model.config
     if not isinstance(mlp, MixtureMLP):
         return {}
     experts = mlp.experts
-    both, down = experts.gate_up_proj.adapter, experts.down_proj.adapter
+    both, down = (_mergeable(place) for place in (experts.gate_up_proj, experts.down_proj))
     found: dict[str, Mergeable | None] = {
         ROUTER: mlp.gate.adapter,
         "mlp.experts.gate_proj": both and ExpertPart(both, 0),
