@@ -41,6 +41,11 @@ def _method_problems(lora: LoraArgs) -> list[str]:
         for name, why in unused.items()
         if getattr(lora, name) != getattr(plain, name)
     ]
+    if not METHODS[lora.method].implementation.startswith("qlora_jax.methods."):
+        problems.append(
+            f"lora.method: found {lora.method!r} of another package, whose memory and operations cannot be counted "
+            "yet. Use a built-in method"
+        )
     if not METHODS[lora.method].of_linears and lora.target_modules == "all-linear":
         problems.append(
             f"lora.target_modules: found 'all-linear' with lora.method={lora.method}, which does not train weights of "
