@@ -260,7 +260,7 @@ def hand_over(kept: str, inputs: Path) -> None:
 
 
 def _run(line: str) -> list[str]:
-    """Runs one command line; returns the printed lines and how it ended."""
+    """Runs one command line; returns the printed lines and how it ended. The last of a repeated option counts."""
     name, *words = shlex.split(line)
     at = {
         word: index for index, word in enumerate(words) if word.startswith("--")
