@@ -262,9 +262,7 @@ def hand_over(kept: str, inputs: Path) -> None:
 def _run(line: str) -> list[str]:
     """Runs one command line; returns the printed lines and how it ended. The last of a repeated option counts."""
     name, *words = shlex.split(line)
-    at = {
-        word: index for index, word in enumerate(words) if word.startswith("--")
-    }  # of a repeated option, its last place
+    at = {word: index for index, word in enumerate(words) if word.startswith("--")}
     words = [word for i, word in enumerate(words) if at.get(words[i - (word not in at)], i) in (i, i - 1)]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
