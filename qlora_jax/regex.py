@@ -101,8 +101,8 @@ def last_match(pattern: str, text: str) -> list[str | None] | None:
     r"""Returns the last match of a pattern in a text and its groups, or None: the last of re.finditer(pattern, text).
 
     Three things differ from `re`: \b looks at ASCII characters; a match that ends with `$` has the text's last line
-    break, if there is one; and after an empty match the search continues at the next character, while `re` first looks
-    for a longer match at the same place.
+    break, if there is one, which then is not a match by itself; and after an empty match the search continues at the
+    next character, while `re` first looks for a longer match at the same place.
 
     Raises:
       PatternError: not a regular expression, or it uses something that linear time does not allow.

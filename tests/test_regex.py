@@ -109,6 +109,7 @@ TEXTS = st.text("aé3٣ #$.,]\n\r\t\x0b\x1c\x85\xa0\u2028\u3000答Ⅷ²_-", max_
 def test_the_last_match_in_any_text_is_that_of_re(start: str, pattern: str, end: str, text: str):
     expected = [[match.group(), *match.groups()] for match in re.finditer(start + pattern + end, text)]
     assume(all(match[0] for match in expected))  # after an empty match, RE2 continues elsewhere
+    assume(not (end == "$" and len(expected) > 1 and expected[-1][0] == "\n"))  # it belongs to the match before
     found = last_match(start + pattern + end, text)
     if not expected or found is None:
         assert not expected and found is None

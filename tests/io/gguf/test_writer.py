@@ -12,7 +12,7 @@ from gguf.quants import dequantize, quantize
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import spec_from_file, write_gguf
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.tensor_map import EXPERT
+from qlora_jax.models.tensor_names import EXPERT
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 
 
