@@ -62,8 +62,8 @@ def dropout_takes_every_third_column(monkeypatch: pytest.MonkeyPatch) -> None:
         keep = jnp.arange(x.shape[-1]) % EVERY != 0
         return jnp.where(keep[None], x / jnp.asarray(1 - rate, x.dtype), 0.0)
 
-    for module in ("dropout", "adapters.lora", "adapters.vera"):
-        monkeypatch.setattr(f"qlora_jax.nn.{module}.apply_dropout", dropped)
+    for module in ("nn.dropout", "nn.lora", "methods.vera"):
+        monkeypatch.setattr(f"qlora_jax.{module}.apply_dropout", dropped)
 
 
 def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
