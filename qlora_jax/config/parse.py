@@ -47,7 +47,7 @@ def describe_type(hint: Hint) -> str:
         return ("one of " if len(choices) > 1 else "") + ", ".join(choices)
     if origin in UNIONS:
         first, *others = map(describe_type, arguments)
-        if typing.get_origin(arguments[0]) is Literal:  # list the choices only once
+        if choices_of(arguments[0]) is not None:  # list the choices only once
             others = [words.replace(first, "one of these") for words in others]
         return " or ".join([first, *others])
     if origin is list:
