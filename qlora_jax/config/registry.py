@@ -9,6 +9,7 @@ Commands run in processes of their own, so they find only what entry points decl
 import functools
 import importlib.metadata
 import typing
+import warnings
 from collections.abc import Mapping
 
 type EntryPoints = Mapping[str, importlib.metadata.EntryPoint]
@@ -29,7 +30,13 @@ class Registry[T]:
     @functools.cached_property
     def _found(self) -> EntryPoints:
         """Entry points by name: asked for only when a name is unknown, because that reads every installed package."""
-        return {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
+        found = {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
+        for name in found.keys() & self._values.keys():
+            warnings.warn(
+                f"{self._group}: {name!r} of {_package(found[name])} is ignored, because the name is taken. Rename it",
+                stacklevel=2,
+            )
+        return found
 
     def names(self) -> tuple[str, ...]:
         """Returns the names that are built in or registered, and those of entry points that were looked for."""
@@ -70,7 +77,7 @@ class Registry[T]:
                 "Install the package whose entry point declares it; another process does not see a registration"
             )
         point = self._found[name]
-        package = "an unknown package" if point.dist is None else f"package {point.dist.name}"
+        package = _package(point)
         try:
             value = point.load()
         except Exception as error:
@@ -84,6 +91,10 @@ class Registry[T]:
                 f"{self._kind.__name__}). Repair or uninstall the package"
             )
         return value
+
+
+def _package(point: importlib.metadata.EntryPoint) -> str:
+    return "an unknown package" if point.dist is None else f"package {point.dist.name}"
 
 
 def choices_of(hint: object) -> tuple[str, ...] | None:

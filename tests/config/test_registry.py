@@ -93,3 +93,15 @@ def test_a_broken_package_is_named_and_does_not_stop_others(install, code: str, 
 def test_an_unknown_name_says_what_other_processes_need():
     with pytest.raises(ValueError, match=r"found 'blue', expected one of red, green.*another process does not see"):
         colours()["blue"]
+
+
+def test_an_entry_point_with_a_taken_name_is_reported(install):
+    install(
+        "paints", {"red": "paints:RED", "blue": "paints:BLUE"}, f"from {__name__} import Colour\nBLUE = Colour(7)\n"
+    )
+    known = colours()
+    with pytest.warns(
+        UserWarning, match=r"test\.colours: 'red' of package paints is ignored, because the name is taken"
+    ):
+        assert known["blue"] == Colour(7)
+    assert known["red"] == Colour(1)
