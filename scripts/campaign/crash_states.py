@@ -201,7 +201,7 @@ class CrashedRun:
 
 def _trace(folder: Path, traced: Path, more: Sequence[str]) -> None:
     """Appends the log of a run that ends when the checkpoint of KILLED is due, or of a resumed one."""
-    program = f"from {CrashedRun.__module__} import train_traced; train_traced()"
+    program = "from scripts.campaign.crash_states import train_traced; train_traced()"
     options = ["-f", "-A", "--seccomp-bpf", "-y", "-s", str(1 << 28), "-e", f"trace={','.join(CALLS)}"]
     words = [sys.executable, "-c", program, str(traced), "--config", str(folder / CONFIG), *more]
     environment = os.environ | {CACHE_VARIABLE: str(folder / CACHE)}
