@@ -17,6 +17,7 @@ from qlora_jax.api.progress import console_for
 from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
 from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.config.keyword_suggestions import suggests_arguments
+from qlora_jax.config.methods import METHODS
 from qlora_jax.config.preference_settings import ObjectiveName
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.dtypes import Dtype, MergedFormat
@@ -213,10 +214,11 @@ def _check_trainable(provenance: Provenance, tokenizer: Tokenizer) -> Provenance
             f"model: {provenance.opened.run.path} replaces whole tables of the base. Load the base, and add the "
             'adapter with qlora_jax.LoRA(start="FOLDER")'
         )
-    if provenance.opened.run is not None and provenance.opened.run.projections is not None:
+    if provenance.opened.run is not None and (frozen := provenance.opened.run.frozen):
         raise ValueError(
-            f"model: {provenance.opened.run.path} has a vera_A and vera_B that are not those of its "
-            "projection_prng_key, so a run cannot restore them. Merge the adapter, and train the merged model"
+            f"model: {provenance.opened.run.path} has a {' and '.join(frozen)} that are not those of its "
+            f"{METHODS[provenance.lora_args.method].drawn_from}, so a run cannot restore them. Merge the adapter, and "
+            "train the merged model"
         )
     if not _are_equal(tokenizer, provenance.opened.tokenizer):
         raise ValueError(

@@ -61,7 +61,7 @@ class Provenance:
             new_ids=self.opened.tokenizer.new_ids,
             initial=self.initial,
             tables={} if loaded is None else loaded.tables,
-            projections=None if loaded is None else loaded.projections,
+            frozen={} if loaded is None else loaded.frozen,
             head=self.head,
         )
 

@@ -63,6 +63,9 @@ class MethodDeclaration:
       on_mesh: it trains on several devices.
       quantized: the base may be quantized.
       of_linears: it adapts weights of linear layers.
+      peft_type: of the adapter files of PEFT that hold it; empty: PEFT has no such method.
+      stored_as: the method whose adapters it has; empty: its own.
+      drawn_from: the setting from which its frozen arrays follow; empty: it adds none.
       refused_exports: export format -> (why it cannot hold the method, what to do).
     """
 
@@ -78,12 +81,16 @@ class MethodDeclaration:
     on_mesh: bool = True
     quantized: bool = True
     of_linears: bool = True
+    peft_type: str = ""
+    stored_as: str = ""
+    drawn_from: str = ""
     refused_exports: Refusals = dataclasses.field(default_factory=dict)
 
 
+LORA = "LORA"  # the peft_type that other programs read too
 # DoRA's magnitude is not switched, because its product rounds.
-_LOW_RANK_LEAVES = {"switches": ("lora_b",), "switched": ("lora_a", "lora_b")}
-METHODS = Registry(
+_LOW_RANK_LEAVES = {"switches": ("lora_b",), "switched": ("lora_a", "lora_b"), "peft_type": LORA}
+METHODS: Registry[MethodDeclaration] = Registry(
     "qlora_jax.methods",
     MethodDeclaration,
     {
@@ -101,6 +108,7 @@ METHODS = Registry(
             title="LoRA-FA",
             implementation="qlora_jax.methods.lora_fa:METHOD",
             uses=LOW_RANK | {"layers_to_transform"},
+            stored_as="lora",
             some_layers=True,
             **_LOW_RANK_LEAVES,
         ),
@@ -117,6 +125,7 @@ METHODS = Registry(
             title="(IA)^3",
             implementation="qlora_jax.methods.ia3:METHOD",
             uses=ON_TARGETS | {"feedforward_modules"},
+            peft_type="IA3",
         ),
         "oft": MethodDeclaration(
             summary="rotations of inputs",
@@ -131,6 +140,7 @@ METHODS = Registry(
                 "use_cayley_neumann",
                 "num_cayley_neumann_terms",
             },
+            peft_type="OFT",
         ),
         "vera": MethodDeclaration(
             summary="vectors that scale frozen random matrices",
@@ -139,6 +149,8 @@ METHODS = Registry(
             uses=ON_TARGETS | {"rank", "dropout", "projection_prng_key", "d_initial"},
             switches=("lambda_b",),
             switched=("lambda_b", "lambda_d"),
+            peft_type="VERA",
+            drawn_from="projection_prng_key",
         ),
         "ln_tuning": MethodDeclaration(
             summary="the norms",
@@ -147,6 +159,7 @@ METHODS = Registry(
             modules="norms",
             uses=ON_TARGETS,
             of_linears=False,
+            peft_type="LN_TUNING",
         ),
         "bitfit": MethodDeclaration(
             summary="the biases",
@@ -195,6 +208,18 @@ MethodName = Annotated[str, METHODS]
 def uses(method: str, name: str) -> bool:
     """Returns True if a method reads the setting `lora.name`."""
     return name not in CONDITIONAL or name in METHODS[method].uses
+
+
+def peft_types() -> tuple[str, ...]:
+    """Returns the types of PEFT's adapter files that some method has."""
+    return tuple(dict.fromkeys(declared.peft_type for _, declared in METHODS.items() if declared.peft_type))
+
+
+def method_with_peft_type(peft_type: str) -> str | None:
+    """Returns the first method whose adapter files have a type; those of other packages are looked for last."""
+    if peft_type not in peft_types():
+        METHODS.load_all()
+    return next((name for name, declared in METHODS.items() if peft_type and declared.peft_type == peft_type), None)
 
 
 def methods_with(property: str) -> tuple[str, ...]:

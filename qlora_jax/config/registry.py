@@ -60,6 +60,14 @@ class Registry[T]:
         """Returns the names that are built in or registered, with their values."""
         return [*self._values.items()]
 
+    def load_all(self) -> None:
+        """Adds the values of all entry points; one that cannot be loaded is a warning."""
+        for name in self._found.keys() - self._values.keys():
+            try:
+                self._values[name] = self._load(name)
+            except ValueError as error:
+                warnings.warn(str(error), stacklevel=2)
+
     def register(self, name: str, value: T) -> None:
         """Adds a value.
 

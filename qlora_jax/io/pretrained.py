@@ -220,7 +220,7 @@ def _open_adapter(
         fingerprint=None,
         new_ids=adapter.new_ids,
         tables=adapter.tables,
-        projections=adapter.projections,
+        frozen=adapter.frozen,
         head=adapter.head,
     )
     return _opened(source, args, run, chat_template, chat_template_kwargs, own)
@@ -367,7 +367,7 @@ def _start_of(run: Run, config: ModelConfig, fresh: Lora) -> Lora:
 def _with_fresh_adapter(model: CausalLM, run: Run) -> ModelParts:
     """Adds an adapter of the run's shapes to the model, in place, and returns the model's parts."""
     initial = None if run.initial is None else run.initial.factors
-    add_lora(model, run.lora_args, jax.random.key(0), initial, projections=run.projections)
+    add_lora(model, run.lora_args, jax.random.key(0), initial, frozen=run.frozen)
     if run.head is not None:
         model.add_sequence_head(run.head.spec(), jax.random.key(0))
     set_tables(model, run.tables)

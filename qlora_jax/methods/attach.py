@@ -1,11 +1,14 @@
 """Prepares a model for training by the method that its settings name."""
 
+from collections.abc import Mapping
+
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.method import Factors, Given, method_of
-from qlora_jax.methods.vera import Projections
+from qlora_jax.methods.peft_form import NO_ARRAYS
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 
@@ -16,7 +19,7 @@ def add_lora(
     key: jax.Array,
     initial: Factors | None = None,
     mesh: Mesh | None = None,
-    projections: Projections | None = None,
+    frozen: Mapping[str, np.ndarray] = NO_ARRAYS,
 ) -> None:
     """Adds adapters to the targeted projections and parameters of `model`, in place; they change nothing until trained.
 
@@ -29,14 +32,13 @@ def add_lora(
       initial: initial A and B in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
       mesh: devices that the weights, A and B are cut over; each draws its part of A and B. None for the
         default device.
-      projections: frozen A and B of the method `vera`; None: those of `vera_projections`.
+      frozen: arrays in place of those of `Method.frozen_arrays`, which the method adds to the base.
 
     Raises:
       ValueError: a pattern that matches nothing, some layers of a stack with a method that requires all, a rank below
         1, blocks that do not divide a projection's inputs, 4-bit weights or experts with the method `full`, or a model
         without a bias with `bitfit`.
     """
-    frozen = None if projections is None else projections._asdict()
     method_of(spec.method).attach(model, spec, Given(key=key, initial=initial, frozen=frozen, mesh=mesh))
 
 

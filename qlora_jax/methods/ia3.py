@@ -4,16 +4,30 @@ Dimension key: L layers, M rows, K in, N out.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.method import Given, Method, linears
+from qlora_jax.methods.peft_form import (
+    PeftFile,
+    PeftForm,
+    PeftLeaf,
+    ReadAdapter,
+    TrainedAdapter,
+    common_config,
+    layer_tensors,
+    stack_layers,
+)
+from qlora_jax.methods.peft_names import linears_of, suffixes_of, target_suffixes
 from qlora_jax.methods.targets import AUTO, Layers, projection_layers, target_layers, whole_stacks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
@@ -98,8 +112,64 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
     return scaled, found
 
 
+class IA3Form(PeftForm):
+    """PEFT's IA3: ia3_l [N, 1], or [1, K] if it scales inputs."""
+
+    unused = ("feedforward_modules", "init_ia3_weights")
+    leaves: ClassVar[Mapping[str, PeftLeaf]] = {"vector": PeftLeaf("ia3_l")}
+
+    def describe(self, config: JsonObject) -> str:
+        """Returns what an adapter is."""
+        return "An (IA)^3 adapter"
+
+    def config(self, adapter: TrainedAdapter, base: str) -> JsonObject:
+        """Returns adapter_config.json."""
+        on_inputs = ia3_targets(adapter.model, adapter.args)[1]
+        feedforward = target_suffixes(sorted(on_inputs), linears_of(adapter.model))
+        own = {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
+        return common_config(adapter, base) | own
+
+    def tensors(self, adapter: TrainedAdapter) -> dict[str, np.ndarray]:
+        """Returns the vectors of each layer."""
+        on_inputs = ia3_targets(adapter.model, adapter.args)[1]
+        shaped = {
+            name: {leaf: np.expand_dims(np.asarray(values), 1 if name in on_inputs else 2)}
+            for name, leaves in adapter.lora.items()
+            for leaf, values in leaves.items()
+        }
+        return layer_tensors(shaped, self.leaves)
+
+    def read(self, file: PeftFile) -> ReadAdapter:
+        """Reads the vectors: inputs are scaled if a stack is [L, 1, K], outputs if it is [L, N, 1]."""
+        stacks = stack_layers(file, self)
+        on_inputs = [name for name, leaves in stacks.items() if leaves["vector"].shape[1] == 1]
+        args = LoraArgs(
+            method="ia3",
+            target_modules=suffixes_of(stacks, file.model),
+            feedforward_modules=suffixes_of(on_inputs, file.model),
+        )
+        count = file.model.num_layers
+        return ReadAdapter(
+            {name: {"vector": leaves["vector"].reshape(count, -1)} for name, leaves in stacks.items()}, args
+        )
+
+    def shapes(self, first: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shape of a layer's vector, which scales what that of the first layer scales."""
+        n, k = shape
+        return {"vector": (1, k) if first["vector"] == (1, k) else (n, 1)}
+
+    def differences(self, ours: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
+        """Lists the settings of targets if they select others."""
+        if ia3_targets(model, ours) == ia3_targets(model, of_adapter):
+            return []
+        names = ("target_modules", "feedforward_modules")
+        return [f"lora.{name}: expected {getattr(of_adapter, name)!r}" for name in names]
+
+
 class IA3Method(Method):
     """(IA)^3 on projections."""
+
+    peft = IA3Form()
 
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns the projections that get a vector."""

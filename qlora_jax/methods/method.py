@@ -10,13 +10,15 @@ import functools
 import importlib
 import operator
 from collections.abc import Collection, Iterator, Mapping
+from typing import ClassVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.config.methods import METHODS
+from qlora_jax.config.methods import METHODS, method_with_peft_type
+from qlora_jax.methods.peft_form import NO_ARRAYS, PeftForm
 from qlora_jax.methods.targets import target_layers
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
@@ -35,18 +37,24 @@ class Given:
     Attributes:
       key: draws initial values; those of a module depend on it and on the module's name alone.
       initial: initial values in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
-      frozen: arrays of the base that the method does not train, by name, in place of those that it would draw.
+      frozen: arrays of the base that the method does not train, by name; empty: those of `Method.frozen_arrays`.
       mesh: devices that the weights are cut over; None: the default device.
     """
 
     key: jax.Array
     initial: Factors | None = None
-    frozen: Mapping[str, np.ndarray] | None = None
+    frozen: Mapping[str, np.ndarray] = NO_ARRAYS
     mesh: Mesh | None = None
 
 
 class Method(abc.ABC):
-    """A finetuning method; one instance, without state."""
+    """A finetuning method; one instance, without state.
+
+    Attributes:
+      peft: how PEFT stores it; None: PEFT has no such method, for a reason in its declaration's `refused_exports`.
+    """
+
+    peft: ClassVar[PeftForm | None] = None
 
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns what trains, by Hugging Face's names without the layer's index; empty: the same in every model.
@@ -63,6 +71,16 @@ class Method(abc.ABC):
         Raises:
           ValueError: as `targets`, or the model cannot train by this method.
         """
+
+    def frozen_arrays(self, config: ModelConfig, spec: LoraArgs) -> dict[str, np.ndarray]:
+        """Returns arrays that the method adds to the base, which follow from the settings; files may have others."""
+        return {}
+
+
+def form_of(peft_type: str) -> PeftForm | None:
+    """Returns the form of a `peft_type`; None if no method has it."""
+    name = method_with_peft_type(peft_type)
+    return None if name is None else method_of(name).peft
 
 
 def method_of(name: str) -> Method:

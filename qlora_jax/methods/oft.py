@@ -9,7 +9,9 @@ Dimension key: L layers, M rows, K in, N out, C blocks, S block size, E trained 
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,24 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.metadata import JsonObject, shorten
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
+from qlora_jax.methods.peft_form import (
+    PeftFile,
+    PeftForm,
+    PeftKeys,
+    PeftLeaf,
+    ReadAdapter,
+    TrainedAdapter,
+    check_fits,
+    common_config,
+    setting_differences,
+    stack_layers,
+)
+from qlora_jax.methods.peft_names import suffixes_of
 from qlora_jax.methods.targets import projection_layers
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
@@ -226,8 +243,94 @@ def oft_blocks(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]
     return {name: (1 if spec.block_share else count, size) for name, (count, size) in counts.items()}
 
 
+PEFT_VERSION = "0.18.0"  # the first with this series, which PEFT warns about unless the file names such a version
+
+
+class OFTKeys(PeftKeys, total=False):
+    """The settings of PEFT's OFTConfig; r is the number of blocks, 0 if oft_block_size applies."""
+
+    r: Annotated[int, Field(ge=0, le=1 << 16)]
+    oft_block_size: Annotated[int, Field(ge=0, le=1 << 16)]
+    block_share: bool | None
+    use_cayley_neumann: bool | None
+    num_cayley_neumann_terms: Annotated[int, Field(ge=2, le=1 << 8)]
+
+
+class OFTForm(PeftForm):
+    """PEFT's OFT: oft_R.weight [C, E]."""
+
+    keys = OFTKeys
+    required = ("oft_block_size",)
+    unused = ("init_weights", "eps")  # eps: used only by coft
+    leaves: ClassVar[Mapping[str, PeftLeaf]] = {"oft_r": PeftLeaf("oft_R.weight")}
+
+    def describe(self, config: JsonObject) -> str:
+        """Returns what an adapter is."""
+        return "An OFT adapter"
+
+    def config(self, adapter: TrainedAdapter, base: str) -> JsonObject:
+        """Returns adapter_config.json."""
+        args = adapter.args
+        return common_config(adapter, base) | {
+            "peft_type": "OFT",
+            "r": args.oft_blocks,
+            "oft_block_size": 0 if args.oft_blocks else args.oft_block_size,
+            "block_share": args.block_share,
+            "use_cayley_neumann": args.use_cayley_neumann,
+            "num_cayley_neumann_terms": args.num_cayley_neumann_terms,
+            "module_dropout": 0.0,
+            "coft": False,
+            "bias": "none",
+            "init_weights": True,
+            "peft_version": PEFT_VERSION,
+        }
+
+    def problems(self, config: OFTKeys) -> list[str]:
+        """Lists blocks that are not given in one way, and a series of earlier versions of PEFT."""
+        blocks, size, version = config.get("r", 0), config.get("oft_block_size", 0), config.get("peft_version")
+        problems = []
+        if bool(blocks) == bool(size) or size == 1:
+            problems.append(
+                f"r, oft_block_size: found {blocks} and {size}, expected one of them to be 0, the other above"
+            )
+        numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version or "0.0")
+        if config.get("use_cayley_neumann", True) and (numbers is None or tuple(map(int, numbers.groups())) < (0, 18)):
+            problems.append(
+                "use_cayley_neumann: its series was another one before PEFT 0.18 (found peft_version "
+                f"{shorten(version)}). Train the adapter again"
+            )
+        return problems
+
+    def read(self, file: PeftFile[OFTKeys]) -> ReadAdapter:
+        """Reads the triangles, and checks that the blocks fit the projections."""
+        lora, config, plain = stack_layers(file, self), file.config, LoraArgs()
+        series = config.get("use_cayley_neumann", True)
+        terms = config.get("num_cayley_neumann_terms", plain.num_cayley_neumann_terms)
+        args = LoraArgs(
+            method="oft",
+            target_modules=suffixes_of(lora, file.model),
+            oft_blocks=config.get("r", 0),
+            oft_block_size=config.get("oft_block_size") or plain.oft_block_size,
+            block_share=bool(config.get("block_share")),
+            use_cayley_neumann=bool(series),
+            num_cayley_neumann_terms=terms if series else plain.num_cayley_neumann_terms,
+        )
+        try:
+            oft_blocks(file.model, args)
+        except ValueError as error:
+            check_fits(file.folder, [str(error)])
+        return ReadAdapter(lora, args)
+
+    def differences(self, ours: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
+        """Lists settings that change the rotation."""
+        names = ("oft_block_size", "oft_blocks", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms")
+        return setting_differences(names, ours, of_adapter)
+
+
 class OFTMethod(Method):
     """OFT on projections."""
+
+    peft = OFTForm()
 
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Mapping[str, tuple[int, int]]:
         """Returns the projections whose inputs rotate, with their blocks."""

@@ -3,10 +3,11 @@
 Dimension key: L layers, B rows of the batch, M tokens, K in, N out, R rank.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,27 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
+from pydantic import Field
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
+from qlora_jax.methods.peft_form import (
+    NO_ARRAYS,
+    PeftFile,
+    PeftForm,
+    PeftKeys,
+    PeftLeaf,
+    ReadAdapter,
+    TrainedAdapter,
+    check_fits,
+    common_config,
+    setting_differences,
+    stack_layers,
+)
+from qlora_jax.methods.peft_names import suffixes_of
 from qlora_jax.methods.targets import projection_layers, target_layers
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.dropout import apply_dropout
@@ -26,15 +44,10 @@ from qlora_jax.nn.lora import adapter_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen, TrainedLeaf
 
-
-class Projections(NamedTuple):
-    """The frozen A [R, K] and B [N, R] of an adapter in f32, where K and N are the largest of its projections'."""
-
-    vera_a: np.ndarray
-    vera_b: np.ndarray
+A, B = "vera_A", "vera_B"  # PEFT's names of the frozen matrices
 
 
-def draw_projections(seed: int, rank: int, shape: tuple[int, int]) -> Projections:
+def draw_projections(seed: int, rank: int, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Draws A and B as PEFT does for `projection_prng_key`, to the bit.
 
     Both are uniform in +-sqrt(6 / columns). Numbers come from torch's generator, the Mersenne Twister, with 24 bits
@@ -45,7 +58,7 @@ def draw_projections(seed: int, rank: int, shape: tuple[int, int]) -> Projection
     """
     twister = np.random.RandomState(seed)
     n, k = shape
-    return Projections(_draw(twister, rank, k), _draw(twister, n, rank))
+    return _draw(twister, rank, k), _draw(twister, n, rank)
 
 
 def _draw(twister: np.random.RandomState, rows: int, columns: int) -> np.ndarray:
@@ -175,19 +188,121 @@ def _deltas(
     return vera_deltas(x_MK, a_KR, bs, lambda_ds, lambda_bs, dropout, keys_B)
 
 
-def vera_projections(config: ModelConfig, spec: LoraArgs) -> Projections:
-    """Returns the frozen A and B of VeRA, which all targeted projections share."""
-    return draw_projections(spec.projection_prng_key, spec.rank, largest_shape(config, spec))
-
-
 def largest_shape(config: ModelConfig, spec: LoraArgs) -> tuple[int, int]:
     """Returns the largest N and the largest K of the targeted projections."""
     shapes = target_shapes(config, spec).values()
     return max(n for n, _ in shapes), max(k for _, k in shapes)
 
 
+class VeRAKeys(PeftKeys, total=False):
+    """The settings of PEFT's VeraConfig."""
+
+    r: Annotated[int, Field(ge=0, le=1 << 16)]
+    vera_dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    projection_prng_key: Annotated[int, Field(ge=0, lt=1 << 32)]
+    save_projection: bool
+
+
+class VeRAForm(PeftForm):
+    """PEFT's VERA: vera_lambda_b [N] and vera_lambda_d [R], and once vera_A [R, K] and vera_B [N, R]."""
+
+    keys = VeRAKeys
+    required = ("r",)
+    unused = ("init_weights", "d_initial")
+    leaves: ClassVar[Mapping[str, PeftLeaf]] = {
+        "lambda_b": PeftLeaf("vera_lambda_b"),
+        "lambda_d": PeftLeaf("vera_lambda_d"),
+    }
+    reads_exclude_modules = False
+
+    def describe(self, config: JsonObject) -> str:
+        """Returns what an adapter is."""
+        return "A VeRA adapter"
+
+    def config(self, adapter: TrainedAdapter, base: str) -> JsonObject:
+        """Returns adapter_config.json."""
+        return common_config(adapter, base) | {
+            "peft_type": "VERA",
+            "r": adapter.args.rank,
+            "vera_dropout": adapter.args.dropout,
+            "projection_prng_key": adapter.args.projection_prng_key,
+            "save_projection": True,
+            "d_initial": adapter.args.d_initial,
+            "bias": "none",
+            "init_weights": True,
+        }
+
+    def tensors(self, adapter: TrainedAdapter) -> dict[str, np.ndarray]:
+        """Returns the vectors of each layer, and A and B."""
+        return super().tensors(adapter) | {_in_file(name): values for name, values in adapter.frozen.items()}
+
+    def problems(self, config: VeRAKeys) -> list[str]:
+        """Lists a rank of 0."""
+        return ["r: found 0, expected at least 1"] if config.get("r") == 0 else []
+
+    def read(self, file: PeftFile[VeRAKeys]) -> ReadAdapter:
+        """Reads the vectors, and A and B if they are not those that the settings draw, to the bit.
+
+        An adapter without them (save_projection=false) has the drawn ones, as in PEFT.
+        """
+        found = {name: entry for entry in file.tensors for name in (A, B) if entry.name == _in_file(name)}
+        layers = [entry for entry in file.tensors if entry not in found.values()]
+        lora = stack_layers(dataclasses.replace(file, tensors=layers), self)
+        assert "r" in file.config  # required
+        args = LoraArgs(
+            method="vera",
+            rank=file.config["r"],
+            dropout=file.config.get("vera_dropout") or 0.0,
+            target_modules=suffixes_of(lora, file.model),
+            projection_prng_key=file.config.get("projection_prng_key", 0),
+        )
+        ranks = {name: leaves["lambda_d"].shape[-1] for name, leaves in lora.items()}
+        problems = [f"{name}: rank {rank}, expected r={args.rank}" for name, rank in ranks.items() if rank != args.rank]
+        if found or file.config.get("save_projection", True):
+            n, k = largest_shape(file.model, args)
+            problems += _matrix_problems(found, {A: (args.rank, k), B: (n, args.rank)}, args.rank)
+        check_fits(file.folder, problems)
+        own = {name: np.asarray(entry.read(), np.float32) for name, entry in found.items()}
+        drawn = METHOD.frozen_arrays(file.model, args) if own else {}
+        same = all(np.array_equal(own[name], drawn[name]) for name in own)
+        return ReadAdapter(lora, args, NO_ARRAYS if same else own)
+
+    def shapes(self, first: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of a layer's vectors."""
+        return {**first, "lambda_b": (shape[0],)}
+
+    def differences(self, ours: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
+        """Lists settings that draw other matrices."""
+        return setting_differences(("rank", "projection_prng_key"), ours, of_adapter)
+
+
+def _in_file(name: str) -> str:
+    return f"base_model.{name}"
+
+
+def _matrix_problems(found: Mapping[str, TensorEntry], least: Mapping[str, tuple[int, int]], rank: int) -> list[str]:
+    """Describes the matrices that are missing or smaller than `least`, or have another rank."""
+    problems = []
+    for rank_axis, (name, (rows, columns)) in enumerate(least.items()):
+        shape = found[name].shape if name in found else None
+        if shape is None:
+            problems.append(f"{_in_file(name)} is missing")
+        elif len(shape) != 2 or shape[rank_axis] != rank or shape[0] < rows or shape[1] < columns:
+            problems.append(
+                f"{_in_file(name)}: shape {list(shape)}, expected at least {[rows, columns]}, of rank {rank}"
+            )
+    return problems
+
+
 class VeRAMethod(Method):
     """VeRA on projections."""
+
+    peft = VeRAForm()
+
+    def frozen_arrays(self, config: ModelConfig, spec: LoraArgs) -> dict[str, np.ndarray]:
+        """Returns A [R, K] and B [N, R], which all targeted projections share, in f32."""
+        drawn = draw_projections(spec.projection_prng_key, spec.rank, largest_shape(config, spec))
+        return dict(zip((A, B), drawn, strict=True))
 
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns the targeted projections."""
@@ -196,9 +311,9 @@ class VeRAMethod(Method):
     def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
         """Adds vectors to each targeted projection, and A and B, which they share, to the base."""
         shapes = target_shapes(model.config, spec)
-        a, b = vera_projections(model.config, spec) if given.frozen is None else Projections(**given.frozen)
+        frozen = given.frozen or self.frozen_arrays(model.config, spec)
         dtype = model.model.embed_tokens.weight.get_value().dtype
-        shared = Frozen(jnp.asarray(a.T, dtype)), Frozen(jnp.asarray(b, dtype))
+        shared = Frozen(jnp.asarray(frozen[A].T, dtype)), Frozen(jnp.asarray(frozen[B], dtype))
         stacks, known = projection_layers(model.config), dict(linears(model))
         for name, (n, _) in shapes.items():
             known[name].adapter = VeRA.init(

@@ -70,4 +70,4 @@ def test_the_draw_is_kaimings_and_never_changes():
     np.testing.assert_allclose(a[0, :4], bound * (2 * published - 1), rtol=1e-6)
     for matrix, limit in ((a, bound), (b, math.sqrt(3))):
         assert np.abs(matrix).max() <= limit and matrix.std() == pytest.approx(limit / math.sqrt(3), rel=0.1)
-    assert not np.array_equal(a, draw_projections(0, 2, (300, 200)).vera_a)
+    assert not np.array_equal(a, draw_projections(0, 2, (300, 200))[0])

@@ -15,12 +15,13 @@ import pytest
 import qlora_jax as q
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.io.export.merged import export_merged
-from qlora_jax.io.export.peft import export_peft, in_peft_format
+from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.head_file import TrainedHead, write_head
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.head_adapters import split_head, with_head
 from qlora_jax.io.peft.start_adapter import read_start_adapter
+from qlora_jax.io.peft.writer import in_peft_format
 from qlora_jax.io.pretrained import OpenedModel, open_finetuned
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.methods.attach import add_lora

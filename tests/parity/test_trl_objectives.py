@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, PreferenceArgs
-from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.writer import write_adapter
+from qlora_jax.io.peft.writer import in_peft_format, write_adapter
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config

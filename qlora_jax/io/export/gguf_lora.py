@@ -21,11 +21,11 @@ from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loading.loader import Progress
-from qlora_jax.io.peft.writer import effective_alphas
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import slots_of
+from qlora_jax.methods.lora import effective_alphas
 from qlora_jax.methods.targets import adapter_layers, some_layers
 from qlora_jax.models.config import STORED, ModelConfig
 from qlora_jax.models.partition import AdapterArrays

@@ -4,10 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from qlora_jax.atomic_files import staged_folder
-from qlora_jax.config import LoraArgs
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
@@ -18,22 +16,12 @@ from qlora_jax.io.loading.loader import Progress
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.head_adapters import split_head, with_head
-from qlora_jax.io.peft.multimodal import text_half_only
-from qlora_jax.io.peft.norms import norm_config, norm_tensors
-from qlora_jax.io.peft.projections import projection_tensors
-from qlora_jax.io.peft.target_parameters import expert_parameters, expert_tensors, target_entries
-from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
+from qlora_jax.io.peft.writer import in_peft_format, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import slots_of, with_tables
-from qlora_jax.metadata import JsonObject
-from qlora_jax.methods.ia3 import ia3_targets
-from qlora_jax.methods.targets import adapter_layers, some_layers
-from qlora_jax.methods.vera import vera_projections
 from qlora_jax.model_source import ModelSource
-from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 
 BASE_FOLDER = "base"
@@ -77,7 +65,7 @@ def export_peft(
         )
     check_exportable(run.lora_args.method, tables, features)
     lora = {named(name): matrices for name, matrices in adapters.items()}
-    config, tensors = in_peft_format(lora, trained.args, opened.features, base)
+    config, tensors = in_peft_format(lora, trained.args, opened.features, base, run.frozen)
     config |= {"revision": revision} | table_config(tables, run.new_ids, features)
     tensors |= table_tensors(tables, features)
     if run.head is not None:
@@ -86,8 +74,6 @@ def export_peft(
     resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
     notes = [*trained.notes, *notes_for_readers(config)]
     with staged_folder(output) as folder:
-        if run.lora_args.method == "vera":
-            tensors |= projection_tensors(run.projections or vera_projections(opened.features, run.lora_args))
         tokenizer, padding = opened.tokenizer, None
         if run.head is not None:
             padding = head_padding(tokenizer, opened.source.config, opened.stop_ids)
@@ -101,28 +87,6 @@ def export_peft(
             notes.append(f"its base does not list the end of a turn: pass eos_token_id={opened.stop_ids} to generate")
     lines = _lines(output, run, base, resized_rows, notes)
     return ExportResult(path=output, lines=lines)
-
-
-def in_peft_format(
-    lora: AdapterArrays, args: LoraArgs, model: ModelConfig, base: str
-) -> tuple[JsonObject, dict[str, np.ndarray]]:
-    """Returns (adapter_config.json, tensors) of trained parameters by Hugging Face's names.
-
-    Args:
-      base: where PEFT finds the base model: a path or a name.
-    """
-    if args.method == "ln_tuning":
-        return text_half_only(norm_config(lora, model, base), model), norm_tensors(lora, model)
-    linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
-    on_inputs = ia3_targets(model, args)[1] if args.method == "ia3" else []
-    layers_of = adapter_layers(model, args)
-    partial = some_layers(layers_of, model.num_layers)
-    parameters = target_entries(lora, layers_of, args, model)
-    config = adapter_config(lora, args, linears, base, on_inputs, partial, parameters)
-    experts = {name: leaves for name, leaves in lora.items() if name in expert_parameters(model)}
-    others = {name: leaves for name, leaves in lora.items() if name not in experts}
-    tensors = adapter_tensors(others, on_inputs, partial) | expert_tensors(experts, layers_of, model)
-    return text_half_only(config, model), tensors
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:

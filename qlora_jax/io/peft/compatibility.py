@@ -5,11 +5,11 @@ api/vllm/lora/peft_helper (unsupported features; one alpha over one rank scales 
 convert_lora_to_gguf.py, which reads lora_alpha, a rank per module, and only tensors named lora_A and lora_B.
 """
 
+from qlora_jax.config.methods import METHODS, method_with_peft_type
 from qlora_jax.metadata import JsonObject
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # possible values of --max-lora-rank
 VLLM_DEFAULT_RANK = 16
-NOT_LORA = {"IA3": "(IA)^3", "OFT": "OFT", "VERA": "VeRA", "LN_TUNING": "LayerNorm tuning"}  # by peft_type
 MERGED = "merge it into a model for them: --format hf or gguf"
 WITHOUT_GGUF = "merge it into a model for vLLM: --format hf"
 HEAD_TASKS = ("SEQ_CLS", "FEATURE_EXTRACTION")  # llama.cpp's files cannot hold their heads
@@ -18,8 +18,9 @@ HEAD_TASKS = ("SEQ_CLS", "FEATURE_EXTRACTION")  # llama.cpp's files cannot hold 
 def notes_for_readers(config: JsonObject) -> list[str]:
     """Lists how vLLM and llama.cpp would compute something else than the adapter with this adapter_config.json."""
     merged = WITHOUT_GGUF if config.get("task_type") in HEAD_TASKS else MERGED
-    if not_lora := NOT_LORA.get(config["peft_type"]) or ("DoRA" if config["use_dora"] else None):
-        return [f"vLLM and llama.cpp cannot read {not_lora}: {merged}"]
+    name = "dora" if config.get("use_dora") else method_with_peft_type(config["peft_type"])
+    if name not in (None, "lora"):
+        return [f"vLLM and llama.cpp cannot read {METHODS[name].title}: {merged}"]
     notes = [note for note in (_rank_note(config), _pattern_note(config)) if note]
     if config["alpha_pattern"]:
         notes.append(

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.io.peft.config import AdapterConfig
-from qlora_jax.io.peft.writer import PREFIX
+from qlora_jax.config.methods import LORA, METHODS
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.peft_form import PREFIX, PeftKeys
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays, is_table
@@ -21,8 +21,6 @@ DELTA = "token_adapter.trainable_tokens_delta"  # PEFT's name of trained rows, a
 PEFT_NAMES = {"rows": DELTA, "weight": "weight"}
 # Modules whose names in transformers differ from those in checkpoints.
 MODULES = {"embed_out": "lm_head"}
-# Methods that PEFT does not combine with trained rows or tied tables, by name.
-LORA_ONLY = {"ia3": "(IA)^3", "oft": "OFT", "vera": "VeRA", "ln_tuning": "LayerNorm tuning"}
 
 
 def split_tables(lora: AdapterArrays) -> tuple[AdapterArrays, AdapterArrays]:
@@ -78,11 +76,12 @@ def check_exportable(method: str, tables: AdapterArrays, model: ModelConfig) -> 
       ValueError: a method other than LoRA and DoRA is combined with trained rows or with a tied head; or rows of a head
         with a bias were trained, which PEFT computes without it.
     """
-    leaves, method = {leaf for table in tables.values() for leaf in table}, LORA_ONLY.get(method, "")
+    leaves, declared = {leaf for table in tables.values() for leaf in table}, METHODS[method]
+    other = "" if declared.peft_type == LORA else declared.title
     problems = {
-        f"PEFT cannot combine trained rows of tokens with {method}": "rows" in leaves and method,
-        f"PEFT does not keep a head tied to the embedding with {method}": "weight" in leaves
-        and method
+        f"PEFT cannot combine trained rows of tokens with {other}": "rows" in leaves and other,
+        f"PEFT does not keep a head tied to the embedding with {other}": "weight" in leaves
+        and other
         and model.tie_embeddings,
         "the head of this model adds a bias, which PEFT omits if rows of the head train "
         "(trainable_token_indices), so the logits would differ": "rows" in leaves and model.head_bias,
@@ -114,7 +113,7 @@ class AdapterTables:
 
 
 def read_tables(
-    config: AdapterConfig, entries: Sequence[TensorEntry], model: ModelConfig
+    config: PeftKeys, entries: Sequence[TensorEntry], model: ModelConfig
 ) -> tuple[AdapterTables, list[TensorEntry], list[str]]:
     """Reads embedding and head; returns (the tables, all other tensors, problems that make them unusable)."""
     names = ["model.embed_tokens", "lm_head"]
@@ -139,7 +138,7 @@ def read_tables(
 LEAVES = (DELTA, *WHOLE, *FROZEN)
 
 
-def setting_problems(config: AdapterConfig, model: ModelConfig, others: Collection[str] = ()) -> list[str]:
+def setting_problems(config: PeftKeys, model: ModelConfig, others: Collection[str] = ()) -> list[str]:
     """Lists settings for embedding and head that are not supported.
 
     Args:
@@ -170,12 +169,12 @@ def _known(model: ModelConfig) -> dict[str, str]:
     return {module_name(name, model).rpartition(".")[2]: name for name in ("model.embed_tokens", "lm_head")}
 
 
-def _token_indices(config: AdapterConfig, model: ModelConfig) -> dict[str, list[int]]:
+def _token_indices(config: PeftKeys, model: ModelConfig) -> dict[str, list[int]]:
     indices = config.get("trainable_token_indices") or {}
     return {module_name("model.embed_tokens", model): indices} if isinstance(indices, list) else indices
 
 
-def _ids(config: AdapterConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _ids(config: PeftKeys, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The ids of the tokens whose rows train, by our name of the table."""
     return {_known(model)[name.rpartition(".")[2]]: tuple(ids) for name, ids in _token_indices(config, model).items()}
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.io.head_file import TrainedHead, read_head
-from qlora_jax.io.peft.config import AdapterConfig
-from qlora_jax.io.peft.writer import PREFIX
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.peft_form import PREFIX, PeftKeys
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
@@ -72,21 +71,21 @@ def _bare_pattern(pattern: str, start: str) -> str:
 
 
 def _without_prefix(name: str, start: str) -> str:
-    return PREFIX + name.removeprefix(PREFIX).removeprefix(start)
+    return PREFIX + name.removeprefix(PREFIX + start) if name.startswith(PREFIX + start) else name
 
 
-def head_modules(config: AdapterConfig) -> tuple[str, ...]:
+def head_modules(config: PeftKeys) -> tuple[str, ...]:
     """Returns the names of a sequence head that `modules_to_save` may have."""
     return MODULES if config.get("task_type") == SEQ_CLS else ()
 
 
-def without_lm_head(config: AdapterConfig, model: ModelConfig) -> ModelConfig:
+def without_lm_head(config: PeftKeys, model: ModelConfig) -> ModelConfig:
     """Returns the features by which an adapter's tables are read; one with a sequence head has only the embedding."""
     has_head = config.get("task_type") in (SEQ_CLS, FEATURES)
     return dataclasses.replace(model, tie_embeddings=True) if has_head else model
 
 
-def named_as_causal(config: AdapterConfig, entries: Sequence[TensorEntry], model: ModelConfig) -> list[TensorEntry]:
+def named_as_causal(config: PeftKeys, entries: Sequence[TensorEntry], model: ModelConfig) -> list[TensorEntry]:
     """Returns the tensors of an adapter under the names that a causal model's adapter has."""
     if config.get("task_type") != FEATURES:
         return [*entries]
@@ -100,7 +99,7 @@ def named_as_causal(config: AdapterConfig, entries: Sequence[TensorEntry], model
 
 
 def read_score(
-    folder: Path, config: AdapterConfig, entries: Sequence[TensorEntry], model: ModelConfig
+    folder: Path, config: PeftKeys, entries: Sequence[TensorEntry], model: ModelConfig
 ) -> tuple[TrainedHead | None, dict[str, dict[str, np.ndarray]], list[TensorEntry], list[str]]:
     """Reads the sequence head of an adapter: (the head, its LoRA parameters, all other tensors, problems).
 

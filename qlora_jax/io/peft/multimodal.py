@@ -5,21 +5,21 @@ import re
 from collections.abc import Sequence
 
 from qlora_jax.io.hf.multimodal import module_name
-from qlora_jax.io.peft.writer import PREFIX
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.peft_form import PREFIX, PeftForm
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.multimodal import OTHER_MODULES, WRAPPED, is_text_half
 
 
-def text_half_only(config: JsonObject, model: ModelConfig) -> JsonObject:
+def text_half_only(config: JsonObject, form: PeftForm, model: ModelConfig) -> JsonObject:
     """Returns adapter settings that leave vision tower and projector alone, although their modules have like names.
 
-    PEFT has `exclude_modules` for that. Its VeRA does not read it, so target_modules then names the text half.
+    PEFT has `exclude_modules` for that. Where a form does not read it, target_modules names the text half.
     """
     if not is_text_half(model):
         return config
-    if config["peft_type"] != "VERA":
+    if form.reads_exclude_modules:
         return config | {"exclude_modules": OTHER_MODULES}
     ends = "|".join(map(re.escape, config["target_modules"]))
     return config | {"target_modules": rf"{re.escape(WRAPPED)}\..*\.({ends})"}

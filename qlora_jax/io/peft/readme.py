@@ -3,6 +3,7 @@
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.head_padding import Padding
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.method import form_of
 
 README = """\
 ---
@@ -69,14 +70,6 @@ PROBLEM_TYPES = {
     "reward": "regression",
 }
 
-# peft_type -> (tag, description).
-NOT_LORA = {
-    "IA3": ("ia3", "An (IA)^3 adapter"),
-    "OFT": ("oft", "An OFT adapter"),
-    "VERA": ("vera", "A VeRA adapter"),
-    "LN_TUNING": ("ln_tuning", "Norms from LayerNorm tuning"),
-}
-
 
 def readme(
     config: JsonObject, loadable: str, rows: int | None, head: TrainedHead | None, padding: Padding | None
@@ -90,7 +83,8 @@ def readme(
       head: the sequence head, if the adapter has one.
       padding: the padding token, if the head has outputs.
     """
-    tag, what = _description(config)
+    form = form_of(config["peft_type"])
+    assert form is not None, "it has written the config"
     names = {
         "loadable": loadable,
         "resize": f"base.resize_token_embeddings({rows})  # for the new tokens\n" if rows else "",
@@ -105,14 +99,13 @@ def readme(
         names |= {"settings": settings, "padding": _padding_line(padding)}
         note = f"\n{OUTPUTS[head.objective]}\n{UNPADDED if padding.id is None else PADDED}"
         code = CLASSIFY.format(**names)
-    return README.format(tag=tag, what=what, base=config["base_model_name_or_path"], code=code, note=note)
-
-
-def _description(config: JsonObject) -> tuple[str, str]:
-    if config["peft_type"] in NOT_LORA:
-        return NOT_LORA[config["peft_type"]]
-    kind = "DoRA" if config["use_dora"] else "LoRA"
-    return "lora", "A {} adapter (rank {r}, alpha {lora_alpha})".format(kind, **config)
+    return README.format(
+        tag=config["peft_type"].lower(),
+        what=form.describe(config),
+        base=config["base_model_name_or_path"],
+        code=code,
+        note=note,
+    )
 
 
 def _padding_line(padding: Padding) -> str:

@@ -1,6 +1,5 @@
 """Reads the adapter from which training starts (`lora.start`), and checks that it fits the run's settings."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,22 +9,12 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS
 from qlora_jax.io.head_file import TrainedHead, check_same_head
 from qlora_jax.io.peft.reader import read_adapter
-from qlora_jax.methods.ia3 import ia3_targets
-from qlora_jax.methods.targets import target_layers
+from qlora_jax.methods.method import method_of
+from qlora_jax.methods.peft_form import setting_differences
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import AdapterArrays, Lora, is_table
 from qlora_jax.models.trainable_embeddings import trainable_table_names
-
-SCALING = (
-    *("method", "rank", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("oft_block_size", "oft_blocks", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
-    "projection_prng_key",
-)
-
-LIKE = {"lora_fa": "lora"}  # methods whose adapters are those of another method
-
-IA3_SETTINGS = ("target_modules", "feedforward_modules")
 
 
 def read_start_adapter(
@@ -56,38 +45,24 @@ def read_start_adapter(
             f"lora.start={folder}: its new tokens differ from model.new_tokens (found {list(adapter.new_ids)}, "
             f"expected {list(new_ids) or 'none'}). Set model.new_tokens to the adapter's tokens in order"
         )
-    if adapter.projections is not None:
+    if adapter.frozen:
+        source = METHODS[adapter.args.method].drawn_from
         raise ValueError(
-            f"lora.start={folder}: its vera_A and vera_B are not those of projection_prng_key "
-            f"{adapter.args.projection_prng_key}, which a run would use. Merge it (qlora-jax export --run "
+            f"lora.start={folder}: its {' and '.join(adapter.frozen)} are not those of {source} "
+            f"{getattr(adapter.args, source)}, which a run would use. Merge it (qlora-jax export --run "
             "FOLDER --format hf) and train that model"
         )
-    like = dataclasses.replace(args, method=LIKE.get(args.method, args.method))
-    wrong = [
-        f"lora.{name}: found {getattr(args, name)!r}, expected {getattr(adapter.args, name)!r}"
-        for name in SCALING
-        if getattr(like, name) != getattr(adapter.args, name)
-    ]
-    if METHODS[args.method].some_layers:
-        wrong += _layer_differences(args, adapter.args, model)
-    if args.method == adapter.args.method == "ia3" and ia3_targets(model, args) != ia3_targets(model, adapter.args):
-        wrong += [f"lora.{name}: expected {getattr(adapter.args, name)!r}" for name in IA3_SETTINGS]
+    wrong, form = [], method_of(args.method).peft
+    if (METHODS[args.method].stored_as or args.method) != adapter.args.method:
+        wrong += setting_differences(["method"], args, adapter.args)
+    if form is not None and form is method_of(adapter.args.method).peft:
+        wrong += form.differences(args, adapter.args, model)
     if wrong:
         lines = "\n  ".join(wrong)
         raise ValueError(
             f"lora.start={folder}: settings differ from the adapter's. Use those it was trained with:\n  {lines}"
         )
     return {**adapter.lora, **{name: {"weight": table} for name, table in adapter.tables.items()}}
-
-
-def _layer_differences(args: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
-    """Reports projections whose adapters are on other layers."""
-    ours, theirs = (target_layers(model, each) for each in (args, of_adapter))
-    return [
-        f"layers of {name}: found {list(layers)}, expected {list(theirs[name])}"
-        for name, layers in ours.items()
-        if layers != theirs.get(name, layers)
-    ]
 
 
 def check_shapes(path: Path, lora: AdapterArrays, expected: AdapterArrays) -> None:

@@ -53,7 +53,7 @@ from qlora_jax.io.run_folder.orbax_threads import silence_threads
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY, read_start
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import JsonObject
-from qlora_jax.methods.vera import Projections
+from qlora_jax.methods.peft_form import NO_ARRAYS
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 REMOVED = "removed"  # in the folder of checkpoints; an old one moves there at once, and is deleted file by file
@@ -283,7 +283,7 @@ class Run:
     new_ids: tuple[int, ...] = ()
     initial: InitialAdapter | None = None
     tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    projections: Projections | None = None
+    frozen: Mapping[str, np.ndarray] = NO_ARRAYS
     chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
     head: TrainedHead | None = None
     start: Mapping[str, Mapping[str, jax.Array | np.ndarray]] | None = None

@@ -24,11 +24,11 @@ from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.evaluation.heads.rows import encode_head_rows
 from qlora_jax.evaluation.task import TaskContext
-from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.head_adapters import split_head, with_head
+from qlora_jax.io.peft.writer import in_peft_format
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config

@@ -11,9 +11,9 @@ from qlora_jax.io.export.gguf_lora import by_layer, check_plain, lora_spec, lora
 from qlora_jax.io.export.gguf_metadata import spec_from_folder
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import write_gguf
-from qlora_jax.io.peft.writer import effective_alphas
 from qlora_jax.io.pretrained import open_pretrained
 from qlora_jax.io.run_folder.checkpoint import Run
+from qlora_jax.methods.lora import effective_alphas
 from qlora_jax.models.tensor_names import layer_name
 from tests.io.gguf_families import FAMILIES, converted, random_tensors
 from tests.io.tiny_models import tokenizer_json, write_folder

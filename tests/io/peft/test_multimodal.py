@@ -7,9 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.peft.reader import read_adapter
-from qlora_jax.io.peft.writer import write_adapter
+from qlora_jax.io.peft.writer import in_peft_format, write_adapter
 from qlora_jax.models.families import model_config
 from qlora_jax.regex import matches_whole
 from tests.io.peft.test_reader import random_lora

@@ -10,17 +10,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft.projections import projection_tensors
 from qlora_jax.io.peft.reader import base_model_of, read_adapter
-from qlora_jax.io.peft.stacks import check_fits
 from qlora_jax.io.peft.start_adapter import read_start_adapter
-from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
-from qlora_jax.methods.vera import vera_projections
+from qlora_jax.io.peft.writer import in_peft_format, write_adapter
+from qlora_jax.methods.method import method_of
+from qlora_jax.methods.peft_form import check_fits
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config
 
 MODEL = model_config(tiny_config())
-LINEARS = [f"model.layers.{name}" for name in MODEL.linear_shapes()]
 ARGS = LoraArgs(rank=4, alpha=8.0, dropout=0.1, target_modules=["down_proj", "q_proj"], rank_pattern={"down_proj": 2})
 
 
@@ -35,8 +33,8 @@ def random_lora(seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    lora = random_lora()
-    write_adapter(tmp_path, adapter_tensors(lora), adapter_config(lora, ARGS, LINEARS, "a/base"))
+    config, tensors = in_peft_format(random_lora(), ARGS, MODEL, "a/base")
+    write_adapter(tmp_path, tensors, config)
     return tmp_path
 
 
@@ -68,10 +66,11 @@ def test_an_adapter_on_some_layers_returns(tmp_path: Path, layers: dict, setting
         name: {leaf: array[list(layers.get(name, range(2)))] for leaf, array in leaves.items()}
         for name, leaves in random_lora().items()
     }
-    tensors = adapter_tensors(lora, some_layers=layers)
-    write_adapter(tmp_path, tensors, adapter_config(lora, ARGS, LINEARS, "a/base", some_layers=layers))
+    args = dataclasses.replace(ARGS, **settings)
+    config, tensors = in_peft_format(lora, args, MODEL, "a/base")
+    write_adapter(tmp_path, tensors, config)
     adapter = read_adapter(tmp_path, MODEL)
-    assert adapter.args == dataclasses.replace(ARGS, **settings)
+    assert adapter.args == args
     assert adapter.lora.keys() == lora.keys()
     for name, matrices in lora.items():
         for matrix, values in matrices.items():
@@ -86,10 +85,8 @@ def _with(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        (
-            dict(peft_type="ADALORA", use_qalora=True),
-            ["peft_type: found 'ADALORA'", "use_qalora: True is not supported"],
-        ),
+        (dict(peft_type="ADALORA"), ["peft_type: found 'ADALORA', expected 'LORA' or 'IA3' or 'OFT' or 'VERA' or"]),
+        (dict(oft_block_size=8, use_qalora=True), ["oft_block_size: 8 is not", "use_qalora: True is not supported"]),
         (
             dict(modules_to_save=["lm_head", "norm"], bias="all"),
             ["modules_to_save: norm is neither", "bias: found 'all'"],
@@ -232,10 +229,10 @@ def test_every_setting_of_another_type_is_named(folder: Path):
     with pytest.raises(ValueError) as caught:
         read_adapter(folder, MODEL)
     assert str(caught.value).splitlines()[1:] == [
+        "  trainable_token_indices.a.1: found '2', expected a whole number",
         "  r: found '4', expected a whole number",
         "  lora_alpha: found None, expected a number",
         "  rank_pattern.down_proj: found '2', expected a whole number",
-        "  trainable_token_indices.a.1: found '2', expected a whole number",
     ]
 
 
@@ -264,10 +261,8 @@ def _written(folder: Path, args: LoraArgs) -> dict[str, dict[str, np.ndarray]]:
         lora = {Q_PROJ: {"oft_r": rng.random((2, 4, 120), np.float32)}}
     else:
         lora = {DOWN_PROJ: {"lambda_b": rng.random((2, 64), np.float32), "lambda_d": rng.random((2, 3), np.float32)}}
-    tensors = adapter_tensors(lora)
-    if args.method == "vera":
-        tensors |= projection_tensors(vera_projections(MODEL, args))
-    write_adapter(folder, tensors, adapter_config(lora, args, LINEARS, "a/base"))
+    config, tensors = in_peft_format(lora, args, MODEL, "a/base")
+    write_adapter(folder, tensors, config)
     return lora
 
 
@@ -275,7 +270,7 @@ def _written(folder: Path, args: LoraArgs) -> dict[str, dict[str, np.ndarray]]:
 def test_rotations_and_vectors_return(tmp_path: Path, args: LoraArgs):
     lora = _written(tmp_path, args)
     adapter = read_adapter(tmp_path, MODEL)
-    assert adapter.args == args and adapter.projections is None and adapter.lora.keys() == lora.keys()
+    assert adapter.args == args and not adapter.frozen and adapter.lora.keys() == lora.keys()
     for name, leaves in lora.items():
         for leaf, values in leaves.items():
             np.testing.assert_array_equal(adapter.lora[name][leaf], values, strict=True)
@@ -324,9 +319,8 @@ def test_frozen_matrices_of_an_adapter_are_its_own_or_those_of_its_seed(tmp_path
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"base_model.vera_B": 2 * tensors["base_model.vera_B"]}, path)
-    own = read_adapter(tmp_path, MODEL).projections
-    assert own is not None
-    np.testing.assert_array_equal(own.vera_b, 2 * vera_projections(MODEL, VERA_ARGS).vera_b)
+    own, drawn = read_adapter(tmp_path, MODEL).frozen, method_of("vera").frozen_arrays(MODEL, VERA_ARGS)
+    np.testing.assert_array_equal(own["vera_B"], 2 * drawn["vera_B"])
     with pytest.raises(ValueError, match="vera_A and vera_B are not those of projection_prng_key 4"):
         read_start_adapter(tmp_path, MODEL, VERA_ARGS, ())
     save_file({name: values for name, values in tensors.items() if "vera_B" not in name}, path)
@@ -336,4 +330,4 @@ def test_frozen_matrices_of_an_adapter_are_its_own_or_those_of_its_seed(tmp_path
     with pytest.raises(ValueError, match=r"(?s)vera_A is missing.*vera_B is missing"):
         read_adapter(tmp_path, MODEL)
     _with(tmp_path, save_projection=False)
-    assert read_adapter(tmp_path, MODEL).projections is None
+    assert not read_adapter(tmp_path, MODEL).frozen

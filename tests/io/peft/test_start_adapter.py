@@ -11,8 +11,8 @@ from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, write_head
 from qlora_jax.io.peft.head_adapters import with_head
 from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.io.peft.start_adapter import read_start_adapter
-from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
-from tests.io.peft.test_reader import ARGS, LINEARS, MODEL, random_lora
+from qlora_jax.io.peft.writer import in_peft_format, write_adapter
+from tests.io.peft.test_reader import ARGS, MODEL, random_lora
 
 LORA = LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2})
 HEAD = TrainedHead(objective="classification", labels=("no", "yes"))
@@ -21,7 +21,7 @@ HEAD = TrainedHead(objective="classification", labels=("no", "yes"))
 def write(folder: Path, head: TrainedHead, args: LoraArgs = ARGS) -> Path:
     lora = random_lora()
     score = {"score": {"weight": np.ones((64, head.outputs), np.float32)}} if head.outputs else {}
-    config, tensors = adapter_config(lora, args, LINEARS, "a/base"), adapter_tensors(lora)
+    config, tensors = in_peft_format(lora, args, MODEL, "a/base")
     config, tensors = with_head(config, tensors, score, head, MODEL)
     write_adapter(folder, tensors, config)
     return folder

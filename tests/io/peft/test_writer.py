@@ -9,8 +9,12 @@ from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.peft.compatibility import notes_for_readers
-from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, target_suffixes, write_adapter
+from qlora_jax.io.peft.writer import in_peft_format, write_adapter
+from qlora_jax.methods.peft_names import target_suffixes
+from qlora_jax.models.families import model_config
+from tests.io.tiny_models import tiny_config
 
+MODEL = model_config(tiny_config())
 LINEARS = [f"model.layers.self_attn.{name}_proj" for name in "qkvo"] + ["model.layers.mlp.up_proj"]
 
 
@@ -27,7 +31,7 @@ def _lora(ranks: dict[str, int], layers: int = 2) -> dict[str, dict[str, np.ndar
 
 def test_tensors_are_transposed_and_named_by_layer() -> None:
     lora = _lora({LINEARS[0]: 3, LINEARS[4]: 2})
-    tensors = adapter_tensors(lora)
+    tensors = in_peft_format(lora, LoraArgs(rank=3, rank_pattern={"up_proj": 2}), MODEL, "base")[1]
     assert len(tensors) == 2 * 2 * 2
     for layer in range(2):
         a = tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"]
@@ -39,7 +43,7 @@ def test_tensors_are_transposed_and_named_by_layer() -> None:
 
 def test_config() -> None:
     args = LoraArgs(rank=3, alpha=16.0, dropout=0.05, rank_pattern={"up_proj": 2}, alpha_pattern={"k_proj": 2.5})
-    config = adapter_config(_lora({LINEARS[0]: 3, LINEARS[4]: 2}), args, LINEARS, "some/base")
+    config = in_peft_format(_lora({LINEARS[0]: 3, LINEARS[4]: 2}), args, MODEL, "some/base")[0]
     assert config == {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -62,7 +66,7 @@ def test_config() -> None:
 
 def test_rslora_is_written_as_an_alpha() -> None:
     args = LoraArgs(rank=4, alpha=6.0, use_rslora=True, rank_pattern={"up_proj": 9}, alpha_pattern={"k_proj": 5.0})
-    config = adapter_config(_lora({LINEARS[0]: 4, LINEARS[1]: 4, LINEARS[4]: 9}), args, LINEARS, "some/base")
+    config = in_peft_format(_lora({LINEARS[0]: 4, LINEARS[1]: 4, LINEARS[4]: 9}), args, MODEL, "some/base")[0]
     assert (config["use_rslora"], config["lora_alpha"]) == (False, 12)  # 6 / sqrt(4) = 12 / 4
     assert config["alpha_pattern"] == {"k_proj": 10, "up_proj": 18}  # 5 / sqrt(4) = 10 / 4, 6 / sqrt(9) = 18 / 9
 
@@ -105,7 +109,7 @@ def test_readers_that_would_get_it_wrong_are_named(changes: dict, told: list[str
 
 def test_ranks_that_do_not_fit_the_settings() -> None:
     with pytest.raises(ValueError, match=r"model.layers.mlp.up_proj has rank 2, expected 3"):
-        adapter_config(_lora({LINEARS[0]: 3, LINEARS[4]: 2}), LoraArgs(rank=3), LINEARS, "base")
+        in_peft_format(_lora({LINEARS[0]: 3, LINEARS[4]: 2}), LoraArgs(rank=3), MODEL, "base")
 
 
 def test_suffixes_never_reach_a_module_without_adapter() -> None:
@@ -116,21 +120,22 @@ def test_suffixes_never_reach_a_module_without_adapter() -> None:
 
 def test_files(tmp_path: Path) -> None:
     lora = _lora({LINEARS[0]: 3})
-    config = adapter_config(lora, LoraArgs(rank=3), LINEARS, "some/base")
-    write_adapter(tmp_path, adapter_tensors(lora), config)
+    config, tensors = in_peft_format(lora, LoraArgs(rank=3), MODEL, "some/base")
+    write_adapter(tmp_path, tensors, config)
     assert {path.name for path in tmp_path.iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
         "README.md",
     }
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == config
-    assert load_file(tmp_path / "adapter_model.safetensors").keys() == adapter_tensors(lora).keys()
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == tensors.keys()
     assert "from_pretrained('some/base')" in (tmp_path / "README.md").read_text()
 
 
 def test_readme_over_a_gguf_file(tmp_path: Path) -> None:
     lora = _lora({LINEARS[0]: 3})
-    write_adapter(tmp_path, adapter_tensors(lora), adapter_config(lora, LoraArgs(rank=3), LINEARS, "a/model.gguf"))
+    config, tensors = in_peft_format(lora, LoraArgs(rank=3), MODEL, "a/model.gguf")
+    write_adapter(tmp_path, tensors, config)
     text = (tmp_path / "README.md").read_text()
     assert "base model `a/model.gguf`" in text
     assert "from_pretrained('the same model as a Hugging Face folder')" in text

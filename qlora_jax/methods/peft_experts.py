@@ -10,12 +10,11 @@ Dimension key: S sparse layers, E experts, K in, R rank, N out.
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft.config import AdapterConfig
-from qlora_jax.io.peft.writer import PREFIX
+from qlora_jax.methods.peft_form import PREFIX, TrainedAdapter
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.partition import AdapterArrays
@@ -26,7 +25,6 @@ LayersOf = Mapping[str, Sequence[int]]  # {Hugging Face name without the layer's
 
 # For mixtures, PEFT takes a target_modules entry with one of these ends for the experts or the router, so that the
 # weights of other modules of these names have to be target_parameters.
-LORA_METHODS = ("lora", "lora_fa", "dora")  # others have no target_parameters, and take no names for experts
 TAKEN_FOR_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj")
 NESTED = "base_layer"
 TENSORS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
@@ -37,23 +35,13 @@ def expert_parameters(model: ModelConfig) -> dict[str, tuple[int, int]]:
     return {model.hugging_face_name(f"model.layers.{name}"): shape for name, shape in model.expert_targets().items()}
 
 
-def target_entries(
-    names: Iterable[str], layers_of: LayersOf, args: LoraArgs, model: ModelConfig
-) -> dict[str, list[str]]:
+def target_entries(adapter: TrainedAdapter) -> dict[str, list[str]]:
     """Returns the target_parameters of the modules that PEFT does not find in target_modules, by module.
 
     An entry has a layer's index if only some of the layers with this module have an adapter.
-
-    Raises:
-      ValueError: DoRA of such a module, which PEFT refuses.
     """
-    found = {name: _entries(name, layers_of[name], model) for name in names if _is_parameter(name, args, model)}
-    if found and args.method == "dora":
-        raise ValueError(
-            f"--format peft: PEFT has no DoRA for these modules of a mixture of experts: {', '.join(sorted(found))}. "
-            "Export one model instead: --format hf or gguf"
-        )
-    return found
+    layers_of, model = adapter.layers_of, adapter.model
+    return {name: _entries(name, layers_of[name], model) for name in adapter.lora if _is_parameter(name, model)}
 
 
 def entries_of(names: Iterable[str], layers_of: LayersOf, model: ModelConfig) -> list[str]:
@@ -62,7 +50,7 @@ def entries_of(names: Iterable[str], layers_of: LayersOf, model: ModelConfig) ->
 
 
 def own_patterns(
-    config: AdapterConfig, ranks: Mapping[str, int], layers_of: LayersOf, model: ModelConfig
+    config: Mapping[str, Any], ranks: Mapping[str, int], layers_of: LayersOf, model: ModelConfig
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Returns (rank_pattern, alpha_pattern) that give each module of an adapter its rank and alpha in PEFT.
 
@@ -90,8 +78,8 @@ def _with_any_layer[Value](values: Mapping[str, Value]) -> dict[str, Value]:
     return {name.partition(".layers.")[2]: value for name, value in values.items()}
 
 
-def _is_parameter(name: str, args: LoraArgs, model: ModelConfig) -> bool:
-    if model.experts is None or args.method not in LORA_METHODS:
+def _is_parameter(name: str, model: ModelConfig) -> bool:
+    if model.experts is None:
         return False
     is_router = name == model.hugging_face_name(f"model.layers.{ROUTER}")
     return is_router or name in expert_parameters(model) or name.rpartition(".")[2] in TAKEN_FOR_EXPERTS

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.io.peft.reader import read_adapter
-from qlora_jax.io.peft.targets import layers_of, targeted_layers
-from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
+from qlora_jax.io.peft.writer import in_peft_format, write_adapter
+from qlora_jax.methods.peft_names import layers_of, targeted_layers
 from qlora_jax.models.families import model_config
-from tests.io.peft.test_reader import ARGS, LINEARS, MODEL, random_lora
+from tests.io.peft.test_reader import ARGS, MODEL, random_lora
 from tests.io.tiny_models import tiny_config
 
-ORACLE = Path(__file__).parent.parent.parent / "oracle/peft_targets.py"
+ORACLE = Path(__file__).parent.parent / "oracle/peft_targets.py"
 LAYERS = 12  # so that one number begins with another one
 PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 CONFIGS = [
@@ -45,8 +45,8 @@ def test_peft_targets_the_same_layers(oracle):
 def test_layers_that_are_excluded_by_name_may_lack_tensors(tmp_path):
     """PEFT applies target_modules, exclude_modules and layers_to_transform together."""
     lora = random_lora()
-    tensors = {name: value for name, value in adapter_tensors(lora).items() if "layers.1.self_attn" not in name}
-    config = adapter_config(lora, ARGS, LINEARS, "a/base")
+    config, tensors = in_peft_format(lora, ARGS, MODEL, "a/base")
+    tensors = {name: value for name, value in tensors.items() if "layers.1.self_attn" not in name}
     write_adapter(tmp_path, tensors, config | {"exclude_modules": ["1.self_attn.q_proj"]})
     read = read_adapter(tmp_path, MODEL)
     assert read.lora["model.layers.self_attn.q_proj"]["lora_a"].shape == (1, 64, 4)
@@ -58,8 +58,8 @@ def test_layers_that_are_excluded_by_name_may_lack_tensors(tmp_path):
 
 def test_tensors_of_a_projection_that_is_excluded_are_unexpected(tmp_path):
     lora = random_lora()
-    config = adapter_config(lora, ARGS, LINEARS, "a/base") | {"exclude_modules": ["q_proj"]}
-    write_adapter(tmp_path, adapter_tensors(lora), config)
+    config, tensors = in_peft_format(lora, ARGS, MODEL, "a/base")
+    write_adapter(tmp_path, tensors, config | {"exclude_modules": ["q_proj"]})
     with pytest.raises(ValueError, match="they target no layer of the model"):
         read_adapter(tmp_path, MODEL)
 
