@@ -9,8 +9,11 @@ from jax.sharding import Mesh
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.method import Factors, Given, method_of
 from qlora_jax.methods.peft_form import NO_ARRAYS
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.trainable_embeddings import add_tables
+from qlora_jax.nn.sequence_head import HeadSpec
 
 
 def add_lora(
@@ -40,6 +43,30 @@ def add_lora(
         without a bias with `bitfit`.
     """
     method_of(spec.method).attach(model, spec, Given(key=key, initial=initial, frozen=frozen, mesh=mesh))
+
+
+def abstract_parts(
+    config: ModelConfig, weights: WeightFormat, spec: LoraArgs, new_ids: tuple[int, ...], head: HeadSpec | None
+) -> ModelParts:
+    """Returns the parts of a model with its adapters, tables and head, as ShapeDtypeStructs.
+
+    Args:
+      new_ids: ids of the new tokens, whose rows train.
+      head: the sequence head, if there is one.
+
+    Raises:
+      ValueError: as `add_lora`.
+    """
+
+    def parts() -> ModelParts:
+        model, key = CausalLM(config, weights), jax.random.key(0)
+        add_lora(model, spec, key)
+        if head is not None:
+            model.add_sequence_head(head, key)
+        add_tables(model, new_ids, spec)
+        return partition(model)
+
+    return jax.eval_shape(parts)
 
 
 def check_targets(config: ModelConfig, spec: LoraArgs) -> None:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.methods.adapter_cost import AdapterShape
 from qlora_jax.methods.method import Given, Method, linears, norm_widths, norms
 from qlora_jax.methods.targets import projection_layers, target_layers_of
 from qlora_jax.models.config import ModelConfig
@@ -100,6 +101,10 @@ class BitFit(Method):
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns the layers and norms whose biases train."""
         return bias_targets(config, spec)
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns nothing: gradients of biases read what the frozen model keeps."""
+        return AdapterShape()
 
     def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
         """Makes the targeted biases trainable."""

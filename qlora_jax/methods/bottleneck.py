@@ -13,7 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.method import Given, Method
+from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.lora import initial_factors
@@ -124,6 +126,27 @@ class BottleneckMethod(Method):
     def __init__(self, *modules: str):
         self.modules = modules
 
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns the modules with an adapter behind them."""
+        return AdapterShape(wraps=frozenset(self.modules))
+
+    def work(self, sizes: StepSizes) -> tuple[Work, ...]:
+        """Returns the work of two products of 2 M D R forward and four backward: d inner, dU, dD and dx.
+
+        Both are recomputed, or the first alone if no norm reads the result.
+        """
+        layout = NORM_PLACEMENTS[sizes.model.layout]
+        is_read = {"self_attn": not layout.parallel, "mlp": layout.after_mlp is not None}
+        one = sizes.model.num_layers * 2 * sizes.rows * sizes.model.embed_dim * sizes.lora.rank
+        again = sum(1 + is_read[name] for name in self.modules) * one
+        return (Work("bottleneck", 2 * len(self.modules) * one, 4 * len(self.modules) * one, again),)
+
+    def saved(self, sizes: StepSizes) -> dict[str, int]:
+        """Returns the bytes of the inputs [M, D] and inner values [M, R]."""
+        width = (sizes.model.embed_dim + sizes.lora.rank) * sizes.itemsize
+        count = sizes.backward_layers * len(self.modules)
+        return {"bottleneck_in and bottleneck_narrow": count * sizes.rows * width}
+
     def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
         """Adds adapters that change nothing."""
         config, layers = model.config, model.model.layers
@@ -138,6 +161,4 @@ class BottleneckMethod(Method):
             )
 
 
-# The modules of a layer whose results go through adapters, by method.
-BOTTLENECKS = {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",)}
-HOULSBY, PFEIFFER = (BottleneckMethod(*modules) for modules in BOTTLENECKS.values())
+HOULSBY, PFEIFFER = BottleneckMethod("self_attn", "mlp"), BottleneckMethod("mlp")

@@ -4,6 +4,7 @@ Dimension key: L layers, M rows, K in, N out, R rank.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,8 +16,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.methods.adapter_cost import F32, ONCE, AdapterShape, StepSizes, Work
 from qlora_jax.methods.lora import LowRankMethod, LowRankStart
+from qlora_jax.methods.low_rank_cost import ranked_projections
 from qlora_jax.methods.method import Given
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight, gather_layer, weight_specs
@@ -235,6 +239,25 @@ def _on_every_device(program: Callable[[PyTree], jax.Array], arrays: PyTree, spe
 
 class DoRAMethod(LowRankMethod):
     """DoRA on projections."""
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns LoRA's facts; magnitudes scale results, norms read weights, and dropout takes a second product."""
+        plain = super().shape(config, spec)
+        names = frozenset(plain.layers)
+        return plain._replace(scaled=names, rereads=names, products=dict.fromkeys(names, 2) if spec.dropout else ONCE)
+
+    def work(self, sizes: StepSizes) -> tuple[Work, ...]:
+        """Returns LoRA's work and that of the norms: 2 R N K + 2 R^2 (N + K) for W A, A^T A and (A^T A) B."""
+        norms = sum(
+            sizes.layers(name) * (2 * one.rank * math.prod(one.shape) + 2 * one.rank**2 * sum(one.shape))
+            for name, one in ranked_projections(sizes.model, sizes.lora).items()
+        )
+        return (*super().work(sizes), Work("dora", norms, again=norms, per_micro_batch=True))
+
+    def saved(self, sizes: StepSizes) -> dict[str, int]:
+        """Returns the bytes of x A, and of the norms of the layers that the backward pass visits."""
+        widths = sum(one.shape[0] for one in ranked_projections(sizes.model, sizes.lora).values())
+        return super().saved(sizes) | {"dora_norms": sizes.backward_layers * F32 * widths}
 
     def adapter(self, start: LowRankStart, spec: LoraArgs, given: Given) -> DoRA:
         """Returns the adapter of one projection."""

@@ -11,8 +11,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer
 from qlora_jax.methods.method import Given, Method, linears, norms
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, QLinear
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
@@ -101,6 +104,18 @@ def make_trainable(linear: QLinear, dtype: DTypeLike) -> None:
 
 class FullMethod(Method):
     """Every weight of an unquantized model trains; tables: models/trainable_embeddings.py."""
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns all projections: their inputs are read, and no frozen weight is multiplied."""
+        names = config.linear_shapes()
+        return AdapterShape(reads=every_layer(config, names), products=dict.fromkeys(names, 0))
+
+    def work(self, sizes: StepSizes) -> tuple[Work, ...]:
+        """Returns the work of x W^T, and of as much for each of dx = dy W and dW = dy^T x."""
+        flop = {name: sizes.layers(name) * product_flops(sizes.rows, shape) for name, shape in sizes.shapes()}
+        again = sum(each for name, each in flop.items() if name not in sizes.not_recomputed)
+        whole = sum(flop.values())
+        return (Work("whole_linear", whole, 2 * whole, again),)
 
     def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
         """Makes all linear layers and norms trainable."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.adapter_cost import AdapterShape, every_layer, names_within_layers
 from qlora_jax.methods.method import Given, Method, linears
 from qlora_jax.methods.peft_form import (
     PeftFile,
@@ -174,6 +175,12 @@ class IA3Method(Method):
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns the projections that get a vector."""
         return ia3_targets(config, spec)[0]
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns the projections whose results are scaled, and those whose inputs are."""
+        targets, on_inputs = ia3_targets(config, spec)
+        scaled = names_within_layers(config, [name for name in targets if name not in on_inputs])
+        return AdapterShape(reads=every_layer(config, names_within_layers(config, on_inputs)), scaled=frozenset(scaled))
 
     def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
         """Adds a vector of ones to each targeted projection."""

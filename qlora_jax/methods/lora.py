@@ -15,7 +15,9 @@ from pydantic import Field
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS
 from qlora_jax.metadata import JsonObject, shorten
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.expert_adapters import add_expert_adapters
+from qlora_jax.methods.low_rank_cost import low_rank_work, ranked_parameters, ranked_projections, saved_products
 from qlora_jax.methods.method import Given, Method, linears, our_names
 from qlora_jax.methods.peft_experts import (
     entries_of,
@@ -269,6 +271,7 @@ class LowRankMethod(Method):
     """A method that adds scaling * A B to projections."""
 
     peft = LowRankForm()
+    trains_a: ClassVar[bool] = True
 
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns the targeted projections; raises ValueError as `ranks_and_scalings`."""
@@ -278,6 +281,22 @@ class LowRankMethod(Method):
         """Adds an adapter to each targeted projection."""
         for start in [*_starts(model, spec, given)]:
             start.linear.adapter = self.adapter(start, spec, given)
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns the layers with adapters, whose inputs the gradient of A reads."""
+        ranked = ranked_projections(config, spec) | ranked_parameters(config, spec)
+        layers = {name: one.layers for name, one in ranked.items()}
+        return AdapterShape(layers=layers, reads=layers if self.trains_a else {})
+
+    def work(self, sizes: StepSizes) -> tuple[Work, ...]:
+        """Returns the work of x A B."""
+        on = ranked_projections(sizes.model, sizes.lora), ranked_parameters(sizes.model, sizes.lora)
+        return (low_rank_work(sizes, *on, trains_a=self.trains_a),)
+
+    def saved(self, sizes: StepSizes) -> dict[str, int]:
+        """Returns the bytes of x A."""
+        on = ranked_projections(sizes.model, sizes.lora), ranked_parameters(sizes.model, sizes.lora)
+        return saved_products(sizes, *on)
 
     def adapter(self, start: LowRankStart, spec: LoraArgs, given: Given) -> LinearAdapter:
         """Returns the adapter of one projection."""

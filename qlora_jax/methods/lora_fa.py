@@ -46,6 +46,8 @@ class LoRAFA(LoRA):
 class LoRAFAMethod(LowRankMethod):
     """LoRA-FA on projections."""
 
+    trains_a = False
+
     def adapter(self, start: LowRankStart, spec: LoraArgs, given: Given) -> LoRAFA:
         """Returns the adapter of one projection."""
         return LoRAFA(start.lora_a, start.lora_b, start.scaling, spec.dropout, start.layers)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS, method_with_peft_type
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.peft_form import NO_ARRAYS, PeftForm
 from qlora_jax.methods.targets import target_layers
 from qlora_jax.models.config import ModelConfig
@@ -71,6 +72,18 @@ class Method(abc.ABC):
         Raises:
           ValueError: as `targets`, or the model cannot train by this method.
         """
+
+    @abc.abstractmethod
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns where the adapters are, and what they read."""
+
+    def work(self, sizes: StepSizes) -> tuple[Work, ...]:
+        """Returns the FLOP that the adapters add to a micro-batch, beside those that follow from `shape`."""
+        return ()
+
+    def saved(self, sizes: StepSizes) -> dict[str, int]:
+        """Returns the bytes that a step saves for the adapters' backward pass, by the names of `checkpoint_name`."""
+        return {}
 
     def frozen_arrays(self, config: ModelConfig, spec: LoraArgs) -> dict[str, np.ndarray]:
         """Returns arrays that the method adds to the base, which follow from the settings; files may have others."""

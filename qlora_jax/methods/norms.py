@@ -10,6 +10,7 @@ import numpy as np
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.adapter_cost import AdapterShape
 from qlora_jax.methods.method import FINAL_NORM, Given, Method, norm_widths, norms
 from qlora_jax.methods.peft_form import (
     PREFIX,
@@ -129,6 +130,10 @@ class NormTuning(Method):
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns the norms that train."""
         return norm_targets(config, spec)
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns nothing: gradients of norms read what the frozen model keeps."""
+        return AdapterShape()
 
     def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
         """Makes the targeted norms trainable."""

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject, shorten
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
 from qlora_jax.methods.peft_form import (
     PeftFile,
@@ -327,6 +328,13 @@ class OFTForm(PeftForm):
         return setting_differences(names, ours, of_adapter)
 
 
+def _blocks_within_layers(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
+    """Returns `oft_blocks` by the projections' names within a layer."""
+    blocks = oft_blocks(config, spec)
+    named = {inner: config.hugging_face_name(f"model.layers.{inner}") for inner in config.linear_shapes()}
+    return {inner: blocks[name] for inner, name in named.items() if name in blocks}
+
+
 class OFTMethod(Method):
     """OFT on projections."""
 
@@ -335,6 +343,42 @@ class OFTMethod(Method):
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Mapping[str, tuple[int, int]]:
         """Returns the projections whose inputs rotate, with their blocks."""
         return oft_blocks(config, spec)
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns the projections, whose inputs the gradient of the rotation reads."""
+        return AdapterShape(reads=every_layer(config, _blocks_within_layers(config, spec)))
+
+    def work(self, sizes: StepSizes) -> tuple[Work, ...]:
+        """Returns the work of x R, 2 M K S, and of the series, C (n - 1) 2 S^3 for powers up to n.
+
+        Gradients are dx = dy R^T and dR = x^T dy, for which R is rebuilt; two products for each of the series, or one
+        per solve, which is not counted in the forward pass.
+        """
+        blocks, series = _blocks_within_layers(sizes.model, sizes.lora), sizes.lora.use_cayley_neumann
+        products = last_power(sizes.lora.num_cayley_neumann_terms) - 1 if series else 0
+        inputs = {name: k for name, (_, k) in sizes.shapes()}
+        rotated = {
+            name: sizes.layers(name) * 2 * sizes.rows * inputs[name] * size for name, (_, size) in blocks.items()
+        }
+        cubes = {name: sizes.layers(name) * count * 2 * size**3 for name, (count, size) in blocks.items()}
+        again = [name for name in blocks if name not in sizes.not_recomputed]
+        rotation, all_cubes, cubes_again = (
+            sum(rotated.values()),
+            sum(cubes.values()),
+            sum(cubes[name] for name in again),
+        )
+        series_backward = 2 * products * all_cubes if series else all_cubes
+        return (
+            Work("rotation", rotation, 2 * rotation, sum(rotated[name] for name in again)),
+            Work(
+                "cayley",
+                products * all_cubes,
+                series_backward,
+                products * cubes_again,
+                rebuild=products * all_cubes,
+                per_micro_batch=True,
+            ),
+        )
 
     def attach(self, model: CausalLM, spec: LoraArgs, given: Given) -> None:
         """Adds rotations by nothing to each targeted projection."""

@@ -19,6 +19,8 @@ from pydantic import Field
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
+from qlora_jax.methods.low_rank_cost import low_rank_work, ranked_projections, saved_products
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
 from qlora_jax.methods.peft_form import (
     NO_ARRAYS,
@@ -294,10 +296,37 @@ def _matrix_problems(found: Mapping[str, TensorEntry], least: Mapping[str, tuple
     return problems
 
 
+SAME_INPUT = (  # projections that read the same x
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+
+
+def _with_own_product(names: Collection[str], spec: LoraArgs) -> list[str]:
+    """Returns the projections with a product x A; those that read the same x share it, unless their masks differ."""
+    sharing = () if spec.dropout else ([name for name in group if name in names] for group in SAME_INPUT)
+    others = {name for group in sharing for name in group[1:]}
+    return [name for name in names if name not in others]
+
+
 class VeRAMethod(Method):
     """VeRA on projections."""
 
     peft = VeRAForm()
+
+    def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+        """Returns the layers with adapters."""
+        return AdapterShape({name: one.layers for name, one in ranked_projections(config, spec).items()})
+
+    def work(self, sizes: StepSizes) -> tuple[Work, ...]:
+        """Returns the work of x A and (x A) B^T, whose A and B take no gradient."""
+        every = ranked_projections(sizes.model, sizes.lora)
+        return (low_rank_work(sizes, every, {}, trains_a=False, down=_with_own_product(every, sizes.lora)),)
+
+    def saved(self, sizes: StepSizes) -> dict[str, int]:
+        """Returns the bytes of x A, which takes the place of x."""
+        every = ranked_projections(sizes.model, sizes.lora)
+        return saved_products(sizes, {name: every[name] for name in _with_own_product(every, sizes.lora)}, {})
 
     def frozen_arrays(self, config: ModelConfig, spec: LoraArgs) -> dict[str, np.ndarray]:
         """Returns A [R, K] and B [N, R], which all targeted projections share, in f32."""

@@ -16,14 +16,12 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.config.router_settings import RouterArgs
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import abstract_parts
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.offloaded_experts import check_fetchable, with_experts_on_host
-from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE
-from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.mesh_state import state_specs
 from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size, placed_shapes
@@ -142,7 +140,7 @@ def abstract_step(
             "train.remat=full."
         )
     check_fetchable(weights, model)
-    parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids, objective)))
+    parts = abstract_parts(model, weights, lora, new_ids, head_spec(objective))
     objective = routed(objective, model, router or RouterArgs())
     check_routers_learn(objective, parts)
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
@@ -176,17 +174,6 @@ def _compiler_options(weights: WeightFormat, mesh: AnyMesh | None) -> dict[str, 
     if weights.experts_on_host:
         return COPIES_AT_ONCE
     return GATHER_ONCE | GATHER_AHEAD if axis_size(mesh, FSDP) > 1 else {}
-
-
-def _adapted(
-    config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids: tuple[int, ...], objective: Objective
-) -> CausalLM:
-    model, head = CausalLM(config, weights), head_spec(objective)
-    add_lora(model, lora, jax.random.key(0))
-    if head is not None:
-        model.add_sequence_head(head, jax.random.key(0))
-    add_tables(model, new_ids, lora)
-    return model
 
 
 def abstract_batch(

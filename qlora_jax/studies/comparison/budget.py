@@ -6,7 +6,6 @@ import math
 from qlora_jax.config import Config
 from qlora_jax.config.methods import uses
 from qlora_jax.models.precision import weight_format
-from qlora_jax.training.cost.arrays import trained_leaves
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.plan.target import model_features
 
@@ -30,7 +29,7 @@ def trainable_parameters(config: Config) -> int:
         remat=config.train.remat,
         new_tokens=len(model.new_tokens) + len(model.new_special_tokens),
     )
-    return sum(math.prod(leaf.shape) for leaf in trained_leaves(step))
+    return sum(math.prod(leaf.shape) for leaf in step.trees.adapters(None))
 
 
 def matching_rank(config: Config, target: int, tolerance: float) -> int | None:

@@ -1,10 +1,11 @@
 """Activation memory by formula: the bytes that a step saves per layer for its backward pass.
 
-Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim, F mlp, R rank.
+Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim, F mlp.
 """
 
 from collections.abc import Callable, Sequence
 
+from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import NORM_PLACEMENTS, ROUTER, ModelConfig
 from qlora_jax.training.cost.flops import Formula, tiling, uses_cpu_handlers
 from qlora_jax.training.cost.step_shape import DOWN, F32, OUT, SHARED_DOWN, StepShape
@@ -20,13 +21,13 @@ def activation_bytes(step: StepShape) -> dict[str, int]:
 
     Each is L M width itemsize, with the L layers that the backward pass visits. The widths are D for layer input,
     residual and normalized inputs; N H for query and attention_out; K H for key and value; F for gate, up and inner
-    activation; R for x A. VeRA saves x A in place of x. Outputs that DoRA and (IA)^3 scale have the width of the
-    projection. Inputs of bottleneck adapters have width D, and their inner values R. attention_lse is f32 [B, N, T] per
-    layer. Inputs that only adapters read are saved only in layers that have those adapters. The policy `none` may save
-    more, up to the size of the LoRA parameters and norms, because autodiff saves slices of them that the compiler does
-    not recognize as copies.
+    activation. Outputs that trained vectors scale have the width of the projection. attention_lse is f32 [B, N, T] per
+    layer. Inputs that only adapters read are saved only in layers that have those adapters; `Method.saved` adds what
+    the adapters compute. The policy `none` may save more, up to the size of the LoRA parameters and norms, because
+    autodiff saves slices of them that the compiler does not recognize as copies.
     """
-    return {name: part(step) for name, part in SAVED[step.remat].items()}
+    found = {name: part(step) for name, part in SAVED[step.remat].items()}
+    return found | (method_of(step.lora.method).saved(step) if step.remat in ("none", "names") else {})
 
 
 def offloaded_activation_bytes(step: StepShape) -> dict[str, int]:
@@ -47,12 +48,7 @@ def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Formula:
 
 def _reading_layers(step: StepShape, modules: Sequence[str]) -> int:
     """Returns the number of layers in which a trained part of one of these modules needs the module's input."""
-    readers = {*step.rotated, *(name for name, on_inputs in step.vectors.items() if on_inputs)}
-    readers |= set() if step.frozen else set(step.model.linear_shapes())
-    if not readers.isdisjoint(modules):
-        return step.model.num_layers
-    adapters = {} if step.fixed_a or step.vera else step.adapted_layers
-    return len({layer for name, layers in adapters.items() if name in modules for layer in layers})
+    return len({layer for name in modules for layer in step.adapter.reads.get(name, ())})
 
 
 def _lse(step: StepShape) -> int:
@@ -61,30 +57,10 @@ def _lse(step: StepShape) -> int:
     return step.backward_layers * F32 * step.batch[1] * step.model.num_heads * length
 
 
-def _lora_xa(step: StepShape) -> int:
-    """Returns the bytes of x A; on experts it has all P slots, on routers it is f32."""
-    of_parameters = sum(
-        rank * len(step.parameter_layers[name]) * (F32 * step.rows if name == ROUTER else step.itemsize * step.slots)
-        for name, rank in step.parameter_ranks.items()
-    )
-    return step.itemsize * step.rows * sum(map(step.ranks_of_layers, step.down)) + of_parameters
-
-
 def _unscaled(step: StepShape) -> int:
-    """Returns the bytes of projection outputs that DoRA and (IA)^3 multiply by vectors."""
-    scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
-    widths = sum(n for name, (n, _) in step.shapes() if name in scaled)
+    """Returns the bytes of projection outputs that trained vectors multiply."""
+    widths = sum(n for name, (n, _) in step.shapes() if name in step.adapter.scaled)
     return step.backward_layers * step.rows * widths * step.itemsize
-
-
-def _dora_norms(step: StepShape) -> int:
-    return step.backward_layers * F32 * sum(n for name, (n, _) in step.shapes() if name in step.dora)
-
-
-def _bottlenecks(step: StepShape) -> int:
-    """Returns the bytes of the inputs [M, D] and inner values [M, R] of bottleneck adapters."""
-    count = step.backward_layers * len(step.bottlenecks)
-    return count * step.rows * (step.model.embed_dim + step.lora.rank) * step.itemsize
 
 
 def _post_norm_inputs(model: ModelConfig) -> int:
@@ -145,9 +121,8 @@ def _shared_width(model: ModelConfig) -> int:
 
 def _experts_inputs(step: StepShape) -> int:
     """Returns the bytes of the inputs [P, K] of adapters on experts."""
-    shapes = step.model.expert_targets()
-    adapted = ((shapes[name][1], layers) for name, layers in step.parameter_layers.items() if name in shapes)
-    return sum(step.slots * k * len(layers) for k, layers in adapted) * step.itemsize
+    reads = ((k, step.adapter.reads.get(name, ())) for name, (_, k) in step.model.expert_targets().items())
+    return sum(step.slots * k * len(layers) for k, layers in reads) * step.itemsize
 
 
 INPUT: dict[str, Formula] = {"layer input": _wide(lambda m: m.embed_dim)}
@@ -160,10 +135,7 @@ NAMED: dict[str, Formula] = {
     "attention_residual": _residual,
     "mlp_gate and mlp_up": _inner,
     "router_logits and shared_expert_out": _routed,
-    "lora_xa": _lora_xa,
     "unscaled": _unscaled,
-    "dora_norms": _dora_norms,
-    "bottleneck_in and bottleneck_narrow": _bottlenecks,
 }
 READ: dict[str, Formula] = {
     "attention's input": _wide(_to_attention, *ATTENTION_INPUTS),

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from pallas_kernels.aot.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, received
 from qlora_jax.sharding import DATA, FSDP, axis_size
-from qlora_jax.training.cost.arrays import Leaf, quantized_leaves, trained_leaves
 from qlora_jax.training.cost.flops import head_chunks
 from qlora_jax.training.cost.step_shape import F32, StepShape
+from qlora_jax.training.cost.trees import CODES, CONSTANTS, Leaf
 
 # Times that a micro-batch with a backward pass gathers a layer: forward, and for recomputation and backward together.
 GATHERS = 2
@@ -36,15 +36,15 @@ def exchanges(step: StepShape) -> dict[str, Exchange]:
     """Returns what devices exchange in a step, by kind; kinds without bytes, and few-byte sums, are left out."""
     shards, groups = axis_size(step.mesh, FSDP), axis_size(step.mesh, DATA)
     micro_batches, devices = step.batch[0], shards * groups
-    adapters = _gathered_adapters(step)
-    cut = [leaf for leaf in trained_leaves(step, fixed=False) if leaf.is_cut(step.mesh)]
-    whole = [leaf for leaf in trained_leaves(step, fixed=False) if not leaf.is_cut(step.mesh)]
+    adapters, trained = _gathered_adapters(step), step.trees.adapters(step.mesh, fixed=False)
+    cut = [leaf for leaf in trained if leaf.is_cut]
+    whole = [leaf for leaf in trained if not leaf.is_cut]
     found = {
         "weights": Exchange(ALL_GATHER, micro_batches * _weight_bytes(step), shards),
         "adapters": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, adapters)), shards),
         "adapters' gradients": Exchange(REDUCE_SCATTER, micro_batches * sum(map(_bytes, cut)), shards),
-        "sums over groups": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), cut)), groups),
-        "sums over devices": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), whole)), devices),
+        "sums over groups": Exchange(ALL_REDUCE, sum(map(_part_in_f32, cut)), groups),
+        "sums over devices": Exchange(ALL_REDUCE, sum(map(_part_in_f32, whole)), devices),
     }
     if step.table_parts > 1:
         found["embedding"] = Exchange(REDUCE_SCATTER, micro_batches * step.rows * shards * _row(step), shards)
@@ -53,19 +53,17 @@ def exchanges(step: StepShape) -> dict[str, Exchange]:
     return {kind: one for kind, one in found.items() if one.nbytes and one.group > 1}
 
 
-def gathered_weights(step: StepShape) -> list[tuple[str, Leaf]]:
-    """Returns (projection, leaf) of the 4-bit stacks that are gathered a layer at a time: codes and constants."""
-    stacks = [(name, *quantized_leaves(step, name, shape)) for name, shape in step.matrices() if step.frozen]
-    leaves = [(name, leaf) for name, codes, constants in stacks for leaf in (codes, *constants)]
-    return [(name, leaf) for name, leaf in leaves if leaf.is_cut(step.mesh)]
+def gathered_weights(step: StepShape) -> list[Leaf]:
+    """Returns the 4-bit stacks that are gathered a layer at a time: codes and constants."""
+    return [leaf for kind, leaf in step.trees.frozen(step.mesh) if kind in (CODES, CONSTANTS) and leaf.is_cut]
 
 
 def _weight_bytes(step: StepShape) -> int:
     """Returns the bytes of weights that are gathered per micro-batch: each layer forward, and for its backward pass."""
     first = step.first_backward
     return sum(
-        (step.layers(name) + (GATHERS - 1) * step.layers(name, first)) * _of_layer(leaf)
-        for name, leaf in gathered_weights(step)
+        (step.layers(leaf.name) + (GATHERS - 1) * step.layers(leaf.name, first)) * _of_layer(leaf)
+        for leaf in gathered_weights(step)
     )
 
 
@@ -73,14 +71,14 @@ def layer_bytes(step: StepShape) -> int:
     """Returns the bytes of the gathered arrays of one layer, the largest: codes, constants and adapters."""
     adapters = sum(map(_of_layer, _gathered_adapters(step)))
     weights = [0] * step.model.num_layers
-    for name, leaf in gathered_weights(step):
-        for layer in step.model.layers_with(name):
+    for leaf in gathered_weights(step):
+        for layer in step.model.layers_with(leaf.name):
             weights[layer] += _of_layer(leaf)
     return max(weights) + adapters
 
 
 def _gathered_adapters(step: StepShape) -> list[Leaf]:
-    return [leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh)]
+    return [leaf for leaf in step.trees.adapters(step.mesh) if leaf.is_cut]
 
 
 def _of_layer(stack: Leaf) -> int:
@@ -91,8 +89,8 @@ def _bytes(leaf: Leaf) -> int:
     return leaf.nbytes
 
 
-def _part_in_f32(step: StepShape):
-    return lambda leaf: leaf.part_bytes(step.mesh) // leaf.itemsize * F32
+def _part_in_f32(leaf: Leaf) -> int:
+    return leaf.part_bytes // leaf.itemsize * F32
 
 
 def _row(step: StepShape) -> int:

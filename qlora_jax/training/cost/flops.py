@@ -4,50 +4,31 @@ Pure arithmetic on a ModelConfig and shapes; tests compare the counts with the c
 (norms, rotations, activations, softmax, the optimizer) is not counted.
 
 Dimension key: A micro-batches, B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim,
-F mlp, V vocab, R rank, C blocks, S block size; `out` and `in` are the features of a projection.
+F mlp, V vocab; `out` and `in` are the features of a projection.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import jax
 
 from pallas_kernels.nf4_matmul.costs import product_flops
-from qlora_jax.methods.expert_adapters import parameter_shapes
-from qlora_jax.methods.oft import last_power
-from qlora_jax.models.config import NORM_PLACEMENTS, ROUTER
+from qlora_jax.methods.adapter_cost import Work
+from qlora_jax.methods.method import method_of
+from qlora_jax.models.config import ROUTER
 from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.nn.attention.tiles import Tiling
 from qlora_jax.nn.lm_head import tiles as lm_head_tiles
-from qlora_jax.training.cost.step_shape import (
-    DOWN,
-    EMBEDDING,
-    HEAD,
-    OUT,
-    ROUTED_DOWN,
-    SHARED_DOWN,
-    SHARED_GATE,
-    StepShape,
-)
+from qlora_jax.training.cost.step_shape import EMBEDDING, HEAD, StepShape
+from qlora_jax.training.cost.trees import SHARED_GATE
 
 # FLOP per micro-batch of all layers
 
 
 def frozen_flops(step: StepShape, *, first: int = 0, without: tuple[str, ...] = ()) -> int:
-    """Returns `projection_flops` if the weights are frozen: y = x W^T, and the same for dx = dy W."""
-    return step.frozen * projection_flops(step, first=first, without=without)
-
-
-def trained_linear_flops(step: StepShape, *, first: int = 0, without: tuple[str, ...] = ()) -> int:
-    """Returns `projection_flops` if the weights train; the backward pass adds as much for dW = dy^T x."""
-    return (not step.frozen) * projection_flops(step, first=first, without=without)
-
-
-def projection_flops(step: StepShape, *, first: int, without: tuple[str, ...]) -> int:
-    """Returns the sum over projections and layers of 2 M out in; doubled with DoRA and dropout."""
-    twice = step.dora if step.lora.dropout else ()
+    """Returns the sum over products with frozen weights and layers of 2 M out in: y = x W^T, and dx = dy W."""
     return sum(
-        step.layers(name, first) * (1 + (name in twice)) * product_flops(step.rows, shape)
+        step.layers(name, first) * step.adapter.products.get(name, 1) * product_flops(step.rows, shape)
         for name, shape in step.shapes()
         if name not in without
     )
@@ -78,86 +59,6 @@ def shared_gate_flops(step: StepShape, *, first: int = 0) -> int:
     if step.experts is None or not step.experts.shared_gate:
         return 0
     return step.layers(SHARED_GATE, first) * product_flops(step.rows, (1, step.model.embed_dim))
-
-
-def lora_down_flops(step: StepShape) -> int:
-    """Returns the sum over the adapters of all layers of 2 M in R: x A."""
-    of_projections = sum(
-        2 * step.rows * k * step.ranks_of_layers(name) for name, (_, k) in step.shapes() if name in step.down
-    )
-    return of_projections + sum(k * pairs for (_, k), pairs in _parameter_adapters(step))
-
-
-def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """Returns the sum over the adapters of all layers of 2 M R out: (x A) B."""
-    names = step.ranks.keys() - set(without)
-    of_projections = sum(
-        2 * step.rows * n * step.ranks_of_layers(name) for name, (n, _) in step.shapes() if name in names
-    )
-    return of_projections + sum(n * pairs for (n, _), pairs in _parameter_adapters(step, without))
-
-
-def _parameter_adapters(step: StepShape, without: tuple[str, ...] = ()) -> Iterator[tuple[tuple[int, int], int]]:
-    """Yields ((out, in), 2 rows R, summed over layers) of each adapter on experts and routers."""
-    shapes = dict(parameter_shapes(step.model).values())
-    for name, rank in step.parameter_ranks.items():
-        if name in without:
-            continue
-        rows = step.rows if name == ROUTER else _slots_in_chunks(step)
-        yield shapes[name], 2 * rows * rank * len(step.parameter_layers[name])
-
-
-def _slots_in_chunks(step: StepShape) -> int:
-    """Returns the rows that adapters on experts multiply: P slots, in whole chunks of E tiles unless experts share."""
-    tiles, rows = step.tiles
-    together = 1 if step.lora.share_experts else step.tiles_together
-    return -(-tiles // together) * together * rows
-
-
-def dora_flops(step: StepShape, *, first: int = 0) -> int:
-    """Returns the FLOP of DoRA's norms: the sum of 2 R out in + 2 R^2 (in + out) for W A, A^T A and (A^T A) B."""
-    adapted = ((name, step.ranks[name], shape) for name, shape in step.shapes() if name in step.dora)
-    return sum(
-        step.layers(name, first) * (product_flops(rank, (n, k)) + 2 * rank**2 * (n + k))
-        for name, rank, (n, k) in adapted
-    )
-
-
-def bottleneck_flops(step: StepShape, *, products: Mapping[str, int]) -> int:
-    """Returns the sum over bottleneck adapters of products * 2 M D R, over all layers.
-
-    Args:
-      products: number of products by the adapter's module.
-    """
-    of_layer = sum(products[name] for name in step.bottlenecks) * 2 * step.rows * step.model.embed_dim * step.lora.rank
-    return step.model.num_layers * of_layer
-
-
-def lora_backward_flops(step: StepShape) -> int:
-    """Returns the FLOP of d(xA) = dy B^T, dB = (xA)^T dy, dA = x^T d(xA) unless A is fixed, and dx = d(xA) A^T."""
-    return 2 * lora_up_flops(step) + (1 if step.vera or step.fixed_a else 2) * lora_down_flops(step)
-
-
-def rotation_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """Returns the sum over OFT's projections of 2 M in S: x R."""
-    names = step.rotated.keys() - set(without)
-    return sum(
-        step.layers(name) * 2 * step.rows * k * step.rotated[name][1] for name, (_, k) in step.shapes() if name in names
-    )
-
-
-def cayley_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """Returns the FLOP of OFT's series: the sum of C (n - 1) 2 S^3 for powers up to n; a solve is not counted."""
-    products = last_power(step.lora.num_cayley_neumann_terms) - 1 if step.lora.use_cayley_neumann else 0
-    blocks = ((name, *found) for name, found in step.rotated.items() if name not in without)
-    return sum(step.layers(name) * products * count * 2 * size**3 for name, count, size in blocks)
-
-
-def cayley_backward_flops(step: StepShape) -> int:
-    """Returns the FLOP of the gradient of OFT's rotations: two products for each of the series, one per solve."""
-    solved = {} if step.lora.use_cayley_neumann else step.rotated
-    solves = sum(step.layers(name) * count * 2 * size**3 for name, (count, size) in solved.items())
-    return solves + 2 * cayley_flops(step)
 
 
 def uses_cpu_handlers(step: StepShape) -> bool:
@@ -278,20 +179,6 @@ LAYER_FLOPS: dict[str, Formula] = {
     "shared_gate forward": shared_gate_flops,
     "router forward": router_flops,
     "router backward": lambda step: router_flops(step, first=step.first_backward),
-    "lora forward": lambda step: lora_down_flops(step) + lora_up_flops(step),
-    "lora backward": lora_backward_flops,
-    "dora forward": dora_flops,
-    "rotation forward": rotation_flops,
-    # dx = dy R^T and dR = x^T dy, for which R is rebuilt
-    "rotation backward": lambda step: 2 * rotation_flops(step),
-    "cayley forward": cayley_flops,
-    "cayley backward": cayley_backward_flops,
-    "cayley rebuild": cayley_flops,
-    "bottleneck forward": lambda step: bottleneck_flops(step, products=dict.fromkeys(step.bottlenecks, 2)),
-    # d inner = dy U^T and dU = inner^T dy; dD = x^T d narrow and dx = d narrow D^T
-    "bottleneck backward": lambda step: bottleneck_flops(step, products=dict.fromkeys(step.bottlenecks, 4)),
-    "whole_linear forward": trained_linear_flops,
-    "whole_linear backward": lambda step: 2 * trained_linear_flops(step),
     "attention forward": lambda step: attention_flops(step, products=2),
     "attention backward": lambda step: attention_flops(step, products=5, first=step.first_backward),
 }
@@ -305,46 +192,28 @@ HEAD_FLOPS: dict[str, Formula] = {
 }
 
 
-def not_recomputed(step: StepShape) -> tuple[str, ...]:
-    """Returns the projections whose outputs the backward pass does not need.
-
-    They are those whose output is only added to the residual stream after all that reads it: no norm, trained vector
-    or bottleneck adapter.
-    """
-    layout = NORM_PLACEMENTS[step.model.layout]
-    unread = {OUT: layout.parallel and "self_attn" not in step.bottlenecks}
-    unread[DOWN] = layout.after_mlp is None and "mlp" not in step.bottlenecks
-    unread[ROUTED_DOWN] = unread[DOWN]
-    unread[SHARED_DOWN] = unread[DOWN] and not (step.experts is not None and step.experts.shared_gate)
-    scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
-    return tuple(name for name, last in unread.items() if last and name not in scaled)
-
-
-def bottleneck_recompute_flops(step: StepShape) -> int:
-    """Returns the FLOP of recomputed bottleneck adapters: both products, or the first if no norm reads the result."""
-    layout = NORM_PLACEMENTS[step.model.layout]
-    is_read = {"self_attn": not layout.parallel, "mlp": layout.after_mlp is not None}
-    return bottleneck_flops(step, products={name: 1 + read for name, read in is_read.items()})
-
-
 # Recomputation in the backward pass per remat policy.
 FULL: dict[str, Formula] = {
-    "frozen again": lambda step: frozen_flops(step, first=step.first_backward, without=not_recomputed(step)),
-    "experts again": lambda step: expert_flops(step, first=step.first_backward, without=not_recomputed(step)),
+    "frozen again": lambda step: frozen_flops(step, first=step.first_backward, without=step.not_recomputed),
+    "experts again": lambda step: expert_flops(step, first=step.first_backward, without=step.not_recomputed),
     "shared_gate again": lambda step: shared_gate_flops(step, first=step.first_backward),
     "router again": lambda step: router_flops(step, first=step.first_backward),
-    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_recomputed(step)),
-    "dora again": dora_flops,
-    "rotation again": lambda step: rotation_flops(step, without=not_recomputed(step)),
-    "cayley again": lambda step: cayley_flops(step, without=not_recomputed(step)),
-    "bottleneck again": bottleneck_recompute_flops,
-    "whole_linear again": lambda step: trained_linear_flops(step, without=not_recomputed(step)),
     "attention again": attention_recompute_flops,
 }
 RECOMPUTED: dict[str, dict[str, Formula]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
 
 
+def method_work(step: StepShape) -> tuple[Work, ...]:
+    """Returns the FLOP that the finetuning method adds to a micro-batch, by named scope."""
+    return method_of(step.lora.method).work(step)
+
+
 def flops(step: StepShape) -> dict[str, int]:
     """Returns the FLOP of one optimizer step by part: A (forward + backward + recomputation + head)."""
-    parts = LAYER_FLOPS | RECOMPUTED[step.remat] | HEAD_FLOPS
-    return {name: step.batch[0] * part(step) for name, part in parts.items()}
+    again = RECOMPUTED[step.remat]
+    parts = {name: part(step) for name, part in (LAYER_FLOPS | again | HEAD_FLOPS).items()}
+    for work in method_work(step):
+        directions = {"forward": work.forward, "backward": work.backward, "rebuild": work.rebuild}
+        directions |= {"again": work.again} if again else {}
+        parts |= {f"{work.scope} {direction}": flop for direction, flop in directions.items() if flop}
+    return {name: step.batch[0] * part for name, part in parts.items()}

@@ -5,31 +5,26 @@ Dimension key: that of qlora_jax.training.cost.flops.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 
 from pallas_kernels.devices import Device
 from pallas_kernels.grouped_matmul.groups import choose_tile, most_tiles
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.bottleneck import BOTTLENECKS
-from qlora_jax.methods.expert_adapters import parameter_shapes
-from qlora_jax.methods.ia3 import ia3_targets
-from qlora_jax.methods.oft import oft_blocks
-from qlora_jax.methods.targets import parameter_ranks_and_scalings, ranks_and_scalings, target_layers, target_parameters
-from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.config.schema import OptimizerName
+from qlora_jax.methods.adapter_cost import AdapterShape
+from qlora_jax.methods.method import method_of
+from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
+from qlora_jax.training.cost.trees import ModelSettings, ModelTrees, model_trees
 from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.sft import SUPERVISED
 
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"  # the last products of the MLP and of attention
-SAME_INPUT = (  # projections that read the same x
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
-ROUTED, SHARED_GATE = "mlp.experts.", "mlp.shared_expert_gate"
+ROUTED = "mlp.experts."
 ROUTED_DOWN, SHARED_DOWN = "mlp.experts.down_proj", "mlp.shared_experts.down_proj"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 F32 = 4
@@ -49,7 +44,7 @@ class StepShape:
       batch: (A, B, T), with the rows of one device.
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens per micro-batch, which the head computes in whole chunks; None: all tokens.
-      optimizer: a key of memory_use.OPTIMIZER_STATES.
+      optimizer: a value of `optim.name`.
       new_tokens: number of new tokens, whose rows of embedding and head train.
       packed: True if each row of a batch packs several data rows.
       branching: True if data rows have branches.
@@ -64,7 +59,7 @@ class StepShape:
     batch: tuple[int, int, int]
     remat: str
     supervised: int | None = None
-    optimizer: str = "adamw_32bit"
+    optimizer: OptimizerName = "adamw_32bit"
     new_tokens: int = 0
     packed: bool = False
     branching: bool = False
@@ -90,47 +85,28 @@ class StepShape:
         shape = (self.model.vocab_size, self.model.embed_dim)
         return 1 if cut_axis(table_spec(shape, self.mesh)) is None else axis_size(self.mesh, FSDP)
 
-    @property
-    def lora_itemsize(self) -> int:
-        """Bytes per element of the trained matrices."""
-        return 2 if self.lora.dtype == "bfloat16" else F32
+    @functools.cached_property
+    def trees(self) -> ModelTrees:
+        """The arrays of the model and of the optimizer's state."""
+        settings = ModelSettings(
+            model=self.model,
+            weights=self.weights,
+            lora=self.lora,
+            optimizer=self.optimizer,
+            new_tokens=self.new_tokens,
+            head=self.head,
+        )
+        return model_trees(settings)
 
     @functools.cached_property
-    def ranks(self) -> Mapping[str, int]:
-        """R of each projection with a low-rank adapter, by its name within a layer, such as `mlp.down_proj`."""
-        if self.lora.method not in ("lora", "lora_fa", "dora", "vera"):
-            return {}
-        found = ranks_and_scalings(self.model, self.lora)
-        return {self._names[name]: rank for name, (rank, _) in found.items()}
-
-    @functools.cached_property
-    def adapted_layers(self) -> Mapping[str, tuple[int, ...]]:
-        """The layers of each projection that have a low-rank adapter."""
-        found = target_layers(self.model, self.lora) if self.ranks else {}
-        return {self._names[name]: layers for name, layers in found.items()}
-
-    @functools.cached_property
-    def parameter_ranks(self) -> Mapping[str, int]:
-        """R of each adapter on experts and routers, by our name within a layer, such as `mlp.experts.down_proj`."""
-        shapes = parameter_shapes(self.model)
-        return {
-            shapes[name][0]: rank for name, (rank, _) in parameter_ranks_and_scalings(self.model, self.lora).items()
-        }
-
-    @functools.cached_property
-    def parameter_layers(self) -> Mapping[str, tuple[int, ...]]:
-        """The layers of each adapter on experts and routers."""
-        shapes = parameter_shapes(self.model)
-        return {shapes[name][0]: layers for name, layers in target_parameters(self.model, self.lora).items()}
-
-    def ranks_of_layers(self, name: str) -> int:
-        """Returns the sum of a projection's ranks over its layers."""
-        return self.ranks[name] * len(self.adapted_layers[name])
+    def adapter(self) -> AdapterShape:
+        """The facts about the adapters."""
+        return method_of(self.lora.method).shape(self.model, self.lora)
 
     @property
     def first_backward(self) -> int:
         """The first layer that the backward pass visits: the first with an adapter, unless earlier parts train."""
-        adapted = [layers[0] for layers in (*self.adapted_layers.values(), *self.parameter_layers.values())]
+        adapted = [layers[0] for layers in self.adapter.layers.values()]
         if self.new_tokens or EMBEDDING in self.trained_tables or not adapted:
             return 0
         return min(adapted)
@@ -140,28 +116,19 @@ class StepShape:
         """The number of layers that the backward pass visits."""
         return self.model.num_layers - self.first_backward
 
-    @functools.cached_property
-    def vectors(self) -> Mapping[str, bool]:
-        """The projections that (IA)^3 scales; True if it scales their inputs, False for their outputs."""
-        if self.lora.method != "ia3":
-            return {}
-        targets, on_inputs = ia3_targets(self.model, self.lora)
-        return {self._names[name]: name in on_inputs for name in targets}
+    @property
+    def not_recomputed(self) -> tuple[str, ...]:
+        """The projections whose results the backward pass does not need.
 
-    @functools.cached_property
-    def down(self) -> Collection[str]:
-        """The projections with a product x A. With VeRA, those that read the same x share it, unless masks differ."""
-        if not self.vera or self.lora.dropout:
-            return self.ranks.keys()
-        sharing = ([name for name in group if name in self.ranks] for group in SAME_INPUT)
-        return self.ranks.keys() - {name for group in sharing for name in group[1:]}
-
-    @functools.cached_property
-    def rotated(self) -> Mapping[str, tuple[int, int]]:
-        """(trained blocks, block size) of each projection whose inputs OFT rotates."""
-        if self.lora.method != "oft":
-            return {}
-        return {self._names[name]: blocks for name, blocks in oft_blocks(self.model, self.lora).items()}
+        They are those whose result is only added to the residual stream after all that reads it: no norm, trained
+        vector or adapter behind the module.
+        """
+        layout, wraps = NORM_PLACEMENTS[self.model.layout], self.adapter.wraps
+        unread = {OUT: layout.parallel and "self_attn" not in wraps}
+        unread[DOWN] = layout.after_mlp is None and "mlp" not in wraps
+        unread[ROUTED_DOWN] = unread[DOWN]
+        unread[SHARED_DOWN] = unread[DOWN] and not (self.experts is not None and self.experts.shared_gate)
+        return tuple(name for name, last in unread.items() if last and name not in self.adapter.scaled)
 
     @functools.cached_property
     def trained_tables(self) -> list[str]:
@@ -177,36 +144,6 @@ class StepShape:
     def tables(self) -> tuple[str, ...]:
         """The names of the model's tables: the embedding, and the language-model head if it is a separate one."""
         return (EMBEDDING,) if self.model.tie_embeddings or self.head is not None else (EMBEDDING, HEAD)
-
-    @functools.cached_property
-    def _names(self) -> Mapping[str, str]:
-        named = self.model.hugging_face_name
-        return {named(f"model.layers.{name}"): name for name in self.model.linear_shapes()}
-
-    @property
-    def fixed_a(self) -> bool:
-        """True if A stays at its initial value."""
-        return self.lora.method == "lora_fa"
-
-    @property
-    def dora(self) -> Collection[str]:
-        """The projections with DoRA, whose magnitudes train too."""
-        return self.ranks.keys() if self.lora.method == "dora" else ()
-
-    @property
-    def bottlenecks(self) -> Collection[str]:
-        """The modules of a layer with a bottleneck adapter: `self_attn`, `mlp`."""
-        return BOTTLENECKS.get(self.lora.method, ())
-
-    @property
-    def vera(self) -> Collection[str]:
-        """The projections with VeRA, whose A and B are frozen."""
-        return self.ranks.keys() if self.lora.method == "vera" else ()
-
-    @property
-    def frozen(self) -> bool:
-        """True if the projections' weights are frozen; False for full finetuning."""
-        return self.lora.method != "full"
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yields (name, (out, in)) of each projection that is a plain matrix."""

@@ -11,8 +11,8 @@ P are the weights of a layer's projections. Recomputation in the backward pass d
 a row of n tokens counts as n tokens, whatever the batch's length. PaLM counts T keys per query; `pairs` counts only the
 (query, key) pairs that causality, windows and row ends allow, over all layers. A trunk counts once for all its
 branches, and a branch counts the pairs with its trunk. The head counts for supervised targets only, with factor 6 if it
-trains fully. DoRA, OFT and new tokens add their products, the fixed A of VeRA and LoRA-FA takes no gradient, and full
-finetuning counts 6 P_frozen.
+trains fully. New tokens and methods add their products, matrices that stay fixed take no gradient, and full finetuning
+counts 6 P_frozen.
 
 Dimension key: L layers, D embed, N q-heads, H head_dim, V vocab.
 """
@@ -28,12 +28,11 @@ from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import BF16_PEAKS
 from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS
+from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, method_work
 from qlora_jax.training.cost.step_shape import StepShape
 
-# Products of a layer whose cost is proportional to the tokens.
-PER_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora", "cayley"))]
-PER_MICRO_BATCH = ("dora forward", "cayley forward", "cayley backward")  # norms and rotations, whatever the tokens
+# Products of the model's layers whose cost is proportional to the tokens.
+PER_TOKEN = [name for name in LAYER_FLOPS if not name.startswith("attention")]
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 4  # products of a layer: q k^T and p v; dp, dk, dv, dq
 NO_WINDOW = 1 << 62
 
@@ -46,7 +45,7 @@ class Utilization:
       token: FLOP per token.
       target: FLOP per supervised target.
       pair: FLOP per (query, key) pair of one of attention's products.
-      micro_batch: FLOP per micro-batch (DoRA's norms, OFT's rotations).
+      micro_batch: FLOP per micro-batch, whatever the tokens: work of methods on weights.
       products: the number of attention's products in all layers, per window.
       peak: the peak of all devices together in FLOP/s; None if it is not known.
     """
@@ -114,13 +113,16 @@ def utilization(step: StepShape, peak: float | None, devices: int = 1, *, backwa
         return backward or name.endswith(" forward")
 
     model, head = step.model, {name: part(one) * is_counted(name) for name, part in HEAD_FLOPS.items()}
-    layer = {name: part(one) * is_counted(name) for name, part in LAYER_FLOPS.items()}
+    layer = sum(LAYER_FLOPS[name](one) * is_counted(name) for name in PER_TOKEN)
+    method: Counter[bool] = Counter()  # FLOP of its work, by whether that is the same for any number of tokens
+    for work in method_work(one):
+        method[work.per_micro_batch] += work.forward + backward * work.backward
     return Utilization(
-        token=sum(layer[name] for name in PER_TOKEN) + head["new_tokens forward"] + head["new_tokens backward"],
+        token=layer + method[False] + head["new_tokens forward"] + head["new_tokens backward"],
         # Half of what a fully trained head adds to the backward pass is recomputed logits.
         target=head["head forward"] + head["head backward"] + head["whole_head backward"] // 2,
         pair=2 * model.num_heads * model.head_dim,
-        micro_batch=sum(layer[name] for name in PER_MICRO_BATCH),
+        micro_batch=method[True],
         products=_attention_products(step, backward=backward),
         peak=None if peak is None else peak * devices,
     )

@@ -6,12 +6,13 @@ real step for the device, or estimated. Dimension key: A micro-batches, B rows, 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
-from qlora_jax.config import LoraArgs, OptimArgs, plain_name
+from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -21,6 +22,7 @@ from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_ste
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.cost.step_shape import DOWN, F32, StepShape
+from qlora_jax.training.cost.trees import IN_LAYERS
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
@@ -98,6 +100,10 @@ class StepConfig:
 
     def step_shape(self) -> StepShape:
         """Returns one device's part of the step, as cost/step_shape.py describes it."""
+        return self._step_shape
+
+    @functools.cached_property
+    def _step_shape(self) -> StepShape:
         accumulated, rows, length = self.batch
         return StepShape(
             model=self.model,
@@ -105,7 +111,7 @@ class StepConfig:
             lora=self.lora,
             batch=(accumulated, rows // self.devices, length),
             remat=self.remat,
-            optimizer=plain_name(self.optim.name),
+            optimizer=self.optim.name,
             new_tokens=len(self.new_ids),
             packed=self.packed,
             branching=self.branching,
@@ -181,7 +187,7 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
     codes, on_cpu = frozen["codes"] - away["codes"], config.weights.platform == "cpu"
     reference = lora if config.compared else 0
     device = {
-        "weights": codes + frozen["tables"] + frozen["vectors"] + frozen["projections"] + frozen["routers"],
+        "weights": codes + frozen["tables"] + frozen["vectors"] + frozen["adapters"] + frozen["routers"],
         "constants": frozen["constants"] - away["constants"],
         "trained": lora,
         "gradients": memory_use.gradient_bytes(step),
@@ -291,12 +297,13 @@ def _experts_work(step: StepShape) -> int:
     if step.experts is None:
         return 0
     embed, inner = step.model.embed_dim, step.experts.mlp_dim
-    shapes = step.model.expert_targets()
-    adapted = [shape for name, shape in shapes.items() if name in step.parameter_ranks]
-    live = max(embed + 3 * inner, 2 * embed + 2 * inner) + max(map(sum, adapted), default=0)
-    ranks = [step.parameter_ranks.get(name, 0) * sum(shape) for name, shape in shapes.items()]
+    shapes, lora = step.model.expert_targets(), step.trees.parts.lora
+    adapters = {name: [*lora.get(f"{IN_LAYERS}{name}", {}).values()] for name in shapes}
+    adapted = [sum(shape) for name, shape in shapes.items() if adapters[name]]
+    live = max(embed + 3 * inner, 2 * embed + 2 * inner) + max(adapted, default=0)
+    of_expert = [sum(math.prod(leaf.shape[2:]) for leaf in leaves) for leaves in adapters.values()]
     together = (not step.lora.share_experts) * step.tiles_together
-    return step.slots * live * step.itemsize + 2 * F32 * together * max(ranks, default=0)
+    return step.slots * live * step.itemsize + 2 * F32 * together * max(of_expert, default=0)
 
 
 # Compilers

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from qlora_jax.config import ConfigError
+from qlora_jax.models.config import QUANTIZED, STORED
 from qlora_jax.sharding import DATA, FSDP, absent_mesh, axis_size
-from qlora_jax.training.cost.arrays import quantized_leaves
 from qlora_jax.training.cost.memory_use import frozen_bytes
+from qlora_jax.training.cost.trees import CODES
 from qlora_jax.training.plan.requirements import StepConfig
 
 LARGEST = 16  # value of mesh.fsdp to propose
@@ -39,14 +40,13 @@ def width_problems(step: StepConfig) -> list[str]:
 
 def _whole_weights(step: StepConfig) -> list[str]:
     """Describes the 4-bit projections of which each device would hold all codes, with their outputs x inputs."""
-    shape = step.step_shape()
-    found = {name: size for name, size in shape.matrices() if shape.frozen and _codes_are_whole(step, name, size)}
+    shape, weights = step.step_shape(), step.weights
+    if weights.quant_type == STORED:
+        return []
+    whole = {leaf.name for kind, leaf in shape.trees.frozen(step.mesh) if kind == CODES and not leaf.is_cut}
+    names = [name for name in whole if {*weights.formats(name, shape.layers(name))} == {QUANTIZED}]
+    found = {name: size for name, size in shape.matrices() if name in names}
     return [f"{name.rpartition('.')[2]} ({n:,} x {k:,})" for name, (n, k) in found.items()]
-
-
-def _codes_are_whole(step: StepConfig, name: str, size: tuple[int, int]) -> bool:
-    codes, _ = quantized_leaves(step.step_shape(), name, size)
-    return codes.spec is not None and not codes.is_cut(step.mesh)
 
 
 def _is_cut(step: StepConfig) -> bool:

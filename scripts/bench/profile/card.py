@@ -91,6 +91,7 @@ def formula_rows(step: StepShape) -> list[Row]:
     rows = [("frozen", f"weights: {name}", frozen[name]) for name in ("codes", "constants")]
     rows += [("router", "weights: routers", frozen["routers"])]
     rows += [("head", "weights: embedding and head", frozen["tables"]), ("norm", "weights, biases", frozen["vectors"])]
+    rows += [("lora", "weights: of adapters", frozen["adapters"])]
     rows += [("lora", "parameters", lora), ("lora", "gradients", lora)]
     rows += [
         ("optimizer", "state", memory_use.optimizer_bytes(step)),

@@ -95,7 +95,7 @@ def test_layers_before_the_first_adapter_are_gathered_once():
 def test_a_layers_bytes_do_not_depend_on_the_number_of_layers_with_adapters():
     lora = LoraArgs(rank=16, layers_to_transform="29")
     every, last = (real_step("smollm2-135m", (1, 3), **changes).step_shape() for changes in ({}, {"lora": lora}))
-    assert layer_bytes(last) == layer_bytes(every) > sum(leaf.nbytes for _, leaf in gathered_weights(every)) // 30
+    assert layer_bytes(last) == layer_bytes(every) > sum(leaf.nbytes for leaf in gathered_weights(every)) // 30
 
 
 def tiny(vocabulary: int, sizes, **changes) -> StepConfig:
@@ -117,7 +117,7 @@ def check_exchanges(config: StepConfig, text: str) -> None:
     found, said = totals(read_collectives(text)), exchanges(config.step_shape())
     assert not [one for one in read_collectives(text) if one.rematerialized]
     counted = config.step_shape()
-    packed = sum(leaf.nbytes for _, leaf in gathered_weights(counted) if leaf.itemsize == 1)
+    packed = sum(leaf.nbytes for leaf in gathered_weights(counted) if leaf.itemsize == 1)
     layers = counted.model.num_layers
     gathered = packed * (layers + counted.backward_layers) // layers  # forward, and again by the backward pass
     assert found["all-gather", "u8"].nbytes == counted.batch[0] * gathered  # and no other unsigned bytes

@@ -1,43 +1,29 @@
 """The formulas for a step's bytes equal those of its arrays, its compiled update, and what its scans fetch."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
 from flax import nnx
 
+from pallas_kernels.formats.layouts import LAYOUTS
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.offloaded_experts import host_paths
-from qlora_jax.training.abstract_step import AbstractStep, abstract_step
+from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.step_shape import StepShape
 from tests.training.compiled_text import TO_READ
 from tests.training.cost.step_cases import (
     EVERY,
     LAYERS,
-    LIKE_PHI,
     MIXTURE,
     MODEL,
-    NEW_IDS,
-    ON_EXPERTS,
     SPARSE,
     counted_step,
     leaf_bytes,
 )
 from tests.training.real_models import REAL_MODELS
-
-
-def all_bytes(tree) -> int:
-    return sum(map(leaf_bytes, jax.tree.leaves(tree)))
-
-
-def check_bytes(counted: StepShape, step: AbstractStep) -> None:
-    """The formulas' bytes are those of the step's arrays."""
-    assert sum(memory_use.frozen_bytes(counted).values()) == all_bytes(step.parts.base)
-    assert memory_use.lora_bytes(counted) == all_bytes(step.parts.lora)
-    assert memory_use.optimizer_bytes(counted) == all_bytes(step.state)
-    assert memory_use.batch_bytes(counted) == all_bytes(step.batch)
 
 
 def test_the_update_reads_and_overwrites_the_formulas_bytes():
@@ -51,33 +37,42 @@ def test_the_update_reads_and_overwrites_the_formulas_bytes():
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"double_quant": False}, {"block_size": 32, "nested_block_size": 128}, {"quant_type": None}],
-    ids=["nf4", "f32 constants", "small blocks", "dense"],
-)
-def test_bytes_of_real_models_are_those_of_their_leaves(name, settings):
-    model, weights, batch, lora = (
-        REAL_MODELS[name],
-        WeightFormat(platform="gpu", **settings),
-        (2, 3, 64),
-        LoraArgs(rank=64),
-    )
-    step = abstract_step(model, weights, lora, batch=batch)
-    check_bytes(counted_step(model, weights, step, batch, lora), step)
+def test_kinds_of_frozen_weights_by_hand(name: str):
+    """A code has 4 bits, or more by the layout's padding; a block of 64 a byte, 256 blocks and each weight an f32."""
+    model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
+    step = abstract_step(model, weights, LoraArgs(), batch=(1, 1, 64))
+    found = memory_use.frozen_bytes(counted_step(model, weights, step, (1, 1, 64), LoraArgs()))
+    shapes = [shape for shape, _ in model.linear_shapes().values()]
+    layers, sizes = model.num_layers, [math.prod(shape) for shape in shapes]
+    codes = [math.prod(LAYOUTS[weights.layout_for(shape)].codes_shape(shape)) for shape in shapes]
+    assert all(size / 2 <= stored < 0.6 * size for stored, size in zip(codes, sizes, strict=True))
+    biases = sum(n for (n, _), biased in model.linear_shapes().values() if biased)
+    norms = layers * sum(model.norm_widths().values()) + model.embed_dim
+    assert found == {
+        "codes": layers * sum(codes),
+        "constants": layers * sum(size // 64 + 4 * -(-size // 64 // 256) + 4 for size in sizes),
+        "tables": (2 - model.tie_embeddings) * model.vocab_size * model.embed_dim * 2,
+        "routers": 0,
+        "adapters": 0,
+        "vectors": 2 * (norms + layers * biases),
+    }
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"quant_type": None}, {"double_quant": False, "platform": "gpu"}])
-def test_bytes_of_mixtures_are_those_of_their_leaves(settings, shared):
+def test_kinds_of_a_mixture_by_hand():
+    """Biases of experts are vectors; those of the selection are f32, next to the routers and shared experts' gates."""
     experts = dataclasses.replace(SPARSE, layers=(2, 3, 4, 5, 6), router_bias=True, selection_bias=True, bias=True)
-    model, weights = dataclasses.replace(MIXTURE, experts=experts), WeightFormat(**settings)
-    lora, optim = dataclasses.replace(ON_EXPERTS, share_experts=shared), OptimArgs(name="adamw_8bit")
-    step = abstract_step(model, weights, lora, batch=(1, 1, 64), optim=optim)
-    check_bytes(counted_step(model, weights, step, (1, 1, 64), lora, optimizer=optim.name), step)
+    model, weights = dataclasses.replace(MIXTURE, experts=experts), WeightFormat(quant_type=None)
+    lora = LoraArgs(method="vera", rank=24, target_modules=["q_proj"])
+    step = abstract_step(model, weights, lora, batch=(1, 1, 64))
+    found = memory_use.frozen_bytes(counted_step(model, weights, step, (1, 1, 64), lora))
+    assert found["routers"] == 5 * (2 * 8 * (192 + 1) + 4 * 8 + 2 * 192)
+    assert found["adapters"] == 2 * 24 * (192 + 192)
+    assert found["vectors"] == 2 * ((2 * 7 + 1) * 192 + 7 * (192 + 2 * 64) + 5 * 8 * (2 * 128 + 192))
+    of_attention, of_mlp, of_experts = 192 * (2 * 192 + 2 * 64), 3 * 192 * 320, 3 * 192 * (64 + 8 * 128)
+    assert found["codes"] == 2 * (7 * of_attention + 2 * of_mlp + 5 * of_experts)
 
 
-def test_bytes_of_offloaded_blocks_are_those_of_their_leaves():
+def test_bytes_of_offloaded_blocks_are_those_in_host_memory():
     """Layers of a projection are as large as its largest one."""
     experts = dataclasses.replace(SPARSE, layers=(2, 3, 4, 5, 6))
     model = dataclasses.replace(MIXTURE, experts=experts)
@@ -86,29 +81,25 @@ def test_bytes_of_offloaded_blocks_are_those_of_their_leaves():
     weights = WeightFormat(platform="gpu", quant_type=STORED, stored=tuple(stored.items()), experts_on_host=True)
     step = abstract_step(model, weights, LoraArgs(rank=8), batch=(1, 1, 64))
     counted = counted_step(model, weights, step, (1, 1, 64), LoraArgs(rank=8))
-    check_bytes(counted, step)
     base = dict(nnx.to_flat_state(step.parts.base))
     on_host = jax.tree.leaves([base[path] for path in host_paths(step.parts)])
     assert sum(map(leaf_bytes, on_host)) == sum(memory_use.offloaded_expert_bytes(counted).values())
+    assert sum(map(leaf_bytes, on_host)) == 5 * 8 * 3 * 192 * 128 * 22 // 32  # Q5_0 has 22 bytes per 32 numbers
 
 
-@pytest.mark.parametrize("model", [MODEL, LIKE_PHI, dataclasses.replace(MODEL, embed_dim=4096, tie_embeddings=True)])
-def test_bytes_of_new_tokens_are_those_of_their_leaves(model):
-    """In 8 bits, where a row is as long as that; a head's biases are frozen."""
-    weights, optim = WeightFormat(), OptimArgs(name="adamw_8bit")
-    step = abstract_step(model, weights, EVERY, batch=(1, 1, 64), optim=optim, new_ids=NEW_IDS)
-    settings = {"optimizer": optim.name, "new_tokens": len(NEW_IDS)}
-    check_bytes(counted_step(model, weights, step, (1, 1, 64), EVERY, **settings), step)
-
-
-@pytest.mark.parametrize("name", memory_use.OPTIMIZER_STATES)
-def test_bytes_of_every_optimizer_are_those_of_its_leaves(name):
-    lora, optim = LoraArgs(rank=8, rank_pattern={"down_proj": 16}), OptimArgs(name=name)  # some of 4,096 and more
+@pytest.mark.parametrize("name", ["adamw_32bit", "adamw_8bit", "lion_32bit", "lion_8bit"])
+def test_bytes_of_every_optimizer_by_hand(name: str):
+    """A moment has 4 bytes per number; in 8 bits a byte, and an f32 per 256, if a layer's leaf has 4,096 or more."""
+    lora, optim = LoraArgs(rank=8, rank_pattern={"down_proj": 16}), OptimArgs(name=name)
     step = abstract_step(MODEL, WeightFormat(), lora, batch=(1, 1, 64), optim=optim)
-    check_bytes(counted_step(MODEL, WeightFormat(), step, (1, 1, 64), lora, optimizer=name), step)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(step.state) if leaf.ndim} == (
-        {"uint8", "float32"} if name.endswith("_8bit") else {"float32"}
-    )
+    counted = counted_step(MODEL, WeightFormat(), step, (1, 1, 64), lora, optimizer=name, new_tokens=5)
+    shapes = {inner: shape for inner, (shape, _) in MODEL.linear_shapes().items()}
+    ranks = {inner: 16 if inner == "mlp.down_proj" else 8 for inner in shapes}
+    leaves = [(LAYERS, ranks[inner] * size) for inner, shape in shapes.items() for size in shape]
+    leaves += [(5, MODEL.embed_dim)] * 2  # rows of new tokens, of embedding and head
+    is_8bit, moments = name.endswith("_8bit"), 2 if name.startswith("adamw") else 1
+    in_bytes = [count * (n + 4 * -(-n // 256)) if is_8bit and n >= 4096 else 4 * count * n for count, n in leaves]
+    assert memory_use.optimizer_bytes(counted) == moments * sum(in_bytes) + 4 * (1 if is_8bit else 2)
 
 
 def test_published_sizes():
