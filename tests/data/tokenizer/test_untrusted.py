@@ -97,6 +97,14 @@ def test_a_table_without_problems_makes_the_library_neither_panic_nor_write_much
     assert 50 < found < 350
 
 
+def test_a_trie_that_refers_outside_of_itself_is_found_before_the_library_panics():
+    table = bytearray(TABLE)
+    table[4:8] = (0x1FFFFF << 10).to_bytes(4, "little")  # the offset of the first unit, where no key ends
+    assert table_problems(*table_of(precompiled(bytes(table)))) == ["its trie refers to a unit outside of it"]
+    with pytest.raises(BaseException, match="index out of bounds"):
+        normalized(bytes(table))
+
+
 def test_a_panic_is_one_error_with_the_name_of_the_file(capfd: pytest.CaptureFixture[str]):
     hostile = json.dumps(json_of({"pre_tokenizer": split("(a+)+$")}))
     tokenizer = load_tokenizer({"tokenizer_json": hostile, "tokenizer_name": str(PATH)})
