@@ -204,7 +204,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/models/test_layer_runs.py::test_losses_and_gradients_equal_those_of_zeros_elsewhere": (1, 2),
     f"{NN}/lm_head/test_token_scores.py::test_logits_of_a_16_bit_model_are_not_rounded_to_16_bits": (0, 1),
     "tests/training/test_step.py::test_tables_that_are_cut_change_losses_by_rounding_alone": (0, 1),
-    "tests/training/test_lora_fa_state.py::test_pages_change_no_bit": (0, 2),
+    "tests/training/test_corrected_state.py::test_pages_change_no_bit": (0, 2),
     "tests/scripts/campaign/test_isolation.py::test_each_planted_fault_gets_its_verdict": (0, 1),
     "tests/data/readers/test_hub_rows.py::test_a_local_folder_through_the_library": (0, 1),
     "tests/inference/test_sampling.py::test_kept_tokens_and_probabilities_equal_those_of_transformers": (0, 1),

@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import importlib
 import operator
-from collections.abc import Collection, Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from qlora_jax.methods.peft_form import NO_ARRAYS, PeftForm
 from qlora_jax.methods.targets import target_layers
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.partition import Lora
 from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 
@@ -46,6 +47,18 @@ class Given:
     initial: Factors | None = None
     frozen: Mapping[str, np.ndarray] = NO_ARRAYS
     mesh: Mesh | None = None
+
+
+class Correction(NamedTuple):
+    """A change of the gradients before each update.
+
+    Fields:
+      compute: returns arrays by module, from the leaves that do not train; called once.
+      apply: returns the gradients of the trained leaves, corrected by these arrays.
+    """
+
+    compute: Callable[[Lora], dict[str, jax.Array]]
+    apply: Callable[[Lora, dict[str, jax.Array]], Lora]
 
 
 class Method(abc.ABC):
@@ -84,6 +97,10 @@ class Method(abc.ABC):
     def saved(self, sizes: StepSizes) -> dict[str, int]:
         """Returns the bytes that a step saves for the adapters' backward pass, by the names of `checkpoint_name`."""
         return {}
+
+    def correction(self, config: ModelConfig, spec: LoraArgs) -> Correction | None:
+        """Returns how gradients are corrected; None: not at all."""
+        return None
 
     def frozen_arrays(self, config: ModelConfig, spec: LoraArgs) -> dict[str, np.ndarray]:
         """Returns arrays that the method adds to the base, which follow from the settings; files may have others."""

@@ -24,8 +24,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
 from qlora_jax.methods.attach import add_lora, check_targets
-from qlora_jax.methods.method import our_names
-from qlora_jax.methods.targets import ranks_and_scalings
+from qlora_jax.methods.method import method_of
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -40,8 +39,8 @@ from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.corrected_state import CorrectedStateManager
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.make_objective import fit_to_data, make_objective
@@ -362,11 +361,8 @@ def make_manager(config: Config, inputs: Inputs, gradients: CompiledGradients) -
     """
     total_steps = steps_of_run(config.train, inputs.dataset.steps_per_epoch)
     manager = make_state_manager(config.optim, total_steps, gradients)
-    if config.lora.method != "lora_fa":
-        return manager
-    ours, ranks = our_names(inputs.model), ranks_and_scalings(inputs.model, config.lora)
-    scalings = {ours[name]: scaling for name, (_, scaling) in ranks.items()}
-    return LoraFAStateManager(manager, scalings, gradients.trained, gradients.mesh)
+    correction = method_of(config.lora.method).correction(inputs.model, config.lora)
+    return manager if correction is None else CorrectedStateManager(manager, correction, gradients)
 
 
 def make_session(

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs, OptimArgs
+from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import lora_specs, place_parts
 from qlora_jax.models.partition import split_leaves
-from qlora_jax.nn.lora import lora_scaling
 from qlora_jax.sharding import ROWS, make_mesh, named, place
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.corrected_state import CorrectedStateManager
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.optimizer_state import make_state_manager
 from qlora_jax.training.step import gradients
 from tests.marks import EXHAUSTIVE
@@ -29,7 +29,6 @@ from tests.training.test_step import relative
 ORACLE = Path(__file__).parent.parent / "oracle/lorafa.py"
 CONFIG = mesh_config(WHOLE_VOCABULARY)
 FA = LoraArgs(method="lora_fa", rank=16, alpha=24.0, target_modules=["q_proj", "down_proj"])
-SCALING = lora_scaling(FA.rank, FA.alpha, FA.use_rslora)
 SHAPE = (1, 4, 32)
 # PEFT adds eps to sqrt(v), optax to sqrt(v / (1 - beta2^t)): a smaller eps makes them equal.
 OPTIM = OptimArgs(learning_rate=1e-2, eps=1e-20, warmup_ratio=0.0, max_grad_norm=0.0)
@@ -41,10 +40,10 @@ def compiled(lora: LoraArgs = FA, mesh=None) -> CompiledGradients:
     return CompiledGradients(abstract_step(model_config(CONFIG), weights, lora, batch=SHAPE, mesh=mesh))
 
 
-def manager_of(args: OptimArgs, mesh=None) -> LoraFAStateManager:
-    of_run = compiled(mesh=mesh)
-    scalings = dict.fromkeys(of_run.trained, SCALING)
-    return LoraFAStateManager(make_state_manager(args, 10, of_run, None), scalings, of_run.trained, mesh)
+def manager_of(args: OptimArgs, mesh=None) -> CorrectedStateManager:
+    of_run, correction = compiled(mesh=mesh), method_of("lora_fa").correction(model_config(CONFIG), FA)
+    assert correction is not None
+    return CorrectedStateManager(make_state_manager(args, 10, of_run, None), correction, of_run)
 
 
 def grads_of(step: int, lora: dict, mesh=None) -> dict:
