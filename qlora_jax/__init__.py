@@ -12,6 +12,8 @@ _PUBLIC = {
     "load": ("qlora_jax.api.load", "load"),
     "add_adapter": ("qlora_jax.api.adapt", "add_adapter"),
     "LoRA": ("qlora_jax.config", "LoraArgs"),
+    "register_method": ("qlora_jax.config.methods", "register_method"),
+    "MethodDeclaration": ("qlora_jax.config.methods", "MethodDeclaration"),
     "finetune": ("qlora_jax.api.finetune", "finetune"),
     "generate_text": ("qlora_jax.api.generate", "generate_text"),
     "classify": ("qlora_jax.api.predict", "classify"),

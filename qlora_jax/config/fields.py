@@ -44,7 +44,12 @@ DATE = Bound("a date such as 2026-11-28", _is_date)
 
 # Returns Any for the same reason as dataclasses.field: it stands where a value of the field's type is expected.
 def setting(
-    help: str, default: Any = dataclasses.MISSING, bound: Bound | None = None, *, common: str | None = None
+    help: str,
+    default: Any = dataclasses.MISSING,
+    bound: Bound | None = None,
+    *,
+    common: str | None = None,
+    later: bool = False,
 ) -> Any:
     """Declares a field with its help text and bound; without a default the setting is required.
 
@@ -52,8 +57,25 @@ def setting(
 
     Args:
       common: a help text of one line, for a setting that `--help` lists; `--help all` shows `help`.
+      later: the setting is younger than runs whose records have its section's text; files and texts leave it out where
+        it has its default.
     """
-    metadata = {"help": help, "bound": bound, "common": common}
+    metadata = {"help": help, "bound": bound, "common": common, "later": later}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def is_left_out(field: dataclasses.Field, value: object) -> bool:
+    """Returns True for a later setting with its default."""
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return field.metadata.get("later", False) and value == made
+
+
+class WithoutLater:
+    """A dataclass of settings whose text has its later settings only where they are set."""
+
+    def __repr__(self) -> str:
+        found = {field: getattr(self, field.name) for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        texts = (f"{field.name}={value!r}" for field, value in found.items() if not is_left_out(field, value))
+        return f"{type(self).__name__}({', '.join(texts)})"

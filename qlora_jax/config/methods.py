@@ -14,6 +14,8 @@ from qlora_jax.config.fields import (
     NON_NEGATIVE,
     POSITIVE,
     WORD,
+    TemplateValue,
+    WithoutLater,
     setting,
 )
 from qlora_jax.config.registry import Registry
@@ -63,10 +65,12 @@ class MethodDeclaration:
       on_mesh: it trains on several devices.
       quantized: the base may be quantized.
       of_linears: it adapts weights of linear layers.
+      whole_model: all of the model trains, embedding and head too.
       peft_type: of the adapter files of PEFT that hold it; empty: PEFT has no such method.
       stored_as: the method whose adapters it has; empty: its own.
       drawn_from: the setting from which its frozen arrays follow; empty: it adds none.
       refused_exports: export format -> (why it cannot hold the method, what to do).
+      options: dataclass of the settings that only this method has, in lora.options; see `options_of`.
     """
 
     summary: str
@@ -81,10 +85,12 @@ class MethodDeclaration:
     on_mesh: bool = True
     quantized: bool = True
     of_linears: bool = True
+    whole_model: bool = False
     peft_type: str = ""
     stored_as: str = ""
     drawn_from: str = ""
     refused_exports: Refusals = dataclasses.field(default_factory=dict)
+    options: type | None = None
 
 
 LORA = "LORA"  # the peft_type that other programs read too
@@ -198,6 +204,7 @@ METHODS: Registry[MethodDeclaration] = Registry(
             uses=frozenset({"dtype"}),
             on_mesh=False,
             quantized=False,
+            whole_model=True,
             refused_exports=_no_adapter("all of the model was trained and not a part that an adapter could hold"),
         ),
     },
@@ -227,8 +234,8 @@ def methods_with(property: str) -> tuple[str, ...]:
     return tuple(name for name, declared in METHODS.items() if getattr(declared, property))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraArgs:
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LoraArgs(WithoutLater):
     """The trained parameters: an adapter, or the whole model."""
 
     method: MethodName = setting(
@@ -320,3 +327,13 @@ class LoraArgs:
         "computed in float32 and rounded",
         "float32",
     )
+    options: dict[str, TemplateValue] = setting("settings of a method of another package: {rank: 4}", {}, later=True)
+
+
+def register_method(name: str, declaration: MethodDeclaration) -> None:
+    """Adds a finetuning method to this process; commands find one by an entry point of the group qlora_jax.methods.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    METHODS.register(name, declaration)

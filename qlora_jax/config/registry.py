@@ -25,15 +25,15 @@ class Registry[T]:
     """
 
     def __init__(self, group: str, kind: type[T], builtin: Mapping[str, T]):
-        self._group, self._kind, self._values = group, kind, {**builtin}
+        self.group, self._kind, self._values = group, kind, {**builtin}
 
     @functools.cached_property
     def _found(self) -> EntryPoints:
         """Entry points by name: asked for only when a name is unknown, because that reads every installed package."""
-        found = {point.name: point for point in importlib.metadata.entry_points(group=self._group)}
+        found = {point.name: point for point in importlib.metadata.entry_points(group=self.group)}
         for name in found.keys() & self._values.keys():
             warnings.warn(
-                f"{self._group}: {name!r} of {_package(found[name])} is ignored, because the name is taken. Rename it",
+                f"{self.group}: {name!r} of {_package(found[name])} is ignored, because the name is taken. Rename it",
                 stacklevel=2,
             )
         return found
@@ -75,13 +75,13 @@ class Registry[T]:
           ValueError: the name is taken.
         """
         if name in self:
-            raise ValueError(f"{self._group}: {name!r} is taken. Choose another name")
+            raise ValueError(f"{self.group}: {name!r} is taken. Choose another name")
         self._values[name] = value
 
     def _load(self, name: str) -> T:
         if name not in self._found:
             raise ValueError(
-                f"{self._group}: unknown name (found {name!r}, expected one of {', '.join(self.names())}). "
+                f"{self.group}: unknown name (found {name!r}, expected one of {', '.join(self.names())}). "
                 "Install the package whose entry point declares it; another process does not see a registration"
             )
         point = self._found[name]
@@ -90,12 +90,12 @@ class Registry[T]:
             value = point.load()
         except Exception as error:
             raise ValueError(
-                f"{self._group}: {name!r} of {package} cannot be loaded ({type(error).__name__}: {error}). Repair or "
+                f"{self.group}: {name!r} of {package} cannot be loaded ({type(error).__name__}: {error}). Repair or "
                 "uninstall the package"
             ) from error
         if not isinstance(value, self._kind):
             raise ValueError(
-                f"{self._group}: {name!r} of {package} is not a declaration (found {type(value).__name__}, expected "
+                f"{self.group}: {name!r} of {package} is not a declaration (found {type(value).__name__}, expected "
                 f"{self._kind.__name__}). Repair or uninstall the package"
             )
         return value

@@ -21,7 +21,7 @@ from qlora_jax.config.fields import (
 from qlora_jax.config.head_settings import HeadArgs
 from qlora_jax.config.keyword_suggestions import suggests_settings
 from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
-from qlora_jax.config.methods import LoraArgs
+from qlora_jax.config.methods import LoraArgs, methods_with
 from qlora_jax.config.preference_settings import ObjectiveName, PreferenceArgs
 from qlora_jax.config.question_settings import QuestionArgs
 from qlora_jax.config.router_settings import RouterArgs
@@ -267,8 +267,8 @@ class OptimArgs:
     )
     learning_rate: float = setting("peak learning rate", 2e-4, POSITIVE, common="peak learning rate")
     loraplus_lr_ratio: float | None = setting(
-        "LoRA+ (lora and dora): B and DoRA's magnitudes train at this multiple of the learning rate, such as 16; null: "
-        "at the learning rate itself",
+        f"LoRA+ ({' and '.join(methods_with('fast_leaves'))}): B and magnitudes train at this multiple of the learning "
+        "rate, such as 16; null: at the learning rate itself",
         None,
         POSITIVE,
     )

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.config.other_trainers import REPLACEMENTS, Replacement
-from qlora_jax.config.registry import choices_of
+from qlora_jax.config.registry import choices_of, registry_of
 
 # Other trainers' names of our optimizers, data formats and choices.
 CHOICES = {
@@ -97,6 +97,8 @@ def suggest_value(key: str, hint: object, value: object) -> str:
         meant = MAPPINGS.get(key)
         return f"; did you mean {meant}?" if meant else "; this setting has no settings below it"
     near = _near_choices(str(value), _choices(hint))
+    if not near and (registry := registry_of(hint)) is not None:
+        return f"; other names come from installed packages, by entry points of the group {registry.group}"
     if isinstance(value, str) and any(typing.get_origin(arm) is list for arm in (hint, *typing.get_args(hint))):
         near = [f"[{(near or [value])[0]}]"]
     return f"; did you mean {near[0]}?" if near else ""

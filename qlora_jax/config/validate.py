@@ -41,12 +41,14 @@ def _method_problems(lora: LoraArgs) -> list[str]:
         for name, why in unused.items()
         if getattr(lora, name) != getattr(plain, name)
     ]
-    if not METHODS[lora.method].implementation.startswith("qlora_jax.methods."):
+    declared = METHODS[lora.method]
+    if declared.options is not None:
+        problems += [f"lora.options.{problem}" for problem in find_problems(declared.options, lora.options, {})]
+    elif lora.options:
         problems.append(
-            f"lora.method: found {lora.method!r} of another package, whose memory and operations cannot be counted "
-            "yet. Use a built-in method"
+            f"lora.options: found {lora.options!r}, but lora.method={lora.method} has no options. Remove this setting"
         )
-    if not METHODS[lora.method].of_linears and lora.target_modules == "all-linear":
+    if not declared.of_linears and lora.target_modules == "all-linear":
         problems.append(
             f"lora.target_modules: found 'all-linear' with lora.method={lora.method}, which does not train weights of "
             "linear layers. Remove this setting, or name the modules"

@@ -1,6 +1,8 @@
 """Reads and writes configurations as YAML files, and compares them by dotted key."""
 
 import dataclasses
+import functools
+import operator
 import os
 import re
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from qlora_jax.atomic_files import write_text
+from qlora_jax.config.fields import is_left_out
 from qlora_jax.config.parse import ConfigError, from_dict, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
@@ -192,8 +195,13 @@ def read_config(path: str | os.PathLike) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, object]:
-    """The configuration as nested plain dicts, including defaults."""
-    return dataclasses.asdict(config)
+    """The configuration as nested plain dicts, including defaults but for those of later settings."""
+    whole = dataclasses.asdict(config)
+    for key, field, _ in walk_settings(type(config)):
+        if is_left_out(field, _value(config, key)):
+            *sections, name = key.split(".")
+            functools.reduce(operator.getitem, sections, whole).pop(name)
+    return whole
 
 
 def config_text(config: Config) -> str:

@@ -87,6 +87,7 @@ class Bottleneck(nnx.Module):
         *(TrainedLeaf("down"), TrainedLeaf("down_bias", vector=True)),
         *(TrainedLeaf("up"), TrainedLeaf("up_bias", vector=True)),
     )
+    SAVED = ("bottleneck_in", "bottleneck_narrow")
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class DoRA(LinearAdapter):
     """
 
     LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"), TrainedLeaf("magnitude", vector=True))
+    SAVED = ("lora_xa", "unscaled", "dora_norms")
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class ExpertLoRA(nnx.Module):
     """
 
     LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"))
+    SAVED = ("lora_xa",)
 
     def __init__(
         self,

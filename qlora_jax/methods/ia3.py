@@ -46,6 +46,7 @@ class IA3(LinearAdapter):
     """
 
     LEAVES = (TrainedLeaf("vector", vector=True),)
+    SAVED = ("unscaled",)
 
     def __init__(self, vector: Float[Array, "*L _"], on_input: bool):
         self.vector = nnx.LoRAParam(vector)

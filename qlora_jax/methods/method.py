@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS, method_with_peft_type
+from qlora_jax.config.parse import from_dict
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.peft_form import NO_ARRAYS, PeftForm
 from qlora_jax.methods.targets import target_layers
@@ -114,14 +115,35 @@ def form_of(peft_type: str) -> PeftForm | None:
 
 
 def method_of(name: str) -> Method:
-    """Returns the method of a name in METHODS, whose module it imports."""
-    return _imported(METHODS[name].implementation)
+    """Returns the method of a name in METHODS, whose module it imports.
+
+    Raises:
+      ValueError: the module cannot be imported, or does not have the method.
+    """
+    return _imported(name, METHODS[name].implementation)
 
 
 @functools.cache
-def _imported(place: str) -> Method:
+def _imported(name: str, place: str) -> Method:
     module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ValueError(
+            f"lora.method: {name!r} is declared as {place}, which cannot be loaded ({type(error).__name__}: {error}). "
+            "Repair or uninstall its package"
+        ) from error
+    if not isinstance(found, Method):
+        raise ValueError(
+            f"lora.method: {name!r} is declared as {place}, which is not a method (found {type(found).__name__}, "
+            "expected an instance of qlora_jax.methods.method.Method). Repair or uninstall its package"
+        )
+    return found
+
+
+def options_of[Options](spec: LoraArgs, kind: type[Options]) -> Options:
+    """Returns `lora.options` as the dataclass that the method's declaration names."""
+    return from_dict(kind, spec.options)
 
 
 def our_names(config: ModelConfig) -> dict[str, str]:

@@ -131,7 +131,7 @@ class PeftForm(abc.ABC):
 
     @abc.abstractmethod
     def describe(self, config: JsonObject) -> str:
-        """Returns what an adapter is, for README.md, such as "An OFT adapter"."""
+        """Returns what an adapter is, for README.md, such as "A LoRA adapter (rank 16, alpha 32)"."""
 
     @abc.abstractmethod
     def config(self, adapter: TrainedAdapter, base: str) -> JsonObject:

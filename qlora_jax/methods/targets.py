@@ -190,7 +190,7 @@ RankAndScaling = tuple[int, float]
 
 
 def ranks_and_scalings(config: ModelConfig, spec: LoraArgs) -> dict[str, RankAndScaling]:
-    """Returns {name: (rank, scaling)} of each targeted projection, for LoRA and DoRA.
+    """Returns {name: (rank, scaling)} of each targeted projection.
 
     Raises:
       ValueError: a pattern that matches nothing or only some of a projection's adapters, or a rank below 1.

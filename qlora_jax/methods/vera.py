@@ -134,6 +134,7 @@ class VeRA(LinearAdapter):
     """
 
     LEAVES = (TrainedLeaf("lambda_d", vector=True), TrainedLeaf("lambda_b", vector=True))
+    SAVED = ("lora_xa",)
 
     def __init__(
         self, lambda_d: Float[Array, "*L R"], lambda_b: Float[Array, "*L N"], a: Frozen, b: Frozen, dropout: float

@@ -24,7 +24,7 @@ from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, mlp_start, split_run
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
-from qlora_jax.models.remat import LAYER_INPUT, REMAT_POLICIES
+from qlora_jax.models.remat import LAYER_INPUT, remat_policy
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.linear import QLinear, name_number, named_key
@@ -213,7 +213,7 @@ class Decoder(nnx.Module):
             return (x_MD, cache), sums
 
         def checkpointed(step: Callable) -> Callable:
-            policy = REMAT_POLICIES[remat]
+            policy = remat_policy(remat, self.layers)
             # XLA unrolls the scan of a run of one layer, and would then share the recomputation with the forward pass.
             unrolled = len(run) == 1 < self.config.num_layers
             return step if policy is None else jax.checkpoint(step, policy=policy, prevent_cse=unrolled)

@@ -1,7 +1,7 @@
 """The cut of a model's parts over a mesh: 4-bit weights, LoRA parameters, embedding and head.
 
-All else is whole on every device: norms, biases, layers that are not quantized, vectors of adapters (DoRA's, VeRA's,
-(IA)^3's), VeRA's shared A and B, arrays that do not divide evenly, and tables with trained rows.
+All else is whole on every device: norms, biases, layers that are not quantized, vectors of adapters, arrays that
+adapters share, arrays that do not divide evenly, and tables with trained rows.
 """
 
 import dataclasses

@@ -106,7 +106,7 @@ def _to_dict(state: nnx.State) -> Lora:
 def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     """Returns the model for many calls of few tokens, with the shared parts computed once.
 
-    These are the norms of DoRA, the rotations of OFT, and the cast of matrices to the compute dtype. Those of routers,
+    These are what adapters compute from weights alone, and the cast of matrices to the compute dtype. Those of routers,
     which compute in f32, are not cast.
     """
     model, mesh = combine(parts), mesh_of(parts)

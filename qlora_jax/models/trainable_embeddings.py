@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.config.methods import METHODS
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM, Embedding
 from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows
@@ -54,7 +55,7 @@ def trainable_table_names(config: ModelConfig, lora: LoraArgs) -> list[str]:
       ValueError: a name that is neither embedding nor head, or a head that has a bias.
     """
     ours = ["model.embed_tokens", *([] if config.tie_embeddings else ["lm_head"])]
-    if lora.method == "full":
+    if METHODS[lora.method].whole_model:
         if config.head_bias:
             raise ValueError(
                 "lora.method=full: a head with a bias cannot train (this model's head has one). Use lora.method=lora."

@@ -115,9 +115,11 @@ class LinearAdapter(nnx.Module):
 
     Attributes:
       LEAVES: its trained arrays.
+      SAVED: its names of `checkpoint_name`, whose values the remat policy `names` saves for the backward pass.
     """
 
     LEAVES: ClassVar[tuple[TrainedLeaf, ...]]
+    SAVED: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     @abc.abstractmethod

@@ -114,6 +114,7 @@ class LoRA(LinearAdapter):
     """
 
     LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"))
+    SAVED = ("lora_xa",)
 
     DELTAS = staticmethod(lora_deltas)
 

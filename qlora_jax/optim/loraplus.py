@@ -16,7 +16,7 @@ Factors = Callable[[PyTree], PyTree]
 def rate_factors(ratio: float | None) -> Factors | None:
     """Returns the factors of LoRA+ with this ratio; None without LoRA+.
 
-    The multiplied rate is that of B and of DoRA's vectors, as in peft.optimizers.create_loraplus_optimizer.
+    The multiplied rate is that of a method's fast leaves, as in peft.optimizers.create_loraplus_optimizer.
     """
     if ratio is None:
         return None

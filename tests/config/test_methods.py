@@ -2,9 +2,7 @@
 
 import dataclasses
 
-import pytest
-
-from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, validate
+from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import CONDITIONAL, METHODS, methods_with, uses
 
 LOW_RANK, BOTTLENECKS = ("lora", "lora_fa", "dora"), ("houlsby", "pfeiffer")
@@ -66,11 +64,3 @@ def test_the_order_of_settings_stays_because_records_of_tournaments_are_keyed_by
         "use_cayley_neumann=True, num_cayley_neumann_terms=5, projection_prng_key=0, d_initial=0.1, rank_pattern={}, "
         "alpha_pattern={}, use_rslora=False, modules_to_save=[], start=None, dtype='float32')"
     )
-
-
-def test_a_method_of_another_package_is_refused_because_plans_would_be_wrong(monkeypatch):
-    declared = dataclasses.replace(METHODS["ia3"], implementation="elsewhere.hra:METHOD")
-    monkeypatch.setattr(METHODS, "_values", {**dict(METHODS.items()), "hra": declared})
-    config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o", lora=LoraArgs(method="hra"))
-    with pytest.raises(ConfigError, match=r"lora\.method: found 'hra' of another package, whose memory and operations"):
-        validate(config)

@@ -1,4 +1,7 @@
-"""The contract of finetuning methods, on a tiny model."""
+"""The contract of finetuning methods, of ours and of one of another package, on a tiny model."""
+
+import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +9,32 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from qlora_jax.config import LoraArgs
+from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs
 from qlora_jax.config.methods import METHODS
+from qlora_jax.config.validate import validate
+from qlora_jax.io.peft.reader import read_adapter
+from qlora_jax.io.peft.writer import in_peft_format, write_adapter
 from qlora_jax.methods.attach import add_lora, check_targets
-from qlora_jax.methods.method import Method, linears, method_of
+from qlora_jax.methods.method import Method, form_of, linears, method_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition, prepare_for_decoding, trained_leaves
 from qlora_jax.nn.linear import FrozenLayer
+from tests.extensions.householder import DECLARATION
 from tests.io.tiny_models import tiny_config
 
-SETTINGS = {"oft": {"oft_block_size": 8}, "vera": {"rank": 8}}
+EXTENSIONS = Path(__file__).parent.parent / "extensions"
+NAMES = (*METHODS.names(), "hra")
+SETTINGS = {"oft": {"oft_block_size": 8}, "vera": {"rank": 8}, "hra": {"options": {"reflections": 4}}}
+CLOSE = ("dora", "hra")  # whose start rounds: a quotient of norms, and two reflections
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 12)))
+
+
+@pytest.fixture(autouse=True)
+def _extension(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(METHODS, "_values", {**dict(METHODS.items()), "hra": DECLARATION})
+    monkeypatch.syspath_prepend(str(EXTENSIONS))
 
 
 def tiny() -> tuple[ModelConfig, CausalLM]:
@@ -36,14 +52,14 @@ def adapted(name: str) -> CausalLM:
     return model
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_the_start_changes_no_bit_and_every_trained_array_is_declared(name: str):
     config, plain = tiny()
     model = adapted(name)
     assert isinstance(method_of(name), Method)
     check_targets(config, LoraArgs(method=name, **SETTINGS.get(name, {})))
     before, after = (each.head.logits(each.hidden(TOKENS)) for each in (plain, model))
-    if name == "dora":  # its quotient of norms rounds
+    if name in CLOSE:
         np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
     else:
         np.testing.assert_array_equal(after, before)
@@ -51,7 +67,7 @@ def test_the_start_changes_no_bit_and_every_trained_array_is_declared(name: str)
     assert leaves and leaves <= {leaf.name for leaf in trained_leaves(model)}
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_merged_layers_compute_what_their_adapters_do(name: str):
     model = adapted(name)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
@@ -73,7 +89,7 @@ def test_merged_layers_compute_what_their_adapters_do(name: str):
         np.testing.assert_allclose(found, merged, rtol=2e-4, atol=2e-4, err_msg=full_name)
 
 
-@pytest.mark.parametrize("name", METHODS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_keeps_vectors_and_what_is_prepared_twice(name: str):
     parts = partition(adapted(name))
     once = prepare_for_decoding(parts)
@@ -81,3 +97,60 @@ def test_decoding_keeps_vectors_and_what_is_prepared_twice(name: str):
     assert jax.tree.structure(once.lora) == jax.tree.structure(twice.lora)
     jax.tree.map(np.testing.assert_array_equal, once.lora, twice.lora)
     assert parts.lora.keys() == once.lora.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_declared_exports_are_those_with_a_form(name: str):
+    declared, form = METHODS[name], method_of(name).peft
+    assert (form is None) == ("peft" in declared.refused_exports) == (declared.peft_type == "")
+    assert form is None or form_of(declared.peft_type) is form
+
+
+@pytest.mark.parametrize("name", [name for name, one in METHODS.items() if one.peft_type] + ["hra"])
+def test_adapters_return_from_files_with_the_settings_that_add_them(tmp_path: Path, name: str):
+    (config, _), form, model = tiny(), method_of(name).peft, adapted(name)
+    assert form is not None
+    args = LoraArgs(method=METHODS[name].stored_as or name, **SETTINGS.get(name, {}))
+    noise = np.random.default_rng(0)
+    lora = {
+        module: {leaf: np.asarray(noise.normal(size=values.shape), "f4") for leaf, values in leaves.items()}
+        for module, leaves in partition(model).lora.items()
+    }
+    named = {config.hugging_face_name(module): leaves for module, leaves in lora.items()}
+    settings, tensors = in_peft_format(named, args, config, "base")
+    write_adapter(tmp_path, tensors, settings)
+    read = read_adapter(tmp_path, config)
+    jax.tree.map(np.testing.assert_array_equal, read.lora, lora)
+    again = CausalLM(config, WeightFormat(quant_type=None, dtype="float32"))
+    add_lora(again, read.args, jax.random.key(1))
+    shapes = jax.tree.map(np.shape, partition(again).lora)
+    assert shapes == jax.tree.map(np.shape, lora)
+    assert form.differences(args, read.args, config) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("nowhere:METHOD", "ModuleNotFoundError: No module named 'nowhere'"),
+        ("householder:NOTHING", "has no attribute 'NOTHING'"),
+        ("householder:DECLARATION", "which is not a method .found MethodDeclaration, expected an instance of"),
+    ],
+)
+def test_an_implementation_that_cannot_be_loaded_is_one_error(monkeypatch, place: str, problem: str):
+    broken = dataclasses.replace(DECLARATION, implementation=place)
+    monkeypatch.setattr(METHODS, "_values", {**dict(METHODS.items()), "broken": broken})
+    with pytest.raises(ValueError, match=rf"lora\.method: 'broken' is declared as {place}, .*{problem}"):
+        method_of("broken")
+    assert isinstance(method_of("lora"), Method)
+
+
+def test_options_are_checked_with_all_other_settings():
+    def problems(**lora) -> str:
+        with pytest.raises(ConfigError) as caught:
+            validate(Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o", lora=LoraArgs(**lora)))
+        return str(caught.value)
+
+    found = problems(method="hra", options={"reflexions": 1, "reflections": 0}, rank=3)
+    assert "lora.options.reflexions: unknown setting; did you mean reflections" in found
+    assert "lora.options.reflections: found 0, expected 2 or more" in found and "lora.rank: found 3" in found
+    assert "lora.options: found {'r': 1}, but lora.method=lora has no options" in problems(options={"r": 1})

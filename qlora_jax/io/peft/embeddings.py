@@ -73,8 +73,8 @@ def check_exportable(method: str, tables: AdapterArrays, model: ModelConfig) -> 
     """Checks that PEFT can compute embedding and head of an adapter.
 
     Raises:
-      ValueError: a method other than LoRA and DoRA is combined with trained rows or with a tied head; or rows of a head
-        with a bias were trained, which PEFT computes without it.
+      ValueError: a method of another peft_type than LORA is combined with trained rows or with a tied head; or rows of
+        a head with a bias were trained, which PEFT computes without it.
     """
     leaves, declared = {leaf for table in tables.values() for leaf in table}, METHODS[method]
     other = "" if declared.peft_type == LORA else declared.title

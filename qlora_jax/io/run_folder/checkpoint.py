@@ -266,7 +266,7 @@ class Run:
       new_ids: ids of the tokens whose rows were trained; filled in when the tokenizer is known.
       initial: the initial adapter, if it contains a part of the weights.
       tables: embedding and head that replace the base's, from a PEFT adapter.
-      projections: VeRA's A and B from a PEFT adapter, if they are not those of its settings.
+      frozen: arrays from a PEFT adapter that its method would draw from the settings, if the adapter has others.
       head: the sequence head that was trained, if any; its matrix is in `lora`.
       start: the parameters that the run started with, if it stored them.
       start_digest: their digest, if its objective had a reference (start_parameters.py).

@@ -45,7 +45,8 @@ def resume_banner(session: Session, step: int, best: BestEvaluation) -> tuple[st
 
 def start_banner(session: Session) -> tuple[str, Rows]:
     """Returns the title and rows of the banner of a new run."""
-    return "Full finetuning" if session.config.lora.method == "full" else "QLoRA finetuning", _facts(session)
+    is_whole = METHODS[session.config.lora.method].whole_model
+    return "Full finetuning" if is_whole else "QLoRA finetuning", _facts(session)
 
 
 def _facts(session: Session) -> Rows:
@@ -131,7 +132,7 @@ def _parameters(model: ModelConfig) -> str:
 
 def _base_size(session: Session) -> str:
     base = session.parts.base
-    if session.config.lora.method == "full":
+    if METHODS[session.config.lora.method].whole_model:
         return ""
     size = f", {_megabytes(base)}"
     return size if session.mesh is None else f"{size}, {_share(jax.tree.leaves(base)) / 1e6:,.0f} MB on each device"
@@ -184,7 +185,7 @@ def _tables(session: Session) -> Iterator[tuple[str, jax.Array]]:
 def _trained(session: Session) -> str:
     lora, trained, frozen = session.config.lora, _count(session.parts.trained), session.model.parameters()
     size = f"{_megabytes(session.parts.trained)} in {lora.dtype}"
-    if lora.method == "full":
+    if METHODS[lora.method].whole_model:
         return f"all {trained:,} parameters, {size}"
     declared = METHODS[lora.method]
     share = f"{trained:,} {declared.title} parameters, {trained / (trained + frozen):.2%} of all, {size}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qlora_jax.config import Config
 from qlora_jax.config.head_settings import HEAD_TASKS
+from qlora_jax.config.methods import METHODS
 from qlora_jax.io.export.methods import head_refusal, refusal
 from qlora_jax.io.head_file import TrainedHead, head_of
 from qlora_jax.io.peft.writer import is_gguf
@@ -36,7 +37,7 @@ def next_commands(config: Config, base: JsonObject, *, finished: bool) -> dict[s
 def _forms(config: Config) -> tuple[str, ...]:
     """The formats of an export, the best first: that for the very file whose codes a LoRA was trained on, if it can."""
     tables = (*config.model.new_tokens, *config.model.new_special_tokens, *config.lora.modules_to_save)
-    is_plain = config.lora.method in ("lora", "lora_fa") and not tables
+    is_plain = (METHODS[config.lora.method].stored_as or config.lora.method) == "lora" and not tables
     is_served = config.model.quant_type == STORED and is_gguf(config.model.path)
     return ("gguf-lora", "peft", "hf") if is_plain and is_served else ("peft", "hf")
 

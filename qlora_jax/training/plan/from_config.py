@@ -185,7 +185,7 @@ def compiler_for(target: PlanTarget) -> tuple[CompileStep | None, str | None]:
 
 
 def _method(lora: LoraArgs) -> str:
-    method = [] if lora.method == "lora" else [f"lora.method={lora.method}"]
+    method = [] if lora.method == LoraArgs().method else [f"lora.method={lora.method}"]
     rank = [f"rank {lora.rank}"] if uses(lora.method, "rank") else []
     return ", ".join(method + rank)
 
