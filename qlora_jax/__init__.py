@@ -14,6 +14,7 @@ _PUBLIC = {
     "LoRA": ("qlora_jax.config", "LoraArgs"),
     "register_method": ("qlora_jax.config.methods", "register_method"),
     "MethodDeclaration": ("qlora_jax.config.methods", "MethodDeclaration"),
+    "register_objective": ("qlora_jax.objectives.function_objective", "register_objective"),
     "finetune": ("qlora_jax.api.finetune", "finetune"),
     "generate_text": ("qlora_jax.api.generate", "generate_text"),
     "classify": ("qlora_jax.api.predict", "classify"),

@@ -55,10 +55,10 @@ MUTATIONS = [
         "tests/nn/test_rope.py",
     ),
     Mutation(
-        "qlora_jax/training/objectives/sft.py",
+        "qlora_jax/objectives/sft.py",
         "jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)",
         "jnp.mean(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)",
-        "tests/training/objectives/test_sft.py",
+        "tests/objectives/test_sft.py",
     ),
     Mutation(
         "qlora_jax/data/batching/batches.py",

@@ -42,6 +42,7 @@ LAYERS = {
     "qlora_jax.nn": 3,
     "qlora_jax.models": 4,
     "qlora_jax.methods": 5,
+    "qlora_jax.objectives": 5,
     "qlora_jax.io": 6,
     "qlora_jax.inference": 6,
     "qlora_jax.progress_reporter": 7,

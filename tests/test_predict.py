@@ -12,7 +12,7 @@ import qlora_jax as q
 from qlora_jax import predict
 from qlora_jax.api.provenance import parts_of
 from qlora_jax.evaluation.heads.rows import sequence_outputs
-from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.objectives.head_objective import TrainedHead
 from tests.inference.head_run import write_head_run
 
 HEAD = TrainedHead(objective="classification", labels=("dark", "bright"))

@@ -13,7 +13,7 @@ from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.readers.json_rows import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.training.objectives.make_objective import make_objective
+from qlora_jax.objectives.make_objective import make_objective
 
 # A path or hf://datasets/org/name; several paths with weights; or rows as they stand in a JSON Lines file.
 Data = str | Path | Mapping[str, float] | Sequence[Mapping[str, object]]

@@ -15,8 +15,8 @@ from qlora_jax.evaluation.results import Evaluation
 from qlora_jax.evaluation.score import ScoredModel, prepare_tasks, score_models
 from qlora_jax.evaluation.settings import EvaluateArgs, TaskArgs, check_tasks
 from qlora_jax.evaluation.task import AnyTask, TaskContext
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.progress_reporter import ConsoleReporter, ProgressReporter
 from qlora_jax.terminal.console import Console
 

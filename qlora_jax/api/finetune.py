@@ -18,13 +18,14 @@ from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
 from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.config.methods import METHODS
-from qlora_jax.config.preference_settings import ObjectiveName
+from qlora_jax.config.objectives import ObjectiveName
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.dtypes import Dtype, MergedFormat
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.head_file import TrainedHead, read_head
+from qlora_jax.io.head_file import read_head
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 from qlora_jax.training.run import METRICS_FILE, lock_output, run_training
 from qlora_jax.training.session import PreparedModel

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from qlora_jax.api.load import load_opened
 from qlora_jax.api.provenance import head_of_model, parts_of
-from qlora_jax.config.head_settings import CLASSES
+from qlora_jax.config.objectives import objectives_with
 from qlora_jax.data.readers.files import Place, Row, raise_problems, read_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.heads.predict_settings import PredictArgs
@@ -25,10 +25,10 @@ from qlora_jax.evaluation.heads.predictions import (
 )
 from qlora_jax.evaluation.task_file import read_task_rows
 from qlora_jax.inference.result_cache import open_cache
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.loading.progress import loading
 from qlora_jax.io.pretrained import open_pretrained, weight_settings
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.objectives.head_objective import TrainedHead
 
 # Texts; or rows with the columns of training data, such as {"sentence1": ..., "sentence2": ...}.
 Texts = Sequence[str | Mapping[str, object]]
@@ -45,7 +45,7 @@ def classify(model: CausalLM, tokenizer: Tokenizer, rows: Texts) -> list[Predict
     Raises:
       ValueError: the model has another head, or rows cannot be used; the message lists them.
     """
-    head = _head(model, CLASSES)
+    head = _head(model, objectives_with("labels"))
     return class_predictions(_outputs(model, tokenizer, rows, head), head)
 
 

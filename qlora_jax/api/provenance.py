@@ -7,12 +7,12 @@ from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.fields import TemplateValue
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.initial_file import InitialAdapter
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.objectives.head_objective import TrainedHead
 
 _ATTRIBUTE = "provenance"
 

@@ -7,10 +7,12 @@ Commands run in processes of their own, so they find only what entry points decl
 """
 
 import functools
+import importlib
 import importlib.metadata
 import typing
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 type EntryPoints = Mapping[str, importlib.metadata.EntryPoint]
 
@@ -117,3 +119,22 @@ def registry_of(hint: object) -> Registry | None:
     """Returns the registry of an annotation."""
     found = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
     return next((each for each in found if isinstance(each, Registry)), None)
+
+
+def load_implementation(setting: str, name: str, place: str) -> Any:
+    """Returns what a declaration names as "module:attribute".
+
+    Args:
+      setting: the setting whose value `name` is, for messages.
+
+    Raises:
+      ValueError: the module cannot be imported, or lacks the attribute.
+    """
+    module, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ValueError(
+            f"{setting}: {name!r} is declared as {place}, which cannot be loaded ({type(error).__name__}: {error}). "
+            "Repair or uninstall its package"
+        ) from error

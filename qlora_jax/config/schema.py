@@ -18,11 +18,10 @@ from qlora_jax.config.fields import (
     TemplateValue,
     setting,
 )
-from qlora_jax.config.head_settings import HeadArgs
 from qlora_jax.config.keyword_suggestions import suggests_settings
 from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
 from qlora_jax.config.methods import LoraArgs, methods_with
-from qlora_jax.config.preference_settings import ObjectiveName, PreferenceArgs
+from qlora_jax.config.objectives import HeadArgs, ObjectiveName, PreferenceArgs
 from qlora_jax.config.question_settings import QuestionArgs
 from qlora_jax.config.router_settings import RouterArgs
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-from qlora_jax.config.head_settings import HEADS, head_problems
 from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.config.methods import CONDITIONAL, METHODS, LoraArgs, methods_with, uses
+from qlora_jax.config.objectives import OBJECTIVES, objective_problems
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
-from qlora_jax.config.preference_settings import preference_problems
 from qlora_jax.config.question_settings import QUESTION_KINDS, question_problems, unknown_columns
 from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs
 from qlora_jax.config.sizes import parse_bytes
@@ -228,7 +227,7 @@ def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
 
 def _objective_problems(config: Config) -> list[str]:
     """Reports settings of preferences, of heads and of data that the objective does not use."""
-    problems = preference_problems(config.preference, config.objective) + _head_problems(config)
+    problems = objective_problems(config.preference, config.head, config.objective) + _head_problems(config)
     if config.objective == "sft":
         return problems
     plain = DataArgs(train="")
@@ -240,16 +239,15 @@ def _objective_problems(config: Config) -> list[str]:
 
 
 def _head_problems(config: Config) -> list[str]:
-    """Reports settings of heads that the objective ignores, and those that require a language-model head."""
-    problems = head_problems(config.head, config.objective)
-    if config.objective not in HEADS:
-        return problems
+    """Reports settings that require a language-model head, if the objective has another."""
+    if not OBJECTIVES[config.objective].head:
+        return []
     needing = {
         "lora.modules_to_save": "lm_head" if "lm_head" in config.lora.modules_to_save else None,
         "train.samples": config.train.samples,
         **{f"questions.{kind}": getattr(config.questions, kind) for kind in QUESTION_KINDS},
     }
-    return problems + [
+    return [
         f"{name}: found {value!r} with objective={config.objective}, whose model has no language-model head. Remove it"
         for name, value in needing.items()
         if value is not None

@@ -33,7 +33,7 @@ from qlora_jax.data.report.stats import (
     row_parts,
 )
 from qlora_jax.data.row_counts import RowCounts
-from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
 from qlora_jax.data.rows import (
     File,
@@ -173,7 +173,7 @@ def load_dataset(
     """Loads the data set that `data` describes: reads, checks and encodes every row, or reads data.cache.
 
     Args:
-      objective: a key of ROW_USES, which determines the kind of the rows.
+      objective: a key of OBJECTIVES, which determines the kind of the rows.
       labels: names of the classes, in order; empty: those in the training data, if the objective has classes.
       kl_pairs: gives each row the completion of another one, too (kl_pairs.py).
 
@@ -189,7 +189,7 @@ def load_dataset(
     parts, held_out_parts = _parts(train, _weights(data)), _parts(held_out, {})
     check_weights(parts)
     check_kinds([*parts, *held_out_parts])
-    sequences = 0 if ROW_USES[objective].kind == "text" else count_sequences([*parts, *held_out_parts])
+    sequences = 0 if row_use(objective).kind == "text" else count_sequences([*parts, *held_out_parts])
     rows, longest = _mixture(data, parts, seed), max(part.longest for part in parts)
     eval_rows = _concatenate(held_out_parts, branching=rows.branching) if held_out else None
     per_step = accumulation * micro_batch_size

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qlora_jax.config.objectives import ValueKind
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.formats.columns import list_columns, rename_columns
 from qlora_jax.data.formats.detect import detect_format
@@ -23,7 +24,7 @@ from qlora_jax.data.readers.files import (
     stream_rows,
 )
 from qlora_jax.data.readers.json_rows import shorten
-from qlora_jax.data.row_kinds import ROW_USES, ValueKind
+from qlora_jax.data.row_kinds import row_use
 
 Values = Mapping[str, Sequence[float] | Sequence[Sequence[float]]]
 ValueReader = Callable[[Columns], Values]
@@ -87,7 +88,7 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
     Raises:
       ValueError: there are too few classes, or too many; or the rows are of another objective.
     """
-    kind = ROW_USES[objective].values
+    kind = row_use(objective).values
     if kind not in ("class", "classes"):
         return ()
     paths, found = [data.train] if isinstance(data.train, str) else [*data.train], {}

@@ -52,7 +52,7 @@ from qlora_jax.data.readers.files import (
     stream_rows,
 )
 from qlora_jax.data.row_counts import RowCounts
-from qlora_jax.data.row_kinds import ROW_USES, RowUse
+from qlora_jax.data.row_kinds import RowUse, row_use
 from qlora_jax.data.row_store import RowChunk
 from qlora_jax.data.rows import TokenRows, token_rows
 from qlora_jax.data.text_counts import count_branched, count_texts
@@ -68,7 +68,7 @@ class Preparation:
       row_format: name of the format, or "auto".
       split: the training rows or the held-out rows. None: all rows.
       hashed: True if the content hashes of its rows are needed.
-      objective: a key of ROW_USES, which determines the kind of the rows.
+      objective: a key of OBJECTIVES, which determines the kind of the rows.
       labels: names of the classes, in order.
     """
 
@@ -84,7 +84,7 @@ class Preparation:
     @property
     def use(self) -> RowUse:
         """The use that the objective makes of the rows."""
-        return ROW_USES[self.objective]
+        return row_use(self.objective)
 
     @property
     def limits(self) -> LengthLimits:

@@ -1,12 +1,8 @@
 """The kind of rows that each objective trains on, and how their texts and labels are read."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-# text: one text whose answers are learned. pair: a prompt with a chosen and a rejected answer. labelled: a
-# prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning.
-RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
-# Values that a row's sequences have besides their ids; see labels.py.
-ValueKind = Literal["none", "desirable", "margin", "class", "classes", "number"]
+from qlora_jax.config.objectives import OBJECTIVES, RowKind, ValueKind
 
 
 class RowUse(NamedTuple):
@@ -24,19 +20,12 @@ class RowUse(NamedTuple):
     values: ValueKind = "none"
 
 
-ROW_USES: dict[str, RowUse] = {
-    "sft": RowUse("text"),
-    "dpo": RowUse("pair"),
-    "kto": RowUse("labelled", values="desirable"),
-    "orpo": RowUse("pair"),
-    "cpo": RowUse("pair"),
-    "simpo": RowUse("pair"),
-    "reward": RowUse("pair", head=True, values="margin"),
-    "classification": RowUse("class", head=True, values="class"),
-    "multi_label": RowUse("class", head=True, values="classes"),
-    "regression": RowUse("class", head=True, values="number"),
-    "embedding": RowUse("embedding", head=True),
-}
+def row_use(objective: str) -> RowUse:
+    """Returns the use that an objective makes of its rows."""
+    declared = OBJECTIVES[objective]
+    return RowUse(declared.rows, declared.head, declared.values)
+
+
 DESCRIPTIONS: dict[RowKind, str] = {
     "text": "texts or conversations with answers",
     "pair": "pairs of a chosen and a rejected answer",
@@ -56,4 +45,4 @@ TEXT_NAMES: dict[RowKind, tuple[str, ...]] = {
 
 def objectives_of(kind: RowKind) -> list[str]:
     """Returns the objectives that train on rows of this kind."""
-    return [name for name, use in ROW_USES.items() if use.kind == kind]
+    return [name for name, declared in OBJECTIVES.items() if declared.rows == kind]

@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-from qlora_jax.config.head_settings import HeadObjective
-
 Better = Literal["higher", "lower"]
 
 # By the setting that names a task's file, then by measure. A task with an entry here has `row_values` (task.py).
@@ -23,7 +21,7 @@ MEASURES: dict[str, dict[str, Better]] = {
     "programs": {"pass@1": "higher"},
 }
 # The measures of runs that trained a sequence head, by objective and task.
-HEAD_MEASURES: dict[HeadObjective, dict[str, tuple[str, ...]]] = {
+HEAD_MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
     "classification": {"labels": ("right label",)},
     "multi_label": {"labels": ("right label",)},
     "regression": {},

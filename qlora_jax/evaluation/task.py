@@ -20,9 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.objectives.head_objective import TrainedHead
 
 ProgressCallback = Callable[[int], None]  # called with the number of rows done so far
 

@@ -7,7 +7,6 @@ A method is a file of this folder, or of another package. It has a module that i
 import abc
 import dataclasses
 import functools
-import importlib
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import ClassVar, NamedTuple
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS, method_with_peft_type
 from qlora_jax.config.parse import from_dict
+from qlora_jax.config.registry import load_implementation
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.peft_form import NO_ARRAYS, PeftForm
 from qlora_jax.methods.targets import target_layers
@@ -125,14 +125,7 @@ def method_of(name: str) -> Method:
 
 @functools.cache
 def _imported(name: str, place: str) -> Method:
-    module, _, attribute = place.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise ValueError(
-            f"lora.method: {name!r} is declared as {place}, which cannot be loaded ({type(error).__name__}: {error}). "
-            "Repair or uninstall its package"
-        ) from error
+    found = load_implementation("lora.method", name, place)
     if not isinstance(found, Method):
         raise ValueError(
             f"lora.method: {name!r} is declared as {place}, which is not a method (found {type(found).__name__}, "

@@ -7,8 +7,8 @@ from typing import Literal
 
 from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.data.batching.slots import slot_count
-from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.objectives.router_losses import FILLED, Routed
+from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.router_losses import FILLED, Routed
 
 Shape = tuple[int, ...]
 Dtype = Literal["int32", "float32"]

@@ -7,9 +7,9 @@ import numpy as np
 
 from qlora_jax import runtime
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.objectives.objective import Objective
 from qlora_jax.sharding import AnyMesh
 from qlora_jax.training.forward import compared_outputs, evaluation_outputs
-from qlora_jax.training.objectives.objective import Objective
 
 ForwardBatch = Mapping[str, np.ndarray | jax.Array | jax.ShapeDtypeStruct]  # [B, ...]; see `read_by_outputs`
 

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora, ModelParts
+from qlora_jax.objectives.objective import Objective
 from qlora_jax.training.abstract_step import AbstractLora, AbstractStep
 from qlora_jax.training.compiled_forward import CompiledForward
-from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.step import StepLoss
 
 Shape = tuple[int, int, int]  # (A, B, T): accumulated micro-batches, rows, positions

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, PyTree
 from qlora_jax.inference.mesh_inference import run_on_mesh
 from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.sequences import ComparedLogps, compared_logps
+from qlora_jax.objectives.sft import SUPERVISED
 from qlora_jax.sharding import AnyMesh, gather_rows
-from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.objectives.sequences import ComparedLogps, compared_logps
-from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.step import row_outputs, text_separation
 
 

@@ -14,12 +14,12 @@ from jaxtyping import Float64, PyTree
 
 from qlora_jax.data.batching.batches import PRESENT, Batch
 from qlora_jax.models.partition import Lora
+from qlora_jax.objectives.objective import REFERENCE, Objective, PreferenceObjective, Totals, read_by_outputs
+from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
 from qlora_jax.training.forward import evaluation_loss
 from qlora_jax.training.held_out_heads import held_out_head_metrics
 from qlora_jax.training.metrics.eval_metrics import eval_loss_metrics, objective_loss_metrics
 from qlora_jax.training.metrics.preference_metrics import means_with_intervals, preference_values
-from qlora_jax.training.objectives.objective import REFERENCE, Objective, PreferenceObjective, Totals, read_by_outputs
-from qlora_jax.training.objectives.sequences import ComparedLogps, SequenceLogps
 from qlora_jax.training.run_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Session
 

@@ -12,10 +12,10 @@ from qlora_jax.evaluation.heads.rows import check_are_finite
 from qlora_jax.evaluation.tasks.embeddings import retrieval_metrics
 from qlora_jax.evaluation.tasks.head_labels import LABELLED, head_label_metrics
 from qlora_jax.evaluation.tasks.reward_pairs import reward_metrics
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.measures.metrics import Metric
+from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.objectives.objective import LABELS
 from qlora_jax.training.metrics.eval_metrics import flatten_metrics
-from qlora_jax.training.objectives.objective import LABELS
 
 
 def held_out_head_metrics(

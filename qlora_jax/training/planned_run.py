@@ -15,12 +15,12 @@ from qlora_jax.config.mesh_settings import AUTO
 from qlora_jax.config.validate_mesh import MeshChoices
 from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
+from qlora_jax.objectives.objective import needs_reference
 from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display.banner import short_run_warning
 from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
-from qlora_jax.training.objectives.objective import needs_reference
 from qlora_jax.training.paging_budget import device_bytes
 from qlora_jax.training.plan.from_config import model_mesh_choices, step_before_files
 from qlora_jax.training.plan.plan import first_fitting

@@ -25,7 +25,7 @@ from qlora_jax.hosts.group import Group
 from qlora_jax.inference.result_cache import SUFFIX, code_digest, digest, read_result, write_result
 from qlora_jax.io.run_folder.start_parameters import NO_CHANGE
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.training.objectives.objective import REFERENCE
+from qlora_jax.objectives.objective import REFERENCE
 from qlora_jax.training.run_mesh import is_row, place_batch
 from qlora_jax.training.several_processes import all_of
 

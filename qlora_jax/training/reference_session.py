@@ -12,9 +12,9 @@ import numpy as np
 from qlora_jax.hosts.group import Group
 from qlora_jax.io.run_folder.start_parameters import NO_CHANGE, read_start, start_digest, write_start
 from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts
+from qlora_jax.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.compiled_forward import ForwardBatch
 from qlora_jax.training.display.run_display import format_duration
-from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.reference_logps import ReferencePass, reference_folder, reference_key
 from qlora_jax.training.reference_parameters import ReferenceParameters
 from qlora_jax.training.resume import TrainState

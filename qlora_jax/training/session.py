@@ -15,7 +15,7 @@ from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.registry import check_files
-from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
+from qlora_jax.io.head_file import check_same_head
 from qlora_jax.io.initial_file import InitialAdapter
 from qlora_jax.io.loading.adapter_init import check_decomposable, subtract_initial
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model
@@ -36,15 +36,15 @@ from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec
+from qlora_jax.objectives.head_objective import TrainedHead, head_of, head_spec
+from qlora_jax.objectives.make_objective import fit_to_data, make_objective
+from qlora_jax.objectives.objective import Objective
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.corrected_state import CorrectedStateManager
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
-from qlora_jax.training.objectives.head_objective import head_spec
-from qlora_jax.training.objectives.make_objective import fit_to_data, make_objective
-from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
 from qlora_jax.training.questions import Questions, open_questions
 from qlora_jax.training.reference_parameters import ReferenceParameters

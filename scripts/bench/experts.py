@@ -32,9 +32,9 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
+from qlora_jax.objectives.router_losses import FILLED
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.objectives.router_losses import FILLED
 from scripts.bench.support.interleave import Record, ratio_interval
 from scripts.bench.support.progress import phase, phases
 from scripts.bench.support.real_step import random_batch

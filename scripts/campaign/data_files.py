@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from qlora_jax.config import read_config, to_dict
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.row_kinds import ROW_USES, objectives_of
+from qlora_jax.data.row_kinds import objectives_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts
 from qlora_jax.metadata import JsonObject
@@ -133,7 +134,7 @@ def _damage_objective_rows(chance: random.Random, folder: Path) -> str:
     formats = [row_format for row_format in FORMATS.values() if row_format.kind != "text"]
     row_format = chance.choice(formats)
     objectives = [row_format.objective] if row_format.objective else objectives_of(row_format.kind)
-    objective = chance.choice([*ROW_USES] if chance.random() < 0.1 else objectives)
+    objective = chance.choice(OBJECTIVES.names() if chance.random() < 0.1 else objectives)
     (folder / OBJECTIVE_FILE).write_text(objective)
     return f"{objective}: {_damage_rows_of(chance, folder, row_format.name)}"
 

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from qlora_jax.config import Config, read_config
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, read_run_head, write_head
+from qlora_jax.io.head_file import HEAD_FILE, read_run_head, write_head
 from qlora_jax.io.initial_file import FILE as INITIAL_FILE
 from qlora_jax.io.initial_file import read_initial
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
 from qlora_jax.io.run_folder.checkpoint_reader import read_state
 from qlora_jax.line_digests import LinesDigest
+from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_metrics
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.report_json import before_and_after, question_summary, training_summary

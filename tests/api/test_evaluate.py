@@ -14,8 +14,8 @@ import qlora_jax as q
 from qlora_jax import evaluate
 from qlora_jax.api.provenance import attach, parts_of, provenance_of
 from qlora_jax.config import ConfigError
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.partition import combine
+from qlora_jax.objectives.head_objective import TrainedHead
 from tests.inference.small_run import write_run
 
 

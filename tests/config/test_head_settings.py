@@ -3,10 +3,14 @@
 import pytest
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, TrainArgs, validate
-from qlora_jax.config.head_settings import HEADS, HeadArgs, head_problems
+from qlora_jax.config.objectives import OBJECTIVES, HeadArgs, PreferenceArgs, objective_problems
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", *HEADS])
+def head_problems(head: HeadArgs, objective: str) -> list[str]:
+    return objective_problems(PreferenceArgs(), head, objective)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.names())
 def test_defaults_fit_every_objective(objective):
     assert head_problems(HeadArgs(), objective) == []
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from qlora_jax.config.objectives import ValueKind
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.labels import find_labels, value_reader
-from qlora_jax.data.row_kinds import ValueKind
 from tests.data.loading import load
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 import qlora_jax as q
 from qlora_jax.config import Config, DataArgs
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.run_folder.checkpoint import open_run
+from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.training.run import train
 from tests.e2e.project import project, stop_after, write_model
 from tests.marks import EXHAUSTIVE

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
-from qlora_jax.io.head_file import TrainedHead, write_head
+from qlora_jax.io.head_file import write_head
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
@@ -16,6 +16,7 @@ from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.objectives.head_objective import TrainedHead
 from tests.e2e.project import write_model
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from qlora_jax.config import Config, DataArgs, ModelArgs, write_config
-from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, read_head, write_head
+from qlora_jax.io.head_file import HEAD_FILE, read_head, write_head
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints, open_run
+from qlora_jax.objectives.head_objective import TrainedHead
 
 HEAD = TrainedHead(objective="classification", labels=("moon", "sun"), pooling="mean")
 

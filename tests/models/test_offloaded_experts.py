@@ -20,9 +20,9 @@ from qlora_jax.models.partition import ModelParts, prepare_for_decoding
 from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.padded_stack import PaddedStack
+from qlora_jax.objectives.router_losses import FILLED
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.objectives.router_losses import FILLED
 from tests.ggml_codes import padded_stack, random_ggml
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE

@@ -16,7 +16,7 @@ import qlora_jax as q
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
-from qlora_jax.io.head_file import TrainedHead, write_head
+from qlora_jax.io.head_file import write_head
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.head_adapters import split_head, with_head
@@ -29,9 +29,10 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.nn.sequence_head import HeadSpec
-from qlora_jax.training.objectives.classification import Classification, MultiLabel, Regression
-from qlora_jax.training.objectives.embedding import Embedding
-from qlora_jax.training.objectives.reward import Reward
+from qlora_jax.objectives.classification import Classification, MultiLabel, Regression
+from qlora_jax.objectives.embedding import Embedding
+from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.objectives.reward import Reward
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.marks import EXHAUSTIVE, SLOW
 

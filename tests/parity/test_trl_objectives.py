@@ -17,10 +17,10 @@ from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, ModelParts, partition
+from qlora_jax.objectives.make_objective import make_objective
+from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.sequences import SequenceLogps
 from qlora_jax.training.forward import compared_outputs, evaluation_outputs
-from qlora_jax.training.objectives.make_objective import make_objective
-from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.objectives.sequences import SequenceLogps
 from qlora_jax.training.step import gradients
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.marks import EXHAUSTIVE

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DataArgs, ModelArgs
-from qlora_jax.config.preference_settings import PREFERENCES, ObjectiveName
+from qlora_jax.config.objectives import ObjectiveName, objectives_with
 from qlora_jax.data.dataset import load_dataset
+from qlora_jax.objectives.make_objective import make_objective
+from qlora_jax.objectives.objective import needs_reference
 from qlora_jax.training.abstract_step import abstract_batch
-from qlora_jax.training.objectives.make_objective import make_objective
-from qlora_jax.training.objectives.objective import needs_reference
 from tests.inference.tiny import byte_tokenizer
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("name", objectives_with("preference"))
 def test_abstract_batches_are_those_of_rows(name: ObjectiveName, packed: bool):
     objective = make_objective(Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o", objective=name))
     sequences = objective.sequences_per_row
@@ -35,7 +35,7 @@ def test_abstract_batches_are_those_of_rows(name: ObjectiveName, packed: bool):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("name", objectives_with("preference"))
 def test_abstract_batches_have_all_that_a_run_has(name: ObjectiveName, packing: bool, tmp_path: Path):
     rows = [{"prompt": f"p{n}", "completion": "yes", "label": n % 2 == 0} for n in range(8)]
     if name != "kto":

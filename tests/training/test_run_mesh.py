@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DataArgs, MeshSize, ModelArgs, TrainArgs
-from qlora_jax.training.objectives.router_losses import FILLED
+from qlora_jax.objectives.router_losses import FILLED
 from qlora_jax.training.run_mesh import (
     local_devices,
     mesh_size,

@@ -10,16 +10,16 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.nn.sequence_head import HeadSpec
+from qlora_jax.objectives.cpo import CPO
+from qlora_jax.objectives.dpo import DPO
+from qlora_jax.objectives.embedding import Embedding
+from qlora_jax.objectives.head_objective import head_spec
+from qlora_jax.objectives.kto import KTO
+from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.orpo import ORPO
+from qlora_jax.objectives.reward import MARGINS, Reward
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training import step
-from qlora_jax.training.objectives.cpo import CPO
-from qlora_jax.training.objectives.dpo import DPO
-from qlora_jax.training.objectives.embedding import Embedding
-from qlora_jax.training.objectives.head_objective import head_spec
-from qlora_jax.training.objectives.kto import KTO
-from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.objectives.orpo import ORPO
-from qlora_jax.training.objectives.reward import MARGINS, Reward
 from qlora_jax.training.step import gradients
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 
+from qlora_jax.config.objectives import RowKind
 from qlora_jax.data.formats.columns import PLACEHOLDER, SYNONYMS, columns_setting, likely_column
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
-from qlora_jax.data.row_kinds import DESCRIPTIONS, ROW_USES, RowKind
+from qlora_jax.data.row_kinds import DESCRIPTIONS, row_use
 
 # Columns for the advice about a file whose columns resemble none of a format.
 _EXAMPLE_COLUMNS: dict[RowKind, tuple[str, ...]] = {
@@ -37,7 +38,7 @@ def detect_format(
       named: a key of FORMATS, or "auto".
       names: our column names, which the rows have already -> their names in the file.
       setting: the setting of these names, for errors.
-      objective: a key of ROW_USES.
+      objective: a key of OBJECTIVES.
 
     Raises:
       ValueError: no format fits, or only one of another kind. The message has the columns found, the known formats, and
@@ -82,7 +83,7 @@ def _other_kind(found: RowFormat, objective: str, setting: str, wrong: str) -> s
       setting: as in `detect_format`. Only training has an objective to set.
       wrong: the setting of training that does not fit the rows.
     """
-    expected, others = DESCRIPTIONS[ROW_USES[objective].kind], found.objectives
+    expected, others = DESCRIPTIONS[row_use(objective).kind], found.objectives
     formats = [form.name for form in FORMATS.values() if objective in form.objectives]
     usable = f"the format{'s' if len(formats) > 1 else ''} {_one_of(formats)}"
     what = f"found {DESCRIPTIONS[found.kind]}: format {found.name!r}"

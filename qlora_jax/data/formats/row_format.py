@@ -5,8 +5,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from qlora_jax.config.objectives import RowKind
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, read_template_kwargs, template_kwargs_problems
-from qlora_jax.data.row_kinds import RowKind, objectives_of
+from qlora_jax.data.row_kinds import objectives_of
 from qlora_jax.data.tokenizer.template_protocol import Message
 from qlora_jax.metadata import JsonObject
 

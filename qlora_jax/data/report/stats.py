@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
+from qlora_jax.config.objectives import ValueKind
 from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
@@ -17,7 +18,7 @@ from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.labels import label_text
 from qlora_jax.data.row_counts import RowCounts
-from qlora_jax.data.row_kinds import ROW_USES, TEXT_NAMES, ValueKind
+from qlora_jax.data.row_kinds import TEXT_NAMES, row_use
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -76,7 +77,7 @@ ONE_TEXT = RowParts((), head=False)
 
 def row_parts(objective: str, labels: tuple[str, ...]) -> RowParts:
     """Returns the texts and the label of an objective's rows."""
-    use = ROW_USES[objective]
+    use = row_use(objective)
     return RowParts(TEXT_NAMES[use.kind], use.head, use.values, labels)
 
 

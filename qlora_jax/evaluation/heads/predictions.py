@@ -17,8 +17,8 @@ from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.heads.rows import TextIds, check_are_finite, sequence_outputs, texts_of, too_long
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.objectives.head_objective import TrainedHead
 
 TINY = 1e-12  # the smallest norm by which an embedding is divided, as torch.nn.functional.normalize has it
 

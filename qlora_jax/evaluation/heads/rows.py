@@ -27,16 +27,16 @@ from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.formats.unlabelled import check_text_count
 from qlora_jax.data.loss_mask.reference import EncodedRow, SequenceValues
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
-from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.row_kinds import row_use
 from qlora_jax.evaluation.packed_batches import PackedBatch, packed_batches
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.model_function import ModelFunction
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 TextIds = Int32[np.ndarray, " _"]
@@ -100,7 +100,7 @@ def encode_head_rows(path: str, rows: Sequence[Row], names: Mapping[str, str] | 
     row_format = detect_format(path, rows, names=names, setting="file_columns", objective=head.objective)
     check_text_count(path, row_format, head.text_columns)
     check_rows(path, rows, row_format)
-    encoder = make_branch_encoder(row_format, context.tokenizer, ROW_USES[head.objective], head.labels)
+    encoder = make_branch_encoder(row_format, context.tokenizer, row_use(head.objective), head.labels)
     problems: list[Problem] = []
     places, encoded = encoder.begin(rows, problems)()(problems)
     problems += too_long(places, encoded, context.max_positions)

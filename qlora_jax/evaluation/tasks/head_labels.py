@@ -15,9 +15,9 @@ from qlora_jax.evaluation.heads.rows import HeadRows, head_of_task, lower_output
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share_change, share_of_rows
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.objectives.head_objective import TrainedHead
 
 OF_LIKELIHOOD = ("label_prompt", "label_texts", "label_score")  # settings of scoring without a head
 LABELLED = ("classification", "multi_label", "regression")

@@ -18,7 +18,7 @@ from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.readers.files import Problem, raise_problems
-from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.divergence import compare_rows
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
@@ -231,7 +231,7 @@ def pairs_task(
     row_format = detect_format(path, rows, names=file_columns, setting="file_columns", objective=OBJECTIVE)
     check_rows(path, rows, row_format)
     problems: list[Problem] = []
-    encode = make_branch_encoder(row_format, tokenizer, ROW_USES[OBJECTIVE]).begin(rows, problems)
+    encode = make_branch_encoder(row_format, tokenizer, row_use(OBJECTIVE)).begin(rows, problems)
     _, encoded = encode()(problems)
     raise_problems(path, problems, len(rows))
     pairs = [whole_texts(row.ids, row.supervised, row.branches) for row in encoded]

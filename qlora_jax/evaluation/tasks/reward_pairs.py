@@ -14,10 +14,10 @@ from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues
 from qlora_jax.measures.statistics import bootstrap, mean_change_interval, wilson_interval
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.objectives.head_objective import TrainedHead
 
 OF_LIKELIHOOD = ("by", "pair_beta")  # settings of scoring without a head
 RIGHT, MARGIN = "right by reward", "reward margin"

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.head_padding import Padding
 from qlora_jax.io.peft.readme import label_settings
 from qlora_jax.io.tensor_map import Slot
@@ -22,6 +21,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE, CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.objectives.head_objective import TrainedHead
 
 TENSOR = f"{SCORE}.weight"
 CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"

@@ -1,9 +1,9 @@
 """Refuses export formats that cannot hold a finetuning method or a sequence head, with the reason."""
 
 from qlora_jax.config.methods import METHODS
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families.multimodal import WRAPPERS
+from qlora_jax.objectives.head_objective import TrainedHead
 
 GGUF_FORMS = ("gguf-lora", "gguf")
 PREDICT = "Use the run itself: qlora-jax predict --run RUN"

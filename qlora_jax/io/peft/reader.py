@@ -13,7 +13,6 @@ from pydantic import with_config
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import LORA, peft_types
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.hf.hub import hub_name_of
 from qlora_jax.io.hf.reader import read_header
 from qlora_jax.io.peft.embeddings import read_tables, setting_problems
@@ -24,6 +23,7 @@ from qlora_jax.metadata import read_json, shorten, shorten_key
 from qlora_jax.methods.method import form_of
 from qlora_jax.methods.peft_form import NO_ARRAYS, WEIGHTS, PeftFile, PeftForm, PeftKeys
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.objectives.head_objective import TrainedHead
 
 PICKLE = "adapter_model.bin"
 # Settings of every method that do not change the computation; the tensors show which modules are targets.

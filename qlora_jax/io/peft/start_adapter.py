@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS
-from qlora_jax.io.head_file import TrainedHead, check_same_head
+from qlora_jax.io.head_file import check_same_head
 from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.methods.method import method_of
 from qlora_jax.methods.peft_form import setting_differences
@@ -15,6 +15,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import AdapterArrays, Lora, is_table
 from qlora_jax.models.trainable_embeddings import trainable_table_names
+from qlora_jax.objectives.head_objective import TrainedHead
 
 
 def read_start_adapter(

@@ -9,7 +9,7 @@ from safetensors.numpy import save
 
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.head_file import TrainedHead, write_head
+from qlora_jax.io.head_file import write_head
 from qlora_jax.io.head_padding import Padding
 from qlora_jax.io.peft.multimodal import text_half_only
 from qlora_jax.io.peft.readme import readme
@@ -18,6 +18,7 @@ from qlora_jax.methods.method import method_of
 from qlora_jax.methods.peft_form import NO_ARRAYS, WEIGHTS, TrainedAdapter
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays
+from qlora_jax.objectives.head_objective import TrainedHead
 
 CONFIG = "adapter_config.json"
 

@@ -36,7 +36,7 @@ from qlora_jax.atomic_files import make_folder, sync_tree
 from qlora_jax.config import Config, LoraArgs, ModelArgs, differences, read_config
 from qlora_jax.config.fields import TemplateValue
 from qlora_jax.config.parse import from_dict
-from qlora_jax.io.head_file import TrainedHead, read_run_head
+from qlora_jax.io.head_file import read_run_head
 from qlora_jax.io.initial_file import InitialAdapter, read_initial
 from qlora_jax.io.run_folder.checkpoint_reader import (
     LORA,
@@ -54,6 +54,7 @@ from qlora_jax.io.run_folder.start_parameters import STATE_KEY, read_start
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.peft_form import NO_ARRAYS
+from qlora_jax.objectives.head_objective import TrainedHead
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 REMOVED = "removed"  # in the folder of checkpoints; an old one moves there at once, and is deleted file by file

@@ -10,12 +10,12 @@ import math
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.models.config import ROUTER
+from qlora_jax.objectives.router_losses import routed
 from qlora_jax.sharding import ROWS, axis_size
 from qlora_jax.training.batch_shapes import batch_shapes
 from qlora_jax.training.cost.flops import RECOMPUTED, head_tile
 from qlora_jax.training.cost.step_shape import F32, StepShape, is_routed
 from qlora_jax.training.cost.trees import CODES, CONSTANTS, KINDS
-from qlora_jax.training.objectives.router_losses import routed
 
 
 def frozen_bytes(step: StepShape) -> dict[str, int]:

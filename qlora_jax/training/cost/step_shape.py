@@ -17,11 +17,11 @@ from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.sequence_head import HeadSpec
+from qlora_jax.objectives.head_objective import head_spec
+from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.sft import SUPERVISED
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
 from qlora_jax.training.cost.trees import ModelSettings, ModelTrees, model_trees
-from qlora_jax.training.objectives.head_objective import head_spec
-from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.objectives.sft import SUPERVISED
 
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"  # the last products of the MLP and of attention
 ROUTED = "mlp.experts."

@@ -15,7 +15,7 @@ from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.methods import METHODS, uses
-from qlora_jax.config.preference_settings import PREFERENCES
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
@@ -111,7 +111,7 @@ def rate_rows(config: Config, total_steps: int) -> Rows:
 
 def _high_rate(config: Config) -> str | None:
     """Returns a note if an objective of preferences has the default rate, which is that of supervised finetuning."""
-    if config.objective not in PREFERENCES or config.optim.learning_rate != OptimArgs().learning_rate:
+    if not OBJECTIVES[config.objective].preference or config.optim.learning_rate != OptimArgs().learning_rate:
         return None
     return (
         f"{config.optim.learning_rate:g} is the default of optim.learning_rate, which is high for objective "

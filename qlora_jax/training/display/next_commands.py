@@ -4,14 +4,14 @@ import shlex
 from pathlib import Path
 
 from qlora_jax.config import Config
-from qlora_jax.config.head_settings import HEAD_TASKS
 from qlora_jax.config.methods import METHODS
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.io.export.methods import head_refusal, refusal
-from qlora_jax.io.head_file import TrainedHead, head_of
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import STORED
+from qlora_jax.objectives.head_objective import TrainedHead, head_of
 
 PROGRAM = "qlora-jax"
 
@@ -47,5 +47,5 @@ def _use(head: TrainedHead | None, run: str) -> dict[str, str]:
         return {"try it": f"{PROGRAM} generate --run {run}"}
     return {
         "predict": f"{PROGRAM} predict --run {run} --rows FILE",
-        "evaluate": f"{PROGRAM} evaluate --run {run} --{HEAD_TASKS[head.objective]} FILE",
+        "evaluate": f"{PROGRAM} evaluate --run {run} --{OBJECTIVES[head.objective].task} FILE",
     }

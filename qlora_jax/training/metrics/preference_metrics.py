@@ -22,9 +22,9 @@ from jaxtyping import ArrayLike, Float64, PyTree
 from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.measures.metrics import RowValues
 from qlora_jax.measures.statistics import bootstrap, paired_bootstrap_of, wilson_interval
+from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
+from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
 from qlora_jax.training.metrics.eval_metrics import HIGH, LOW
-from qlora_jax.training.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
-from qlora_jax.training.objectives.sequences import ComparedLogps, SequenceLogps
 
 EVAL = "eval_"  # prefix of the held-out metrics
 CHOSEN, REJECTED, MARGIN, ACCURACY = "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"

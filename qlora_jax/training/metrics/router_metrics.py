@@ -10,7 +10,7 @@ from jaxtyping import Float64, PyTree
 
 from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.nn.router import SIGMOID
-from qlora_jax.training.objectives.router_losses import RoutedOutputs
+from qlora_jax.objectives.router_losses import RoutedOutputs
 
 AUX_LOSS, Z_LOSS = "router_aux_loss", "router_z_loss"
 MAX_LOAD, ENTROPY, DEAD = "router_max_load", "router_entropy", "router_dead_experts"

@@ -17,9 +17,9 @@ from qlora_jax.config.validate_mesh import MeshChoices
 from qlora_jax.data.batching.buckets import UNIT
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.objectives.make_objective import make_objective
+from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.sharding import AnyMesh, absent_mesh, make_mesh
-from qlora_jax.training.objectives.make_objective import make_objective
-from qlora_jax.training.objectives.objective import Objective, needs_reference
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights

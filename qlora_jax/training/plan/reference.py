@@ -12,13 +12,13 @@ from pallas_kernels import aot
 from qlora_jax.config import Config, TrainArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.data.report.stats import DataReport, SplitReport
+from qlora_jax.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.sharding import ROWS, part_bytes
 from qlora_jax.training.abstract_step import abstract_batch
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.memory_use import lora_bytes
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.metrics.mfu import Utilization, utilization
-from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.plan.requirements import ACTIVATIONS, StepConfig, estimated_requirements
 from qlora_jax.training.run_mesh import MAX_ROWS, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Inputs, weights_of

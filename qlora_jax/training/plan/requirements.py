@@ -16,6 +16,8 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.sft import SUPERVISED
 from qlora_jax.optim.page_layout import PAGE_BYTES
 from qlora_jax.sharding import ROWS, AnyMesh, axis_size
 from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_step
@@ -23,8 +25,6 @@ from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.cost.step_shape import DOWN, F32, StepShape
 from qlora_jax.training.cost.trees import IN_LAYERS
-from qlora_jax.training.objectives.objective import Objective
-from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
 
 STATE, ACTIVATIONS, REFERENCE = "optimizer state", "saved activations", "reference"

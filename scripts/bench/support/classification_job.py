@@ -24,7 +24,6 @@ from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.evaluation.heads.rows import encode_head_rows
 from qlora_jax.evaluation.task import TaskContext
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.head_adapters import split_head, with_head
@@ -34,8 +33,9 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.objectives.objective import LABELS
 from qlora_jax.optim.schedule import make_schedule
-from qlora_jax.training.objectives.objective import LABELS
 from scripts.bench.support.environment import ROOT
 
 LABEL_NAMES = ("0", "1")

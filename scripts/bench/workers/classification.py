@@ -22,8 +22,8 @@ from qlora_jax import runtime
 from qlora_jax.config import OptimArgs
 from qlora_jax.evaluation.heads.rows import sequence_outputs
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.objectives.classification import Classification
 from qlora_jax.optim import make_optimizer
-from qlora_jax.training.objectives.classification import Classification
 from qlora_jax.training.step import gradients, update
 from scripts.bench.support.classification_job import HEAD, load_base, read_batches, with_new_head
 from scripts.bench.support.interleave import Record

@@ -16,7 +16,7 @@ from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.loss_mask.reference import EncodedRow, loss_mask
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
-from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 from tests.data.conftest import sentencepiece_tokenizer
 from tests.data.formats.test_tool_calls import HERMES, WEATHER, called, conversation
@@ -59,7 +59,7 @@ def encoded(
         place = [Row(Place(1, 0), row)]
         row_format = detect_format("x.jsonl", place, objective=objective)
         assert row_format.check(row) == []
-        encoder = make_branch_encoder(row_format, tokenizer, ROW_USES[objective], labels)
+        encoder = make_branch_encoder(row_format, tokenizer, row_use(objective), labels)
         found += encoder.begin(place, problems)()(problems)[1]
     assert problems == []
     return found
@@ -333,7 +333,7 @@ def test_rows_that_a_template_does_not_write(
     one = dataclasses.replace(tokenizer, chat_template=(templates | extra)[template])
     rows, problems = [Row(Place(7, 6), row)], []
     row_format = detect_format("x.jsonl", rows, objective="dpo")
-    _, found = make_branch_encoder(row_format, one, ROW_USES["dpo"]).begin(rows, problems)()(problems)
+    _, found = make_branch_encoder(row_format, one, row_use("dpo")).begin(rows, problems)()(problems)
     ((place, told),) = problems
     assert place.line == 7 and problem in told and not found
 

@@ -9,7 +9,7 @@ from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.branches.truncation import fit_branches
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
-from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.truncation import LengthLimits
 
 BOS, FILLER = 1, 0
@@ -32,7 +32,7 @@ def pair(prompt: list[int], *answers: list[int], head: bool = False, branches: b
 def fitted(row: EncodedRow, objective: str, max_length: int, overlong: Any) -> tuple[EncodedRow | None, dict[str, int]]:
     """The row, or None if it is dropped, and the counts that are not zero."""
     limits = LengthLimits(max_length=max_length, overlong=overlong, bos_id=BOS)
-    found, equal = fit_branches([row], [Place(3, 2)], limits, ROW_USES[objective])
+    found, equal = fit_branches([row], [Place(3, 2)], limits, row_use(objective))
     counts = {"truncated": found.truncated, "overlong": found.overlong, "empty": found.unsupervised, "equal": equal}
     counts["ends"] = sum(row.lost_ends for row in found.rows)
     assert [place for place in found.places] == [Place(3, 2)] * len(found.rows)
@@ -107,6 +107,6 @@ def test_longer_rows_are_errors_or_dropped():
     assert fitted(pair(PROMPT, LONG, SHORT), "dpo", 7, "drop") == (None, {"overlong": 1})
     limits = LengthLimits(max_length=7, overlong="error")
     rows, places = [pair(PROMPT, LONG, SHORT), pair(PROMPT, SHORT, LONG[:3])], [Place(1, 0), Place(2, 1)]
-    found, _ = fit_branches(rows, places, limits, ROW_USES["dpo"])
+    found, _ = fit_branches(rows, places, limits, row_use("dpo"))
     assert [place for place, _ in found.problems] == [Place(1, 0)] and len(found.rows) == 1
     assert found.problems[0][1].startswith("found 8 tokens in one text, expected at most 7 (data.max_length).")

@@ -15,7 +15,7 @@ from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem, Row
-from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_template_kwargs
 from qlora_jax.evaluation.tasks.pairs import pairs_task
 from qlora_jax.evaluation.tasks.rows import rows_task
@@ -47,7 +47,7 @@ def encode(tokenizer: Tokenizer, rows: Sequence[dict[str, Any]]) -> tuple[list[E
     row_format = detect_format("x.jsonl", placed, objective=objective)
     problems: list[Problem] = []
     fit = [row for row in placed if not (found := row_format.check(row.data)) or problems.append((row.place, found[0]))]
-    use = ROW_USES[objective]
+    use = row_use(objective)
     make = (
         make_encoder(row_format, tokenizer) if use.kind == "text" else make_branch_encoder(row_format, tokenizer, use)
     )

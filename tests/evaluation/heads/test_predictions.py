@@ -11,8 +11,8 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.evaluation.heads.predictions import class_predictions, encode_texts, predicted_columns
 from qlora_jax.evaluation.heads.rows import encode_head_rows
 from qlora_jax.evaluation.task import TaskContext
-from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.open_model import open_model
+from qlora_jax.objectives.head_objective import TrainedHead
 from tests.e2e.project import write_model
 
 CLASSES = TrainedHead(objective="classification", labels=("a", "b", "c"))

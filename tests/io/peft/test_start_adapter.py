@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.head_file import HEAD_FILE, TrainedHead, write_head
+from qlora_jax.io.head_file import HEAD_FILE, write_head
 from qlora_jax.io.peft.head_adapters import with_head
 from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.peft.writer import in_peft_format, write_adapter
+from qlora_jax.objectives.head_objective import TrainedHead
 from tests.io.peft.test_reader import ARGS, MODEL, random_lora
 
 LORA = LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2})

@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 
 from qlora_jax.measures.statistics import wilson_interval
+from qlora_jax.objectives.dpo import DPO
+from qlora_jax.objectives.kto import KTO
+from qlora_jax.objectives.orpo import ORPO
+from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
 from qlora_jax.training.metrics.preference_metrics import means, means_with_intervals, preference_values
-from qlora_jax.training.objectives.dpo import DPO
-from qlora_jax.training.objectives.kto import KTO
-from qlora_jax.training.objectives.orpo import ORPO
-from qlora_jax.training.objectives.sequences import ComparedLogps, SequenceLogps
 
 BETA = 0.3
 

@@ -7,10 +7,10 @@ from qlora_jax.config import DataArgs, TrainArgs
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
+from qlora_jax.objectives.dpo import DPO
+from qlora_jax.objectives.objective import read_by_outputs
 from qlora_jax.training.abstract_step import abstract_batch
 from qlora_jax.training.forward import compared_outputs, evaluation_outputs
-from qlora_jax.training.objectives.dpo import DPO
-from qlora_jax.training.objectives.objective import read_by_outputs
 from qlora_jax.training.plan.reference import reference_of_step
 from qlora_jax.training.plan.requirements import estimated_requirements
 from tests.e2e.project import write_model, write_rows

@@ -15,10 +15,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import combine
 from qlora_jax.nn.router import SIGMOID, Routing
-from qlora_jax.sharding import ROWS, make_mesh, named
-from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.metrics.router_metrics import router_metrics
-from qlora_jax.training.objectives.router_losses import (
+from qlora_jax.objectives.router_losses import (
     FILLED,
     RoutedOutputs,
     load_balancing_parts,
@@ -26,7 +23,10 @@ from qlora_jax.training.objectives.router_losses import (
     unrouted,
     z_parts,
 )
-from qlora_jax.training.objectives.sft import SUPERVISED
+from qlora_jax.objectives.sft import SUPERVISED
+from qlora_jax.sharding import ROWS, make_mesh, named
+from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.metrics.router_metrics import router_metrics
 from qlora_jax.training.step import gradients
 from tests.marks import EXHAUSTIVE, SLOW
 from tests.models.mixtures import SIZES, arrays_of, random_mixture

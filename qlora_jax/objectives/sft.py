@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qlora_jax.data.row_kinds import RowKind
+from qlora_jax.config.objectives import RowKind
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.lm_head.cross_entropy import token_nll
-from qlora_jax.training.objectives.objective import Arrays, Totals
+from qlora_jax.objectives.objective import Arrays, Totals
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.data.batching.batches import PRESENT
-from qlora_jax.training.objectives.margin_losses import MARGIN_LOSSES
-from qlora_jax.training.objectives.objective import Arrays, Totals
-from qlora_jax.training.objectives.pairs import PairObjective, in_pairs
-from qlora_jax.training.objectives.sequences import SequenceLogps, per_token
+from qlora_jax.objectives.margin_losses import MARGIN_LOSSES
+from qlora_jax.objectives.objective import Arrays, Totals
+from qlora_jax.objectives.pairs import PairObjective, in_pairs
+from qlora_jax.objectives.sequences import SequenceLogps, per_token
 
 CPOLoss = Literal["sigmoid", "hinge", "ipo", "simpo"]
 PER_TOKEN = ("ipo", "simpo")

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float
 from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.lm_head.cross_entropy import token_nll
-from qlora_jax.training.objectives.objective import Arrays, Totals
-from qlora_jax.training.objectives.pairs import PairObjective, in_pairs
-from qlora_jax.training.objectives.sequences import SequenceLogps, per_token, sum_by_slot
+from qlora_jax.objectives.objective import Arrays, Totals
+from qlora_jax.objectives.pairs import PairObjective, in_pairs
+from qlora_jax.objectives.sequences import SequenceLogps, per_token, sum_by_slot
 
 LARGEST_MEAN = -1e-7  # largest mean log p, because the odds of probability 1 are infinite
 

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from qlora_jax.config.objectives import RowKind
 from qlora_jax.config.router_settings import RouterArgs
 from qlora_jax.data.batching.batches import Batch
-from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.router import SIGMOID, Routing
-from qlora_jax.training.objectives.objective import Arrays, Objective, Totals
+from qlora_jax.objectives.objective import Arrays, Objective, Totals
 
 FILLED = "filled"  # batch array [A, B, 1]: positions that each row fills; the others are padding
 TOKENS, COUNT = "routed tokens", "count"  # sums over a step

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qlora_jax.training.objectives.head_objective import LabelledObjective
-from qlora_jax.training.objectives.objective import LABELS, Arrays
+from qlora_jax.objectives.head_objective import LabelledObjective
+from qlora_jax.objectives.objective import LABELS, Arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.config.objectives import RowKind
 from qlora_jax.data.batching.batches import PRESENT
-from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.training.objectives.objective import Arrays, Totals
-from qlora_jax.training.objectives.sequences import SequenceLogps, sequence_logps
+from qlora_jax.objectives.objective import Arrays, Totals
+from qlora_jax.objectives.sequences import SequenceLogps, sequence_logps
 
 
 class Pair(NamedTuple):

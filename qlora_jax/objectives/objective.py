@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from qlora_jax.data.row_kinds import RowKind
+from qlora_jax.config.objectives import RowKind
 from qlora_jax.models.decoder import CausalLM
 
 Arrays = Mapping[str, jax.Array]

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.config.objectives import OBJECTIVES, RowKind
 from qlora_jax.data.batching.batches import PRESENT
-from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.sequence_head import HeadSpec
-from qlora_jax.training.objectives.objective import Arrays, Objective, Totals
+from qlora_jax.nn.sequence_head import HeadSpec, Pooling
+from qlora_jax.objectives.objective import Arrays, Objective, Totals
 
 ONE_OUTPUT = HeadSpec(outputs=1)
 
@@ -70,3 +70,57 @@ class LabelledObjective(HeadObjective):
 def head_spec(objective: Objective) -> HeadSpec | None:
     """Returns the form of the sequence head that an objective trains; None if it has none."""
     return objective.head if isinstance(objective, HeadObjective) else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedHead:
+    """A trained sequence head.
+
+    Attributes:
+      objective: the objective that trained it.
+      labels: names of the outputs, for classification and multi_label; else empty.
+      pooling: the hidden state that stands for a sequence.
+      text_columns: the columns of the texts that it was trained on, of each format of its rows, such as sentence1 and
+        sentence2; empty for objectives whose rows are not texts with labels. Another head of the same meaning may have
+        others.
+      described: False for an adapter of another library, which does not say what its outputs mean.
+    """
+
+    objective: str
+    labels: tuple[str, ...] = ()
+    pooling: Pooling = "last"
+    text_columns: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False)
+    described: bool = True
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs; 0 for embeddings, whose result is the pooled hidden state."""
+        if OBJECTIVES[self.objective].labels:
+            return len(self.labels)
+        return 0 if self.objective == "embedding" else 1
+
+    def spec(self) -> HeadSpec:
+        """Returns the head's form."""
+        return HeadSpec(outputs=self.outputs, pooling=self.pooling)
+
+    def fits(self, other: "TrainedHead | None") -> bool:
+        """True if training may continue from this head with the settings of `other`."""
+        if self.described or other is None:
+            return self == other
+        return self.outputs == other.outputs and (self.outputs == 0 or self.pooling == other.pooling)
+
+    def __str__(self) -> str:
+        """The head's settings, for messages."""
+        labels = f", labels={[*self.labels]}" if self.labels else ""
+        return f"objective={self.objective}, pooling={self.pooling}{labels}"
+
+
+def head_of(
+    objective: str, labels: tuple[str, ...], pooling: Pooling, text_columns: tuple[tuple[str, ...], ...] = ()
+) -> TrainedHead | None:
+    """Returns the head that an objective trains; None if it has none."""
+    declared = OBJECTIVES[objective]
+    if not declared.head:
+        return None
+    labels = labels if declared.labels else ()
+    return TrainedHead(objective=objective, labels=labels, pooling=pooling, text_columns=text_columns)

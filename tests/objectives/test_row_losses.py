@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.training.objectives.cpo import CPO
-from qlora_jax.training.objectives.dpo import DPO
-from qlora_jax.training.objectives.kto import KTO
-from qlora_jax.training.objectives.orpo import ORPO, ORPOOutputs, log_odds
-from qlora_jax.training.objectives.pairs import PairObjective
-from qlora_jax.training.objectives.sequences import SequenceLogps
+from qlora_jax.objectives.cpo import CPO
+from qlora_jax.objectives.dpo import DPO
+from qlora_jax.objectives.kto import KTO
+from qlora_jax.objectives.orpo import ORPO, ORPOOutputs, log_odds
+from qlora_jax.objectives.pairs import PairObjective
+from qlora_jax.objectives.sequences import SequenceLogps
 
 PRESENT = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], np.float32)
 LOGPS = np.array([[-5.0, -7.5, -2.0, -30.0], [-9.0, -4.0, 0, 0]], np.float32)

@@ -13,7 +13,7 @@ from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.lm_head.cross_entropy import token_nll
 from qlora_jax.nn.lm_head.divergence import compare_tokens
-from qlora_jax.training.objectives.objective import Arrays
+from qlora_jax.objectives.objective import Arrays
 
 
 @jax.tree_util.register_dataclass

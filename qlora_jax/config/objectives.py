@@ -1,0 +1,227 @@
+"""Declares the objectives, and the settings that only some of them read: sections `preference` and `head`.
+
+An objective is declared here, without JAX, so that settings are checked and explained before it is imported.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from qlora_jax.config.fields import BELOW_HALF, NON_NEGATIVE, NOT_EMPTY, POSITIVE, setting
+from qlora_jax.config.registry import Registry
+
+# text: one text whose answers are learned. pair: a prompt with a chosen and a rejected answer. labelled: a
+# prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning.
+RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
+# Values that a row's sequences have besides their ids; see data/labels.py.
+ValueKind = Literal["none", "desirable", "margin", "class", "classes", "number"]
+SMOOTHED = ("sigmoid", "robust")  # losses that use label_smoothing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveDeclaration:
+    """The facts about an objective that settings, messages and data read.
+
+    Attributes:
+      implementation: a function that returns the objective of a run's settings, or its place as "module:attribute".
+      rows: the kind of its rows.
+      values: the values that it reads from the rows.
+      head: it trains a head on whole sequences, in place of the language-model head.
+      labels: the head's outputs have names.
+      preference: settings of section `preference` that it reads.
+      head_settings: settings of section `head` that it reads.
+      loss_types: its losses, if it has several; the first is the default.
+      task: the setting of `evaluate` that names the file which its head scores.
+    """
+
+    implementation: str | Callable[[Any], Any]
+    rows: RowKind
+    values: ValueKind = "none"
+    head: bool = False
+    labels: bool = False
+    preference: tuple[str, ...] = ()
+    head_settings: tuple[str, ...] = ()
+    loss_types: tuple[str, ...] = ()
+    task: str = ""
+
+
+_MAKE = "qlora_jax.objectives.make_objective:"
+OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
+    "qlora_jax.objectives",
+    ObjectiveDeclaration,
+    {
+        "sft": ObjectiveDeclaration(implementation=f"{_MAKE}sft", rows="text"),
+        "dpo": ObjectiveDeclaration(
+            implementation=f"{_MAKE}dpo",
+            rows="pair",
+            preference=("beta", "loss_type", "label_smoothing"),
+            loss_types=("sigmoid", "hinge", "ipo", "robust"),
+        ),
+        "kto": ObjectiveDeclaration(
+            implementation=f"{_MAKE}kto",
+            rows="labelled",
+            values="desirable",
+            preference=("beta", "loss_type", "desirable_weight", "undesirable_weight"),
+            loss_types=("kto", "apo_zero_unpaired"),
+        ),
+        "orpo": ObjectiveDeclaration(implementation=f"{_MAKE}orpo", rows="pair", preference=("beta",)),
+        "cpo": ObjectiveDeclaration(
+            implementation=f"{_MAKE}cpo",
+            rows="pair",
+            preference=("beta", "loss_type", "label_smoothing", "cpo_alpha"),
+            loss_types=("sigmoid", "hinge", "ipo"),
+        ),
+        "simpo": ObjectiveDeclaration(
+            implementation=f"{_MAKE}simpo",
+            rows="pair",
+            preference=("beta", "label_smoothing", "cpo_alpha", "simpo_gamma"),
+        ),
+        "classification": ObjectiveDeclaration(
+            implementation=f"{_MAKE}classification",
+            rows="class",
+            values="class",
+            head=True,
+            labels=True,
+            head_settings=("labels", "pooling"),
+            task="labels",
+        ),
+        "multi_label": ObjectiveDeclaration(
+            implementation=f"{_MAKE}multi_label",
+            rows="class",
+            values="classes",
+            head=True,
+            labels=True,
+            head_settings=("labels", "pooling"),
+            task="labels",
+        ),
+        "regression": ObjectiveDeclaration(
+            implementation=f"{_MAKE}regression",
+            rows="class",
+            values="number",
+            head=True,
+            head_settings=("pooling",),
+            task="labels",
+        ),
+        "reward": ObjectiveDeclaration(
+            implementation=f"{_MAKE}reward",
+            rows="pair",
+            values="margin",
+            head=True,
+            head_settings=("center_rewards_coefficient",),
+            task="pairs",
+        ),
+        "embedding": ObjectiveDeclaration(
+            implementation=f"{_MAKE}embedding",
+            rows="embedding",
+            head=True,
+            head_settings=("pooling", "temperature"),
+            task="embeddings",
+        ),
+    },
+)
+ObjectiveName = Annotated[str, OBJECTIVES]
+
+
+def objectives_with(property: str) -> tuple[str, ...]:
+    """Returns the names of the objectives whose declaration has a property, such as "labels"."""
+    return tuple(name for name, declared in OBJECTIVES.items() if getattr(declared, property))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceArgs:
+    """Learning from preferences, with TRL's names and defaults (docs/preferences.md)."""
+
+    beta: float = setting(
+        "dpo, kto: strength of the regularization towards the reference. cpo, simpo: scale of the margin. orpo: weight "
+        "of the odds ratio",
+        0.1,
+        POSITIVE,
+    )
+    loss_type: Literal["auto", "sigmoid", "hinge", "ipo", "robust", "kto", "apo_zero_unpaired"] = setting(
+        "dpo: sigmoid, hinge, ipo or robust. cpo: sigmoid, hinge or ipo. kto: kto or apo_zero_unpaired. auto: the "
+        "first of these",
+        "auto",
+    )
+    label_smoothing: float = setting(
+        "dpo, cpo and simpo with loss_type sigmoid (conservative DPO), dpo with robust: probability that a preference "
+        "is flipped",
+        0.0,
+        BELOW_HALF,
+    )
+    cpo_alpha: float | None = setting(
+        "cpo, simpo: weight of the mean cross-entropy of the chosen tokens; null: 1 for cpo, 0 for simpo",
+        None,
+        NON_NEGATIVE,
+    )
+    simpo_gamma: float = setting("simpo: target of the scaled margin", 0.5, NON_NEGATIVE)
+    desirable_weight: float = setting("kto: weight of the losses of desirable rows", 1.0, POSITIVE)
+    undesirable_weight: float = setting("kto: weight of the losses of undesirable rows", 1.0, POSITIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadArgs:
+    """The head on whole sequences, which trains next to the adapter (docs/heads.md)."""
+
+    labels: list[str] | None = setting(
+        "classification, multi_label: names of the labels, in the order of the outputs. null: those of the training "
+        "data, sorted",
+        None,
+        NOT_EMPTY,
+    )
+    pooling: Literal["last", "mean"] = setting(
+        "hidden state of a sequence. last: that of its last token; mean: the mean over its tokens, which PEFT cannot "
+        "export for classification and regression",
+        "last",
+    )
+    temperature: float = setting(
+        "embedding: cosines are divided by it, the inverse of sentence-transformers' scale", 0.05, POSITIVE
+    )
+    center_rewards_coefficient: float = setting(
+        "reward: weight of the mean square of the sum of both rewards, which keeps them near 0, such as 0.01",
+        0.0,
+        NON_NEGATIVE,
+    )
+
+
+def loss_type_of(preference: PreferenceArgs, objective: str) -> str:
+    """Returns the loss of an objective that has several."""
+    return OBJECTIVES[objective].loss_types[0] if preference.loss_type == "auto" else preference.loss_type
+
+
+def objective_problems(preference: PreferenceArgs, head: HeadArgs, objective: str) -> list[str]:
+    """Reports settings of both sections that the objective or its loss ignores, and values that it cannot use."""
+    declared = OBJECTIVES[objective]
+    problems = _unused("preference", preference, declared.preference, objective)
+    if declared.loss_types:
+        problems += _loss_problems(preference, objective)
+    problems += _unused("head", head, declared.head_settings, objective)
+    labels = head.labels or []
+    repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
+    problems += [f"head.labels: found {label!r} several times, expected unique names. Remove it" for label in repeated]
+    if len(labels) == 1 and objective == "classification":
+        problems.append(f"head.labels: found only {labels[0]!r}, expected at least 2 labels. Add the others")
+    return problems
+
+
+def _unused(section: str, settings: PreferenceArgs | HeadArgs, used: tuple[str, ...], objective: str) -> list[str]:
+    plain = type(settings)()
+    return [
+        f"{section}.{field.name}: found {value!r}, but objective={objective} does not use it. Remove this setting"
+        for field in dataclasses.fields(settings)
+        if field.name not in used and (value := getattr(settings, field.name)) != getattr(plain, field.name)
+    ]
+
+
+def _loss_problems(preference: PreferenceArgs, objective: str) -> list[str]:
+    declared, loss = OBJECTIVES[objective], loss_type_of(preference, objective)
+    if loss not in declared.loss_types:
+        return [
+            f"preference.loss_type: found {loss!r} with objective={objective}, expected one of "
+            f"{', '.join(declared.loss_types)}. Set one of them"
+        ]
+    if preference.label_smoothing and "label_smoothing" in declared.preference and loss not in SMOOTHED:
+        return [
+            f"preference.label_smoothing: found {preference.label_smoothing}, but preference.loss_type={loss} does not "
+            "use it. Remove this setting"
+        ]
+    return []
