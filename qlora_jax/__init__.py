@@ -15,6 +15,8 @@ _PUBLIC = {
     "register_method": ("qlora_jax.config.methods", "register_method"),
     "MethodDeclaration": ("qlora_jax.config.methods", "MethodDeclaration"),
     "register_objective": ("qlora_jax.objectives.function_objective", "register_objective"),
+    "register_row_format": ("qlora_jax.data.formats.registry", "register_row_format"),
+    "RowFormat": ("qlora_jax.data.formats.row_format", "RowFormat"),
     "finetune": ("qlora_jax.api.finetune", "finetune"),
     "generate_text": ("qlora_jax.api.generate", "generate_text"),
     "classify": ("qlora_jax.api.predict", "classify"),

@@ -16,7 +16,7 @@ from qlora_jax.config.parse import ConfigError as ConfigError
 from qlora_jax.config.question_settings import QUESTION_KINDS as QUESTION_KINDS
 from qlora_jax.config.question_settings import QuestionArgs as QuestionArgs
 from qlora_jax.config.question_settings import question_problems as question_problems
-from qlora_jax.config.schema import ROW_COLUMNS as ROW_COLUMNS
+from qlora_jax.config.row_formats import ROW_COLUMNS as ROW_COLUMNS
 from qlora_jax.config.schema import Config as Config
 from qlora_jax.config.schema import DataArgs as DataArgs
 from qlora_jax.config.schema import ModelArgs as ModelArgs

@@ -1,7 +1,7 @@
 """Declares every setting of a training run: type, default, bounds and help. Imports neither arrays nor devices."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from qlora_jax.config.fields import (
     AT_LEAST_HUNDRED,
@@ -24,6 +24,7 @@ from qlora_jax.config.methods import LoraArgs, methods_with
 from qlora_jax.config.objectives import HeadArgs, ObjectiveName, PreferenceArgs
 from qlora_jax.config.question_settings import QuestionArgs
 from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.row_formats import ROW_FORMATS
 
 suggests_settings(LoraArgs)  # here, because suggestions list the methods
 
@@ -70,74 +71,7 @@ class ModelArgs:
     )
 
 
-FormName = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "completion",
-    "input-output",
-    "seed-tasks",
-    "unnatural-instructions-full",
-    "unnatural-instructions",
-    "flan",
-    "hh-rlhf",
-    "guanaco",
-    "guanaco-answers",
-    "chip2",
-    "text",
-    "preference",
-    "orca-pairs",
-    "hh-rlhf-pairs",
-    "implicit-prompt",
-    "unpaired-preference",
-    "messages-label",
-    "question-pair-label",
-    "question-sentence-label",
-    "premise-hypothesis-label",
-    "sentence-pair-label",
-    "sentence-label",
-    "text-label",
-    "text-label-columns",
-    "triplet",
-    "anchor-positive",
-]
-
-
-# Names of the columns that these formats read.
-ROW_COLUMNS = (
-    "messages",
-    "tools",
-    "functions",
-    "chat_template_kwargs",
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "prompt",
-    "completion",
-    "instances",
-    "reformulations",
-    "inputs",
-    "targets",
-    "chosen",
-    "text",
-    "rejected",
-    "margin",
-    "question",
-    "system",
-    "label",
-    "question1",
-    "question2",
-    "sentence",
-    "premise",
-    "hypothesis",
-    "sentence1",
-    "sentence2",
-    "anchor",
-    "positive",
-    "negative",
-)
+FormName = Annotated[str, ROW_FORMATS]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

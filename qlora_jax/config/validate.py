@@ -8,7 +8,8 @@ from qlora_jax.config.objectives import OBJECTIVES, objective_problems
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
 from qlora_jax.config.question_settings import QUESTION_KINDS, question_problems, unknown_columns
-from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs
+from qlora_jax.config.row_formats import row_columns
+from qlora_jax.config.schema import Config, DataArgs
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.config.validate_mesh import given_mesh_problems
 
@@ -212,16 +213,18 @@ def _source_problems(data: DataArgs) -> list[str]:
 
 
 def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
+    named = [data.format] if isinstance(data.format, str) else [*data.format.values()]
+    known = row_columns(tuple(named))
     by_file = {path: names for path, names in (data.columns or {}).items() if isinstance(names, dict)}
     if not by_file:
-        return unknown_columns("data.columns", [*(data.columns or {})], ROW_COLUMNS)
+        return unknown_columns("data.columns", [*(data.columns or {})], known)
     problems = [
         f"data.columns: found {path!r}, expected the files of data.train and data.eval"
         for path in by_file
         if path not in files
     ]
     return problems + [
-        problem for names in by_file.values() for problem in unknown_columns("data.columns", names, ROW_COLUMNS)
+        problem for names in by_file.values() for problem in unknown_columns("data.columns", names, known)
     ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES
-from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.registry import format_of
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
 from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_plain, read_template_kwargs
 from qlora_jax.data.formats.tool_calls import read_tools
@@ -93,7 +93,7 @@ def expand_examples(rows: Sequence[Row], row_format: RowFormat, first: int = 0) 
         return rows, row_format
     lines = [(row.place.line, columns) for row in rows for columns in row_format.examples(row.data)]
     examples = [Row(Place(line, number), columns) for number, (line, columns) in enumerate(lines, start=first)]
-    return examples, dataclasses.replace(FORMATS[row_format.example], name=row_format.name)
+    return examples, dataclasses.replace(format_of(row_format.example), name=row_format.name)
 
 
 class ChunkTexts(NamedTuple):

@@ -12,7 +12,7 @@ from qlora_jax.config.objectives import ValueKind
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.formats.columns import list_columns, rename_columns
 from qlora_jax.data.formats.detect import detect_format
-from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS, optional_columns
 from qlora_jax.data.formats.row_format import Columns
 from qlora_jax.data.readers.files import (
     BrokenRow,
@@ -108,7 +108,7 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
 
 def _names_in(path: str, names: Mapping[str, str], kind: ValueKind) -> Iterable[str]:
     known: set[str] = set()
-    for columns in _renamed_rows(path, names, []):
+    for columns in _renamed_rows(path, names, OPTIONAL_COLUMNS, []):
         try:
             new = set(_label_names(kind, columns)) - known
         except (KeyError, ValueError):
@@ -119,13 +119,15 @@ def _names_in(path: str, names: Mapping[str, str], kind: ValueKind) -> Iterable[
             return
 
 
-def _renamed_rows(path: str, names: Mapping[str, str], problems: list[Problem]) -> Iterator[Columns]:
+def _renamed_rows(
+    path: str, names: Mapping[str, str], optional: Collection[str], problems: list[Problem]
+) -> Iterator[Columns]:
     """Yields the rows that have the columns of `names`, under our names. The others are added to `problems`."""
     for row in stream_rows(path):
         try:
             if isinstance(row, BrokenRow):
                 raise ValueError(row.problem)
-            columns = rename_columns(row.data, names, "data.columns", OPTIONAL_COLUMNS)
+            columns = rename_columns(row.data, names, "data.columns", optional)
         except ValueError as error:
             problems.append((row.place, str(error)))
         else:
@@ -139,8 +141,9 @@ def check_format(data: DataArgs, path: str, objective: str) -> None:
     """
     if Path(path).is_fifo():
         return
-    names, problems = data.columns_of(path), []
-    first = [Row(Place(1, 0), each) for each in itertools.islice(_renamed_rows(path, names, problems), FIRST_ROWS)]
+    names, optional, problems = data.columns_of(path), optional_columns(data.format_of(path)), []
+    renamed = _renamed_rows(path, names, optional, problems)
+    first = [Row(Place(1, 0), each) for each in itertools.islice(renamed, FIRST_ROWS)]
     if not first:
         raise_problems(path, problems, len(problems))
         raise ValueError(no_rows_message(path))

@@ -37,7 +37,7 @@ from qlora_jax.data.encoder import (
 from qlora_jax.data.formats.chat_like_text import count_lookalikes
 from qlora_jax.data.formats.columns import check_names_exist, rename_columns
 from qlora_jax.data.formats.detect import detect_format
-from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.formats.registry import format_of, optional_columns
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.holdout import Split, check_splits, content_hash
 from qlora_jax.data.loss_mask.reference import EncodedRow
@@ -103,7 +103,7 @@ class Preparation:
         template = tokenizer.chat_template or ""
         settings = [
             content_digest(self.path),
-            self.row_format,
+            self.row_format if self.row_format == "auto" else [self.row_format, format_of(self.row_format).version],
             self.data.columns_of(self.path),
             self.data.bad_rows,
             self.split,
@@ -271,9 +271,10 @@ class _FileReader:
             return rows
         renamed: list[Row] = []
         problems: list[Problem] = []
+        optional = optional_columns(self._preparation.row_format)
         for row in rows:
             try:
-                columns = rename_columns(row.data, self.names, "data.columns", OPTIONAL_COLUMNS)
+                columns = rename_columns(row.data, self.names, "data.columns", optional)
                 renamed.append(row._replace(data=columns))
             except ValueError as error:
                 problems.append((row.place, str(error)))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from qlora_jax.config.objectives import RowKind
 from qlora_jax.data.formats.columns import PLACEHOLDER, SYNONYMS, columns_setting, likely_column
-from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.registry import FORMATS, format_of
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
 from qlora_jax.data.row_kinds import DESCRIPTIONS, row_use
@@ -35,7 +35,7 @@ def detect_format(
 
     Args:
       path: file name for errors.
-      named: a key of FORMATS, or "auto".
+      named: a value of data.format; formats of other packages are used only if they are named.
       names: our column names, which the rows have already -> their names in the file.
       setting: the setting of these names, for errors.
       objective: a key of OBJECTIVES.
@@ -46,10 +46,10 @@ def detect_format(
     """
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
     formats = [row_format for row_format in FORMATS.values() if objective in row_format.objectives]
-    if named != "auto" and objective not in FORMATS[named].objectives:
-        raise ValueError(f"{path}: {_other_kind(FORMATS[named], objective, setting, 'data.format')}")
+    if named != "auto" and objective not in format_of(named).objectives:
+        raise ValueError(f"{path}: {_other_kind(format_of(named), objective, setting, 'data.format')}")
     detectable = [row_format for row_format in formats if not row_format.explicit_only]
-    for row_format in detectable if named == "auto" else [FORMATS[named]]:
+    for row_format in detectable if named == "auto" else [format_of(named)]:
         if set(row_format.required) <= set(columns) and (named != "auto" or _matches_a_row(rows, row_format)):
             return row_format
     if named == "auto" and (other := _of_other_objectives(rows, columns, formats)) is not None:
@@ -144,8 +144,8 @@ def _nearest(columns: Sequence[str], formats: Sequence[RowFormat], named: str) -
         exact = sum(name in columns for name in row_format.required)
         return len(partners) / len(row_format.required), exact
 
-    if named != "auto" and score(FORMATS[named])[0] == 1:
-        return FORMATS[named]
+    if named != "auto" and score(format_of(named))[0] == 1:
+        return format_of(named)
     best = max((row_format for row_format in formats if not row_format.explicit_only), key=score)
     return best if score(best)[0] else None
 

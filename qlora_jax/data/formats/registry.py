@@ -4,6 +4,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
+from qlora_jax.config.registry import load_implementation
+from qlora_jax.config.row_formats import ROW_FORMATS, RowFormatDeclaration
 from qlora_jax.data.formats import conversations, labelled, preference
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
@@ -11,6 +13,7 @@ from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.formats.texts import text_problems
 from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
 from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.metadata import shorten
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.
 ALPACA_WITH_INPUT = (
@@ -229,3 +232,40 @@ _FORMS = (
 FORMATS = {row_format.name: row_format for row_format in (*_FORMS, *preference.FORMS, *labelled.FORMS)}
 # Columns that rows of some format may lack.
 OPTIONAL_COLUMNS = frozenset(name for form in FORMATS.values() for name in form.optional) | {TEMPLATE_KWARGS}
+
+
+def format_of(name: str) -> RowFormat:
+    """Returns a format of FORMATS, or of another package.
+
+    Raises:
+      ValueError: it cannot be loaded, or is not a RowFormat of this name.
+    """
+    if name in FORMATS:
+        return FORMATS[name]
+    made = ROW_FORMATS[name].implementation
+    found = load_implementation("data.format", name, made) if isinstance(made, str) else made
+    if not isinstance(found, RowFormat) or found.name != name:
+        raise ValueError(
+            f"data.format: {name!r} is declared as {shorten(found)}, expected a RowFormat with this name. Repair or "
+            "uninstall its package"
+        )
+    return found
+
+
+def optional_columns(name: str) -> frozenset[str]:
+    """Returns the columns that rows may lack: those of our formats, and of the one that is named."""
+    return OPTIONAL_COLUMNS if name == "auto" else OPTIONAL_COLUMNS | {*format_of(name).optional}
+
+
+def format_declaration(row_format: RowFormat) -> RowFormatDeclaration:
+    """Returns the declaration of a format, for an entry point of the group qlora_jax.row_formats."""
+    return RowFormatDeclaration(implementation=row_format, columns=(*row_format.required, *row_format.optional))
+
+
+def register_row_format(row_format: RowFormat) -> None:
+    """Adds a format to this process, for data.format; commands find one by an entry point.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    ROW_FORMATS.register(row_format.name, format_declaration(row_format))

@@ -56,6 +56,7 @@ class RowFormat:
         None: the format needs a template.
       texts: returns the texts of a row of another kind. The second argument is True if the tokenizer has a chat
         template, so that questions and answers become conversations.
+      version: of a format of another package; prepared data of another version is not used again.
     """
 
     name: str
@@ -72,6 +73,7 @@ class RowFormat:
     messages: Callable[[Columns], Sequence[Message]] | None = None
     plain: Callable[[Columns], list[Segment]] | None = None
     texts: Callable[[Columns, bool], Texts] | None = None
+    version: str = ""
 
     def __str__(self) -> str:
         columns = [*self.required, *(f"{name} (optional)" for name in self.optional)]

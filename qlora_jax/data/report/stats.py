@@ -14,7 +14,7 @@ from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
 from qlora_jax.data.batching.slots import packed_lengths
 from qlora_jax.data.branch_tree import branch_ends
-from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.registry import format_of
 from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
 from qlora_jax.data.labels import label_text
 from qlora_jax.data.row_counts import RowCounts
@@ -138,7 +138,8 @@ class DataReport:
 
 def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
     """Returns the report of one split of one file."""
-    known = FORMATS[FORMATS[form].example if FORMATS[form].examples else form]
+    found = format_of(form)
+    known = format_of(found.example) if found.examples else found
     fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
     for name in ("bad_rows", "unseen_rows"):
         fields[name] = tuple(row._replace(path=path) for row in fields[name])

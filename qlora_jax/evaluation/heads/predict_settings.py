@@ -5,7 +5,7 @@ import dataclasses
 from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, NOT_EMPTY, setting
 from qlora_jax.config.question_settings import unknown_columns
-from qlora_jax.config.schema import ROW_COLUMNS
+from qlora_jax.config.row_formats import ROW_COLUMNS
 from qlora_jax.inference.settings import ComputeDtype, ModelOrRunArgs, QuantType, folder_problems
 
 

@@ -4,14 +4,14 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_jax.config import ROW_COLUMNS
-from qlora_jax.config.schema import FormName
+from qlora_jax.config.row_formats import ROW_FORMATS
 from qlora_jax.config.yaml_files import one_line_yaml, parse_yaml
 from qlora_jax.data.formats.columns import columns_setting, likely_column, rename_columns
 from qlora_jax.data.formats.registry import FORMATS
@@ -27,7 +27,7 @@ def asked(number: int) -> dict[str, Any]:
 
 
 def test_settings_know_the_formats_and_their_columns():
-    assert get_args(FormName) == ("auto", *FORMATS)
+    assert ROW_FORMATS.names() == ("auto", *FORMATS)
     of_formats = {name for form in FORMATS.values() for name in (*form.required, *form.optional)}
     assert set(ROW_COLUMNS) == {*of_formats, TEMPLATE_KWARGS}
     documented = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
