@@ -22,9 +22,17 @@ PAGES = [
 ]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # Folders that a page may leave out of a path.
-PREFIXES = ("", "qlora_jax", "pallas_kernels", "pallas_kernels/nf4_matmul", "qlora_jax/models", "tests/e2e")
+PREFIXES = (
+    "",
+    "examples/extensions",
+    "qlora_jax",
+    "pallas_kernels",
+    "pallas_kernels/nf4_matmul",
+    "qlora_jax/models",
+    "tests/e2e",
+)
 # Files of other projects, and placeholders.
-FOREIGN = {"convert_lora_to_gguf.py", "qlora.py", "scripts/finetune_guanaco_7b.sh", "families/NAME.py"}
+FOREIGN = {"convert_lora_to_gguf.py", "qlora.py", "scripts/finetune_guanaco_7b.sh", "families/NAME.py", "methods/NAME.py"}
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 

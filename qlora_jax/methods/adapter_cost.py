@@ -1,4 +1,4 @@
-"""What a method adds to the work and the memory of a training step: the terms in which it says so.
+"""Terms in which a method states the work and the memory that it adds to a training step.
 
 Dimension key: M tokens of a micro-batch, L layers, P slots (rows of grouped experts), D embed.
 """

@@ -1,4 +1,4 @@
-"""How PEFT stores adapters: the protocol of a method's form, and what all forms share.
+"""The protocol of a method's form in PEFT's files, and the parts that all forms share.
 
 Dimension key: L layers, K in, N out.
 """
@@ -92,7 +92,7 @@ class PeftFile[Keys]:
 
 
 class ReadAdapter(NamedTuple):
-    """What a form reads.
+    """An adapter that a form has read.
 
     Fields:
       lora: trained arrays in f32 by our names, in the form of `ModelParts.lora`.
@@ -113,7 +113,7 @@ class PeftLeaf(NamedTuple):
 
 
 class PeftForm(abc.ABC):
-    """How PEFT stores a method: one instance for each `peft_type`, without state.
+    """The form of a method in PEFT's files: one instance for each `peft_type`, without state.
 
     Attributes:
       keys: its settings in adapter_config.json; a TypedDict that extends PeftKeys.

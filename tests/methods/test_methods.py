@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from householder import DECLARATION
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs
 from qlora_jax.config.methods import METHODS
@@ -21,20 +22,18 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition, prepare_for_decoding, trained_leaves
 from qlora_jax.nn.linear import FrozenLayer
-from tests.extensions.householder import DECLARATION
 from tests.io.tiny_models import tiny_config
 
-EXTENSIONS = Path(__file__).parent.parent / "extensions"
 NAMES = (*METHODS.names(), "hra")
 SETTINGS = {"oft": {"oft_block_size": 8}, "vera": {"rank": 8}, "hra": {"options": {"reflections": 4}}}
-CLOSE = ("dora", "hra")  # whose start rounds: a quotient of norms, and two reflections
+# Their start rounds: a quotient of norms, and two reflections.
+CLOSE = ("dora", "hra")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 12)))
 
 
 @pytest.fixture(autouse=True)
 def _extension(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(METHODS, "_values", {**dict(METHODS.items()), "hra": DECLARATION})
-    monkeypatch.syspath_prepend(str(EXTENSIONS))
 
 
 def tiny() -> tuple[ModelConfig, CausalLM]:

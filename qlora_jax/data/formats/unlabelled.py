@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from qlora_jax.data.formats.columns import PLACEHOLDER, columns_setting, list_columns
-from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.registry import FORMATS, format_of
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
 from qlora_jax.data.row_kinds import RowUse
@@ -91,7 +91,7 @@ def text_columns(row_format: RowFormat) -> tuple[str, ...]:
 
 def learned_columns(forms: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     """Returns the text columns of training rows in formats with these names, each once; only of texts with labels."""
-    labelled = (FORMATS[form] for form in forms if FORMATS[form].kind == "class")
+    labelled = (found for found in map(format_of, forms) if found.kind == "class")
     return tuple(dict.fromkeys(map(text_columns, labelled)))
 
 

@@ -31,8 +31,10 @@ CODES, CONSTANTS, TABLES, ROUTERS, ADAPTERS, VECTORS = KINDS = (
     *("codes", "constants", "tables", "routers"),
     *("adapters", "vectors"),
 )
-MOST_KEPT = 64  # models whose trees are remembered
-STEPS = 1  # of the schedule, which has no part in the state
+# Models whose trees are remembered.
+MOST_KEPT = 64
+# The schedule's length has no part in the state.
+STEPS = 1
 
 
 class Leaf(NamedTuple):
@@ -144,5 +146,6 @@ def _kind(path: jax.tree_util.KeyPath, projections: Collection[str]) -> str:
         return TABLES
     if inner not in projections or not is_weight:
         return VECTORS
-    field = getattr(path[-1], "name", "")  # of a QTensor, whose leaves are constants but for its codes
+    # The leaves of a QTensor are constants but for its codes.
+    field = getattr(path[-1], "name", "")
     return CONSTANTS if field.startswith(("absmax", "nested")) else CODES

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from riddles import RIDDLES
 
 import qlora_jax as q
 from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs, validate
@@ -14,7 +15,6 @@ from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import format_of
 from qlora_jax.data.readers.files import Place, Row
-from tests.extensions.riddles import RIDDLES
 from tests.inference.tiny import byte_tokenizer
 
 ROW = {"riddle": "what shines?", "solution": "sun"}

@@ -13,7 +13,7 @@ from flax import nnx
 from pydantic import Field
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.config.fields import AT_LEAST_TWO, setting
+from qlora_jax.config.fields import AT_LEAST_TWO, TemplateValue, setting
 from qlora_jax.config.methods import MethodDeclaration
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer, names_within_layers
 from qlora_jax.methods.method import Given, Method, linears, options_of
@@ -101,7 +101,7 @@ class HRAForm(PeftForm):
 
     def read(self, file: PeftFile[Keys]) -> ReadAdapter:
         lora = stack_layers(file, self)
-        options = {"reflections": file.config.get("r", 0)}
+        options: dict[str, TemplateValue] = {"reflections": file.config.get("r", 0)}
         return ReadAdapter(lora, LoraArgs(method="hra", target_modules=suffixes_of(lora, file.model), options=options))
 
     def differences(self, ours: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
