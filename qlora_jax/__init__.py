@@ -19,6 +19,7 @@ _PUBLIC = {
     "RowFormat": ("qlora_jax.data.formats.row_format", "RowFormat"),
     "finetune": ("qlora_jax.api.finetune", "finetune"),
     "generate_text": ("qlora_jax.api.generate", "generate_text"),
+    "logits": ("qlora_jax.api.logits", "logits"),
     "classify": ("qlora_jax.api.predict", "classify"),
     "score": ("qlora_jax.api.predict", "score"),
     "embed": ("qlora_jax.api.predict", "embed"),

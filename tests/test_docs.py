@@ -32,7 +32,13 @@ PREFIXES = (
     "tests/e2e",
 )
 # Files of other projects, and placeholders.
-FOREIGN = {"convert_lora_to_gguf.py", "qlora.py", "scripts/finetune_guanaco_7b.sh", "families/NAME.py", "methods/NAME.py"}
+FOREIGN = {
+    "convert_lora_to_gguf.py",
+    "qlora.py",
+    "scripts/finetune_guanaco_7b.sh",
+    "families/NAME.py",
+    "methods/NAME.py",
+}
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -140,6 +140,7 @@ def test_tests_import_what_the_dev_extra_installs_or_skip():
     """scripts/test.sh installs only that extra; an import of another package must follow its pytest.importorskip."""
     installed, distributions = installed_with("dev"), importlib.metadata.packages_distributions()
     ours = {"tests", "scripts", "qlora_jax", "pallas_kernels"} | sys.stdlib_module_names
+    ours |= {file.stem for file in (ROOT / "examples/extensions").glob("*.py")}
     missing = {
         (str(file.relative_to(ROOT)), module)
         for file in (ROOT / "tests").rglob("test_*.py")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +26,12 @@ from qlora_jax.io.head_file import read_head
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.objectives.head_objective import TrainedHead
-from qlora_jax.training.metrics.metrics_file import Record, read_metrics
-from qlora_jax.training.run import METRICS_FILE, lock_output, run_training
+from qlora_jax.training.metrics.metrics_file import METRICS_FILE, Record, read_metrics
+from qlora_jax.training.reporters import Listener
+from qlora_jax.training.run import lock_output, run_training
 from qlora_jax.training.session import PreparedModel
+
+Callback = Callable[[Record], bool | None]  # receives a record; True stops the run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,8 @@ def finetune(
     save_every: int | None = None,
     seed: int | None = None,
     config: Overrides = None,
+    on_step: Callback | None = None,
+    on_evaluation: Callback | None = None,
     resume: bool = False,
     oversized: bool = False,
     progress: bool = False,
@@ -131,6 +136,9 @@ def finetune(
       seed: random seed of shuffling and dropout; 0 by default.
       config: more settings by dotted name, such as {"optim.name": "adamw_8bit"} (`qlora-jax train --help all`
         lists them); or a `Config`, whose sections model and lora are ignored.
+      on_step: called after each step with its record, as metrics.jsonl has it. True stops the run after this step, with
+        a checkpoint from which `resume` continues; an exception ends the run as an error does.
+      on_evaluation: the same after each evaluation on held-out data or questions.
       resume: continue the run in `output` from its newest checkpoint.
       oversized: start even if the memory plan says that the run does not fit.
       progress: print the data report, the memory plan and each step.
@@ -172,6 +180,7 @@ def finetune(
             oversized=oversized,
             console=console_for(progress),
             model=_prepared(parts, provenance, tokenizer),
+            listener=Listener(functools.partial(_asks_to_stop, on_step, on_evaluation)),
         )
     head = read_head(folder)
     parts = _with_head(parts, head)
@@ -182,6 +191,11 @@ def finetune(
         step=trained.step,
         finished=trained.finished,
     )
+
+
+def _asks_to_stop(on_step: Callback | None, on_evaluation: Callback | None, record: Record) -> bool:
+    call = on_step if "loss" in record else on_evaluation
+    return call is not None and call(record) is True
 
 
 def _with_head(parts: ModelParts, head: TrainedHead | None) -> ModelParts:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -25,15 +25,14 @@ from qlora_jax.io.run_folder.checkpoint import (
 )
 from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
-from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.display.banner import rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.next_commands import next_commands
 from qlora_jax.training.display.run_display import Display, print_banner
-from qlora_jax.training.loop import TrainingReporter, initial_state, run_steps, save
+from qlora_jax.training.loop import initial_state, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
-from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_metrics
-from qlora_jax.training.metrics.trackers import Log, scalars, trackers
+from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE, Record, read_metrics
+from qlora_jax.training.metrics.trackers import Log, trackers
 from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
 from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
@@ -41,6 +40,7 @@ from qlora_jax.training.reference_session import ReferenceStopped, record_start,
 from qlora_jax.training.report.page import JSON_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows
+from qlora_jax.training.reporters import Listener, file_reporter
 from qlora_jax.training.resume import TrainState, restore, settings_to_resume
 from qlora_jax.training.run_mesh import local_devices
 from qlora_jax.training.session import (
@@ -62,8 +62,7 @@ from qlora_jax.training.several_processes import (
 )
 from qlora_jax.training.time_limit import finishes_within
 
-METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
-SAMPLES_FILE = "samples.jsonl"
+PLOT_FILE, TRACE_FOLDER = "loss.png", "trace"
 REPORT_SECONDS = 5.0  # for the plot and the report of a run that a signal stopped
 
 
@@ -158,37 +157,6 @@ def _records(path: Path) -> list[Record]:
     return read_metrics(path) if path.exists() else []
 
 
-class _FileReporter(TrainingReporter):
-    """Writes each record to metrics.jsonl, displays it, and sends its numbers to the trackers."""
-
-    def __init__(self, metrics: MetricsFile, samples: MetricsFile, display: Display, logs: Sequence[Log]):
-        self._metrics, self._samples, self._display, self._logs = metrics, samples, display, logs
-
-    def step(self, record: Record) -> None:
-        self._write(record)
-        self._display.step(record)
-
-    def evaluation(self, record: Record) -> None:
-        self._write(record)
-        self._display.evaluation(record)
-
-    def evaluation_progress(self, words: str) -> None:
-        self._display.evaluation_progress(words)
-
-    def samples(self, records: list[Record]) -> None:
-        for record in records:
-            self._samples.write(record)
-        self._display.samples(records)
-
-    def flush(self) -> Mapping[str, LinesDigest]:
-        return {file.path.name: file.sync() for file in (self._metrics, self._samples)}
-
-    def _write(self, record: Record) -> None:
-        self._metrics.write(record)
-        for log in self._logs:
-            log(record["step"], scalars(record))
-
-
 def train(
     config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, watchdog: Watchdog | None = None
 ) -> "Trained":
@@ -227,6 +195,7 @@ def run_training(
     console: Console,
     model: PreparedModel | None = None,
     watchdog: Watchdog | None = None,
+    listener: Listener | None = None,
 ) -> Trained:
     """Trains like `train`, and returns the trained parameters.
 
@@ -235,6 +204,7 @@ def run_training(
       model: a base with an adapter in memory; None to load the base and add an adapter, as `config` says. Its LoRA
         parameters are donated to the first step.
       watchdog: watches the processes of the run; only the first writes records and reports. None for one process.
+      listener: receives the records.
     """
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
     is_first = watchdog.group.is_first
@@ -259,7 +229,9 @@ def run_training(
             logs = stack.enter_context(
                 trackers(config.train.track if is_first else (), run, to_dict(config), state.step)
             )
-            state, signal = _train_on(session, state, checkpoints, planned.plan, logs, run, console, watchdog)
+            state, signal = _train_on(
+                session, state, checkpoints, planned.plan, logs, run, console, watchdog, listener or Listener()
+            )
         lock.check()
         at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
         finished = at_end and not state.evaluation_due
@@ -295,12 +267,15 @@ def _train_on(
     run: Path,
     console: Console,
     watchdog: Watchdog,
+    listener: Listener,
 ) -> tuple[TrainState, int]:
     """Trains to the end of the run, or until a signal; returns the state, which is saved, and the signal or 0."""
     settings, is_first = session.config.train, watchdog.group.is_first
     display = Display(session.total_steps, state.step, settings.log_every, console)
     with (
-        _reporter(state, display, logs, run) if is_first else contextlib.nullcontext(SilentReporter()) as reporter,
+        file_reporter(state, display, logs, run, listener)
+        if is_first
+        else contextlib.nullcontext(SilentReporter()) as reporter,
         display,
         stop_on_signals(display.message) as asked,
         explain_out_of_memory(plan),
@@ -322,18 +297,10 @@ def _train_on(
                 if state.step == 0:  # a run can be resumed from a checkpoint alone
                     save(session, state, checkpoints, reporter)
             else:
-                state = run_steps(session, state, checkpoints, reporter, lambda: stop() > 0, before_step)
+                state = run_steps(
+                    session, state, checkpoints, reporter, lambda: listener.stops or stop() > 0, before_step
+                )
             return state, stop()
-
-
-@contextlib.contextmanager
-def _reporter(state: TrainState, display: Display, logs: Sequence[Log], run: Path) -> Iterator[TrainingReporter]:
-    metrics, samples = (
-        MetricsFile(run / name, state.step, evaluated=not state.evaluation_due, saved=state.records.get(name))
-        for name in (METRICS_FILE, SAMPLES_FILE)
-    )
-    with metrics, samples:
-        yield _FileReporter(metrics, samples, display, logs)
 
 
 def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None], *, limited: bool) -> bool:

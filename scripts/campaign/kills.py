@@ -18,7 +18,7 @@ from pathlib import Path
 from qlora_jax.config import read_config
 from qlora_jax.config.command_line import SIGNALLED
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, saved_steps
-from qlora_jax.training.run import METRICS_FILE
+from qlora_jax.training.metrics.metrics_file import METRICS_FILE
 from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Running, run_command
 from scripts.campaign.isolation import CaseRunner, Limits

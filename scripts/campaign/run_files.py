@@ -24,7 +24,8 @@ from qlora_jax.training.metrics.metrics_file import MetricsFile, Record, read_me
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.report_json import before_and_after, question_summary, training_summary
 from qlora_jax.training.resume import RECORDS, restore
-from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE, train
+from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE
+from qlora_jax.training.run import train
 from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
 from scripts.campaign.data_files import damage_any
 from scripts.campaign.file_kind import Damage, FileKind

@@ -21,6 +21,8 @@ from qlora_jax.hosts.messages import ranges
 from qlora_jax.line_digests import LinesDigest, warn_without_digests, with_digest, without_digest
 from qlora_jax.metadata import JsonObject, MetadataError, decode_json, find_problems
 
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"  # in a run's folder
+
 Record = JsonObject  # docs/training.md lists the keys
 
 
