@@ -17,6 +17,7 @@ _PUBLIC = {
     "register_objective": ("qlora_jax.objectives.function_objective", "register_objective"),
     "register_row_format": ("qlora_jax.data.formats.registry", "register_row_format"),
     "RowFormat": ("qlora_jax.data.formats.row_format", "RowFormat"),
+    "register_export": ("qlora_jax.config.exports", "register_export"),
     "finetune": ("qlora_jax.api.finetune", "finetune"),
     "generate_text": ("qlora_jax.api.generate", "generate_text"),
     "logits": ("qlora_jax.api.logits", "logits"),

@@ -2,12 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, ConfigError, run_main
+from qlora_jax.config.exports import EXPORTS, Dtype, ExportFormat, ExportOptions, dtype_problems, formats
 from qlora_jax.config.fields import NON_NEGATIVE, NOT_EMPTY, setting
-from qlora_jax.io.export.dtypes import Dtype, dtype_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +14,7 @@ class ExportArgs:
     """The run to export, and the format to write."""
 
     run: str = setting("the run's folder", bound=NOT_EMPTY)
-    format: Literal["peft", "hf", "gguf", "gguf-lora"] = setting(
+    format: ExportFormat = setting(
         "peft: an adapter for the peft library. hf: a whole model for transformers, the adapter merged into the "
         "dequantized base. gguf: the same as one file for llama.cpp. gguf-lora: an adapter for llama.cpp, to use with "
         "a GGUF file of the base",
@@ -44,8 +43,9 @@ class ExportArgs:
 def check_export(args: ExportArgs) -> None:
     """Raises ConfigError if settings contradict each other."""
     problems = dtype_problems(args.format, args.dtype, args.base_dtype)
-    if args.format in ("peft", "gguf-lora") and args.base is not None:
-        problems.append("base: requires --format hf or gguf (an adapter works with any base). Remove it")
+    if not EXPORTS[args.format].merged and args.base is not None:
+        whole = " or ".join(formats(merged=True))
+        problems.append(f"base: requires --format {whole} (an adapter works with any base). Remove it")
     if problems:
         raise ConfigError(problems)
 
@@ -66,28 +66,22 @@ COMMAND = Command(
 def main(argv: list[str]) -> None:
     """Exports the run; raises ValueError or OSError for bad input."""
     args, flags = COMMAND.read(argv)
-    if args.format in ("hf", "gguf") and "with_base" in flags:
-        raise ValueError("--with_base: requires --format peft or gguf-lora (a merged model has no base). Remove it")
+    if EXPORTS[args.format].merged and "with_base" in flags:
+        adapters = " or ".join(formats(merged=False))
+        raise ValueError(f"--with_base: requires --format {adapters} (a merged model has no base). Remove it")
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
-    from qlora_jax.api.export import write_adapter, write_merged
+    from qlora_jax.api.export import write_export
     from qlora_jax.io.pretrained import open_finetuned
     from qlora_jax.terminal.console import Console
 
     runtime.start()
     output = Path(args.run) / args.format if args.output is None else Path(args.output)
     opened = open_finetuned(args.run, base=args.model, step=args.step)
-    if args.format == "peft" or args.format == "gguf-lora":
-        result = write_adapter(
-            opened,
-            output,
-            format=args.format,
-            with_base="with_base" in flags,
-            base_dtype=args.base_dtype,
-            progress=True,
-        )
-    else:
-        result = write_merged(opened, output, format=args.format, dtype=args.dtype, base=args.base, progress=True)
+    options = ExportOptions(
+        with_base="with_base" in flags, base_dtype=args.base_dtype, dtype=args.dtype, base=args.base
+    )
+    result = write_export(opened, output, args.format, options, progress=True)
     Console().print(str(result), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -10,12 +10,10 @@ from flax import nnx
 from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import parts_of, provenance_of
 from qlora_jax.atomic_files import staged_folder
+from qlora_jax.config.exports import EXPORTS, Dtype, ExportFormat, ExportOptions, dtype_problems, formats
+from qlora_jax.config.registry import load_implementation
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.inference.prompts import stop_ids
-from qlora_jax.io.export.dtypes import MERGED_DTYPES, AdapterFormat, Dtype, MergedFormat, dtype_problems
-from qlora_jax.io.export.gguf_lora import export_gguf_lora
-from qlora_jax.io.export.merged import export_merged
-from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
@@ -30,7 +28,7 @@ def save_peft(
     model: nnx.Module,
     folder: str | Path,
     *,
-    format: AdapterFormat = "peft",
+    format: ExportFormat = "peft",
     with_base: bool = False,
     base_dtype: Dtype | None = None,
     progress: bool = False,
@@ -40,7 +38,7 @@ def save_peft(
     Args:
       model: a base from `load` with an adapter, trained by `finetune` or in a training loop of one's own.
       folder: a new folder.
-      format: "peft", or "gguf-lora" for llama.cpp.
+      format: "peft", or "gguf-lora" for llama.cpp; or another adapter format, such as a registered one.
       with_base: also write the dequantized base, read again from its files. peft cannot load GGUF files, so an adapter
         for a base from a GGUF file needs it.
       base_dtype: dtype of that base; None: the dtype in which training computed. "gguf-lora" also takes "q8_0" and
@@ -53,16 +51,16 @@ def save_peft(
     Raises:
       ValueError: the model has no adapter, the folder exists, or the format cannot hold the adapter or dtype.
     """
-    return write_adapter(
-        as_opened(model), Path(folder), format=format, with_base=with_base, base_dtype=base_dtype, progress=progress
-    )
+    _check_format(format, merged=False)
+    options = ExportOptions(with_base=with_base, base_dtype=base_dtype)
+    return write_export(as_opened(model), Path(folder), format, options, progress=progress)
 
 
 def merge(
     model: nnx.Module,
     folder: str | Path,
     *,
-    format: MergedFormat = "hf",
+    format: ExportFormat = "hf",
     dtype: Dtype | None = None,
     base: str | None = None,
     progress: bool = False,
@@ -74,7 +72,7 @@ def merge(
     Args:
       model: a base from `load` with a trained adapter.
       folder: a new folder.
-      format: "hf" for transformers, "gguf" for llama.cpp.
+      format: "hf" for transformers, "gguf" for llama.cpp; or another format of whole models, such as a registered one.
       dtype: dtype of the weights; None: bfloat16 for "hf" and float16 for "gguf", which also takes "q8_0" and "q4_0".
       base: path of the 16-bit model that the base was quantized from, to merge into its weights instead.
       progress: show a progress bar while the base is read.
@@ -86,8 +84,9 @@ def merge(
       ValueError: the model has no adapter, the folder exists, the format cannot hold the model or dtype, or rounding
         changes the logits too much.
     """
-    opened = as_opened(model)
-    return write_merged(opened, Path(folder), format=format, dtype=dtype, base=base, progress=progress)
+    _check_format(format, merged=True)
+    options = ExportOptions(dtype=dtype, base=base)
+    return write_export(as_opened(model), Path(folder), format, options, progress=progress)
 
 
 def save_quantized(
@@ -140,40 +139,31 @@ def as_opened(model: nnx.Module) -> OpenedModel:
     return dataclasses.replace(provenance.opened, run=provenance.as_run(parts_of(model)))
 
 
-def write_adapter(
-    opened: OpenedModel,
-    folder: Path,
-    *,
-    format: AdapterFormat,
-    with_base: bool,
-    base_dtype: Dtype | None = None,
-    progress: bool = False,
+def write_export(
+    opened: OpenedModel, folder: Path, format: str, options: ExportOptions, *, progress: bool = False
 ) -> ExportResult:
-    """Writes the adapter of a run or of a model in memory; see `save_peft`."""
-    _check_dtypes(format, base_dtype=base_dtype)
-    if base_dtype is not None and not with_base:
+    """Writes a run or a model in memory; see `save_peft` and `merge`.
+
+    Args:
+      options: without `progress`, and with a `dtype` only if it is not the format's default.
+    """
+    declared = EXPORTS[format]
+    if problems := dtype_problems(format, options.dtype, options.base_dtype):
+        raise ValueError("; ".join(problems))
+    if options.base_dtype is not None and not options.with_base:
         raise ValueError("base_dtype: requires with_base, which writes a base next to the adapter. Add it")
-    export = export_peft if format == "peft" else export_gguf_lora
+    made = declared.implementation
+    run = load_implementation("format", format, made) if isinstance(made, str) else made
+    dtype = options.dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
     with loading_bar(progress) as report:
-        result = export(_with_stop_ids(opened), folder, with_base=with_base, base_dtype=base_dtype, progress=report)
-    return result.with_other_parts(opened.source, format)
+        whole = dataclasses.replace(options, dtype=dtype, progress=report)
+        result = run(_with_stop_ids(opened), folder, whole)
+    return result.with_other_parts(opened.source, declared.other_parts)
 
 
-def write_merged(
-    opened: OpenedModel,
-    folder: Path,
-    *,
-    format: MergedFormat,
-    dtype: Dtype | None = None,
-    base: str | None = None,
-    progress: bool = False,
-) -> ExportResult:
-    """Writes the merged model of a run or of a model in memory; see `merge`."""
-    _check_dtypes(format, dtype=dtype)
-    dtype = dtype or MERGED_DTYPES[format][0]
-    with loading_bar(progress) as report:
-        result = export_merged(_with_stop_ids(opened), folder, format, dtype=dtype, base=base, progress=report)
-    return result.with_other_parts(opened.source, format)
+def _check_format(format: str, *, merged: bool) -> None:
+    if format not in EXPORTS or EXPORTS[format].merged != merged:
+        raise ValueError(f"format: found {format!r}, expected {' or '.join(formats(merged=merged))}")
 
 
 def _with_stop_ids(opened: OpenedModel) -> OpenedModel:
@@ -185,10 +175,3 @@ def _with_stop_ids(opened: OpenedModel) -> OpenedModel:
         return opened
     missing = sorted(stop_ids(opened.tokenizer, opened.stop_ids, chat=True) - {*opened.stop_ids})
     return dataclasses.replace(opened, stop_ids=[*opened.stop_ids[:1], *missing, *opened.stop_ids[1:]])
-
-
-def _check_dtypes(
-    format: AdapterFormat | MergedFormat, *, dtype: Dtype | None = None, base_dtype: Dtype | None = None
-) -> None:
-    if problems := dtype_problems(format, dtype, base_dtype):
-        raise ValueError("; ".join(problems))

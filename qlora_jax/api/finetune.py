@@ -16,11 +16,11 @@ from qlora_jax.api.export import merge, save_peft
 from qlora_jax.api.progress import console_for
 from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
 from qlora_jax.api.settings import Overrides, training_config
+from qlora_jax.config.exports import Dtype, ExportFormat
 from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.config.methods import METHODS
 from qlora_jax.config.objectives import ObjectiveName
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.export.dtypes import Dtype, MergedFormat
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.head_file import read_head
 from qlora_jax.models.decoder import CausalLM
@@ -63,7 +63,7 @@ class FinetuneRun:
         self,
         folder: str | Path,
         *,
-        format: MergedFormat = "hf",
+        format: ExportFormat = "hf",
         dtype: Dtype | None = None,
         base: str | None = None,
         progress: bool = False,

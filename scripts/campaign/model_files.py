@@ -279,12 +279,13 @@ def _damage_untrusted(chance: random.Random, folder: Path) -> str:
 
 
 def _write_adapter(folder: Path) -> None:
-    from qlora_jax.api.export import write_adapter
+    from qlora_jax.api.export import write_export
+    from qlora_jax.config.exports import ExportOptions
     from tests.inference.small_run import write_run
 
     run = write_run(folder)
     opened = open_finetuned(run)
-    write_adapter(opened, folder / ADAPTER, format="peft", with_base=False)
+    write_export(opened, folder / ADAPTER, "peft", ExportOptions())
     config = json.loads((folder / ADAPTER / "adapter_config.json").read_text())
     patterns = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"down_proj": config["lora_alpha"]}}
     (folder / ADAPTER / "adapter_config.json").write_text(json.dumps(config | patterns))

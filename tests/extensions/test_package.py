@@ -57,7 +57,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_package_adds_a_method_a_loss_and_a_row_format(tmp_path: Path, oracle):
+def test_a_package_adds_a_method_a_loss_a_row_format_and_an_export(tmp_path: Path, oracle):
     """Exported, the method's adapter computes in PEFT what the merged model computes in transformers."""
     write_model(tmp_path / "model")
     shutil.copy(PACKAGE / "riddles.jsonl", tmp_path)
@@ -77,6 +77,8 @@ def test_a_package_adds_a_method_a_loss_and_a_row_format(tmp_path: Path, oracle)
         for name in ("run", "run/peft")
     ]
     assert abs(changes[0]) > 0.01 and changes[0] == pytest.approx(changes[1], abs=0.01)
+    assert "7 arrays of run" in run(tmp_path, "export", "--run", "run", "--format", "npz")
+    assert len(np.load(tmp_path / "run/npz/adapter.npz").files) == 7
     tensors = load_file(tmp_path / "run/peft/adapter_model.safetensors")
     assert len(tensors) == 14 and all(values.shape[1] == 4 for values in tensors.values())
     tokens = np.random.default_rng(0).integers(0, 250, (2, 19)).astype(np.int32)

@@ -6,9 +6,11 @@ import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import qlora_jax as q
+from qlora_jax.config.exports import EXPORTS
 from qlora_jax.config.methods import METHODS
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.row_formats import ROW_FORMATS
@@ -22,7 +24,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_
 @pytest.fixture
 def scope(monkeypatch: pytest.MonkeyPatch) -> dict:
     """The names that the examples define, in a module that declarations can name."""
-    for registry in (METHODS, OBJECTIVES, ROW_FORMATS):
+    for registry in (EXPORTS, METHODS, OBJECTIVES, ROW_FORMATS):
         monkeypatch.setattr(registry, "_values", dict(registry.items()))
     module = types.ModuleType("extending_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -46,5 +48,9 @@ def test_what_the_page_registers_trains(scope: dict, tmp_path: Path):
     assert format_of("riddles") is scope["riddles"]
     with pytest.raises(ValueError, match=r"cannot hold lora\.method=shift, because no other program has this adapter"):
         run.save_peft(str(tmp_path / "peft"))
+    q.save_peft(run.model, tmp_path / "npz", format="npz")
+    assert {name.rpartition(".")[2] for name in np.load(tmp_path / "npz/adapter.npz").files} == {"shift"}
+    with pytest.raises(ValueError, match="format: found 'npz', expected hf or gguf"):
+        q.merge(run.model, tmp_path / "other", format="npz")
     result = q.merge(run.model, str(tmp_path / "merged"), format="hf", dtype="float32")
     assert "merged" in str(result)

@@ -11,10 +11,10 @@ import pytest
 
 from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
+from qlora_jax.config.exports import EXPORTS
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
-from qlora_jax.io.export.dtypes import MERGED_DTYPES
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
@@ -150,7 +150,7 @@ def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
     """The file's model, read here and by llama.cpp, which rounds activations to the type of the matrices."""
     run, _ = _run(tmp_path, "llama")
     ours, cases = {}, {}
-    for dtype in MERGED_DTYPES["gguf"]:
+    for dtype in EXPORTS["gguf"].dtypes:
         output = tmp_path / dtype
         main(["--run", str(run), "--format", "gguf", "--dtype", dtype, "--output", str(output)])
         path = output / f"model-{dtype}.gguf"

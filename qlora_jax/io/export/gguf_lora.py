@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.atomic_files import staged_folder, write_text
+from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
@@ -35,6 +36,12 @@ FILE, TEMPLATE_FILE = "adapter.gguf", "chat_template.jinja"
 PLAIN_LEAVES = {"lora_a", "lora_b"}
 
 
+def run(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
+    """Writes the format `gguf-lora`; see `export_gguf_lora`."""
+    base = {"with_base": options.with_base, "base_dtype": options.base_dtype}
+    return export_gguf_lora(opened, output, **base, progress=options.progress)
+
+
 def export_gguf_lora(
     opened: OpenedModel,
     output: Path,
@@ -48,7 +55,7 @@ def export_gguf_lora(
     Args:
       opened: a run or an adapter, with its base; see `open_finetuned`.
       with_base: also write the dequantized base that the adapter was trained on, as a GGUF file next to it.
-      base_dtype: dtype of that base, of BASE_DTYPES; None: the dtype in which training computed.
+      base_dtype: dtype of that base; None: the dtype in which training computed.
       progress: called while that base loads, as by `load_model`.
 
     Raises:

@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
+from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.merged_heads import load_headed, with_score
 from qlora_jax.io.export.methods import check_head, check_method
@@ -53,6 +54,21 @@ class Merge(NamedTuple):
     path: Path
     compute_dtype: np.dtype
     trained: Logits
+
+
+def run_hf(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
+    """Writes the format `hf`; see `export_merged`."""
+    return _run("hf", opened, output, options)
+
+
+def run_gguf(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
+    """Writes the format `gguf`; see `export_merged`."""
+    return _run("gguf", opened, output, options)
+
+
+def _run(form: Literal["hf", "gguf"], opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
+    assert options.dtype is not None, "write_export sets it"
+    return export_merged(opened, output, form, dtype=options.dtype, base=options.base, progress=options.progress)
 
 
 def export_merged(

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from qlora_jax.atomic_files import staged_folder
+from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
@@ -27,6 +28,12 @@ from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 BASE_FOLDER = "base"
 
 
+def run(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
+    """Writes the format `peft`; see `export_peft`."""
+    base = {"with_base": options.with_base, "base_dtype": options.base_dtype}
+    return export_peft(opened, output, **base, progress=options.progress)
+
+
 def export_peft(
     opened: OpenedModel,
     output: Path,
@@ -40,7 +47,7 @@ def export_peft(
     Args:
       opened: a run or an adapter, with its base; see `open_finetuned`.
       with_base: also write the dequantized base that the adapter was trained on, to output/base.
-      base_dtype: dtype of that base, of BASE_DTYPES; None: the dtype in which training computed.
+      base_dtype: dtype of that base; None: the dtype in which training computed.
       progress: called while that base loads, as by `load_model`.
 
     Raises:

@@ -6,13 +6,6 @@ from pathlib import Path
 from qlora_jax.io.export.verify import LogitDifference
 from qlora_jax.model_source import ModelSource
 
-NOT_IN_GGUF = "not in the file: {}. llama.cpp reads these parts from a separate file (mmproj)"
-OTHER_PARTS = {
-    "peft": "PEFT loads the adapter on the whole model, and leaves these parts as they are: {}",
-    "gguf-lora": NOT_IN_GGUF,
-    "hf": "parts beside the text half, copied unchanged: {}",
-    "gguf": NOT_IN_GGUF,
-}
 DRAFTS = "layers that predict further tokens are left out: {}"
 
 
@@ -33,12 +26,12 @@ class ExportResult:
     def __str__(self) -> str:
         return "\n".join(self.lines)
 
-    def with_other_parts(self, source: ModelSource, form: str) -> "ExportResult":
+    def with_other_parts(self, source: ModelSource, text: str) -> "ExportResult":
         """Adds what happened to the parts beside the text half of a multimodal model, and to layers that draft tokens.
 
         Args:
-          form: a key of OTHER_PARTS, the format of the export.
+          text: the format's line, with {} for these parts.
         """
-        others = [] if source.multimodal is None else [OTHER_PARTS[form].format(source.multimodal)]
+        others = [] if source.multimodal is None else [text.format(source.multimodal)]
         drafts = [DRAFTS.format(source.draft_text)] if source.drafts else []
         return dataclasses.replace(self, lines=(*self.lines, *others, *drafts))

@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qlora_jax.api.export import write_adapter
+from qlora_jax.api.export import write_export
+from qlora_jax.config.exports import EXPORTS, ExportOptions, dtype_problems
 from qlora_jax.export import main
-from qlora_jax.io.export.dtypes import BASE_DTYPES, MERGED_DTYPES, dtype_problems
 from qlora_jax.io.gguf.writer import TYPES
 from qlora_jax.io.hf.bnb_writer import DTYPES
 from qlora_jax.io.open_model import open_model
@@ -19,8 +19,8 @@ from tests.inference.small_run import write_run
 
 
 def test_every_dtype_can_be_written() -> None:
-    assert set(MERGED_DTYPES["hf"]) == set(BASE_DTYPES["peft"]) == set(DTYPES)
-    assert set(MERGED_DTYPES["gguf"]) == set(BASE_DTYPES["gguf-lora"]) == set(TYPES)
+    assert set(EXPORTS["hf"].dtypes) == set(EXPORTS["peft"].dtypes) == set(DTYPES)
+    assert set(EXPORTS["gguf"].dtypes) == set(EXPORTS["gguf-lora"].dtypes) == set(TYPES)
 
 
 def test_other_dtypes_are_reported_together() -> None:
@@ -38,7 +38,7 @@ def test_other_dtypes_are_reported_together() -> None:
 def test_the_base_of_a_peft_adapter_is_rounded_once(tmp_path: Path) -> None:
     opened = open_finetuned(write_run(tmp_path))
     results = {
-        dtype: write_adapter(opened, tmp_path / str(dtype), format="peft", with_base=True, base_dtype=dtype)
+        dtype: write_export(opened, tmp_path / str(dtype), "peft", ExportOptions(with_base=True, base_dtype=dtype))
         for dtype in (None, "float16", "bfloat16")
     }
     exact = open_model(tmp_path / "None/base").tensors
