@@ -85,7 +85,7 @@ MUTATIONS = [
     Mutation("qlora_jax/inference/sampling.py", "(before_BV < p)", "(before_BV <= p + 0.01)", "tests/inference"),
     Mutation("qlora_jax/measures/statistics.py", "(0.025, 0.975)", "(0.05, 0.95)", "tests/measures/test_statistics.py"),
     Mutation(
-        "qlora_jax/io/peft/writer.py", '"lora_A.weight", np.transpose', '"lora_A.weight", np.asarray', "tests/io/peft"
+        "qlora_jax/methods/lora.py", '"lora_A.weight", np.transpose', '"lora_A.weight", np.asarray', "tests/io/peft"
     ),
     Mutation(
         "qlora_jax/io/gguf/reader.py",

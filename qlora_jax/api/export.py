@@ -157,7 +157,12 @@ def write_export(
     dtype = options.dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
     with loading_bar(progress) as report:
         whole = dataclasses.replace(options, dtype=dtype, progress=report)
-        result = run(_with_stop_ids(opened), folder, whole)
+        result = run(_with_stop_ids(opened), folder, whole) if callable(run) else run
+    if not isinstance(result, ExportResult):
+        raise ValueError(
+            f"format: {format!r} is declared with a function that returns {type(result).__name__}, expected an "
+            "ExportResult (qlora_jax/io/export/result.py). Repair or uninstall its package"
+        )
     return result.with_other_parts(opened.source, declared.other_parts)
 
 

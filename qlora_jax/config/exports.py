@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from qlora_jax.config.registry import Registry
 
@@ -44,7 +44,7 @@ class ExportDeclaration:
       other_parts: a line on the parts {} beside the text half of a multimodal model.
     """
 
-    implementation: str | Callable[..., Any]
+    implementation: str | Callable[..., object]
     merged: bool
     dtypes: tuple[Dtype, ...] = ()
     other_parts: str = "not exported: {}"
@@ -98,7 +98,12 @@ def dtype_problems(format: str, dtype: Dtype | None, base_dtype: Dtype | None) -
 
 
 def register_export(
-    name: str, run: Callable[..., Any], *, merged: bool, dtypes: tuple[Dtype, ...] = (), other_parts: str | None = None
+    name: str,
+    run: Callable[..., object],
+    *,
+    merged: bool,
+    dtypes: tuple[Dtype, ...] = (),
+    other_parts: str | None = None,
 ) -> None:
     """Adds an export format to this process; the command finds one by an entry point of the group qlora_jax.exports.
 

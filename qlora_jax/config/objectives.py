@@ -5,7 +5,7 @@ An objective is declared here, without JAX, so that settings are checked and exp
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from qlora_jax.config.fields import BELOW_HALF, NON_NEGATIVE, NOT_EMPTY, POSITIVE, setting
 from qlora_jax.config.registry import Registry
@@ -34,7 +34,7 @@ class ObjectiveDeclaration:
       task: the setting of `evaluate` that names the file which its head scores.
     """
 
-    implementation: str | Callable[[Any], Any]
+    implementation: str | Callable[..., object]
     rows: RowKind
     values: ValueKind = "none"
     head: bool = False

@@ -12,7 +12,6 @@ import importlib.metadata
 import typing
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 type EntryPoints = Mapping[str, importlib.metadata.EntryPoint]
 
@@ -121,7 +120,7 @@ def registry_of(hint: object) -> Registry | None:
     return next((each for each in found if isinstance(each, Registry)), None)
 
 
-def load_implementation(setting: str, name: str, place: str) -> Any:
+def load_implementation(setting: str, name: str, place: str) -> object:
     """Returns what a declaration names as "module:attribute".
 
     Args:

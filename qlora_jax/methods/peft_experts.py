@@ -10,11 +10,11 @@ Dimension key: S sparse layers, E experts, K in, R rank, N out.
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from qlora_jax.methods.peft_form import PREFIX, TrainedAdapter
+from qlora_jax.methods.peft_names import Settings
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.partition import AdapterArrays
@@ -50,7 +50,7 @@ def entries_of(names: Iterable[str], layers_of: LayersOf, model: ModelConfig) ->
 
 
 def own_patterns(
-    config: Mapping[str, Any], ranks: Mapping[str, int], layers_of: LayersOf, model: ModelConfig
+    config: Settings, ranks: Mapping[str, int], layers_of: LayersOf, model: ModelConfig
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Returns (rank_pattern, alpha_pattern) that give each module of an adapter its rank and alpha in PEFT.
 

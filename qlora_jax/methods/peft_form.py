@@ -29,6 +29,7 @@ NO_ARRAYS: Mapping[str, np.ndarray] = MappingProxyType({})
 NOT_LINEAR = "not a linear layer of the model, or unexpected in an adapter of this method"
 PER_EXPERT = "an adapter per expert, as of transformers 4. Load it with PEFT under transformers 5 and save it again"
 
+OwnKeys = Any  # the settings of one form, a TypedDict that extends PeftKeys
 type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -145,16 +146,16 @@ class PeftForm(abc.ABC):
         """Returns the tensors of adapter_model.safetensors."""
         return layer_tensors(adapter.lora, self.leaves)
 
-    def settings(self, config: Any, model: ModelConfig) -> set[str]:
+    def settings(self, config: OwnKeys, model: ModelConfig) -> set[str]:
         """Returns the settings that it can read from this file."""
         return {*self.keys.__annotations__}
 
-    def problems(self, config: Any) -> list[str]:
+    def problems(self, config: OwnKeys) -> list[str]:
         """Lists values of settings that are not supported."""
         return []
 
     @abc.abstractmethod
-    def read(self, file: PeftFile[Any]) -> ReadAdapter:
+    def read(self, file: PeftFile[OwnKeys]) -> ReadAdapter:
         """Reads the tensors and settings of an adapter.
 
         Raises:
@@ -218,7 +219,7 @@ def setting_differences(names: Sequence[str], ours: LoraArgs, of_adapter: LoraAr
 
 
 def stack_layers(
-    file: PeftFile[Any],
+    file: PeftFile[OwnKeys],
     form: PeftForm,
     wanted: Sequence[str] | None = None,
     of_some: SomeLayers = EVERY_LAYER,

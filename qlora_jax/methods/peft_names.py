@@ -13,6 +13,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.regex import matches_whole, pattern_problems
 
+Settings = Mapping[str, Any]  # those of adapter_config.json
 # Modules that have an adapter only in some layers: {name without the layer's index: those layers, ascending}.
 SomeLayers = Mapping[str, Sequence[int]]
 EVERY_LAYER: SomeLayers = MappingProxyType({})
@@ -54,7 +55,7 @@ def suffixes_of(names: Iterable[str], model: ModelConfig) -> list[str]:
     return target_suffixes([model.hugging_face_name(name) for name in names], linears_of(model))
 
 
-def targeted_layers(config: Mapping[str, Any], model: ModelConfig) -> dict[str, list[int]]:
+def targeted_layers(config: Settings, model: ModelConfig) -> dict[str, list[int]]:
     """Returns {our name: targeted layers} of the projections that an adapter targets only in some layers."""
     found = {}
     for inner in model.linear_shapes():
@@ -66,14 +67,14 @@ def targeted_layers(config: Mapping[str, Any], model: ModelConfig) -> dict[str, 
     return found
 
 
-def _by_parameter(config: Mapping[str, Any], modules: Mapping[int, str]) -> list[int]:
+def _by_parameter(config: Settings, modules: Mapping[int, str]) -> list[int]:
     """Returns the layers of a projection whose weight is among the target_parameters."""
     targets = config.get("target_parameters") or ()
     names = {layer: f".{module}.weight" for layer, module in modules.items()}
     return [layer for layer, name in names.items() if any(name.endswith(f".{target}") for target in targets)]
 
 
-def layers_of(config: Mapping[str, Any], modules: Mapping[int, str]) -> list[int]:
+def layers_of(config: Settings, modules: Mapping[int, str]) -> list[int]:
     """Returns the layers of a projection that are targeted.
 
     If target_modules names none of the modules in a way that can be read, all count as named: the tensors then show

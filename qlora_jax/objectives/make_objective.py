@@ -28,7 +28,8 @@ def make_objective(config: Config) -> Objective:
       ValueError: its implementation cannot be loaded, or does not return an objective.
     """
     name, made = config.objective, OBJECTIVES[config.objective].implementation
-    objective = (load_implementation("objective", name, made) if isinstance(made, str) else made)(config)
+    make = load_implementation("objective", name, made) if isinstance(made, str) else made
+    objective = make(config) if callable(make) else make
     if not isinstance(objective, Objective):
         raise ValueError(
             f"objective: {name!r} is declared with a function that returns {type(objective).__name__}, which is not an "
