@@ -31,6 +31,7 @@ class ObjectiveDeclaration:
       preference: settings of section `preference` that it reads.
       head_settings: settings of section `head` that it reads.
       loss_types: its losses, if it has several; the first is the default.
+      per: the loss of a step is a mean over the supervised tokens, or over rows.
       task: the setting of `evaluate` that names the file which its head scores.
     """
 
@@ -42,6 +43,7 @@ class ObjectiveDeclaration:
     preference: tuple[str, ...] = ()
     head_settings: tuple[str, ...] = ()
     loss_types: tuple[str, ...] = ()
+    per: Literal["tokens", "rows"] = "rows"
     task: str = ""
 
 
@@ -50,7 +52,7 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
     "qlora_jax.objectives",
     ObjectiveDeclaration,
     {
-        "sft": ObjectiveDeclaration(implementation=f"{_MAKE}sft", rows="text"),
+        "sft": ObjectiveDeclaration(implementation=f"{_MAKE}sft", rows="text", per="tokens"),
         "dpo": ObjectiveDeclaration(
             implementation=f"{_MAKE}dpo",
             rows="pair",

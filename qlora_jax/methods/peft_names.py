@@ -13,7 +13,8 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.regex import matches_whole, pattern_problems
 
-Settings = Mapping[str, Any]  # those of adapter_config.json
+# The settings in adapter_config.json.
+Settings = Mapping[str, Any]
 # Modules that have an adapter only in some layers: {name without the layer's index: those layers, ascending}.
 SomeLayers = Mapping[str, Sequence[int]]
 EVERY_LAYER: SomeLayers = MappingProxyType({})

@@ -83,7 +83,7 @@ def loss_declaration(function: RowLosses, per: Count = "tokens") -> ObjectiveDec
             )
         return FunctionObjective(function=function, per=per)
 
-    return ObjectiveDeclaration(implementation=make, rows="text")
+    return ObjectiveDeclaration(implementation=make, rows="text", per=per)
 
 
 def register_objective(name: str, loss: RowLosses | ObjectiveDeclaration, *, per: Count = "tokens") -> None:

@@ -1,6 +1,10 @@
 """The declarations of methods give the tables that the settings were checked by before there were declarations."""
 
 import dataclasses
+import re
+from pathlib import Path
+
+import pytest
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import CONDITIONAL, METHODS, methods_with, uses
@@ -64,3 +68,13 @@ def test_the_order_of_settings_stays_because_records_of_tournaments_are_keyed_by
         "use_cayley_neumann=True, num_cayley_neumann_terms=5, projection_prng_key=0, d_initial=0.1, rank_pattern={}, "
         "alpha_pattern={}, use_rslora=False, modules_to_save=[], start=None, dtype='float32')"
     )
+
+
+@pytest.mark.parametrize("name", ["oft", "vera", "dora"])
+def test_few_files_name_a_method(name: str):
+    """Its own, its declaration, and for DoRA those of the PEFT form that it shares; other trainers' names aside."""
+    root = Path(__file__).parent.parent.parent
+    files = [file for folder in ("qlora_jax", "pallas_kernels") for file in sorted((root / folder).rglob("*.py"))]
+    word = re.compile(rf"\b{name}\b|\b{name}_|_{name}\b", re.IGNORECASE)
+    naming = [file.name for file in files if word.search(file.read_text(encoding="utf-8"))]
+    assert len([each for each in naming if each != "other_trainers.py"]) <= 4, naming

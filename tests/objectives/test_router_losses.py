@@ -31,7 +31,7 @@ from qlora_jax.training.step import gradients
 from tests.marks import EXHAUSTIVE, SLOW
 from tests.models.mixtures import SIZES, arrays_of, random_mixture
 
-ORACLE = Path(__file__).parents[2] / "oracle/router_losses.py"
+ORACLE = Path(__file__).parents[1] / "oracle/router_losses.py"
 CONFIG = SIZES | dict(model_type="mixtral", num_local_experts=5, num_hidden_layers=2, hidden_size=32, head_dim=8)
 LORA = LoraArgs(rank=4, alpha=8.0, target_modules=["q_proj", "o_proj"], target_parameters=["mlp.gate"])
 AUX, Z = 0.3, 0.02

@@ -16,7 +16,6 @@ from qlora_jax.io.hf.model_writer import write_dense_folder
 from qlora_jax.io.peft.embeddings import module_name
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.io.tensor_map import slots_of
-from qlora_jax.methods.method import method_of
 from qlora_jax.methods.norms import norm_targets
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine
@@ -124,7 +123,9 @@ def _bottleneck_case(folder: Path, config: dict[str, Any], args: LoraArgs) -> Ca
         for leaf, values in leaves.items()
     }
     logits, grads = _gradients(parts)
-    modules = dict.fromkeys(method_of(args.method).shape(MODEL, args).wraps, args.bottleneck_activation)
+    modules = dict.fromkeys(
+        {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",)}[args.method], args.bottleneck_activation
+    )
     return {"folder": str(folder / "dense"), "modules": modules}, arrays, logits, _by_layer(grads)
 
 

@@ -82,7 +82,10 @@ def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndar
     value, vjp = jax.vjp(lambda lora: logits(lora, True), parts.lora)
     (grads,) = vjp(jnp.asarray(cotangent))
     named = {opened.features.hugging_face_name(name): leaves for name, leaves in grads.items()}
-    _, tensors = in_peft_format(named, opened.run.lora_args, opened.features, "base")
+    _, written = in_peft_format(named, opened.run.lora_args, opened.features, "base")
+    tensors = {
+        name: tensor for name, tensor in written.items() if name not in ("base_model.vera_A", "base_model.vera_B")
+    }
     return np.asarray(logits(parts.lora, False)), np.asarray(value), tensors
 
 

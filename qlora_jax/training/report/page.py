@@ -24,7 +24,7 @@ from qlora_jax.training.metrics.preference_metrics import ACCURACY, PREFERENCE_L
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
 from qlora_jax.training.report.curves import charts
-from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
+from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_label, loss_svg
 from qlora_jax.training.report.report_json import (
     RunReport,
     TrainingSummary,
@@ -102,7 +102,8 @@ def _loss(report: RunReport) -> list[_Figure]:
         return []
     draw = functools.partial(loss_svg, report.records)
     objective = report.config.objective
-    caption = "Nats per supervised token" if objective == "sft" else f"Loss of {objective}, mean over rows"
+    label = loss_label(objective)
+    caption = "Nats per supervised token" if objective == "sft" else f"{label[0].upper()}{label[1:]}"
     return _figures([(caption, "loss over optimizer steps", draw)])
 
 

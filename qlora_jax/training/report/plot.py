@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora_jax.atomic_files import write_bytes
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.training.metrics.eval_metrics import loss_interval
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.report.curves import Chart, moving_average
@@ -29,6 +30,9 @@ _FAINT = 0.2
 _PAGE_COLORS = {"#010101": "--ink", "#020202": "--first", "#030303": "--second"}
 
 
+MEANS = {"tokens": "supervised tokens", "rows": "rows"}
+
+
 def _curve(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     return [step for step, _ in points], [value for _, value in points]
@@ -36,7 +40,9 @@ def _curve(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]
 
 def loss_label(objective: str) -> str:
     """Returns the label of the axis of losses."""
-    return "loss, nats per supervised token" if objective == "sft" else f"loss of {objective}, mean over rows"
+    if objective == "sft":
+        return "loss, nats per supervised token"
+    return f"loss of {objective}, mean over {MEANS[OBJECTIVES[objective].per]}"
 
 
 def plot_loss(records: Sequence[Record], path: Path, title: str, label: str) -> None:
