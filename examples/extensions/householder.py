@@ -13,7 +13,7 @@ from flax import nnx
 from pydantic import Field
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.config.fields import AT_LEAST_TWO, TemplateValue, setting
+from qlora_jax.config.fields import Bound, TemplateValue, setting
 from qlora_jax.config.methods import MethodDeclaration
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer, names_within_layers
 from qlora_jax.methods.method import Given, Method, linears, options_of
@@ -35,10 +35,13 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, named_key
 from qlora_jax.nn.variables import TrainedLeaf
 
+# Pairs of equal reflections change nothing, which is how training starts.
+EVEN = Bound("an even number, 2 or more", lambda value: value >= 2 and value % 2 == 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    reflections: int = setting("number of reflections, which is even", 8, AT_LEAST_TWO)
+    reflections: int = setting("number of reflections", 8, EVEN)
 
 
 class HRA(LinearAdapter):
@@ -120,7 +123,7 @@ class HRAMethod(Method):
         for name in target_layers(model.config, spec):
             shape = len(stacks[name]), known[name].shape[1], half
             drawn = jax.random.normal(named_key(given.key, name), shape)
-            known[name].adapter = HRA(jnp.repeat(drawn, 2, axis=2))  # two equal reflections change nothing
+            known[name].adapter = HRA(jnp.repeat(drawn, 2, axis=2))
 
     def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
         names = names_within_layers(config, target_layers(config, spec))

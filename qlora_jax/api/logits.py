@@ -28,10 +28,11 @@ def logits(
         positions, or the model has a head on whole sequences.
     """
     found, longest = np.asarray(ids), model.config.max_positions
+    length = found.shape[-1] if found.ndim else 0
     problems = {
         f"shape {found.shape}, expected [T] or [B, T] with tokens": found.ndim not in (1, 2) or not found.size,
         f"{found.dtype}, expected whole numbers": not np.issubdtype(found.dtype, np.integer),
-        f"{found.shape[-1:]} tokens, expected at most {longest}, the model's positions": found.shape[-1:] > (longest,),
+        f"{length} tokens, expected at most {longest}, the model's positions": length > longest,
     }
     if wrong := [problem for problem, applies in problems.items() if applies]:
         raise ValueError(f"ids: found {'; '.join(wrong)}")

@@ -87,7 +87,16 @@ def every_layer(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[in
     return dict.fromkeys(names, tuple(range(config.num_layers)))
 
 
+def within_layers[Value](config: ModelConfig, by_name: Mapping[str, Value]) -> dict[str, Value]:
+    """Returns values of projections by their names within a layer, in the model's order.
+
+    Args:
+      by_name: by Hugging Face's names; other modules are left out.
+    """
+    names = {inner: config.hugging_face_name(f"model.layers.{inner}") for inner in config.linear_shapes()}
+    return {inner: by_name[name] for inner, name in names.items() if name in by_name}
+
+
 def names_within_layers(config: ModelConfig, names: Collection[str]) -> list[str]:
     """Returns Hugging Face's names of projections as names within a layer, in the model's order."""
-    ours = {config.hugging_face_name(f"model.layers.{inner}"): inner for inner in config.linear_shapes()}
-    return [inner for name, inner in ours.items() if name in names]
+    return [*within_layers(config, dict.fromkeys(names))]

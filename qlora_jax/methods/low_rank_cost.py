@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.adapter_cost import F32, StepSizes, Work
+from qlora_jax.methods.adapter_cost import F32, StepSizes, Work, within_layers
 from qlora_jax.methods.expert_adapters import parameter_shapes
 from qlora_jax.methods.targets import parameter_ranks_and_scalings, ranks_and_scalings, target_layers, target_parameters
 from qlora_jax.models.config import ROUTER, ModelConfig
@@ -23,13 +23,9 @@ class Ranked(NamedTuple):
 
 def ranked_projections(config: ModelConfig, spec: LoraArgs) -> dict[str, Ranked]:
     """Returns the adapter of each projection, by its name within a layer."""
-    ranks, layers_of = ranks_and_scalings(config, spec), target_layers(config, spec)
-    named = {inner: config.hugging_face_name(f"model.layers.{inner}") for inner in config.linear_shapes()}
-    return {
-        inner: Ranked(shape, ranks[named[inner]][0], layers_of[named[inner]])
-        for inner, (shape, _) in config.linear_shapes().items()
-        if named[inner] in ranks
-    }
+    shapes, layers_of = config.linear_shapes(), within_layers(config, target_layers(config, spec))
+    ranks = within_layers(config, ranks_and_scalings(config, spec))
+    return {inner: Ranked(shapes[inner][0], rank, layers_of[inner]) for inner, (rank, _) in ranks.items()}
 
 
 def ranked_parameters(config: ModelConfig, spec: LoraArgs) -> dict[str, Ranked]:

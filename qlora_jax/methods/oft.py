@@ -23,7 +23,7 @@ from pydantic import Field
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject, shorten
-from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer, within_layers
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
 from qlora_jax.methods.peft_form import (
     PeftFile,
@@ -328,13 +328,6 @@ class OFTForm(PeftForm):
         return setting_differences(names, ours, of_adapter)
 
 
-def _blocks_within_layers(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
-    """Returns `oft_blocks` by the projections' names within a layer."""
-    blocks = oft_blocks(config, spec)
-    named = {inner: config.hugging_face_name(f"model.layers.{inner}") for inner in config.linear_shapes()}
-    return {inner: blocks[name] for inner, name in named.items() if name in blocks}
-
-
 class OFTMethod(Method):
     """OFT on projections."""
 
@@ -346,7 +339,7 @@ class OFTMethod(Method):
 
     def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
         """Returns the projections, whose inputs the gradient of the rotation reads."""
-        return AdapterShape(reads=every_layer(config, _blocks_within_layers(config, spec)))
+        return AdapterShape(reads=every_layer(config, within_layers(config, oft_blocks(config, spec))))
 
     def work(self, sizes: StepSizes) -> tuple[Work, ...]:
         """Returns the work of x R, 2 M K S, and of the series, C (n - 1) 2 S^3 for powers up to n.
@@ -354,7 +347,8 @@ class OFTMethod(Method):
         Gradients are dx = dy R^T and dR = x^T dy, for which R is rebuilt; two products for each of the series, or one
         per solve, which is not counted in the forward pass.
         """
-        blocks, series = _blocks_within_layers(sizes.model, sizes.lora), sizes.lora.use_cayley_neumann
+        blocks = within_layers(sizes.model, oft_blocks(sizes.model, sizes.lora))
+        series = sizes.lora.use_cayley_neumann
         products = last_power(sizes.lora.num_cayley_neumann_terms) - 1 if series else 0
         inputs = {name: k for name, (_, k) in sizes.shapes()}
         rotated = {

@@ -28,7 +28,7 @@ def test_logits_are_those_of_the_decoder_for_one_text_and_several(project):
         (np.array([0.5]), "float64, expected whole numbers"),
         ([3, 258], "found 3 to 258, expected 0 to 257, the vocabulary"),
         ([-1], "found -1 to -1, expected 0 to 257"),
-        ([0] * 257, "(257,) tokens, expected at most 256, the model's positions"),
+        ([0] * 257, "found 257 tokens, expected at most 256, the model's positions"),
     ],
 )
 def test_ids_that_have_no_logits(project, ids, problem: str):

@@ -151,5 +151,5 @@ def test_options_are_checked_with_all_other_settings():
 
     found = problems(method="hra", options={"reflexions": 1, "reflections": 0}, rank=3)
     assert "lora.options.reflexions: unknown setting; did you mean reflections" in found
-    assert "lora.options.reflections: found 0, expected 2 or more" in found and "lora.rank: found 3" in found
+    assert "lora.options.reflections: found 0, expected an even number" in found and "lora.rank: found 3" in found
     assert "lora.options: found {'r': 1}, but lora.method=lora has no options" in problems(options={"r": 1})
