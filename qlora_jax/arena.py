@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
     from qlora_jax.progress_reporter import ConsoleReporter
-    from qlora_jax.studies.tournament.tables import print_results
+    from qlora_jax.studies.tournament.results import print_results
     from qlora_jax.studies.tournament.tournament import PAGE_FILE, hold_tournament
 
     runtime.start()

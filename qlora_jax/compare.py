@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     """Performs the unfinished runs of a study, and writes its page and its table; raises ValueError for bad input."""
     args, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
-    from qlora_jax.studies.comparison.command import compare
+    from qlora_jax.studies.comparison.run_study import compare
 
     compare(args, dry_run="dry_run" in flags)
 

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.api.provenance import parts_of
     from qlora_jax.inference import prompts
     from qlora_jax.inference.decode import stream
-    from qlora_jax.inference.reply_file import write_replies
+    from qlora_jax.inference.replies import write_replies
     from qlora_jax.inference.sampling import Sampling
     from qlora_jax.inference.terminal_chat import END_MESSAGES, chat, show_reply
     from qlora_jax.io.pretrained import open_pretrained
@@ -94,7 +94,7 @@ def _rows(args: GenerateArgs) -> list["Row"]:
 def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "CausalLM":
     """Loads the model in the weight format of the settings, by default that of training."""
     from qlora_jax.api.load import load_opened
-    from qlora_jax.api.progress import loading_bar
+    from qlora_jax.api.settings import loading_bar
     from qlora_jax.io.loading.stored_codes import stored_types
     from qlora_jax.io.pretrained import weight_settings
     from qlora_jax.models.config import STORED

@@ -34,12 +34,11 @@ def main(argv: list[str]) -> None:
     from qlora_jax import runtime
     from qlora_jax.io.run_folder.run_lock import lock_run
     from qlora_jax.progress_reporter import ConsoleReporter
-    from qlora_jax.studies.variance.analysis import analyse
-    from qlora_jax.studies.variance.conditions import design_of
+    from qlora_jax.studies.variance.analysis import add_preferences, analyse, build_study_judge
     from qlora_jax.studies.variance.page import PageContent, write_results
-    from qlora_jax.studies.variance.preferences import add_preferences, build_study_judge
     from qlora_jax.studies.variance.questions import read_questions
     from qlora_jax.studies.variance.replies import observe
+    from qlora_jax.studies.variance.settings import design_of
 
     runtime.start()
     design, questions = design_of(args), read_questions(args)

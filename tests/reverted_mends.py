@@ -127,9 +127,9 @@ MENDS = [
         "if False:",
         "tests/config/test_command_line.py",
     ),
-    Mutation("qlora_jax/hosts/stop_signal.py", "received[0] if received", "15 if received", "tests/e2e/test_kill.py"),
+    Mutation("qlora_jax/hosts/watchdog.py", "received[0] if received", "15 if received", "tests/e2e/test_kill.py"),
     Mutation(
-        "qlora_jax/hosts/stop_signal.py",
+        "qlora_jax/hosts/watchdog.py",
         "self._minimum(-self._asked())",
         "self._minimum(-(self._asked() > 0))",
         "tests/hosts/test_agreed_minimum.py",
@@ -312,14 +312,14 @@ MENDS = [
         "tests/api/test_export.py",
     ),
     Mutation(
-        "qlora_jax/data/tokenizer/named_templates.py",
+        "qlora_jax/data/tokenizer/chat_template.py",
         "if missing:",
         "if False:",
         "tests/data/tokenizer/test_named_templates.py",
     ),
     # Data of a new user
     Mutation(
-        "qlora_jax/data/formats/chat_like_text.py",
+        "qlora_jax/data/formats/columns.py",
         "return +found",
         "return {}",
         "tests/data/formats/test_chat_like_text.py",

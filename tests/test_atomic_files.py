@@ -304,7 +304,7 @@ def test_a_command_that_is_interrupted_leaves_nothing(tmp_path: Path, smollm2_gg
 
 
 # The file system of the kernel, and counts that say that a process is alive: no results, and lost ones do no harm.
-WITHOUT_RESULTS = {"training/metrics/memory_watch.py", "hosts/roll_call.py"}
+WITHOUT_RESULTS = {"training/metrics/memory_watch.py", "hosts/join.py"}
 
 
 def test_results_are_written_by_these_functions_alone() -> None:

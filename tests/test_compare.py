@@ -17,7 +17,7 @@ import yaml
 
 from qlora_jax import compare
 from qlora_jax.config import to_dict
-from qlora_jax.studies.comparison import command, dispatch
+from qlora_jax.studies.comparison import dispatch, run_study
 from qlora_jax.studies.comparison import train_and_score as performing
 from qlora_jax.studies.comparison.train_and_score import perform
 from qlora_jax.training.metrics.metrics_file import read_metrics
@@ -64,7 +64,7 @@ def test_a_study_is_performed_once(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.0)
     launcher = Inline(lambda folder: perform(str(folder)))
-    monkeypatch.setattr(command, "launcher_of", lambda args, output: nullcontext(launcher))
+    monkeypatch.setattr(run_study, "launcher_of", lambda args, output: nullcontext(launcher))
     compare.main([str(study)])
     assert len(launcher.started) == 2 + 1
     with open(output / "runs.csv", newline="") as file:

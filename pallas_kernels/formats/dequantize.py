@@ -12,8 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.formats.rounding import rounded
-from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
+from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map, rounded
 
 
 def _look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:

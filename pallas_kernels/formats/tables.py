@@ -7,6 +7,7 @@ the rank of the nearest value is a count: r = sum_j (x > midpoint_j), so x on a 
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -114,3 +115,15 @@ def _linspace_fma(start: float, end: float, n: int) -> np.ndarray:
     from_first = (np.float64(first) + step * k).astype(np.float32)
     from_last = (np.float64(last) - step * (n - 1 - k)).astype(np.float32)
     return np.where(k < n // 2, from_first, from_last)
+
+
+def rounded(product: Any) -> Any:
+    """Returns the product, rounded to its dtype before anything is added to it; non-finite values become NaN.
+
+    Takes NumPy or JAX arrays and returns the same kind.
+
+    Compilers contract a * b + c into one fused multiply-add, whose last bit differs from bitsandbytes' two steps, and
+    XLA on CPUs drops optimization barriers before LLVM sees them. A select between the two stops the contraction.
+    """
+    xp = product.__array_namespace__()
+    return xp.where(xp.isfinite(product), product, xp.nan)

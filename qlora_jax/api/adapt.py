@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import attach, parts_of, provenance_of
+from qlora_jax.api.settings import loading_bar
 from qlora_jax.config import Config, DataArgs, LoraArgs, validate
 from qlora_jax.io.loading.adapter_init import check_decomposable
 from qlora_jax.io.peft.start_adapter import read_start_adapter

@@ -9,7 +9,7 @@ from typing import Literal
 from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config import ModelArgs
-from qlora_jax.config.keyword_suggestions import suggests_arguments
+from qlora_jax.config.suggestions import suggests_arguments
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.readers.json_rows import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer

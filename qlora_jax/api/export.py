@@ -7,8 +7,8 @@ from typing import Literal
 
 from flax import nnx
 
-from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import parts_of, provenance_of
+from qlora_jax.api.settings import loading_bar
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config.exports import EXPORTS, Dtype, ExportFormat, ExportOptions, dtype_problems, formats
 from qlora_jax.config.registry import load_implementation
@@ -21,7 +21,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.keep_16bit import keep_in_16_bits
+from qlora_jax.models.precision import keep_in_16_bits
 
 
 def save_peft(

@@ -13,13 +13,12 @@ from flax import nnx
 
 from qlora_jax.api.data import BadRows, Columns, Data, rows_files, write_data
 from qlora_jax.api.export import merge, save_peft
-from qlora_jax.api.progress import console_for
 from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
-from qlora_jax.api.settings import Overrides, training_config
+from qlora_jax.api.settings import Overrides, console_for, training_config
 from qlora_jax.config.exports import Dtype, ExportFormat
-from qlora_jax.config.keyword_suggestions import suggests_arguments
 from qlora_jax.config.methods import METHODS
 from qlora_jax.config.objectives import ObjectiveName
+from qlora_jax.config.suggestions import suggests_arguments
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.head_file import read_head

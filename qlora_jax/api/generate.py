@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.api.provenance import Provenance, parts_of
-from qlora_jax.config.keyword_suggestions import suggests_arguments
+from qlora_jax.config.suggestions import suggests_arguments
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference import prompts

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import Provenance, attach
+from qlora_jax.api.settings import loading_bar
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.fields import TemplateValue
-from qlora_jax.config.keyword_suggestions import suggests_arguments
+from qlora_jax.config.suggestions import suggests_arguments
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.loading.loader import Progress
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, is_finetuned, load_checked, open_base, open_finetuned

@@ -20,8 +20,8 @@ from qlora_jax.io.pretrained import OpenedModel, load_base, open_base
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.keep_16bit import full_names, names_of
 from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.precision import full_names, names_of
 from qlora_jax.progress_reporter import ProgressReporter
 
 Dtype = Literal["bfloat16", "float16", "float32"]

@@ -1,10 +1,14 @@
-"""Builds the configuration of a run from keyword arguments and overrides."""
+"""Builds the configuration of a run from keyword arguments and overrides, and finds where its progress is shown."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, to_dict, validate
 from qlora_jax.config.parse import from_dict
+from qlora_jax.io.loading.loader import Progress
+from qlora_jax.io.loading.progress import loading
+from qlora_jax.terminal.console import Console
 
 # Settings by dotted name, such as {"optim.name": "adamw_8bit"}, or a whole configuration.
 Overrides = Mapping[str, object] | Config | None
@@ -58,3 +62,18 @@ def _set(raw: dict[str, object], key: str, value: object) -> None:
         inner[name] = value
     else:
         raw[key] = value  # an unknown setting, which from_dict reports
+
+
+def console_for(progress: bool) -> Console:
+    """A console that prints, or one that discards everything."""
+    return Console(quiet=not progress)
+
+
+@contextlib.contextmanager
+def loading_bar(progress: bool) -> Iterator[Progress]:
+    """Yields a callback that shows how far loading is, or does nothing."""
+    if not progress:
+        yield lambda done, total, name: None
+        return
+    with loading(Console(stderr=True)) as report:
+        yield report

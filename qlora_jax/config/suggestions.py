@@ -1,8 +1,10 @@
 """Suggests the setting or value that was probably meant: the nearest name, or ours for another trainer's name."""
 
 import difflib
+import functools
+import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from qlora_jax.config.other_trainers import REPLACEMENTS, Replacement
 from qlora_jax.config.registry import choices_of, registry_of
@@ -114,3 +116,25 @@ def _choices(hint: object) -> tuple[str, ...]:
     """The names that an annotation allows, alone or in a union."""
     arms = map(choices_of, (hint, *typing.get_args(hint)))
     return next((choices for choices in arms if choices is not None), ())
+
+
+def suggests_arguments[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Returns the function with suggestions for unknown keyword arguments, by our names and other trainers'."""
+    names = [*inspect.signature(function).parameters]
+    otherwise = "; config={...} takes the settings that are not arguments" if "config" in names else ""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                meant = suggest_key(name, names, otherwise)
+                raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{meant}")
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def suggests_settings[Class: type](settings: Class) -> Class:
+    """Returns the dataclass, whose constructor suggests arguments."""
+    settings.__init__ = suggests_arguments(settings.__init__)
+    return settings

@@ -14,20 +14,16 @@ import tokenizers
 from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.data.formats.registry import format_of
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
-from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_plain, read_template_kwargs
-from qlora_jax.data.formats.tool_calls import read_tools
-from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
-from qlora_jax.data.loss_mask.by_offsets import encode_segments
-from qlora_jax.data.loss_mask.dropped_reasoning import mark_dropped_reasoning
-from qlora_jax.data.loss_mask.encode_branches import encode_branched
+from qlora_jax.data.formats.turn_fields import by_template_kwargs, check_plain, read_template_kwargs, read_tools
 from qlora_jax.data.loss_mask.reference import EncodedRow
-from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
-from qlora_jax.data.loss_mask.spans import SegmentSearch
+from qlora_jax.data.loss_mask.spans import SegmentSearch, shared_prefix
+from qlora_jax.data.loss_mask.token_spans import encode_branched, encode_by_bytes, encode_segments
 from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, join_text
+from qlora_jax.data.loss_mask.turns import mark_dropped_reasoning
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Rows per chunk. The encodings of a whole data set would take about 100 bytes per token; in smaller chunks the

@@ -34,8 +34,7 @@ from qlora_jax.data.encoder import (
     prefetch_map,
     row_problems,
 )
-from qlora_jax.data.formats.chat_like_text import count_lookalikes
-from qlora_jax.data.formats.columns import check_names_exist, rename_columns
+from qlora_jax.data.formats.columns import check_names_exist, count_lookalikes, rename_columns
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import format_of, optional_columns
 from qlora_jax.data.formats.row_format import RowFormat
@@ -51,11 +50,10 @@ from qlora_jax.data.readers.files import (
     raise_problems,
     stream_rows,
 )
-from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_counts import RowCounts, count_branched, count_texts
 from qlora_jax.data.row_kinds import RowUse, row_use
 from qlora_jax.data.row_store import RowChunk
 from qlora_jax.data.rows import TokenRows, token_rows
-from qlora_jax.data.text_counts import count_branched, count_texts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.data.truncation import FittedRows, LengthLimits, fit_lengths, nothing_left_message
 

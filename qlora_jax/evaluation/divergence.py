@@ -16,8 +16,7 @@ from qlora_jax.evaluation.loglikelihood import batches_of, branching_of, check_s
 from qlora_jax.evaluation.shared_prefixes import ScoredIds, pack_rows
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.partition import ModelFunction, ModelParts, combine
 from qlora_jax.nn.lm_head.divergence import TokenComparison, compare_tokens
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 

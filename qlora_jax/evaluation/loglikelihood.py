@@ -18,14 +18,13 @@ from jaxtyping import Array, Int, Int32
 
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.shared_prefixes import PackedRow, ScoredIds, pack_rows
+from qlora_jax.inference.decode import id_problems
 from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.partition import ModelFunction, ModelParts, combine
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.lm_head.token_scores import TokenScores, token_scores
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of

@@ -26,7 +26,7 @@ class TaskResult:
       title: one line that describes the task.
       metrics: each model's metrics by name: {"checkpoint": {"perplexity": Metric(...)}}.
       comparisons: the changes from each model to the next: {("quantized", "checkpoint"): [Comparison(...)]}.
-      rows: the rows' parts of each model's metrics, by name; empty for tasks without them (row_measures.py).
+      rows: the rows' parts of each model's metrics, by name; empty for tasks without them (`MEASURES`).
       details: further results of each model for programs, such as a confusion matrix; empty for most tasks.
     """
 

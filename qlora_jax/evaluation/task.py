@@ -8,14 +8,14 @@ To add a task:
 3. Declare the setting: in QuestionArgs (config/question_settings.py) if training runs may ask it at each evaluation,
    otherwise in TaskArgs (evaluation/settings.py).
 
-To compare several runs on the task (docs/compare.md), add `row_values` and a line in evaluation/row_measures.py.
+To compare several runs on the task (docs/compare.md), add `row_values` and a line in `MEASURES`.
 
 choices.py is a short example.
 """
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.lowering import LoweredProgram
@@ -110,7 +110,7 @@ class PreparedTask(Protocol):
 
 @runtime_checkable
 class RowValuesTask[Scores](Protocol):
-    """A task whose measures in row_measures.py can be compared row by row over several runs."""
+    """A task whose measures in `MEASURES` can be compared row by row over several runs."""
 
     def row_values(self, scores: Scores) -> dict[str, RowValues]:
         """The parts of each of these measures that the rows contribute, by the measure's name."""
@@ -138,3 +138,37 @@ class DetailedTask[Scores](Protocol):
 
 
 AnyTask = Task[Any]  # lists contain tasks with different types of scores
+
+
+Better = Literal["higher", "lower"]
+
+# By the setting that names a task's file, then by measure. A task with an entry here has `row_values` (task.py).
+MEASURES: dict[str, dict[str, Better]] = {
+    "text": {"loss per token": "lower"},
+    "rows": {"loss per token": "lower", "begins with the answer": "higher", "is exactly the answer": "higher"},
+    "choices": {"right by likelihood": "higher", "right by likelihood per token": "higher"},
+    "letters": {"right by letter": "higher"},
+    "labels": {"right label": "higher"},
+    "pairs": {
+        "right by reward": "higher",
+        "reward margin": "higher",
+        "right by likelihood": "higher",
+        "right by likelihood per token": "higher",
+    },
+    "answers": {"exactly the answer": "higher"},
+    "programs": {"pass@1": "higher"},
+}
+# The measures of runs that trained a sequence head, by objective and task.
+HEAD_MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "classification": {"labels": ("right label",)},
+    "multi_label": {"labels": ("right label",)},
+    "regression": {},
+    "reward": {"pairs": ("right by reward", "reward margin")},
+    "embedding": {},
+}
+
+
+def measures_of(objective: str) -> dict[str, tuple[str, ...]]:
+    """Returns the measures of a run with this objective, by task."""
+    with_head = {name: measures for name, measures in HEAD_MEASURES.items() if name == objective}
+    return with_head.get(objective, {task: tuple(measures) for task, measures in MEASURES.items()})

@@ -3,13 +3,66 @@
 import dataclasses
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import distributed  # the client of the coordination service has no public name
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from qlora_jax.hosts.messages import grouped
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers as text, runs shortened: `0-3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def grouped(values: Sequence[str]) -> str:
+    """Returns each value with the processes that have it: `4 in processes 0-2, 8 in process 3`."""
+    owners: dict[str, list[int]] = defaultdict(list)
+    for process, value in enumerate(values):
+        owners[value].append(process)
+    return "; ".join(f"{value} in {numbered(numbers)}" for value, numbers in owners.items())
+
+
+def numbered(numbers: Sequence[int]) -> str:
+    """Returns ascending process numbers as text: `process 3`, or `processes 0-2, 5`."""
+    return f"process{'es' if len(numbers) > 1 else ''} {ranges(numbers)}"
+
+
+class AgreedMinimum:
+    """Returns the least of all processes' numbers, by one program on their devices.
+
+    Every device contributes the numbers of its process, so no process waits longer than a step makes it wait anyway.
+    All processes call it equally often.
+
+    Args:
+      mesh: of the run; it has devices of every process.
+      count: how many numbers each process has.
+    """
+
+    def __init__(self, mesh: Mesh, count: int = 1):
+        self._rows = NamedSharding(mesh, P(mesh.axis_names))
+        self._local = len(mesh.local_devices)
+        like = jax.ShapeDtypeStruct((mesh.size, count), jnp.int32, sharding=self._rows)
+        # Compiled before the processes meet, because a collective on CPUs waits 30 s at most for the others.
+        least = jax.jit(lambda numbers: jnp.min(numbers, axis=0), out_shardings=NamedSharding(mesh, P()))
+        self._least = least.lower(like).compile()
+
+    def __call__(self, *numbers: int) -> tuple[int, ...]:
+        """Returns the least of each of these numbers, which fit 32 bits."""
+        mine = np.tile(np.array(numbers, np.int32), (self._local, 1))
+        return tuple(np.asarray(self._least(jax.make_array_from_process_local_data(self._rows, mine))).tolist())
+
 
 _PREFIX = "qlora_jax"
 SECONDS = 300  # for all processes to arrive

@@ -1,24 +1,115 @@
-"""Joins this process to the others of its run, and leaves them: well at the end, at once after an error."""
+"""Joins this process to the others of its run, names those that are late, and leaves: well, or at once on an error."""
 
 import contextlib
 import errno
 import ipaddress
+import itertools
 import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax.hosts.gpus import Seen, divide, visible_gpus
-from qlora_jax.hosts.group import Disagreement, Group, MissingProcess
+from qlora_jax.hosts.group import Disagreement, Group, MissingProcess, numbered
 from qlora_jax.hosts.launchers import Place
-from qlora_jax.hosts.lost_process import calls_when_lost
-from qlora_jax.hosts.roll_call import RollCall
-from qlora_jax.hosts.watchdog import Report, Watchdog
+from qlora_jax.hosts.watchdog import Report, Watchdog, calls_when_lost
+
+# Notes which processes of a run have started, so that those that never connect can be named.
+#
+# JAX waits until all have connected, and does not say for whom. Its coordination service takes nothing from a process
+# before that. So each process counts in a file next to the run folder, which all share. Files whose count stands still
+# are from an earlier start.
+
+POLL_SECONDS = 0.5
+
+
+class RollCall:
+    """The processes that have started, as far as this one sees.
+
+    Args:
+      run: the run folder, which need not exist.
+      process: the number of this process.
+      processes: the number of processes.
+    """
+
+    def __init__(self, run: Path, process: int, processes: int):
+        self.folder = run.parent / f".{run.name}.starting"
+        self._process, self._processes = process, processes
+        self._first: dict[int, bytes] = {}  # the count of each process when it was first seen
+        self._here = {process}
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Counts, and reads the counts of others, in a thread, within the context."""
+        stopped = threading.Event()
+        thread = threading.Thread(target=self._take, args=(stopped,), name="hosts roll call", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            thread.join()
+            with contextlib.suppress(OSError):
+                (self.folder / str(self._process)).unlink(missing_ok=True)
+                self.folder.rmdir()  # by the last process
+
+    def _take(self, stopped: threading.Event) -> None:
+        count = 0
+        while not stopped.wait(POLL_SECONDS):
+            count += 1
+            with contextlib.suppress(OSError):  # the filesystem is not ready
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / str(self._process)).write_text(str(count), encoding="utf-8")
+                self._read()
+
+    def _read(self) -> None:
+        for file in self.folder.iterdir():
+            if file.name.isdecimal():  # NFS renames files that are removed while they are open
+                with contextlib.suppress(OSError):  # another process removes it just now
+                    self._compare(int(file.name), file.read_bytes())
+
+    def _compare(self, process: int, count: bytes) -> None:
+        if self._first.setdefault(process, count) != count:
+            self._here.add(process)
+
+    def missing(self) -> str | None:
+        """Returns the processes that have not been seen, as text such as `process 1`; None if all have."""
+        absent = [process for process in range(self._processes) if process not in self._here]
+        return numbered(absent) if absent else None
+
+
+# Connects all groups of devices of a mesh before the first step.
+#
+# On CPUs the first collective of a group gives up after 30 s. Within a run, one process may compile or read for longer
+# than that before it comes to the group's first one; here all come at the same time.
+
+
+def connect_groups(group: Group, mesh: Mesh, seconds: float) -> None:
+    """Runs one collective over each axis of the mesh and over all of them; all processes call this together.
+
+    Args:
+      seconds: for the slowest process to arrive.
+    """
+    names = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    groups = [axes for count in range(1, len(names) + 1) for axes in itertools.combinations(names, count)]
+
+    def sums() -> list[jax.Array]:
+        return [jax.lax.psum(jnp.ones(()), axes) for axes in groups]
+
+    mapped = jax.shard_map(sums, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False)
+    compiled = jax.jit(mapped).lower().compile()
+    group.meet("the groups of devices", seconds)
+    jax.block_until_ready(compiled())
+
 
 JOIN_SECONDS = 300  # for all processes to connect
 DEVICES_VARIABLE = "JAX_LOCAL_DEVICE_IDS"
@@ -118,7 +209,7 @@ def _connect(place: Place, run: Path, watchdog: Watchdog, heartbeat: int, second
                 heartbeat_timeout_seconds=heartbeat,
                 coordinator_bind_address=bind,
             )
-    except Exception as error:  # it has no text, see lost_process.py
+    except Exception as error:  # it has no text, see watchdog.py
         raise MissingProcess(
             f"hosts: not all {place.processes} processes have connected to {place.coordinator} within {seconds} s. "
             f"{_unseen(roll_call)}"

@@ -10,18 +10,25 @@ Processes wait for each other in collectives, most of which have no time limit. 
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
-from qlora_jax.hosts.group import Group, client
+from jax.sharding import Mesh
+from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]  # a library without declarations
+
+from qlora_jax.hosts.group import AgreedMinimum, Group, client
 from qlora_jax.terminal.visible import fit_to_print
 
 ENDED = 75  # EX_TEMPFAIL: starting the run again may help
@@ -259,3 +266,84 @@ def stuck_text(counts: Sequence[int | None], group: Group, place: str, seconds: 
         )
     names = ", ".join(group.name(process) for process in behind)
     return f"{start}: the others wait for {names}. {RESTART}"
+
+
+# Calls a function when JAX's client has lost another process, instead of a stack trace and an abort.
+#
+# `jax.distributed.initialize` has no argument for the callback that its client takes. And the client of jaxlib 0.11.2
+# and 0.12.0.1 cannot convert the callback's argument to Python, which ends in std::terminate. So the function is also
+# what std::terminate calls, while the client calls back.
+
+_SET_TERMINATE = "_ZSt13set_terminatePFvvE"  # std::set_terminate
+_Handler = ctypes.CFUNCTYPE(None)
+_handlers: list[object] = []  # C++ keeps only their addresses
+
+
+@contextlib.contextmanager
+def calls_when_lost(lost: Callable[[], None]) -> Iterator[None]:
+    """Lets the client that JAX makes within the context call `lost`, which ends the process.
+
+    Where the C++ library is another one, JAX's own message and SIGABRT stay.
+    """
+    if not _set_terminate(lost):
+        yield
+        return
+    make = _jax.get_distributed_runtime_client
+    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lambda status: lost())
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make
+
+
+def _set_terminate(lost: Callable[[], None]) -> bool:
+    try:
+        set_terminate = getattr(ctypes.CDLL("libstdc++.so.6"), _SET_TERMINATE)
+    except (OSError, AttributeError):
+        return False
+    set_terminate.argtypes = [_Handler]
+    handler = _Handler(lost)
+    _handlers.append(handler)
+    set_terminate(handler)
+    return True
+
+
+@contextmanager
+def stop_on_signals(report: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+    """Yields a function that returns the number of the first SIGINT or SIGTERM; 0: none. A second SIGINT interrupts."""
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        report(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to exit without saving")
+
+    # Python sets signal handlers in the main thread only; elsewhere, signals stay with the program's own handlers.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopSignal:
+    """Asks all processes which signal has asked one of them to stop; all get the same answer.
+
+    All processes call it equally often.
+
+    Args:
+      asked: returns the number of the signal that has asked this process to stop; 0: none.
+      mesh: of the run; it has devices of every process.
+    """
+
+    def __init__(self, asked: Callable[[], int], mesh: Mesh):
+        self._asked, self._minimum = asked, AgreedMinimum(mesh)
+
+    def __call__(self) -> int:
+        """Returns the greatest number of the signals that have asked a process to stop; 0: none has."""
+        (least,) = self._minimum(-self._asked())
+        return -least

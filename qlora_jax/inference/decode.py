@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,15 +22,66 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.mesh_inference import CACHE, row_shapes, row_shards, run_on_mesh
 from qlora_jax.inference.sampling import Sampling, choose
-from qlora_jax.inference.token_ids import id_problems
+from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
+from qlora_jax.models.partition import ModelFunction, ModelParts, combine, prepare_for_decoding
 from qlora_jax.sharding import ROWS, AnyMesh, gather_rows, mesh_of, named
+
+
+def id_problems(name: str, rows: Iterable[Sequence[int] | np.ndarray], model: CausalLM) -> list[str]:
+    """Returns a message for each row with an id that the model's embedding has no row for.
+
+    Args:
+      name: of one row, such as "prompt".
+    """
+    limit = model.model.embed_tokens.num_ids
+    spans = [(int(ids.min()), int(ids.max())) if ids.size else (0, 0) for ids in map(np.asarray, rows)]
+    return [
+        f"{name} {index}: an id has no row in the embedding (found ids {low} to {high}, expected 0 to {limit - 1}). "
+        "Use the tokenizer that was loaded with the model"
+        for index, (low, high) in enumerate(spans)
+        if low < 0 or high >= limit
+    ]
+
+
+_INCOMPLETE = "\ufffd"  # decoders write this for bytes that are not (yet) a character
+
+
+class TextStream:
+    """Decodes ids one by one; the pieces joined are the decoding of all ids.
+
+    A token may contain only some bytes of a character. These wait until the character is complete. Each piece is
+    decoded together with the tokens before it, because decoders may treat the first token of a text differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Adds a token and returns the text that it completes, which may be empty."""
+        self._pending.append(token)
+        piece = self._piece()
+        return "" if piece.endswith(_INCOMPLETE) else self._emit(piece)
+
+    def flush(self) -> str:
+        """Returns the text still waiting; call it after the last token."""
+        return self._emit(self._piece())
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+
+    def _emit(self, piece: str) -> str:
+        if piece:
+            self._context, self._pending = self._pending, []
+        return piece
+
 
 PREFILL_CHUNKS = (64, 256, 512)  # prompt tokens per call of the model
 BATCHES = (1, 2, 4, 8, 16)  # numbers of rows that a device decodes together

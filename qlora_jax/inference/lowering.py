@@ -14,12 +14,16 @@ import numpy as np
 from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
 from qlora_jax.inference.mesh_inference import row_shapes, row_shards
 from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.model_sharding import parts_specs
-from qlora_jax.models.offloaded_experts import with_memory_of
-from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
+from qlora_jax.models.partition import (
+    ModelFunction,
+    ModelParts,
+    combine,
+    parts_specs,
+    prepare_for_decoding,
+    with_memory_of,
+)
 from qlora_jax.sharding import mesh_of, part_bytes, placed_shapes
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import RowFormat
-from qlora_jax.data.formats.template_kwargs import check_plain, read_template_kwargs, with_row_kwargs
-from qlora_jax.data.formats.tool_calls import Tools, read_tools
-from qlora_jax.data.loss_mask.turn_marks import turn_marks
+from qlora_jax.data.formats.turn_fields import Tools, check_plain, read_template_kwargs, read_tools, with_row_kwargs
+from qlora_jax.data.loss_mask.turns import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.metadata import JsonObject
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.inference.decode import DecodeStep
+from qlora_jax.inference.decode import DecodeStep, TextStream
 from qlora_jax.inference.prompts import Prompter
-from qlora_jax.inference.stream import TextStream
 from qlora_jax.terminal.visible import visible
 
 HELP = "/reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops a reply"

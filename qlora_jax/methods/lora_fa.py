@@ -18,7 +18,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import Lora
 from qlora_jax.nn.lora import LoRA, backward, forward
 from qlora_jax.nn.variables import TrainedLeaf
-from qlora_jax.optim.apply_updates import in_f32
+from qlora_jax.optim.updates import in_f32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.config.methods import METHODS, methods_with
+from qlora_jax.config.parse import parse_layers
 from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.nn.lora import lora_scaling

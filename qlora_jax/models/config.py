@@ -2,12 +2,66 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable
 
+import numpy as np
+
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
-from qlora_jax.models.experts_config import ExpertsConfig
 from qlora_jax.nn.mlp import ClampedSwiglu, GateActivation
-from qlora_jax.nn.rope import LENGTH_DEPENDENT, QueryPositionScale, Rope
+from qlora_jax.nn.rope import LENGTH_DEPENDENT, SCALINGS, QueryPositionScale, Rope
+from qlora_jax.nn.router import RoutingRule
+
+# Modules of a layer's MLP, by the layers that have them.
+OF_SPARSE = ("gate", "experts", "shared_experts", "shared_expert_gate")
+OF_DENSE = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+MAX_EXPERTS = 1 << 12  # per layer; a multiple of the largest published models'
+# transformers' parameters that have all experts of a layer: the projections that each of them fuses, in order.
+FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(RoutingRule):
+    """The experts of the sparse layers, and the rule that chooses among them.
+
+    Attributes:
+      count: E, the experts of a layer.
+      mlp_dim: F, inner width of one expert.
+      layers: numbers of the sparse layers, ascending; the MLP of every other layer is dense.
+      selection_bias: True if a bias is added to the scores only for the choice.
+      router_bias: True if the router adds a bias to its logits.
+      bias: True if the projections of experts add a bias.
+      interleaved: True if transformers' parameter `gate_up_proj` has alternating outputs of gate and up. Here
+        they are two weights.
+      shared_mlp_dim: inner width of the expert that every token uses; 0: no such expert.
+      shared_gate: True if the shared expert's result is multiplied by the sigmoid of a linear layer with one output.
+    """
+
+    count: int
+    mlp_dim: int
+    layers: tuple[int, ...]
+    selection_bias: bool = False
+    router_bias: bool = False
+    bias: bool = False
+    interleaved: bool = False
+    shared_mlp_dim: int = 0
+    shared_gate: bool = False
+
+    def layers_with(self, module: str, num_layers: int) -> tuple[int, ...]:
+        """Returns the layers whose MLP has a module, such as `gate_proj` or `experts`."""
+        if module in OF_SPARSE:
+            return self.layers
+        every = range(num_layers)
+        return tuple(layer for layer in every if layer not in self.layers) if module in OF_DENSE else tuple(every)
+
+    def shapes(self, width: int) -> dict[str, tuple[int, int]]:
+        """Returns {name within a layer: (N, K) of one expert} for a residual stream of `width`."""
+        inner = {f"mlp.experts.{name}": (self.mlp_dim, width) for name in ("gate_proj", "up_proj")}
+        return inner | {"mlp.experts.down_proj": (width, self.mlp_dim)}
+
+    def other_parameters(self, width: int) -> int:
+        """Returns the parameters of a sparse layer's router and of the gate of its shared expert."""
+        return self.count * (width + self.router_bias) + self.shared_gate * width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,7 +339,7 @@ class WeightFormat:
       stored: (projection's name within a layer, the type of blocks or DENSE of each of its layers).
       platform: `cpu`, `gpu` or `tpu`, as JAX names it; determines the layout of the codes.
       dtype: dtype of embedding, head, norms, biases and activations.
-      experts_on_host: True if the weights of routed experts are in host memory (models/offloaded_experts.py).
+      experts_on_host: True if the weights of routed experts are in host memory (models/partition.py).
     """
 
     quant_type: str | None = "nf4"
@@ -325,3 +379,40 @@ class WeightFormat:
     def layout_for(self, shape: tuple[int, int]) -> str:
         """Returns the layout of a weight (N, K)."""
         return preferred_layout(self.platform, shape, self.block_size)
+
+
+def config_differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, str, str]]:
+    """(name, ours, theirs) of every feature that computes something else, at f32 precision."""
+    pairs = [(f.name, getattr(ours, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(ModelConfig)]
+    return [(name, _short(one), _short(other)) for name, one, other in pairs if not _equal(one, other)]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    text = f"{value.theta:g} {value.scaling.kind}" if isinstance(value, Rope) else repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _equal(ours: object, theirs: object) -> bool:
+    """True if two values are equal at f32 precision; rotations are compared by the angles that they compute."""
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
+    if isinstance(ours, Rope) and isinstance(theirs, Rope):
+        return _equal_rotations(ours, theirs)
+    if isinstance(ours, QueryPositionScale) and isinstance(theirs, QueryPositionScale):
+        return _equal(dataclasses.astuple(ours), dataclasses.astuple(theirs))
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-6)
+    return ours == theirs
+
+
+def _equal_rotations(ours: Rope, theirs: Rope) -> bool:
+    if ours.dim != theirs.dim:
+        return False
+    # Some scalings change their angles beyond the trained context, so both sides of it are compared.
+    for length in (1, 2 * ours.max_positions):
+        (frequencies, factor), (others, other) = (SCALINGS[rope.scaling.kind](rope, length) for rope in (ours, theirs))
+        if not (np.allclose(frequencies, others, rtol=1e-5, atol=0) and math.isclose(factor, other, rel_tol=1e-6)):
+            return False
+    return True

@@ -4,39 +4,155 @@ Attribute paths equal the Hugging Face names of a Llama without the layer's inde
 the weights of all `model.layers.{i}.self_attn.q_proj`, stacked on a leading axis. Families with other names map them
 in ModelConfig.names.
 
-Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, F mlp, V vocab,
-L layers, M = B T.
+Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, F mlp, V vocab, L
+layers, M = B T.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from qlora_jax.models.attention import Attention, Positions
+from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
-from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.models.layer_runs import gather_run_layer, layer_runs, mlp_start, split_run
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
-from qlora_jax.models.remat import LAYER_INPUT, remat_policy
 from qlora_jax.nn.attention.branching import Branching
-from qlora_jax.nn.dropout import fold_in_each
-from qlora_jax.nn.linear import QLinear, name_number, named_key
+from qlora_jax.nn.dropout import add_noise, fold_in_each
+from qlora_jax.nn.linear import QLinear, gather_layer, name_number, named_key
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows, TrainableTable
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
-from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.router import Routing
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
-from qlora_jax.nn.variables import Frozen
+from qlora_jax.nn.variables import Frozen, StatePath
 from qlora_jax.sharding import Shard, gathered
+
+SAVED_NAMES = (
+    *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
+    *("mlp_gate", "mlp_up", "mlp_normed", "router_logits", "shared_expert_out"),
+)
+LAYER_INPUT = "layer_input"
+
+Policy = Any  # a policy of jax.checkpoint, for which JAX has no type
+
+# Activation memory: the residuals that jax.checkpoint saves per layer besides its input. `none`: all. `names`: results
+# of products, so that only norms and activations are recomputed. `full`: nothing. `offload`: nothing, and the layer's
+# input is in host memory; its copies overlap with the computation of other layers. Given the adapters' own names.
+REMAT_POLICIES: Mapping[str, Callable[[Collection[str]], Policy | None]] = {
+    "none": lambda own: None,
+    "names": lambda own: jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES, *own),
+    "full": lambda own: jax.checkpoint_policies.nothing_saveable,
+    "offload": lambda own: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def remat_policy(remat: str, layers: nnx.Module) -> Policy | None:
+    """Returns the policy of a key of REMAT_POLICIES, for layers whose adapters list what they save; None: save all."""
+    own = {name for _, node in nnx.iter_graph(layers) for name in getattr(node, "SAVED", ())}
+    return REMAT_POLICIES[remat](sorted(own))
+
+
+# Runs of consecutive layers of one kind, for models whose layers differ in their adapters or in their MLPs.
+#
+# Adapters are stacked over the layers that have one, and the MLPs of a mixture of experts over the dense or the sparse
+# layers, so layers that lack them take no memory. Each run has a separate scan, over its part of the trained stacks and
+# without what its layers lack.
+
+MLP_NAME, MLP_START = "mlp", "mlp_start"  # attributes of the block
+
+
+def layer_runs(block: nnx.Module, config: ModelConfig) -> list[range]:
+    """Returns the runs in order; one if all layers have the same adapters and are all dense or all sparse."""
+    chosen = [frozenset(layers) for layers in _partial_adapters(block, config).values()]
+    if config.experts is not None:
+        chosen.append(frozenset(config.experts.layers))
+    same = itertools.groupby(range(config.num_layers), key=lambda layer: [layer in layers for layers in chosen])
+    runs = [list(group) for _, group in same]
+    return [range(run[0], run[-1] + 1) for run in runs]
+
+
+def split_run(block: nnx.Module, run: range, config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns (structure, trained leaves, frozen leaves) of the block for the layers of a run.
+
+    Trained leaves have the layers of the run, frozen leaves all layers that have them.
+    """
+    chosen = _partial_adapters(block, config)
+    graphdef, lora, base = nnx.split(block, nnx.LoRAParam, ...)
+    if not chosen and config.experts is None:
+        return graphdef, lora, base
+    own = nnx.merge(graphdef, lora, base)
+    for path, layers in chosen.items():
+        if run.start not in layers:
+            *linear, attribute = path
+            setattr(_at(own, linear), attribute, nnx.data(None))
+    mlp = getattr(own, MLP_NAME)
+    if isinstance(mlp, MixtureMLP):
+        setattr(own, MLP_NAME, mlp.in_layers(run))
+        setattr(own, MLP_START, mlp_start(run, config))
+    graphdef, lora, base = nnx.split(own, nnx.LoRAParam, ...)
+    cut = [
+        (path, variable.replace(_rows(variable.get_value(), _first_row(chosen.get(path[:-1]), run), len(run))))
+        for path, variable in nnx.to_flat_state(lora)
+    ]
+    return graphdef, nnx.from_flat_state(cut), base
+
+
+def mlp_start(run: range, config: ModelConfig) -> int:
+    """Returns the number by which a run's layers differ from the rows of their MLP_NAME's stacks."""
+    if config.experts is None:
+        return 0
+    earlier = sum(layer in config.experts.layers for layer in range(run.start))
+    return run.start - earlier if run.start in config.experts.layers else earlier
+
+
+def gather_run_layer(base: nnx.State, layer: jax.Array, run: range, config: ModelConfig) -> nnx.State:
+    """Gathers one layer of each stack that is cut over devices; see `gather_layer`."""
+    start = mlp_start(run, config)
+    if start == 0:
+        return gather_layer(base, layer)
+    return nnx.State(
+        {name: gather_layer(part, layer - start if name == MLP_NAME else layer) for name, part in base.items()}
+    )
+
+
+def _partial_adapters(block: nnx.Module, config: ModelConfig) -> dict[StatePath, tuple[int, ...]]:
+    """Returns the layers of each adapter that is not on all of them, by its path in the block."""
+    found = {}
+    for path, node in nnx.iter_graph(block):
+        if path and path[-1] == "adapter":
+            layers = getattr(node, "adapted_layers", None)
+            found[path] = config.layers_with(".".join(map(str, path[:-1]))) if layers is None else layers
+    return {path: layers for path, layers in found.items() if len(layers) < config.num_layers}
+
+
+def _first_row(layers: tuple[int, ...] | None, run: range) -> int:
+    return run.start if layers is None else layers.index(run.start)
+
+
+def _rows(stack: PyTree, first: int, count: int) -> PyTree:
+    """Returns rows of a stack, which may be cut over devices along another axis."""
+    return jax.tree.map(lambda leaf: leaf[first : first + count], stack)
+
+
+def _at(module: nnx.Module, path: Sequence[object]) -> nnx.Module:
+    for name in path:
+        module = getattr(module, str(name))
+    return module
+
 
 NEFTUNE = name_number("neftune")  # folded into the key of a row; layers fold their index
 SCORE = "score"  # name of the sequence head among the trained parameters
@@ -74,7 +190,7 @@ class Block(nnx.Module):
         attention = group("self_attn.", shapes, linear), group("self_attn.", widths, norm)
         self.self_attn = Attention(*attention, config, weights.dtype)
         self.mlp = MLP(group("mlp.", shapes, linear), config) if config.experts is None else MixtureMLP(config, weights)
-        self.mlp_start = 0  # layer minus row in the stacks of `mlp`; layer_runs.py sets it in a mixture of experts
+        self.mlp_start = 0  # layer minus row in the stacks of `mlp`; `layer_runs` sets it in a mixture of experts
         self.layout = NORM_PLACEMENTS[config.layout]
         self.residual_scale = config.residual_scale
 
@@ -164,7 +280,7 @@ class Embedding(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, L blocks in one scan, or one per run of layers of one kind (layer_runs.py), final norm."""
+    """Embedding, L blocks in one scan, or one per run of layers of one kind (`layer_runs`), final norm."""
 
     def __init__(self, config: ModelConfig, weights: WeightFormat):
         self.config = config

@@ -1,13 +1,163 @@
-"""Compute dtype and weight format for a device."""
+"""The compute dtype and weight format of a run: by its device, and by the layers that `model.keep_16bit` keeps."""
 
+import dataclasses
+import difflib
+import math
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 
 from qlora_jax.config import ModelArgs
+from qlora_jax.config.sizes import format_bytes
+from qlora_jax.metadata import shorten, shorten_key
+from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.keep_16bit import keep_in_16_bits
+from qlora_jax.regex import matches_end, matches_whole, pattern_problems
+
+# Selects the projections and layers that `model.keep_16bit` leaves in 16 bits, and counts the bytes that they add.
+#
+# Names are Hugging Face's. A list has the last parts of full names, as `lora.target_modules` has: `down_proj` for all
+# layers, `layers.3.mlp.down_proj` for one. A string is one regular expression for full names.
+
+SETTING = "model.keep_16bit"
+NEVER_QUANTIZED = ("embed_tokens", "lm_head", "norm", "gate", "router")
+
+Rows = tuple[int, ...]  # row numbers of a stack, which has a row per layer with the projection
+Kept = tuple[tuple[str, Rows], ...]  # (projection's name within a layer, its rows in 16 bits, ascending)
+
+
+def kept_layers(keep: str | Sequence[str], config: ModelConfig) -> Kept:
+    """Returns the layers of each projection that stay in 16 bits, in the form of `WeightFormat.dense`.
+
+    Raises:
+      ValueError: names or patterns that match no projection; all are listed.
+    """
+    known = {full: place for place, full in full_names(config).items()}
+    entries, matches = ([keep], matches_whole) if isinstance(keep, str) else ([*map(re.escape, keep)], matches_end)
+    given = [keep] if isinstance(keep, str) else keep
+    found: dict[str, set[int]] = {}
+    problems = []
+    for entry, pattern in zip(given, entries, strict=True):
+        if wrong := pattern_problems(pattern):
+            problems.append(f"{SETTING}: {shorten(entry)}: {wrong[0]}")
+            continue
+        places = [place for full, place in known.items() if matches(pattern, full)]
+        if not places:
+            problems.append(_unknown(entry, config))
+        for name, row in places:
+            found.setdefault(name, set()).add(row)
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return tuple((name, tuple(sorted(found[name]))) for name in projections(config) if name in found)
+
+
+def keep_in_16_bits(weights: WeightFormat, keep: str | Sequence[str], config: ModelConfig) -> WeightFormat:
+    """Returns the format with the layers of `keep` in 16 bits.
+
+    Raises:
+      ValueError: as `kept_layers`.
+    """
+    return dataclasses.replace(weights, dense=kept_layers(keep, config)) if keep else weights
+
+
+def projections(config: ModelConfig) -> list[str]:
+    """Returns the names within a layer of all projections that are quantized, those of experts included."""
+    return [*config.linear_shapes(), *config.expert_shapes()]
+
+
+def full_names(config: ModelConfig) -> dict[tuple[str, int], str]:
+    """Returns {(projection's name within a layer, row): Hugging Face's full name}, without the numbers of experts."""
+    return {
+        (name, row): config.hugging_face_name(f"model.layers.{layer}.{name}")
+        for name in projections(config)
+        for row, layer in enumerate(config.layers_with(name))
+    }
+
+
+def names_of(kept: Kept, config: ModelConfig) -> list[str]:
+    """Returns a list for `model.keep_16bit` that selects these layers; a projection of all layers has one name."""
+    full, names = full_names(config), []
+    for name, rows in kept:
+        if len(rows) == len(config.layers_with(name)):
+            names.append(config.hugging_face_name(name))
+        else:
+            names += [full[name, row] for row in rows]
+    return names
+
+
+def describe(kept: Kept, config: ModelConfig) -> str:
+    """Returns the layers as text: `self_attn.q_proj of all layers; mlp.down_proj of layers 0-3, 7`."""
+    texts = []
+    for name, rows in kept:
+        those_with = config.layers_with(name)
+        some = f"layer{'s' * (len(rows) > 1)} {', '.join(_ranges([those_with[row] for row in rows]))}"
+        which = "all layers" if len(rows) == len(those_with) else some
+        texts.append(f"{config.hugging_face_name(name)} of {which}")
+    return "; ".join(texts)
+
+
+def layer_bytes(name: str, config: ModelConfig, weights: WeightFormat) -> tuple[int, int]:
+    """Returns (bytes in 4 bits, bytes in 16 bits) of one layer of a projection, with all its experts and constants."""
+    experts = config.expert_shapes().get(name)
+
+    def leaves(weights: WeightFormat) -> tuple[PyTree, PyTree]:
+        if experts is None or config.experts is None:
+            return frozen_linear_leaves(name, 1, config.linear_shapes()[name][0], False, weights)
+        return frozen_expert_leaves(name, (1, config.experts.count), experts, False, weights)
+
+    def of(weights: WeightFormat) -> int:
+        weight, _ = jax.eval_shape(lambda: leaves(weights))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+    return of(dataclasses.replace(weights, dense=())), of(dataclasses.replace(weights, dense=((name, (0,)),)))
+
+
+def added_bytes(kept: Kept, config: ModelConfig, weights: WeightFormat) -> int:
+    """Returns the bytes that these layers take in 16 bits beyond those that they take in 4 bits."""
+    sizes = {name: layer_bytes(name, config, weights) for name, _ in kept}
+    return sum(len(rows) * (sizes[name][1] - sizes[name][0]) for name, rows in kept)
+
+
+def kept_text(config: ModelConfig, weights: WeightFormat) -> str:
+    """Returns the layers that stay in 16 bits, and the bytes that they add; empty without any."""
+    if not weights.dense:
+        return ""
+    added = format_bytes(added_bytes(weights.dense, config, weights))
+    return f"{describe(weights.dense, config)} ({added} more than in 4 bits)"
+
+
+def _unknown(entry: str, config: ModelConfig) -> str:
+    """Returns the message for a name or pattern that matches no projection."""
+    shown, last = repr(shorten_key(entry)), entry.rpartition(".")[2]
+    names = [config.hugging_face_name(name) for name in projections(config)]
+    if last in NEVER_QUANTIZED or entry.endswith("norm"):
+        return f"{SETTING}: {shown} is never quantized, so it needs no entry. Remove it"
+    number = re.search(r"layers\.(\d{1,9})\.", entry)
+    if number and int(number[1]) >= config.num_layers:
+        return (
+            f"{SETTING}: {shown} names layer {number[1]} (expected 0 to {config.num_layers - 1}, the layers of this "
+            "model). Correct the number"
+        )
+    by_last = {name.rpartition(".")[2]: name for name in names}
+    near = difflib.get_close_matches(last[:100], by_last, n=1)
+    advice = f"; did you mean {by_last[near[0]]}?" if near else ". Correct the name"
+    return f"{SETTING}: {shown} matches none of the linear layers: {', '.join(names)}{advice}"
+
+
+def _ranges(layers: Sequence[int]) -> Iterator[str]:
+    """Yields runs of consecutive numbers, such as 0-3 and 7."""
+    start = last = layers[0]
+    for layer in (*layers[1:], None):
+        if layer is not None and layer == last + 1:
+            last = layer
+            continue
+        yield str(start) if start == last else f"{start}-{last}"
+        if layer is not None:
+            start = last = layer
+
 
 # Linux names of processor flags for fast bfloat16 products: x86 AVX-512 and AMX, then ARM.
 BF16_FLAGS = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")

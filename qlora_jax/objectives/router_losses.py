@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config.objectives import RowKind
-from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.schema import RouterArgs
 from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.decoder import CausalLM

@@ -1,4 +1,4 @@
-"""AdamW and Lion with 8-bit state (state_8bit.py), in the arithmetic of bitsandbytes 0.50.2's CPU backend.
+"""AdamW and Lion with 8-bit state, in the arithmetic of bitsandbytes 0.50.2's CPU backend.
 
 `adamw_8bit` and `lion_8bit` are optax transformations. A run uses `adamw_8bit_values` and `lion_8bit_values`, whose
 updates are the new parameters themselves. These are bit-identical to bitsandbytes on a CPU with fused multiply-add,
@@ -13,23 +13,77 @@ the moments again. Weight decay comes first: p (1 - lr wd). The CUDA kernels of 
   codes are looked up at 65,536 steps from -1 to 1 (qlora_jax/quant/dynamic_8bit.py);
 - a gradient that is not finite leaves its parameter unchanged; here the loss becomes non-finite, and training stops.
 
-Dimension key: L tensors of a leaf, stacked along axis 0.
+Dimension key: L tensors of a leaf, stacked along axis 0, S = ceil(n / 256) blocks of a tensor of n elements.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree, UInt8
 
-from pallas_kernels.formats.rounding import rounded
-from qlora_jax.optim.apply_updates import NewValue
-from qlora_jax.optim.loraplus import Factors
-from qlora_jax.optim.state_8bit import Quantized, dequantize, quantize, state_zeros
+from pallas_kernels.formats.tables import dynamic_map, rounded
+from qlora_jax.optim.updates import Factors, NewValue
+from qlora_jax.quant.dynamic_8bit import quantize_blocks
+from qlora_jax.sharding import BLOCK
 
-Array = jax.Array
+# Optimizer state in 8 bits: blocks of 256 elements with one scale each, and codes of a dynamic map.
+#
+# A leaf is a stack of tensors along axis 0, usually one per layer, as LoRA parameters are. Blocks are counted from each
+# tensor's start and never cross into the next, so a page of some layers has whole blocks. Codes take 1 byte per element
+# and scales 4 bytes per block: 1.016 bytes per element.
+
+MIN_SIZE = 4096  # tensors of fewer elements keep f32 state: bitsandbytes' min_8bit_size
+
+
+class Quantized(NamedTuple):
+    """A quantized leaf: x = map[codes] * absmax of the block."""
+
+    codes: UInt8[Array, "L ..."]
+    absmax_LS: Float[Array, "L S"]
+
+
+def is_large(shape: tuple[int, ...]) -> bool:
+    """True if the tensors of a leaf, shape[1:], are large enough for state in 8 bits."""
+    return math.prod(shape[1:]) >= MIN_SIZE
+
+
+def state_zeros(shape: tuple[int, ...]) -> Quantized | jax.Array:
+    """Returns the state leaf at step 0 for parameters of this shape: scales of 0, or f32 zeros if tensors are small."""
+    if not is_large(shape):
+        return jnp.zeros(shape, jnp.float32)
+    blocks = -(-math.prod(shape[1:]) // BLOCK)
+    return Quantized(jnp.zeros(shape, jnp.uint8), jnp.zeros((shape[0], blocks), jnp.float32))
+
+
+def dequantize(state: Quantized, signed: bool) -> Float[Array, "L ..."]:
+    """Computes map[codes] * absmax, in f32."""
+    levels = jnp.take(jnp.asarray(dynamic_map(signed)), state.codes.astype(jnp.int32), mode="clip")
+    return _tensors(_blocks(levels) * state.absmax_LS[:, :, None], state.codes.shape)
+
+
+def quantize(x: Float[Array, "L ..."], signed: bool) -> Quantized:
+    """Quantizes to absmax = max |x| of each block, and codes (qlora_jax.quant.dynamic_8bit)."""
+    codes, absmax_LS = quantize_blocks(_blocks(x), signed)
+    return Quantized(_tensors(codes, x.shape), absmax_LS)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """Reshapes [L, ...] to [L, S, 256]; the last block of each tensor is padded with zeros."""
+    flat = x.reshape(x.shape[0], -1)
+    missing = -flat.shape[1] % BLOCK
+    filled = jnp.pad(flat, ((0, 0), (0, missing))) if missing else flat
+    return filled.reshape(x.shape[0], -1, BLOCK)
+
+
+def _tensors(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Inverts `_blocks`."""
+    return blocks.reshape(shape[0], -1)[:, : math.prod(shape[1:])].reshape(shape)
+
+
 Moments = tuple[Array, ...]  # f32
 Scalars = dict[str, Array]
 # (parameter, gradient, moments, scalars), all f32 -> (parameter, moments)
@@ -136,7 +190,7 @@ def adamw_8bit_values(
     weight_decay: float,
     factors: Factors | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW as in `adamw_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates.
+    """AdamW as in `adamw_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.updates.
 
     Args:
       factors: the factor of the learning rate of each leaf; None: 1.
@@ -165,7 +219,7 @@ def adamw_8bit_values(
 def lion_8bit_values(
     learning_rate: optax.Schedule, beta1: float, beta2: float, weight_decay: float, factors: Factors | None = None
 ) -> optax.GradientTransformation:
-    """Lion as in `lion_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates.
+    """Lion as in `lion_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.updates.
 
     Args:
       factors: the factor of the learning rate of each leaf; None: 1.

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.optim.elementwise import check_elementwise
+from qlora_jax.optim.optax_chain import check_elementwise
 from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, layer_pages
 from qlora_jax.optim.page_pool import Memory, Page
 from qlora_jax.optim.pager import (

@@ -24,8 +24,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.optim.apply_updates import apply_updates, in_f32
-from qlora_jax.optim.clipping import clipped, global_norm
 from qlora_jax.optim.page_layout import Layout, PyTreeDef
 from qlora_jax.optim.page_pool import (
     COPY_ERRORS,
@@ -38,6 +36,7 @@ from qlora_jax.optim.page_pool import (
     on_device,
     page_bytes,
 )
+from qlora_jax.optim.updates import apply_updates, clipped, global_norm, in_f32
 from qlora_jax.sharding import named
 
 PREFETCHED_PAGES = 2  # copied to the device while one is updated, as far as the budget has room
@@ -112,7 +111,7 @@ class PagedUpdate:
     `params` and `state`. Compiles one program per page shape: two, where the last page is smaller.
 
     Args:
-      transform: elementwise; see qlora_jax.optim.elementwise.
+      transform: elementwise; see qlora_jax.optim.optax_chain.
       max_grad_norm: the global norm to which gradients are clipped, over all pages; 0 turns clipping off.
     """
 

@@ -8,8 +8,7 @@ import functools
 import jax
 import numpy as np
 
-from pallas_kernels.formats.rounding import rounded
-from pallas_kernels.formats.tables import dynamic_map
+from pallas_kernels.formats.tables import dynamic_map, rounded
 
 LOOK_UP_SIZE = 65536
 

@@ -9,8 +9,7 @@ import json
 from typing import Any
 
 from qlora_jax.sandbox import json_values
-from qlora_jax.sandbox.messages import receive, send
-from qlora_jax.sandbox.programs import Program, ProgramOutcome
+from qlora_jax.sandbox.programs import Program, ProgramOutcome, receive, send
 
 _LONGEST_DETAIL = 200  # characters
 

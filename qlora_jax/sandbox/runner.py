@@ -11,8 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qlora_jax.sandbox.messages import receive, send
-from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
+from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome, receive, send
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 # The worker has only Python's standard library, and forgets where it found this package.

@@ -15,19 +15,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.schema import RouterArgs
 from qlora_jax.methods.attach import abstract_parts
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.model_sharding import parts_specs
-from qlora_jax.models.offloaded_experts import check_fetchable, with_experts_on_host
-from qlora_jax.models.partition import ModelParts
+from qlora_jax.models.partition import ModelParts, check_fetchable, parts_specs, with_experts_on_host
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE
 from qlora_jax.objectives.head_objective import head_spec
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.objectives.router_losses import check_routers_learn, routed
 from qlora_jax.objectives.sft import SUPERVISED
 from qlora_jax.optim import make_optimizer
-from qlora_jax.optim.mesh_state import state_specs
+from qlora_jax.optim.optax_chain import state_specs
 from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size, placed_shapes
 from qlora_jax.training.batch_shapes import batch_shapes
 from qlora_jax.training.step import gradients, update

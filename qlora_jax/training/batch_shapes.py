@@ -6,7 +6,7 @@ Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions,
 from typing import Literal
 
 from qlora_jax.data.batching.batches import PRESENT
-from qlora_jax.data.batching.slots import slot_count
+from qlora_jax.data.batching.packing import slot_count
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.objectives.router_losses import FILLED, Routed
 

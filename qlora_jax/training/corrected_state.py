@@ -5,11 +5,9 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.methods.method import Correction
-from qlora_jax.models.model_sharding import lora_specs
-from qlora_jax.models.partition import Lora, join_leaves, split_leaves
-from qlora_jax.optim.apply_updates import in_f32
-from qlora_jax.optim.clipping import global_norm
+from qlora_jax.models.partition import Lora, join_leaves, lora_specs, split_leaves
 from qlora_jax.optim.page_pool import Transfers
+from qlora_jax.optim.updates import global_norm, in_f32
 from qlora_jax.sharding import named
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.metrics.metrics_file import Record

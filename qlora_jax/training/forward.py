@@ -11,8 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.inference.mesh_inference import run_on_mesh
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.partition import ModelFunction, ModelParts, combine
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.objectives.sequences import ComparedLogps, compared_logps
 from qlora_jax.objectives.sft import SUPERVISED

@@ -13,15 +13,21 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qlora_jax.config import OptimArgs, paging_of, plain_name
 from qlora_jax.config.sizes import format_bytes, parse_bytes
-from qlora_jax.hosts.agreed_minimum import AgreedMinimum
-from qlora_jax.models.model_sharding import lora_specs
-from qlora_jax.models.partition import Lora
+from qlora_jax.hosts.group import AgreedMinimum
+from qlora_jax.models.partition import Lora, lora_specs
 from qlora_jax.optim import make_elementwise, make_optimizer
-from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
-from qlora_jax.optim.mesh_state import init_state, state_specs
-from qlora_jax.optim.optax_state import from_optax, page_out_all, to_optax, unpage
+from qlora_jax.optim.optax_chain import (
+    ELEMENTWISE,
+    check_elementwise,
+    from_optax,
+    init_state,
+    page_out_all,
+    state_specs,
+    to_optax,
+    unpage,
+)
 from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, PyTreeDef, layer_pages
-from qlora_jax.optim.page_pool import Memory, PagingError, Transfers
+from qlora_jax.optim.page_pool import Memory, PagingError, Transfers, memory_of
 from qlora_jax.optim.pager import (
     PagedState,
     PagedUpdate,
@@ -29,7 +35,6 @@ from qlora_jax.optim.pager import (
     paged_init,
     resident_bytes,
 )
-from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.sharding import placed_shapes
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.metrics.metrics_file import Record

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, MeshSize
-from qlora_jax.config.mesh_settings import AUTO
-from qlora_jax.config.validate_mesh import MeshChoices
+from qlora_jax.config.schema import AUTO
+from qlora_jax.config.validate import MeshChoices
 from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
 from qlora_jax.objectives.objective import needs_reference
-from qlora_jax.optim.sharded_page_pool import memory_of
+from qlora_jax.optim.page_pool import memory_of
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display.banner import short_run_warning
 from qlora_jax.training.display.run_display import print_banner

@@ -6,8 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from qlora_jax.models.partition import Lora
-from qlora_jax.optim.page_pool import Memory
-from qlora_jax.optim.sharded_page_pool import memory_of
+from qlora_jax.optim.page_pool import Memory, memory_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

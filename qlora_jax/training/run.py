@@ -9,8 +9,7 @@ from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.hosts.group import Group
-from qlora_jax.hosts.stop_signal import stop_on_signals
-from qlora_jax.hosts.watchdog import Watchdog
+from qlora_jax.hosts.watchdog import Watchdog, stop_on_signals
 from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
 from qlora_jax.io.initial_file import read_initial, write_initial
 from qlora_jax.io.loading.base_fingerprint import same_form
@@ -19,11 +18,11 @@ from qlora_jax.io.run_folder.checkpoint import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     Checkpoints,
+    LockedCheckpoints,
     newest_state,
     saved_fingerprint,
     saved_steps,
 )
-from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.display.banner import rate_rows, resume_banner, start_banner

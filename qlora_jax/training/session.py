@@ -30,8 +30,7 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import text_config
-from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import AdapterArrays, ModelParts, combine, partition
+from qlora_jax.models.partition import AdapterArrays, ModelParts, combine, partition, place_parts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key

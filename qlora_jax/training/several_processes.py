@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 
 from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.hosts.group import Group
-from qlora_jax.hosts.shared_folder import sees_first
-from qlora_jax.hosts.stop_signal import StopSignal
-from qlora_jax.hosts.warm_up import connect_groups
-from qlora_jax.hosts.watchdog import Watchdog
+from qlora_jax.hosts.join import connect_groups
+from qlora_jax.hosts.launchers import sees_first
+from qlora_jax.hosts.watchdog import StopSignal, Watchdog
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock
 from qlora_jax.line_digests import LinesDigest

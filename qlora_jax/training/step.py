@@ -19,16 +19,14 @@ from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.model_sharding import lora_specs, parts_specs
-from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, split_leaves
+from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, lora_specs, parts_specs, split_leaves
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.objectives.objective import Objective, Totals
 from qlora_jax.objectives.router_losses import Routed, RoutedOutputs, counted_positions
 from qlora_jax.objectives.sft import SUPERVISED
-from qlora_jax.optim.apply_updates import apply_updates, in_f32
-from qlora_jax.optim.clipping import global_norm
-from qlora_jax.optim.mesh_state import state_specs
+from qlora_jax.optim.optax_chain import state_specs
+from qlora_jax.optim.updates import apply_updates, global_norm, in_f32
 from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, own_rows, shards_of, sum_over
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.

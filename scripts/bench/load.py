@@ -31,8 +31,8 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax import runtime
+from qlora_jax.io.hf.model_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
 from qlora_jax.io.hf.reader import INDEX
-from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import slots_of

@@ -22,7 +22,7 @@ from qlora_jax.api.generate import generate_text
 from qlora_jax.api.load import load
 from qlora_jax.data.formats.conversations import GUANACO
 from qlora_jax.data.readers.files import read_rows
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.metadata import JsonObject
 from scripts.bench.support.progress import phases

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from qlora_jax.models.model_sharding import place_parts
+from qlora_jax.models.partition import place_parts
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.run_mesh import place_batch
 from qlora_jax.training.step import gradients

@@ -19,7 +19,7 @@ from qlora_jax.api import export as _export_api
 from qlora_jax.api import generate as _generate_api
 from qlora_jax.api import predict as _predict_api
 from qlora_jax.config import run_main
-from qlora_jax.studies.comparison import command as _comparison
+from qlora_jax.studies.comparison import run_study as _comparison
 from qlora_jax.studies.tournament import tournament as _tournament
 from qlora_jax.studies.variance import analysis as _variance_analysis
 from qlora_jax.studies.variance import page as _variance_page

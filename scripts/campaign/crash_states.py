@@ -29,9 +29,14 @@ from jaxtyping import PyTree
 
 from qlora_jax import train
 from qlora_jax.config import read_config, run_main
-from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, CheckpointError, Checkpoints, saved_steps
+from qlora_jax.io.run_folder.checkpoint import (
+    CHECKPOINT_FOLDER,
+    CheckpointError,
+    Checkpoints,
+    LockedCheckpoints,
+    saved_steps,
+)
 from qlora_jax.io.run_folder.checkpoint_reader import PARTS
-from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
 from qlora_jax.runtime import CACHE_VARIABLE
 from qlora_jax.training.metrics.metrics_file import MetricsFile
 from qlora_jax.training.resume import RECORDS

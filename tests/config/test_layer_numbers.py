@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.config.layer_numbers import parse_layers
+from qlora_jax.config.parse import parse_layers
 
 
 @pytest.mark.parametrize(

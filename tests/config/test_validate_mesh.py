@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, MeshArgs, ModelArgs, TrainArgs, read_arguments
-from qlora_jax.config.mesh_settings import mesh_sizes
-from qlora_jax.config.validate_mesh import mesh_choices
+from qlora_jax.config.schema import mesh_sizes
+from qlora_jax.config.validate import mesh_choices
 
 NEEDED = ["--model", "m", "--data.train", "t", "--output", "o"]
 

@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from qlora_jax.io.export.original_delta import adapter_for_export
+from qlora_jax.io.export.original_base import adapter_for_export
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.io.run_folder.checkpoint import open_run

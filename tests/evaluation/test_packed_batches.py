@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.evaluation.batches import BATCH_TOKENS, SHAPE_COST, Batch, batches_by_length, padded_length
-from qlora_jax.evaluation.packed_batches import PackedBatch, packed_batches
+from qlora_jax.evaluation.batches import (
+    BATCH_TOKENS,
+    SHAPE_COST,
+    Batch,
+    PackedBatch,
+    batches_by_length,
+    packed_batches,
+    padded_length,
+)
 
 
 @given(lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=60), devices=st.sampled_from([1, 2, 8]))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import QuestionArgs
+from qlora_jax.evaluation.compared_models import check_same_inputs
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.registry import TASKS, build_tasks
-from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.task import PreparedTask, ProgressCallback, Task, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram

@@ -5,7 +5,7 @@ import pytest
 
 from qlora_jax.evaluation.heads.rows import HeadRows
 from qlora_jax.evaluation.results import Evaluation, task_result
-from qlora_jax.evaluation.row_measures import MEASURES, measures_of
+from qlora_jax.evaluation.task import MEASURES, measures_of
 from qlora_jax.evaluation.tasks.answers import AnswerScores, AnswersTask
 from qlora_jax.evaluation.tasks.choices import ChoiceScores, ChoicesTask
 from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask

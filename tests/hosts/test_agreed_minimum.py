@@ -2,8 +2,8 @@
 
 import jax
 
-from qlora_jax.hosts.agreed_minimum import AgreedMinimum
-from qlora_jax.hosts.stop_signal import StopSignal
+from qlora_jax.hosts.group import AgreedMinimum
+from qlora_jax.hosts.watchdog import StopSignal
 
 
 def test_one_process_agrees_with_itself():

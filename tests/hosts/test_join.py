@@ -5,8 +5,7 @@ from pathlib import Path
 import jax
 
 from qlora_jax.hosts.group import MissingProcess
-from qlora_jax.hosts.join import _may_follow, _unseen
-from qlora_jax.hosts.roll_call import RollCall
+from qlora_jax.hosts.join import RollCall, _may_follow, _unseen
 
 
 def test_the_advice_points_to_the_output_of_the_processes_that_are_missing(tmp_path: Path):

@@ -4,7 +4,7 @@ import pytest
 from jax._src import distributed
 from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]  # a library without declarations
 
-from qlora_jax.hosts.lost_process import calls_when_lost
+from qlora_jax.hosts.watchdog import calls_when_lost
 
 CALLBACK = "missed_heartbeat_callback"
 

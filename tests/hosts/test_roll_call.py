@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from qlora_jax.hosts.roll_call import RollCall
+from qlora_jax.hosts.join import RollCall
 
 
 def test_processes_that_count_are_here_and_leave_no_file(tmp_path: Path):

@@ -18,12 +18,10 @@ from flax import nnx
 import qlora_jax.train
 from qlora_jax.config import run_main
 from qlora_jax.config.command_line import SIGNALLED, report_error
-from qlora_jax.hosts.agreed_minimum import AgreedMinimum
+from qlora_jax.hosts.group import AgreedMinimum
 from qlora_jax.hosts.join import joined
-from qlora_jax.hosts.launchers import PORT_VARIABLE, Place, find_place
-from qlora_jax.hosts.shared_folder import sees_first
-from qlora_jax.hosts.stop_signal import StopSignal
-from qlora_jax.hosts.watchdog import Watchdog
+from qlora_jax.hosts.launchers import PORT_VARIABLE, Place, find_place, sees_first
+from qlora_jax.hosts.watchdog import StopSignal, Watchdog
 from qlora_jax.io.hf import reader as hf_reader
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model

@@ -10,7 +10,7 @@ import pytest
 from qlora_jax.inference import decode
 from qlora_jax.inference.decode import generate, stream
 from qlora_jax.inference.sampling import Sampling, choose
-from qlora_jax.models.model_function import ModelFunction
+from qlora_jax.models.partition import ModelFunction
 from tests.inference.tiny import VOCAB, full_logits, tiny_parts
 
 GREEDY = Sampling()

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
-from qlora_jax.io.head_padding import Padding, head_padding, padded_tokenizer
+from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
 from tests.io.tiny_tokenizers import byte_level
 
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2

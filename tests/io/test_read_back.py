@@ -12,7 +12,7 @@ import pytest
 from qlora_jax.atomic_files import staged_folder, write_bytes
 from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
-from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
+from qlora_jax.io.hf.model_writer import TensorSpec, write_safetensors
 from qlora_jax.io.peft.writer import write_adapter
 from tests.conftest import SMALL_DISK_BYTES
 

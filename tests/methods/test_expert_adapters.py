@@ -9,12 +9,11 @@ import pytest
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.attach import add_lora
-from qlora_jax.methods.expert_adapters import initial_parameter_factors
+from qlora_jax.methods.expert_lora import initial_parameter_factors
 from qlora_jax.methods.targets import target_parameters
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.decoder import CausalLM, layer_runs
 from qlora_jax.models.families import model_config
-from qlora_jax.models.layer_runs import layer_runs
 from qlora_jax.models.partition import combine, partition
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, SIZES
 

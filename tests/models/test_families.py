@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from qlora_jax.models.experts_config import MAX_EXPERTS
+from qlora_jax.models.config import MAX_EXPERTS
 from qlora_jax.models.families import model_config
-from qlora_jax.models.families.expert_attributes import COUNTS, expert_count
+from qlora_jax.models.families.attributes import COUNTS, expert_count
 from qlora_jax.models.families.multimodal import text_only
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, QueryPositionScale
 from tests.io.gguf_families import MIXTURES

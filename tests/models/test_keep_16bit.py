@@ -9,7 +9,7 @@ from flax import nnx
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.keep_16bit import added_bytes, describe, keep_in_16_bits, kept_layers, kept_text, names_of
+from qlora_jax.models.precision import added_bytes, describe, keep_in_16_bits, kept_layers, kept_text, names_of
 from tests.io.tiny_models import tiny_config
 from tests.models.mixtures import NARROW
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.models.layer_runs import layer_runs
-from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.attention import KVCache
+from qlora_jax.models.decoder import layer_runs
+from qlora_jax.models.partition import ModelParts, combine, place_parts
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.step import gradients
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_batch, mesh_config, mesh_parts

@@ -13,10 +13,9 @@ from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.inference import lowering
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import GREEDY
-from qlora_jax.models import model_function
+from qlora_jax.models import partition
 from qlora_jax.models.families import model_config
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.offloaded_experts import has_experts_on_host
+from qlora_jax.models.partition import ModelFunction, has_experts_on_host
 from qlora_jax.training.abstract_step import abstract_step
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import random_mixture
@@ -51,7 +50,7 @@ def test_a_card_and_its_host_memory_choose_the_options(monkeypatch):
         for away in (True, False)
     }
     assert function.jitted(shapes[True]) is function.plain
-    monkeypatch.setattr(model_function, "target_device", lambda: Device(platform="gpu", kind="a card"))
+    monkeypatch.setattr(partition, "target_device", lambda: Device(platform="gpu", kind="a card"))
     assert function.jitted(shapes[True]) is function.jitted((shapes[False], shapes[True])) is function.prefetching
     assert function.jitted(shapes[False]) is function.plain
 

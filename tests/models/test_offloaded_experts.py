@@ -15,8 +15,13 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.models.config import DENSE, STORED, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.offloaded_experts import host_paths, with_experts_on_host, with_memory_of
-from qlora_jax.models.partition import ModelParts, prepare_for_decoding
+from qlora_jax.models.partition import (
+    ModelParts,
+    host_paths,
+    prepare_for_decoding,
+    with_experts_on_host,
+    with_memory_of,
+)
 from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.padded_stack import PaddedStack

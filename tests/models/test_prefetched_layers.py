@@ -15,7 +15,7 @@ from pallas_kernels.aot.overlap import is_product
 from pallas_kernels.aot.placement import HOST_LAYOUT
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.families import model_config
-from qlora_jax.models.offloaded_experts import host_sharding
+from qlora_jax.models.partition import host_sharding
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE, fetch_layer, prefetching_scan
 from qlora_jax.training.abstract_step import abstract_step
 from tests.marks import EXHAUSTIVE

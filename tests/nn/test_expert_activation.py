@@ -7,8 +7,8 @@ import pytest
 
 from pallas_kernels.aot.memory import read_memory
 from pallas_kernels.grouped_matmul import group_rows, weights_of_slots
-from qlora_jax.nn import expert_activation
-from qlora_jax.nn.expert_activation import BLOCK, weighted_activation
+from qlora_jax.nn import experts
+from qlora_jax.nn.experts import BLOCK, weighted_activation
 from qlora_jax.nn.mlp import ACTIVATIONS, ClampedSwiglu
 from qlora_jax.training.cost.step_shape import F32
 from tests.nn.gradients import check_vjp, random_array
@@ -73,5 +73,5 @@ def test_gradients_take_the_memory_of_a_block(monkeypatch):
         return read_memory(jax.jit(vjp).lower(gate_PF).compile(TO_READ).memory_analysis()).device.temporaries
 
     assert temporaries() < 4 * BLOCK * INNER * F32
-    monkeypatch.setattr(expert_activation, "_by_block", expert_activation._gradients)
+    monkeypatch.setattr(experts, "_by_block", experts._gradients)
     assert temporaries() > gate_PF.size * F32

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.schema import RouterArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import combine
+from qlora_jax.models.partition import combine, place_parts
 from qlora_jax.nn.router import SIGMOID, Routing
 from qlora_jax.objectives.router_losses import (
     FILLED,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.models.model_sharding import lora_specs
+from qlora_jax.models.partition import lora_specs
 from qlora_jax.sharding import make_mesh, place
 
 LAYERS = 4

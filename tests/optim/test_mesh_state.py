@@ -10,11 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import OptimArgs
-from qlora_jax.models.model_sharding import lora_specs
+from qlora_jax.models.partition import lora_specs
 from qlora_jax.optim import make_optimizer
-from qlora_jax.optim.apply_updates import apply_updates, in_f32
-from qlora_jax.optim.mesh_state import init_state, state_specs
-from qlora_jax.optim.optax_chain import OPTIMIZERS
+from qlora_jax.optim.optax_chain import OPTIMIZERS, init_state, state_specs
+from qlora_jax.optim.updates import apply_updates, in_f32
 from qlora_jax.sharding import cut_axis
 from qlora_jax.training.step import update
 from tests.marks import EXHAUSTIVE

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from qlora_jax.config import OptimArgs
-from qlora_jax.config.optimizer_names import PAGED
+from qlora_jax.config.schema import PAGED
 from qlora_jax.optim import make_elementwise, make_optimizer, make_schedule
 from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.optim.schedule import SHAPES

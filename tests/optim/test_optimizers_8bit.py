@@ -15,9 +15,16 @@ from flax import nnx
 import qlora_jax
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
-from qlora_jax.optim.apply_updates import apply_updates
-from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
-from qlora_jax.optim.state_8bit import MIN_SIZE, Quantized, dequantize, quantize, state_zeros
+from qlora_jax.optim.optimizers_8bit import (
+    MIN_SIZE,
+    Quantized,
+    adamw_8bit_values,
+    dequantize,
+    lion_8bit_values,
+    quantize,
+    state_zeros,
+)
+from qlora_jax.optim.updates import apply_updates
 from qlora_jax.quant.dynamic_8bit import LOOK_UP_SIZE, nearest_code_look_up
 
 GOLDEN = Path(__file__).parent.parent / "golden/optimizers_8bit.npz"

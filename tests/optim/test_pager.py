@@ -14,10 +14,7 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
-from qlora_jax.optim.apply_updates import apply_updates
-from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
-from qlora_jax.optim.optax_chain import OPTIMIZERS
-from qlora_jax.optim.optax_state import from_optax, to_optax
+from qlora_jax.optim.optax_chain import ELEMENTWISE, OPTIMIZERS, check_elementwise, from_optax, to_optax
 from qlora_jax.optim.page_layout import layer_pages
 from qlora_jax.optim.page_pool import Memory, on_device
 from qlora_jax.optim.pager import (
@@ -28,6 +25,7 @@ from qlora_jax.optim.pager import (
     resident_bytes,
 )
 from qlora_jax.optim.schedule import SHAPES
+from qlora_jax.optim.updates import apply_updates
 from qlora_jax.training.step import update
 from tests.marks import EXHAUSTIVE
 

@@ -7,9 +7,9 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_optimizer, make_schedule
-from qlora_jax.optim.apply_updates import apply_updates
 from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.optim.schedule import warmup_steps
+from qlora_jax.optim.updates import apply_updates
 
 TOTAL = 24
 

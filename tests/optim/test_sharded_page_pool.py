@@ -8,15 +8,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import OptimArgs
-from qlora_jax.models.model_sharding import lora_specs
+from qlora_jax.models.partition import lora_specs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim import page_pool as page_pool_module
-from qlora_jax.optim.mesh_state import init_state
-from qlora_jax.optim.optax_state import from_optax, page_out_all, to_optax, unpage
+from qlora_jax.optim.optax_chain import from_optax, init_state, page_out_all, to_optax, unpage
 from qlora_jax.optim.page_layout import layer_pages
-from qlora_jax.optim.page_pool import Memory, on_device, page_bytes
+from qlora_jax.optim.page_pool import Memory, ShardedMemory, memory_of, on_device, page_bytes
 from qlora_jax.optim.pager import PagedUpdate, paged_init, resident_bytes
-from qlora_jax.optim.sharded_page_pool import ShardedMemory, memory_of
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.step import update
 from tests.marks import first_always

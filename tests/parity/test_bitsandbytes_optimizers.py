@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.optim.apply_updates import apply_updates
-from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
-from qlora_jax.optim.state_8bit import Quantized
+from qlora_jax.optim.optimizers_8bit import Quantized, adamw_8bit_values, lion_8bit_values
+from qlora_jax.optim.updates import apply_updates
 
 SCRIPT = Path(__file__).resolve().parent.parent / "oracle/bnb_optimizer.py"
 LAYERS, STEPS = 2, 4

@@ -18,8 +18,8 @@ from qlora_jax.methods.attach import add_lora
 from qlora_jax.methods.method import linears
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.keep_16bit import keep_in_16_bits
 from qlora_jax.models.partition import combine, partition
+from qlora_jax.models.precision import keep_in_16_bits
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.quant import dequantize
 from tests.io.gguf_families import FAMILIES, random_tensors

@@ -13,8 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE, SPACE, rebuild
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf.header import parse_header
-from qlora_jax.io.gguf.tokenizer_reader import PREFIX, tokenizer_from_metadata
-from qlora_jax.io.gguf.tokenizer_writer import tokenizer_metadata
+from qlora_jax.io.gguf.tokenizer import PREFIX, tokenizer_from_metadata, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, typed_keys, write_gguf
 from tests.data.tokenizer.hard_texts import hard_texts
 from tests.io.tiny_tokenizers import LINES, SPECIAL, sentencepiece_metadata

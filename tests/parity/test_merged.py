@@ -13,7 +13,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export import verify
-from qlora_jax.io.hf import shard_writer
+from qlora_jax.io.hf import model_writer
 from qlora_jax.io.hf.fused_experts import name_in_files
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
@@ -78,7 +78,7 @@ def test_weights_are_rounded_once(tmp_path: Path, dtype: str) -> None:
 def test_large_models_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _, _ = _run(tmp_path, "run", "all")
     main(["--run", str(run), "--format", "hf"])
-    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(model_writer, "SHARD_BYTES", 20_000)
     main(["--run", str(run), "--format", "hf", "--output", str(tmp_path / "cut")])
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"

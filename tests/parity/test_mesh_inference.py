@@ -18,8 +18,7 @@ from qlora_jax.evaluation.tasks.letters import LetterQuestion, score_letters
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.lowering import lower_decoding
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import ModelParts, prepare_for_decoding
+from qlora_jax.models.partition import ModelParts, place_parts, prepare_for_decoding
 from qlora_jax.sharding import make_mesh, part_bytes
 from tests.marks import first_always
 from tests.training.mesh_models import CUT_VOCABULARY, WHOLE_VOCABULARY, mesh_config, mesh_parts

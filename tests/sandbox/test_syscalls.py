@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.sandbox.syscalls import ALLOWED, CLONE, CLONE3, TGKILL
+from qlora_jax.sandbox.landlock_seccomp import ALLOWED, CLONE, CLONE3, TGKILL
 
 NUMBERS = {**ALLOWED, "clone": CLONE, "clone3": CLONE3, "tgkill": TGKILL}
 X86 = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")

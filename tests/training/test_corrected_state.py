@@ -12,8 +12,7 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.model_sharding import lora_specs, place_parts
-from qlora_jax.models.partition import split_leaves
+from qlora_jax.models.partition import lora_specs, place_parts, split_leaves
 from qlora_jax.sharding import ROWS, make_mesh, named, place
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients

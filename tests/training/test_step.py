@@ -15,9 +15,8 @@ from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.config import LoraArgs
-from qlora_jax.models import layer_runs
-from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import ModelParts
+from qlora_jax.models import decoder
+from qlora_jax.models.partition import ModelParts, place_parts
 from qlora_jax.nn import linear
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.sharding import FSDP, ROWS, axis_size, gathered, make_mesh, named
@@ -267,7 +266,7 @@ def ungathered_layer(base, layer):
 @pytest.mark.parametrize("broken", [gathered_in_the_op, dequantized_before_the_gather])
 def test_other_exchanges_are_noticed(monkeypatch, broken):
     monkeypatch.setattr(linear, "frozen_linear", broken)
-    monkeypatch.setattr(layer_runs, "gather_layer", ungathered_layer)
+    monkeypatch.setattr(decoder, "gather_layer", ungathered_layer)
     problems = exchange_problems((1, 8), "full")
     assert any("as large as a weight" in one or one.startswith("u8: found") for one in problems), problems
 

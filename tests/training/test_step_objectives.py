@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.model_sharding import place_parts
+from qlora_jax.models.partition import place_parts
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.objectives.cpo import CPO
 from qlora_jax.objectives.dpo import DPO

@@ -10,7 +10,7 @@ With packing (packing.py), a pack replaces a row, and all packs have the same le
 the rows of equal length among them.
 
 Dimension key: A micro-batches, B rows (or packs) of each, T positions, R data rows in the fullest pack (1 unpacked),
-S slots (slots.py), C numbers per slot.
+S slots (packing.py), C numbers per slot.
 """
 
 import dataclasses
@@ -21,10 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from qlora_jax.data.batching.buckets import bucket_of
 from qlora_jax.data.batching.mixture import Mixture
-from qlora_jax.data.batching.packing import pack
-from qlora_jax.data.batching.slots import packed_lengths, slot_count, slot_values
+from qlora_jax.data.batching.packing import bucket_of, pack, packed_lengths, slot_count, slot_values
 from qlora_jax.data.branch_tree import Positions, lay_out
 from qlora_jax.data.rows import TokenRows
 
@@ -50,7 +48,7 @@ class Batch:
       parents: segment of the trunk that a position's segment continues; its own if it continues none.
       depths: positions of that trunk which a position's segment sees. Its text has `depths` + its index in the segment
         positions before it. `parents` and `depths` are None if no row of the data is a tree.
-      sequences: slot (slots.py) of the branch, or of the whole row, that a position belongs to; S for trunks and
+      sequences: slot (packing.py) of the branch, or of the whole row, that a position belongs to; S for trunks and
         padding. None if the objective needs no slots.
       slots: by name, `present` (1 for slots in use, otherwise 0) and the rows' values, [A, B, S] or [A, B, S, C].
     """

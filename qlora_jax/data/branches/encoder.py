@@ -21,21 +21,27 @@ from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.data.branch_tree import MIN_BRANCH, Branch
 from qlora_jax.data.encoder import Finish, check_encodable
 from qlora_jax.data.formats.preference import EQUAL_ANSWERS
-from qlora_jax.data.formats.reasoning import read_thought
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
-from qlora_jax.data.formats.template_kwargs import by_template_kwargs, check_plain, read_template_kwargs
-from qlora_jax.data.formats.tool_calls import Tools, called_functions, check_template_shows, read_tools
+from qlora_jax.data.formats.turn_fields import (
+    Tools,
+    by_template_kwargs,
+    called_functions,
+    check_plain,
+    check_template_shows,
+    read_template_kwargs,
+    read_thought,
+    read_tools,
+)
 from qlora_jax.data.labels import ValueReader, Values, value_reader
-from qlora_jax.data.loss_mask.by_offsets import is_lossy
 from qlora_jax.data.loss_mask.reference import EncodedRow
-from qlora_jax.data.loss_mask.shared_prefix import is_always_found
-from qlora_jax.data.loss_mask.turn_marks import TurnMarks, turn_marks
-from qlora_jax.data.loss_mask.turns import search_turn_texts, text_behind
+from qlora_jax.data.loss_mask.spans import is_always_found
+from qlora_jax.data.loss_mask.token_spans import is_lossy
+from qlora_jax.data.loss_mask.turns import TurnMarks, search_turn_texts, text_behind, turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
 from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together, with_variables
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 

@@ -1,12 +1,16 @@
-"""Renames a file's columns to ours, finds the column that was probably meant, and writes the setting that names it."""
+"""A file's columns: renamed to ours, found where another was meant, and checked to be texts."""
 
 import difflib
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from qlora_jax.config.yaml_files import one_line_yaml
+from qlora_jax.data.formats.row_format import RowFormat
+from qlora_jax.data.readers.files import Row
 from qlora_jax.data.readers.json_rows import shorten
 from qlora_jax.metadata import JsonObject
 
@@ -118,3 +122,55 @@ def list_columns(columns: Collection[str]) -> str:
     """Returns the column names for a message; of many, the first ones and the number of the others."""
     shown = ", ".join(shorten(repr(name)) for name in [*columns][:_MAX_SHOWN])
     return f"{shown} and {len(columns) - _MAX_SHOWN} more" if len(columns) > _MAX_SHOWN else shown or "none"
+
+
+_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def text_problems(row: JsonObject, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
+    """Returns the problems of these columns, which the row has."""
+    problems = [text_problem(name, row[name], name in may_be_blank) for name in names]
+    return [problem for problem in problems if problem]
+
+
+def text_problem(name: str, value: object, may_be_blank: bool = False) -> str | None:
+    """Returns the reason why `value` is not a text to learn from; None if it is one."""
+    if not isinstance(value, str):
+        return f"{name} is {'null' if value is None else type(value).__name__}, expected text"
+    if not may_be_blank and not value.strip():
+        return f"{name} is empty"
+    half = _HALF_SURROGATE.search(value)
+    if half:
+        return f"{name} contains half of a surrogate pair (\\u{ord(half.group()):x})"
+    return None
+
+
+class Lookalike(NamedTuple):
+    """A kind of conversation in one text.
+
+    Fields:
+      tags: texts before the turns of the two speakers.
+      answers_only: the format that learns only the answers, with and without a chat template.
+    """
+
+    tags: tuple[str, str]
+    answers_only: str
+
+
+# By the name of the format that has such texts.
+LOOKALIKES = {
+    "guanaco": Lookalike(("### Human:", "### Assistant:"), "guanaco-answers"),
+    "chip2": Lookalike(("<human>:", "<bot>:"), "chip2"),
+}
+# Formats that learn every token of a text without a chat template.
+_WHOLE_TEXT = ("text", "guanaco")
+
+
+def count_lookalikes(rows: Sequence[Row], row_format: RowFormat) -> Mapping[str, int]:
+    """Returns the number of rows by the name of the format that they look like, if every token of them is learned."""
+    if row_format.name not in _WHOLE_TEXT:
+        return {}
+    found = Counter()
+    for name, (tags, _) in LOOKALIKES.items():
+        found[name] = sum([all([tag in row.data["text"] for tag in tags]) for row in rows])
+    return +found

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.metadata import JsonObject
 
 # Roles in `messages`. Besides the usual four: gpt-oss's templates call the system developer. Other templates call a

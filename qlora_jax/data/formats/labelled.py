@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
+from qlora_jax.data.formats.columns import text_problems
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Texts
-from qlora_jax.data.formats.texts import text_problems
-from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
+from qlora_jax.data.formats.turn_fields import tools_problems, with_parsed_arguments
 
 # Columns of one text or of two, such as those of GLUE's tasks. Two texts are joined as two lines.
 _COLUMNS = {

@@ -9,11 +9,10 @@ from os.path import commonprefix
 
 from qlora_jax.data.formats import conversations
 from qlora_jax.data.formats.chat_messages import current_messages, form_problems, message_problems
-from qlora_jax.data.formats.columns import SYNONYMS
+from qlora_jax.data.formats.columns import SYNONYMS, text_problem, text_problems
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
-from qlora_jax.data.formats.texts import text_problem, text_problems
-from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.formats.turn_fields import tools_problems, with_parsed_arguments
+from qlora_jax.data.tokenizer.template_pipe import Message
 
 EQUAL_ANSWERS = "chosen and rejected are equal"
 DIFFERENT_PROMPTS = "the prompts of chosen and rejected differ"

@@ -8,11 +8,10 @@ from qlora_jax.config.registry import load_implementation
 from qlora_jax.config.row_formats import ROW_FORMATS, RowFormatDeclaration
 from qlora_jax.data.formats import conversations, labelled, preference
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
+from qlora_jax.data.formats.columns import text_problems
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
-from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
-from qlora_jax.data.formats.texts import text_problems
-from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS, tools_problems, with_parsed_arguments
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.metadata import shorten
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.

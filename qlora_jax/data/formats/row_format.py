@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config.objectives import RowKind
-from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS, read_template_kwargs, template_kwargs_problems
+from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS, read_template_kwargs, template_kwargs_problems
 from qlora_jax.data.row_kinds import objectives_of
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.metadata import JsonObject
 
 Columns = JsonObject  # one row's values by column name

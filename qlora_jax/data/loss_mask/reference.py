@@ -3,12 +3,10 @@
 Read this file first. Training takes the fast paths next to it. They return the same rows, which
 tests/data/loss_mask/test_reference.py checks:
 
-  spans.py            finds the spans of a conversation, or its branches
-  span_cache.py       finds the spans of a conversation from those of another with the same roles
-  shared_prefix.py    encodes the beginning that texts share once
-  by_bytes.py         computes the mask from the byte length of each id, for many rows at once
-  by_offsets.py       computes the mask of one row from its offsets, without a loop over tokens
-  encode_branches.py  encodes the pieces that the texts of rows with branches share once
+  spans.py        finds the spans of a conversation, or its branches, and the beginning that texts share
+  span_cache.py   finds the spans of a conversation from those of another with the same roles
+  token_spans.py  computes the mask: of many rows at once from the byte length of each id, of one row from its offsets,
+                  and of rows with branches from pieces that their texts share
 """
 
 import array
@@ -22,11 +20,11 @@ from jaxtyping import Bool, Float32, Int32
 
 from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.formats.row_format import Segment
-from qlora_jax.data.formats.tool_calls import Tools
+from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.loss_mask.spans import conversation_segments
 from qlora_jax.data.loss_mask.turn_branches import Learn, RowText
-from qlora_jax.data.loss_mask.turn_marks import turn_marks
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.loss_mask.turns import turn_marks
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 SequenceValues = Sequence[float] | Sequence[Sequence[float]] | Float32[np.ndarray, "..."]

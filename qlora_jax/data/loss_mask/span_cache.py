@@ -18,16 +18,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.formats.reasoning import REASONING, TAGS, read_thought
 from qlora_jax.data.formats.row_format import Segment
-from qlora_jax.data.formats.tool_calls import Tools
+from qlora_jax.data.formats.turn_fields import REASONING, TAGS, Tools, read_thought
 from qlora_jax.data.loss_mask.spans import SegmentSearch, search_segments, search_turns
 from qlora_jax.data.loss_mask.turn_branches import LearnedTurn, RowText, build_row_text
-from qlora_jax.data.loss_mask.turn_marks import TurnMarks, turn_marks
-from qlora_jax.data.loss_mask.turns import TEXT_CHANGES, closes_reasoning
+from qlora_jax.data.loss_mask.turns import TEXT_CHANGES, TurnMarks, closes_reasoning, turn_marks
 from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Letters and digits only: a template that trims or escapes texts does not change them.

@@ -8,13 +8,15 @@ A template that rewrites the assistant's texts, or ends a turn without a special
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from os.path import commonprefix
 from typing import NamedTuple
 
-from qlora_jax.data.formats.tool_calls import Tools, check_template_shows
+from qlora_jax.data.formats.turn_fields import Tools, check_template_shows
 from qlora_jax.data.loss_mask.turn_branches import LearnedTurn, RowText, build_row_text
-from qlora_jax.data.loss_mask.turn_marks import PLACEHOLDER, TurnMarks
 from qlora_jax.data.loss_mask.turns import (
+    PLACEHOLDER,
     TEXT_CHANGES,
+    TurnMarks,
     check_history,
     learned_turn,
     other_end,
@@ -24,7 +26,7 @@ from qlora_jax.data.loss_mask.turns import (
 )
 from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together
-from qlora_jax.data.tokenizer.template_protocol import Message
+from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # A search for segments, which yields the conversations that it needs and is sent their texts (render_batches.py).
@@ -125,3 +127,29 @@ def _first_turn(marks: TurnMarks, index: int, message: Message, masked: str, ren
     if not rendered.startswith(marks.end, stop):
         raise other_end(marks, index, rendered[stop:])
     return LearnedTurn(before, rendered[start : stop + len(marks.end)])
+
+
+def shared_prefix(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list[int]]:
+    """Returns (prefix, its ids). The ids of each text are those of the prefix, then those of the rest of the text.
+
+    This holds if a special token ends the prefix: a tokenizer finds special tokens before it splits the text between
+    them. Returns ("", []) if no special token ends a common prefix, or if the tokenizer treats the beginning of a text
+    differently from the rest.
+    """
+    lengths = tokenizer.byte_lengths
+    if lengths is None or lengths.prefix == "first":
+        return "", []
+    *_, last = (None, *tokenizer.special_text.finditer(commonprefix(texts)))  # noqa: RUF071 (characters, not paths)
+    if last is None or not is_always_found(tokenizer, last.group()):
+        return "", []
+    prefix = last.string[: last.end()]
+    ids = tokenizer.encode(prefix)
+    # Another added token may overlap the beginning of this one.
+    return (prefix, ids) if ids[-1] == tokenizer.backend.token_to_id(last.group()) else ("", [])
+
+
+def is_always_found(tokenizer: Tokenizer, token: str) -> bool:
+    """Returns True if the tokenizer finds this added token in any text, whatever follows it."""
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    found = [other for other in added if token in other.content]
+    return len(found) == 1 and not found[0].rstrip and not found[0].single_word

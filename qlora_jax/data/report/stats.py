@@ -9,13 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from qlora_jax.config.objectives import ValueKind
-from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
 from qlora_jax.data.batching.mixture import Mixture
-from qlora_jax.data.batching.packing import pack
-from qlora_jax.data.batching.slots import packed_lengths
+from qlora_jax.data.batching.packing import bucket_of, pack, packed_lengths, steps_by_bucket
 from qlora_jax.data.branch_tree import branch_ends
 from qlora_jax.data.formats.registry import format_of
-from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
+from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS
 from qlora_jax.data.labels import label_text
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import TEXT_NAMES, row_use

@@ -11,14 +11,14 @@ import sys
 import threading
 from collections.abc import Mapping
 
-from qlora_jax.data.tokenizer.pipes import Pipes
-from qlora_jax.data.tokenizer.template_protocol import (
+from qlora_jax.data.tokenizer.template_pipe import (
     ENCODING,
     HEADER,
     LENGTHS,
     MEMORY_REACHED,
     OUTPUT_REACHED,
     Limits,
+    Pipes,
 )
 from qlora_jax.sandbox.limits import python_environment
 
@@ -66,7 +66,7 @@ class TemplateProcess:
             self._start()
 
     def submit(self, template: str, variables: Mapping[str, object], calls: bytes) -> Request:
-        """Sends conversations, and does not wait for their texts; see template_protocol.py for the calls."""
+        """Sends conversations, and does not wait for their texts; see template_pipe.py for the calls."""
         request = Request(pickle.dumps((template, dict(variables), calls)))
         with self._lock:
             self._start()

@@ -4,7 +4,7 @@ A template is a program from a stranger. Jinja's sandbox keeps it away from Pyth
 and gigabytes of text. The kernel therefore limits this process. A rendering that reaches a limit ends it. Where the
 system can, the process is also sealed, as those of programs are: no network, processes or files but Python's libraries.
 
-template_process.py starts it, and template_protocol.py describes the requests on its standard input and its replies.
+template_process.py starts it, and template_pipe.py describes the requests on its standard input and its replies.
 """
 
 import array
@@ -30,7 +30,7 @@ import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
-from qlora_jax.data.tokenizer.template_protocol import (
+from qlora_jax.data.tokenizer.template_pipe import (
     ENCODING,
     HEADER,
     LENGTHS,

@@ -12,11 +12,10 @@ import tokenizers
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES, TemplateValue
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
-from qlora_jax.data.tokenizer.chat_template import Rendering, render, start_process, start_rendering
+from qlora_jax.data.tokenizer.chat_template import Rendering, read_template, render, start_process, start_rendering
 from qlora_jax.data.tokenizer.from_gguf import rebuild
-from qlora_jax.data.tokenizer.named_templates import read_template
-from qlora_jax.data.tokenizer.template_protocol import STRFTIME_NOW, Message
-from qlora_jax.data.tokenizer.template_variables import check_variables
+from qlora_jax.data.tokenizer.render_batches import check_variables
+from qlora_jax.data.tokenizer.template_pipe import STRFTIME_NOW, Message
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 

@@ -11,7 +11,7 @@ import sys
 
 import tokenizers
 
-from qlora_jax.data.tokenizer.template_protocol import MEMORY_REACHED
+from qlora_jax.data.tokenizer.template_pipe import MEMORY_REACHED
 from qlora_jax.sandbox.landlock_seccomp import seal_if_possible
 from qlora_jax.sandbox.limits import limit_resources
 

@@ -28,14 +28,13 @@ from qlora_jax.data.formats.unlabelled import check_text_count
 from qlora_jax.data.loss_mask.reference import EncodedRow, SequenceValues
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.row_kinds import row_use
-from qlora_jax.evaluation.packed_batches import PackedBatch, packed_batches
+from qlora_jax.evaluation.batches import PackedBatch, packed_batches
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.partition import ModelFunction, ModelParts, combine
 from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 

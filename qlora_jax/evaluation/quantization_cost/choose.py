@@ -11,7 +11,7 @@ import numpy as np
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.evaluation.quantization_cost.measure import LayerCost
-from qlora_jax.models.keep_16bit import Kept
+from qlora_jax.models.precision import Kept
 
 SECONDS = 60  # for the search; a solution that is not proven to be the best states its gap
 

@@ -20,8 +20,8 @@ from jaxtyping import Float64
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.measures.statistics import Weights, bootstrap_t, ratio
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.keep_16bit import full_names, layer_bytes, projections
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.models.precision import full_names, layer_bytes, projections
 from qlora_jax.nn.experts import ExpertLinear
 from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.variables import Frozen

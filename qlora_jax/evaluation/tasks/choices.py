@@ -12,8 +12,8 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import check_lengths, read_each, read_task_rows
-from qlora_jax.evaluation.tasks.continuations import encode_continuations
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
+from qlora_jax.evaluation.tasks.rows import encode_continuations
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
@@ -81,7 +81,7 @@ class ChoicesTask:
         ]
 
     def row_values(self, scores: ChoiceScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in row_measures.py."""
+        """The rows' parts of the measures in `MEASURES`."""
         return {
             "right by likelihood": share_of_rows(scores.by_sum),
             "right by likelihood per token": share_of_rows(scores.by_mean),

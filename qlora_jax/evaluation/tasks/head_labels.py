@@ -64,7 +64,7 @@ class HeadLabelsTask:
         return [] if self.head.objective == "regression" else [share_change(RIGHT, *right)]
 
     def row_values(self, scores: Outputs) -> dict[str, RowValues]:
-        """The rows' parts of the measures in row_measures.py; numbers are neither right nor wrong."""
+        """The rows' parts of the measures in `MEASURES`; numbers are neither right nor wrong."""
         return {} if self.head.objective == "regression" else {RIGHT: share_of_rows(self._right(scores))}
 
     def details(self, scores: Outputs) -> dict[str, object]:

@@ -20,8 +20,8 @@ from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_r
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import check_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.evaluation.tasks import head_labels
-from qlora_jax.evaluation.tasks.continuations import encode_continuations
 from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask
+from qlora_jax.evaluation.tasks.rows import encode_continuations
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.measures.classification import (
@@ -149,7 +149,7 @@ class LabelsTask:
         ]
 
     def row_values(self, scores: Predicted) -> dict[str, RowValues]:
-        """The rows' parts of the measures in row_measures.py."""
+        """The rows' parts of the measures in `MEASURES`."""
         return {"right label": share_of_rows(scores == self.answers)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

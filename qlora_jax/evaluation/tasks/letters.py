@@ -24,14 +24,13 @@ from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import read_each, read_task_rows
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
+from qlora_jax.inference.decode import id_problems
 from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
 from qlora_jax.measures.statistics import stratified_bootstrap, stratified_paired_bootstrap
-from qlora_jax.models.model_function import ModelFunction
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.partition import ModelFunction, ModelParts, combine
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 
@@ -104,7 +103,7 @@ class LettersTask:
         return [share_change("right by letter", before.right, after.right), *by_subject]
 
     def row_values(self, scores: LetterScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in row_measures.py."""
+        """The rows' parts of the measures in `MEASURES`."""
         return {"right by letter": share_of_rows(scores.right)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

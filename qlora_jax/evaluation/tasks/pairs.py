@@ -22,9 +22,8 @@ from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.divergence import compare_rows
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
-from qlora_jax.evaluation.row_measures import MEASURES
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.task import MEASURES, ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.evaluation.tasks import reward_pairs
 from qlora_jax.evaluation.tasks.reward_pairs import RewardPairsTask
@@ -136,7 +135,7 @@ class PairsTask:
         ]
 
     def row_values(self, scores: PairScores) -> dict[str, RowValues]:
-        """The pairs' parts of the measures in row_measures.py."""
+        """The pairs' parts of the measures in `MEASURES`."""
         return {name: one for name, one in self.pair_values(scores).items() if name in MEASURES[self.name]}
 
     def pair_values(self, scores: PairScores) -> dict[str, RowValues]:

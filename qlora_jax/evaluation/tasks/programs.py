@@ -146,7 +146,7 @@ class ProgramsTask:
         return [self._pass_at_change(before, after, k) for k in self.pass_at]
 
     def row_values(self, scores: ProgramScores) -> dict[str, RowValues]:
-        """The problems' parts of the measures in row_measures.py."""
+        """The problems' parts of the measures in `MEASURES`."""
         return {"pass@1": RowValues(scores.pass_at(1), np.ones(len(scores.outcomes)))}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

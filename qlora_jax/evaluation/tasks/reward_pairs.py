@@ -61,7 +61,7 @@ class RewardPairsTask:
         return [Comparison(RIGHT, "share", float((new - old).mean()), mean_change_interval(new - old))]
 
     def row_values(self, scores: Rewards) -> dict[str, RowValues]:
-        """The pairs' parts of the measures in row_measures.py."""
+        """The pairs' parts of the measures in `MEASURES`."""
         one_P = np.ones(len(scores))
         return {RIGHT: RowValues(_right(scores), one_P), MARGIN: RowValues(_margins(scores), one_P)}
 

@@ -10,6 +10,8 @@ from qlora_jax.data.branch_tree import whole_texts
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.formats.row_format import Segment
+from qlora_jax.data.loss_mask.token_spans import encode_segments
 from qlora_jax.data.readers.files import Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds
@@ -84,7 +86,7 @@ class RowsTask(TextTask):
         ]
 
     def row_values(self, scores: RowScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in row_measures.py."""
+        """The rows' parts of the measures in `MEASURES`."""
         return {
             "loss per token": loss_of_rows(scores),
             "begins with the answer": share_of_rows(scores.begins),
@@ -177,3 +179,25 @@ def _after_start(
         after.append([(ids, rest)])
     raise_problems(path, problems, len(rows))
     return after
+
+
+def encode_continuations(
+    question: str, plain_prompt: str, options: Sequence[str], tokenizer: Tokenizer
+) -> list[ScoredIds]:
+    """Encodes each option as the reply to `question`; without a chat template, after `plain_prompt` and a space."""
+    if tokenizer.chat_template is None:
+        prompt, replies = plain_prompt, [f" {option}" for option in options]
+    else:
+        messages = [{"role": "user", "content": question}]
+        prompt, replies = tokenizer.render(messages, add_generation_prompt=True), options
+    # A chat template writes bos itself.
+    bos = [tokenizer.bos_id] if tokenizer.add_bos_token and tokenizer.chat_template is None else []
+    encodings = tokenizer.encode_spans([prompt + reply for reply in replies])
+    encoded = [
+        encode_segments(tokenizer, [Segment(prompt, False), Segment(reply, True)], encoding)
+        for reply, encoding in zip(replies, encodings, strict=True)
+    ]
+    return [
+        (np.array([*bos, *row.ids], np.int32), np.concatenate([np.zeros(len(bos), bool), row.supervised]))
+        for row in encoded
+    ]

@@ -45,7 +45,7 @@ class TextTask:
         return [loss_change(before, after)]
 
     def row_values(self, scores: RowScores) -> dict[str, RowValues]:
-        """The rows' parts of the measures in row_measures.py."""
+        """The rows' parts of the measures in `MEASURES`."""
         return {"loss per token": loss_of_rows(scores)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

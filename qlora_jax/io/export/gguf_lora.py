@@ -16,7 +16,7 @@ from qlora_jax.atomic_files import staged_folder, write_text
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
 from qlora_jax.io.export.methods import check_head, check_method
-from qlora_jax.io.export.original_delta import adapter_for_export
+from qlora_jax.io.export.original_base import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf

@@ -2,13 +2,17 @@
 
 Merged weights are rounded once, to 16 bits, and that rounding may exceed an adapter's change of a weight. So the merged
 model is read back, and its logits are compared with those of base and adapter.
+
+Dimension key: D embed, C outputs.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,27 +20,99 @@ from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
-from qlora_jax.io.export.merged_heads import load_headed, with_score
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
-from qlora_jax.io.head_padding import head_padding, padded_tokenizer
+from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.loading.loader import Progress, load_model
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.peft.readme import label_settings
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
+from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE, CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import combine, partition
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import merged_tables
+from qlora_jax.objectives.head_objective import TrainedHead
+
+# Merged models with a sequence head: transformers' classes for sequence classification.
+#
+# A model for embeddings is written as a causal model, whose body transformers' AutoModel reads.
+
+TENSOR = f"{SCORE}.weight"
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+OTHER_NAMES = {"Gemma3ForSequenceClassification": "Gemma3TextForSequenceClassification"}  # the former sees images
+
+
+def with_score(
+    slots: Sequence[Slot],
+    config: JsonObject,
+    head: TrainedHead,
+    padding: Padding,
+    lora: Mapping[str, Mapping[str, jax.Array | np.ndarray]],
+    model: ModelConfig,
+) -> tuple[list[Slot], JsonObject]:
+    """Returns (slots, config.json) of the model with its sequence head in place of the language-model head.
+
+    Args:
+      padding: the padding token of its texts.
+      lora: trained parameters; those of the head are {"score": {"weight": [D, C]}}.
+    """
+    if not head.outputs:
+        return [*slots], config
+    lm_head = model.hugging_face_name("lm_head.")
+    kept = [slot for slot in slots if not slot.names[0].startswith(lm_head)]
+    weight_CD = jnp.asarray(lora[SCORE]["weight"]).T
+    score = Slot(path=(SCORE, "weight"), leaf=weight_CD, names=[TENSOR], stack=())
+    return [*kept, score], {**config, "architectures": [class_name(config)], **label_settings(head, padding)}
+
+
+def class_name(config: JsonObject) -> str:
+    """Returns the name of transformers' class for sequence classification.
+
+    Raises:
+      ValueError: the config names no causal model.
+    """
+    named = (config.get("architectures") or [""])[0]
+    if not named.endswith(CAUSAL):
+        raise ValueError(
+            f"--format hf: architectures in config.json names no model of transformers with a class for sequence "
+            f"classification (found {named!r}, expected a name that ends with {CAUSAL}). Use --format peft"
+        )
+    name = named.removesuffix(CAUSAL) + CLASSIFIER
+    return OTHER_NAMES.get(name, name)
+
+
+def load_headed(source: ModelSource, head: TrainedHead, load: Callable[..., CausalLM]) -> ModelParts:
+    """Loads a model that `with_score` described.
+
+    Args:
+      load: (source, features=) -> the model without a sequence head.
+    """
+    features = model_config(source.config, source.config_name)
+    if head.outputs:  # the file has no language-model head
+        body = {name: entry for name, entry in source.tensors.items() if name != TENSOR}
+        model = load(
+            dataclasses.replace(source, tensors=body), features=dataclasses.replace(features, tie_embeddings=True)
+        )
+    else:
+        model = load(source)
+    model.add_sequence_head(head.spec(), jax.random.key(0))
+    parts = partition(model)
+    if not head.outputs:
+        return parts
+    weight_DC = jnp.asarray(np.asarray(source.tensors[TENSOR].read(), np.float32).T)
+    return parts.with_lora(parts.lora | {SCORE: {"weight": weight_DC}})
+
 
 QUANTIZED = ("q8_0", "q4_0")  # the loss by rounding to these is reported; it is not an error
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.methods import check_head, check_method
-from qlora_jax.io.export.original_delta import adapter_for_export
+from qlora_jax.io.export.original_base import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.head_padding import head_padding, padded_tokenizer
+from qlora_jax.io.head_file import head_padding, padded_tokenizer
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loading.loader import Progress

@@ -10,13 +10,10 @@ from typing import TypedDict
 
 import numpy as np
 
-from qlora_jax.io.gguf.architecture import DEEPSTACK, LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, SECTIONS, Architecture
-from qlora_jax.io.gguf.config_reader import FLOATS
-from qlora_jax.io.gguf.rope_reader import F32, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
+from qlora_jax.io.gguf.architectures import DEEPSTACK, LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, SECTIONS, Architecture
+from qlora_jax.io.gguf.config_reader import F32, FLOATS, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
 from qlora_jax.metadata import JsonObject, check_value
-from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.config_differences import config_differences
-from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.models.config import ExpertsConfig, ModelConfig, config_differences
 from qlora_jax.models.families.mrope import sections_of
 from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.nn.rope import SCALINGS, Rope

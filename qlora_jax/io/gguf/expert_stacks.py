@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from qlora_jax.io.gguf.header import TensorInfo
-from qlora_jax.models.experts_config import MAX_EXPERTS
+from qlora_jax.models.config import MAX_EXPERTS
 
 STACK = re.compile(r"(?P<part>.+_exps)\.(?P<leaf>weight|bias)")
 ONE = re.compile(r"(?P<part>.+_exps)\.(?P<expert>\d+)\.(?P<leaf>.+)")

@@ -14,11 +14,11 @@ from gguf.quants import dequantize
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.io.gguf.architecture import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, config_from_metadata, number_of_layers
 from qlora_jax.io.gguf.expert_stacks import split_experts
 from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
-from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
+from qlora_jax.io.gguf.tokenizer import tokenizer_from_metadata
 from qlora_jax.io.loading.draft_layers import split_drafts, without_drafts
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, map_bytes

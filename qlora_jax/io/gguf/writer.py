@@ -20,7 +20,7 @@ from gguf.gguf_writer import WriterState
 from gguf.quants import quantize
 
 from qlora_jax.atomic_files import staged_file
-from qlora_jax.io.gguf.architecture import Architecture
+from qlora_jax.io.gguf.architectures import Architecture
 from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, number_of_layers
 from qlora_jax.io.gguf.expert_stacks import ROUTERS, stack_name, stored_shape
 from qlora_jax.io.gguf.header import TensorInfo, parse_header

@@ -13,10 +13,17 @@ from flax import nnx
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from qlora_jax.io.hf.fused_experts import name_in_files
-from qlora_jax.io.hf.fused_writer import in_file_order, joined_specs, joined_values
-from qlora_jax.io.hf.model_writer import other_tensors, write_config, written_dtype
+from qlora_jax.io.hf.model_writer import (
+    TensorSpec,
+    in_file_order,
+    joined_specs,
+    joined_values,
+    other_tensors,
+    write_config,
+    write_safetensors,
+    written_dtype,
+)
 from qlora_jax.io.hf.reader import SINGLE
-from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
 from qlora_jax.io.loading.loader import Progress, check_stored_quantization, read_quantized
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.rounding import rounded

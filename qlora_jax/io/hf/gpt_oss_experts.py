@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ByteRange, TensorEntry
-from qlora_jax.models.experts_config import FUSED_PROJECTIONS
+from qlora_jax.models.config import FUSED_PROJECTIONS
 from qlora_jax.models.families.multimodal import text_config
 
 MODEL_TYPE = "gpt_oss"

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from qlora_jax.io.loading.process_rows import STRIP, ProcessRows, all_rows
+from qlora_jax.io.loading.mesh_weights import STRIP, ProcessRows, all_rows
 
 SUFFIX = "-strips"
 EARLIER_OFFSETS = (

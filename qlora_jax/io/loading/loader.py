@@ -23,15 +23,22 @@ from jax.sharding import Mesh
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, finite_scales
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.base_fingerprint import BaseDigest, new_digest
-from qlora_jax.io.loading.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
-from qlora_jax.io.loading.process_rows import ProcessRows, all_rows, joined, read_own
+from qlora_jax.io.loading.mesh_weights import (
+    MeshPlaces,
+    PlacedArray,
+    PlacedWeight,
+    ProcessRows,
+    all_rows,
+    joined,
+    read_own,
+)
 from qlora_jax.io.loading.stacks import empty_stacks, filled, filled_on_host
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, slots_of
 from qlora_jax.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.offloaded_experts import check_fetchable, is_on_host
+from qlora_jax.models.partition import check_fetchable, is_on_host
 from qlora_jax.nn.mixed_stack import Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize

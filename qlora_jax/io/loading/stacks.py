@@ -12,7 +12,7 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.mesh_weights import MeshPlaces
 from qlora_jax.io.tensor_map import Leaf, Slot
-from qlora_jax.models.offloaded_experts import host_sharding
+from qlora_jax.models.partition import host_sharding
 from qlora_jax.nn.mixed_stack import MixedStack, Part
 from qlora_jax.nn.padded_stack import PaddedStack
 

@@ -1,6 +1,6 @@
 """The README.md of an exported adapter: how transformers and peft load it."""
 
-from qlora_jax.io.head_padding import Padding
+from qlora_jax.io.head_file import Padding
 from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.method import form_of
 from qlora_jax.objectives.head_objective import TrainedHead

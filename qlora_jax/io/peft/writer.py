@@ -9,8 +9,7 @@ from safetensors.numpy import save
 
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.head_file import write_head
-from qlora_jax.io.head_padding import Padding
+from qlora_jax.io.head_file import Padding, write_head
 from qlora_jax.io.peft.multimodal import text_half_only
 from qlora_jax.io.peft.readme import readme
 from qlora_jax.metadata import JsonObject

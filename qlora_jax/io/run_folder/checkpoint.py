@@ -44,12 +44,14 @@ from qlora_jax.io.run_folder.checkpoint_reader import (
     STATE,
     CheckpointError,
     DamagedCheckpoint,
+    meet,
+    named_processes,
     read_arrays,
     read_state,
+    silence_threads,
     with_digests,
 )
-from qlora_jax.io.run_folder.orbax_processes import meet, named_processes
-from qlora_jax.io.run_folder.orbax_threads import silence_threads
+from qlora_jax.io.run_folder.run_lock import RunLock
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY, read_start
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import JsonObject
@@ -400,3 +402,28 @@ def _system_problem(error: OSError | ValueError) -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+class LockedCheckpoints(Checkpoints):
+    """The checkpoints of a run that has locked its folder; each save checks that the folder is still the same.
+
+    Without the check, orbax makes a deleted or moved folder anew, and the run continues in an empty one.
+    """
+
+    def __init__(self, lock: RunLock, keep: int):
+        lock.check()
+        super().__init__(lock.folder, keep)
+        self._lock = lock
+
+    def save(self, step: int, lora: PyTree, optimizer_state: PyTree, state: Mapping[str, object]) -> None:
+        """Writes one checkpoint; see `Checkpoints.save`.
+
+        Raises:
+          FolderLostError: the folder went away before or while the checkpoint was written.
+          CheckpointError: it cannot be written.
+        """
+        self._lock.check()
+        try:
+            super().save(step, lora, optimizer_state, state)
+        finally:
+            self._lock.check()

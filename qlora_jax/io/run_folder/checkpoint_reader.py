@@ -1,26 +1,75 @@
-"""Reads the parts of one checkpoint, and checks each against the digests that were saved with it.
+"""Reads the parts of one checkpoint with orbax, and checks each against the digests that were saved with it.
 
 STEP/lora, STEP/optimizer   arrays in orbax's format
 STEP/state/metadata         JSON: the state, and under "digests" the digests of the state and of every array
 """
 
+import functools
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+from orbax.checkpoint import multihost
 from pydantic import NonNegativeInt, PositiveInt
 
 from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
-from qlora_jax.io.run_folder.orbax_processes import named_processes
-from qlora_jax.io.run_folder.orbax_threads import silence_threads
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.metadata import JsonObject, MetadataError, check_value, read_json
+
+# The processes that read or write a checkpoint together, as orbax wants to hear of them.
+#
+# Without their names orbax waits for them by a collective, which gives up after 30 s on CPUs, and for all devices.
+
+SECONDS = 600
+
+
+def named_processes() -> ocp.options.MultiprocessingOptions:
+    """Returns orbax's options with all processes by number; its defaults for one process."""
+    count = jax.process_count()
+    return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
+
+
+def meet(name: str) -> None:
+    """Waits for all processes; each name is used once."""
+    multihost.sync_global_processes(name, processes=set(range(jax.process_count())), timeout=SECONDS)
+
+
+# Silences the tracebacks that orbax' threads print about a save or read that failed.
+#
+# orbax raises the first error. Its threads log theirs as well, and it does not wait for its other reads and writes:
+# they fail because their event loop is closed, or are freed, which Python prints.
+
+# Loggers, and a part of their messages about reads and writes that failed or were abandoned.
+LOGGED = {"absl": "_SignalingThread.run()", "asyncio": "exception was never retrieved"}
+FREED = ("Event loop is closed", "Encountered error while reading array index", "cannot schedule new futures")
+
+
+@functools.cache
+def silence_threads() -> None:
+    """Drops these messages for the rest of the process; all other messages of orbax and of Python remain."""
+    for name in LOGGED:
+        logging.getLogger(name).addFilter(_is_not_of_a_thread)
+    hook = sys.unraisablehook
+
+    # The argument's type exists only for type checkers.
+    def print_other_errors(unraisable: Any) -> None:
+        if not str(unraisable.exc_value).startswith(FREED):
+            hook(unraisable)
+
+    sys.unraisablehook = print_other_errors
+
+
+def _is_not_of_a_thread(record: logging.LogRecord) -> bool:
+    return LOGGED[record.name] not in str(record.msg)
+
 
 LORA, OPTIMIZER, STATE = "lora", "optimizer", "state"  # the parts of a checkpoint
 PARTS = (LORA, OPTIMIZER)  # the parts that contain arrays

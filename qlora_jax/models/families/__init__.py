@@ -32,7 +32,7 @@ from qlora_jax.models.families import (
     seed_oss,
     smollm3,
 )
-from qlora_jax.models.families.expert_attributes import COUNTS
+from qlora_jax.models.families.attributes import COUNTS
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
 from qlora_jax.models.families.unsupported import REASONS
 

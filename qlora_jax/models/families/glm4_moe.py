@@ -4,8 +4,7 @@ import functools
 from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families.attributes import Attributes, NotNegative
-from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf
+from qlora_jax.models.families.attributes import DEFAULT_COUNTS, Attributes, NotNegative, experts_from_hf
 from qlora_jax.models.families.llama import decoder_from_hf
 from qlora_jax.models.families.rope_config import Part, rope_from_hf
 from qlora_jax.nn.router import SIGMOID

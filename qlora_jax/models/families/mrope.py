@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import glm4, glm4_moe, qwen2, qwen3, qwen3_moe
-from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS
+from qlora_jax.models.families.attributes import DEFAULT_COUNTS
 
 ROPE_ATTRIBUTES = ("rope_parameters", "rope_scaling")
 SECTIONS = ("mrope_section", "mrope_interleaved")

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.models.families.expert_attributes import DEFAULT_COUNTS, experts_from_hf
+from qlora_jax.models.families.attributes import DEFAULT_COUNTS, Attributes, experts_from_hf
 from qlora_jax.models.families.llama import decoder_from_hf
 
 MODEL_TYPES = ("olmoe",)

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,13 +12,44 @@ from qlora_jax.config import Config, ConfigError, validate
 from qlora_jax.config.parse import find_problems, from_dict, given_problems, walk_settings
 from qlora_jax.config.suggestions import suggest_key
 from qlora_jax.config.yaml_files import read_yaml
-from qlora_jax.data.readers.files import content_digest
+from qlora_jax.data.readers.files import Row, content_digest, stream_rows
 from qlora_jax.evaluation.registry import TASKS
-from qlora_jax.evaluation.row_measures import MEASURES, Better, measures_of
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
+from qlora_jax.evaluation.task import MEASURES, Better, measures_of
 from qlora_jax.metadata import JsonObject
-from qlora_jax.studies.comparison.held_out import shared_row_problems
 from qlora_jax.studies.comparison.settings import Settings, StudySettings, TaskSettings
+
+
+def shared_row_problems(task: TaskSettings, training: Sequence[str]) -> list[str]:
+    """Returns a problem per file that shares rows with the held-out rows; empty if none does.
+
+    Rows are equal if all their columns are. Texts have no rows, and are not compared.
+
+    Args:
+      training: the files of training rows.
+    """
+    path = next((task.evaluate[kind] for kind in MEASURES if kind != "text" and task.evaluate.get(kind)), None)
+    if not isinstance(path, str):
+        return []
+    held_out = set(_held_out_digests(path))
+    files = {"train": training, "search": [task.search]}
+    problems = []
+    for name, paths in files.items():
+        for seen in filter(None, paths):
+            shared = len(held_out.intersection(_held_out_digests(seen)))
+            if shared:
+                problems.append(
+                    f"{name}: {seen} has {shared} of the {len(held_out)} held-out rows of {path}. Remove them from it"
+                )
+    return problems
+
+
+def _held_out_digests(path: str) -> Iterator[bytes]:
+    """Yields a digest of each row that can be read; a run reports the others."""
+    for row in stream_rows(path):
+        if isinstance(row, Row):
+            yield hashlib.sha256(json.dumps(row.data, sort_keys=True).encode("utf-8", "surrogatepass")).digest()[:16]
+
 
 TRAIN = "data.train"  # a method may set it, to compare data
 Raw = JsonObject  # the content of a YAML file

@@ -14,8 +14,7 @@ from jaxtyping import Float64, Int64
 
 from qlora_jax.studies.tournament.matches import Game
 from qlora_jax.studies.tournament.ratings.elo import ratings_by_ordering
-from qlora_jax.studies.tournament.ratings.games import read_games
-from qlora_jax.studies.tournament.ratings.results import Interval
+from qlora_jax.studies.tournament.ratings.games import Interval, read_games
 
 RESAMPLES, ORDERINGS = 1_000, 1_000
 CATEGORIES = 3  # the system whose name sorts first is better, a tie, the other is better

@@ -6,10 +6,11 @@ from qlora_jax.page_template import page_template
 from qlora_jax.studies.tournament.examples import Example, Examples
 from qlora_jax.studies.tournament.judges.judge import FIRST, SECOND, TIE
 from qlora_jax.studies.tournament.matches import Transcripts
-from qlora_jax.studies.tournament.ratings.results import EloRating, SystemRating
-from qlora_jax.studies.tournament.results import Results, Standings
-from qlora_jax.studies.tournament.tables import (
+from qlora_jax.studies.tournament.ratings.games import EloRating, SystemRating
+from qlora_jax.studies.tournament.results import (
     COUNT_TITLES,
+    Results,
+    Standings,
     agreement_lines,
     count_rows,
     interval_text,

@@ -15,13 +15,10 @@ import numpy as np
 from qlora_jax.atomic_files import write_text
 from qlora_jax.page_template import page_template
 from qlora_jax.studies.tournament.settings import public_judge
-from qlora_jax.studies.variance.analysis import Split
-from qlora_jax.studies.variance.conditions import Design
-from qlora_jax.studies.variance.example_prompts import ChosenPrompt, choose_prompts
-from qlora_jax.studies.variance.measures import TITLES, score
-from qlora_jax.studies.variance.questions import Questions
+from qlora_jax.studies.variance.analysis import TITLES, Split, score
+from qlora_jax.studies.variance.questions import ChosenPrompt, Questions, choose_prompts
 from qlora_jax.studies.variance.replies import Observations, ObservedReply
-from qlora_jax.studies.variance.settings import ConditionArgs, VarianceArgs
+from qlora_jax.studies.variance.settings import ConditionArgs, Design, VarianceArgs
 
 PAGE_FILE, RESULTS_FILE = "variance.html", "results.json"
 

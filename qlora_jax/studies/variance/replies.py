@@ -21,9 +21,8 @@ from qlora_jax.inference.settings import LocalModelArgs
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.local_model import LocalModel, OpenedLocalModel, open_local_model
 from qlora_jax.studies.record_file import Inputs, RecordFile
-from qlora_jax.studies.variance.conditions import Design
 from qlora_jax.studies.variance.questions import EncodedReply, Questions, encode_reply
-from qlora_jax.studies.variance.settings import ConditionArgs, VarianceArgs, effective, model_settings
+from qlora_jax.studies.variance.settings import ConditionArgs, Design, VarianceArgs, effective, model_settings
 
 # Settings that change the prompt, and so the likelihood of an answer.
 OF_PROMPT = ("system", "paraphrase", "example_order", "quant_type")

@@ -8,7 +8,7 @@ import itertools
 import math
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
-from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.schema import RouterArgs
 from qlora_jax.models.config import ROUTER
 from qlora_jax.objectives.router_losses import routed
 from qlora_jax.sharding import ROWS, axis_size

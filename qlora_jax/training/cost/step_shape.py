@@ -13,8 +13,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.schema import OptimizerName
 from qlora_jax.methods.adapter_cost import AdapterShape
 from qlora_jax.methods.method import method_of
-from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
-from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.models.config import NORM_PLACEMENTS, ExpertsConfig, ModelConfig, WeightFormat
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.objectives.head_objective import head_spec

@@ -18,11 +18,10 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.config.schema import OptimizerName
 from qlora_jax.methods.attach import abstract_parts
 from qlora_jax.models.config import ROUTER, ModelConfig, WeightFormat
-from qlora_jax.models.model_sharding import lora_specs, module_of, parts_specs
-from qlora_jax.models.partition import ModelParts, is_table
+from qlora_jax.models.partition import ModelParts, is_table, lora_specs, module_of, parts_specs
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.optim import make_optimizer
-from qlora_jax.optim.mesh_state import state_specs
+from qlora_jax.optim.optax_chain import state_specs
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis
 
 IN_LAYERS = "model.layers."

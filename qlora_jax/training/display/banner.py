@@ -16,14 +16,13 @@ from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.methods import METHODS, uses
 from qlora_jax.config.objectives import OBJECTIVES
-from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.schema import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 from qlora_jax.models.config import DENSE, STORED, ModelConfig
 from qlora_jax.models.decoder import SCORE
-from qlora_jax.models.keep_16bit import kept_text
-from qlora_jax.models.model_sharding import module_of
-from qlora_jax.models.partition import Lora, is_table
+from qlora_jax.models.partition import Lora, is_table, module_of
+from qlora_jax.models.precision import kept_text
 from qlora_jax.models.prefetched_layers import split_host
 from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.optim.schedule import warmup_steps

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64, PyTree
 
-from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.models.config import ExpertsConfig
 from qlora_jax.nn.router import SIGMOID
 from qlora_jax.objectives.router_losses import RoutedOutputs
 

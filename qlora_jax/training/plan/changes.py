@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config.methods import uses
-from qlora_jax.data.batching.buckets import UNIT
-from qlora_jax.models.offloaded_experts import partly_dense
+from qlora_jax.data.batching.packing import UNIT
+from qlora_jax.models.partition import partly_dense
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size
 from qlora_jax.training.plan.requirements import Requirements, StepConfig
 

@@ -11,10 +11,10 @@ from jax.sharding import AbstractMesh
 
 from pallas_kernels import aot
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, mesh_choices, paging_of
-from qlora_jax.config.mesh_settings import mesh_sizes
 from qlora_jax.config.methods import uses
-from qlora_jax.config.validate_mesh import MeshChoices
-from qlora_jax.data.batching.buckets import UNIT
+from qlora_jax.config.schema import mesh_sizes
+from qlora_jax.config.validate import MeshChoices
+from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.objectives.make_objective import make_objective

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 
 from qlora_jax.config import plain_name
-from qlora_jax.data.batching.buckets import UNIT
+from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.sharding import AnyMesh
 from qlora_jax.training.plan.changes import Change, all_lengths, changes, count_fitting, more_devices, row_counts
 from qlora_jax.training.plan.requirements import (

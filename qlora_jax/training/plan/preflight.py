@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.models.keep_16bit import kept_text
-from qlora_jax.optim.sharded_page_pool import memory_of
+from qlora_jax.models.precision import kept_text
+from qlora_jax.optim.page_pool import memory_of
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost import memory_use

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.schema import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.objectives.objective import Objective

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.models.keep_16bit import kept_text
+from qlora_jax.models.precision import kept_text
 from qlora_jax.training.plan.changes import MOST_ROWS, Change
 from qlora_jax.training.plan.plan import Plan
 from qlora_jax.training.plan.reference import PlannedReference

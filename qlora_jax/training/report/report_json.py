@@ -8,8 +8,8 @@ from typing import NamedTuple, TypedDict
 
 from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
-from qlora_jax.data.report.examples import ExampleRow, example_rows
 from qlora_jax.data.report.stats import DataReport
+from qlora_jax.data.report.text import ExampleRow, example_rows
 from qlora_jax.measures.metrics import perplexity
 from qlora_jax.training.metrics.eval_metrics import HIGH, LOW, OBJECTIVE_ROWS, loss_interval, task_metrics
 from qlora_jax.training.metrics.metrics_file import Record

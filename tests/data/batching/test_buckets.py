@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data.batching.batches import plan_epoch
-from qlora_jax.data.batching.buckets import choose_buckets, count_units, padded_positions, steps_by_bucket
+from qlora_jax.data.batching.packing import choose_buckets, count_units, padded_positions, steps_by_bucket
 
 
 def units(places: np.ndarray) -> np.ndarray:

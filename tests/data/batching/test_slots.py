@@ -4,8 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data.batching.packing import pack
-from qlora_jax.data.batching.slots import packed_lengths, slot_count, slot_values
+from qlora_jax.data.batching.packing import pack, packed_lengths, slot_count, slot_values
 
 
 @given(st.lists(st.integers(1, 12), min_size=20, max_size=60), st.integers(1, 4))

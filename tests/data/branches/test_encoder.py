@@ -14,7 +14,7 @@ from qlora_jax.data.branch_tree import branch_ends
 from qlora_jax.data.branches.encoder import WrittenRow, encode_written, make_branch_encoder
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.loss_mask.reference import EncodedRow, loss_mask
-from qlora_jax.data.loss_mask.turn_marks import turn_marks
+from qlora_jax.data.loss_mask.turns import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens

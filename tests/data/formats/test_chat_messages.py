@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.data.formats.chat_messages import current_messages
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.formats.tool_calls import read_tools
+from qlora_jax.data.formats.turn_fields import read_tools
 from qlora_jax.data.holdout import content_hash
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.formats.test_tool_calls import HERMES, WEATHER

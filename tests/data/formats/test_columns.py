@@ -15,7 +15,7 @@ from qlora_jax.config.row_formats import ROW_FORMATS
 from qlora_jax.config.yaml_files import one_line_yaml, parse_yaml
 from qlora_jax.data.formats.columns import columns_setting, likely_column, rename_columns
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.formats.template_kwargs import TEMPLATE_KWARGS
+from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load, question
 

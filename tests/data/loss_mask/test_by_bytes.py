@@ -10,8 +10,8 @@ from tokenizers import pre_tokenizers
 from qlora_jax.data.encoder import Encoder, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import Segment
-from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
 from qlora_jax.data.loss_mask.reference import EncodedRow, mask_segments
+from qlora_jax.data.loss_mask.token_spans import encode_by_bytes
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer

@@ -8,10 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_jax.data.formats.row_format import Segment
-from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.reference import Learn, mask_segments
 from qlora_jax.data.loss_mask.spans import conversation_segments
-from qlora_jax.data.loss_mask.turn_marks import turn_marks
+from qlora_jax.data.loss_mask.token_spans import encode_segments
+from qlora_jax.data.loss_mask.turns import turn_marks
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loss_mask.cases import as_lists, make_tokenizer, segment_lists
 

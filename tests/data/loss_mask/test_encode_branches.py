@@ -14,7 +14,7 @@ from qlora_jax.data.encoder import Encoder, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.reference import EncodedRow, mask_branches
 from qlora_jax.data.loss_mask.spans import conversation_segments
-from qlora_jax.data.loss_mask.turn_marks import turn_marks
+from qlora_jax.data.loss_mask.turns import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_template_kwargs
 from qlora_jax.inference.prompts import prompter

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
+from qlora_jax.data.loss_mask.spans import shared_prefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import sentencepiece_tokenizer
 

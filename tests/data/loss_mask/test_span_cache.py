@@ -8,7 +8,7 @@ from qlora_jax.data.loss_mask import span_cache
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.loss_mask.spans import conversation_segments
 from qlora_jax.data.loss_mask.turn_branches import RowText
-from qlora_jax.data.loss_mask.turn_marks import turn_marks
+from qlora_jax.data.loss_mask.turns import turn_marks
 from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.loss_mask.reasoning_templates import REASONING_TEMPLATES

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_jax.data.loss_mask.spans import conversation_segments
-from qlora_jax.data.loss_mask.turn_marks import turn_marks
+from qlora_jax.data.loss_mask.turns import turn_marks
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 
 

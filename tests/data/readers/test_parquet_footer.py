@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data.readers.files import read_rows
-from qlora_jax.data.readers.parquet_footer import BYTE_ARRAY, DELTA_BYTE_ARRAY, read_row_groups
+from qlora_jax.data.readers.parquet_rows import BYTE_ARRAY, DELTA_BYTE_ARRAY, read_row_groups
 
 ASK = """
 import sys

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.readers import parquet_rows
 from qlora_jax.data.readers.files import read_rows
-from qlora_jax.data.readers.parquet_footer import read_row_groups
+from qlora_jax.data.readers.parquet_rows import read_row_groups
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load
 

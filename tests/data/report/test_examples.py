@@ -9,8 +9,8 @@ from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
-from qlora_jax.data.report.examples import example_rows, split_runs
 from qlora_jax.data.report.stats import ONE_TEXT, decode_row
+from qlora_jax.data.report.text import example_rows, split_runs
 from qlora_jax.data.rows import token_rows
 
 ANSWERS = ["<b>4</b>\nand more", "", "漢字 & <script>", " leading <|im_end|> inside", "x" * 300]

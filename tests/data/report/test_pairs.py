@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qlora_jax.data.report.examples import example_rows
-from qlora_jax.data.report.text import legend, print_report, report_lines
+from qlora_jax.data.report.text import example_rows, legend, print_report, report_lines
 from qlora_jax.data.row_counts import NumberSummary, RowCounts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load

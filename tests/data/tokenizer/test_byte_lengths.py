@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from qlora_jax.data.formats.row_format import Segment
-from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.token_spans import encode_segments
 from qlora_jax.data.tokenizer.byte_lengths import byte_lengths, make_round_trips, space_prefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.conftest import sentencepiece_tokenizer

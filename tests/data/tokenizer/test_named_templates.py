@@ -12,7 +12,7 @@ from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.data.encoder import encode_rows
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.readers.files import Place, Row
-from qlora_jax.data.tokenizer.named_templates import TOKENS
+from qlora_jax.data.tokenizer.chat_template import TOKENS
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template
 
 ROOT = Path(__file__).parents[3]

@@ -14,8 +14,8 @@ import pytest
 
 from qlora_jax.data.tokenizer import chat_template
 from qlora_jax.data.tokenizer.chat_template import Rendering, render, start_rendering
+from qlora_jax.data.tokenizer.template_pipe import Limits
 from qlora_jax.data.tokenizer.template_process import TemplateProcess
-from qlora_jax.data.tokenizer.template_protocol import Limits
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer, with_chat_template
 from qlora_jax.sandbox.limits import python_environment
 from tests.data.tokenizer.hostile_templates import ENDLESS, REFUSED

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.data.tokenizer.template_variables import template_variables
+from qlora_jax.data.tokenizer.render_batches import template_variables
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_template_kwargs
 
 # Reads three variables: one has a default as in SmolLM3's template, one is only tested.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.evaluation.batches import packed_batches
 from qlora_jax.evaluation.heads.rows import sequence_outputs
-from qlora_jax.evaluation.packed_batches import packed_batches
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.nn.rope import RopeScaling

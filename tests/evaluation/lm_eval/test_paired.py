@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.lm_eval.paired import by_document, compare_metric
-from qlora_jax.evaluation.lm_eval.task import LmEvalTask, TaskResults
+from qlora_jax.evaluation.lm_eval.task import LmEvalTask, TaskResults, by_document, compare_metric
 from qlora_jax.measures.statistics import mcnemar, paired_bootstrap, paired_bootstrap_of
 from tests.inference.tiny import byte_tokenizer
 

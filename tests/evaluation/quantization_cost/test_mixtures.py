@@ -17,8 +17,8 @@ from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.io.hf.fused_experts import name_in_files
 from qlora_jax.io.pretrained import load_base, open_base
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.models.keep_16bit import full_names, layer_bytes
 from qlora_jax.models.partition import combine, partition
+from qlora_jax.models.precision import full_names, layer_bytes
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, write_rows
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from qlora_jax.evaluation.tasks.answer_matching import extract_answer
-from qlora_jax.evaluation.tasks.answers import AnswerQuestion, AnswersTask, answers_task, grade_replies
+from qlora_jax.evaluation.tasks.answers import AnswerQuestion, AnswersTask, answers_task, extract_answer, grade_replies
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.same_inputs import check_same_inputs
+from qlora_jax.evaluation.compared_models import check_same_inputs
 from qlora_jax.evaluation.tasks import programs
 from qlora_jax.evaluation.tasks.programs import (
     ProgramScores,

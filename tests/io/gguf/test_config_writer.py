@@ -7,8 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
+from qlora_jax.io.gguf.config_reader import llama3_factors
 from qlora_jax.io.gguf.header import parse_header
-from qlora_jax.io.gguf.rope_reader import llama3_factors
 from qlora_jax.io.open_model import open_model
 from tests.io.tiny_models import TOKENS, random_weights, tiny_config, write_gguf
 

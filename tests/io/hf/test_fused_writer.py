@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qlora_jax.io.hf.fused_writer import joined_specs, joined_values
-from qlora_jax.io.hf.shard_writer import TensorSpec
+from qlora_jax.io.hf.model_writer import TensorSpec, joined_specs, joined_values
 
 CONFIG = {"model_type": "gpt_oss"}
 EXPERTS, F, K = 3, 4, 5

@@ -20,8 +20,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.model_source import ACT_ORDER, TensorEntry
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.offloaded_experts import host_paths
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import host_paths, partition
 from tests.ggml_codes import dequantized
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.integer_folders import (

@@ -25,9 +25,8 @@ from qlora_jax.io.tensor_map import Slot, slots_of
 from qlora_jax.model_source import ModelSource, TensorEntry
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.keep_16bit import keep_in_16_bits
-from qlora_jax.models.offloaded_experts import host_paths
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import host_paths, partition
+from qlora_jax.models.precision import keep_in_16_bits
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.quant import quantize_numpy
 from tests.io.gguf_families import FAMILIES, random_tensors, stacked_experts, write_family
@@ -314,7 +313,7 @@ from qlora_jax.model_source import ModelSource, TensorEntry
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.keep_16bit import keep_in_16_bits
+from qlora_jax.models.precision import keep_in_16_bits
 from qlora_jax.sharding import make_mesh
 
 def status(key):

@@ -23,8 +23,7 @@ from qlora_jax.io.pretrained import load_for_training
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.model_sharding import parts_specs
-from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.partition import ModelParts, partition, parts_specs
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.sharding import cut_axis, make_mesh
 from tests.io.gguf_families import MIXTURES, random_tensors

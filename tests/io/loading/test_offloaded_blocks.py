@@ -12,8 +12,7 @@ from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.offloaded_experts import host_paths
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import host_paths, partition
 from tests.io.gguf_families import FAMILIES, random_tensors, write_family
 
 KINDS = {"gate": (Kind.Q4_0, Kind.Q8_0), "up": (Kind.Q4_0, Kind.Q4_0), "down": (Kind.Q8_0, Kind.Q5_0)}

@@ -14,10 +14,10 @@ from flax import nnx
 from pallas_kernels.formats.fsdp_parts import FsdpParts
 from pallas_kernels.formats.layouts import convert_codes, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.loading import process_rows
+from qlora_jax.io.loading import mesh_weights
 from qlora_jax.io.loading.base_fingerprint import SUFFIX, new_digest
 from qlora_jax.io.loading.loader import load_model, read_quantized, read_quantized_rows
-from qlora_jax.io.loading.process_rows import Processes, ProcessRows, all_rows, rows_of_parts
+from qlora_jax.io.loading.mesh_weights import Processes, ProcessRows, all_rows, rows_of_parts
 from qlora_jax.io.open_model import open_model
 from qlora_jax.model_source import ModelSource, TensorEntry
 from qlora_jax.models.config import WeightFormat
@@ -86,7 +86,7 @@ class _Gather:
 
 def _as_processes(count: int, work, monkeypatch: pytest.MonkeyPatch) -> list:
     gather, found = _Gather(count), [None] * count
-    monkeypatch.setattr(process_rows.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(mesh_weights.multihost_utils, "process_allgather", gather)
 
     def run(number: int) -> None:
         gather.this.number = number

@@ -10,9 +10,9 @@ from qlora_jax.config import Config, DataArgs, ModelArgs, OptimArgs, write_confi
 from qlora_jax.io.digests import tree_digests
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints, open_run
 from qlora_jax.io.run_folder.checkpoint_reader import LORA, read_arrays, read_state
-from qlora_jax.models.model_sharding import lora_specs
+from qlora_jax.models.partition import lora_specs
 from qlora_jax.optim import make_optimizer
-from qlora_jax.optim.mesh_state import init_state
+from qlora_jax.optim.optax_chain import init_state
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.step import update
 from tests.marks import EXHAUSTIVE

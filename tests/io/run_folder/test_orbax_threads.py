@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from qlora_jax.io.run_folder.orbax_threads import silence_threads
+from qlora_jax.io.run_folder.checkpoint_reader import silence_threads
 
 PROGRAM = """
 import resource, sys

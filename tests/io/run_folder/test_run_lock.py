@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.io.run_folder.locked_checkpoints import LockedCheckpoints
+from qlora_jax.io.run_folder.checkpoint import LockedCheckpoints
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, FolderLostError, lock_run
 from tests.conftest import ROOT
 

@@ -8,11 +8,9 @@ import shutil
 
 import pytest
 
-from qlora_jax.studies.comparison.page import _text_of, page, write_page
-from qlora_jax.studies.comparison.plots import COSTS, front
-from qlora_jax.studies.comparison.results import Finished, summarize
+from qlora_jax.studies.comparison.page import COSTS, _text_of, front, page, write_page
+from qlora_jax.studies.comparison.results import COLUMNS, Finished, summarize, write_table
 from qlora_jax.studies.comparison.run import Run
-from qlora_jax.studies.comparison.table_file import COLUMNS, write_table
 from tests.studies.comparison.studies import finish, read, study_of
 
 CHROMIUM = shutil.which("chromium")

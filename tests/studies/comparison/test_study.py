@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.config import ConfigError
-from qlora_jax.evaluation.row_measures import MEASURES
+from qlora_jax.evaluation.task import MEASURES
 from qlora_jax.studies.comparison.run import Run, run_of
 from qlora_jax.studies.comparison.run_study import sized_settings
 from qlora_jax.studies.comparison.study import data_settings, read_study

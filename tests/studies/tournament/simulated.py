@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qlora_jax.studies.tournament.matches import Game
-from qlora_jax.studies.tournament.ratings.bradley_terry import POINTS
-from qlora_jax.studies.tournament.ratings.results import BradleyTerryRatings
+from qlora_jax.studies.tournament.ratings.games import BradleyTerryRatings
+from qlora_jax.studies.tournament.ratings.mle import POINTS
 
 
 def tournament(

@@ -3,8 +3,7 @@
 from qlora_jax.studies.tournament.judges.judge import Attempts, Judgement
 from qlora_jax.studies.tournament.judging import Judged
 from qlora_jax.studies.tournament.matches import Game, Match
-from qlora_jax.studies.tournament.results import Wins, compute_results, standings, win_matrix
-from qlora_jax.studies.tournament.tables import count_rows, note_lines
+from qlora_jax.studies.tournament.results import Wins, compute_results, count_rows, note_lines, standings, win_matrix
 from tests.studies.tournament.tiny_tournament import arena_args
 
 ARGS = dict(output="arena", judges={"j": {"kind": "verdicts", "path": "v"}}, orderings=20)

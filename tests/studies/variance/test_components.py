@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qlora_jax.studies.variance.components import difference_components, variance_components
+from qlora_jax.studies.variance.analysis import difference_components, variance_components
 
 SDS = {"prompts": 1.5, "levels": 0.6, "residual": 1.0}
 

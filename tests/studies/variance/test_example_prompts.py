@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qlora_jax.studies.variance.example_prompts import choose_prompts
+from qlora_jax.studies.variance.questions import choose_prompts
 
 DIFFERENCES = np.array([0.0, 0.3, -0.2, 0.9, 0.3, -0.7, 0.0, 0.1])
 

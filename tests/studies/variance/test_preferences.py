@@ -7,12 +7,10 @@ from qlora_jax.config.parse import from_dict
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.tournament.judges.judge import FIRST, SECOND, TIE, UNREADABLE, Judgement
-from qlora_jax.studies.variance.analysis import analyse
-from qlora_jax.studies.variance.conditions import design_of
-from qlora_jax.studies.variance.preferences import add_preferences
+from qlora_jax.studies.variance.analysis import add_preferences, analyse
 from qlora_jax.studies.variance.questions import Question
 from qlora_jax.studies.variance.replies import Observed, ObservedReply
-from qlora_jax.studies.variance.settings import VarianceArgs
+from qlora_jax.studies.variance.settings import VarianceArgs, design_of
 
 QUESTIONS = [Question(Row(Place(n + 1, n), {}), f"question {n}", []) for n in range(4)]
 QUALITY = {"first": [[1, 2, 3, 1], [1, 1, 3, 3]], "second": [[2, 2, 1, 4], [2, 0, 1, 4]]}  # by seed and prompt

@@ -6,8 +6,7 @@ import pytest
 
 from qlora_jax.config import ConfigError
 from qlora_jax.config.parse import from_dict
-from qlora_jax.studies.variance.conditions import design_of
-from qlora_jax.studies.variance.settings import VarianceArgs, check_variance
+from qlora_jax.studies.variance.settings import VarianceArgs, check_variance, design_of
 
 GOOD = {
     "output": "study",

@@ -4,8 +4,7 @@ import dataclasses
 import math
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.experts_config import ExpertsConfig
+from qlora_jax.models.config import ExpertsConfig, ModelConfig
 from qlora_jax.nn.rope import QueryPositionScale, Rope
 from qlora_jax.training.cost.step_shape import StepShape
 

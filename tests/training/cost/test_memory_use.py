@@ -10,7 +10,7 @@ from flax import nnx
 from pallas_kernels.formats.layouts import LAYOUTS
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import STORED, WeightFormat
-from qlora_jax.models.offloaded_experts import host_paths
+from qlora_jax.models.partition import host_paths
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import memory_use
 from tests.training.compiled_text import TO_READ

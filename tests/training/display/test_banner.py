@@ -10,9 +10,9 @@ from flax import nnx
 from pallas_kernels.nf4_matmul import api, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs
-from qlora_jax.config.router_settings import RouterArgs
+from qlora_jax.config.schema import RouterArgs
 from qlora_jax.models.families import model_config
-from qlora_jax.models.offloaded_experts import host_sharding
+from qlora_jax.models.partition import host_sharding
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.training.display.banner import (
     _host_experts,

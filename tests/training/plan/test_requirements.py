@@ -12,7 +12,7 @@ from pallas_kernels import aot
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.offloaded_experts import host_paths
+from qlora_jax.models.partition import host_paths
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.plan.plan import make_plan

@@ -9,8 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.chat_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
-from qlora_jax.studies.tournament.judges.judge import UNREADABLE, Attempts, Judgement, JudgeStopped, Record
-from qlora_jax.studies.tournament.judges.judge_prompt import JudgePrompts, parse_verdict, read_judge_prompts
+from qlora_jax.studies.tournament.judges.judge import (
+    UNREADABLE,
+    Attempts,
+    Judgement,
+    JudgePrompts,
+    JudgeStopped,
+    Record,
+    parse_verdict,
+    read_judge_prompts,
+)
 from qlora_jax.studies.tournament.matches import Match, Transcripts
 from qlora_jax.studies.tournament.settings import EndpointArgs
 from qlora_jax.terminal.visible import without_passwords

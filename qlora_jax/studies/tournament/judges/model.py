@@ -17,10 +17,12 @@ from qlora_jax.studies.tournament.judges.judge import (
     UNREADABLE,
     Attempts,
     Judgement,
+    JudgePrompts,
     Record,
     Verdict,
+    parse_verdict,
+    read_judge_prompts,
 )
-from qlora_jax.studies.tournament.judges.judge_prompt import JudgePrompts, parse_verdict, read_judge_prompts
 from qlora_jax.studies.tournament.matches import Match, Transcripts
 from qlora_jax.studies.tournament.settings import ModelJudgeArgs
 

@@ -13,8 +13,7 @@ from jaxtyping import Float64, Int
 
 from qlora_jax.measures.statistics import t_quantile
 from qlora_jax.studies.tournament.matches import Game
-from qlora_jax.studies.tournament.ratings.games import Games, check_several_prompts, read_games
-from qlora_jax.studies.tournament.ratings.results import EloRating, EloRatings
+from qlora_jax.studies.tournament.ratings.games import EloRating, EloRatings, Games, check_several_prompts, read_games
 
 START, K, SCALE = 1000.0, 32.0, 400.0
 RESAMPLES, ORDERINGS_OF_RESAMPLE = 400, 25

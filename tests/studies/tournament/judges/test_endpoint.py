@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.studies.tournament.judges.endpoint import EndpointJudge
-from qlora_jax.studies.tournament.judges.judge import Attempts, JudgeStopped
-from qlora_jax.studies.tournament.judges.judge_prompt import SYSTEM
+from qlora_jax.studies.tournament.judges.judge import SYSTEM, Attempts, JudgeStopped
 from qlora_jax.studies.tournament.settings import EndpointArgs
 from tests.studies.tournament.judges.fake_endpoint import Answer, Plan, fake_endpoint
 from tests.studies.tournament.tiny_tournament import (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.studies.tournament.judges.judge_prompt import (
+from qlora_jax.studies.tournament.judges.judge import (
     SYSTEM,
     TEMPLATE,
     JudgePrompt,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.studies.tournament.ratings.bradley_terry import POINTS, bradley_terry
+from qlora_jax.studies.tournament.ratings.mle import POINTS, bradley_terry
 from tests.studies.tournament.simulated import from_counts, strengths, tournament
 
 CHOIX = Path(__file__).parents[3] / "oracle/choix_strengths.py"

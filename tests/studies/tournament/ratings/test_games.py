@@ -3,8 +3,8 @@
 import pytest
 
 from qlora_jax.studies.tournament.matches import Game
-from qlora_jax.studies.tournament.ratings.bradley_terry import bradley_terry
 from qlora_jax.studies.tournament.ratings.games import read_games
+from qlora_jax.studies.tournament.ratings.mle import bradley_terry
 
 
 def test_indices_point_to_the_names():

@@ -6,10 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from qlora_jax.studies.tournament.ratings.bradley_terry import POINTS, bradley_terry
-from qlora_jax.studies.tournament.ratings.davidson import davidson_model, fit
 from qlora_jax.studies.tournament.ratings.games import read_games
-from qlora_jax.studies.tournament.ratings.mle_existence import check_estimates_exist
+from qlora_jax.studies.tournament.ratings.mle import POINTS, bradley_terry, check_estimates_exist, davidson_model, fit
 from tests.studies.tournament.simulated import from_counts, strengths
 
 CASES = {

@@ -5,13 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from qlora_jax.studies.tournament.ratings.bradley_terry import POINTS, bradley_terry
-from qlora_jax.studies.tournament.ratings.davidson import davidson_model, fit
 from qlora_jax.studies.tournament.ratings.games import read_games
-from qlora_jax.studies.tournament.ratings.prompt_bootstrap import (
+from qlora_jax.studies.tournament.ratings.mle import (
     LARGE_WEIGHT,
+    POINTS,
     SMALL_SHARE,
     SMALL_WEIGHT,
+    bradley_terry,
+    davidson_model,
+    fit,
     standard_errors,
 )
 from tests.studies.tournament.simulated import tournament
