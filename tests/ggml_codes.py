@@ -8,8 +8,7 @@ import numpy as np
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.nn.padded_stack import PaddedStack
+from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack
 
 
 def random_codes(ggml_type: str, rows: tuple[int, ...], columns: int, seed: int = 0) -> np.ndarray:

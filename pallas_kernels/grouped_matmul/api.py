@@ -15,13 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
-from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.frozen_product import DTYPES, Direction, differentiable
 from pallas_kernels.grouped_matmul import loop
 from pallas_kernels.grouped_matmul.experts import ExpertWeights, Layer, kind_of
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul.api import preference
-from pallas_kernels.nf4_matmul.dispatch import Call, Capabilities, Choice, Implementation, choose
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Choice, Implementation, choose
 from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY
 from pallas_kernels.nf4_matmul.mosaic.installation import problem as mosaic_problem
 
@@ -116,8 +115,9 @@ def choose_implementation(
 ) -> Choice:
     """Returns the implementation for this many rows per tile, and why those before it in its order do not fit."""
     order = (implementation,) if implementation else preference(device, PREFERENCE)
-    if isinstance(weights, QTensor):
-        return choose(device, Call.of(direction, tile, jnp.dtype(dtype), weights), IMPLEMENTATIONS, order)
+    call = kind_of(weights).call
+    if call is not None:
+        return choose(device, call(direction, tile, jnp.dtype(dtype), weights), IMPLEMENTATIONS, order)
     refusals = {name: "takes only 4-bit weights" for name in order if IMPLEMENTATIONS[name].fused}
     return Choice(next((name for name in order if name not in refusals), None), refusals)
 

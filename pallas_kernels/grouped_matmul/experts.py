@@ -37,6 +37,7 @@ class Kind(NamedTuple):
       product: (rows [C, K], flat stack, index) -> [C, N]; None if it would dequantize the weight.
       reads_codes: (flat stack, C, dtype) -> True if `product` of C rows multiplies without dequantizing the weight.
       problems: yields why a stack is malformed.
+      call: (direction, rows, dtype, stack) -> the call that fused kernels may take; None if none takes this kind.
     """
 
     shape: Callable[[Leaf], tuple[int, ...]]
@@ -45,6 +46,7 @@ class Kind(NamedTuple):
     product: Callable[[Float[Array, "C K"], Leaf, Index], Float[Array, "C N"]] | None
     reads_codes: Callable[[Leaf, int, DTypeLike], bool]
     problems: Callable[[Leaf], Iterator[str]]
+    call: Callable[[Direction, int, jnp.dtype, Leaf], Call] | None = None
 
 
 def _quantized_expert(flat: QTensor, index: Index, dtype: DTypeLike) -> Float[Array, "N K"]:
@@ -93,6 +95,7 @@ KINDS: dict[type, Kind] = {
         product=_quantized_product,
         reads_codes=_reads_codes,
         problems=nf4.weights_problems,
+        call=Call.of,
     ),
     GgmlTensor: Kind(
         shape=lambda weights: weights.shape,

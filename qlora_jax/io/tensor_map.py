@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -15,15 +16,12 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import with_text_attributes
 from qlora_jax.models.tensor_names import MAX_LINES, MAX_WIDTH, expert_name, layer_name, lines_by_layer
-from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.nn.padded_stack import PaddedStack
+from qlora_jax.nn.frozen_weight import Weight, is_packed, ops_of
 from qlora_jax.nn.variables import StatePath
 
 EMBEDDING = "model.embed_tokens.weight"
 
-Leaf = (
-    jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | GgmlTensor | MixedStack | PaddedStack
-)  # a leaf of a state, with or without values
+Leaf = Weight | np.ndarray | jax.ShapeDtypeStruct  # a leaf of a state, with or without values
 
 
 def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
@@ -116,25 +114,21 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each tensor on disk."""
-        if isinstance(self.leaf, QTensor | GgmlTensor | MixedStack | PaddedStack):
-            return self.leaf.shape
-        return self.leaf.shape[len(self.stack) :]
+        return self.leaf.shape if is_packed(self.leaf) else self.leaf.shape[len(self.stack) :]
 
     def part(self, index: int) -> Leaf:
         """The leaf, or part of a mixed stack, that holds the tensor at `index` in `names`."""
-        if isinstance(self.leaf, MixedStack | PaddedStack):
-            return self.leaf.part_of(self.place(index)[0])
-        return self.leaf
+        return ops_of(self.leaf).part(self.leaf, self.place(index)[0])[0] if self.stacked else self.leaf
 
     def quantization_of(self, index: int) -> QTensor | GgmlTensor | None:
         """The leaf that describes the codes of the tensor at `index` in `names`; None if that tensor is dense."""
         part = self.part(index)
-        return part if isinstance(part, QTensor | GgmlTensor) else None
+        return cast(QTensor | GgmlTensor, part) if is_packed(part) else None
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the dense tensors, which are the last part of a mixed stack."""
-        return np.dtype((self.leaf.parts[-1] if isinstance(self.leaf, MixedStack) else self.leaf).dtype)
+        """The dtype of the dense tensors."""
+        return np.dtype(self.leaf.dtype)
 
 
 def slots_of(model: CausalLM) -> list[Slot]:

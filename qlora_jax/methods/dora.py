@@ -22,10 +22,10 @@ from qlora_jax.methods.method import Given
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
-from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight, gather_layer, weight_specs
+from qlora_jax.nn.frozen_weight import Part, dense_weight, gather_layer, ops_of, weight_specs
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight
 from qlora_jax.nn.lora import adapter_deltas, add_delta, low_rank_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_tn
-from qlora_jax.nn.mixed_stack import MixedStack, Part, dense_weight
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh, gathered, lora_spec, shards_of
 
@@ -215,14 +215,11 @@ def squared_norms(weight: Weight, mesh: AnyMesh | None = None) -> Float[Array, "
 
 
 def _squared_norms(weight: Weight) -> jax.Array:
-    if isinstance(weight, MixedStack):
-        return weight.in_layer_order([*map(_squared_norms, weight.parts)])
-
     def of_one(layer: Part) -> jax.Array:
         w_NK = dense_weight(gathered(layer))
         return jnp.sum(jnp.square(w_NK.astype(jnp.float32)), axis=1)
 
-    return jax.lax.map(of_one, weight)
+    return ops_of(weight).per_layer(lambda part: jax.lax.map(of_one, part), weight)
 
 
 def _on_every_device(program: Callable[[PyTree], jax.Array], arrays: PyTree, specs: PyTree, mesh: AnyMesh) -> jax.Array:

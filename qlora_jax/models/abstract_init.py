@@ -10,10 +10,8 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.config import DENSE, QUANTIZED, WeightFormat
-from qlora_jax.nn.experts import ExpertWeight
+from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack, Part
 from qlora_jax.nn.linear import Weight
-from qlora_jax.nn.mixed_stack import MixedStack, Part
-from qlora_jax.nn.padded_stack import PaddedStack
 
 
 def frozen_linear_leaves(
@@ -33,7 +31,7 @@ def frozen_linear_leaves(
 
 def frozen_expert_leaves(
     name: str, stack: tuple[int, int], shape: tuple[int, int], has_bias: bool, weights: WeightFormat
-) -> tuple[ExpertWeight, jax.Array | None]:
+) -> tuple[Weight, jax.Array | None]:
     """Returns zeros as (weight, bias) of one projection of all experts.
 
     Args:

@@ -26,7 +26,8 @@ from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinea
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import add_noise, fold_in_each
-from qlora_jax.nn.linear import QLinear, gather_layer, name_number, named_key
+from qlora_jax.nn.frozen_weight import gather_layer
+from qlora_jax.nn.linear import QLinear, name_number, named_key
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows, TrainableTable
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up

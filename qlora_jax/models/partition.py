@@ -13,12 +13,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.config import DENSE, ROUTER, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE
-from qlora_jax.nn.linear import QLinear, in_host_memory, weight_specs
-from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.frozen_weight import is_packed, weight_specs
+from qlora_jax.nn.linear import QLinear, in_host_memory
 from qlora_jax.nn.variables import StatePath, TrainedLeaf
 from qlora_jax.sharding import AnyMesh, Leaf, lora_spec, mesh_of, place, table_spec
 
@@ -142,15 +141,13 @@ def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
     tables_train = any(is_table(name) for name in parts.lora)
 
     def base_spec(path: jax.tree_util.KeyPath, leaf: PyTree) -> PyTree:
-        if isinstance(leaf, QTensor | MixedStack):
+        if is_packed(leaf):
             return weight_specs(leaf, mesh)
         if is_table(module_of(path)) and not tables_train:
             return table_spec(leaf.shape, mesh)
         return P()
 
-    base = jax.tree_util.tree_map_with_path(
-        base_spec, parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor | MixedStack)
-    )
+    base = jax.tree_util.tree_map_with_path(base_spec, parts.base, is_leaf=is_packed)
     return dataclasses.replace(parts, lora=lora_specs(parts.lora, mesh), base=base)
 
 

@@ -17,10 +17,8 @@ from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Int, PyTree
 
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.nn.frozen_weight import is_packed
 from qlora_jax.nn.linear import OneLayer, in_host_memory
-from qlora_jax.nn.padded_stack import PaddedStack
 
 Position = Int[Array, ""] | int
 Step = Callable[[PyTree, PyTree, Position, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -138,5 +136,4 @@ def fetch_layer(stacks: PyTree, position: Position, *, first: int) -> PyTree:
     def weight_of_layer(weight: PyTree) -> OneLayer:
         return OneLayer(jax.tree.map(one, weight))
 
-    packed = QTensor | GgmlTensor | PaddedStack
-    return jax.tree.map(weight_of_layer, stacks, is_leaf=lambda leaf: isinstance(leaf, packed))
+    return jax.tree.map(weight_of_layer, stacks, is_leaf=is_packed)

@@ -14,21 +14,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.grouped_matmul import (
     Groups,
     combine_rows,
     gather_rows,
     group_rows,
-    grouped_matmul,
     rows_of_pairs,
     weights_of_slots,
 )
-from qlora_jax.nn.linear import OneLayer
-from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
+from qlora_jax.nn.frozen_weight import Weight, frozen_grouped
 from qlora_jax.nn.mlp import GateActivation, gated_gradients, gated_value
-from qlora_jax.nn.padded_stack import PaddedStack, padded_grouped
 from qlora_jax.nn.variables import Frozen, select_layer
 
 # Rows whose gradients are computed together on CPUs, where XLA writes several f32 intermediates: they stay in cache. On
@@ -109,10 +104,6 @@ def _by_block(gate_PF, up_PF, weight_P, dy_PF, activation: GateActivation) -> Gr
 weighted_activation.defvjp(_forward, _backward)
 
 
-# 4-bit or in ggml's blocks with the leading axes [S, E], of several formats, or dense [S, E, N, K].
-ExpertWeight = QTensor | GgmlTensor | MixedStack | PaddedStack | jax.Array
-
-
 class ExpertDelta(Protocol):
     """Adapter next to one parameter of the experts."""
 
@@ -136,7 +127,7 @@ class ExpertLinear(ExpertAdapter):
       bias: [S, E, N], or None.
     """
 
-    def __init__(self, weight: ExpertWeight, bias: Float[Array, "S E N"] | None):
+    def __init__(self, weight: Weight, bias: Float[Array, "S E N"] | None):
         super().__init__()
         self.weight = Frozen(weight)
         self.bias = None if bias is None else Frozen(bias)
@@ -154,25 +145,12 @@ class ExpertLinear(ExpertAdapter):
           weight_P: factors of the bias, by which x is already multiplied; None: no factors.
         """
         with jax.named_scope("experts"):
-            y_PN = _product(x_PK, self.weight.get_value(), groups, layer)
+            y_PN = frozen_grouped(x_PK, self.weight.get_value(), groups, layer)
         if self.bias is not None:
             bias_IN = select_layer(self.bias[...], layer)[groups.expert_of_tile_I]
             bias_PN = jnp.repeat(bias_IN.astype(jnp.float32), groups.tile, axis=0)
             y_PN = y_PN + (bias_PN if weight_P is None else bias_PN * weight_P[:, None]).astype(y_PN.dtype)
         return y_PN if self.adapter is None else y_PN + self.adapter(x_PK, groups)
-
-
-def _product(
-    x_PK: Float[Array, "P K"], weight: ExpertWeight | OneLayer, groups: Groups, layer: jax.Array
-) -> Float[Array, "P N"]:
-    if isinstance(weight, OneLayer):
-        if isinstance(weight.weight, PaddedStack):
-            return padded_grouped(x_PK, weight.weight, groups, layer)
-        return grouped_matmul(x_PK, jax.tree.map(lambda leaf: leaf[None], weight.weight), groups, 0)
-    if isinstance(weight, MixedStack):
-        return mixed_grouped(x_PK, weight, groups, layer)
-    assert not isinstance(weight, PaddedStack), "layers of a PaddedStack are fetched"
-    return grouped_matmul(x_PK, weight, groups, layer)
 
 
 class Experts(nnx.Module):

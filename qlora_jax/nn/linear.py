@@ -11,70 +11,17 @@ from typing import ClassVar, Protocol
 
 import jax
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.formats.qtensor import Leaf, QTensor
-from pallas_kernels.ggml_matmul import ggml_matmul
-from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.dropout import fold_in_each
-from qlora_jax.nn.matmul import dot_nt
-from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
-from qlora_jax.nn.padded_stack import PaddedStack
+from qlora_jax.nn.frozen_weight import OneLayer, Weight, frozen_linear
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
-from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class OneLayer:
-    """A weight of one layer in place of a stack: gathered from several devices, or fetched from host memory."""
-
-    weight: QTensor | GgmlTensor | PaddedStack | Leaf
-
-
-Weight = QTensor | GgmlTensor | MixedStack | jax.Array  # 4-bit, ggml blocks, of several formats, or dense [L, N, K]
-
-
-def weight_specs(weight: Weight, mesh: AnyMesh) -> PyTree:
-    """Returns the PartitionSpec of every leaf of a weight: 4-bit stacks are cut, others are whole on each device."""
-    is_cut = isinstance(weight, QTensor)
-    return jax.tree.map(lambda leaf: stack_spec(leaf.shape, mesh) if is_cut else P(), weight)
-
-
-def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
-    """Gathers one layer of each 4-bit stack that is cut over devices; other stacks stay stacks."""
-
-    def one(leaf: PyTree) -> PyTree:
-        if not (isinstance(leaf, QTensor) and any(map(is_shard, jax.tree.leaves(leaf, is_leaf=is_shard)))):
-            return leaf
-        return OneLayer(gathered(leaf.layer(layer)))
-
-    return jax.tree.map(one, base, is_leaf=lambda leaf: isinstance(leaf, QTensor | GgmlTensor | MixedStack))
+from qlora_jax.sharding import AnyMesh
 
 
 def in_host_memory(leaf: PyTree) -> bool:
     """Returns True if any of these arrays, tracers or ShapeDtypeStructs is in host memory."""
     return any(jax.typeof(each).memory_space == jax.memory.Space.Host for each in jax.tree.leaves(leaf))
-
-
-def frozen_linear(
-    x_MK: Float[Array, "M K"], weight: Weight | OneLayer, layer: jax.Array | int | None
-) -> Float[Array, "M N"]:
-    """Returns x W^T in x's dtype, accumulated in f32, for one layer of a stack (None: `weight` is a single layer)."""
-    if isinstance(weight, QTensor):
-        return nf4_matmul(x_MK, weight, layer)
-    if isinstance(weight, OneLayer):
-        assert not isinstance(weight.weight, PaddedStack), "only experts are in a PaddedStack"
-        return frozen_linear(x_MK, weight.weight, None)
-    if isinstance(weight, GgmlTensor):
-        return ggml_matmul(x_MK, weight, layer)
-    if isinstance(weight, MixedStack):
-        assert layer is not None, "a MixedStack is always a stack"
-        return mixed_linear(x_MK, weight, layer)
-    w_NK = select_layer(weight, layer)
-    return dot_nt(x_MK, w_NK.astype(x_MK.dtype), x_MK.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from qlora_jax.api.export import save_quantized
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, load_checked, open_base, open_finetuned, weight_settings
-from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.frozen_weight import MixedStack
 from tests.inference.small_run import write_run
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 from qlora_jax.methods.dora import DoRA, InferenceDoRA, row_norms
 from qlora_jax.methods.ia3 import IA3
 from qlora_jax.nn.dropout import apply_dropout
+from qlora_jax.nn.frozen_weight import MixedStack
 from qlora_jax.nn.linear import QLinear, project
-from qlora_jax.nn.mixed_stack import MixedStack
 from tests.nn.frozen_linears import LAYER, K, M, N, R, dequantized_layer, random_linear
 from tests.nn.gradients import check_vjp, random_array
 

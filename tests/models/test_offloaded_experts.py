@@ -23,8 +23,7 @@ from qlora_jax.models.partition import (
     with_memory_of,
 )
 from qlora_jax.models.precision import weight_format
-from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.nn.padded_stack import PaddedStack
+from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack
 from qlora_jax.objectives.router_losses import FILLED
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows
+from qlora_jax.nn.frozen_weight import MixedStack, dense_weight, mixed_grouped
 from qlora_jax.nn.linear import frozen_linear
-from qlora_jax.nn.mixed_stack import MixedStack, dense_weight, mixed_grouped
 from qlora_jax.quant import quantize
 from tests.ggml_codes import dequantized, random_ggml
 

@@ -6,8 +6,7 @@ import numpy as np
 
 from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.grouped_matmul import combine_rows, gather_rows, group_rows
-from qlora_jax.nn.mixed_stack import MixedStack, mixed_grouped
-from qlora_jax.nn.padded_stack import PaddedStack, padded_grouped
+from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack, mixed_grouped, padded_grouped
 from tests.ggml_codes import padded_stack, random_ggml
 
 TYPES = ("Q6_K", "Q4_K", "Q4_K", "Q6_K", "Q5_K")

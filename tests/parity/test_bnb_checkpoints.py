@@ -20,7 +20,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import keep_in_16_bits
-from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.nn.frozen_weight import MixedStack
 from qlora_jax.quant import dequantize
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder

@@ -5,11 +5,10 @@ Dimension key: L layers, K in, R rank, N out.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config import LoraArgs
@@ -25,6 +24,7 @@ from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import config_differences
 from qlora_jax.models.families import model_config
 from qlora_jax.models.tensor_names import lines_by_layer
+from qlora_jax.nn.frozen_weight import ops_of
 from qlora_jax.quant import dequantize
 
 
@@ -57,7 +57,7 @@ def check_original(source: ModelSource, slots: Sequence[Slot], compute_dtype: np
     Raises:
       ValueError: names the tensors that differ, or the run's base has codes that this program did not make.
     """
-    if any(isinstance(slot.quantization_of(index), GgmlTensor) for slot in slots for index in range(len(slot.names))):
+    if any(ops_of(slot.quantization_of(index)).of_file for slot in slots for index in range(len(slot.names))):
         raise ValueError(
             f"{source.path}: --base cannot be compared with the run's base, which keeps the codes of a file "
             "(model.quant_type=stored). Export without --base; for a GGUF file, --format gguf-lora needs none"
@@ -80,7 +80,7 @@ def _as_trained(
     for slot in slots:
         for index, name in enumerate(slot.names):
             entry = source.tensors[name]
-            if isinstance(spec := slot.quantization_of(index), QTensor):
+            if (spec := cast(QTensor | None, slot.quantization_of(index))) is not None:
                 layer = dataclasses.replace(read_quantized(source, entry, spec), dtype=spec.dtype)
                 yield name, np.asarray(dequantize(repack(layer, spec.layout), compute_dtype))
             else:

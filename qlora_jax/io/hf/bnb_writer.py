@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +36,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
 from qlora_jax.models.tensor_names import layer_name
+from qlora_jax.nn.frozen_weight import ops_of
 
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
@@ -97,7 +99,7 @@ def _name(name: str, config: JsonObject, names_in_file: Mapping[str, str]) -> st
 def _quantization_of(slot: Slot, index: int) -> QTensor | None:
     """Returns the leaf that describes a weight's codes; None if the folder gets it dense."""
     spec = slot.quantization_of(index)
-    return spec if isinstance(spec, QTensor) and len(slot.stack) == 1 else None
+    return None if ops_of(spec).of_file or len(slot.stack) != 1 else cast(QTensor | None, spec)
 
 
 def _tensor_specs(slot: Slot, index: int, weights: WeightFormat, name: str) -> Iterator[TensorSpec]:

@@ -26,12 +26,12 @@ from qlora_jax.io.hf.reader import DTYPES, FLOAT_TYPES, HEADER_LENGTH_BYTES, IND
 from qlora_jax.io.hf.tokenizer import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_jax.io.read_back import StoredTensor, check_read_back
 from qlora_jax.io.rounding import rounded
-from qlora_jax.io.tensor_map import Leaf, Slot
+from qlora_jax.io.tensor_map import Slot
 from qlora_jax.metadata import JsonObject, read_json
 from qlora_jax.model_source import ModelSource, MultimodalParts, TensorEntry, map_bytes
 from qlora_jax.models.config import FUSED_PROJECTIONS
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, text_config
-from qlora_jax.nn.mixed_stack import MixedStack, Part, dense_weight
+from qlora_jax.nn.frozen_weight import Part, dense_weight, ops_of
 
 FILE_TYPES = {dtype: file_type for file_type, dtype in DTYPES.items()}
 
@@ -351,15 +351,9 @@ def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource, sto
 def _dense(slot: Slot, index: int, compute_dtype: np.dtype) -> jax.Array:
     if not slot.stacked:
         return jnp.asarray(slot.leaf)
-    return dense_weight(_layer(*_part(slot.leaf, slot.place(index))), compute_dtype)
-
-
-def _part(stack: Leaf, place: tuple[int, ...]) -> tuple[Leaf, tuple[np.int32, ...]]:
-    """(the stack that contains a layer, the place in it)."""
-    if not isinstance(stack, MixedStack):
-        return stack, tuple(map(np.int32, place))
-    part, row = stack.locate(place[0])
-    return stack.parts[part], tuple(map(np.int32, (row, *place[1:])))
+    place = slot.place(index)
+    part, row = ops_of(slot.leaf).part(slot.leaf, place[0])
+    return dense_weight(_layer(part, tuple(map(np.int32, (row, *place[1:])))), compute_dtype)
 
 
 @jax.jit

@@ -39,7 +39,7 @@ from qlora_jax.model_source import ModelSource, TensorEntry, prefetch
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import check_fetchable, is_on_host
-from qlora_jax.nn.mixed_stack import Part
+from qlora_jax.nn.frozen_weight import Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
 
@@ -135,9 +135,7 @@ def check_stored_quantization(source: ModelSource, slots: Sequence[Slot]) -> Non
     """
     expected = [(name, slot.quantization_of(index)) for slot in slots for index, name in enumerate(slot.names)]
     stored = [
-        (read, spec)
-        for name, spec in expected
-        if isinstance(spec, QTensor) and (read := source.tensors[name].read_quantized)
+        (read, spec) for name, spec in expected if spec is not None and (read := source.tensors[name].read_quantized)
     ]
     if not stored:
         return
@@ -149,7 +147,7 @@ def check_stored_quantization(source: ModelSource, slots: Sequence[Slot]) -> Non
         )
 
 
-def _differing_settings(weight: QTensor, spec: QTensor) -> list[str]:
+def _differing_settings(weight: QTensor, spec: QTensor | GgmlTensor) -> list[str]:
     pairs = [(name, getattr(weight, name), getattr(spec, name)) for name in QUANTIZATION_FIELDS]
     return [f"{name}={found}, expected {wanted}" for name, found, wanted in pairs if found != wanted]
 
@@ -200,10 +198,11 @@ class _Reader:
         place = None if self.places is None else self.places.of(slot, index)
         spec = slot.quantization_of(index)
         self.digest.name(entry.name)
-        if spec is None:
-            return self._dense(slot, index, entry, place)
-        if isinstance(spec, GgmlTensor):
-            return self._blocks(slot, index, entry, spec, place)
+        return READERS.get(type(spec), _Reader._dense)(self, slot, index, entry, spec, place)
+
+    def _quantized(
+        self, slot: Slot, index: int, entry: TensorEntry, spec: QTensor, place: PlacedWeight | PlacedArray | None
+    ) -> QTensor:
         if place is None:
             layer = dataclasses.replace(read_quantized(self.source, entry, spec, self.transform), dtype=spec.dtype)
             for leaf in jax.tree.leaves(layer):
@@ -218,12 +217,7 @@ class _Reader:
         return place.put(codes, rows, constants)
 
     def _blocks(
-        self,
-        slot: Slot,
-        index: int,
-        entry: TensorEntry,
-        spec: GgmlTensor,
-        place: PlacedWeight | PlacedArray | None,
+        self, slot: Slot, index: int, entry: TensorEntry, spec: GgmlTensor, place: PlacedWeight | PlacedArray | None
     ) -> GgmlTensor:
         """The weight in the file's own blocks; the type of its blocks is part of the fingerprint."""
         rows = self.rows(slot, index)
@@ -233,7 +227,9 @@ class _Reader:
         codes = place.put(own, rows) if isinstance(place, PlacedArray) else jnp.array(own, copy=True)
         return dataclasses.replace(spec, codes=codes)
 
-    def _dense(self, slot: Slot, index: int, entry: TensorEntry, place: PlacedWeight | PlacedArray | None) -> jax.Array:
+    def _dense(
+        self, slot: Slot, index: int, entry: TensorEntry, spec: None, place: PlacedWeight | PlacedArray | None
+    ) -> jax.Array:
         rows = self.rows(slot, index)
         own = read_own(functools.partial(_finite_rows, self.source, entry), rows)
         own = self.transform(entry.name, own)
@@ -243,6 +239,10 @@ class _Reader:
         # Copied because the memory belongs to the file; after the cast, so that f32 and two casts never coexist.
         own = own.astype(slot.dtype, copy=False)
         return jnp.array(own, copy=True)
+
+
+# The type of a packed weight -> how it is read. Others are dense.
+READERS: dict[type, Callable[..., Part]] = {QTensor: _Reader._quantized, GgmlTensor: _Reader._blocks}
 
 
 def read_quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, transform: Transform = unchanged) -> QTensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import jax
 import numpy as np
@@ -13,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from pallas_kernels.formats.fsdp_parts import FsdpParts, Rows, equal_rows
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS, convert_codes, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.tensor_map import Slot
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import is_table, partition, parts_specs
+from qlora_jax.nn.frozen_weight import ops_of
 from qlora_jax.nn.variables import StatePath
 from qlora_jax.sharding import FSDP, axis_size, cut_axis, named
 
@@ -325,10 +326,9 @@ class MeshPlaces:
         """Returns the place of one tensor of a slot."""
         specs = self._specs[slot.path]
         stack = slot.quantization_of(index)
-        if isinstance(stack, QTensor):
-            own = specs if isinstance(specs, QTensor) else specs.part_of(slot.place(index)[0])
-            return PlacedWeight(self._mesh, stack, own)
-        if isinstance(stack, GgmlTensor):
+        if stack is not None and ops_of(stack).is_cut:
+            return PlacedWeight(self._mesh, cast(QTensor, stack), ops_of(specs).part(specs, slot.place(index)[0])[0])
+        if stack is not None:
             return PlacedArray(self._mesh, stack.codes.shape[-2:], np.dtype(np.uint8), P())
         return PlacedArray(self._mesh, slot.shape, slot.dtype, P() if slot.stacked else specs)
 

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.mesh_weights import MeshPlaces
 from qlora_jax.io.tensor_map import Leaf, Slot
 from qlora_jax.models.partition import host_sharding
-from qlora_jax.nn.mixed_stack import MixedStack, Part
-from qlora_jax.nn.padded_stack import PaddedStack
+from qlora_jax.nn.frozen_weight import Part, ops_of
 
 
 def empty_stacks(slots: Sequence[Slot], places: MeshPlaces | None) -> Sequence[Leaf]:
@@ -33,17 +31,10 @@ def filled(slot: Slot, stack: Leaf, layers: Iterator[Part]) -> Leaf:
     """Returns the stack with all layers and experts of a slot written into it, in its own memory."""
     for index, layer in enumerate(layers):
         place = slot.place(index)
-        if isinstance(stack, MixedStack):
-            part, index_in_part = stack.locate(place[0])
-            part_filled = set_layer(stack.parts[part], layer, _traced((index_in_part, *place[1:])))
-            stack = stack.with_part(part, part_filled)
-        else:
-            stack = set_layer(stack, layer, _traced(place))
+        ops = ops_of(stack)
+        part, row = ops.part(stack, place[0])
+        stack = ops.with_part(stack, place[0], set_layer(part, layer, tuple(map(np.int32, (row, *place[1:])))))
     return stack
-
-
-def _traced(place: tuple[int, ...]) -> tuple[np.int32, ...]:
-    return tuple(map(np.int32, place))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -51,9 +42,7 @@ def set_layer[Stack: (jax.Array, QTensor, GgmlTensor)](
     stack: Stack, layer: Part, place: tuple[jax.Array | np.int32, ...]
 ) -> Stack:
     """Returns the stack with the layer or expert at one place set, in the memory of the donated stack."""
-    if isinstance(stack, QTensor):
-        assert isinstance(layer, QTensor)
-        layer = repack(layer, stack.layout)
+    layer = ops_of(stack).relayout(stack, layer)
 
     def with_one(all_: jax.Array, one: jax.Array) -> jax.Array:
         start = (*place, *(0 for _ in one.shape))
@@ -72,13 +61,8 @@ def filled_on_host(slot: Slot, layers: Iterator[Part]) -> Leaf:
 
 def _put_on_host(stack: Leaf, layer: Part, place: tuple[int, ...]) -> None:
     """Writes the weight of one layer or expert into a stack of NumPy arrays."""
-    if isinstance(stack, PaddedStack):
-        assert isinstance(layer, GgmlTensor)
-        stack.codes[stack.place_of(*place)] = np.asarray(layer.codes).reshape(-1)
-        return
-    one = _repacked(layer, stack.layout) if isinstance(stack, QTensor) else layer
+    ops = ops_of(stack)
+    one = ops.relayout(stack, layer)
     for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
-        all_[place] = np.asarray(values)
-
-
-_repacked = jax.jit(repack, static_argnums=1)
+        at = ops.place(stack, place)
+        all_[at] = np.asarray(values).reshape(all_[at].shape)

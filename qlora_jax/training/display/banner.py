@@ -6,13 +6,9 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.ggml_matmul.api import choose_implementation as choose_ggml
 from pallas_kernels.grouped_matmul import api as grouped_api
 from pallas_kernels.grouped_matmul.groups import choose_tile
-from pallas_kernels.nf4_matmul.api import choose_implementation
-from pallas_kernels.nf4_matmul.dispatch import Call, Choice
+from pallas_kernels.nf4_matmul.dispatch import Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.methods import METHODS, uses
 from qlora_jax.config.objectives import OBJECTIVES
@@ -25,6 +21,7 @@ from qlora_jax.models.partition import Lora, is_table, module_of
 from qlora_jax.models.precision import kept_text
 from qlora_jax.models.prefetched_layers import split_host
 from qlora_jax.nn.attention import cpu as attention_cpu
+from qlora_jax.nn.frozen_weight import OPS, ops_of
 from qlora_jax.optim.schedule import warmup_steps
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.run_mesh import mesh_size
@@ -246,13 +243,15 @@ def _matmuls(session: Session) -> str:
     """Returns the implementations that multiply by packed weights, and why the preferred ones are not used."""
     device, micro_batch_size = target_device(), session.config.train.micro_batch_size
     rows = micro_batch_size // mesh_size(session.mesh).devices * max(session.dataset.buckets)
-    leaves = jax.tree.leaves(session.parts.base, is_leaf=_is_packed)
-    packed, dtype = [leaf for leaf in leaves if _is_packed(leaf)], session.weights.dtype
+    leaves = jax.tree.leaves(session.parts.base, is_leaf=_has_kernel)
+    packed, dtype = [leaf for leaf in leaves if _has_kernel(leaf)], session.weights.dtype
     plain = [leaf for leaf in packed if len(leaf.stack_shape) < 2]
-    calls = [Call.of("forward", rows, dtype, leaf) for leaf in plain if isinstance(leaf, QTensor)]
-    found = [_chosen([choose_implementation(device, call) for call in calls])]
-    if any(isinstance(leaf, GgmlTensor) for leaf in plain):
-        found.append(f"{choose_ggml(device, dtype)}, from the blocks of the file")
+    found = []
+    for kind in sorted({type(leaf) for leaf in plain}, key=[*OPS].index):
+        ops = OPS[kind]
+        assert ops.choice is not None, "only such weights were collected"
+        chosen = _chosen([ops.choice(device, rows, dtype, leaf) for leaf in plain if type(leaf) is kind])
+        found.append(f"{chosen}, from the blocks of the file" if ops.of_file else chosen)
     if grouped := [leaf for leaf in packed if len(leaf.stack_shape) == 2]:
         experts = session.model.experts
         assert experts is not None, "weights with two leading axes are experts"
@@ -262,8 +261,8 @@ def _matmuls(session: Session) -> str:
     return "; ".join(filter(None, found)) or "XLA, dense weights"
 
 
-def _is_packed(leaf: object) -> bool:
-    return isinstance(leaf, QTensor | GgmlTensor)
+def _has_kernel(leaf: object) -> bool:
+    return ops_of(leaf).choice is not None
 
 
 def _chosen(choices: Sequence[Choice]) -> str:

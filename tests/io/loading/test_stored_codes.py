@@ -23,7 +23,7 @@ from qlora_jax.io.tensor_map import slots_of
 from qlora_jax.models.config import DENSE, STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.tensor_names import layer_name
-from qlora_jax.nn.mixed_stack import MixedStack, dense_weight
+from qlora_jax.nn.frozen_weight import MixedStack, dense_weight
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.plan.target import model_features, planned_weights
 from tests.ggml_codes import dequantized
