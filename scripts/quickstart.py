@@ -25,7 +25,7 @@ from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import ModelParts, partition
-from qlora_jax.training.display.next_commands import next_commands
+from qlora_jax.training.display.banner import next_commands
 from qlora_jax.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -214,7 +214,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     f"{KERNELS}/test_contract.py::test_stacks_and_transforms": (2, 4),
     "tests/io/loading/test_mesh_weights.py::test_other_formats": (1, 2),
     "tests/e2e/test_resume.py::test_resuming_otherwise_is_refused_with_each_difference": (0, 1),
-    "tests/training/test_abstract_step.py::test_the_compiled_program_takes_a_runs_arrays": (0, 1),
+    "tests/training/test_step_spec.py::test_the_compiled_program_takes_a_runs_arrays": (0, 1),
     "tests/inference/test_decode.py::test_a_full_context_ends_the_reply_and_says_so": (0, 1),
     "tests/inference/test_decode.py::test_compilations_are_as_many_as_stated": (0, 1),
     "tests/evaluation/test_loglikelihood.py::test_exact_and_begins": (0, 1),
@@ -260,7 +260,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/e2e/test_families.py::test_a_whole_run": (0, 1),
     "tests/e2e/test_methods.py::test_training_goes_on_from_the_exported_adapter": (0, 1),
     "tests/nn/attention/test_branching.py::test_absent_cards_visit_chunks_and_store_no_square": (0, 1),
-    "tests/training/test_abstract_step.py::test_steps_of_real_models_compile_for_every_card": (0, 0),
+    "tests/training/test_step_spec.py::test_steps_of_real_models_compile_for_every_card": (0, 0),
     "tests/training/plan/test_requirements.py::test_the_estimate_is_near_what_is_compiled_for_a_card": (0, 0),
     "tests/studies/tournament/test_agreement.py::test_kappas_and_correlations_are_those_of_statsmodels_and_scipy": (
         0,

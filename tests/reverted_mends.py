@@ -155,20 +155,20 @@ MENDS = [
         "tests/inference/test_terminal_chat.py",
     ),
     Mutation(
-        "qlora_jax/training/display/next_commands.py",
+        "qlora_jax/training/display/banner.py",
         "if is_plain and is_served",
         "if is_served",
         "tests/training/display/test_next_commands.py",
     ),
     Mutation(
-        "qlora_jax/training/display/next_commands.py",
+        "qlora_jax/training/display/banner.py",
         "if is_plain and is_served",
         "if False",
         "tests/training/display/test_next_commands.py",
     ),
     # A step that changes nothing
     Mutation(
-        "qlora_jax/training/planned_run.py",
+        "qlora_jax/training/plan/search.py",
         "if text := short_run_warning(config.optim, total_steps):",
         "if text := None:",
         "tests/e2e/test_report.py",

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.frozen_product import DTYPES, Direction, differentiable
-from pallas_kernels.grouped_matmul import loop
-from pallas_kernels.grouped_matmul.experts import ExpertWeights, Layer, kind_of
+from pallas_kernels.grouped_matmul.experts import ExpertWeights, Layer, kind_of, loop_backward, loop_forward
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul.api import preference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Choice, Implementation, choose
@@ -39,7 +38,7 @@ def _fused(kernel: str, capabilities: Capabilities) -> Implementation:
 MOST_TILE = 1024  # rows
 # A call's rows are those of a tile. Fused implementations take only 4-bit weights.
 IMPLEMENTATIONS = {
-    "loop": Implementation(loop.forward, loop.backward, Capabilities()),
+    "loop": Implementation(loop_forward, loop_backward, Capabilities()),
     "hopper": _fused("hopper", dataclasses.replace(HOPPER, rows=(64, MOST_TILE), row_multiple=64)),
     "ampere": _fused("ampere", dataclasses.replace(AMPERE, rows=(64, MOST_TILE), row_multiple=64)),
     "skinny": _fused("skinny", dataclasses.replace(SKINNY, rows=(8, 8), least=(1, 448))),

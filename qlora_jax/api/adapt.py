@@ -15,7 +15,8 @@ from qlora_jax.io.pretrained import load_for_training
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine
 from qlora_jax.nn.linear import named_key
-from qlora_jax.training.session import training_parts, weights_for
+from qlora_jax.training.run_spec import weights_for
+from qlora_jax.training.session import training_parts
 
 
 def add_adapter(

@@ -28,7 +28,7 @@ from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.training.metrics.metrics_file import METRICS_FILE, Record, read_metrics
 from qlora_jax.training.reporters import Listener
 from qlora_jax.training.run import lock_output, run_training
-from qlora_jax.training.session import PreparedModel
+from qlora_jax.training.run_spec import PreparedModel
 
 Callback = Callable[[Record], bool | None]  # receives a record; True stops the run
 

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.batching.batches import START, Batch, eval_batches, train_batches, window_order
+from qlora_jax.data.batching.batches import START, eval_batches, train_batches, window_order
 from qlora_jax.data.batching.mixture import Mixture, Part, check_kinds, check_weights, count_sequences
-from qlora_jax.data.batching.packing import UNIT, choose_buckets, count_units, pack_length
+from qlora_jax.data.batching.packing import UNIT, Batch, choose_buckets, count_units, pack_length
 from qlora_jax.data.holdout import Split, shared_rows
 from qlora_jax.data.kl_pairs import PairedRows, kl_shift, pair_rows, paired_digest
 from qlora_jax.data.labels import find_labels

@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.adapter_cost import F32, ONCE, AdapterShape, StepSizes, Work, ranked_projections
+from qlora_jax.methods.adapter_cost import F32, ONCE, AdapterShape, StepSizes, Work
 from qlora_jax.methods.lora import LowRankMethod, LowRankStart
+from qlora_jax.methods.low_rank_cost import ranked_projections
 from qlora_jax.methods.method import Given
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.column_scale import scale_columns

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.grouped_matmul import Groups
+from pallas_kernels.grouped_matmul.groups import Groups
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.targets import Layers, parameter_ranks_and_scalings, target_parameters
 from qlora_jax.models.config import ROUTER, ModelConfig

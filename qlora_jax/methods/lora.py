@@ -15,16 +15,9 @@ from pydantic import Field
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS
 from qlora_jax.metadata import JsonObject, shorten
-from qlora_jax.methods.adapter_cost import (
-    AdapterShape,
-    StepSizes,
-    Work,
-    low_rank_work,
-    ranked_parameters,
-    ranked_projections,
-    saved_products,
-)
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.expert_lora import add_expert_adapters
+from qlora_jax.methods.low_rank_cost import low_rank_work, ranked_parameters, ranked_projections, saved_products
 from qlora_jax.methods.method import Given, Method, linears, our_names
 from qlora_jax.methods.peft_experts import (
     entries_of,

@@ -24,6 +24,7 @@ from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.models.tensor_names import EXPERT, LAYER, MAX_LINES, layer_name
 
 PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 NO_ARRAYS: Mapping[str, np.ndarray] = MappingProxyType({})
 NOT_LINEAR = "not a linear layer of the model, or unexpected in an adapter of this method"

@@ -19,14 +19,8 @@ from pydantic import Field
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject
-from qlora_jax.methods.adapter_cost import (
-    AdapterShape,
-    StepSizes,
-    Work,
-    low_rank_work,
-    ranked_projections,
-    saved_products,
-)
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
+from qlora_jax.methods.low_rank_cost import low_rank_work, ranked_projections, saved_products
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
 from qlora_jax.methods.peft_form import (
     NO_ARRAYS,

@@ -16,7 +16,8 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.experts import ExpertLinear, Experts
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.mlp import apply_activation, gated_activation
-from qlora_jax.nn.router import Router, route, routing_sums
+from qlora_jax.nn.router import route, routing_sums
+from qlora_jax.nn.variables import Frozen, select_layer
 
 # Sums of one layer: counts [B, E], probabilities [B, E], squared logsumexp [B], as in nn.router.Routing.
 RoutingSums = tuple[jax.Array, jax.Array, jax.Array]
@@ -53,6 +54,36 @@ class MLP(nnx.Module):
         gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
         with jax.named_scope("swiglu"):
             return gated_activation(gate_MF, up_MF, config.gate_activation)
+
+
+class Router(QLinear):
+    """The linear layer that scores experts, computed in f32; it is never quantized, and an adapter may be set.
+
+    Args:
+      name: the Hugging Face name without the layer's index.
+      weight: [S, E, D].
+      bias: [S, E], or None.
+      selection_bias: f32 [S, E], added only for the choice; None: no such bias.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: Float[Array, "S E D"],
+        bias: Float[Array, "S E"] | None,
+        selection_bias: Float[Array, "S E"] | None,
+    ):
+        super().__init__(name, weight, bias)
+        self.e_score_correction_bias = None if selection_bias is None else Frozen(selection_bias)
+
+    def logits(self, x_MD: Float[Array, "M D"], layer: jax.Array, keys_B: jax.Array | None) -> Float[Array, "M E"]:
+        """Returns the f32 logits of all experts; a result in a narrower dtype would make scores equal that differ."""
+        return self(x_MD.astype(jnp.float32), layer, keys_B)
+
+    def selection_bias(self, layer: jax.Array) -> jax.Array | None:
+        """Returns the bias of the choice in one layer, [E]."""
+        bias = self.e_score_correction_bias
+        return None if bias is None else select_layer(bias[...], layer)
 
 
 class SparseMLP(nnx.Module):

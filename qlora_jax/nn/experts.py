@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.grouped_matmul import (
+from pallas_kernels.grouped_matmul.groups import (
     Groups,
     combine_rows,
     gather_rows,

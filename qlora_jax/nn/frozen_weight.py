@@ -25,8 +25,9 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.frozen_product import Direction, Layer, differentiable
 from pallas_kernels.ggml_matmul import api as ggml
-from pallas_kernels.grouped_matmul import Groups, grouped_matmul
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.api import product as grouped_product
+from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul import api as nf4
 from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.nn.matmul import dot_nn, dot_nt

@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.nn.linear import QLinear
-from qlora_jax.nn.variables import Frozen, select_layer
-
 SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID = "softmax", "softmax of chosen", "sigmoid"
 SMALLEST_SUM = 1e-20  # added to a sum of sigmoids, as transformers does
 BEST_OF_GROUP = 2  # the experts whose scores, summed, are the score of a group
@@ -119,33 +116,3 @@ def routing_sums(
     )
     counts_BE, probs_BE, z_B1 = sums
     return jax.lax.stop_gradient(counts_BE), probs_BE, z_B1[:, 0]
-
-
-class Router(QLinear):
-    """The linear layer that scores experts, computed in f32; it is never quantized, and an adapter may be set.
-
-    Args:
-      name: the Hugging Face name without the layer's index.
-      weight: [S, E, D].
-      bias: [S, E], or None.
-      selection_bias: f32 [S, E], added only for the choice; None: no such bias.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        weight: Float[Array, "S E D"],
-        bias: Float[Array, "S E"] | None,
-        selection_bias: Float[Array, "S E"] | None,
-    ):
-        super().__init__(name, weight, bias)
-        self.e_score_correction_bias = None if selection_bias is None else Frozen(selection_bias)
-
-    def logits(self, x_MD: Float[Array, "M D"], layer: jax.Array, keys_B: jax.Array | None) -> Float[Array, "M E"]:
-        """Returns the f32 logits of all experts; a result in a narrower dtype would make scores equal that differ."""
-        return self(x_MD.astype(jnp.float32), layer, keys_B)
-
-    def selection_bias(self, layer: jax.Array) -> jax.Array | None:
-        """Returns the bias of the choice in one layer, [E]."""
-        bias = self.e_score_correction_bias
-        return None if bias is None else select_layer(bias[...], layer)

@@ -13,7 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.objectives.margin_losses import MARGIN_LOSSES
 from qlora_jax.objectives.objective import Arrays, Totals
 from qlora_jax.objectives.pairs import PairObjective, in_pairs

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.config.objectives import OBJECTIVES, RowKind
-from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.sequence_head import HeadSpec, Pooling
 from qlora_jax.objectives.objective import Arrays, Objective, Totals

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.lm_head.cross_entropy import token_nll
 from qlora_jax.objectives.objective import Arrays, Totals

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.config.objectives import RowKind
-from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.objectives.objective import Arrays, Totals
 from qlora_jax.objectives.sequences import SequenceLogps, sequence_logps

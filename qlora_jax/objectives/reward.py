@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.config.objectives import RowKind
-from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.objectives.head_objective import HeadObjective
 from qlora_jax.objectives.objective import Arrays, Totals
 from qlora_jax.objectives.pairs import in_pairs

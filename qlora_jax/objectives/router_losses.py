@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config.objectives import RowKind
 from qlora_jax.config.schema import RouterArgs
-from qlora_jax.data.batching.batches import Batch
+from qlora_jax.data.batching.packing import Batch
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine

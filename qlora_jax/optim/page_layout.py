@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from qlora_jax.sharding import FSDP, axis_size, cut_axis
 
 PAGE_BYTES = 32 * 2**20  # smaller than 16 MiB, calls dominate; larger than 64 MiB, little is gained
+PAGES_PER_BUDGET = 4  # at least, if layers are small enough: one in update, one prefetched, one evicted, one waiting
 
 PyTreeDef = Any  # jax.tree_util.PyTreeDef, which JAX does not export as a type
 ShapedArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct

@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.optim.optax_chain import check_elementwise
-from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, layer_pages
+from qlora_jax.optim.page_layout import PAGE_BYTES, PAGES_PER_BUDGET, Layout, layer_pages
 from qlora_jax.optim.page_pool import Memory, Page
 from qlora_jax.optim.pager import (
     PagedState,
@@ -34,8 +34,6 @@ from qlora_jax.optim.pager import (
     write_page,
 )
 from qlora_jax.sharding import Device
-
-PAGES_PER_BUDGET = 4  # at least: one updated, one arriving, one leaving, one waiting
 
 
 def paged(

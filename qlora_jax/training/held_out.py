@@ -1,6 +1,6 @@
 """Evaluates the held-out rows of a run by the objective's loss and metrics, with 95 % intervals over rows.
 
-Dimension key: B rows of a batch, R held-out rows.
+Dimension key: B rows of a batch, R held-out rows, S sequences of a row, C outputs or embedding width.
 """
 
 import math
@@ -12,47 +12,86 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, PyTree
 
-from qlora_jax.data.batching.batches import PRESENT, Batch
+from qlora_jax.data.batching.packing import PRESENT, Batch
+from qlora_jax.data.readers.files import Place
+from qlora_jax.evaluation.heads.rows import check_are_finite
+from qlora_jax.evaluation.tasks.embeddings import retrieval_metrics
+from qlora_jax.evaluation.tasks.head_labels import LABELLED, head_label_metrics
+from qlora_jax.evaluation.tasks.reward_pairs import reward_metrics
+from qlora_jax.measures.metrics import Metric
 from qlora_jax.models.partition import Lora
-from qlora_jax.objectives.objective import REFERENCE, Objective, PreferenceObjective, Totals, read_by_outputs
+from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective, Totals, read_by_outputs
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
-from qlora_jax.training.forward import evaluation_loss
-from qlora_jax.training.held_out_heads import held_out_head_metrics
-from qlora_jax.training.metrics.eval_metrics import eval_loss_metrics, objective_loss_metrics
-from qlora_jax.training.metrics.preference_metrics import means_with_intervals, preference_values
+from qlora_jax.training.metrics.step_metrics import (
+    eval_loss_metrics,
+    flatten_metrics,
+    means_with_intervals,
+    objective_loss_metrics,
+    preference_values,
+)
 from qlora_jax.training.run_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Session
+from qlora_jax.training.step import evaluation_loss
+
+
+def held_out_head_metrics(
+    head: TrainedHead, outputs_RSC: np.ndarray, arrays: Mapping[str, np.ndarray], numbers: Sequence[int]
+) -> dict[str, float]:
+    """Returns the entries of an evaluation's record: those of `labels`, `pairs` or `embeddings`, with intervals.
+
+    Args:
+      outputs_RSC: the head's outputs for the sequences of each row, or their pooled states.
+      arrays: the rows' values by name, [R, S] or [R, S, C].
+      numbers: of the rows, from 0, for messages.
+
+    Raises:
+      ValueError: outputs are not finite; the message lists the rows.
+    """
+    outputs_RSC = np.asarray(outputs_RSC, np.float64)
+    check_are_finite("held-out rows", [Place(number + 1, number) for number in numbers], outputs_RSC)
+    task, metrics = _metrics(head, outputs_RSC, arrays)
+    return flatten_metrics(task, metrics)
+
+
+def _metrics(head: TrainedHead, outputs_RSC: np.ndarray, arrays: Mapping[str, np.ndarray]) -> tuple[str, list[Metric]]:
+    if head.objective in LABELLED:
+        labels = np.asarray(arrays[LABELS], np.float64).reshape(len(outputs_RSC), -1)
+        return "labels", head_label_metrics(head, outputs_RSC[:, 0], labels)
+    if head.objective == "reward":
+        return "pairs", reward_metrics(outputs_RSC[..., 0])
+    return "embeddings", retrieval_metrics(outputs_RSC)
 
 
 def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:
     """Returns the record entries of the held-out rows: the loss, and the metrics of the objective."""
-    if session.objective.sequences_per_row == 0:
+    if session.run.inputs.objective.sequences_per_row == 0:
         return _token_loss(session, lora, before_batch)
     batches, outputs = _outputs(session, lora, before_batch)
-    names = {PRESENT, *session.objective.values} - {REFERENCE}
+    names = {PRESENT, *session.run.inputs.objective.values} - {REFERENCE}
     arrays = {name: np.concatenate([batch.arrays()[name][0, is_row(batch)] for batch in batches]) for name in names}
     if isinstance(outputs, ComparedLogps):
         arrays[REFERENCE] = np.asarray(outputs.reference_BS)
-    totals = _sum_totals(session.objective, batches)
-    rows_per_step = math.ceil(session.dataset.report.train.kept / session.dataset.steps_per_epoch)
-    losses_R = losses_of_rows(session.objective, outputs, arrays, totals, rows_per_step)
+    totals = _sum_totals(session.run.inputs.objective, batches)
+    rows_per_step = math.ceil(session.run.inputs.dataset.report.train.kept / session.run.inputs.dataset.steps_per_epoch)
+    losses_R = losses_of_rows(session.run.inputs.objective, outputs, arrays, totals, rows_per_step)
     found = objective_loss_metrics(losses_R)
     if isinstance(outputs, SequenceLogps):
-        objective = cast(PreferenceObjective, session.objective)
+        objective = cast(PreferenceObjective, session.run.inputs.objective)
         found |= means_with_intervals(preference_values(objective, outputs, arrays))
-    if session.head is not None:
+    if session.run.inputs.head is not None:
         numbers = [number for batch in batches for number in batch.rows[0, :, 0][is_row(batch)].tolist()]
-        found |= held_out_head_metrics(session.head, np.asarray(outputs), arrays, numbers)
+        found |= held_out_head_metrics(session.run.inputs.head, np.asarray(outputs), arrays, numbers)
     return found
 
 
 def _token_loss(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:
     """Returns the mean over tokens."""
     sums, tokens = [], []
-    for batch in session.dataset.eval_batches(rows_that_divide(MAX_ROWS, session.mesh)):
+    for batch in session.run.inputs.dataset.eval_batches(rows_that_divide(MAX_ROWS, session.run.mesh)):
         before_batch()
-        arrays = place_batch({name: array[0] for name, array in batch.arrays().items()}, session.mesh)
-        rows_B = evaluation_loss(session.parts.with_lora(lora), arrays, mesh=session.mesh)
+        arrays = place_batch({name: array[0] for name, array in batch.arrays().items()}, session.run.mesh)
+        rows_B = evaluation_loss(session.parts.with_lora(lora), arrays, mesh=session.run.mesh)
         there = is_row(batch)
         sums.append(np.asarray(rows_B, np.float64)[there])
         tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])
@@ -62,10 +101,10 @@ def _token_loss(session: Session, lora: Lora, before_batch: Callable[[], None]) 
 def _outputs(session: Session, lora: Lora, before_batch: Callable[[], None]) -> tuple[list[Batch], PyTree]:
     """Returns (the batches, the model's outputs for their rows, with leaves [R, ...])."""
     compute, batches, outputs = _forward_pass(session, lora), [], []
-    for batch in session.dataset.eval_batches(rows_of_batch(session.config, session.mesh)):
+    for batch in session.run.inputs.dataset.eval_batches(rows_of_batch(session.run.config, session.run.mesh)):
         before_batch()
-        read = read_by_outputs(batch.arrays(), session.objective)
-        arrays = place_batch({name: array[0] for name, array in read.items()}, session.mesh)
+        read = read_by_outputs(batch.arrays(), session.run.inputs.objective)
+        arrays = place_batch({name: array[0] for name, array in read.items()}, session.run.mesh)
         found = compute(arrays)
         batches.append(batch)
         outputs.append(jax.tree.map(lambda leaf, batch=batch: jnp.asarray(np.asarray(leaf)[is_row(batch)]), found))
@@ -74,9 +113,9 @@ def _outputs(session: Session, lora: Lora, before_batch: Callable[[], None]) -> 
 
 def _forward_pass(session: Session, lora: Lora) -> Callable[[dict[str, jax.Array]], PyTree]:
     """Returns a function from a batch to the model's outputs, with the divergence if there is a reference."""
-    parts, forward = session.parts.with_lora(lora), session.gradients.forward
+    parts, forward = session.parts.with_lora(lora), session.run.gradients.forward
     if session.reference is None:
-        return lambda arrays: forward.outputs(session.objective, arrays)(parts, arrays)
+        return lambda arrays: forward.outputs(session.run.inputs.objective, arrays)(parts, arrays)
     both = parts, session.parts.with_lora(session.reference.on_devices())
     return lambda arrays: forward.comparison(arrays)(both, arrays)
 

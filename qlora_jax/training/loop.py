@@ -9,7 +9,8 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from qlora_jax.data.batching.batches import START, Batch
+from qlora_jax.data.batching.batches import START
+from qlora_jax.data.batching.packing import Batch
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.objectives.router_losses import step_arrays, unrouted
@@ -17,8 +18,7 @@ from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.held_out import held_out_metrics
 from qlora_jax.training.metrics.memory_watch import memory_in_use
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.preference_metrics import step_metrics
-from qlora_jax.training.metrics.router_metrics import router_metrics
+from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
 from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
 from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.session import Session
@@ -88,11 +88,11 @@ def run_steps(
       CheckpointError: writing a checkpoint failed.
       PagingError: neither device nor host has room for the optimizer's state; that step is not saved.
     """
-    settings = session.config.train
+    settings = session.run.config.train
     if state.step == 0 or state.evaluation_due:
         state = evaluate(session, state, checkpoints, reporter, stop)
-    for batch, data_seconds in timed(session.dataset.train_batches(state.position)):
-        if state.step >= session.total_steps or stop() or state.best.should_stop(settings.patience):
+    for batch, data_seconds in timed(session.run.inputs.dataset.train_batches(state.position)):
+        if state.step >= session.run.total_steps or stop() or state.best.should_stop(settings.patience):
             break
         before_step()
         state = train_step(session, state, batch, data_seconds, reporter)
@@ -105,8 +105,8 @@ def run_steps(
 
 
 def _is_evaluated(session: Session, step: int) -> bool:
-    every = session.config.train.eval_every
-    return step == session.total_steps or (every > 0 and step % every == 0)
+    every = session.run.config.train.eval_every
+    return step == session.run.total_steps or (every > 0 and step % every == 0)
 
 
 def timed[T](batches: Iterable[T]) -> Iterator[tuple[T, float]]:
@@ -124,8 +124,8 @@ def train_step(
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, state.step)
     optimizer_state, room, sent = session.state_manager.make_room(state.optimizer_state, batch.inputs.shape)
-    arrays = place_batch(step_arrays(session.gradients.objective, batch), session.mesh)
-    grads, loss = session.gradients(session.parts.with_lora(state.lora), arrays, key)
+    arrays = place_batch(step_arrays(session.run.gradients.objective, batch), session.run.mesh)
+    grads, loss = session.run.gradients(session.parts.with_lora(state.lora), arrays, key)
     lora, optimizer_state, norm, moved = session.state_manager.update(state.lora, optimizer_state, grads, room)
     total, count, row_losses_AB, norm = jax.device_get((loss.total, loss.count, loss.row_losses_AB, norm))
     tokens = int(batch.weights.sum())
@@ -137,7 +137,7 @@ def train_step(
         {
             "step": step,
             "loss": float(total) / float(count),
-            "learning_rate": float(np.asarray(session.schedule(state.step))),
+            "learning_rate": float(np.asarray(session.run.schedule(state.step))),
             "grad_norm": float(norm),
             "supervised_tokens": tokens,
             "tokens": batch.tokens,
@@ -145,12 +145,12 @@ def train_step(
             "seconds": seconds,
             "data_seconds": data_seconds,
         }
-        | step_metrics(session.objective, unrouted(loss.outputs), batch.slots)
-        | router_metrics(loss.outputs, session.model.experts)
-        | session.utilization.metrics(batch, tokens, seconds)
+        | step_metrics(session.run.inputs.objective, unrouted(loss.outputs), batch.slots)
+        | router_metrics(loss.outputs, session.run.inputs.model.experts)
+        | session.run.utilization.metrics(batch, tokens, seconds)
         | session.state_manager.metrics(optimizer_state, sent + moved)
         | _speed_of_devices(session, batch.tokens / seconds)
-        | memory_in_use(local_devices(session.mesh))
+        | memory_in_use(local_devices(session.run.mesh))
     )
     assert batch.position is not None  # only evaluation batches have none
     return TrainState(lora, optimizer_state, step, batch.position, state.best)
@@ -158,7 +158,7 @@ def train_step(
 
 def _speed_of_devices(session: Session, tokens_per_second: float) -> Record:
     """Returns the entries of a step's record on several devices: tokens per second, in all and per device."""
-    devices = mesh_size(session.mesh).devices
+    devices = mesh_size(session.run.mesh).devices
     if devices == 1:
         return {}
     return {
@@ -171,8 +171,8 @@ def _speed_of_devices(session: Session, tokens_per_second: float) -> Record:
 def _non_finite(session: Session, batch: Batch, step: int, row_losses_AB: np.ndarray, norm: float) -> str:
     bad = batch.rows[~np.isfinite(row_losses_AB)]
     rows, which = (bad, "rows with a loss that is not finite") if bad.size else (batch.rows, "rows of the step")
-    places = [session.dataset.train.where(int(row)) for row in rows.reshape(-1) if row >= 0]
-    steps = saved_steps(Path(session.config.output))
+    places = [session.run.inputs.dataset.train.where(int(row)) for row in rows.reshape(-1) if row >= 0]
+    steps = saved_steps(Path(session.run.config.output))
     saved = f"The checkpoint of step {steps[-1]} is from before" if steps else "No checkpoint was saved before"
     return (
         f"step {step}: the loss or its gradient is not finite (gradient norm {norm}); {which}: {', '.join(places)}. "
@@ -198,20 +198,20 @@ def evaluate(
     if found:
         reporter.evaluation({"step": state.step, **found})
     state = dataclasses.replace(state, evaluation_due=False)
-    if session.dataset.eval is None:
+    if session.run.inputs.dataset.eval is None:
         return state
     best = state.best.updated(state.step, found["eval_loss"])
     state = dataclasses.replace(state, best=best)
-    if session.config.train.keep_best and best.step == state.step > 0:
+    if session.run.config.train.keep_best and best.step == state.step > 0:
         checkpoints.retain(best.step)
         save(session, state, checkpoints, reporter)
     return state
 
 
 def _room_for_questions(session: Session, state: TrainState) -> TrainState:
-    if session.questions is None:
+    if session.run.inputs.questions is None:
         return state
-    required = session.questions.memory(session.parts.with_lora(state.lora)).size
+    required = session.run.inputs.questions.memory(session.parts.with_lora(state.lora)).size
     optimizer_state, _, _ = session.state_manager.make_room(state.optimizer_state, required)
     return dataclasses.replace(state, optimizer_state=optimizer_state)
 
@@ -233,10 +233,10 @@ def _measure(
 
     parts = session.parts.with_lora(state.lora)
     go_on()
-    replies = [] if session.samples is None else session.samples.replies(parts, state.step)
-    found = {} if session.dataset.eval is None else held_out_metrics(session, state.lora, go_on)
-    if session.questions is not None:
-        found |= session.questions.metrics(parts, go_on)
+    replies = [] if session.run.inputs.samples is None else session.run.inputs.samples.replies(parts, state.step)
+    found = {} if session.run.inputs.dataset.eval is None else held_out_metrics(session, state.lora, go_on)
+    if session.run.inputs.questions is not None:
+        found |= session.run.inputs.questions.metrics(parts, go_on)
     return replies, found
 
 

@@ -1,20 +1,23 @@
 """Stores and updates a run's optimizer state: on the device, or in pages under a byte budget.
 
-The pager receives budgets in bytes (paging_budget.py), never a memory plan.
+The pager receives budgets in bytes (`Budget`), never a memory plan.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import OptimArgs, paging_of, plain_name
 from qlora_jax.config.sizes import format_bytes, parse_bytes
 from qlora_jax.hosts.group import AgreedMinimum
-from qlora_jax.models.partition import Lora, lora_specs
+from qlora_jax.methods.method import Correction
+from qlora_jax.models.partition import Lora, join_leaves, lora_specs, split_leaves
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.optax_chain import (
     ELEMENTWISE,
@@ -26,22 +29,111 @@ from qlora_jax.optim.optax_chain import (
     to_optax,
     unpage,
 )
-from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, PyTreeDef, layer_pages
+from qlora_jax.optim.page_layout import PAGE_BYTES, PAGES_PER_BUDGET, Layout, PyTreeDef, layer_pages
 from qlora_jax.optim.page_pool import Memory, PagingError, Transfers, memory_of
 from qlora_jax.optim.pager import (
     PagedState,
     PagedUpdate,
+    check_budget,
     evict_to_budget,
     paged_init,
     resident_bytes,
 )
-from qlora_jax.sharding import placed_shapes
-from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.optim.updates import global_norm, in_f32
+from qlora_jax.sharding import named, part_bytes, placed_shapes
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.paging_budget import Budget, Workload, agreed_budget, fixed_budget, measured_budget
+from qlora_jax.training.programs import CompiledGradients, Shape
 from qlora_jax.training.step import update
 
-PAGES_PER_BUDGET = 4  # at least, if layers are small enough: one in update, one prefetched, one evicted, one waiting
+# Device memory for optimizer pages: a fixed number of bytes, or what the compiled gradients leave free.
+#
+# On a mesh, all bytes are those of one device.
+
+KIB = 1024
+RESERVE = 0.03  # share of the device for its driver, libraries and fragmentation
+
+
+class Room(NamedTuple):
+    """Bytes on the device that pages may take while gradients are computed, and during the update."""
+
+    gradients: int
+    update: int
+
+
+# Gradients for a batch shape, or an evaluation that takes this many bytes next to the model.
+Workload = Shape | int
+# (workload, bytes of pages on the device now) -> room
+Budget = Callable[[Workload, int], Room]
+
+
+def fixed_budget(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget, str]:
+    """Returns (a budget that is the same for every workload, its description).
+
+    Raises:
+      ValueError: the budget is smaller than a page, or larger than the device.
+    """
+    check_budget(budget_bytes, layout, device_bytes(memory)[0])
+    room = Room(budget_bytes, budget_bytes)
+    return lambda work, resident: room, f"at most {format_bytes(budget_bytes)} on the device"
+
+
+def measured_budget(gradients: CompiledGradients, memory: Memory) -> tuple[Budget, str]:
+    """Returns (device memory - reserve - what the workload requires, its description).
+
+    The requirement comes from the compiled gradients of a batch shape. Memory that the device reports in use, other
+    than pages, counts if it is more than the program's arguments.
+    """
+    total, text = device_bytes(memory)
+
+    def budget(work: Workload, resident: int) -> Room:
+        arguments, outputs, scratch = _required_bytes(gradients, work)
+        statistics = memory.statistics() or {}
+        in_use = max(arguments, statistics.get("bytes_in_use", 0) - resident)
+        free = int(total * (1 - RESERVE)) - in_use - outputs
+        return Room(max(0, free - scratch), max(0, free))
+
+    return budget, f"as many on the device as the next batch leaves room for, of {text}"
+
+
+def agreed_budget(budget: Budget, least: Callable[[int, int], tuple[int, ...]]) -> Budget:
+    """Returns the least of the budgets of all processes, in whole KiB, so that all keep the same pages.
+
+    Args:
+      least: returns the least of each of two numbers of 32 bits in all processes.
+    """
+
+    def agreed(work: Workload, resident: int) -> Room:
+        gradients, update = (room // KIB for room in budget(work, resident))
+        return Room(*(room * KIB for room in least(gradients, update)))
+
+    return agreed
+
+
+def _required_bytes(gradients: CompiledGradients, work: Workload) -> tuple[int, int, int]:
+    """Returns the bytes of (arguments, outputs, scratch)."""
+    if isinstance(work, int):
+        return part_bytes(gradients.parts), 0, work
+    program = gradients.compiled(work).memory_analysis()
+    assert program is not None  # every backend we run on reports it
+    outputs = program.output_size_in_bytes - program.alias_size_in_bytes
+    return program.argument_size_in_bytes, outputs, program.temp_size_in_bytes
+
+
+def device_bytes(memory: Memory) -> tuple[int, str]:
+    """Returns (bytes of one device, a description); the machine's memory if the backend reports none, as on a CPU."""
+    statistics = memory.statistics() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"], format_bytes(statistics["bytes_limit"])
+    devices = len(memory.devices)
+    share = physical_memory() // devices
+    whose = "the machine's memory" if devices == 1 else f"the machine's memory, shared by {devices} devices"
+    return share, f"{format_bytes(share)} ({whose}, because this backend reports no limit)"
+
+
+def physical_memory() -> int:
+    """Returns the bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
 
 OptimizerState = optax.OptState | PagedState
 UpdateResult = tuple[Lora, OptimizerState, jax.Array, Transfers]
@@ -270,3 +362,63 @@ def make_state_manager(
         budget_text=text,
         least=least,
     )
+
+
+class CorrectedStateManager(OptimizerStateManager):
+    """Updates the trained leaves through another manager, which does not know those that stay fixed.
+
+    The norm, by which gradients are clipped, is that of the gradients before the correction. So it is as if the
+    method's optimizer followed PyTorch's `clip_grad_norm_`.
+
+    Args:
+      inner: the manager of the trained leaves.
+      gradients: the run's gradients, by whose shapes and mesh the results are placed.
+    """
+
+    def __init__(self, inner: OptimizerStateManager, correction: Correction, gradients: CompiledGradients):
+        self._inner, self._untrained, mesh = inner, gradients.parts.untrained, gradients.mesh
+        whole = None if mesh is None else named(mesh, P())
+        cut = None if mesh is None else (named(mesh, lora_specs(gradients.trained, mesh)), whole)
+
+        def norm_and_correct(grads: Lora, computed: dict[str, jax.Array]) -> tuple[Lora, jax.Array]:
+            return correction.apply(grads, computed), global_norm(in_f32(grads))
+
+        self._compute = jax.jit(correction.compute, out_shardings=whole)
+        self._correct = jax.jit(norm_and_correct, donate_argnums=0, out_shardings=cut)
+        self._computed: dict[str, jax.Array] | None = None  # once, because fixed leaves never change
+
+    def _split(self, lora: Lora) -> tuple[Lora, Lora]:
+        return split_leaves(lora, self._untrained)
+
+    def init(self, lora: Lora) -> OptimizerState:
+        return self._inner.init(self._split(lora)[0])
+
+    def make_room(self, state: OptimizerState, work: Workload) -> tuple[OptimizerState, int, Transfers]:
+        return self._inner.make_room(state, work)
+
+    def update(
+        self, lora: Lora, state: OptimizerState, grads: Lora, room: int, norm: jax.Array | None = None
+    ) -> UpdateResult:
+        trained, fixed = self._split(lora)
+        if self._computed is None:
+            self._computed = self._compute(fixed)
+        grads, own_norm = self._correct(grads, self._computed)
+        trained, state, norm, moved = self._inner.update(
+            trained, state, grads, room, own_norm if norm is None else norm
+        )
+        return join_leaves(trained, fixed), state, norm, moved
+
+    def metrics(self, state: OptimizerState, moved: Transfers) -> Record:
+        return self._inner.metrics(state, moved)
+
+    def to_checkpoint(self, state: OptimizerState) -> optax.OptState:
+        return self._inner.to_checkpoint(state)
+
+    def checkpoint_template(self, lora: Lora) -> optax.OptState:
+        return self._inner.checkpoint_template(self._split(lora)[0])
+
+    def from_checkpoint(self, tree: optax.OptState) -> OptimizerState:
+        return self._inner.from_checkpoint(tree)
+
+    def describe(self) -> str:
+        return self._inner.describe()

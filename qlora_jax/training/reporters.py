@@ -6,7 +6,6 @@ from pathlib import Path
 
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.training.display.run_display import Display
-from qlora_jax.training.loop import TrainingReporter
 from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE, MetricsFile, Record
 from qlora_jax.training.metrics.trackers import Log, scalars
 from qlora_jax.training.resume import TrainState
@@ -26,7 +25,7 @@ class Listener:
         self.stops |= self._listen(dict(record))
 
 
-class FileReporter(TrainingReporter):
+class FileReporter:
     """Writes each record to metrics.jsonl, displays it, and sends it to trackers and to the caller."""
 
     def __init__(
@@ -45,8 +44,8 @@ class FileReporter(TrainingReporter):
         self._display.evaluation(record)
         self._listener(record)
 
-    def evaluation_progress(self, words: str) -> None:
-        self._display.evaluation_progress(words)
+    def evaluation_progress(self, text: str) -> None:
+        self._display.evaluation_progress(text)
 
     def samples(self, records: list[Record]) -> None:
         for record in records:
@@ -65,7 +64,7 @@ class FileReporter(TrainingReporter):
 @contextlib.contextmanager
 def file_reporter(
     state: TrainState, display: Display, logs: Sequence[Log], run: Path, listener: Listener
-) -> Iterator[TrainingReporter]:
+) -> Iterator[FileReporter]:
     """Opens the files of a run's records, and yields its reporter."""
     metrics, samples = (
         MetricsFile(run / name, state.step, evaluated=not state.evaluation_due, saved=state.records.get(name))

@@ -87,25 +87,25 @@ class TrainState:
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, object]:
     """Returns the JSON part of a checkpoint after `step` steps, with the next data position and the mesh of the run."""
-    template = session.dataset.tokenizer.chat_template
+    template = session.run.inputs.dataset.tokenizer.chat_template
     return {
         "step": step,
         "position": position,
-        "window_order": session.dataset.window_order(position["epoch"]),
+        "window_order": session.run.inputs.dataset.window_order(position["epoch"]),
         "best": dataclasses.asdict(best),
         "fingerprint": session.fingerprint,
-        "data_fingerprint": session.dataset.fingerprint,
-        "config": to_dict(session.config),
+        "data_fingerprint": session.run.inputs.dataset.fingerprint,
+        "config": to_dict(session.run.config),
         **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
-        **({} if session.config.data.chat_template is None else {TEMPLATE_KEY: json_digest(template)}),
-        MESH_KEY: mesh_size(session.mesh)._asdict(),
+        **({} if session.run.config.data.chat_template is None else {TEMPLATE_KEY: json_digest(template)}),
+        MESH_KEY: mesh_size(session.run.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }
 
 
 def _required_keys(session: Session) -> tuple[str, ...]:
     # An early version read windows in the file's order and did not store the order.
-    return RESUME_KEYS if session.dataset.train.windows == 1 else (*RESUME_KEYS, "window_order")
+    return RESUME_KEYS if session.run.inputs.dataset.train.windows == 1 else (*RESUME_KEYS, "window_order")
 
 
 def _unpaged(config: Config) -> Config:
@@ -117,8 +117,8 @@ def _saved_config(session: Session, state: Record) -> Config:
         return from_dict(Config, state["config"], {})
     except ConfigError as error:
         raise ValueError(
-            f"{session.config.output}: the settings in the checkpoint of step {state['step']} are not those of this "
-            f"version of qlora_jax:\n  " + "\n  ".join(error.problems)
+            f"{session.run.config.output}: the settings in the checkpoint of step {state['step']} are not those of "
+            f"this version of qlora_jax:\n  " + "\n  ".join(error.problems)
         ) from error
 
 
@@ -148,7 +148,7 @@ def _rows_per_step(config: Config) -> int:
 
 
 def _is_same_data(session: Session, state: Record, saved: Config) -> bool:
-    dataset, train = session.dataset, saved.train
+    dataset, train = session.run.inputs.dataset, saved.train
     earlier = dataset.fingerprint_of_split(train.accumulation, train.micro_batch_size)
     return state["data_fingerprint"] in (dataset.fingerprint, earlier)
 
@@ -171,32 +171,32 @@ def check_resumable(session: Session, state: Record) -> None:
     """
     if missing := [name for name in _required_keys(session) if name not in state]:
         raise ValueError(
-            f"{session.config.output}: the checkpoint of step {state.get('step')} lacks {', '.join(missing)}, because "
-            "another version of qlora_jax wrote it. Resume with that version, or start a new run in another output "
-            "folder; lora.start continues from the exported adapter."
+            f"{session.run.config.output}: the checkpoint of step {state.get('step')} lacks {', '.join(missing)}, "
+            "because another version of qlora_jax wrote it. Resume with that version, or start a new run in another "
+            "output folder; lora.start continues from the exported adapter."
         )
     saved = _saved_config(session, state)
-    problems = _changed_settings(session.config, saved)
+    problems = _changed_settings(session.run.config, saved)
     if session.fingerprint != state["fingerprint"]:
         problems.append(
             f"the base model: fingerprint {state['fingerprint'][:12]} in the checkpoint "
-            f"({state['config']['model']['path']}), {session.fingerprint[:12]} now ({session.config.model.path}). "
+            f"({state['config']['model']['path']}), {session.fingerprint[:12]} now ({session.run.config.model.path}). "
             f"{EARLIER_OFFSETS}"
         )
     if not _is_same_data(session, state, saved):
-        problems.append(f"data.train: other rows or tokens than in the checkpoint ({session.config.data.train})")
+        problems.append(f"data.train: other rows or tokens than in the checkpoint ({session.run.config.data.train})")
     elif "window_order" in state and state["window_order"] != (
-        now := session.dataset.window_order(epoch := state["position"]["epoch"])
+        now := session.run.inputs.dataset.window_order(epoch := state["position"]["epoch"])
     ):
         problems.append(f"windows of epoch {epoch}: order {state['window_order']} in the checkpoint, {now} now")
     if state.get(STATE_KEY) != session.initial_digest:
         problems.append(
             "the parameters that the run started with, whose model is the reference: other values than at its start. "
             f"They come from {START_FILE} in the run's folder if it has one, otherwise from lora.start "
-            f"({session.config.lora.start}) or the seed"
+            f"({session.run.config.lora.start}) or the seed"
         )
-    _refuse(session.config, state, problems)
-    warn_of_other_masks(session.config, state)
+    _refuse(session.run.config, state, problems)
+    warn_of_other_masks(session.run.config, state)
 
 
 def _changed_settings(config: Config, saved: Config) -> list[str]:
@@ -229,7 +229,7 @@ def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
     check = functools.partial(check_resumable, session)
     lora, optimizer_state, saved = checkpoints.restore(session.parts.lora, template, check)
     best = BestEvaluation.from_checkpoint(saved)
-    if session.config.train.keep_best:
+    if session.run.config.train.keep_best:
         checkpoints.retain(best.step)
     return TrainState(
         lora,

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
+from qlora_jax.config.schema import MeshSize
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.watchdog import Watchdog, stop_on_signals
 from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
@@ -25,33 +26,25 @@ from qlora_jax.io.run_folder.checkpoint import (
 )
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.display.banner import rate_rows, resume_banner, start_banner
-from qlora_jax.training.display.next_commands import next_commands
+from qlora_jax.training.display.banner import next_commands, rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.run_display import Display, print_banner
 from qlora_jax.training.loop import initial_state, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
 from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE, Record, read_metrics
 from qlora_jax.training.metrics.trackers import Log, trackers
-from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
-from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
+from qlora_jax.training.plan.records import RunPlan
+from qlora_jax.training.plan.search import PlannedRun, plan_before_weights
+from qlora_jax.training.plan.text import explain_out_of_memory, nearest_fix
 from qlora_jax.training.profiler import traced_steps
-from qlora_jax.training.reference_session import ReferenceStopped, record_start, with_initial, with_reference
+from qlora_jax.training.reference import ReferenceStopped, record_start, with_initial, with_reference
 from qlora_jax.training.report.page import JSON_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows
 from qlora_jax.training.reporters import Listener, file_reporter
 from qlora_jax.training.resume import TrainState, restore, settings_to_resume
 from qlora_jax.training.run_mesh import local_devices
-from qlora_jax.training.session import (
-    PreparedModel,
-    Session,
-    headed_parts,
-    load_base,
-    make_manager,
-    make_session,
-    prepare,
-    steps_of_run,
-)
+from qlora_jax.training.run_spec import PreparedModel, RunSpec
+from qlora_jax.training.session import Session, headed_parts, load_base, make_manager, make_session, prepare
 from qlora_jax.training.several_processes import (
     SilentReporter,
     connect_devices,
@@ -61,6 +54,7 @@ from qlora_jax.training.several_processes import (
 )
 from qlora_jax.training.time_limit import finishes_within
 
+OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
 PLOT_FILE, TRACE_FOLDER = "loss.png", "trace"
 REPORT_SECONDS = 5.0  # for the plot and the report of a run that a signal stopped
 
@@ -124,13 +118,24 @@ def dry_run(
         planned = plan_before_weights(config, console, full=True, group=group)
         if group.is_first:
             _print_dry_run(planned, run, console)
-        planned.refuse_oversized(oversized)
+        _refuse_oversized(planned, oversized)
+
+
+def _refuse_oversized(planned: PlannedRun, allowed: bool) -> None:
+    """Raises ValueError with the nearest change that fits if the run does not fit and is not allowed to start."""
+    if not (planned.plan.fits or allowed):
+        lines = [f"memory plan: {nearest_fix(planned.plan)}", *_refused_lines(planned.refused)]
+        raise ValueError("\n  ".join([*lines, f"--{OVERSIZED} starts it anyway"]))
+
+
+def _refused_lines(refused: Mapping[MeshSize, Sequence[str]]) -> list[str]:
+    """Describes the first mesh that was not tried."""
+    return [f"mesh ({size}) was not tried. {problem}" for size, problems in refused.items() for problem in problems][:1]
 
 
 def _print_dry_run(planned: PlannedRun, run: Path, console: Console) -> None:
-    config, page = planned.config, write_report(_report_of(planned, run, None), run)
-    steps = steps_of_run(config.train, planned.inputs.dataset.steps_per_epoch)
-    rows = {"steps": f"{steps:,}", **rate_rows(config, steps), "report": f"{page}"}
+    page, steps = write_report(_report_of(planned, run, None), run), planned.run.total_steps
+    rows = {"steps": f"{steps:,}", **rate_rows(planned.run.config, steps), "report": f"{page}"}
     print_banner("dry run", rows, console)
 
 
@@ -139,13 +144,13 @@ def _warning(console: Console) -> Callable[[str], None]:
 
 
 def _report_of(planned: PlannedRun, run: Path, peak: int | None) -> RunReport:
-    config, inputs, plan = planned.config, planned.inputs, planned.plan
+    dataset = planned.run.inputs.dataset
     records, samples = (_records(run / name) for name in (METRICS_FILE, SAMPLES_FILE))
     return RunReport(
-        config=config,
-        data=inputs.dataset.report,
-        rows=report_rows(inputs.dataset),
-        plan=plan,
+        config=planned.run.config,
+        data=dataset.report,
+        rows=report_rows(dataset),
+        plan=planned.plan,
         peak=peak,
         records=records,
         samples=samples,
@@ -210,15 +215,15 @@ def run_training(
     config = settings_to_resume(config, newest_state(run)) if resume else config
     planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
     if resume:
-        check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.inputs.head)
-    planned.refuse_oversized(oversized)
+        check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.run.inputs.head)
+    _refuse_oversized(planned, oversized)
     with console.status("compiling the programs of all lengths"):
         planned.compile_all_lengths(resume=resume)
-    config = without_place(planned.config)
-    planned = planned._replace(config=config)
-    peak = watch_peak(local_devices(planned.gradients.mesh))
-    connect_devices(watchdog.group, planned.gradients.mesh, config.hosts.stuck_after)
-    session = with_initial(_session(planned, run if resume else None, model, console), run if resume else None)
+    config = without_place(planned.run.config)
+    planned = planned._replace(run=dataclasses.replace(planned.run, config=config))
+    peak = watch_peak(local_devices(planned.run.mesh))
+    connect_devices(watchdog.group, planned.run.mesh, config.hosts.stuck_after)
+    session = with_initial(_session(planned.run, run if resume else None, model, console), run if resume else None)
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
@@ -232,13 +237,13 @@ def run_training(
                 session, state, checkpoints, planned.plan, logs, run, console, watchdog, listener or Listener()
             )
         lock.check()
-        at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
+        at_end = state.step >= session.run.total_steps or state.best.should_stop(config.train.patience)
         finished = at_end and not state.evaluation_due
         trained = Trained(lora=state.lora, step=state.step, finished=finished, signal=0 if finished else signal)
         if not is_first:
             return trained
         reported = _write_reports(planned, run, peak, limited=not finished)
-        _print_end(planned, state, session.total_steps, finished=finished, reported=reported, console=console)
+        _print_end(session.run, state, finished=finished, reported=reported, console=console)
     return trained
 
 
@@ -248,9 +253,9 @@ def _first_state(
     """Returns the state of a new or resumed run, and writes its settings if `writes`."""
     state = restore(session, checkpoints) if resume else initial_state(session)
     if writes:
-        write_config(session.config, run / CONFIG_FILE)
-    if writes and session.head is not None and not resume:
-        write_head(run, session.head)
+        write_config(session.run.config, run / CONFIG_FILE)
+    if writes and session.run.inputs.head is not None and not resume:
+        write_head(run, session.run.inputs.head)
     if writes and session.initial is not None and not resume:
         write_initial(run, session.initial)
     print_banner(*(resume_banner(session, state.step, state.best) if resume else start_banner(session)), console)
@@ -269,8 +274,8 @@ def _train_on(
     listener: Listener,
 ) -> tuple[TrainState, int]:
     """Trains to the end of the run, or until a signal; returns the state, which is saved, and the signal or 0."""
-    settings, is_first = session.config.train, watchdog.group.is_first
-    display = Display(session.total_steps, state.step, settings.log_every, console)
+    settings, is_first = session.run.config.train, watchdog.group.is_first
+    display = Display(session.run.total_steps, state.step, settings.log_every, console)
     with (
         file_reporter(state, display, logs, run, listener)
         if is_first
@@ -280,9 +285,9 @@ def _train_on(
         explain_out_of_memory(plan),
         traced_steps(run / TRACE_FOLDER, settings.trace_steps if is_first else 0) as before_step,
     ):
-        stop = stop_together(watchdog, asked, session.mesh)
-        watchdog.group.meet("the first step", session.config.hosts.stuck_after)
-        with watchdog.limited(session.config.hosts.stuck_after):
+        stop = stop_together(watchdog, asked, session.run.mesh)
+        watchdog.group.meet("the first step", session.run.config.hosts.stuck_after)
+        with watchdog.limited(session.run.config.hosts.stuck_after):
             try:
                 session = with_reference(
                     session,
@@ -310,8 +315,8 @@ def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None
     """
 
     def write() -> None:
-        title = f"{run.name}: {Path(planned.config.model.path).name}"
-        label = loss_label(planned.config.objective)
+        config = planned.run.config
+        title, label = f"{run.name}: {Path(config.model.path).name}", loss_label(config.objective)
         plot_loss(_records(run / METRICS_FILE), run / PLOT_FILE, title, label)
         write_report(_report_of(planned, run, peak()), run)
 
@@ -321,28 +326,25 @@ def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None
     return True
 
 
-def _session(planned: PlannedRun, resumed: Path | None, model: PreparedModel | None, console: Console) -> Session:
+def _session(run: RunSpec, resumed: Path | None, model: PreparedModel | None, console: Console) -> Session:
     """Returns the session of a new run, or of the run in the folder `resumed`."""
-    config, inputs, gradients = planned.config, planned.inputs, planned.gradients
-    initial = None if resumed is None else read_initial(resumed, config.lora)
+    initial = None if resumed is None else read_initial(resumed, run.config.lora)
     saved = None if resumed is None else saved_fingerprint(resumed)
     if model is None:
         with loading(console) as progress:
-            return prepare(config, inputs, gradients, progress, initial, saved)
-    state_manager = make_manager(config, inputs, gradients)
+            return prepare(run, progress, initial, saved)
+    state_manager = make_manager(run)
     fingerprint = model.fingerprint
     if saved is not None and not same_form(saved, fingerprint):
         with loading(console) as progress:  # once more, because the form of earlier versions takes all bytes
-            loaded, _ = load_base(config, inputs, gradients.mesh, progress, model.initial, saved)
+            loaded, _ = load_base(run, progress, model.initial, saved)
         fingerprint = loaded.fingerprint
     found = {"fingerprint": fingerprint, "initial": model.initial}
-    return make_session(config, inputs, gradients, headed_parts(config, inputs, model.parts), state_manager, **found)
+    return make_session(run, headed_parts(run, model.parts), state_manager, **found)
 
 
-def _print_end(
-    planned: PlannedRun, state: TrainState, total_steps: int, *, finished: bool, reported: bool, console: Console
-) -> None:
-    config = planned.config
+def _print_end(of: RunSpec, state: TrainState, *, finished: bool, reported: bool, console: Console) -> None:
+    config = of.config
     run, step = Path(config.output), state.step
     reports = {"report": f"{run / PAGE_FILE}", "loss plot": f"{run / PLOT_FILE}"}
     if not reported:
@@ -358,6 +360,6 @@ def _print_end(
         lines["trace"] = f"{run / TRACE_FOLDER}: open its perfetto_trace.json.gz in https://ui.perfetto.dev"
     if config.train.keep_best and state.best.step:
         lines["best"] = f"step {state.best.step}, held-out loss {state.best.loss:.3f}: --step {state.best.step}"
-    lines |= next_commands(config, planned.inputs.source.config, finished=finished)
-    early = f", after {state.best.since} evaluations without a lower held-out loss" if step < total_steps else ""
+    lines |= next_commands(config, of.inputs.source.config, finished=finished)
+    early = f", after {state.best.since} evaluations without a lower held-out loss" if step < of.total_steps else ""
     print_banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool
 
 from qlora_jax.config import Config, MeshSize
-from qlora_jax.data.batching.batches import NO_ROW, Batch
+from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.sharding import ROWS, AnyMesh, Device, axis_size, make_mesh, put
 
 MAX_ROWS = 8  # per batch without gradients; more if they do not divide over the devices of a mesh

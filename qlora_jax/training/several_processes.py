@@ -19,9 +19,8 @@ from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.model_source import TensorEntry
-from qlora_jax.training.loop import TrainingReporter
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.session import Inputs
+from qlora_jax.training.run_spec import RunInputs
 
 # Settings that may differ between processes: their place, and paths, whose content is compared.
 QUESTION_FILES = tuple(f"questions.{kind}" for kind in (*QUESTION_KINDS, "shots"))
@@ -88,7 +87,7 @@ def _by_key(settings: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def agree_on_inputs(group: Group, inputs: Inputs) -> None:
+def agree_on_inputs(group: Group, inputs: RunInputs) -> None:
     """Checks that all processes have opened the same model and data.
 
     Raises:
@@ -158,8 +157,8 @@ def without_place(config: Config) -> Config:
     return dataclasses.replace(config, hosts=hosts)
 
 
-class SilentReporter(TrainingReporter):
-    """Reports nothing: process 0 does."""
+class SilentReporter:
+    """A `TrainingReporter` that reports nothing: process 0 does."""
 
     def step(self, record: Record) -> None: ...
 

@@ -1,8 +1,8 @@
-"""One optimizer step, as two compiled functions: gradients of the accumulated loss, and the update.
+"""One optimizer step, as two compiled functions: gradients of the accumulated loss, and the update; and forward passes.
 
-They are separate so that an update can be paged, and so that a new length bucket compiles the gradients only.
+The two are separate so that an update can be paged, and so that a new length bucket compiles the gradients only.
 
-Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions, M = B T.
+Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions, M = B T, D embed.
 """
 
 import dataclasses
@@ -17,13 +17,24 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.batching.packing import PRESENT
+from qlora_jax.inference.mesh_inference import run_on_mesh
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, lora_specs, parts_specs, split_leaves
+from qlora_jax.models.partition import (
+    Lora,
+    ModelFunction,
+    ModelParts,
+    combine,
+    join_leaves,
+    lora_specs,
+    parts_specs,
+    split_leaves,
+)
 from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.objectives.objective import Objective, Totals
 from qlora_jax.objectives.router_losses import Routed, RoutedOutputs, counted_positions
+from qlora_jax.objectives.sequences import ComparedLogps, compared_logps
 from qlora_jax.objectives.sft import SUPERVISED
 from qlora_jax.optim.optax_chain import state_specs
 from qlora_jax.optim.updates import apply_updates, global_norm, in_f32
@@ -320,3 +331,60 @@ def _update(
         norm = global_norm(grads, specs)  # before the update, which sees only a part of the gradients
     updates, state = optax.with_extra_args_support(optimizer).update(grads, state, lora, norm=norm)
     return cast(Lora, apply_updates(lora, updates)), state, norm
+
+
+@functools.partial(ModelFunction, static_argnames="mesh")
+def evaluation_loss(
+    parts: ModelParts, batch: dict[str, jax.Array], *, mesh: AnyMesh | None = None
+) -> Float[Array, " B"]:
+    """Returns each row's sum of losses in nats, without dropout; `batch` as in `step.gradients`, without the axis A."""
+    return _forward(SUPERVISED, parts, batch, mesh)
+
+
+@functools.partial(ModelFunction, static_argnames=("objective", "mesh"))
+def evaluation_outputs(
+    parts: ModelParts, batch: dict[str, jax.Array], *, objective: Objective, mesh: AnyMesh | None = None
+) -> PyTree:
+    """Returns the objective's outputs for each row, without dropout; `batch` is as in `evaluation_loss`."""
+    return _forward(objective, parts, batch, mesh)
+
+
+def _forward(objective: Objective, parts: ModelParts, batch: dict[str, jax.Array], mesh: AnyMesh | None) -> PyTree:
+    def outputs(parts: ModelParts, batch: dict[str, jax.Array]) -> PyTree:
+        return row_outputs(objective, combine(parts), batch, remat="none", keys_B=None)
+
+    return _of_all_rows(outputs, parts, batch, mesh)
+
+
+@functools.partial(ModelFunction, static_argnames="mesh")
+def compared_outputs(
+    both: tuple[ModelParts, ModelParts], batch: dict[str, jax.Array], *, mesh: AnyMesh | None = None
+) -> ComparedLogps:
+    """Returns log p of each row's sequences and their divergence from a reference, without dropout.
+
+    Args:
+      both: the model and its reference.
+      batch: as in `evaluation_loss`.
+    """
+
+    def outputs(both: tuple[ModelParts, ModelParts], batch: dict[str, jax.Array]) -> ComparedLogps:
+        model, reference = (combine(parts) for parts in both)
+        how = {"remat": "none", "keys_B": None, **text_separation(batch)}
+        hidden_MD, reference_MD = (one.hidden(batch["inputs"], **how) for one in (model, reference))
+        return compared_logps(model, hidden_MD, reference, reference_MD, batch)
+
+    return _of_all_rows(outputs, both, batch, mesh)
+
+
+def _of_all_rows(
+    outputs: Callable[[PyTree, dict[str, jax.Array]], PyTree],
+    parts: PyTree,
+    batch: dict[str, jax.Array],
+    mesh: AnyMesh | None,
+) -> PyTree:
+    """Returns the outputs of all rows on every device; `parts` are those of a model, or of several."""
+
+    def per_device(parts: PyTree, batch: dict[str, jax.Array]) -> PyTree:
+        return jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=0), outputs(parts, batch))
+
+    return run_on_mesh(per_device, parts, (batch,), mesh, P())

@@ -33,8 +33,8 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.objectives.router_losses import FILLED
-from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.support.interleave import Record, ratio_interval
 from scripts.bench.support.progress import phase, phases
 from scripts.bench.support.real_step import random_batch
@@ -70,10 +70,10 @@ class Model:
         phase("compiling a model")
         weights = weight_format(ModelArgs(path="", compute_dtype=dtype), config)
         adapters = LoraArgs(rank=16, target_modules=ATTENTION)
-        step = abstract_step(config, weights, adapters, batch=batch, remat="names")
+        step = StepSpec(model=config, weights=weights, lora=adapters, batch=batch, remat="names")
         self.gradients = CompiledGradients(step)
         self.memory = read_memory(self.gradients.compiled(batch).memory_analysis()).device
-        self.parts: ModelParts = synthetic_like(step.parts)
+        self.parts: ModelParts = synthetic_like(step.arrays.parts)
         accumulated, rows, length = batch
         filled = np.full((accumulated, rows, 1), length, np.int32)  # rows of a mixture say which positions count
         self.extra = {FILLED: filled} if config.experts else {}

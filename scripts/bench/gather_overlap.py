@@ -34,12 +34,12 @@ def report(args: argparse.Namespace) -> None:
     from qlora_jax.models.config import WeightFormat
     from qlora_jax.models.families import model_config
     from qlora_jax.sharding import absent_mesh
-    from qlora_jax.training.abstract_step import abstract_step
+    from qlora_jax.training.step_spec import StepSpec
 
-    step = abstract_step(
-        model_config(PUBLISHED[args.model]),
-        WeightFormat(platform="gpu"),
-        LoraArgs(rank=16),
+    step = StepSpec(
+        model=model_config(PUBLISHED[args.model]),
+        weights=WeightFormat(platform="gpu"),
+        lora=LoraArgs(rank=16),
         batch=(1, args.cards, args.length),
         remat=args.remat,
         mesh=absent_mesh(1, args.cards),

@@ -24,12 +24,12 @@ import jax
 
 from qlora_jax import runtime
 from qlora_jax.config import DataArgs, LoraArgs
-from qlora_jax.data.batching.batches import Batch
+from qlora_jax.data.batching.packing import Batch
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
-from qlora_jax.training.abstract_step import AbstractStep, abstract_step
-from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.support.progress import phase, phases
 from scripts.bench.support.real_step import LoadedStep, load_step
 from scripts.fetch_smollm2 import fetch_smollm2
@@ -99,9 +99,9 @@ def cut(batch: Batch) -> Batch:
     return dataclasses.replace(batch, **arrays)
 
 
-def abstract(loaded: LoadedStep, batch: tuple[int, int, int], *, packed: bool) -> AbstractStep:
+def abstract(loaded: LoadedStep, batch: tuple[int, int, int], *, packed: bool) -> StepSpec:
     """Returns the abstract step on batches of packs or of single rows."""
-    return abstract_step(loaded.config, loaded.weights, LoraArgs(rank=16), batch=batch, packed=packed)
+    return StepSpec(model=loaded.config, weights=loaded.weights, lora=LoraArgs(rank=16), batch=batch, packed=packed)
 
 
 def main() -> None:

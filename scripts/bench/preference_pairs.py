@@ -28,8 +28,8 @@ import numpy as np
 
 from qlora_jax import runtime
 from qlora_jax.config import DataArgs, LoraArgs, ModelArgs
-from qlora_jax.data.batching.batches import NO_ROW, Batch, PlannedStep, fill_batch, plan_epoch, plan_packed_epoch
-from qlora_jax.data.batching.packing import choose_buckets, count_units, pack_length
+from qlora_jax.data.batching.batches import PlannedStep, fill_batch, plan_epoch, plan_packed_epoch
+from qlora_jax.data.batching.packing import NO_ROW, Batch, choose_buckets, count_units, pack_length
 from qlora_jax.data.branch_tree import whole_texts
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.loss_mask.reference import EncodedRow

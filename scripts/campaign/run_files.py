@@ -21,11 +21,13 @@ from qlora_jax.io.run_folder.checkpoint_reader import read_state
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE, MetricsFile, Record, read_metrics
+from qlora_jax.training.plan.search import compile_run
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.report_json import before_and_after, question_summary, training_summary
 from qlora_jax.training.resume import RECORDS, restore
 from qlora_jax.training.run import train
-from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
+from qlora_jax.training.run_spec import open_inputs
+from qlora_jax.training.session import Session, prepare
 from scripts.campaign.data_files import damage_any
 from scripts.campaign.file_kind import Damage, FileKind
 from scripts.campaign.mutations import damage_lines
@@ -71,7 +73,7 @@ def _session(folder: Path) -> Session:
     config = _moved(read_config(folder / RUN / CONFIG_FILE), folder)
     inputs = open_inputs(config)
     initial = read_initial(folder / RUN, config.lora)
-    return prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None, initial)
+    return prepare(compile_run(config, inputs), lambda *_: None, initial)
 
 
 def _moved(config: Config, folder: Path) -> Config:
@@ -89,7 +91,7 @@ def _read_run(folder: Path) -> list[object]:
     session, run = _session(folder), open_run(folder / RUN)
     with Checkpoints(folder / RUN, keep=1) as checkpoints:
         state = restore(session, checkpoints)
-    initial = read_initial(folder / RUN, session.config.lora)
+    initial = read_initial(folder / RUN, session.run.config.lora)
     arrays = jax.tree.leaves((run.lora, state.lora, state.optimizer_state, initial and initial.factors))
     named = [run.lora_args, run.step, run.fingerprint, state.step, state.position, state.best]
     return [*named, *map(np.asarray, arrays)]

@@ -22,7 +22,7 @@ from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.optim.page_layout import PAGE_BYTES
-from qlora_jax.training.paging_budget import RESERVE
+from qlora_jax.training.optimizer_state import RESERVE
 from scripts.fetch_smollm2 import fetch_smollm2
 from scripts.study_paging.memory import StepMemory
 from scripts.study_paging.policies import OURS, POLICIES, Room, simulate

@@ -16,9 +16,10 @@ from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.plan.requirements import PAGES_IN_FLIGHT, StepConfig
+from qlora_jax.training.plan.requirements import PAGES_IN_FLIGHT
+from qlora_jax.training.step_spec import StepSpec
 
 RANK = 64
 LENGTHS = {"full": (512, 2048, 8192), "offload": (2048, 8192)}
@@ -41,9 +42,9 @@ class Point(NamedTuple):
 
 
 @functools.cache
-def setting(model: str, batch: tuple[int, int, int], remat: str) -> StepConfig:
+def setting(model: str, batch: tuple[int, int, int], remat: str) -> StepSpec:
     """Returns the setting: rank 64 on all linear layers, f32 adapters, NF4 and double quantization."""
-    return StepConfig(
+    return StepSpec(
         model=model_config(PUBLISHED[model]),
         weights=WeightFormat(platform="gpu"),
         lora=LoraArgs(rank=RANK),
@@ -65,7 +66,7 @@ def missing(points: Sequence[Point]) -> Iterator[tuple[str, str, str, int]]:
 def compile_point(model: str, card: str, remat: str, length: int) -> Point:
     """Compiles one point, in about 15 s."""
     asked = setting(model, (1, 1, length), remat)
-    program, of = asked.abstract_step.gradients(), asked.step_shape()
+    program, of = asked.gradients(), asked.sizes
     memory = aot.compile_for(card, program.function, *program.args, **program.kwargs).memory
     assert memory.host.temporaries >= sum(offloaded_activation_bytes(of).values())
     saved = sum(activation_bytes(of).values())
@@ -76,7 +77,7 @@ def compile_point(model: str, card: str, remat: str, length: int) -> Point:
 @functools.cache
 def update_temporaries(model: str, card: str) -> int:
     """Returns the temporary bytes of the update's program, which do not depend on the batch."""
-    program = setting(model, (1, 1, 64), "full").abstract_step.update()
+    program = setting(model, (1, 1, 64), "full").update()
     return aot.compile_for(card, program.function, *program.args, **program.kwargs).memory.device.temporaries
 
 
@@ -84,7 +85,7 @@ def update_temporaries(model: str, card: str) -> int:
 class StepMemory:
     """Bytes of a model's steps on a card: `fixed`, optimizer `state`, and `per_batch(M)` for M tokens at once."""
 
-    step: StepConfig
+    step: StepSpec
     points: list[Point]
 
     @classmethod
@@ -94,7 +95,7 @@ class StepMemory:
         return cls(setting(model, (1, 1, 64), remat), sorted(found, key=lambda point: point.length))
 
     def _counted(self, rows: int) -> StepShape:
-        return self.step.resized(1, rows).step_shape()
+        return self.step.resized(1, rows).sizes
 
     @property
     def lora(self) -> int:

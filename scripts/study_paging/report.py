@@ -235,7 +235,7 @@ def links_table(points: Sequence[Point]) -> Iterator[str]:
     card = CARDS["a6000"]
     for model in CELLS["a6000"]:
         memory = StepMemory.of(points, model, "a6000", "full")
-        seconds = sum(flops.flops(setting(model, (16, 1, 512), "full").step_shape()).values())
+        seconds = sum(flops.flops(setting(model, (16, 1, 512), "full").sizes).values())
         seconds /= SHARE_OF_PEAK * card.bf16_flops
         times = [2 * memory.state / link for link in LINKS.values()]
         cells = " | ".join(f"{1e3 * t:,.0f}" for t in times)

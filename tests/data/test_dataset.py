@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.batching.batches import NO_ROW, Batch
+from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.report.text import report_lines

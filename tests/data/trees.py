@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from qlora_jax.data.batching.batches import Batch
+from qlora_jax.data.batching.packing import Batch
 from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place

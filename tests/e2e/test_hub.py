@@ -11,7 +11,7 @@ import pytest
 from qlora_jax import evaluate, export, generate, plan, predict, quantize, train
 from qlora_jax.config import read_config, write_config
 from qlora_jax.io.peft.reader import base_model_of
-from qlora_jax.training.session import open_inputs
+from qlora_jax.training.run_spec import open_inputs
 from tests.e2e.project import project, write_model
 from tests.io.hub_server import Hub, running
 

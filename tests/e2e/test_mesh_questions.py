@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax.config import MeshArgs
 from qlora_jax.measures.metrics import Metric
-from qlora_jax.training.metrics.eval_metrics import flatten_metrics
+from qlora_jax.training.metrics.step_metrics import flatten_metrics
 from tests.e2e.test_questions import asking, evaluations
 from tests.e2e.test_samples import PROMPTS, samples
 from tests.e2e.tiny_runs import run

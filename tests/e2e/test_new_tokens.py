@@ -27,8 +27,10 @@ from qlora_jax.io.pretrained import (
 from qlora_jax.io.run_folder.checkpoint import Run, open_run
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
+from qlora_jax.training.plan.search import compile_run
 from qlora_jax.training.run import train
-from qlora_jax.training.session import compile_gradients, open_inputs, prepare
+from qlora_jax.training.run_spec import open_inputs
+from qlora_jax.training.session import prepare
 from tests.e2e.project import project, stop_after
 
 NEW = dict(new_tokens=["<|tool|>", "<|answer|>"], new_special_tokens=["<|turn|>"])
@@ -121,7 +123,7 @@ def test_whole_tables_train_resume_and_are_paged(tmp_path: Path, new: bool, monk
 def test_other_modules_are_refused(tmp_path: Path) -> None:
     config = tool_project(tmp_path, lora=dict(modules_to_save=["embed_tokens", "norm"]))
     with pytest.raises(ValueError, match=r"lora.modules_to_save: 'norm': expected some of embed_tokens, lm_head"):
-        compile_gradients(config, open_inputs(config))
+        compile_run(config, open_inputs(config))
 
 
 def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_pat
     lora = dataclasses.replace(finished.lora, start=str(tmp_path / "peft"))
     config = dataclasses.replace(finished, lora=lora, output=str(tmp_path / "run"))
     inputs = open_inputs(config)
-    session = prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None)
+    session = prepare(compile_run(config, inputs), lambda *_: None)
     jax.tree.map(np.testing.assert_array_equal, dict(session.parts.lora), dict(open_run(Path(finished.output)).lora))
     tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
     found = []

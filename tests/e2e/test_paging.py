@@ -152,16 +152,16 @@ def simulated_session(config, **changes):
     """A session whose pages live on a simulated device."""
     session = session_of(dataclasses.replace(config, optim=dataclasses.replace(config.optim, paging="auto")))
     memory = SimulatedMemory(jax.devices()[0], "pinned_host", **changes)
-    updates = make_state_manager(session.config.optim, session.total_steps, session.gradients, memory)
+    updates = make_state_manager(session.run.config.optim, session.run.total_steps, session.run.gradients, memory)
     return dataclasses.replace(session, state_manager=updates), memory
 
 
 def test_a_long_batch_sends_away_what_it_needs_and_nothing_else_moves(plain, tmp_path, monkeypatch):
     monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # a page a layer
     session = session_of(plain)
-    long, short = max(session.dataset.buckets), min(session.dataset.buckets)
+    long, short = max(session.run.inputs.dataset.buckets), min(session.run.inputs.dataset.buckets)
     shapes = {length: (2, 2, length) for length in (short, long)}
-    needs = {length: need(session.gradients.compiled(shape)) for length, shape in shapes.items()}
+    needs = {length: need(session.run.gradients.compiled(shape)) for length, shape in shapes.items()}
     assert needs[long] > needs[short]
     state = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(session.parts.lora))  # m and v
     # Room for all pages beside a short batch, and so for fewer beside a long one.

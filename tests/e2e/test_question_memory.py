@@ -11,7 +11,7 @@ from qlora_jax.evaluation import loglikelihood
 from qlora_jax.evaluation.tasks import letters
 from qlora_jax.inference import decode
 from qlora_jax.sharding import part_bytes
-from qlora_jax.training.plan import preflight
+from qlora_jax.training.plan import search
 from qlora_jax.training.run import dry_run
 from tests.e2e.project import project
 from tests.e2e.test_questions import asking
@@ -51,9 +51,9 @@ class Watched:
 @pytest.mark.parametrize("lora", first_always([{}, {"dtype": "bfloat16"}, {"method": "dora"}]))
 def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
     session = session_of(asking(tmp_path, lora=lora))
-    abstract = session.gradients.parts
+    abstract = session.run.gradients.parts
     parts = session.parts
-    for task in session.questions.tasks:
+    for task in session.run.inputs.questions.tasks:
         programs, taken = list(task.lower(abstract)), []
         with monkeypatch.context() as patch:
             for module, name in PROGRAMS:
@@ -84,12 +84,12 @@ def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path
     config = asking(tmp_path, train=dict(accumulation=1, micro_batch_size=1))
     printed = planned(config)
     assert "questions  " in printed and ", peak in questions." in printed
-    asked = preflight.RunPlan.question_bytes.fget
+    asked = search.RunPlan.question_bytes.fget
     seen = []
     watched = property(lambda plan: seen.append(asked(plan)) or seen[-1])
-    monkeypatch.setattr(preflight.RunPlan, "question_bytes", watched)
+    monkeypatch.setattr(search.RunPlan, "question_bytes", watched)
     planned(config)
-    monkeypatch.setattr(preflight, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
+    monkeypatch.setattr(search, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
     with pytest.raises(ValueError, match=r"questions need .* peak in questions\..*Shorten these questions"):
         planned(config)
 

@@ -14,8 +14,8 @@ from qlora_jax import evaluate
 from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.measures.metrics import Metric
 from qlora_jax.training import loop
-from qlora_jax.training.metrics.eval_metrics import flatten_metrics
 from qlora_jax.training.metrics.metrics_file import read_metrics
+from qlora_jax.training.metrics.step_metrics import flatten_metrics
 from qlora_jax.training.run import dry_run, train
 from tests.e2e.project import project, stop_after
 from tests.e2e.test_paging import with_paging
@@ -161,7 +161,7 @@ def test_later_evaluations_compile_nothing(finished, tmp_path):
         with Checkpoints(tmp_path / "run", 1) as checkpoints:
             progress = loop.evaluate(session, loop.initial_state(session), checkpoints, Records(), lambda: False)
             assert COMPILED in compiled
-            batches = session.dataset.train_batches()
+            batches = session.run.inputs.dataset.train_batches()
             for _ in range(2):
                 progress = loop.train_step(session, progress, next(batches), 0.0, Records())
                 compiled.clear()

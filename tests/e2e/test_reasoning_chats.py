@@ -19,14 +19,14 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import token_rows
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.training.forward import evaluation_loss
 from qlora_jax.training.metrics.metrics_file import read_metrics
-from qlora_jax.training.plan.from_config import planned_rows, step_configs
+from qlora_jax.training.plan.search import compile_run, planned_rows, step_configs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.run import train
-from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
-from qlora_jax.training.step import gradients
+from qlora_jax.training.run_spec import open_inputs
+from qlora_jax.training.session import Session, prepare
+from qlora_jax.training.step import evaluation_loss, gradients
 from tests.data.loss_mask.reasoning_templates import REASONING_TEMPLATES
 from tests.e2e.project import byte_tokenizer_json, project, stop_after
 from tests.e2e.run_records import comparable_records
@@ -83,7 +83,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def session_of(config: Config) -> Session:
     inputs = open_inputs(config)
-    return prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None)
+    return prepare(compile_run(config, inputs), lambda *_: None)
 
 
 def with_random_adapter(parts: ModelParts) -> ModelParts:
@@ -109,7 +109,7 @@ def turns_alone(dataset: Dataset, turns: tuple[int, ...]) -> dict[str, np.ndarra
 
 
 def mean_loss_alone(session: Session, turns: tuple[int, ...]) -> float:
-    batch = {name: array[0] for name, array in turns_alone(session.dataset, turns).items()}
+    batch = {name: array[0] for name, array in turns_alone(session.run.inputs.dataset, turns).items()}
     return float(evaluation_loss(session.parts, batch).sum() / batch["weights"].sum())
 
 
@@ -117,11 +117,11 @@ def mean_loss_alone(session: Session, turns: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_step_has_the_loss_and_gradients_of_its_turns_alone(tmp_path: Path, packing: bool):
     session = session_of(chats_project(tmp_path, packing=packing))
-    parts, batch = with_random_adapter(session.parts), next(session.dataset.train_batches())
-    assert sorted(batch.rows[batch.rows >= 0]) == [0, 1, 2, 3] and session.dataset.branching
+    parts, batch = with_random_adapter(session.parts), next(session.run.inputs.dataset.train_batches())
+    assert sorted(batch.rows[batch.rows >= 0]) == [0, 1, 2, 3] and session.run.inputs.dataset.branching
     assert batch.rows.shape[-1] == (2 if packing else 1)
-    found, loss = session.gradients(parts, batch.arrays(), None)
-    expected, alone = gradients(parts, turns_alone(session.dataset, TURNS), None, remat="none")
+    found, loss = session.run.gradients(parts, batch.arrays(), None)
+    expected, alone = gradients(parts, turns_alone(session.run.inputs.dataset, TURNS), None, remat="none")
     assert loss.count == alone.count
     np.testing.assert_allclose(loss.total, alone.total, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -158,8 +158,12 @@ def test_only_the_held_out_rows_are_trees(tmp_path: Path):
     config = chats_project(tmp_path, turns=ONE_TURN)
     run(config)
     session = session_of(config)
-    assert not session.dataset.branching and session.dataset.eval is not None and session.dataset.eval.branching
-    assert set(next(session.dataset.train_batches()).arrays()) == {"inputs", "targets", "weights"}
+    assert (
+        not session.run.inputs.dataset.branching
+        and session.run.inputs.dataset.eval is not None
+        and session.run.inputs.dataset.eval.branching
+    )
+    assert set(next(session.run.inputs.dataset.train_batches()).arrays()) == {"inputs", "targets", "weights"}
     assert losses(config, "loss")[0] == pytest.approx(mean_loss_alone(session, ONE_TURN), rel=1e-5)
     assert losses(config, "eval_loss")[0] == pytest.approx(mean_loss_alone(session, TURNS), rel=1e-5)
 
@@ -172,6 +176,6 @@ def test_a_plan_has_the_arrays_of_the_trees(tmp_path: Path):
     step, *_ = step_configs(args, target, rows)  # the others are on meshes
     batch = next(open_inputs(config).dataset.train_batches()).arrays()
     assert problem is None and {"parents", "depths"} <= batch.keys()
-    assert {name: leaf.shape for name, leaf in step.abstract_step.batch.items()} == {
+    assert {name: leaf.shape for name, leaf in step.batch_arrays().items()} == {
         name: array.shape for name, array in batch.items()
     }

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from qlora_jax.line_digests import with_digest
 from qlora_jax.training.run import dry_run, lock_output, train
-from qlora_jax.training.session import open_inputs
+from qlora_jax.training.run_spec import open_inputs
 from tests.e2e.project import project, stop_after
 
 RAN = "document.documentElement.dataset.ran = 1"

@@ -16,7 +16,7 @@ from qlora_jax.io.run_folder.checkpoint_reader import read_state
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.run import dry_run, train
-from qlora_jax.training.session import open_inputs, weights_of
+from qlora_jax.training.run_spec import open_inputs, weights_of
 from tests.e2e.project import project, write_model, write_rows
 from tests.e2e.tiny_runs import arrays_at, numbers, quiet, run, session_of, stop_and_resume
 from tests.marks import first_always
@@ -115,7 +115,7 @@ def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refuse
     windows = dict(train=many, cache=str(tmp_path / "cache"), window=100)
     session = session_of(project(tmp_path / "windows", data=windows))
     state = checkpoint_state(session, 1, position, BestEvaluation())
-    assert state["window_order"] == window_order(session.config.train.seed, 3, 2).tolist()
+    assert state["window_order"] == window_order(session.run.config.train.seed, 3, 2).tolist()
     check_resumable(session, state)
     reversed_ = state | {"window_order": state["window_order"][::-1]}
     with pytest.raises(ValueError, match=r"windows of epoch 3: order \["):
@@ -132,18 +132,19 @@ def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refuse
 def test_a_run_resumes_on_other_devices_and_with_another_split_of_its_rows(tmp_path):
     session = session_of(project(tmp_path))
     state = checkpoint_state(session, 1, {"epoch": 0, "window": 0, "index": 1}, BestEvaluation())
-    train, dataset = session.config.train, session.dataset
+    train, dataset = session.run.config.train, session.run.inputs.dataset
     rows = train.micro_batch_size * train.accumulation
 
     def with_split(micro_batch_size, accumulation):
         split = {"micro_batch_size": micro_batch_size, "accumulation": accumulation}
         config = dataclasses.replace(
-            session.config,
+            session.run.config,
             train=dataclasses.replace(train, **split),
             mesh=MeshArgs(data=2, fsdp=4),
             hosts=HostsArgs(launcher="off", heartbeat=5),
         )
-        return dataclasses.replace(session, config=config, dataset=dataclasses.replace(dataset, **split))
+        inputs = dataclasses.replace(session.run.inputs, dataset=dataclasses.replace(dataset, **split))
+        return dataclasses.replace(session, run=dataclasses.replace(session.run, config=config, inputs=inputs))
 
     check_resumable(with_split(rows, 1), state)
     check_resumable(with_split(1, rows), state)

@@ -11,10 +11,9 @@ import pytest
 
 from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.training import loop
-from qlora_jax.training.forward import evaluation_loss
 from qlora_jax.training.metrics.metrics_file import read_metrics
-from qlora_jax.training.session import open_inputs
-from qlora_jax.training.step import gradients, update
+from qlora_jax.training.run_spec import open_inputs
+from qlora_jax.training.step import evaluation_loss, gradients, update
 from tests.e2e.project import project
 from tests.e2e.tiny_runs import (
     Records,
@@ -90,8 +89,9 @@ def test_mfu_is_of_the_rows_own_tokens_and_only_where_the_peak_is_known(tmp_path
     assert batch.tokens == batch.lengths.sum() < arrays["inputs"].size
     records = Records()
     loop.train_step(session, loop.initial_state(session), batch, 0.0, records)
-    known = dataclasses.replace(session.utilization, peak=1e9)
-    again = dataclasses.replace(session_of(session.config), utilization=known)  # a step takes its session's parameters
+    known = dataclasses.replace(session.run.utilization, peak=1e9)
+    again = session_of(session.run.config)  # a step takes its session's parameters
+    vars(again.run)["utilization"] = known
     loop.train_step(again, loop.initial_state(again), batch, 0.0, records)
     without, record = records
     assert "mfu" not in without and without["model_flops"] == record["model_flops"]
@@ -169,7 +169,7 @@ class WatchedCheckpoints(Checkpoints):
 def test_compilations_are_one_a_length_and_one_update(tmp_path):
     config = project(tmp_path)
     session = session_of(config)
-    assert len(session.gradients) == 1  # for the longest batches, before the model was loaded
+    assert len(session.run.gradients) == 1  # for the longest batches, before the model was loaded
     for function in (update, evaluation_loss.plain):
         function.clear_cache()
     records = FlushedRecords()
@@ -177,10 +177,10 @@ def test_compilations_are_one_a_length_and_one_update(tmp_path):
         checkpoints.records = records
         loop.run_steps(session, loop.initial_state(session), checkpoints, records, lambda: False)
     assert checkpoints.steps == [3, 6, 9, 10]
-    assert len(session.dataset.buckets) == 2
-    assert len(session.gradients) == len(session.dataset.buckets)
+    assert len(session.run.inputs.dataset.buckets) == 2
+    assert len(session.run.gradients) == len(session.run.inputs.dataset.buckets)
     assert update._cache_size() == 1
-    assert evaluation_loss.plain._cache_size() <= len(session.dataset.eval_buckets)
+    assert evaluation_loss.plain._cache_size() <= len(session.run.inputs.dataset.eval_buckets)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tmp_path):

@@ -13,8 +13,10 @@ from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.io.run_folder.checkpoint import open_run
 from qlora_jax.training import loop
+from qlora_jax.training.plan.search import compile_run
 from qlora_jax.training.run import train
-from qlora_jax.training.session import compile_gradients, open_inputs, prepare
+from qlora_jax.training.run_spec import open_inputs
+from qlora_jax.training.session import prepare
 from tests.e2e.project import stop_after
 from tests.e2e.run_records import comparable_records
 
@@ -25,7 +27,7 @@ def quiet() -> Console:
 
 def session_of(config):
     inputs = open_inputs(config)
-    return prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None)
+    return prepare(compile_run(config, inputs), lambda *_: None)
 
 
 def run(config, resume=False):
@@ -49,7 +51,7 @@ def arrays_at(config, step):
 
 
 def first_batch(session):
-    batch = next(session.dataset.train_batches())
+    batch = next(session.run.inputs.dataset.train_batches())
     return batch, batch.arrays()
 
 

@@ -16,7 +16,7 @@ from qlora_jax.inference.sampling import GREEDY
 from qlora_jax.models import partition
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelFunction, has_experts_on_host
-from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import random_mixture
 from tests.models.test_offloaded_experts import CONFIG, LARGER, LORA, OFFLOADED, ON_CARD, on_host
@@ -44,9 +44,12 @@ def test_a_card_and_its_host_memory_choose_the_options(monkeypatch):
     """On a CPU, and with experts on the device, nothing is fetched ahead."""
     function = ModelFunction(lambda parts: parts)
     shapes = {
-        away: abstract_step(
-            model_config(CONFIG), dataclasses.replace(OFFLOADED, experts_on_host=away), LORA, batch=(1, 1, 16)
-        ).parts
+        away: StepSpec(
+            model=model_config(CONFIG),
+            weights=dataclasses.replace(OFFLOADED, experts_on_host=away),
+            lora=LORA,
+            batch=(1, 1, 16),
+        ).arrays.parts
         for away in (True, False)
     }
     assert function.jitted(shapes[True]) is function.plain
@@ -61,7 +64,9 @@ def test_copies_hide_behind_the_products_of_the_layer_before(card, program, monk
     if problem := aot.problem():
         pytest.skip(f"no compiling for absent cards: {problem}")
     weights = dataclasses.replace(ON_CARD, experts_on_host=True)
-    parts = abstract_step(model_config(LARGER), weights, LoraArgs(rank=16), batch=(1, 1, 512)).parts
+    parts = StepSpec(
+        model=model_config(LARGER), weights=weights, lora=LoraArgs(rank=16), batch=(1, 1, 512)
+    ).arrays.parts
     compiled = {}
 
     def compile_for(_, function, parts, inputs, extra_bytes=0, **static):

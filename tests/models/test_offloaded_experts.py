@@ -25,8 +25,8 @@ from qlora_jax.models.partition import (
 from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack
 from qlora_jax.objectives.router_losses import FILLED
-from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.step_spec import StepSpec
 from tests.ggml_codes import padded_stack, random_ggml
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
@@ -97,7 +97,8 @@ def test_losses_and_gradients_equal_those_of_experts_on_the_device(weights):
     away = on_host(parts)
     assert host_paths(away) == EXPERT_PATHS and not host_paths(parts)
     steps = [
-        CompiledGradients(abstract_step(model_config(CONFIG), each, LORA, batch=SHAPE)) for each in (weights, here)
+        CompiledGradients(StepSpec(model=model_config(CONFIG), weights=each, lora=LORA, batch=SHAPE))
+        for each in (weights, here)
     ]
     found, expected = (step(each, batch, None) for step, each in zip(steps, (away, parts), strict=True))
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
@@ -113,7 +114,10 @@ def test_losses_and_gradients_equal_those_on_the_device_if_types_of_blocks_diffe
     away_parts = on_host(with_padded_stacks(parts))
     kinds = [type(dict(nnx.to_flat_state(away_parts.base))[path].get_value()) for path in EXPERT_PATHS]
     assert kinds == [PaddedStack, PaddedStack, GgmlTensor]
-    steps = [CompiledGradients(abstract_step(model_config(CONFIG), each, LORA, batch=SHAPE)) for each in (away, here)]
+    steps = [
+        CompiledGradients(StepSpec(model=model_config(CONFIG), weights=each, lora=LORA, batch=SHAPE))
+        for each in (away, here)
+    ]
     found, expected = (step(each, batch, None) for step, each in zip(steps, (away_parts, parts), strict=True))
     for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert np.isfinite(theirs).all()
@@ -144,7 +148,7 @@ def with_padded_stacks(parts: ModelParts) -> ModelParts:
 
 def test_the_scan_fetches_one_layer_and_no_stack():
     """No array of all layers is moved: every array that is moved has the leading axis of experts."""
-    program = abstract_step(model_config(CONFIG), OFFLOADED, LORA, batch=SHAPE).gradients()
+    program = StepSpec(model=model_config(CONFIG), weights=OFFLOADED, lora=LORA, batch=SHAPE).gradients()
     jaxpr = program.function.trace(*program.args, **program.kwargs).jaxpr
     fetched = [variable.aval.shape for moved in equations(jaxpr, "device_put") for variable in moved.outvars]
     assert len(fetched) >= 12 and {shape[0] for shape in fetched} == {EXPERTS}
@@ -171,7 +175,7 @@ def test_a_card_holds_the_codes_of_few_layers(on_card, layers):
     used, offloaded = {}, dataclasses.replace(on_card, experts_on_host=True)
     on_device, stack = map(_bytes_of_experts, (on_card, offloaded))
     for weights in (on_card, offloaded):
-        lowered = abstract_step(model_config(LARGER), weights, LoraArgs(rank=16), batch=(1, 1, 512))
+        lowered = StepSpec(model=model_config(LARGER), weights=weights, lora=LoraArgs(rank=16), batch=(1, 1, 512))
         program, options = lowered.gradients(), lowered.compiler_options or None
         used[weights.experts_on_host] = aot.compile_for(
             "h100", program.function, *program.args, **program.kwargs, compiler_options=options
@@ -186,13 +190,15 @@ def test_a_card_holds_the_codes_of_few_layers(on_card, layers):
 
 
 def _bytes_of_experts(weights: WeightFormat) -> int:
-    parts = abstract_step(model_config(LARGER), weights, LoraArgs(rank=16), batch=(1, 1, 512)).parts
+    parts = StepSpec(
+        model=model_config(LARGER), weights=weights, lora=LoraArgs(rank=16), batch=(1, 1, 512)
+    ).arrays.parts
     flat = dict(nnx.to_flat_state(parts.base))
     return sum(leaf.size * leaf.dtype.itemsize for path in EXPERT_PATHS for leaf in jax.tree.leaves(flat[path]))
 
 
 def test_decoding_is_lowered_with_experts_in_host_memory():
-    parts = abstract_step(model_config(CONFIG), OFFLOADED, LORA, batch=SHAPE).parts
+    parts = StepSpec(model=model_config(CONFIG), weights=OFFLOADED, lora=LORA, batch=SHAPE).arrays.parts
     assert host_paths(parts) == EXPERT_PATHS
     shapes = with_memory_of(jax.eval_shape(prepare_for_decoding, parts), parts)
     assert host_paths(shapes) == EXPERT_PATHS
@@ -204,7 +210,7 @@ def test_experts_that_are_partly_in_16_bits_are_refused():
     with pytest.raises(
         ValueError, match=r"model.experts: offload needs codes in all .*mlp.experts.down_proj: Q4_K, dense"
     ):
-        abstract_step(model_config(CONFIG), weights, LORA, batch=SHAPE)
+        StepSpec(model=model_config(CONFIG), weights=weights, lora=LORA, batch=SHAPE)
 
 
 def test_a_model_without_experts_is_refused():

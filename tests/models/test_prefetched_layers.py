@@ -17,7 +17,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import host_sharding
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE, fetch_layer, prefetching_scan
-from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE
 from tests.models.test_offloaded_experts import LARGER, MIXED_ON_CARD, ON_CARD
 
@@ -93,7 +93,7 @@ def test_copies_hide_in_the_step_of_a_mixture(card, remat):
     if problem := aot.problem():
         pytest.skip(f"no compiling for absent cards: {problem}")
     weights, lora = dataclasses.replace(ON_CARD, experts_on_host=True), LoraArgs(rank=16)
-    lowered = abstract_step(model_config(LARGER), weights, lora, batch=(1, 1, 512), remat=remat)
+    lowered = StepSpec(model=model_config(LARGER), weights=weights, lora=lora, batch=(1, 1, 512), remat=remat)
     program, options = lowered.gradients(), lowered.compiler_options
     compiled = aot.compile_for(card, program.function, *program.args, **program.kwargs, compiler_options=options)
     assert products_meanwhile(compiled.text) == [[1] * 6] * 2  # codes and their constants in u8, of three projections
@@ -105,7 +105,7 @@ def test_copies_of_layers_in_several_types_hide_too():
     if problem := aot.problem():
         pytest.skip(f"no compiling for absent cards: {problem}")
     weights, lora = dataclasses.replace(MIXED_ON_CARD, experts_on_host=True), LoraArgs(rank=16)
-    lowered = abstract_step(model_config(LARGER), weights, lora, batch=(1, 1, 512), remat="names")
+    lowered = StepSpec(model=model_config(LARGER), weights=weights, lora=lora, batch=(1, 1, 512), remat="names")
     program, options = lowered.gradients(), lowered.compiler_options
     compiled = aot.compile_for("h100", program.function, *program.args, **program.kwargs, compiler_options=options)
     assert products_meanwhile(compiled.text) == [[1] * 3] * 2  # codes of three projections, without constants

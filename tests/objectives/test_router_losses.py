@@ -24,9 +24,9 @@ from qlora_jax.objectives.router_losses import (
 )
 from qlora_jax.objectives.sft import SUPERVISED
 from qlora_jax.sharding import ROWS, make_mesh, named
-from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.metrics.router_metrics import router_metrics
+from qlora_jax.training.metrics.step_metrics import router_metrics
 from qlora_jax.training.step import gradients
+from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE, SLOW
 from tests.models.mixtures import SIZES, arrays_of, random_mixture
 
@@ -188,7 +188,7 @@ def test_losses_without_a_gradient_are_errors(lora, learns):
     spec = LoraArgs(rank=2, **lora)
 
     def build():
-        return abstract_step(model_config(CONFIG), DENSE, spec, batch=(1, 1, 8), router=ROUTER)
+        return StepSpec(model=model_config(CONFIG), weights=DENSE, lora=spec, batch=(1, 1, 8), router=ROUTER)
 
     parts = random_mixture(CONFIG, dataclasses.replace(spec, modules_to_save=[]))
 
@@ -199,7 +199,7 @@ def test_losses_without_a_gradient_are_errors(lora, learns):
 
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.jit(jax.grad(balance))(parts.lora))) == learns
     if learns:
-        assert FILLED in build().batch
+        assert FILLED in build().batch_arrays()
         return
     with pytest.raises(ValueError, match=r"router\.aux_loss_coef, router\.z_loss_coef: no trained parameter is before"):
-        build()
+        build().gradients()

@@ -7,8 +7,7 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim.pager import PagedState, resident_bytes
-from qlora_jax.training.optimizer_state import PagedStateManager, make_state_manager
-from qlora_jax.training.paging_budget import Room
+from qlora_jax.training.optimizer_state import PagedStateManager, Room, make_state_manager
 from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import assert_same, gradients, plain_run, tree
 from tests.training.test_optimizer_state import Given, state_bytes

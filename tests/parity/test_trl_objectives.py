@@ -20,8 +20,7 @@ from qlora_jax.models.partition import Lora, ModelParts, partition
 from qlora_jax.objectives.make_objective import make_objective
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.objectives.sequences import SequenceLogps
-from qlora_jax.training.forward import compared_outputs, evaluation_outputs
-from qlora_jax.training.step import gradients
+from qlora_jax.training.step import compared_outputs, evaluation_outputs, gradients
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.marks import EXHAUSTIVE
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs

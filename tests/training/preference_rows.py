@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.batching.batches import Batch, fill_batch
+from qlora_jax.data.batching.batches import fill_batch
+from qlora_jax.data.batching.packing import Batch
 from qlora_jax.data.branch_tree import Branch
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place

@@ -11,7 +11,7 @@ from qlora_jax.config.objectives import ObjectiveName, objectives_with
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.objectives.make_objective import make_objective
 from qlora_jax.objectives.objective import needs_reference
-from qlora_jax.training.abstract_step import abstract_batch
+from qlora_jax.training.step_spec import abstract_batch
 from tests.inference.tiny import byte_tokenizer
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs
 

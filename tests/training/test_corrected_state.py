@@ -14,13 +14,12 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import lora_specs, place_parts, split_leaves
 from qlora_jax.sharding import ROWS, make_mesh, named, place
-from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.corrected_state import CorrectedStateManager
-from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.optimizer_state import make_state_manager
+from qlora_jax.training.optimizer_state import CorrectedStateManager, make_state_manager
+from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.step import gradients
+from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_batch, mesh_config, mesh_parts
 from tests.training.test_step import relative
@@ -36,7 +35,7 @@ OPTIM = OptimArgs(learning_rate=1e-2, eps=1e-20, warmup_ratio=0.0, max_grad_norm
 def compiled(lora: LoraArgs = FA, mesh=None) -> CompiledGradients:
     """The gradients of a run's shapes, not compiled yet."""
     weights = WeightFormat(dtype="float32")
-    return CompiledGradients(abstract_step(model_config(CONFIG), weights, lora, batch=SHAPE, mesh=mesh))
+    return CompiledGradients(StepSpec(model=model_config(CONFIG), weights=weights, lora=lora, batch=SHAPE, mesh=mesh))
 
 
 def manager_of(args: OptimArgs, mesh=None) -> CorrectedStateManager:
@@ -159,7 +158,7 @@ def test_the_state_and_the_saved_activations_are_those_of_b():
         """Bytes of (temporaries of the compiled step, saved activations by formula), without recomputation."""
         lora = dataclasses.replace(FA, method=method)
         weights, shape = WeightFormat(dtype="float32"), (1, 4, 128)
-        step = abstract_step(model_config(CONFIG), weights, lora, batch=shape, remat="none")
+        step = StepSpec(model=model_config(CONFIG), weights=weights, lora=lora, batch=shape, remat="none")
         program = step.gradients()
         memory = program.function.lower(*program.args, **program.kwargs).compile().memory_analysis()
         assert memory is not None

@@ -13,8 +13,7 @@ from qlora_jax.io.run_folder.checkpoint import Checkpoints
 from qlora_jax.optim.page_pool import PagingError, Transfers
 from qlora_jax.optim.pager import PagedState
 from qlora_jax.sharding import AnyMesh, make_mesh
-from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
-from qlora_jax.training.paging_budget import Room
+from qlora_jax.training.optimizer_state import OptimizerStateManager, Room, make_state_manager
 from tests.marks import first_always
 from tests.optim.mesh_lora import assert_same_bits, lora_of, on_mesh
 from tests.training.test_optimizer_state import Given

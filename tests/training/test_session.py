@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
-from qlora_jax.training.session import open_inputs
+from qlora_jax.training.run_spec import open_inputs
 from tests.e2e.project import write_model
 
 

@@ -13,7 +13,7 @@ import pytest
 from qlora_jax.config import Config
 from qlora_jax.hosts.group import Disagreement, Group
 from qlora_jax.io.run_folder.run_lock import RunLock, follow_lock, lock_run
-from qlora_jax.training.session import open_inputs
+from qlora_jax.training.run_spec import open_inputs
 from qlora_jax.training.several_processes import agree_on_inputs, agree_on_settings, lock_together
 from tests.e2e.project import project, write_model, write_rows
 

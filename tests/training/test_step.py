@@ -20,8 +20,7 @@ from qlora_jax.models.partition import ModelParts, place_parts
 from qlora_jax.nn import linear
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.sharding import FSDP, ROWS, axis_size, gathered, make_mesh, named
-from qlora_jax.training.forward import evaluation_loss
-from qlora_jax.training.step import gradients
+from qlora_jax.training.step import evaluation_loss, gradients
 from tests.marks import EXHAUSTIVE
 from tests.training.compiled_text import PASSES_ON, TO_READ
 from tests.training.mesh_models import CUT_VOCABULARY, WHOLE_VOCABULARY, mesh_batch, mesh_config, mesh_parts

@@ -13,73 +13,28 @@ Dimension key: A micro-batches, B rows (or packs) of each, T positions, R data r
 S slots (packing.py), C numbers per slot.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Int64
 
 from qlora_jax.data.batching.mixture import Mixture
-from qlora_jax.data.batching.packing import bucket_of, pack, packed_lengths, slot_count, slot_values
+from qlora_jax.data.batching.packing import (
+    NO_ROW,
+    PRESENT,
+    Batch,
+    bucket_of,
+    pack,
+    packed_lengths,
+    slot_count,
+    slot_values,
+)
 from qlora_jax.data.branch_tree import Positions, lay_out
 from qlora_jax.data.rows import TokenRows
 
 START = {"epoch": 0, "window": 0, "index": 0}
-NO_ROW = -1
-PRESENT = "present"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Arrays of one optimizer step, right-padded.
-
-    A row of n ids fills n - 1 positions. `inputs` are its ids without the last, `targets` its ids without the first.
-    `weights` are 1 for supervised targets, otherwise 0. Padding is known by length, never by its id.
-
-    Fields:
-      segments: index of the segment that each position belongs to, ascending from 0; padding is the last. A row is one
-        segment. A tree (branch_tree.py) has one for its trunk, if there is one, and one per branch. None if each
-        row of the batch is one text.
-      rows: number of each row in the data (`TokenRows.where` returns its line); -1 for a gap.
-      lengths: positions that each row fills; 0 for a gap.
-      position: data position to resume from after this batch; None in evaluation.
-      parents: segment of the trunk that a position's segment continues; its own if it continues none.
-      depths: positions of that trunk which a position's segment sees. Its text has `depths` + its index in the segment
-        positions before it. `parents` and `depths` are None if no row of the data is a tree.
-      sequences: slot (packing.py) of the branch, or of the whole row, that a position belongs to; S for trunks and
-        padding. None if the objective needs no slots.
-      slots: by name, `present` (1 for slots in use, otherwise 0) and the rows' values, [A, B, S] or [A, B, S, C].
-    """
-
-    inputs: Int32[np.ndarray, "A B T"]
-    targets: Int32[np.ndarray, "A B T"]
-    weights: Float32[np.ndarray, "A B T"]
-    segments: Int32[np.ndarray, "A B T"] | None
-    rows: Int64[np.ndarray, "A B R"]
-    lengths: Int64[np.ndarray, "A B R"]
-    position: dict[str, int] | None = None
-    parents: Int32[np.ndarray, "A B T"] | None = None
-    depths: Int32[np.ndarray, "A B T"] | None = None
-    sequences: Int32[np.ndarray, "A B T"] | None = None
-    slots: Mapping[str, Float32[np.ndarray, "A B S ..."]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """Positions filled, without padding."""
-        return int(self.lengths.sum())
-
-    @property
-    def filled(self) -> Int32[np.ndarray, "A B"]:
-        """Positions that each row of the batch fills, the others are padding."""
-        return self.lengths.sum(axis=-1).astype(np.int32)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arguments of a compiled step, by name."""
-        names = ("inputs", "targets", "weights", "segments", "parents", "depths", "sequences")
-        named = {name: getattr(self, name) for name in names}
-        return {name: array for name, array in named.items() if array is not None} | dict(self.slots)
 
 
 class PlannedStep(NamedTuple):

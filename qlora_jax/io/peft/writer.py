@@ -14,12 +14,10 @@ from qlora_jax.io.peft.multimodal import text_half_only
 from qlora_jax.io.peft.readme import readme
 from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.method import method_of
-from qlora_jax.methods.peft_form import NO_ARRAYS, WEIGHTS, TrainedAdapter
+from qlora_jax.methods.peft_form import CONFIG, NO_ARRAYS, WEIGHTS, TrainedAdapter
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.objectives.head_objective import TrainedHead
-
-CONFIG = "adapter_config.json"
 
 
 def in_peft_format(

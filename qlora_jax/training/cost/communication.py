@@ -12,8 +12,7 @@ from typing import NamedTuple
 from pallas_kernels.aot.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, received
 from qlora_jax.sharding import DATA, FSDP, axis_size
 from qlora_jax.training.cost.flops import head_chunks
-from qlora_jax.training.cost.step_shape import F32, StepShape
-from qlora_jax.training.cost.trees import CODES, CONSTANTS, Leaf
+from qlora_jax.training.cost.step_shape import CODES, CONSTANTS, F32, Leaf, StepShape
 
 # Times that a micro-batch with a backward pass gathers a layer: forward, and for recomputation and backward together.
 GATHERS = 2

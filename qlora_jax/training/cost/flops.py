@@ -19,8 +19,7 @@ from qlora_jax.models.config import ROUTER
 from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.nn.attention.tiles import Tiling
 from qlora_jax.nn.lm_head import tiles as lm_head_tiles
-from qlora_jax.training.cost.step_shape import EMBEDDING, HEAD, StepShape
-from qlora_jax.training.cost.trees import SHARED_GATE
+from qlora_jax.training.cost.step_shape import EMBEDDING, HEAD, SHARED_GATE, StepShape
 
 # FLOP per micro-batch of all layers
 

@@ -1,7 +1,9 @@
-"""The banners of a run: its device, formats, trained parameters and unused options; on resume, its step."""
+"""The banners of a run: device, formats, trained parameters and unused options; its step; and what to run next."""
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 
@@ -14,7 +16,10 @@ from qlora_jax.config.methods import METHODS, uses
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.schema import RouterArgs
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.io.export.methods import head_refusal, refusal
+from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
+from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import DENSE, STORED, ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import Lora, is_table, module_of
@@ -22,6 +27,7 @@ from qlora_jax.models.precision import kept_text
 from qlora_jax.models.prefetched_layers import split_host
 from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.nn.frozen_weight import OPS, ops_of
+from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.optim.schedule import warmup_steps
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.run_mesh import mesh_size
@@ -33,28 +39,28 @@ SHORT_RUN = 10  # steps; in a longer run, the first step of a warm-up is less th
 
 def resume_banner(session: Session, step: int, best: BestEvaluation) -> tuple[str, Rows]:
     """Returns the title and rows of the banner of a run that resumes after `step` steps."""
-    rows = {"run": f"{session.config.output}, settings in its {CONFIG_FILE}", "device": _device(session)}
+    rows = {"run": f"{session.run.config.output}, settings in its {CONFIG_FILE}", "device": _device(session)}
     if best.loss is not None:
         rows["lowest held-out loss"] = f"{best.loss:.3f}, at step {best.step:,}"
-    return f"resuming after step {step:,} of {session.total_steps:,}", rows
+    return f"resuming after step {step:,} of {session.run.total_steps:,}", rows
 
 
 def start_banner(session: Session) -> tuple[str, Rows]:
     """Returns the title and rows of the banner of a new run."""
-    is_whole = METHODS[session.config.lora.method].whole_model
+    is_whole = METHODS[session.run.config.lora.method].whole_model
     return "Full finetuning" if is_whole else "QLoRA finetuning", _facts(session)
 
 
 def _facts(session: Session) -> Rows:
-    config = session.config
+    config = session.run.config
     return {
         "device": _device(session),
         **_peak(session),
-        "base": f"{config.model.path}, {_parameters(session.model)}" + _base_size(session),
-        **({"not loaded": parts} if (parts := session.not_loaded) else {}),
+        "base": f"{config.model.path}, {_parameters(session.run.inputs.model)}" + _base_size(session),
+        **({"not loaded": parts} if (parts := session.run.inputs.source.not_loaded) else {}),
         **_whole_on_each(session),
         "weights": _weight_format(session),
-        **({"in 16 bits": kept} if (kept := kept_text(session.model, session.weights)) else {}),
+        **({"in 16 bits": kept} if (kept := kept_text(session.run.inputs.model, session.run.step.weights)) else {}),
         **_host_experts(session),
         "matmuls": _matmuls(session),
         "attention": _attention(session),
@@ -63,12 +69,12 @@ def _facts(session: Session) -> Rows:
         **_router_losses(config.router),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
-        **rate_rows(config, session.total_steps),
+        **rate_rows(config, session.run.total_steps),
         **({"optimizer state": paging} if (paging := session.state_manager.describe()) else {}),
         "batch": f"{config.train.micro_batch_size * config.train.accumulation} "
         f"{'packs' if config.data.packing else 'rows'} = micro-batch "
         f"{config.train.micro_batch_size} x accumulation {config.train.accumulation}",
-        "steps": f"{session.total_steps:,}",
+        "steps": f"{session.run.total_steps:,}",
         "run": config.output,
         "not used": ", ".join(_unused(config)) or "nothing, every option is on",
     }
@@ -116,7 +122,7 @@ def _high_rate(config: Config) -> str | None:
 
 
 def _peak(session: Session) -> Rows:
-    peak, devices = session.utilization.peak, mesh_size(session.mesh).devices
+    peak, devices = session.run.utilization.peak, mesh_size(session.run.mesh).devices
     whose = "the device's peak" if devices == 1 else f"the peak of {devices} devices"
     return {} if peak is None else {"MFU": f"relative to {peak / 1e12:,.0f} TFLOP/s, {whose} for dense 16-bit matmuls"}
 
@@ -128,10 +134,10 @@ def _parameters(model: ModelConfig) -> str:
 
 def _base_size(session: Session) -> str:
     base = session.parts.base
-    if METHODS[session.config.lora.method].whole_model:
+    if METHODS[session.run.config.lora.method].whole_model:
         return ""
     size = f", {_megabytes(base)}"
-    return size if session.mesh is None else f"{size}, {_share(jax.tree.leaves(base)) / 1e6:,.0f} MB on each device"
+    return size if session.run.mesh is None else f"{size}, {_share(jax.tree.leaves(base)) / 1e6:,.0f} MB on each device"
 
 
 def _host_experts(session: Session) -> Rows:
@@ -154,7 +160,7 @@ def _share(leaves: list[jax.Array]) -> int:
 
 def _whole_on_each(session: Session) -> Rows:
     """Returns a row on what every device holds whole although the base is cut, and why."""
-    shards = mesh_size(session.mesh).fsdp
+    shards = mesh_size(session.run.mesh).fsdp
     if shards == 1:
         return {}
     whole = [leaf for leaf in jax.tree.leaves(session.parts.base) if leaf.sharding.is_fully_replicated]
@@ -179,14 +185,18 @@ def _tables(session: Session) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _trained(session: Session) -> str:
-    lora, trained, frozen = session.config.lora, _count(session.parts.trained), session.model.parameters()
+    lora, trained, frozen = (
+        session.run.config.lora,
+        _count(session.parts.trained),
+        session.run.inputs.model.parameters(),
+    )
     size = f"{_megabytes(session.parts.trained)} in {lora.dtype}"
     if METHODS[lora.method].whole_model:
         return f"all {trained:,} parameters, {size}"
     declared = METHODS[lora.method]
     share = f"{trained:,} {declared.title} parameters, {trained / (trained + frozen):.2%} of all, {size}"
     head = ", and a head" if SCORE in session.parts.lora else ""
-    return f"{share}; {_rank(session.config)}on {_module_count(session.parts.lora)} {declared.modules}{head}"
+    return f"{share}; {_rank(session.run.config)}on {_module_count(session.parts.lora)} {declared.modules}{head}"
 
 
 def _rank(config: Config) -> str:
@@ -198,11 +208,11 @@ def _module_count(lora: Lora) -> int:
 
 
 def _new_tokens(session: Session) -> Rows:
-    model = session.config.model
+    model = session.run.config.model
     tokens = [*model.new_tokens, *model.new_special_tokens]
-    where = "the tied embedding" if session.model.tie_embeddings else "embedding and head"
+    where = "the tied embedding" if session.run.inputs.model.tie_embeddings else "embedding and head"
     rows = {"new tokens": f"{', '.join(tokens)}; their rows in {where} are trained"} if tokens else {}
-    modules = session.config.lora.modules_to_save
+    modules = session.run.config.lora.modules_to_save
     return rows | ({"trained fully": ", ".join(modules)} if modules else {})
 
 
@@ -215,15 +225,15 @@ def _megabytes(tree: object) -> str:
 
 
 def _device(session: Session) -> str:
-    device, size = jax.devices()[0], mesh_size(session.mesh)
+    device, size = jax.devices()[0], mesh_size(session.run.mesh)
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
-    several = "" if session.mesh is None else f"{size.devices} x "
-    axes = "" if session.mesh is None else f": {size}"
-    return f"{several}{device.platform}{kind}{axes}, computes in {session.weights.dtype}"
+    several = "" if session.run.mesh is None else f"{size.devices} x "
+    axes = "" if session.run.mesh is None else f": {size}"
+    return f"{several}{device.platform}{kind}{axes}, computes in {session.run.step.weights.dtype}"
 
 
 def _weight_format(session: Session) -> str:
-    weights, args = session.weights, session.config.model
+    weights, args = session.run.step.weights, session.run.config.model
     formats = weights.stored or [(name, [DENSE] * len(layers)) for name, layers in weights.dense]
     dense = sum(list(each).count(DENSE) for _, each in formats)
     why = "model.keep_16bit names" if args.keep_16bit else "the files store in 16 bit"
@@ -232,19 +242,19 @@ def _weight_format(session: Session) -> str:
     if weights.quant_type is None:
         return f"{weights.dtype}, not quantized"
     if weights.quant_type == STORED:
-        return f"the codes of the file: {session.stored_types}; {rest}"
+        return f"the codes of the file: {session.run.stored_types}; {rest}"
     double = "double-quantized scales" if weights.double_quant else "float32 scales"
-    again = f" (quantized again, from {session.stored_types}; model.quant_type=stored keeps these codes)"
-    twice = again if session.stored_types else ""
+    again = f" (quantized again, from {session.run.stored_types}; model.quant_type=stored keeps these codes)"
+    twice = again if session.run.stored_types else ""
     return f"{weights.quant_type} in blocks of {args.block_size}, {double}{twice}; {rest}"
 
 
 def _matmuls(session: Session) -> str:
     """Returns the implementations that multiply by packed weights, and why the preferred ones are not used."""
-    device, micro_batch_size = target_device(), session.config.train.micro_batch_size
-    rows = micro_batch_size // mesh_size(session.mesh).devices * max(session.dataset.buckets)
+    device, micro_batch_size = target_device(), session.run.config.train.micro_batch_size
+    rows = micro_batch_size // mesh_size(session.run.mesh).devices * max(session.run.inputs.dataset.buckets)
     leaves = jax.tree.leaves(session.parts.base, is_leaf=_has_kernel)
-    packed, dtype = [leaf for leaf in leaves if _has_kernel(leaf)], session.weights.dtype
+    packed, dtype = [leaf for leaf in leaves if _has_kernel(leaf)], session.run.step.weights.dtype
     plain = [leaf for leaf in packed if len(leaf.stack_shape) < 2]
     found = []
     for kind in sorted({type(leaf) for leaf in plain}, key=[*OPS].index):
@@ -253,7 +263,7 @@ def _matmuls(session: Session) -> str:
         chosen = _chosen([ops.choice(device, rows, dtype, leaf) for leaf in plain if type(leaf) is kind])
         found.append(f"{chosen}, from the blocks of the file" if ops.of_file else chosen)
     if grouped := [leaf for leaf in packed if len(leaf.stack_shape) == 2]:
-        experts = session.model.experts
+        experts = session.run.inputs.model.experts
         assert experts is not None, "weights with two leading axes are experts"
         tile = choose_tile(device, rows * experts.per_token, experts.count)
         choices = [grouped_api.choose_implementation(device, "forward", dtype, leaf, tile) for leaf in grouped]
@@ -275,8 +285,8 @@ def _chosen(choices: Sequence[Choice]) -> str:
 
 
 def _attention(session: Session) -> str:
-    plain = session.model.has_plain_attention(max(session.dataset.buckets))
-    heads = target_device().platform, session.weights.dtype, session.model.head_dim
+    plain = session.run.inputs.model.has_plain_attention(max(session.run.inputs.dataset.buckets))
+    heads = target_device().platform, session.run.step.weights.dtype, session.run.inputs.model.head_dim
     unsupported = attention_cpu.unsupported_reason(*heads, plain=plain)
     if attention_cpu.supports_forward_f32(*heads, plain=plain):
         return "C++ forward; XLA backward, tiled"
@@ -300,3 +310,41 @@ def _unused(config: Config) -> list[str]:
         "optimizer paging": paging_of(config.optim) == "off",
     }
     return [name for name, off in options.items() if off]
+
+
+PROGRAM = "qlora-jax"
+
+
+def next_commands(config: Config, base: JsonObject, *, finished: bool) -> dict[str, str]:
+    """Returns commands to type next, quoted for a shell, by their purpose; none that the run's settings refuse.
+
+    Args:
+      base: config.json of the base.
+    """
+    run = shlex.quote(config.output)
+    if not finished:
+        return {"resume": f"{PROGRAM} train --config {shlex.quote(str(Path(config.output) / CONFIG_FILE))} --resume"}
+    head = head_of(config.objective, (), config.head.pooling)
+    found = _use(head, run)
+    for form in _forms(config):
+        if refusal(config.lora.method, form) is None and head_refusal(head, form, base) is None:
+            with_base = " --with_base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF
+            return found | {"export": f"{PROGRAM} export --run {run} --format {form}{with_base}"}
+    return found
+
+
+def _forms(config: Config) -> tuple[str, ...]:
+    """The formats of an export, the best first: that for the very file whose codes a LoRA was trained on, if it can."""
+    tables = (*config.model.new_tokens, *config.model.new_special_tokens, *config.lora.modules_to_save)
+    is_plain = (METHODS[config.lora.method].stored_as or config.lora.method) == "lora" and not tables
+    is_served = config.model.quant_type == STORED and is_gguf(config.model.path)
+    return ("gguf-lora", "peft", "hf") if is_plain and is_served else ("peft", "hf")
+
+
+def _use(head: TrainedHead | None, run: str) -> dict[str, str]:
+    if head is None:
+        return {"try it": f"{PROGRAM} generate --run {run}"}
+    return {
+        "predict": f"{PROGRAM} predict --run {run} --rows FILE",
+        "evaluate": f"{PROGRAM} evaluate --run {run} --{OBJECTIVES[head.objective].task} FILE",
+    }

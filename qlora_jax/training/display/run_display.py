@@ -13,10 +13,19 @@ from rich.text import Text
 
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.training.metrics.eval_metrics import HIGH, LOW, loss_interval, task_metrics
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.preference_metrics import ACCURACY, EVAL, MARGIN, PREFERENCE_LABELS
-from qlora_jax.training.metrics.router_metrics import DEAD, MAX_LOAD
+from qlora_jax.training.metrics.step_metrics import (
+    ACCURACY,
+    DEAD,
+    EVAL,
+    HIGH,
+    LOW,
+    MARGIN,
+    MAX_LOAD,
+    PREFERENCE_LABELS,
+    loss_interval,
+    task_metrics,
+)
 
 _WINDOW = 20  # steps over which speed and remaining time are averaged
 _SAMPLE_CHARACTERS = 160

@@ -26,7 +26,7 @@ from jaxtyping import Int64
 
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import BF16_PEAKS
-from qlora_jax.data.batching.batches import Batch
+from qlora_jax.data.batching.packing import Batch
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, method_work
 from qlora_jax.training.cost.step_shape import StepShape

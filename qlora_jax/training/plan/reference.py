@@ -1,99 +1,47 @@
 """The reference of a run in its plan: operations of the pass, and memory of programs, values and parameters."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import aot
-from qlora_jax.config import Config, TrainArgs
+from qlora_jax.config import TrainArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.data.report.stats import DataReport, SplitReport
 from qlora_jax.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.sharding import ROWS, part_bytes
-from qlora_jax.training.abstract_step import abstract_batch
-from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.memory_use import lora_bytes
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.metrics.mfu import Utilization, utilization
-from qlora_jax.training.plan.requirements import ACTIVATIONS, StepConfig, estimated_requirements
+from qlora_jax.training.plan.records import ACTIVATIONS, ReferencePlan, ReferenceWork
+from qlora_jax.training.plan.requirements import estimated_requirements
 from qlora_jax.training.run_mesh import MAX_ROWS, rows_of_batch, rows_that_divide
-from qlora_jax.training.session import Inputs, weights_of
+from qlora_jax.training.run_spec import RunSpec
+from qlora_jax.training.step_spec import StepSpec, abstract_batch
 
 F32 = 4
 
 
-class ReferenceWork(NamedTuple):
-    """The operations of the pass over the training rows before the first step.
-
-    Fields:
-      rows: training rows; 0 if they are not known.
-      tokens: their positions, without padding.
-      flops: model FLOP.
-      epochs: `flops` relative to those of an epoch of training.
-    """
-
-    rows: int
-    tokens: int
-    flops: int
-    epochs: float
-
-    def __str__(self) -> str:
-        """Returns it as text for people."""
-        if not self.rows:
-            return f"FLOP of {self.epochs:.2f} epochs"
-        return f"{self.rows:,} rows, {self.tokens:,} tokens, {self.flops:.2g} FLOP, those of {self.epochs:.2f} epochs"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReferencePlan:
-    """The work of a run's pass, and the memory of its programs, its values and its parameters.
-
-    Attributes:
-      program: bytes on a device of the largest batch, outputs and temporary buffers of the pass; with held-out rows,
-        those of their comparison with the reference, and of its parameters.
-      values: bytes of its results in host memory.
-      parameters: bytes of a device's part of the reference's adapter, in host memory; 0 without held-out rows.
-    """
-
-    work: ReferenceWork
-    program: int
-    values: int
-    parameters: int
-
-    def __str__(self) -> str:
-        """Returns it as text for people."""
-        parameters = f" and {format_bytes(self.parameters)} of parameters" if self.parameters else ""
-        return f"{self.work}; {format_bytes(self.values)} of values{parameters} in host memory"
-
-    def to_dict(self) -> dict[str, int | float]:
-        """Returns its numbers for JSON."""
-        return self.work._asdict() | {
-            "program": self.program,
-            "values": self.values,
-            "parameters": self.parameters,
-        }
-
-
-def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients) -> ReferencePlan | None:
+def plan_reference(run: RunSpec) -> ReferencePlan | None:
     """Plans the pass and compiles a program for the longest rows; returns None for an objective without reference."""
+    inputs = run.inputs
     if not needs_reference(inputs.objective):
         return None
     step = StepShape(
         model=inputs.model,
-        weights=weights_of(config, inputs),
-        lora=config.lora,
+        weights=run.step.weights,
+        lora=run.config.lora,
         batch=(1, 1, 1),
-        remat=config.train.remat,
+        remat=run.config.train.remat,
         new_tokens=len(inputs.new_ids),
     )
     work = work_of_rows(step, inputs.dataset.report.train)
     values = F32 * work.rows * inputs.objective.sequences_per_row
-    parameters = 0 if inputs.dataset.eval is None else part_bytes(gradients.parts.lora)
-    program = parameters + _program_bytes(config, inputs, gradients)
+    parameters = 0 if inputs.dataset.eval is None else part_bytes(run.gradients.parts.lora)
+    program = parameters + _program_bytes(run)
     return ReferencePlan(work=work, program=program, values=values, parameters=parameters)
 
 
@@ -131,7 +79,7 @@ class PlannedReference(NamedTuple):
         return f"{self.work}{share}; about {format_bytes(self.device)} on the device"
 
 
-def reference_of_step(config: StepConfig, report: DataReport | None, train: TrainArgs) -> PlannedReference | None:
+def reference_of_step(config: StepSpec, report: DataReport | None, train: TrainArgs) -> PlannedReference | None:
     """Plans the pass of a run with this longest step; returns None for an objective without reference.
 
     Args:
@@ -139,7 +87,7 @@ def reference_of_step(config: StepConfig, report: DataReport | None, train: Trai
     """
     if not needs_reference(config.objective):
         return None
-    step = config.step_shape()
+    step = config.sizes
     work = work_without_rows(step) if report is None else work_of_rows(step, report.train)
     epochs = train.epochs
     if train.steps is not None:
@@ -149,7 +97,7 @@ def reference_of_step(config: StepConfig, report: DataReport | None, train: Trai
     return PlannedReference(work, share, parameters + _estimated_bytes(config))
 
 
-def _estimated_bytes(config: StepConfig) -> int:
+def _estimated_bytes(config: StepSpec) -> int:
     """Estimates the bytes of the pass on the device: a step's, without gradients and saved activations."""
     rows = rows_that_divide(min(MAX_ROWS, config.batch[1]), config.mesh)
     device = estimated_requirements(config.replace(batch=(1, rows, config.batch[2]))).device
@@ -163,22 +111,20 @@ def _flops(counted: Utilization, split: SplitReport) -> int:
     return int(scale * counted.flops(lengths.reshape(1, -1, 1), 0)) + split.supervised * counted.target
 
 
-def _program_bytes(config: Config, inputs: Inputs, gradients: CompiledGradients) -> int:
+def _program_bytes(run: RunSpec) -> int:
     """Returns the bytes of the comparison with held-out rows, which includes the pass; otherwise those of the pass."""
-    batch, forward = forward_batch(config, inputs, gradients.mesh, max(inputs.dataset.eval_buckets)), gradients.forward
-    alone = inputs.dataset.eval is None
-    program = forward.outputs(inputs.objective, batch) if alone else forward.comparison(batch)
+    dataset, forward = run.inputs.dataset, run.gradients.forward
+    batch, alone = forward_batch(run, max(dataset.eval_buckets)), dataset.eval is None
+    program = forward.outputs(run.inputs.objective, batch) if alone else forward.comparison(batch)
     memory = aot.read_memory(program.memory_analysis()).device
     return part_bytes(batch) + memory.temporaries + memory.outputs - memory.aliases
 
 
-def forward_batch(config: Config, inputs: Inputs, mesh: Mesh | None, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+def forward_batch(run: RunSpec, length: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the arrays of a batch of the reference pass or of held-out rows, [B, T] and [B, S]."""
-    shape = (1, rows_of_batch(config, mesh), length)
-    arrays = read_by_outputs(
-        abstract_batch(shape, inputs.objective, branching=inputs.dataset.branching), inputs.objective
-    )
-    sharding = None if mesh is None else NamedSharding(mesh, P(ROWS))
+    shape, objective = (1, rows_of_batch(run.config, run.mesh), length), run.inputs.objective
+    arrays = read_by_outputs(abstract_batch(shape, objective, branching=run.inputs.dataset.branching), objective)
+    sharding = None if run.mesh is None else NamedSharding(run.mesh, P(ROWS))
     return {
         name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype, sharding=sharding) for name, array in arrays.items()
     }

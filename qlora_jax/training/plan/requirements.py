@@ -1,132 +1,27 @@
 """The memory requirements of one optimizer step, by kind; on a mesh, those of one device.
 
-Shapes determine everything but scratch (cost/memory_use.py, cost/activations.py). Scratch is measured by compiling the
+Shapes determine everything but scratch (cost/memory_use.py). Scratch is measured by compiling the
 real step for the device, or estimated. Dimension key: A micro-batches, B rows, T positions, M = B T.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
-from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.config.schema import RouterArgs
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.objectives.objective import Objective
-from qlora_jax.objectives.sft import SUPERVISED
-from qlora_jax.optim.page_layout import PAGE_BYTES
-from qlora_jax.sharding import ROWS, AnyMesh, axis_size
-from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_step
+from qlora_jax.optim.page_layout import PAGE_BYTES, PAGES_PER_BUDGET
 from qlora_jax.training.cost import communication, memory_use
-from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
-from qlora_jax.training.cost.step_shape import DOWN, F32, StepShape
-from qlora_jax.training.cost.trees import IN_LAYERS
-from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
+from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.cost.step_shape import DOWN, F32, IN_LAYERS, StepShape
+from qlora_jax.training.plan.records import ACTIVATIONS, KINDS, PROGRAMS, REFERENCE, STATE, Requirements
+from qlora_jax.training.step_spec import Program, StepSpec
 
-STATE, ACTIVATIONS, REFERENCE = "optimizer state", "saved activations", "reference"
-PROGRAMS = "programs"
-KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", REFERENCE, PROGRAMS)
 # On a CPU, programs take part of the planned memory. This covers the programs of the loader and the update, and the
 # library pages that they touch. Measured by scripts/bench/plan_memory.py, nearly the same for every model.
 CPU_PROGRAMS = 80 * 2**20
 PAGES_IN_FLIGHT = PAGES_PER_BUDGET * PAGE_BYTES  # bytes of a paged state on the device during an update
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """The settings that determine a step's memory.
-
-    Attributes:
-      batch: (A, B, T), with the rows of all devices.
-      remat: a key of REMAT_POLICIES.
-      paged: True if the optimizer's state is in host memory while gradients are computed.
-      new_ids: ids of the new tokens, whose embedding rows train.
-      packed: True if each row of a batch packs several data rows.
-      branching: True if data rows have branches.
-      compared: True if held-out rows are compared with the reference, whose adapter stays in host memory.
-      neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
-      router: losses of a mixture's routers.
-      mesh: the devices that share the rows and the model; None: one device.
-    """
-
-    model: ModelConfig
-    weights: WeightFormat
-    lora: LoraArgs
-    optim: OptimArgs
-    batch: tuple[int, int, int]
-    remat: str
-    paged: bool = False
-    new_ids: tuple[int, ...] = ()
-    packed: bool = False
-    branching: bool = False
-    compared: bool = False
-    neftune_noise_alpha: float | None = None
-    objective: Objective = SUPERVISED
-    router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
-    mesh: AnyMesh | None = None
-
-    @property
-    def devices(self) -> int:
-        """The number of devices."""
-        return axis_size(self.mesh, *ROWS)
-
-    @property
-    def rows(self) -> int:
-        """M, the tokens per micro-batch of one device."""
-        return self.batch[1] * self.batch[2] // self.devices
-
-    @functools.cached_property
-    def abstract_step(self) -> AbstractStep:
-        """The real step, with shapes as arguments."""
-        return abstract_step(
-            self.model,
-            self.weights,
-            self.lora,
-            batch=self.batch,
-            new_ids=self.new_ids,
-            packed=self.packed,
-            branching=self.branching,
-            remat=self.remat,
-            optim=self.optim,
-            neftune_noise_alpha=self.neftune_noise_alpha,
-            objective=self.objective,
-            router=self.router,
-            mesh=self.mesh,
-        )
-
-    def step_shape(self) -> StepShape:
-        """Returns one device's part of the step, as cost/step_shape.py describes it."""
-        return self._step_shape
-
-    @functools.cached_property
-    def _step_shape(self) -> StepShape:
-        accumulated, rows, length = self.batch
-        return StepShape(
-            model=self.model,
-            weights=self.weights,
-            lora=self.lora,
-            batch=(accumulated, rows // self.devices, length),
-            remat=self.remat,
-            optimizer=self.optim.name,
-            new_tokens=len(self.new_ids),
-            packed=self.packed,
-            branching=self.branching,
-            objective=self.objective,
-            mesh=self.mesh,
-        )
-
-    def replace(self, **changes: object) -> "StepConfig":
-        """Returns a copy with these fields replaced."""
-        return dataclasses.replace(self, **changes)
-
-    def resized(self, rows: int, length: int) -> "StepConfig":
-        """Returns a copy with B rows of T positions, and at least as many rows per optimizer step."""
-        accumulated, before, _ = self.batch
-        return self.replace(batch=(-(-accumulated * before // rows), rows, length))
 
 
 class Temporaries(NamedTuple):
@@ -146,42 +41,11 @@ class Temporaries(NamedTuple):
 
 
 # Compiles the real step for one device. Raises what the compiler raises.
-CompileStep = Callable[[AbstractStep], Temporaries]
+CompileStep = Callable[[StepSpec], Temporaries]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Requirements:
-    """The bytes that one step requires, by kind.
-
-    Attributes:
-      device: bytes on the device for each of KINDS; scratch is its peak. On a CPU, those of the reference are here.
-      host: bytes in host memory for each of KINDS.
-      source: `compiled`, `fitted` to compiled steps, or `estimated` by formula.
-    """
-
-    config: StepConfig
-    device: dict[str, int]
-    host: dict[str, int]
-    source: str
-
-    @property
-    def total(self) -> int:
-        """Bytes on the device."""
-        return sum(self.device.values())
-
-    @property
-    def received(self) -> dict[str, int]:
-        """Bytes that each device receives from the others in one optimizer step, by kind; by formula."""
-        return {kind: one.received for kind, one in communication.exchanges(self.config.step_shape()).items()}
-
-    @property
-    def fetched(self) -> int:
-        """Bytes of experts that cross from host memory to the device in one optimizer step; by formula."""
-        return memory_use.fetched_expert_bytes(self.config.step_shape())
-
-
-def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements:
-    step = config.step_shape()
+def _requirements(config: StepSpec, scratch: int, source: str) -> Requirements:
+    step = config.sizes
     frozen, lora, state = memory_use.frozen_bytes(step), memory_use.lora_bytes(step), memory_use.optimizer_bytes(step)
     away = memory_use.offloaded_expert_bytes(step)
     codes, on_cpu = frozen["codes"] - away["codes"], config.weights.platform == "cpu"
@@ -211,7 +75,7 @@ def _offloaded_bytes(step: StepShape) -> int:
     return sum(offloaded_activation_bytes(step).values())
 
 
-def compiled_requirements(config: StepConfig, compile_step: CompileStep) -> Requirements:
+def compiled_requirements(config: StepSpec, compile_step: CompileStep) -> Requirements:
     """Returns the requirements with scratch as compiled.
 
     Scratch is the larger of two: temporaries of the gradients without saved activations, plus the batch; or temporaries
@@ -220,15 +84,15 @@ def compiled_requirements(config: StepConfig, compile_step: CompileStep) -> Requ
     Raises:
       RuntimeError: the compiled step has activations or experts on the device that the settings offload.
     """
-    step, temporaries = config.step_shape(), compile_step(config.abstract_step)
+    step, temporaries = config.sizes, compile_step(config)
     _check_offloaded(config, temporaries)
     scratch = max(temporaries.gradients + memory_use.batch_bytes(step), temporaries.update) - _saved_bytes(step)
     return _requirements(config, scratch, "compiled")
 
 
-def _check_offloaded(config: StepConfig, found: Temporaries) -> None:
+def _check_offloaded(config: StepSpec, found: Temporaries) -> None:
     """Raises RuntimeError if less is in host memory than the settings say."""
-    step = config.step_shape()
+    step = config.sizes
     experts = sum(memory_use.offloaded_expert_bytes(step).values())
     checks = (
         (f"train.remat={config.remat}", "activations", found.host, _offloaded_bytes(step), "train.remat=full"),
@@ -243,29 +107,29 @@ def _check_offloaded(config: StepConfig, found: Temporaries) -> None:
         raise RuntimeError("\n".join(problems))
 
 
-def estimated_requirements(config: StepConfig) -> Requirements:
+def estimated_requirements(config: StepSpec) -> Requirements:
     """Returns the requirements with scratch by formula: `working_set` and the batch."""
-    step = config.step_shape()
+    step = config.sizes
     return _requirements(config, working_set(step) + memory_use.batch_bytes(step), "estimated")
 
 
-def fitted_requirements(config: StepConfig, known: Sequence[Requirements]) -> Requirements:
+def fitted_requirements(config: StepSpec, known: Sequence[Requirements]) -> Requirements:
     """Returns the requirements with scratch interpolated over M = B T from the last two compiled steps in `known`.
 
     With one compiled step, scratch is proportional to `working_set`.
     """
     *before, last = known[-2:]
     rows, scratch = last.config.rows, _without_batch(last)
-    batch = memory_use.batch_bytes(config.step_shape())
+    batch = memory_use.batch_bytes(config.sizes)
     if not before or before[0].config.rows == rows:
-        share = working_set(config.step_shape()) / working_set(last.config.step_shape())
+        share = working_set(config.sizes) / working_set(last.config.sizes)
         return _requirements(config, round(scratch * share) + batch, "fitted")
     slope = (scratch - _without_batch(before[0])) / (rows - before[0].config.rows)
     return _requirements(config, max(0, round(scratch + slope * (config.rows - rows))) + batch, "fitted")
 
 
 def _without_batch(need: Requirements) -> int:
-    return need.device["scratch"] - memory_use.batch_bytes(need.config.step_shape())
+    return need.device["scratch"] - memory_use.batch_bytes(need.config.sizes)
 
 
 def working_set(step: StepShape) -> int:
@@ -309,7 +173,7 @@ def _experts_work(step: StepShape) -> int:
 # Compilers
 
 
-def compile_here(step: AbstractStep) -> Temporaries:
+def compile_here(step: StepSpec) -> Temporaries:
     """Compiles a step for this process's devices."""
 
     def memory_of(program: Program, options: dict[str, str]) -> aot.MemoryUse:
@@ -334,7 +198,7 @@ def compile_on_card(card: str) -> CompileStep:
     return lambda step: _temporaries(step, memory_of)
 
 
-def _temporaries(step: AbstractStep, memory_of: Callable[[Program, dict[str, str]], aot.MemoryUse]) -> Temporaries:
+def _temporaries(step: StepSpec, memory_of: Callable[[Program, dict[str, str]], aot.MemoryUse]) -> Temporaries:
     gradients, update = memory_of(step.gradients(), step.compiler_options), memory_of(step.update(), {})
     host = gradients.host
     return Temporaries(gradients.device.temporaries, update.device.temporaries, host.temporaries, host.arguments)

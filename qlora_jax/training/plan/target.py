@@ -16,7 +16,7 @@ from qlora_jax.models.catalog import PUBLISHED, nearest
 from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format
-from qlora_jax.training.paging_budget import physical_memory
+from qlora_jax.training.optimizer_state import physical_memory
 
 CPU = "cpu"
 

@@ -1,18 +1,21 @@
-"""A memory plan as a table for people, and as JSON."""
+"""A memory plan as a table for people and as JSON, and what it says of a run that does not fit."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.precision import kept_text
-from qlora_jax.training.plan.changes import MOST_ROWS, Change
-from qlora_jax.training.plan.plan import Plan
+from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan, make_plan
+from qlora_jax.training.plan.records import KINDS, STATE, Requirements, RunPlan
 from qlora_jax.training.plan.reference import PlannedReference
-from qlora_jax.training.plan.requirements import KINDS, STATE, Requirements
+from qlora_jax.training.plan.requirements import compile_here
 
 GIB = 2**30
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 MARKS = {"compiled": "", "fitted": "~", "estimated": "?"}
 LEGEND = {"fitted": "~ interpolated from compiled steps", "estimated": "? estimated by formula, without compiling"}
 
@@ -133,3 +136,33 @@ def _gib(size: int) -> str:
 def _legend(columns: Iterable[Requirements]) -> list[str]:
     sources = {requirements.source for requirements in columns}
     return [text for source, text in LEGEND.items() if source in sources]
+
+
+def nearest_fix(plan: RunPlan) -> str:
+    """Returns lines that say what would fit instead; compiles to find it."""
+    lines = verdict(make_plan(plan.requirements.config, plan.limit, compile_here))
+    if plan.questions is not None and plan.question_bytes > plan.limit:
+        required = f"questions need {format_bytes(plan.question_bytes)} of {format_bytes(plan.limit)}"
+        lines.append(
+            f"DOES NOT FIT: {required}, peak in {plan.questions.program}. Shorten these questions, or remove them "
+            "and run qlora-jax evaluate after training."
+        )
+    if plan.reference_bytes > plan.limit:
+        required = f"the reference needs {format_bytes(plan.reference_bytes)} of {format_bytes(plan.limit)}"
+        lines.append(f"DOES NOT FIT: {required}. Lower train.micro_batch_size or data.max_length.")
+    return "\n  ".join(lines)
+
+
+@contextmanager
+def explain_out_of_memory(plan: RunPlan) -> Iterator[None]:
+    """Turns an out-of-memory error of the device into a ValueError with the plan and what would fit."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        lines = [f"{name}: {text}" for name, text in plan.rows().items()]
+        raise ValueError(
+            "\n  ".join([f"the device ran out of memory: {first}", "memory plan:", *lines, nearest_fix(plan)])
+        ) from error

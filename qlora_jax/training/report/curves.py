@@ -4,9 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config import QUESTION_KINDS
-from qlora_jax.training.metrics.eval_metrics import HIGH, LOW, TaskMetric, task_metrics
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.router_metrics import AUX_LOSS, BY_LAYER, DEAD, ENTROPY, MAX_LOAD, Z_LOSS
+from qlora_jax.training.metrics.step_metrics import (
+    AUX_LOSS,
+    BY_LAYER,
+    DEAD,
+    ENTROPY,
+    HIGH,
+    LOW,
+    MAX_LOAD,
+    Z_LOSS,
+    TaskMetric,
+    task_metrics,
+)
 
 GIB = 2**30
 ENDS = ("", LOW, HIGH)  # endings of the keys of a metric and its interval

@@ -20,9 +20,8 @@ from qlora_jax.data.report.text import report_lines
 from qlora_jax.page_template import page_template
 from qlora_jax.training.display.banner import rate_rows
 from qlora_jax.training.display.run_display import format_duration
-from qlora_jax.training.metrics.preference_metrics import ACCURACY, PREFERENCE_LABELS
-from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
-from qlora_jax.training.plan.requirements import KINDS, Requirements
+from qlora_jax.training.metrics.step_metrics import ACCURACY, PREFERENCE_LABELS
+from qlora_jax.training.plan.records import BREAKDOWN, KINDS, Requirements, RunPlan
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_label, loss_svg
 from qlora_jax.training.report.report_json import (
@@ -34,7 +33,7 @@ from qlora_jax.training.report.report_json import (
     report_json,
     training_summary,
 )
-from qlora_jax.training.session import steps_of_run
+from qlora_jax.training.run_spec import steps_of_run
 
 PAGE_FILE, JSON_FILE = "report.html", "report.json"
 

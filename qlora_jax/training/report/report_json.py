@@ -11,10 +11,17 @@ from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import ExampleRow, example_rows
 from qlora_jax.measures.metrics import perplexity
-from qlora_jax.training.metrics.eval_metrics import HIGH, LOW, OBJECTIVE_ROWS, loss_interval, task_metrics
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.preference_metrics import EVAL, PREFERENCE_LABELS
-from qlora_jax.training.plan.preflight import RunPlan
+from qlora_jax.training.metrics.step_metrics import (
+    EVAL,
+    HIGH,
+    LOW,
+    OBJECTIVE_ROWS,
+    PREFERENCE_LABELS,
+    loss_interval,
+    task_metrics,
+)
+from qlora_jax.training.plan.records import RunPlan
 
 ROWS_SHOWN = 32
 

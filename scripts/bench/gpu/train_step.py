@@ -24,10 +24,10 @@ from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
-from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.step import update
+from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.gpu.matmuls import Record
 from scripts.bench.support.real_step import random_batch
 
@@ -47,7 +47,7 @@ def setting(rehearse: bool) -> tuple[ModelConfig, tuple[int, int, int]]:
 def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Record:
     """Returns seconds of a step (gradients and update), operations, and bytes as compiled and as measured."""
     weights = WeightFormat(platform="gpu")
-    step = abstract_step(config, weights, LoraArgs(), batch=batch, remat=remat)
+    step = StepSpec(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
     program = step.gradients()
     compiled = program.function.lower(*program.args, **program.kwargs).compile()
     planned = read_memory(compiled.memory_analysis()).device_total
@@ -57,16 +57,16 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
     limit = memory("bytes_limit")
     if limit is not None and planned > limit:
         return found | {"failure": f"needs {planned} bytes (available: {limit})"}
-    parts = synthetic_like(step.parts)
+    parts = synthetic_like(step.arrays.parts)
     lora = parts.lora
-    state = step.optimizer.init(lora)
+    state = step.arrays.optimizer.init(lora)
     filled = memory("peak_bytes_in_use")
     rows = random_batch(np.random.default_rng(0), config.vocab_size, *batch[1:])
     seconds, loss = [], math.nan
     for _ in range(WARM_UP + STEPS):
         began = time.perf_counter()
         grads, losses = compiled(parts.with_lora(lora), rows, None)
-        lora, state, _ = jax.block_until_ready(update(step.optimizer, lora, state, grads))
+        lora, state, _ = jax.block_until_ready(update(step.arrays.optimizer, lora, state, grads))
         seconds.append(time.perf_counter() - began)
         loss = float(losses.total) / float(losses.count)
     bytes_seen = {"filled_bytes": filled, "peak_bytes": memory("peak_bytes_in_use")}

@@ -13,10 +13,10 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.training.abstract_step import AbstractStep, abstract_step
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.profile.parts import direction_of, part_of, short, without_layout
 from scripts.bench.profile.tables import Row, number, table
 from scripts.bench.support.progress import phase
@@ -65,13 +65,13 @@ TEMPORARY_COLUMNS = {
 }
 
 
-def step_for(args: argparse.Namespace) -> tuple[AbstractStep, StepShape]:
+def step_for(args: argparse.Namespace) -> tuple[StepSpec, StepShape]:
     """Returns the step from shapes alone, twice: abstract, and for the formulas. `auto` is bfloat16, as on any GPU."""
     model = model_config(open_model(args.model).config)
     dtype = "bfloat16" if args.compute_dtype == "auto" else args.compute_dtype
     weights, shape = WeightFormat(platform="gpu", dtype=dtype), (1, args.batch, args.seq)
     lora = LoraArgs(rank=args.rank)
-    step = abstract_step(model, weights, lora, batch=shape, remat=args.remat)
+    step = StepSpec(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
     return step, StepShape(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.api.data import prepare_data
 from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
-from qlora_jax.data.batching.batches import PRESENT, Batch
+from qlora_jax.data.batching.packing import PRESENT, Batch
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer

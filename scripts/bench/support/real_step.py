@@ -18,8 +18,8 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.optim import make_optimizer
-from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.support.progress import phase
 
 
@@ -57,7 +57,7 @@ def load_step(
     config, adapters = model_config(source.config), LoraArgs(rank=rank)
     asked = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype, quant_type=quant_type), config)
     weights = with_dense_layers(asked, source, config)
-    gradients = CompiledGradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
+    gradients = CompiledGradients(StepSpec(model=config, weights=weights, lora=adapters, batch=batch, remat=remat))
     gradients.compiled(batch)
     compiled()
     phase("loading the model")

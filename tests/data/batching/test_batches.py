@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.data.batching.batches import NO_ROW, START, Batch, eval_batches, train_batches
-from qlora_jax.data.batching.packing import choose_buckets, count_units, padded_positions, slot_count
+from qlora_jax.data.batching.batches import START, eval_batches, train_batches
+from qlora_jax.data.batching.packing import NO_ROW, Batch, choose_buckets, count_units, padded_positions, slot_count
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import TokenRows, token_rows

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data.batching.batches import NO_ROW, START, Batch, train_batches, window_order
+from qlora_jax.data.batching.batches import START, train_batches, window_order
 from qlora_jax.data.batching.mixture import Mixture, Part, check_kinds, check_weights, count_sequences
+from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.data.branch_tree import join_branches
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.row_counts import RowCounts

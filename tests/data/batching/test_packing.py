@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.data.batching.batches import NO_ROW, START, train_batches
-from qlora_jax.data.batching.packing import pack, pack_length
+from qlora_jax.data.batching.batches import START, train_batches
+from qlora_jax.data.batching.packing import NO_ROW, pack, pack_length
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM

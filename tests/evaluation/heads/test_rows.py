@@ -6,7 +6,7 @@ import pytest
 from qlora_jax.data.readers.files import Place
 from qlora_jax.evaluation.heads.rows import check_are_finite
 from qlora_jax.objectives.head_objective import TrainedHead
-from qlora_jax.training.held_out_heads import held_out_head_metrics
+from qlora_jax.training.held_out import held_out_head_metrics
 
 PLACES = [Place(line, line - 1) for line in (1, 2, 3, 4)]
 

@@ -17,7 +17,7 @@ from qlora_jax.evaluation.tasks.rows import joined_scores, rows_task
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.measures.statistics import bootstrap, paired_bootstrap
-from qlora_jax.training.forward import evaluation_loss
+from qlora_jax.training.step import evaluation_loss
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 
 TOKENIZER = byte_tokenizer()

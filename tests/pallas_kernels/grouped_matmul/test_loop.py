@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.grouped_matmul import group_rows, grouped_matmul, loop
+from pallas_kernels.grouped_matmul import experts, group_rows, grouped_matmul
 from pallas_kernels.native import library
 from tests.pallas_kernels.grouped_matmul.experts import choices, quantized, random_rows
 
@@ -27,7 +27,7 @@ def test_one_experts_weight_exists_at_a_time(stack, direction):
     groups = group_rows(jnp.asarray(choices(64, 2, EXPERTS)), EXPERTS, TILE)
     rows = random_rows(len(groups.pair_of_slot_P), SHAPE[1], dtype=jnp.bfloat16)
     weight, tile = 2 * SHAPE[0] * SHAPE[1], 2 * TILE * sum(SHAPE)
-    used = temporary_bytes(getattr(loop, direction), rows, stack, groups, jnp.int32(1))
+    used = temporary_bytes(getattr(experts, f"loop_{direction}"), rows, stack, groups, jnp.int32(1))
     assert weight <= used <= weight + tile + 8192  # indices
 
 
@@ -35,7 +35,7 @@ def test_one_experts_weight_exists_at_a_time(stack, direction):
 def test_few_rows_need_no_weight(stack):
     groups = group_rows(jnp.asarray(choices(1, 2, EXPERTS)), EXPERTS)
     rows = random_rows(len(groups.pair_of_slot_P), SHAPE[1])
-    assert temporary_bytes(loop.forward, rows, stack, groups, jnp.int32(1)) < SHAPE[0] * SHAPE[1]
+    assert temporary_bytes(experts.loop_forward, rows, stack, groups, jnp.int32(1)) < SHAPE[0] * SHAPE[1]
 
 
 def test_the_gradient_keeps_the_given_codes_and_no_weight(stack):
@@ -52,5 +52,5 @@ def test_the_gradient_keeps_the_given_codes_and_no_weight(stack):
 def test_only_experts_with_rows_are_visited(stack):
     experts_Mk = jnp.asarray([[1, 4], [4, 1], [4, 1]])
     groups = group_rows(experts_Mk, EXPERTS, 2)
-    assert loop.tile_bounds(groups, EXPERTS).tolist() == [0, 0, 2, 2, 2, 4, 4]
+    assert experts.tile_bounds(groups, EXPERTS).tolist() == [0, 0, 2, 2, 2, 4, 4]
     assert int(groups.tiles) == 4

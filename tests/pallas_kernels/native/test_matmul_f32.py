@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_matmul import dot
-from pallas_kernels.native import library, matmul_f32
+from pallas_kernels.dense_matmul import dot, takes_f32
+from pallas_kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"the C++ library {library.problem()}")
 
@@ -76,7 +76,7 @@ def test_a_batch_is_multiplied_in_turn():
 
 def test_what_the_handler_does_not_take_is_multiplied_by_xla():
     def taken(a, b, contract=(1, 0)):
-        return matmul_f32.takes(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (a, b)), contract)
+        return takes_f32(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (a, b)), contract)
 
     f32, bf16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
     assert taken(((9, 32), f32), ((32, 32), f32))

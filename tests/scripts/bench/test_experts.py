@@ -9,9 +9,9 @@ from pallas_kernels.aot.memory import read_memory
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.step_spec import StepSpec
 from scripts.bench import experts as bench
 from tests.marks import EXHAUSTIVE
 from tests.training.compiled_text import TO_READ
@@ -50,7 +50,7 @@ def test_a_mixture_takes_the_temporaries_of_the_dense_model_and_one_expert(layer
     batch, lora, weights = (1, 4, 512), LoraArgs(rank=16, target_modules=bench.ATTENTION), WeightFormat()
     shapes, temporaries = {}, {}
     for name, model in bench.configs(experts=8, per_token=2, layers=layers).items():
-        program = abstract_step(model, weights, lora, batch=batch, remat="names").gradients()
+        program = StepSpec(model=model, weights=weights, lora=lora, batch=batch, remat="names").gradients()
         compiled = program.function.lower(*program.args, **program.kwargs).compile(TO_READ)
         temporaries[name] = read_memory(compiled.memory_analysis()).device.temporaries
         shapes[name] = StepShape(model=model, weights=weights, lora=lora, batch=batch, remat="names")

@@ -11,11 +11,11 @@ from pallas_kernels.nf4_matmul.shapes import SHAPES
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.nn.attention import cpu as attention_cpu
-from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
-from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes
 from qlora_jax.training.cost.step_shape import F32, StepShape
 from qlora_jax.training.metrics.mfu import utilization
+from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.cost.step_cases import (
@@ -70,7 +70,7 @@ def case(request):
 
 def _compiled(model, remat, batch, lora, new_ids=()):
     weights = WeightFormat(platform="cpu", quant_type=None if lora.method == "full" else "nf4")
-    step = abstract_step(model, weights, lora, batch=batch, remat=remat, new_ids=new_ids)
+    step = StepSpec(model=model, weights=weights, lora=lora, batch=batch, remat=remat, new_ids=new_ids)
     function, args, kwargs = step.gradients()
     compiled = function.lower(*args, **kwargs).compile(TO_READ)
     counted = counted_step(model, weights, step, batch, lora, new_tokens=len(new_ids))
@@ -117,9 +117,9 @@ def test_each_part_is_its_share_of_the_compiled_step(case):
 def test_arguments_and_results_are_the_formulas_bytes(case):
     counted, step, compiled, _ = case
     memory = compiled.memory_analysis()
-    key = 0 if step.key is None else 8
+    key = 0 if step.arrays.key is None else 8
     assert memory.argument_size_in_bytes == memory_use.argument_bytes(counted) + key
-    results = len(jax.tree.leaves(step.parts.trained)) + 3 + 5 * (counted.experts is not None)
+    results = len(jax.tree.leaves(step.arrays.parts.trained)) + 3 + 5 * (counted.experts is not None)
     pointers = 8 * results  # XLA on CPUs counts the table of a tuple's members
     assert memory.output_size_in_bytes == memory_use.gradient_output_bytes(counted) + pointers
 
@@ -133,12 +133,16 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     (forward,) = (loop for loop in loops(text) if loop.trips == LAYERS and "transpose(" not in loop.op_name)
     carried = sum(nbytes(kind) for kind in forward.carried if kind.split("[")[1].startswith(f"{LAYERS},"))
     given = sum(
-        leaf_bytes(leaf) for leaf in jax.tree.leaves((step.parts.base, step.parts.lora)) if leaf.shape[:1] == (LAYERS,)
+        leaf_bytes(leaf)
+        for leaf in jax.tree.leaves((step.arrays.parts.base, step.arrays.parts.lora))
+        if leaf.shape[:1] == (LAYERS,)
     )
     given -= sum(
-        leaf_bytes(leaf) for leaf in jax.tree.leaves(step.parts.base) if leaf.shape == (LAYERS,)
+        leaf_bytes(leaf) for leaf in jax.tree.leaves(step.arrays.parts.base) if leaf.shape == (LAYERS,)
     )  # nested_offset
-    of_experts = [weight for weight in jax.tree.leaves(step.parts.base, is_leaf=_is_weight) if _is_weight(weight)]
+    of_experts = [
+        weight for weight in jax.tree.leaves(step.arrays.parts.base, is_leaf=_is_weight) if _is_weight(weight)
+    ]
     given -= sum(weight.nbytes for weight in of_experts if len(weight.stack_shape) == 2)  # carried as one axis
     expected = sum(activation_bytes(counted).values())
     if counted.experts is not None:  # results: the sums of routing

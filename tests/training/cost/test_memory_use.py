@@ -11,8 +11,8 @@ from pallas_kernels.formats.layouts import LAYOUTS
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.partition import host_paths
-from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import memory_use
+from qlora_jax.training.step_spec import StepSpec
 from tests.training.compiled_text import TO_READ
 from tests.training.cost.step_cases import (
     EVERY,
@@ -27,7 +27,7 @@ from tests.training.real_models import REAL_MODELS
 
 
 def test_the_update_reads_and_overwrites_the_formulas_bytes():
-    step = abstract_step(MODEL, WeightFormat(), EVERY, batch=(1, 1, 128))
+    step = StepSpec(model=MODEL, weights=WeightFormat(), lora=EVERY, batch=(1, 1, 128))
     function, args, kwargs = step.update()
     memory = function.lower(*args, **kwargs).compile(TO_READ).memory_analysis()
     counted = counted_step(MODEL, WeightFormat(), step, (1, 1, 128), EVERY)
@@ -40,7 +40,7 @@ def test_the_update_reads_and_overwrites_the_formulas_bytes():
 def test_kinds_of_frozen_weights_by_hand(name: str):
     """A code has 4 bits, or more by the layout's padding; a block of 64 a byte, 256 blocks and each weight an f32."""
     model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
-    step = abstract_step(model, weights, LoraArgs(), batch=(1, 1, 64))
+    step = StepSpec(model=model, weights=weights, lora=LoraArgs(), batch=(1, 1, 64))
     found = memory_use.frozen_bytes(counted_step(model, weights, step, (1, 1, 64), LoraArgs()))
     shapes = [shape for shape, _ in model.linear_shapes().values()]
     layers, sizes = model.num_layers, [math.prod(shape) for shape in shapes]
@@ -63,7 +63,7 @@ def test_kinds_of_a_mixture_by_hand():
     experts = dataclasses.replace(SPARSE, layers=(2, 3, 4, 5, 6), router_bias=True, selection_bias=True, bias=True)
     model, weights = dataclasses.replace(MIXTURE, experts=experts), WeightFormat(quant_type=None)
     lora = LoraArgs(method="vera", rank=24, target_modules=["q_proj"])
-    step = abstract_step(model, weights, lora, batch=(1, 1, 64))
+    step = StepSpec(model=model, weights=weights, lora=lora, batch=(1, 1, 64))
     found = memory_use.frozen_bytes(counted_step(model, weights, step, (1, 1, 64), lora))
     assert found["routers"] == 5 * (2 * 8 * (192 + 1) + 4 * 8 + 2 * 192)
     assert found["adapters"] == 2 * 24 * (192 + 192)
@@ -79,10 +79,10 @@ def test_bytes_of_offloaded_blocks_are_those_in_host_memory():
     stored = {name: ("Q8_0",) * len(model.layers_with(name)) for name in model.linear_shapes()}
     stored |= dict.fromkeys(model.expert_shapes(), ("Q4_0", "Q5_0", "Q4_0", "Q4_0", "Q5_0"))
     weights = WeightFormat(platform="gpu", quant_type=STORED, stored=tuple(stored.items()), experts_on_host=True)
-    step = abstract_step(model, weights, LoraArgs(rank=8), batch=(1, 1, 64))
+    step = StepSpec(model=model, weights=weights, lora=LoraArgs(rank=8), batch=(1, 1, 64))
     counted = counted_step(model, weights, step, (1, 1, 64), LoraArgs(rank=8))
-    base = dict(nnx.to_flat_state(step.parts.base))
-    on_host = jax.tree.leaves([base[path] for path in host_paths(step.parts)])
+    base = dict(nnx.to_flat_state(step.arrays.parts.base))
+    on_host = jax.tree.leaves([base[path] for path in host_paths(step.arrays.parts)])
     assert sum(map(leaf_bytes, on_host)) == sum(memory_use.offloaded_expert_bytes(counted).values())
     assert sum(map(leaf_bytes, on_host)) == 5 * 8 * 3 * 192 * 128 * 22 // 32  # Q5_0 has 22 bytes per 32 numbers
 
@@ -91,7 +91,7 @@ def test_bytes_of_offloaded_blocks_are_those_in_host_memory():
 def test_bytes_of_every_optimizer_by_hand(name: str):
     """A moment has 4 bytes per number; in 8 bits a byte, and an f32 per 256, if a layer's leaf has 4,096 or more."""
     lora, optim = LoraArgs(rank=8, rank_pattern={"down_proj": 16}), OptimArgs(name=name)
-    step = abstract_step(MODEL, WeightFormat(), lora, batch=(1, 1, 64), optim=optim)
+    step = StepSpec(model=MODEL, weights=WeightFormat(), lora=lora, batch=(1, 1, 64), optim=optim)
     counted = counted_step(MODEL, WeightFormat(), step, (1, 1, 64), lora, optimizer=name, new_tokens=5)
     shapes = {inner: shape for inner, (shape, _) in MODEL.linear_shapes().items()}
     ranks = {inner: 16 if inner == "mlp.down_proj" else 8 for inner in shapes}
@@ -105,7 +105,7 @@ def test_bytes_of_every_optimizer_by_hand(name: str):
 def test_published_sizes():
     """LLaMA-65B at rank 64: 799.5 M LoRA parameters and 32.1 GiB frozen, as counted elsewhere by hand."""
     lora = LoraArgs(rank=64)
-    step = abstract_step(REAL_MODELS["llama-65b"], WeightFormat(), lora, batch=(1, 1, 512))
+    step = StepSpec(model=REAL_MODELS["llama-65b"], weights=WeightFormat(), lora=lora, batch=(1, 1, 512))
     counted = counted_step(REAL_MODELS["llama-65b"], WeightFormat(), step, (1, 1, 512), lora)
     assert memory_use.lora_bytes(counted) / 4 / 1e6 == pytest.approx(799.5, abs=0.1)
     assert sum(memory_use.frozen_bytes(counted).values()) / 2**30 == pytest.approx(32.095, abs=0.005)
@@ -120,7 +120,7 @@ def test_the_scans_fetch_the_formulas_bytes_of_offloaded_experts(lora, remat):
     """Arrays that are moved to the device, times the trips of the scans around them."""
     model = dataclasses.replace(MIXTURE, experts=dataclasses.replace(SPARSE, layers=tuple(range(2, LAYERS))))
     weights, batch = WeightFormat(platform="gpu", experts_on_host=True, double_quant=False), (1, 1, 64)
-    step = abstract_step(model, weights, lora, batch=batch, remat=remat)
+    step = StepSpec(model=model, weights=weights, lora=lora, batch=batch, remat=remat)
     function, args, kwargs = step.gradients()
     moved = bytes_moved(function.trace(*args, **kwargs).jaxpr.jaxpr)
     counted = counted_step(model, weights, step, batch, lora)

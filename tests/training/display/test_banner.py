@@ -102,7 +102,7 @@ def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run
 
 def test_experts_are_multiplied_in_tiles():
     session = session_of(weight((64, 128)))
-    session.model = SimpleNamespace(experts=SimpleNamespace(per_token=2, count=4))
+    session.run.inputs.model = SimpleNamespace(experts=SimpleNamespace(per_token=2, count=4))
     session.parts.base["experts"] = jax.tree.map(lambda leaf: leaf[None, None], weight((64, 128)))
     products = _matmuls.__wrapped__(session)
     assert products.startswith("reference") and products.endswith("; experts: loop, 16 rows per tile")

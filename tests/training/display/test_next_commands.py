@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from qlora_jax.config import Config, DataArgs, HeadArgs, LoraArgs, ModelArgs
-from qlora_jax.training.display.next_commands import next_commands
+from qlora_jax.training.display.banner import next_commands
 
 CONFIG = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="it's my runs/1")
 BASE = {"model_type": "llama"}

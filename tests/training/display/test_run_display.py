@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.training.display.run_display import Display, Throughput, evaluation_lines, format_duration, print_banner
-from qlora_jax.training.metrics.eval_metrics import eval_loss_metrics
+from qlora_jax.training.metrics.step_metrics import eval_loss_metrics
 
 
 def record(step: int, **changes) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 
 from qlora_jax.measures.metrics import Metric, share
 from qlora_jax.measures.statistics import wilson_interval
-from qlora_jax.training.metrics.eval_metrics import (
+from qlora_jax.training.metrics.step_metrics import (
     eval_loss_metrics,
     flatten_metrics,
     loss_interval,

@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax.config import LoraArgs
-from qlora_jax.data.batching.batches import Batch
+from qlora_jax.data.batching.packing import Batch
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.rope import Rope
 from qlora_jax.training.cost import flops

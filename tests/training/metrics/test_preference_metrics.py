@@ -12,7 +12,7 @@ from qlora_jax.objectives.dpo import DPO
 from qlora_jax.objectives.kto import KTO
 from qlora_jax.objectives.orpo import ORPO
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
-from qlora_jax.training.metrics.preference_metrics import means, means_with_intervals, preference_values
+from qlora_jax.training.metrics.step_metrics import means, means_with_intervals, preference_values
 
 BETA = 0.3
 

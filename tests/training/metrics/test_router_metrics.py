@@ -4,7 +4,7 @@ import numpy as np
 
 from qlora_jax.training.display.run_display import Throughput, status_fields
 from qlora_jax.training.metrics.metrics_file import MetricsFile, read_metrics
-from qlora_jax.training.metrics.router_metrics import loads
+from qlora_jax.training.metrics.step_metrics import loads
 from qlora_jax.training.report.curves import charts
 
 STEP = dict(loss=1.0, learning_rate=1e-4, grad_norm=0.5, tokens=10, supervised_tokens=5, length=16, seconds=1.0)

@@ -7,14 +7,14 @@ from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import host_paths
-from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
-from qlora_jax.training.plan.requirements import StepConfig, Temporaries, compiled_requirements
+from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.plan.requirements import Temporaries, compiled_requirements
+from qlora_jax.training.step_spec import StepSpec
 from tests.io.tiny_models import tiny_config
 
 GIB = 2**30
-TINY = StepConfig(
+TINY = StepSpec(
     model=model_config(tiny_config(num_hidden_layers=6, max_position_embeddings=1024)),
     weights=WeightFormat(dtype="float32"),
     lora=LoraArgs(rank=4),
@@ -24,9 +24,9 @@ TINY = StepConfig(
 )
 
 
-def real(name: str, batch: tuple[int, int, int], rank: int = 64, **changes) -> StepConfig:
+def real(name: str, batch: tuple[int, int, int], rank: int = 64, **changes) -> StepSpec:
     """A published model's step on a card."""
-    setting = StepConfig(
+    setting = StepSpec(
         model=model_config(PUBLISHED[name]),
         weights=WeightFormat(platform="gpu"),
         lora=LoraArgs(rank=rank),
@@ -45,15 +45,15 @@ class Compiler:
       extra: bytes that the policy `full` takes in addition.
     """
 
-    def __init__(self, config: StepConfig = TINY, extra: int = 0):
+    def __init__(self, config: StepSpec = TINY, extra: int = 0):
         self.asked, self._config, self._extra = [], config, extra
 
-    def __call__(self, step: AbstractStep) -> Temporaries:
-        accumulated, rows, length = step.batch["inputs"].shape
+    def __call__(self, step: StepSpec) -> Temporaries:
+        accumulated, rows, length = step.batch
         self.asked.append(((accumulated, rows, length), step.remat))
-        weights = dataclasses.replace(self._config.weights, experts_on_host=bool(host_paths(step.parts)))
+        weights = dataclasses.replace(self._config.weights, experts_on_host=bool(host_paths(step.arrays.parts)))
         config = self._config.replace(batch=(accumulated, rows, length), remat=step.remat, weights=weights)
-        shape = config.step_shape()
+        shape = config.sizes
         saved = sum(activation_bytes(shape).values())
         surprise = self._extra if step.remat == "full" else 0
         return Temporaries(
@@ -64,6 +64,6 @@ class Compiler:
         )
 
 
-def total(setting: StepConfig) -> int:
+def total(setting: StepSpec) -> int:
     """The bytes of a step of TINY's model that `Compiler` compiles."""
     return compiled_requirements(setting, Compiler()).total

@@ -13,11 +13,11 @@ from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.nn import experts
-from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.plan.requirements import Temporaries, compiled_requirements, estimated_requirements
 from qlora_jax.training.plan.target import planned_weights
+from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE
 from tests.models.mixtures import NARROW
 from tests.training.compiled_text import TO_READ, computed, shape_of
@@ -46,7 +46,7 @@ def of_all_experts(text: str, step: StepShape) -> list[str]:
 def compiled_here() -> tuple[str, StepShape]:
     """Returns the text of SMALL's compiled gradients on a CPU, and the step."""
     model, weights, lora = model_config(SMALL), WeightFormat(dtype="float32"), LoraArgs(rank=4)
-    program = abstract_step(model, weights, lora, batch=BATCH, remat="names").gradients()
+    program = StepSpec(model=model, weights=weights, lora=lora, batch=BATCH, remat="names").gradients()
     text = program.function.lower(*program.args, **program.kwargs).compile(TO_READ).as_text()
     assert text is not None
     return text, StepShape(model=model, weights=weights, lora=lora, batch=BATCH, remat="names")
@@ -73,8 +73,7 @@ def compiled_for(card: str, name: str, where: str) -> tuple[aot.CompiledFor, Any
     config = real(name, (1, 1, 1024), rank=16, remat="names")
     settings = ModelArgs(path=name, **SETTINGS[where])
     config = config.replace(weights=planned_weights(settings, config.model, "gpu"))
-    step = config.abstract_step
-    program, options = step.gradients(), step.compiler_options
+    program, options = config.gradients(), config.compiler_options
     compiled = aot.compile_for(card, program.function, *program.args, **program.kwargs, compiler_options=options)
     device, host = compiled.memory.device, compiled.memory.host
     temporaries = Temporaries(device.temporaries, 0, host.temporaries, host.arguments)
@@ -97,8 +96,8 @@ PROMISED = {
 def test_a_card_takes_the_planned_bytes_and_dequantizes_no_layer(case):
     compiled, need = compiled_for(*case)
     on_card, in_host = PROMISED[case]
-    assert not of_all_experts(compiled.text, need.config.step_shape())
+    assert not of_all_experts(compiled.text, need.config.sizes)
     assert need.total / GIB <= 1.01 * on_card
     assert estimated_requirements(need.config).total == pytest.approx(need.total, rel=0.03)
-    offloaded = sum(memory_use.offloaded_expert_bytes(need.config.step_shape()).values())
+    offloaded = sum(memory_use.offloaded_expert_bytes(need.config.sizes).values())
     assert compiled.memory.host.arguments == offloaded == pytest.approx(in_host * GIB, rel=0.001)

@@ -4,13 +4,12 @@ import pytest
 
 from qlora_jax.config.parse import from_dict
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.plan.from_config import plan_title, planned_rows, step_configs
-from qlora_jax.training.plan.requirements import StepConfig
+from qlora_jax.training.plan.search import plan_title, planned_rows, step_configs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 
 
-def asked_of_an_h100(**settings) -> tuple[StepConfig, str]:
+def asked_of_an_h100(**settings) -> tuple[StepSpec, str]:
     """The step that settings ask for, and the title of its plan."""
     args, target = from_dict(PlanArgs, {"model": {"path": "smollm2-135m"}, **settings}), plan_target("h100", None)
     (setting,) = step_configs(args, target, planned_rows(args)[0])
@@ -22,10 +21,10 @@ def test_the_planned_step_has_the_noise_and_the_segments_of_the_runs():
     asked, _ = asked_of_an_h100(
         lora={"dropout": 0.0}, train={"neftune_noise_alpha": 5.0}, data={"packing": True, "max_length": 512}
     )
-    assert plain.abstract_step.key is None and "segments" not in plain.abstract_step.batch
-    step = asked.abstract_step
-    assert step.neftune_noise_alpha == 5.0 and step.key is not None and "segments" in step.batch
-    assert memory_use.batch_bytes(asked.step_shape()) == sum(4 * leaf.size for leaf in step.batch.values())
+    assert plain.arrays.key is None and "segments" not in plain.batch_arrays()
+    step = asked
+    assert step.neftune_noise_alpha == 5.0 and step.arrays.key is not None and "segments" in step.batch_arrays()
+    assert memory_use.batch_bytes(asked.sizes) == sum(4 * leaf.size for leaf in step.batch_arrays().values())
 
 
 @pytest.mark.parametrize("max_length", [62, 63, 128])
@@ -38,7 +37,7 @@ def test_packs_without_data_hold_whole_rows_of_the_longest_texts(objective, sequ
         assert setting.batch[2] == max_length
         return
     assert 0 <= setting.batch[2] - sequences * max_length < 64 and setting.batch[2] % 64 == 0
-    assert setting.abstract_step.batch["present"].shape[-1] % sequences == 0
+    assert setting.batch_arrays()["present"].shape[-1] % sequences == 0
 
 
 @pytest.mark.parametrize(

@@ -13,21 +13,19 @@ from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.sharding import absent_mesh
-from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import communication, memory_use
-from qlora_jax.training.cost.activations import activation_bytes
-from qlora_jax.training.plan import from_config
-from qlora_jax.training.plan.from_config import larger_meshes, planned_rows, step_configs
+from qlora_jax.training.cost.memory_use import activation_bytes
+from qlora_jax.training.plan import search
 from qlora_jax.training.plan.plan import first_fitting, fits, make_plan
 from qlora_jax.training.plan.requirements import (
-    StepConfig,
     Temporaries,
     estimated_requirements,
 )
+from qlora_jax.training.plan.search import larger_meshes, planned_rows, step_configs, usable_meshes
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.plan.text import as_json, verdict
-from qlora_jax.training.plan.usable_meshes import usable_meshes
+from qlora_jax.training.step_spec import StepSpec
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
 from tests.training.cost.test_communication import check_exchanges
@@ -37,21 +35,21 @@ GIB = 2**30
 needs_compiler = pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
 
 
-def real(name: str, sizes, rows: int = 1, length: int = 2048, remat: str = "full", **changes) -> StepConfig:
+def real(name: str, sizes, rows: int = 1, length: int = 2048, remat: str = "full", **changes) -> StepSpec:
     """A step with `rows` per card; everything that can be is cut, and nothing is paged."""
     settings = dict(weights=WeightFormat(platform="gpu"), lora=LoraArgs(rank=16), optim=OptimArgs(), remat=remat)
     batch = (1, rows * sizes[0] * sizes[1], length)
     model = model_config(PUBLISHED[name])
     mesh = None if sizes == (1, 1) else absent_mesh(*sizes)
-    return StepConfig(model=model, batch=batch, mesh=mesh, **settings | changes)
+    return StepSpec(model=model, batch=batch, mesh=mesh, **settings | changes)
 
 
-def pretend(config: StepConfig):
+def pretend(config: StepSpec):
     """Pretends to compile: the saved activations and one GiB."""
 
-    def compile_step(step: AbstractStep) -> Temporaries:
-        changed = config.replace(batch=step.batch["inputs"].shape, remat=step.remat, mesh=step.mesh)
-        return Temporaries(gradients=GIB + sum(activation_bytes(changed.step_shape()).values()), update=0)
+    def compile_step(step: StepSpec) -> Temporaries:
+        changed = config.replace(batch=step.batch, remat=step.remat, mesh=step.mesh)
+        return Temporaries(gradients=GIB + sum(activation_bytes(changed.sizes).values()), update=0)
 
     return compile_step
 
@@ -84,7 +82,7 @@ def test_a_plan_on_a_mesh_says_what_crosses():
     asked = real("llama-3-8b", (1, 2))
     plan = make_plan(asked, 100 * GIB, pretend(asked))
     (line,) = [line for line in verdict(plan) if "receives" in line]
-    weights = communication.exchanges(plan.requested.config.step_shape())["weights"].received
+    weights = communication.exchanges(plan.requested.config.sizes)["weights"].received
     assert line.startswith("each device receives") and "weights" in line
     assert plan.requested.received["weights"] == weights == as_json(plan)["asked"]["received"]["weights"]
     assert plan.largest.config.batch[1] % 2 == 0
@@ -129,7 +127,7 @@ def plan_of(folder, capsys, *given: str) -> dict:
 
 
 def test_the_command_plans_one_devices_share(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(from_config, "compiler_for", lambda target: (None, None))
+    monkeypatch.setattr(search, "compiler_for", lambda target: (None, None))
     given = ["--card", "cpu", "--train.micro_batch_size", "4"]
     one, two = (plan_of(tmp_path, capsys, *given, *mesh) for mesh in ([], ["--mesh.fsdp", "2"]))
     assert "mesh" not in one["asked"] and two["asked"]["mesh"] == {"data": 1, "fsdp": 2}
@@ -176,12 +174,12 @@ def test_auto_may_use_as_many_cards_as_there_are():
 # Compiled for cards
 
 
-def check_compiled(config: StepConfig, card: str) -> tuple[float, list[float]]:
+def check_compiled(config: StepSpec, card: str) -> tuple[float, list[float]]:
     """The compiled gradients take and exchange the formulas' bytes; returns GiB per card, and hidden shares.
 
     The GiB have the optimizer's state. The shares are those of gathers behind products, forward and backward, in %.
     """
-    step, counted = config.abstract_step, config.step_shape()
+    step, counted = config, config.sizes
     program = step.gradients()
     compiled = aot.compile_for(
         card, program.function, *program.args, **program.kwargs, compiler_options=step.compiler_options
@@ -197,7 +195,7 @@ def check_compiled(config: StepConfig, card: str) -> tuple[float, list[float]]:
 def test_a_small_step_is_compiled_for_two_cards():
     small = real("smollm2-135m", (1, 2), length=256).replace(model=model_config(mesh_config(CUT_VOCABULARY)))
     check_compiled(small, "h100")
-    update, counted = small.abstract_step.update(), small.step_shape()
+    update, counted = small.update(), small.sizes
     memory = aot.compile_for("h100", update.function, *update.args, **update.kwargs).memory.device
     lora, state = memory_use.lora_bytes(counted), memory_use.optimizer_bytes(counted)
     assert memory.arguments == 2 * lora + state and memory.aliases == lora + state

@@ -10,7 +10,7 @@ def test_each_step_is_reported_before_it_is_compiled_and_compiled_once(monkeypat
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(seconds))
     lines, inner = [], Compiler()
     compiler = ReportedCompiler(inner, lines.append, most=3)
-    first, second = TINY.abstract_step, TINY.resized(2, 256).abstract_step
+    first, second = TINY, TINY.resized(2, 256)
     found = [compiler(step) for step in (first, second, first)]
     assert found[0] == found[2] != found[1] and len(inner.asked) == 2
     assert lines == [

@@ -9,10 +9,10 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.objectives.dpo import DPO
 from qlora_jax.objectives.objective import read_by_outputs
-from qlora_jax.training.abstract_step import abstract_batch
-from qlora_jax.training.forward import compared_outputs, evaluation_outputs
 from qlora_jax.training.plan.reference import reference_of_step
 from qlora_jax.training.plan.requirements import estimated_requirements
+from qlora_jax.training.step import compared_outputs, evaluation_outputs
+from qlora_jax.training.step_spec import abstract_batch
 from tests.e2e.project import write_model, write_rows
 from tests.training.plan.steps import TINY, real
 
@@ -41,14 +41,13 @@ def test_the_pass_has_at_most_eight_rows_and_no_gradients():
 @pytest.mark.slow
 def test_its_estimated_scratch_is_near_that_of_its_compiled_programs():
     config = PAIRS.replace(batch=(1, 8, 256))
-    step = config.abstract_step
-    arrays = read_by_outputs(abstract_batch(config.batch, step.objective, branching=True), step.objective)
+    arrays = read_by_outputs(abstract_batch(config.batch, config.objective, branching=True), config.objective)
     batch = {name: type(array)(array.shape[1:], array.dtype) for name, array in arrays.items()}
     resident = estimated_requirements(config).device
     estimated = reference_of_step(config, None, TrainArgs()).device - sum(resident.values())
     estimated += resident["gradients"] + resident["saved activations"] + resident["scratch"]
-    the_pass = evaluation_outputs.lower(step.parts, batch, objective=step.objective, mesh=None)
-    comparison = compared_outputs.lower((step.parts, step.parts), batch)
+    the_pass = evaluation_outputs.lower(config.arrays.parts, batch, objective=config.objective, mesh=None)
+    comparison = compared_outputs.lower((config.arrays.parts, config.arrays.parts), batch)
     alone, both = (
         aot.read_memory(one.compile().memory_analysis()).device.temporaries for one in (the_pass, comparison)
     )

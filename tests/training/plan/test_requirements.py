@@ -14,15 +14,10 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import host_paths
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.plan.plan import make_plan
+from qlora_jax.training.plan.records import ACTIVATIONS, KINDS, PROGRAMS, REFERENCE, STATE
 from qlora_jax.training.plan.requirements import (
-    ACTIVATIONS,
-    KINDS,
-    PROGRAMS,
-    REFERENCE,
-    STATE,
-    StepConfig,
     Temporaries,
     compile_here,
     compile_on_card,
@@ -39,24 +34,22 @@ needs_compiler = pytest.mark.skipif(aot.problem() is not None, reason=str(aot.pr
 
 
 def test_kinds_add_up_to_the_bytes_of_the_compiled_step():
-    step = TINY.abstract_step
+    step = TINY
     program = step.gradients()
     compiled = program.function.lower(*program.args, **program.kwargs).compile(TO_READ)
     memory = aot.read_memory(compiled.memory_analysis()).device
     need = compiled_requirements(TINY, compile_here)
     assert need.device.keys() == set(KINDS) == need.host.keys() and not any(need.host.values())
-    pointers = 8 * (len(step.parts.lora) * 2 + 3)  # the table of a tuple's members
+    pointers = 8 * (len(step.arrays.parts.lora) * 2 + 3)  # the table of a tuple's members
     program_bytes = memory.arguments + memory.outputs + memory.temporaries - pointers
-    few = memory_use.gradient_output_bytes(TINY.step_shape()) - memory_use.lora_bytes(
-        TINY.step_shape()
-    )  # losses of rows
-    assert need.total - need.device[PROGRAMS] == program_bytes - few + memory_use.optimizer_bytes(TINY.step_shape())
+    few = memory_use.gradient_output_bytes(TINY.sizes) - memory_use.lora_bytes(TINY.sizes)  # losses of rows
+    assert need.total - need.device[PROGRAMS] == program_bytes - few + memory_use.optimizer_bytes(TINY.sizes)
     assert need.device[PROGRAMS] > 0 == estimated_requirements(on_gpu(TINY)).device[PROGRAMS]
 
 
 def test_paged_state_is_counted_where_it_is():
     need, paged = compiled_requirements(TINY, Compiler()), compiled_requirements(TINY.replace(paged=True), Compiler())
-    assert paged.host[STATE] == need.device[STATE] == memory_use.optimizer_bytes(TINY.step_shape())
+    assert paged.host[STATE] == need.device[STATE] == memory_use.optimizer_bytes(TINY.sizes)
     assert paged.device[STATE] <= need.device[STATE]
     big = real("llama-65b", (1, 1, 512))
     assert estimated_requirements(big.replace(paged=True)).total < estimated_requirements(big).total - 5.5e9
@@ -64,14 +57,14 @@ def test_paged_state_is_counted_where_it_is():
 
 def test_the_reference_is_counted_where_it_is():
     """On a CPU it takes the planned memory."""
-    adapter = memory_use.lora_bytes(TINY.step_shape())
+    adapter = memory_use.lora_bytes(TINY.sizes)
     for of, places in ((TINY, (adapter, 0)), (on_gpu(TINY), (0, adapter))):
         alone, compared = (estimated_requirements(of.replace(compared=compared)) for compared in (False, True))
         assert (compared.total - alone.total, sum(compared.host.values())) == places
         assert (compared.device[REFERENCE], compared.host[REFERENCE]) == places
 
 
-def on_gpu(setting: StepConfig, **changes) -> StepConfig:
+def on_gpu(setting: StepSpec, **changes) -> StepSpec:
     return dataclasses.replace(setting, weights=WeightFormat(dtype="float32", platform="gpu"), **changes)
 
 
@@ -85,8 +78,8 @@ def test_offloaded_activations_are_counted_where_they_are():
 def test_offloaded_experts_are_counted_where_they_are():
     here = real("qwen3-30b-a3b", (1, 1, 8192))  # so long that a layer takes more than a tile of logits
     away = here.replace(weights=dataclasses.replace(here.weights, experts_on_host=True))
-    base = dict(nnx.to_flat_state(away.abstract_step.parts.base))
-    leaves = jax.tree.leaves([base[path] for path in host_paths(away.abstract_step.parts)])
+    base = dict(nnx.to_flat_state(away.arrays.parts.base))
+    leaves = jax.tree.leaves([base[path] for path in host_paths(away.arrays.parts)])
     in_host = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     full, offloaded = estimated_requirements(here), estimated_requirements(away)
     kinds = ("weights", "constants")
@@ -102,14 +95,14 @@ def test_activations_that_stay_on_the_device_are_told():
     stays = on_gpu(TINY, remat="offload")
     with pytest.raises(RuntimeError, match=r"does not offload all activations to host memory \(found 0 B, expected"):
         compiled_requirements(stays, lambda step: Temporaries(gradients=10**9, update=0))
-    host = sum(offloaded_activation_bytes(stays.step_shape()).values())
+    host = sum(offloaded_activation_bytes(stays.sizes).values())
     assert compiled_requirements(stays, lambda step: Temporaries(10**9, 0, host)).host[ACTIVATIONS] == host
 
 
 def test_experts_that_stay_on_the_device_are_told():
     away = real("qwen3-30b-a3b", (1, 1, 512))
     away = away.replace(weights=dataclasses.replace(away.weights, experts_on_host=True))
-    host = sum(memory_use.offloaded_expert_bytes(away.step_shape()).values())
+    host = sum(memory_use.offloaded_expert_bytes(away.sizes).values())
     with pytest.raises(RuntimeError, match=r"model.experts=offload: .* not offload all experts .*found 0 B.*=device"):
         compiled_requirements(away, lambda step: Temporaries(gradients=10**9, update=0))
     found = compiled_requirements(away, lambda step: Temporaries(10**9, 0, host_arguments=host))
@@ -118,7 +111,7 @@ def test_experts_that_stay_on_the_device_are_told():
 
 def test_a_cpu_is_not_told_to_offload():
     with pytest.raises(ValueError, match="a CPU's arrays are in host memory already"):
-        dataclasses.replace(TINY, remat="offload").abstract_step  # noqa: B018
+        dataclasses.replace(TINY, remat="offload").arrays  # noqa: B018
     plan = make_plan(TINY, 1000, Compiler())
     assert plan.change is None
 
@@ -137,10 +130,10 @@ def test_the_estimate_is_near_what_the_compiler_of_a_cpu_says():
     assert estimated_requirements(setting).total == pytest.approx(compiled.total, rel=0.15)
 
 
-def on_cpu(experts: int, per_token: int, inner: int, remat: str = "names", **lora: Any) -> StepConfig:
+def on_cpu(experts: int, per_token: int, inner: int, remat: str = "names", **lora: Any) -> StepSpec:
     """A mixture of four layers in bfloat16."""
     counts = dict(num_local_experts=experts, num_experts_per_tok=per_token, intermediate_size=inner)
-    return StepConfig(
+    return StepSpec(
         model=model_config(SMALL_MIXTURE | counts),
         weights=WeightFormat(),
         lora=LoraArgs(rank=8, **lora),
@@ -197,7 +190,7 @@ def test_the_estimated_scratch_of_a_mixture_is_near_the_compiled(case):
 def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, remat):
     compiled = compiled_requirements(real(name, batch, remat=remat), compile_on_card(card))
     assert estimated_requirements(compiled.config).total == pytest.approx(compiled.total, rel=0.15)
-    assert 0.3 < compiled.device["scratch"] / working_set(compiled.config.step_shape()) < 3
+    assert 0.3 < compiled.device["scratch"] / working_set(compiled.config.sizes) < 3
 
 
 @needs_compiler
@@ -214,11 +207,8 @@ def test_accumulation_has_no_second_set_of_gradients():
 def test_offloaded_activations_are_host_memory_in_the_compiled_step():
     setting = real("smollm2-135m", (1, 2, 512), rank=16)
     on, away = (setting.replace(remat=remat) for remat in ("full", "offload"))
-    kept = sum(activation_bytes(on.step_shape()).values())
-    programs = [
-        aot.compile_for("a6000", p.function, *p.args, **p.kwargs)
-        for p in (s.abstract_step.gradients() for s in (on, away))
-    ]
+    kept = sum(activation_bytes(on.sizes).values())
+    programs = [aot.compile_for("a6000", p.function, *p.args, **p.kwargs) for p in (s.gradients() for s in (on, away))]
     memory = [program.memory for program in programs]
     assert memory[0].host.temporaries == 0 and "S(5)" not in programs[0].text
     assert memory[1].host.temporaries >= kept
@@ -267,6 +257,6 @@ def test_65b_with_adapters_in_bf16_takes_no_more_than_it_did():
 def test_the_update_of_65b_in_8_bits_takes_no_more_scratch_than_it_did():
     """Whole leaves' moments in f32, two times 3.0 GiB, would take more than the 8 bits save."""
     setting = real("llama-65b", (1, 1, 512), optim=OptimArgs(name="adamw_8bit"))
-    update = setting.abstract_step.update()
+    update = setting.update()
     scratch = aot.compile_for("a6000", update.function, *update.args, **update.kwargs).memory.device.temporaries
     assert scratch <= 1.01 * 462_285_128

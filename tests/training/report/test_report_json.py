@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from qlora_jax.measures.metrics import Metric
 from qlora_jax.measures.statistics import wilson_interval
-from qlora_jax.training.metrics.eval_metrics import flatten_metrics
+from qlora_jax.training.metrics.step_metrics import flatten_metrics
 from qlora_jax.training.report.curves import GIB, Chart, Line, charts
 from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, draw_chart, lengths_svg, loss_svg
 from qlora_jax.training.report.report_json import (

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.training.cost import flops
-from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes
 from scripts.bench.profile import card, parts
 from tests.scripts.bench.profile.example_program import counted
 

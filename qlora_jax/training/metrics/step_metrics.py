@@ -1,30 +1,169 @@
-"""Metrics of preferences: rewards, accuracy, margin, log p per token, and its ratio to the reference.
+"""The numbers of a metrics record: of preferences, of routers, and of evaluations, which trackers plot.
 
-Held-out metrics have intervals. The names mean what TRL's mean; docs/preferences.md compares them. All are ratios of
-sums over rows.
-
-`kl_chosen` and `kl_rejected` are held-out metrics: KL(model || reference) over the whole vocabulary, averaged over the
-tokens of the answers. `log_ratio_per_token` is the mean of log p - log p of the reference over the tokens of the data's
-answers. It is not the KL divergence, and it may be negative.
-
-Dimension key: R rows of a step or of the held-out data.
+Dimension key: R rows of a step or of the held-out data, S sparse layers, E experts.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import cast
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float64, PyTree
+from jaxtyping import ArrayLike, Float64, Int64, PyTree
 
-from qlora_jax.data.batching.batches import PRESENT
-from qlora_jax.measures.metrics import RowValues
+from qlora_jax.data.batching.packing import PRESENT
+from qlora_jax.measures.metrics import Metric, RowValues, perplexity
 from qlora_jax.measures.statistics import bootstrap, paired_bootstrap_of, wilson_interval
+from qlora_jax.models.config import ExpertsConfig
+from qlora_jax.nn.router import SIGMOID
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
+from qlora_jax.objectives.router_losses import RoutedOutputs
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
-from qlora_jax.training.metrics.eval_metrics import HIGH, LOW
+from qlora_jax.training.metrics.metrics_file import Record
+
+LOW, HIGH = "_low", "_high"  # suffixes of an interval's ends
+LOSS = "eval_loss"
+OBJECTIVE_ROWS = "eval_rows"  # in records whose loss is a mean over rows, not over tokens
+
+
+class TaskMetric(NamedTuple):
+    """A task's metric from 0 to 1, such as its share of right answers, with its 95 % confidence interval.
+
+    Fields:
+      name: its key in records.
+      label: its name for readers.
+      low, high: the ends of the interval.
+    """
+
+    name: str
+    label: str
+    value: float
+    low: float
+    high: float
+
+
+def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
+    """Returns each measure by task and name, and the ends of its interval if it has one.
+
+    "right by letter" of `letters` becomes letters_right_by_letter, letters_right_by_letter_low and
+    letters_right_by_letter_high. Text in brackets is dropped.
+    """
+    found: dict[str, float] = {}
+    for measure in measures:
+        name = f"{task}_{_key(measure.name)}"
+        found[name] = measure.value
+        if measure.interval is not None:
+            found[name + LOW], found[name + HIGH] = measure.interval
+    return found
+
+
+def eval_loss_metrics(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> dict[str, float]:
+    """Returns the held-out loss (the mean over tokens) and its perplexity, with an interval if the loss is finite.
+
+    Args:
+      nll: each row's sum of -log p over its `tokens`, in nats.
+    """
+    loss = float(nll.sum() / tokens.sum())
+    found = {LOSS: loss, "eval_perplexity": perplexity(loss), "eval_tokens": int(tokens.sum())}
+    if math.isfinite(loss):
+        found[LOSS + LOW], found[LOSS + HIGH] = bootstrap(nll, tokens)
+    return found
+
+
+def objective_loss_metrics(losses: Float64[np.ndarray, " rows"]) -> dict[str, float]:
+    """Returns the held-out loss of an objective (the mean over rows), with an interval if the loss is finite."""
+    found = {LOSS: float(losses.mean()), OBJECTIVE_ROWS: len(losses)}
+    if math.isfinite(found[LOSS]):
+        found[LOSS + LOW], found[LOSS + HIGH] = bootstrap(losses, np.ones(len(losses)))
+    return found
+
+
+def loss_interval(record: Record) -> tuple[float, float] | None:
+    """Returns the interval of a record's held-out loss; None if it has none."""
+    return (record[LOSS + LOW], record[LOSS + HIGH]) if LOSS + LOW in record else None
+
+
+def _key(name: str) -> str:
+    return re.sub(r"\W+", "_", name.partition(" (")[0])
+
+
+def task_metrics(record: Record, task: str) -> list[TaskMetric]:
+    """Returns the metrics of a task in a record, in order; the inverse of `flatten_metrics`."""
+    names = [name for name in record if name.startswith(f"{task}_") and name + LOW in record]
+    return [
+        TaskMetric(
+            name, name.removeprefix(f"{task}_").replace("_", " "), *(record[name + end] for end in ("", LOW, HIGH))
+        )
+        for name in names
+    ]
+
+
+AUX_LOSS, Z_LOSS = "router_aux_loss", "router_z_loss"
+MAX_LOAD, ENTROPY, DEAD = "router_max_load", "router_entropy", "router_dead_experts"
+BY_LAYER = "_by_layer"
+
+
+def router_metrics(outputs: PyTree, experts: ExpertsConfig | None) -> dict[str, float | list[float]]:
+    """Returns the metrics of a step; none for a model without experts.
+
+    Numbers are of the least balanced layer, lists have one number per sparse layer. `max_load` is the load of the
+    busiest expert over the mean load: 1 if all are used equally, E if only one is used. `entropy` is that of the loads
+    over its maximum: 1 and 0. A dead expert has no token in this step.
+
+    Sigmoids of logits do not add up to 1, so the load-balancing loss is not defined for them.
+    """
+    if experts is None:
+        return {}
+    assert isinstance(outputs, RoutedOutputs), "a mixture has a Routed objective"
+    routing = outputs.routing
+    counts_SE, probs_SE = (_sum_of_rows(each, 2) for each in (routing.counts_BSE, routing.probs_BSE))
+    z_S, tokens = _sum_of_rows(routing.z_BS, 1), float(np.asarray(routing.tokens_B, np.float64).sum())
+    layers, count = counts_SE.shape
+    max_load_S, entropy_S, dead_S = loads(counts_SE)
+    f_E, p_E = counts_SE.sum(axis=0) / (layers * tokens), probs_SE.sum(axis=0) / (layers * tokens)
+    return ({} if experts.score == SIGMOID else {AUX_LOSS: float(count * f_E @ p_E)}) | {
+        Z_LOSS: float(z_S.mean() / tokens),
+        MAX_LOAD: float(max_load_S.max()),
+        ENTROPY: float(entropy_S.min()),
+        DEAD: float(dead_S.sum()),
+        MAX_LOAD + BY_LAYER: _rounded(max_load_S),
+        ENTROPY + BY_LAYER: _rounded(entropy_S),
+        DEAD + BY_LAYER: dead_S.tolist(),
+    }
+
+
+def loads(
+    counts_SE: Float64[np.ndarray, "S E"],
+) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+    """Returns per layer the busiest expert's load over the mean, the relative entropy, and the dead experts."""
+    experts = counts_SE.shape[1]
+    shares_SE = counts_SE / counts_SE.sum(axis=1, keepdims=True)
+    logs_SE = np.log(np.where(shares_SE > 0, shares_SE, 1.0))
+    entropy_S = -(shares_SE * logs_SE).sum(axis=1) / np.log(max(experts, 2))
+    return shares_SE.max(axis=1) * experts, entropy_S, (counts_SE == 0).sum(axis=1).astype(np.float64)
+
+
+def _sum_of_rows(values: PyTree, kept: int) -> Float64[np.ndarray, "..."]:
+    """Returns the sum over all axes but the last `kept`."""
+    array = np.asarray(values, np.float64)
+    return array.reshape(-1, *array.shape[-kept:]).sum(axis=0)
+
+
+def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+# Metrics of preferences: rewards, accuracy, margin, log p per token, and its ratio to the reference.
+#
+# Held-out metrics have intervals. The names mean what TRL's mean; docs/preferences.md compares them. All are ratios of
+# sums over rows.
+#
+# `kl_chosen` and `kl_rejected` are held-out metrics: KL(model || reference) over the whole vocabulary, averaged over
+# the tokens of the answers. `log_ratio_per_token` is the mean of log p - log p of the reference over the tokens of the
+# data's answers. It is not the KL divergence, and it may be negative.
 
 EVAL = "eval_"  # prefix of the held-out metrics
 CHOSEN, REJECTED, MARGIN, ACCURACY = "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"

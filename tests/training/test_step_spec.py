@@ -21,10 +21,10 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training import step
-from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
-from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.memory_use import activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.step_spec import StepSpec
 from tests.io.tiny_models import tiny_config
 from tests.marks import some_in_ci
 from tests.training.compiled_text import TO_READ, computed, dots, nbytes, shape_of
@@ -51,19 +51,21 @@ def test_it_is_what_a_run_holds(lora, optim):
     model = CausalLM(config, weights)
     add_lora(model, lora, jax.random.key(0))
     parts = partition(model)
-    abstract = abstract_step(config, weights, lora, batch=(2, 3, 16), optim=optim)
-    assert abstract.parts.graphdef == parts.graphdef and hash(abstract.parts.graphdef) == hash(parts.graphdef)
-    assert _described(abstract.parts.lora) == _described(parts.lora)
-    assert _described(abstract.parts.base) == _described(parts.base)
-    assert _described(abstract.state) == _described(make_optimizer(optim, 10).init(parts.lora))
-    assert (abstract.key is None) == (lora.dropout == 0)
-    for made, real in zip(jax.tree.leaves(abstract.key), jax.tree.leaves(jax.random.key(0)), strict=False):
+    abstract = StepSpec(model=config, weights=weights, lora=lora, batch=(2, 3, 16), optim=optim)
+    assert abstract.arrays.parts.graphdef == parts.graphdef and hash(abstract.arrays.parts.graphdef) == hash(
+        parts.graphdef
+    )
+    assert _described(abstract.arrays.parts.lora) == _described(parts.lora)
+    assert _described(abstract.arrays.parts.base) == _described(parts.base)
+    assert _described(abstract.arrays.state) == _described(make_optimizer(optim, 10).init(parts.lora))
+    assert (abstract.arrays.key is None) == (lora.dropout == 0)
+    for made, real in zip(jax.tree.leaves(abstract.arrays.key), jax.tree.leaves(jax.random.key(0)), strict=False):
         assert made.dtype == real.dtype
 
 
 def test_the_compiled_program_takes_a_runs_arrays():
     config, weights, lora = model_config(tiny_config()), WeightFormat(dtype="float32"), LoraArgs(rank=4)
-    function, args, kwargs = abstract_step(config, weights, lora, batch=(1, 2, 16)).gradients()
+    function, args, kwargs = StepSpec(model=config, weights=weights, lora=lora, batch=(1, 2, 16)).gradients()
     assert function is step.gradients
     compiled = function.lower(*args, **kwargs).compile()
     model = CausalLM(config, weights)
@@ -78,19 +80,23 @@ def test_the_compiled_program_takes_a_runs_arrays():
 def test_an_update_on_a_cpu_holds_no_second_set_of_gradients():
     """Gradients are divided by their norm; scratch is a leaf at a time, of fourteen in all."""
     config = model_config(tiny_config())
-    abstract = abstract_step(config, WeightFormat(dtype="float32"), LoraArgs(rank=32), batch=(1, 2, 16))
+    abstract = StepSpec(model=config, weights=WeightFormat(dtype="float32"), lora=LoraArgs(rank=32), batch=(1, 2, 16))
     function, args, kwargs = abstract.update()
     temporaries = function.lower(*args, **kwargs).compile(TO_READ).memory_analysis().temp_size_in_bytes
-    leaves = [math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract.parts.lora)]
+    leaves = [math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract.arrays.parts.lora)]
     assert len(leaves) == 14
     assert temporaries < 2 * max(leaves) < sum(leaves) / 2
 
 
 def test_65b_takes_no_memory_and_no_time():
     before = time.process_time()
-    made = abstract_step(REAL_MODELS["llama-65b"], WeightFormat(platform="gpu"), LoraArgs(rank=64), batch=(1, 1, 512))
+    made = StepSpec(
+        model=REAL_MODELS["llama-65b"], weights=WeightFormat(platform="gpu"), lora=LoraArgs(rank=64), batch=(1, 1, 512)
+    )
     assert time.process_time() - before < 5
-    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((made.parts, made.state)))
+    assert all(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((made.arrays.parts, made.arrays.state))
+    )
 
 
 # Compiled for absent cards
@@ -100,7 +106,7 @@ def compile_both(name: str, card: str, batch, remat="names", **lora):
     """(StepShape, gradients and update compiled for the card, the abstract step)."""
     model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
     adapters = LoraArgs(**lora)
-    abstract = abstract_step(model, weights, adapters, batch=batch, remat=remat)
+    abstract = StepSpec(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
     compiled = [
         aot.compile_for(card, p.function, *p.args, **p.kwargs) for p in (abstract.gradients(), abstract.update())
     ]
@@ -116,7 +122,7 @@ def check_counts(counted, gradients, update, abstract):
     assert 0 <= excess <= sum(dot.flops * dot.times for dot in products if is_split(dot)) / 2
     device = gradients.memory.device
     assert device.arguments == memory_use.argument_bytes(counted)
-    pointers = 8 * (len(jax.tree.leaves(abstract.parts.lora)) + 3)  # the table of a tuple's members
+    pointers = 8 * (len(jax.tree.leaves(abstract.arrays.parts.lora)) + 3)  # the table of a tuple's members
     assert device.outputs == memory_use.gradient_output_bytes(counted) + pointers
     lora, state = memory_use.lora_bytes(counted), memory_use.optimizer_bytes(counted)
     assert update.memory.device.arguments == 2 * lora + state

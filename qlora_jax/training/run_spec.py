@@ -1,0 +1,207 @@
+"""A run before it reads weights: its settings, its checked inputs, and its compiled step."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import optax
+from jax.sharding import Mesh
+
+from pallas_kernels.devices import target_device
+from qlora_jax.config import Config, ModelArgs, TrainArgs
+from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.formats.unlabelled import learned_columns
+from qlora_jax.data.labels import check_format
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.registry import check_files
+from qlora_jax.io.head_file import check_same_head
+from qlora_jax.io.initial_file import InitialAdapter
+from qlora_jax.io.loading.adapter_init import check_decomposable
+from qlora_jax.io.loading.stored_codes import stored_types, with_dense_layers
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.peft.start_adapter import read_start_adapter
+from qlora_jax.io.pretrained import open_tokenizer
+from qlora_jax.methods.attach import check_targets
+from qlora_jax.model_source import ModelSource
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import AdapterArrays, ModelParts
+from qlora_jax.models.precision import weight_format
+from qlora_jax.objectives.head_objective import TrainedHead, head_of
+from qlora_jax.objectives.make_objective import fit_to_data, make_objective
+from qlora_jax.objectives.objective import Objective
+from qlora_jax.optim import make_schedule
+from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
+from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.questions import Questions, Samples, open_questions, open_samples
+from qlora_jax.training.run_mesh import mesh_size
+from qlora_jax.training.step_spec import StepSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """The model's metadata and the data of a run, checked; no weight has been read yet.
+
+    Attributes:
+      objective: the loss.
+      head: the sequence head that the objective trains, if any.
+      new_ids: ids of the new tokens.
+      start: LoRA parameters to start from.
+    """
+
+    source: ModelSource
+    model: ModelConfig
+    dataset: Dataset
+    objective: Objective
+    head: TrainedHead | None
+    new_ids: tuple[int, ...]
+    start: AdapterArrays | None
+    samples: Samples | None
+    questions: Questions | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """A model in memory, ready to train: a base with an adapter.
+
+    Attributes:
+      fingerprint: of the base, from io.loading.base_fingerprint.
+      initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
+      head: the sequence head, if the model has one.
+    """
+
+    source: ModelSource
+    tokenizer: Tokenizer
+    parts: ModelParts
+    fingerprint: str
+    initial: InitialAdapter | None
+    head: TrainedHead | None = None
+
+
+def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInputs:
+    """Opens the model's files, or those of a model in memory, and reads the data.
+
+    Raises:
+      ValueError: the model's files or the data are missing, malformed or not supported.
+    """
+    source = open_model(config.model.path, lambda: _check_files(config)) if prepared is None else prepared.source
+    model = model_config(source.config, source.config_name)
+    if config.data.max_length > model.max_positions:
+        raise ValueError(
+            f"data.max_length: found {config.data.max_length}, expected at most {model.max_positions}, the number of "
+            f"positions of {source.path}. Lower it"
+        )
+    check_targets(model, config.lora)
+    check_decomposable(source, config.lora)
+    tokenizer = open_tokenizer(source, config.model, model.vocab_size) if prepared is None else prepared.tokenizer
+    objective = make_objective(config)
+    dataset = load_dataset(
+        config.data,
+        tokenizer,
+        seed=config.train.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=config.train.accumulation,
+        objective=config.objective,
+        labels=config.head.labels or (),
+        kl_pairs=objective.kl_pairs,
+    )
+    columns = learned_columns(side.form for side, _ in dataset.report.sources)
+    head = head_of(config.objective, dataset.labels, config.head.pooling, columns)
+    if prepared is not None:
+        check_same_head("model", prepared.head, head)
+    objective = fit_to_data(objective, head, sequences=dataset.sequences)
+    path, ids = config.lora.start, tokenizer.new_ids
+    start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids, head)
+    reads = dataset.tokenizer, source, model.max_positions
+    return RunInputs(
+        source=source,
+        model=model,
+        dataset=dataset,
+        objective=objective,
+        head=head,
+        new_ids=ids,
+        start=start,
+        samples=open_samples(config.train, *reads),
+        questions=open_questions(config.questions, *reads),
+    )
+
+
+def _check_files(config: Config) -> None:
+    """Checks the beginning of files of rows, and that those of questions and prompts exist.
+
+    Raises:
+      ValueError: a file is missing, or its rows are not those that the objective trains on.
+    """
+    data = config.data
+    for path in [*([data.train] if isinstance(data.train, str) else data.train), *filter(None, [data.eval])]:
+        check_format(data, path, config.objective)
+    check_files(config.questions)
+
+
+def weights_of(config: Config, inputs: RunInputs) -> WeightFormat:
+    """The run's weight format."""
+    return weights_for(config.model, inputs.source, inputs.model)
+
+
+def weights_for(args: ModelArgs, source: ModelSource, features: ModelConfig) -> WeightFormat:
+    """The weight format for `args`; layers that a 4-bit checkpoint leaves in 16 bits stay in 16 bits."""
+    return with_dense_layers(weight_format(args, features), source, features)
+
+
+def steps_of_run(train: TrainArgs, steps_per_epoch: int) -> int:
+    """Returns the number of optimizer steps of a run."""
+    return train.steps or math.ceil(train.epochs * steps_per_epoch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """A run before it reads weights.
+
+    Attributes:
+      gradients: the gradient programs, compiled for the longest batches.
+    """
+
+    config: Config
+    inputs: RunInputs
+    gradients: CompiledGradients
+
+    @property
+    def step(self) -> StepSpec:
+        """The step for the longest batches."""
+        return self.gradients.step
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the model and the rows; None: one device."""
+        return self.gradients.mesh
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return steps_of_run(self.config.train, self.inputs.dataset.steps_per_epoch)
+
+    @functools.cached_property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate by step."""
+        return make_schedule(self.config.optim, self.total_steps)
+
+    @functools.cached_property
+    def utilization(self) -> Utilization:
+        """Computes the devices' utilization per step."""
+        weights, new, remat = self.step.weights, len(self.inputs.new_ids), self.config.train.remat
+        step = StepShape(
+            model=self.inputs.model,
+            weights=weights,
+            lora=self.config.lora,
+            batch=(1, 1, 1),
+            remat=remat,
+            new_tokens=new,
+        )
+        return utilization(step, peak_flops(target_device(), weights), mesh_size(self.mesh).devices)
+
+    @functools.cached_property
+    def stored_types(self) -> str:
+        """Types of the codes that the files have of linear layers, as text; empty if they have none."""
+        return stored_types(self.inputs.source, self.inputs.model)
