@@ -33,6 +33,11 @@ class ObjectiveDeclaration:
       loss_types: its losses, if it has several; the first is the default.
       per: the loss of a step is a mean over the supervised tokens, or over rows.
       task: the setting of `evaluate` that names the file which its head scores.
+      predicts: the column that `predict` adds, beside the probabilities of labels.
+      measures: the measures of that task by which `compare` compares runs.
+      pooled: the head's result is the pooled state itself.
+      problem_type: transformers' name of the meaning of the head's outputs.
+      meaning: of these outputs, a sentence for the README of an exported adapter.
     """
 
     implementation: str | Callable[..., object]
@@ -45,6 +50,11 @@ class ObjectiveDeclaration:
     loss_types: tuple[str, ...] = ()
     per: Literal["tokens", "rows"] = "rows"
     task: str = ""
+    predicts: str = "prediction"
+    measures: tuple[str, ...] = ()
+    pooled: bool = False
+    problem_type: str = ""
+    meaning: str = ""
 
 
 _MAKE = "qlora_jax.objectives.make_objective:"
@@ -86,6 +96,9 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
             labels=True,
             head_settings=("labels", "pooling"),
             task="labels",
+            measures=("right label",),
+            problem_type="single_label_classification",
+            meaning="The logits are those of one class per text.",
         ),
         "multi_label": ObjectiveDeclaration(
             implementation=f"{_MAKE}multi_label",
@@ -95,6 +108,9 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
             labels=True,
             head_settings=("labels", "pooling"),
             task="labels",
+            measures=("right label",),
+            problem_type="multi_label_classification",
+            meaning="Each logit is that of one label; a label applies where its logit is above 0.",
         ),
         "regression": ObjectiveDeclaration(
             implementation=f"{_MAKE}regression",
@@ -103,6 +119,8 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
             head=True,
             head_settings=("pooling",),
             task="labels",
+            problem_type="regression",
+            meaning="The only logit is the predicted number.",
         ),
         "reward": ObjectiveDeclaration(
             implementation=f"{_MAKE}reward",
@@ -111,6 +129,10 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
             head=True,
             head_settings=("center_rewards_coefficient",),
             task="pairs",
+            predicts="reward",
+            measures=("right by reward", "reward margin"),
+            problem_type="regression",
+            meaning="The only logit is the reward of a conversation: higher is better.",
         ),
         "embedding": ObjectiveDeclaration(
             implementation=f"{_MAKE}embedding",
@@ -118,6 +140,8 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
             head=True,
             head_settings=("pooling", "temperature"),
             task="embeddings",
+            predicts="embedding",
+            pooled=True,
         ),
     },
 )

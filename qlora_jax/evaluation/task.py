@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
@@ -158,17 +159,11 @@ MEASURES: dict[str, dict[str, Better]] = {
     "answers": {"exactly the answer": "higher"},
     "programs": {"pass@1": "higher"},
 }
-# The measures of runs that trained a sequence head, by objective and task.
-HEAD_MEASURES: dict[str, dict[str, tuple[str, ...]]] = {
-    "classification": {"labels": ("right label",)},
-    "multi_label": {"labels": ("right label",)},
-    "regression": {},
-    "reward": {"pairs": ("right by reward", "reward margin")},
-    "embedding": {},
-}
 
 
 def measures_of(objective: str) -> dict[str, tuple[str, ...]]:
     """Returns the measures of a run with this objective, by task."""
-    with_head = {name: measures for name, measures in HEAD_MEASURES.items() if name == objective}
-    return with_head.get(objective, {task: tuple(measures) for task, measures in MEASURES.items()})
+    declared = OBJECTIVES[objective]
+    if not declared.head:
+        return {task: tuple(measures) for task, measures in MEASURES.items()}
+    return {declared.task: declared.measures} if declared.measures else {}

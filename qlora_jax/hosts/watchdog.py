@@ -271,8 +271,8 @@ def stuck_text(counts: Sequence[int | None], group: Group, place: str, seconds: 
 # Calls a function when JAX's client has lost another process, instead of a stack trace and an abort.
 #
 # `jax.distributed.initialize` has no argument for the callback that its client takes. And the client of jaxlib 0.11.2
-# and 0.12.0.1 cannot convert the callback's argument to Python, which ends in std::terminate. So the function is also
-# what std::terminate calls, while the client calls back.
+# and 0.12.0.1 cannot convert the callback's argument to Python, which ends in std::terminate. So std::terminate calls
+# the function too, while the client calls back.
 
 _SET_TERMINATE = "_ZSt13set_terminatePFvvE"  # std::set_terminate
 _Handler = ctypes.CFUNCTYPE(None)

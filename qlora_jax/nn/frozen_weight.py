@@ -9,7 +9,7 @@ Dimension key: L layers, S sparse layers, E experts, M rows, P slots (rows group
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ def _layer_grouped(x_PK: jax.Array, weight: PyTree, groups: Groups, layer: jax.A
 
 
 class WeightOps(NamedTuple):
-    """What is computed with weights of one format.
+    """The functions that compute with weights of one format.
 
     Fields:
       linear: (x [M, K], weight, layer) -> x W^T in x's dtype, accumulated in f32; layer None: `weight` is one layer.
@@ -187,22 +187,22 @@ class WeightOps(NamedTuple):
       of_file: True if its codes are those of a file, which cannot be made from dense weights here.
     """
 
-    linear: Callable[[jax.Array, Any, Any], jax.Array]
-    grouped: Callable[[jax.Array, Any, Groups, Any], jax.Array] = grouped_matmul
-    grouped_layer: Callable[[jax.Array, Any, Groups, Any], jax.Array] = _layer_grouped
-    product: Callable[[Direction, jax.Array, Any, Layer], jax.Array] = _dense_product
-    dequantize: Callable[[Any, DTypeLike | None], jax.Array] = lambda weight, dtype: weight
-    choice: Callable[[Device, int, str, Any], Choice] | None = None
-    relayout: Callable[[Any, Any], Any] = lambda stack, layer: layer
-    part: Callable[[Any, int], tuple[Any, int]] = lambda stack, layer: (stack, layer)
-    place: Callable[[Any, tuple[int, ...]], Any] = lambda stack, place: place
-    with_part: Callable[[Any, int, Any], Any] = lambda stack, layer, part: part
-    per_layer: Callable[[Callable[[Any], jax.Array], Any], jax.Array] = lambda function, stack: function(stack)
+    linear: Callable[[jax.Array, PyTree, PyTree], jax.Array]
+    grouped: Callable[[jax.Array, PyTree, Groups, PyTree], jax.Array] = grouped_matmul
+    grouped_layer: Callable[[jax.Array, PyTree, Groups, PyTree], jax.Array] = _layer_grouped
+    product: Callable[[Direction, jax.Array, PyTree, Layer], jax.Array] = _dense_product
+    dequantize: Callable[[PyTree, DTypeLike | None], jax.Array] = lambda weight, dtype: weight
+    choice: Callable[[Device, int, str, PyTree], Choice] | None = None
+    relayout: Callable[[PyTree, PyTree], PyTree] = lambda stack, layer: layer
+    part: Callable[[PyTree, int], tuple[PyTree, int]] = lambda stack, layer: (stack, layer)
+    place: Callable[[PyTree, tuple[int, ...]], PyTree] = lambda stack, place: place
+    with_part: Callable[[PyTree, int, PyTree], PyTree] = lambda stack, layer, part: part
+    per_layer: Callable[[Callable[[PyTree], jax.Array], PyTree], jax.Array] = lambda function, stack: function(stack)
     is_cut: bool = False
     of_file: bool = False
 
 
-def ops_of(weight: Any) -> WeightOps:
+def ops_of(weight: PyTree) -> WeightOps:
     """Returns the functions of a weight's format; arrays, NumPy's, tracers and ShapeDtypeStructs are dense."""
     return OPS.get(type(weight), DENSE_OPS)
 
@@ -275,7 +275,7 @@ def mixed_grouped(
 
 @differentiable
 def _mixed_grouped(
-    direction: Direction, rows: jax.Array, weight: MixedStack, place: tuple[Groups, Any], _: str | None
+    direction: Direction, rows: jax.Array, weight: MixedStack, place: tuple[Groups, jax.Array | int], _: str | None
 ) -> jax.Array:
     groups, layer = place
     return _switch(weight, layer, lambda part, index: grouped_product(direction, rows, part, groups, index))
@@ -290,7 +290,7 @@ def padded_grouped(
 
 @differentiable
 def _padded_grouped(
-    direction: Direction, rows: jax.Array, fetched: PaddedStack, place: tuple[Groups, Any], _: str | None
+    direction: Direction, rows: jax.Array, fetched: PaddedStack, place: tuple[Groups, jax.Array | int], _: str | None
 ) -> jax.Array:
     groups, layer = place
     kinds = [*dict.fromkeys(fetched.types)]

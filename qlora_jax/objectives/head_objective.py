@@ -97,7 +97,7 @@ class TrainedHead:
         """The number of outputs; 0 for embeddings, whose result is the pooled hidden state."""
         if OBJECTIVES[self.objective].labels:
             return len(self.labels)
-        return 0 if self.objective == "embedding" else 1
+        return 0 if OBJECTIVES[self.objective].pooled else 1
 
     def spec(self) -> HeadSpec:
         """Returns the head's form."""

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64, PyTree
 
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.data.batching.packing import PRESENT, Batch
 from qlora_jax.data.readers.files import Place
 from qlora_jax.evaluation.heads.rows import check_are_finite
 from qlora_jax.evaluation.tasks.embeddings import retrieval_metrics
-from qlora_jax.evaluation.tasks.head_labels import LABELLED, head_label_metrics
+from qlora_jax.evaluation.tasks.head_labels import form_of_labels
 from qlora_jax.evaluation.tasks.reward_pairs import reward_metrics
 from qlora_jax.measures.metrics import Metric
 from qlora_jax.models.partition import Lora
@@ -50,17 +51,21 @@ def held_out_head_metrics(
     """
     outputs_RSC = np.asarray(outputs_RSC, np.float64)
     check_are_finite("held-out rows", [Place(number + 1, number) for number in numbers], outputs_RSC)
-    task, metrics = _metrics(head, outputs_RSC, arrays)
-    return flatten_metrics(task, metrics)
+    task = OBJECTIVES[head.objective].task
+    return flatten_metrics(task, METRICS[task](head, outputs_RSC, arrays))
 
 
-def _metrics(head: TrainedHead, outputs_RSC: np.ndarray, arrays: Mapping[str, np.ndarray]) -> tuple[str, list[Metric]]:
-    if head.objective in LABELLED:
-        labels = np.asarray(arrays[LABELS], np.float64).reshape(len(outputs_RSC), -1)
-        return "labels", head_label_metrics(head, outputs_RSC[:, 0], labels)
-    if head.objective == "reward":
-        return "pairs", reward_metrics(outputs_RSC[..., 0])
-    return "embeddings", retrieval_metrics(outputs_RSC)
+def _label_metrics(head: TrainedHead, outputs_RSC: np.ndarray, arrays: Mapping[str, np.ndarray]) -> list[Metric]:
+    labels = np.asarray(arrays[LABELS], np.float64).reshape(len(outputs_RSC), -1)
+    return form_of_labels(head).metrics(head, outputs_RSC[:, 0], labels)
+
+
+# The metrics of a head's outputs for held-out rows, by the task that `evaluate` scores with them.
+METRICS: dict[str, Callable[[TrainedHead, np.ndarray, Mapping[str, np.ndarray]], list[Metric]]] = {
+    "labels": _label_metrics,
+    "pairs": lambda head, outputs_RSC, arrays: reward_metrics(outputs_RSC[..., 0]),
+    "embeddings": lambda head, outputs_RSC, arrays: retrieval_metrics(outputs_RSC),
+}
 
 
 def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:

@@ -162,7 +162,7 @@ def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path, 
         run(changed, resume=True)
     lora, optim = dataclasses.replace(finished.lora, alpha=8.0), dataclasses.replace(finished.optim, beta2=0.5)
     changed = dataclasses.replace(changed, lora=lora, optim=optim)
-    monkeypatch.setattr("qlora_jax.training.session.open_model", lambda *args: pytest.fail("the model was opened"))
+    monkeypatch.setattr("qlora_jax.training.run_spec.open_model", lambda *args: pytest.fail("the model was opened"))
     for start in (train, dry_run):
         with pytest.raises(ValueError) as caught:
             start(changed, Path(changed.output), resume=True, oversized=False, console=quiet())

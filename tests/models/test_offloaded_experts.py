@@ -210,7 +210,7 @@ def test_experts_that_are_partly_in_16_bits_are_refused():
     with pytest.raises(
         ValueError, match=r"model.experts: offload needs codes in all .*mlp.experts.down_proj: Q4_K, dense"
     ):
-        StepSpec(model=model_config(CONFIG), weights=weights, lora=LORA, batch=SHAPE)
+        StepSpec(model=model_config(CONFIG), weights=weights, lora=LORA, batch=SHAPE).gradients()
 
 
 def test_a_model_without_experts_is_refused():

@@ -31,16 +31,17 @@ def test_reports_of_a_stopped_run_are_skipped_when_they_take_too_long(tmp_path, 
     monkeypatch.setattr(run_module, "_report_of", lambda *_: None)
     monkeypatch.setattr(run_module, "write_report", lambda *_: done.append("report"))
     write = run_module._write_reports.__wrapped__
-    written = write(SimpleNamespace(config=CONFIG), tmp_path, lambda: None, limited=limited)
+    written = write(SimpleNamespace(run=SimpleNamespace(config=CONFIG)), tmp_path, lambda: None, limited=limited)
     assert written != limited and done == (["plot"] if limited else ["plot", "report"])
 
 
 def test_a_skipped_report_is_not_named_as_a_file(capsys):
     state = SimpleNamespace(step=3, best=BestEvaluation())
-    planned = SimpleNamespace(config=CONFIG, inputs=SimpleNamespace(source=SimpleNamespace(config={})))
+    inputs = SimpleNamespace(source=SimpleNamespace(config={}))
+    run = SimpleNamespace(config=CONFIG, inputs=inputs, total_steps=10)
     for reported, text in ((True, "runs/1/report.html"), (False, "skipped, because it took more than 5 s")):
         ending = run_module._print_end.__wrapped__
-        ending(planned, state, 10, finished=False, reported=reported, console=Console())
+        ending(run, state, finished=False, reported=reported, console=Console())
         printed = capsys.readouterr().out
         assert "stopped after step 3" in printed and text in printed and "--resume" in printed
         assert ("loss.png" in printed) == reported

@@ -4,12 +4,13 @@ Dimension key: R texts, C outputs, D embed.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.data.branches.encoder import make_branch_encoder
 from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.unlabelled import find_unlabelled_format, use_of
@@ -92,8 +93,8 @@ def objectives_of(head: TrainedHead) -> tuple[str, ...]:
 
 def class_predictions(outputs_RC: Float64[np.ndarray, "R C"], head: TrainedHead) -> list[Prediction]:
     """Returns the labels of each text, with their probabilities."""
-    probabilities = _sigmoid if head.objective == "multi_label" else _softmax
-    several = head.objective == "multi_label"
+    several = OBJECTIVES[head.objective].values == "classes"
+    probabilities = _sigmoid if several else _softmax
     return [_prediction(head.labels, row_C, several) for row_C in probabilities(outputs_RC)]
 
 
@@ -118,30 +119,17 @@ def normalized(states_RD: Float64[np.ndarray, "*R D"]) -> Float64[np.ndarray, "*
     return states_RD / np.maximum(np.linalg.norm(states_RD, axis=-1, keepdims=True), TINY)
 
 
-def _label_columns(outputs_RC: Float64[np.ndarray, "R C"], head: TrainedHead) -> list[dict[str, object]]:
-    found = class_predictions(outputs_RC, head)
-    several = head.objective == "multi_label"
-    return [
-        {"prediction": [*one.labels] if several else one.label, "probabilities": one.probabilities} for one in found
-    ]
-
-
-def _number_columns(name: str) -> Callable[[Float64[np.ndarray, "R C"], TrainedHead], list[dict[str, object]]]:
-    return lambda outputs_RC, head: [{name: value} for value in outputs_RC[:, 0].tolist()]
-
-
-_COLUMNS: Mapping[str, Callable[[Float64[np.ndarray, "R C"], TrainedHead], list[dict[str, object]]]] = {
-    "classification": _label_columns,
-    "multi_label": _label_columns,
-    "regression": _number_columns("prediction"),
-    "reward": _number_columns("reward"),
-    "embedding": lambda states_RD, head: [{"embedding": row} for row in normalized(states_RD).tolist()],
-}
-
-
 def predicted_columns(outputs_RC: Float64[np.ndarray, "R C"], head: TrainedHead) -> list[dict[str, object]]:
     """Returns the columns that the predictions of a head add to each row, as JSON values."""
-    return _COLUMNS[head.objective](outputs_RC, head)
+    declared = OBJECTIVES[head.objective]
+    if declared.labels:
+        several = declared.values == "classes"
+        return [
+            {declared.predicts: [*one.labels] if several else one.label, "probabilities": one.probabilities}
+            for one in class_predictions(outputs_RC, head)
+        ]
+    values = normalized(outputs_RC) if declared.pooled else outputs_RC[:, 0]
+    return [{declared.predicts: value} for value in values.tolist()]
 
 
 def added_names(head: TrainedHead) -> set[str]:

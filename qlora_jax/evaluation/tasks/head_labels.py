@@ -4,12 +4,14 @@ Dimension key: R rows, C outputs of the head.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.config import QuestionArgs
+from qlora_jax.config.objectives import OBJECTIVES, ValueKind
 from qlora_jax.evaluation.heads.metrics import RIGHT, class_details, class_metrics, multi_label_metrics, number_metrics
 from qlora_jax.evaluation.heads.rows import HeadRows, head_of_task, lower_outputs, read_head_rows
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
@@ -20,9 +22,9 @@ from qlora_jax.models.partition import ModelParts
 from qlora_jax.objectives.head_objective import TrainedHead
 
 OF_LIKELIHOOD = ("label_prompt", "label_texts", "label_score")  # settings of scoring without a head
-LABELLED = ("classification", "multi_label", "regression")
 
 Outputs = Float64[np.ndarray, "R C"]
+Answers = Float64[np.ndarray, "R _"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class HeadLabelsTask:
     title: str
     head: TrainedHead
     rows: HeadRows
-    answers: Float64[np.ndarray, "R _"]
+    answers: Answers
     name: str = "labels"
 
     @property
@@ -56,40 +58,63 @@ class HeadLabelsTask:
 
     def metrics(self, scores: Outputs) -> list[Metric]:
         """The metrics of the head's objective."""
-        return head_label_metrics(self.head, scores, self.answers)
+        return self.form.metrics(self.head, scores, self.answers)
 
     def compare(self, before: Outputs, after: Outputs) -> list[Comparison]:
         """The change of the share of right rows; none for numbers."""
-        right = [self._right(scores) for scores in (before, after)]
-        return [] if self.head.objective == "regression" else [share_change(RIGHT, *right)]
+        right = self.form.right
+        return [] if right is None else [share_change(RIGHT, *(right(one, self.answers) for one in (before, after)))]
 
     def row_values(self, scores: Outputs) -> dict[str, RowValues]:
         """The rows' parts of the measures in `MEASURES`; numbers are neither right nor wrong."""
-        return {} if self.head.objective == "regression" else {RIGHT: share_of_rows(self._right(scores))}
+        right = self.form.right
+        return {} if right is None else {RIGHT: share_of_rows(right(scores, self.answers))}
 
     def details(self, scores: Outputs) -> dict[str, object]:
         """The confusion matrix and the reliability diagram of classes."""
-        if self.head.objective != "classification":
-            return {}
-        return class_details(scores, self.answers[:, 0].astype(np.int64), self.head.labels)
+        return self.form.details(self.head, scores, self.answers)
+
+    @property
+    def form(self) -> "LabelForm":
+        """The form of the labels."""
+        return form_of_labels(self.head)
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the program of the largest batch."""
         return lower_outputs(parts, self.rows.texts)
 
-    def _right(self, scores: Outputs) -> np.ndarray:
-        if self.head.objective == "multi_label":
-            return ((scores > 0) == (self.answers > 0)).all(axis=1)
-        return scores.argmax(axis=1) == self.answers[:, 0]
+
+class LabelForm(NamedTuple):
+    """The measures of labels of one form: a class, several labels, or a number.
+
+    Fields:
+      metrics: (head, outputs, answers) -> the metrics.
+      right: (outputs, answers) -> True for rows whose labels are right, [R]; None: numbers are neither.
+      details: (head, outputs, answers) -> tables for report.json.
+    """
+
+    metrics: Callable[[TrainedHead, Outputs, Answers], list[Metric]]
+    right: Callable[[Outputs, Answers], np.ndarray] | None
+    details: Callable[[TrainedHead, Outputs, Answers], dict[str, object]] = lambda head, outputs, answers: {}
 
 
-def head_label_metrics(head: TrainedHead, outputs: Outputs, answers: Float64[np.ndarray, "R _"]) -> list[Metric]:
-    """Returns the metrics of a head's outputs for texts with labels."""
-    if head.objective == "classification":
-        return class_metrics(outputs, answers[:, 0].astype(np.int64), head.labels)
-    if head.objective == "multi_label":
-        return multi_label_metrics(outputs, answers > 0)
-    return number_metrics(outputs[:, 0], answers[:, 0])
+FORMS: dict[ValueKind, LabelForm] = {
+    "class": LabelForm(
+        lambda head, outputs, answers: class_metrics(outputs, answers[:, 0].astype(np.int64), head.labels),
+        lambda outputs, answers: outputs.argmax(axis=1) == answers[:, 0],
+        lambda head, outputs, answers: class_details(outputs, answers[:, 0].astype(np.int64), head.labels),
+    ),
+    "classes": LabelForm(
+        lambda head, outputs, answers: multi_label_metrics(outputs, answers > 0),
+        lambda outputs, answers: ((outputs > 0) == (answers > 0)).all(axis=1),
+    ),
+    "number": LabelForm(lambda head, outputs, answers: number_metrics(outputs[:, 0], answers[:, 0]), None),
+}
+
+
+def form_of_labels(head: TrainedHead) -> LabelForm:
+    """Returns the form of the labels that a head predicts."""
+    return FORMS[OBJECTIVES[head.objective].values]
 
 
 def build(settings: QuestionArgs, context: TaskContext) -> HeadLabelsTask:
@@ -99,7 +124,7 @@ def build(settings: QuestionArgs, context: TaskContext) -> HeadLabelsTask:
       ValueError: the head's outputs are not labels, or settings of scoring by likelihood are given.
     """
     assert settings.labels is not None
-    head = head_of_task(context, "labels", LABELLED)
+    head = head_of_task(context, "labels", tuple(n for n, each in OBJECTIVES.items() if each.task == "labels"))
     plain = QuestionArgs()
     if given := [name for name in OF_LIKELIHOOD if getattr(settings, name) != getattr(plain, name)]:
         raise ValueError(

@@ -36,7 +36,7 @@ def head_refusal(head: TrainedHead | None, form: str, base: JsonObject) -> str |
     Args:
       base: config.json of the base.
     """
-    if head is None or (head.objective == "embedding" and form not in GGUF_FORMS):
+    if head is None or (head.outputs == 0 and form not in GGUF_FORMS):
         return None
     if form in GGUF_FORMS:
         return (

@@ -1,5 +1,6 @@
 """The README.md of an exported adapter: how transformers and peft load it."""
 
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.io.head_file import Padding
 from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.method import form_of
@@ -49,13 +50,6 @@ POOLINGS = {
     "last": "pooled = states[torch.arange(len(states)), mask.sum(1) - 1]  # the last token of each text",
     "mean": "pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # the mean over a text",
 }
-# The meaning of a head's outputs, by objective.
-OUTPUTS = {
-    "classification": "The logits are those of one class per text.",
-    "multi_label": "Each logit is that of one label; a label applies where its logit is above 0.",
-    "regression": "The only logit is the predicted number.",
-    "reward": "The only logit is the reward of a conversation: higher is better.",
-}
 PADDED = """\
 transformers scores the last token of a text that is not padding, so no text may end in the padding token.
 """
@@ -63,12 +57,6 @@ UNPADDED = """\
 Pass one text at a time: transformers scores the last token that is not padding, and the tokenizer has no special token
 that never ends a text.
 """
-PROBLEM_TYPES = {
-    "classification": "single_label_classification",
-    "multi_label": "multi_label_classification",
-    "regression": "regression",
-    "reward": "regression",
-}
 
 
 def readme(
@@ -97,7 +85,7 @@ def readme(
         assert padding is not None
         settings = "".join(f", {name}={value!r}" for name, value in label_settings(head, padding).items())
         names |= {"settings": settings, "padding": _padding_line(padding)}
-        note = f"\n{OUTPUTS[head.objective]}\n{UNPADDED if padding.id is None else PADDED}"
+        note = f"\n{OBJECTIVES[head.objective].meaning}\n{UNPADDED if padding.id is None else PADDED}"
         code = CLASSIFY.format(**names)
     return README.format(
         tag=config["peft_type"].lower(),
@@ -118,4 +106,4 @@ def label_settings(head: TrainedHead, padding: Padding) -> JsonObject:
     if head.labels:
         settings["id2label"] = dict(enumerate(head.labels))
         settings["label2id"] = {label: index for index, label in enumerate(head.labels)}
-    return settings | {"problem_type": PROBLEM_TYPES[head.objective]}
+    return settings | {"problem_type": OBJECTIVES[head.objective].problem_type}

@@ -1,4 +1,4 @@
-"""What a plan found: the bytes of a step by kind, the work of a reference, and a run's memory on its device."""
+"""Results of a plan: the bytes of a step by kind, the work of a reference, and a run's memory on its device."""
 
 import dataclasses
 from typing import NamedTuple

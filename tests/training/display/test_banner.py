@@ -82,13 +82,13 @@ def test_other_objectives_have_the_default_learning_rate_without_a_note(objectiv
 
 
 def session_of(*weights):
-    return SimpleNamespace(
+    run = SimpleNamespace(
         config=SimpleNamespace(train=SimpleNamespace(micro_batch_size=2)),
-        dataset=SimpleNamespace(buckets=(16, 64)),
-        weights=SimpleNamespace(dtype="bfloat16"),
-        parts=SimpleNamespace(base={str(i): w for i, w in enumerate(weights)}),
+        inputs=SimpleNamespace(dataset=SimpleNamespace(buckets=(16, 64))),
+        step=SimpleNamespace(weights=SimpleNamespace(dtype="bfloat16")),
         mesh=None,
     )
+    return SimpleNamespace(run=run, parts=SimpleNamespace(base={str(i): w for i, w in enumerate(weights)}))
 
 
 def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run(monkeypatch):
@@ -123,18 +123,22 @@ def test_experts_in_host_memory_and_losses_of_routers_have_rows():
 
 
 def test_the_fixed_matrices_of_lora_fa_are_not_counted_as_trained():
-    config, lora = mesh_config(WHOLE_VOCABULARY), LoraArgs(method="lora_fa", rank=16, target_modules=["down_proj"])
-    model, parts = model_config(config), mesh_parts(config, lora=lora)
-    run = Config(model=ModelArgs(path="base"), data=DataArgs(train="rows"), lora=lora, output="run")
-    text = _trained.__wrapped__(SimpleNamespace(config=run, parts=parts, model=model))
+    whole, lora = mesh_config(WHOLE_VOCABULARY), LoraArgs(method="lora_fa", rank=16, target_modules=["down_proj"])
+    model, parts = model_config(whole), mesh_parts(whole, lora=lora)
+    config = Config(model=ModelArgs(path="base"), data=DataArgs(train="rows"), lora=lora, output="run")
+    text = _trained.__wrapped__(
+        SimpleNamespace(parts=parts, run=SimpleNamespace(config=config, inputs=SimpleNamespace(model=model)))
+    )
     b = model.num_layers * 16 * model.embed_dim
     assert text.startswith(f"{b:,} LoRA-FA parameters, {b / (b + model.parameters()):.2%} of all, 0 MB in float32")
 
 
 def test_a_head_is_not_counted_as_a_projection():
     lora = {name: {"a": jnp.ones(2)} for name in ("model.layers.mlp.down_proj", "score")}
-    run = Config(model=ModelArgs(path="base"), data=DataArgs(train="rows"), lora=LoraArgs(rank=8), output="run")
+    config = Config(model=ModelArgs(path="base"), data=DataArgs(train="rows"), lora=LoraArgs(rank=8), output="run")
     parts = SimpleNamespace(lora=lora, trained=lora)
     model = SimpleNamespace(parameters=lambda: 96)
-    text = _trained.__wrapped__(SimpleNamespace(config=run, parts=parts, model=model))
+    text = _trained.__wrapped__(
+        SimpleNamespace(parts=parts, run=SimpleNamespace(config=config, inputs=SimpleNamespace(model=model)))
+    )
     assert text == "4 LoRA parameters, 4.00% of all, 0 MB in float32; rank 8 on 1 projections, and a head"

@@ -9,10 +9,11 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.formats.dequantize import dequantize
+from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.nn import experts
+from qlora_jax.nn import frozen_weight
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.plan.requirements import Temporaries, compiled_requirements, estimated_requirements
@@ -63,7 +64,7 @@ def dequantize_all(x_PK, weight, groups, row):
 @pytest.mark.slow
 def test_no_array_of_all_experts_is_dequantized(monkeypatch):
     assert not of_all_experts(*compiled_here())
-    monkeypatch.setattr(experts, "grouped_matmul", dequantize_all)
+    monkeypatch.setitem(frozen_weight.OPS, QTensor, frozen_weight.OPS[QTensor]._replace(grouped=dequantize_all))
     jax.clear_caches()
     assert of_all_experts(*compiled_here())
 

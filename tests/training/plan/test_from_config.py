@@ -7,6 +7,7 @@ from qlora_jax.training.cost import memory_use
 from qlora_jax.training.plan.search import plan_title, planned_rows, step_configs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
+from qlora_jax.training.step_spec import StepSpec
 
 
 def asked_of_an_h100(**settings) -> tuple[StepSpec, str]:

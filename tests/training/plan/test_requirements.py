@@ -26,6 +26,7 @@ from qlora_jax.training.plan.requirements import (
     fitted_requirements,
     working_set,
 )
+from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE, some_in_ci
 from tests.training.compiled_text import TO_READ
 from tests.training.plan.steps import GIB, TINY, Compiler, real
