@@ -157,6 +157,24 @@ def test_there_is_no_import_cycle():
     graphlib.TopologicalSorter(read_graph()).prepare()  # raises CycleError with its modules
 
 
+def longest_chain(graph: Graph) -> list[str]:
+    """The most modules that import each other in a row, from the highest to the lowest."""
+    chains: dict[str, list[str]] = {}
+    for name in graphlib.TopologicalSorter(graph).static_order():
+        chains[name] = [name, *max((chains[target] for target in graph[name]), key=len, default=[])]
+    return max(chains.values(), key=len)
+
+
+def test_a_reader_follows_few_modules_in_a_row():
+    chain = longest_chain(read_graph())
+    assert len(chain) <= 25, " imports ".join(chain)
+
+
+def test_the_longest_chain_is_found():
+    graph: Graph = {"a": {"b", "c"}, "b": {"c"}, "c": {"d"}, "d": set(), "e": {"d"}}
+    assert longest_chain(graph) == ["a", "b", "c", "d"]
+
+
 def parts_of(package: str, graph: Graph) -> Graph:
     """{a folder or file in a package: those in the same package that it imports}."""
     inside = {name: name[len(package) + 1 :].split(".")[0] for name in graph if name.startswith(f"{package}.")}
