@@ -30,7 +30,7 @@ command -v c++ >/dev/null || skip "C++ compiler"
 python=$(bash scripts/find_python.sh 3.11 3.14 ensurepip) || skip "Python 3.11 or newer"
 echo "llama.cpp: creating $folder with $python"
 "$python" -m venv --clear "$folder"
-CMAKE_ARGS="-DGGML_NATIVE=$native" "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+CMAKE_ARGS="-DGGML_NATIVE=$native -DLLAVA_BUILD=OFF" "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
     ${cache[@]+"${cache[@]}"} --requirement "$requirements"
 "$folder/bin/python" -c 'import llama_cpp' # finds a broken build before the tests do
 cp "$requirements" "$folder/requirements.txt"
