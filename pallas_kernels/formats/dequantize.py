@@ -40,6 +40,10 @@ def expand_absmax(qt: QTensor) -> jax.Array:
 def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> jax.Array:
     """Returns table[code] * absmax, multiplied in f32, then cast to `dtype` (default: the dtype before quantization).
 
+    >>> weight = q.quantize_array(np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64))
+    >>> q.dequantize_array(weight)[0, :3].round(3).tolist()
+    [-1.0, -1.0, -1.0]
+
     The result has shape [..., *shape], with the leading axes of a stack. For one layer, pass `qt.layer(i)`.
 
     Raises:

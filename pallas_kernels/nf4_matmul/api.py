@@ -69,6 +69,10 @@ def nf4_matmul(
 ) -> Float[Array, "... N"]:
     """Computes y[..., n] = sum_k x[..., k] w[n, k], accumulated in f32 and returned in x's dtype.
 
+    >>> weight = q.quantize_array(np.ones((2, 64), np.float32), double_quant=False)
+    >>> q.nf4_matmul(jnp.ones((3, 64)), weight).tolist()
+    [[64.0, 64.0], [64.0, 64.0], [64.0, 64.0]]
+
     Differentiable in `x` only: dx = dy w, from the same codes. The residuals are `weights` and `layer` as given, so
     pass the whole stack and a layer index: a slice made outside the op is a second copy of every layer.
 

@@ -24,6 +24,10 @@ def add_adapter(
 ) -> CausalLM:
     """Returns the model with a new adapter; the adapter is what trains.
 
+    >>> model = q.add_adapter(model, q.LoRA(rank=8, target_modules=["q_proj", "v_proj"]))
+    >>> model.model.layers.self_attn.q_proj.adapter.lora_a.shape  # layers, inputs, rank
+    (2, 64, 8)
+
     The given model stays as it is. Both share the arrays of the base, except with `init="pissa"` or "loftq": these take
     a part of each weight, so the base is read from disk again.
 

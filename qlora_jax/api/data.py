@@ -40,6 +40,10 @@ def prepare_data(
 ) -> Dataset:
     """Reads, checks and tokenizes training data as `finetune` does.
 
+    >>> dataset = q.prepare_data("rows.jsonl", tokenizer, micro_batch_size=2, accumulation=3)
+    >>> next(dataset.train_batches()).inputs.shape[:2]
+    (3, 2)
+
     `dataset.train_batches()` yields batches without end and `dataset.eval_batches(size)` the evaluation data once.
     `batch.arrays()` is a dict of NumPy arrays [accumulation, micro_batch_size, T]. `dataset.report` has the counts of
     rows and tokens, and what was truncated or dropped. A training loop has to give the model all of the arrays that

@@ -42,6 +42,10 @@ def evaluate_model(
 ) -> Evaluation:
     """Scores a model on files of text, rows and questions (docs/evaluate.md).
 
+    >>> result = q.evaluate_model(model, tokenizer, rows="rows.jsonl")
+    >>> [*result.tasks]
+    ['rows']
+
     `result.tasks["text"].metrics["model"]["perplexity"]` is a metric with `value` and `interval`, its 95 % confidence
     interval. Several models are compared in pairs of the same rows: `result.tasks["text"].comparisons`. `print(result)`
     prints tables, and `result.to_dict()` has plain numbers.

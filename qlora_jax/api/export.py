@@ -35,6 +35,10 @@ def save_peft(
 ) -> ExportResult:
     """Writes the model's adapter for the peft library, or for llama.cpp.
 
+    >>> result = q.save_peft(q.add_adapter(model), "adapter")
+    >>> sorted(path.name for path in result.path.iterdir())[:2]
+    ['README.md', 'adapter_config.json']
+
     Args:
       model: a base from `load` with an adapter, trained by `finetune` or in a training loop of one's own.
       folder: a new folder.
@@ -66,6 +70,10 @@ def merge(
     progress: bool = False,
 ) -> ExportResult:
     """Writes the model with its adapter merged into the dequantized base, and compares the logits of both.
+
+    >>> result = q.merge(q.add_adapter(model), "merged", dtype="float32")
+    >>> (result.path / "model.safetensors").exists()
+    True
 
     The base is read again from its files, so memory holds two copies of it.
 
@@ -100,6 +108,10 @@ def save_quantized(
     progress: bool = False,
 ) -> Path:
     """Writes the model at `path` in bitsandbytes' 4-bit format for transformers, or back in 16 bits.
+
+    >>> folder = q.save_quantized("model", "model-4bit", quant_type="nf4")
+    >>> q.load(str(folder))[0].config == model.config
+    True
 
     Args:
       path: a Hugging Face folder in 16 or 4 bits, a GGUF file, or org/name on the Hub.

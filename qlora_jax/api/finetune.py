@@ -103,6 +103,10 @@ def finetune(
 ) -> FinetuneRun:
     """Trains the model's adapter and returns the run; the given model and its arrays stay valid.
 
+    >>> run = q.finetune(q.add_adapter(model), tokenizer, "rows.jsonl", output="runs/first", steps=2, max_length=128)
+    >>> run.step, run.finished, [record["step"] for record in run.metrics]
+    (2, True, [1, 2])
+
     The run's folder is that of the command `train`: checkpoints, metrics.jsonl, report.html and config.yaml. With the
     same settings the losses are bit-identical to the command's. The first Ctrl-C stops after the current step, saves a
     checkpoint and returns; the second raises KeyboardInterrupt at once.

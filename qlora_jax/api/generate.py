@@ -28,6 +28,10 @@ def generate_text(
 ) -> str:
     """Returns the model's reply, without the prompt.
 
+    >>> reply = q.generate_text(model, tokenizer, "say sun 1", max_new_tokens=8)
+    >>> reply == q.generate_text(model, tokenizer, "say sun 1", max_new_tokens=8)  # the likeliest tokens, each time
+    True
+
     Args:
       prompt: a text, which becomes a user's turn if the tokenizer has a chat template; or a conversation, a list of
         messages such as {"role": "user", "content": "Hello"}.

@@ -38,6 +38,10 @@ def load(
 ) -> tuple[CausalLM, Tokenizer]:
     """Loads a model for use or training: (an `nnx.Module`, its tokenizer).
 
+    >>> model, tokenizer = q.load("model", quant_type="nf4")
+    >>> model.config.num_layers
+    2
+
     Weights are quantized tensor by tensor while they are read, so host memory holds one unquantized tensor at a time.
 
     Args:

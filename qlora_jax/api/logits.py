@@ -17,6 +17,9 @@ def logits(
 ) -> Float[Array, "*B T V"]:
     """Returns the logits of the token after each position, in f32.
 
+    >>> q.logits(model, tokenizer.encode("Hello")).shape  # positions, vocabulary
+    (5, 258)
+
     All [B, T, V] are in memory at once; for losses, `token_nll` needs no such array.
 
     Args:

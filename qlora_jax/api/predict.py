@@ -38,6 +38,11 @@ TEXT_SUFFIXES = (".txt", ".txt.gz")
 def classify(model: CausalLM, tokenizer: Tokenizer, rows: Texts) -> list[Prediction]:
     """Returns the label of each text, with the probability of every label.
 
+    >>> run = q.finetune(q.add_adapter(model), tokenizer, "labels.jsonl", output="runs/labels", steps=1,
+    ...     objective="classification", max_length=128)
+    >>> q.classify(run.model, tokenizer, ["good"])[0].label in ("bad", "good")
+    True
+
     Args:
       model: a model that was trained with objective=classification or multi_label.
       rows: texts; or rows with the columns of the training data; `label` may be missing.

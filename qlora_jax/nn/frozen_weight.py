@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from pallas_kernels.devices import Device
 from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
-from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.frozen_product import Direction, Layer, differentiable
 from pallas_kernels.ggml_matmul import api as ggml
@@ -178,7 +177,7 @@ class WeightOps(NamedTuple):
       product: (direction, rows, stack, layer) -> x W^T (forward) or dy W (backward) in the rows' dtype, unchecked.
       dequantize: (weight, dtype) -> the dense weight; dtype None: the compute dtype.
       choice: (device, rows, dtype, stack) -> the implementation of `linear`; None: XLA multiplies.
-      relayout: (stack, layer) -> the layer in the layout of the stack.
+      layout: stack -> the layout of 4-bit codes, which its layers are repacked to; None: blocks and dense weights.
       part: (stack, layer) -> (the stack of one format that has the layer, the layer's index in it).
       place: (stack, (layer, expert) or (layer,)) -> the index of this weight in the stack's arrays.
       with_part: (stack, layer, part) -> the stack with the part of a layer replaced.
@@ -193,7 +192,7 @@ class WeightOps(NamedTuple):
     product: Callable[[Direction, jax.Array, PyTree, Layer], jax.Array] = _dense_product
     dequantize: Callable[[PyTree, DTypeLike | None], jax.Array] = lambda weight, dtype: weight
     choice: Callable[[Device, int, str, PyTree], Choice] | None = None
-    relayout: Callable[[PyTree, PyTree], PyTree] = lambda stack, layer: layer
+    layout: Callable[[PyTree], str | None] = lambda stack: None
     part: Callable[[PyTree, int], tuple[PyTree, int]] = lambda stack, layer: (stack, layer)
     place: Callable[[PyTree, tuple[int, ...]], PyTree] = lambda stack, place: place
     with_part: Callable[[PyTree, int, PyTree], PyTree] = lambda stack, layer, part: part
@@ -318,7 +317,6 @@ def _experts_of_one(x_PK: jax.Array, one: OneLayer, groups: Groups, layer: jax.A
 
 
 _dequantize_ggml = jax.jit(dequantize_ggml, static_argnames="dtype")
-_repack = jax.jit(repack, static_argnums=1)
 
 DENSE_OPS = WeightOps(linear=_dense_linear)
 OPS: dict[type, WeightOps] = {
@@ -329,7 +327,7 @@ OPS: dict[type, WeightOps] = {
         choice=lambda device, rows, dtype, stack: nf4.choose_implementation(
             device, Call.of("forward", rows, dtype, stack)
         ),
-        relayout=lambda stack, layer: _repack(layer, stack.layout),
+        layout=lambda stack: stack.layout,
         is_cut=True,
     ),
     GgmlTensor: WeightOps(

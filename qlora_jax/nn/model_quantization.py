@@ -40,6 +40,11 @@ def quantize_model[Model: nnx.Module](
 ) -> Model:
     """A copy of `model` whose `nnx.Linear` and `nnx.LinearGeneral` layers hold 4-bit weights and adapters.
 
+    >>> layer = nnx.Linear(64, 32, rngs=nnx.Rngs(0))
+    >>> small = q.quantize_model(layer, [q.QuantRule(pattern=".*", lora=q.LoRA(rank=4))])
+    >>> small(jnp.ones((1, 64))).shape
+    (1, 32)
+
     The first rule that matches a layer applies; layers that no rule matches stay dense. Stacks of layers that
     `nnx.vmap` created become stacks of 4-bit layers, which `nnx.scan` runs as before. `model` itself stays usable: its
     arrays are neither changed nor donated. Adapters are `nnx.LoRAParam`s, so only they train with

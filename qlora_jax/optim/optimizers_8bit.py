@@ -122,6 +122,13 @@ def adamw_8bit(
 ) -> optax.GradientTransformation:
     """AdamW whose moments take one byte per element, as an optax transformation: `optax.adamw` with 8-bit state.
 
+    >>> optimizer, params = q.adamw_8bit(0.1, weight_decay=0.0), {"w": jnp.ones((1, 4096))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> updates["w"][0, :2].round(3)
+    Array([-0.1, -0.1], dtype=float32)
+    >>> sum(leaf.nbytes for leaf in jax.tree.leaves(state))  # optax.adamw's has 32,772 bytes
+    8324
+
     m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p = p (1 - lr wd) - lr (m / c1) / (sqrt(v) / c2 + eps), with
     c1 = 1 - b1^t and c2 = sqrt(1 - b2^t). The state is bit-identical to that of a run with `optim.name: adamw_8bit`.
     `optax.apply_updates` gives that run's f32 parameters bit for bit, except for elements that more than double, more
@@ -145,6 +152,11 @@ def lion_8bit(
     learning_rate: float | optax.Schedule, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 1e-3
 ) -> optax.GradientTransformation:
     """Lion whose moment takes one byte per element, as an optax transformation: `optax.lion` with 8-bit state.
+
+    >>> optimizer, params = q.lion_8bit(0.1, weight_decay=0.0), {"w": jnp.ones((1, 4096))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> updates["w"][0, :2].round(3)
+    Array([-0.1, -0.1], dtype=float32)
 
     p = p (1 - lr wd) - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g. See `adamw_8bit` for stacks, arguments, and
     how exactly the updates are those of a run.

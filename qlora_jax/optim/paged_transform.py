@@ -45,6 +45,11 @@ def paged(
 ) -> optax.GradientTransformationExtraArgs:
     """Pages a transform's state between device and host; updates are bit-identical to those of jitted `transform`.
 
+    >>> optimizer, params = q.paged(optax.sgd(0.1, momentum=0.9), "1MiB"), {"w": jnp.ones((4, 256))}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)  # the gradients are ones, too
+    >>> updates["w"][0, :2]
+    Array([-0.1, -0.1], dtype=float32)
+
     `init` and `update` run on the host: they start copies and call one compiled update per page, so they cannot run
     under `jax.jit`. Jit the function that computes the gradients. `update` works in `optax.chain`, and in an
     `nnx.Optimizer` whose `update` is not jitted.

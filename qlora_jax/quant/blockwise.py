@@ -34,6 +34,10 @@ def quantize(
 ) -> QTensor:
     """Quantizes a weight bit for bit as bitsandbytes does on CPUs.
 
+    >>> weight = q.quantize_array(np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64), double_quant=False)
+    >>> weight.nbytes  # 128 codes of 4 bits, 2 constants in f32
+    72
+
     code(e) = nearest table index of w[e] * (1 / absmax[block]). Jitted. If a block is so small or large that XLA would
     flush subnormal numbers, the weight goes through `quantize_numpy` instead.
 

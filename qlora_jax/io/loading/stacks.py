@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.mesh_weights import MeshPlaces
 from qlora_jax.io.tensor_map import Leaf, Slot
@@ -42,7 +44,8 @@ def set_layer[Stack: (jax.Array, QTensor, GgmlTensor)](
     stack: Stack, layer: Part, place: tuple[jax.Array | np.int32, ...]
 ) -> Stack:
     """Returns the stack with the layer or expert at one place set, in the memory of the donated stack."""
-    layer = ops_of(stack).relayout(stack, layer)
+    if layout := ops_of(stack).layout(stack):
+        layer = repack(cast(QTensor, layer), layout)
 
     def with_one(all_: jax.Array, one: jax.Array) -> jax.Array:
         start = (*place, *(0 for _ in one.shape))
@@ -62,7 +65,11 @@ def filled_on_host(slot: Slot, layers: Iterator[Part]) -> Leaf:
 def _put_on_host(stack: Leaf, layer: Part, place: tuple[int, ...]) -> None:
     """Writes the weight of one layer or expert into a stack of NumPy arrays."""
     ops = ops_of(stack)
-    one = ops.relayout(stack, layer)
+    layout = ops.layout(stack)
+    one = layer if layout is None else _repacked(layer, layout)
     for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
         at = ops.place(stack, place)
         all_[at] = np.asarray(values).reshape(all_[at].shape)
+
+
+_repacked = jax.jit(repack, static_argnums=1)
