@@ -38,8 +38,8 @@ def token_nll(
     """Returns -log softmax(logits)[target] in f32 nats for supervised tokens, and 0 for others.
 
     >>> hidden = jnp.zeros((2, model.config.embed_dim))  # equal logits: each target costs the log of the vocabulary
-    >>> q.token_nll(hidden, model.head, jnp.array([7, 9]), jnp.array([True, False])).round(2)
-    Array([5.55, 0.  ], dtype=float32)
+    >>> [f"{each:.2f}" for each in q.token_nll(hidden, model.head, jnp.array([7, 9]), jnp.array([True, False]))]
+    ['5.55', '0.00']
 
     Only chunks that have supervised tokens are computed. Differentiable in `hidden_MD` and in the head's trainable
     parts.
