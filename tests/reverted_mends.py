@@ -168,7 +168,7 @@ MENDS = [
     ),
     # A step that changes nothing
     Mutation(
-        "qlora_jax/training/plan/search.py",
+        "qlora_jax/training/plan/mesh_search.py",
         "if text := short_run_warning(config.optim, total_steps):",
         "if text := None:",
         "tests/e2e/test_report.py",

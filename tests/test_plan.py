@@ -9,7 +9,7 @@ from qlora_jax.config import DataArgs
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
-from qlora_jax.training.plan import search
+from qlora_jax.training.plan import mesh_search
 from tests.e2e.project import write_model, write_rows
 from tests.io.tiny_models import tiny_config
 from tests.training.plan.steps import Compiler
@@ -19,7 +19,7 @@ from tests.training.plan.steps import Compiler
 def compiler(monkeypatch) -> Compiler:
     """A compiler in place of XLA's, for the sake of speed."""
     made = Compiler()
-    monkeypatch.setattr(search, "compiler_for", lambda target: (made, None))
+    monkeypatch.setattr(mesh_search, "compiler_for", lambda target: (made, None))
     return made
 
 

@@ -10,9 +10,9 @@ from qlora_jax import runtime
 from qlora_jax.config.parse import from_dict
 from qlora_jax.metadata import JsonObject
 from qlora_jax.terminal.console import Console
-from qlora_jax.training.plan import plan, search, text
-from qlora_jax.training.plan.progress import ReportedCompiler
+from qlora_jax.training.plan import mesh_search, plan, text
 from qlora_jax.training.plan.reference import PlannedReference, reference_of_step
+from qlora_jax.training.plan.requirements import ReportedCompiler
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.step_spec import StepSpec
@@ -96,9 +96,9 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
       ValueError: as `make_plan`.
     """
     target = plan_target(args.card, args.memory)
-    rows, unknown_lengths = search.planned_rows(args)
-    settings = search.step_configs(args, target, rows)
-    compile_step, problem = search.compiler_for(target)
+    rows, unknown_lengths = mesh_search.planned_rows(args)
+    settings = mesh_search.step_configs(args, target, rows)
+    compile_step, problem = mesh_search.compiler_for(target)
     notes = []
     if unknown_lengths:
         notes.append(f"every row counts as {args.data.max_length} tokens (data.max_length): {unknown_lengths}")
@@ -112,10 +112,10 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
     if compile_step is not None:
         compile_step = ReportedCompiler(compile_step, report, plan.MAX_COMPILES + len(settings) - 1)
     setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
-    larger = search.larger_meshes(setting, target)
+    larger = mesh_search.larger_meshes(setting, target)
     return MemoryPlan(
         plan=plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger),
-        title=search.plan_title(args, target, setting),
+        title=mesh_search.plan_title(args, target, setting),
         notes=tuple(notes),
         reference=reference_of_step(setting, rows.report, args.train),
     )

@@ -25,9 +25,9 @@ from jaxtyping import Array, Float, Int, Key
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.mesh_inference import CACHE, row_shapes, row_shards, run_on_mesh
 from qlora_jax.inference.sampling import Sampling, choose
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine, prepare_for_decoding
 from qlora_jax.sharding import ROWS, AnyMesh, gather_rows, mesh_of, named
 

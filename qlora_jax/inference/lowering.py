@@ -14,8 +14,8 @@ import numpy as np
 from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
 from qlora_jax.inference.mesh_inference import row_shapes, row_shards
 from qlora_jax.inference.sampling import GREEDY, Sampling
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import (
     ModelFunction,
     ModelParts,

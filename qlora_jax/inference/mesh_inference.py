@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from qlora_jax.models.attention import KVCache
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, parts_specs
 from qlora_jax.sharding import ROWS, AnyMesh, axis_size, placed_shapes, shards_of
 

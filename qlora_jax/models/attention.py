@@ -1,4 +1,4 @@
-"""The decoder's attention: projections, norms and rotations of queries and keys, and the key-value cache of decoding.
+"""The decoder's attention: projections, norms and rotations of queries and keys, and an optional key-value cache.
 
 Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, J frequencies, L
 layers, R distinct rotations, M = B T.
@@ -12,38 +12,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.nn.attention.branching import Spans
 from qlora_jax.nn.attention.causal import cached_attention, causal_attention
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
 from qlora_jax.nn.variables import Frozen, select_layer
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KVCache:
-    """Keys and values of earlier positions: k, v [L, B, K, S, H], with rotated keys.
-
-    Leaves may be ShapeDtypeStructs, for programs that are compiled before a cache exists.
-    """
-
-    k: Leaf
-    v: Leaf
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> "KVCache":
-        """Returns zeros for `slots` positions in each of `batch` rows."""
-        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
-
-    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, index_BT: jax.Array) -> "KVCache":
-        """Writes each row's keys and values [B, T, K, H] at that row's positions, in place inside a scan."""
-        rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
-        put = [x.at[layer, rows_B1, :, index_BT].set(new.astype(x.dtype)) for x, new in ((self.k, k), (self.v, v))]
-        return KVCache(k=put[0], v=put[1])
 
 
 @jax.tree_util.register_dataclass

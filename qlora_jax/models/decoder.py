@@ -10,8 +10,7 @@ layers, M = B T.
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,52 +19,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from qlora_jax.models.attention import Attention, KVCache, Positions
+from qlora_jax.models.attention import Attention, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
+from qlora_jax.models.remat import LAYER_INPUT, remat_policy
 from qlora_jax.nn.attention.branching import Branching
-from qlora_jax.nn.dropout import add_noise, fold_in_each
+from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.frozen_weight import gather_layer
 from qlora_jax.nn.linear import QLinear, name_number, named_key
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows, TrainableTable
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
+from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.router import Routing
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
 from qlora_jax.nn.variables import Frozen, StatePath
 from qlora_jax.sharding import Shard, gathered
-
-SAVED_NAMES = (
-    *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
-    *("mlp_gate", "mlp_up", "mlp_normed", "router_logits", "shared_expert_out"),
-)
-LAYER_INPUT = "layer_input"
-
-Policy = Any  # a policy of jax.checkpoint, for which JAX has no type
-
-# Activation memory: the residuals that jax.checkpoint saves per layer besides its input. `none`: all. `names`: results
-# of products, so that only norms and activations are recomputed. `full`: nothing. `offload`: nothing, and the layer's
-# input is in host memory; its copies overlap with the computation of other layers. Given the adapters' own names.
-REMAT_POLICIES: Mapping[str, Callable[[Collection[str]], Policy | None]] = {
-    "none": lambda own: None,
-    "names": lambda own: jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES, *own),
-    "full": lambda own: jax.checkpoint_policies.nothing_saveable,
-    "offload": lambda own: jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-
-
-def remat_policy(remat: str, layers: nnx.Module) -> Policy | None:
-    """Returns the policy of a key of REMAT_POLICIES, for layers whose adapters list what they save; None: save all."""
-    own = {name for _, node in nnx.iter_graph(layers) for name in getattr(node, "SAVED", ())}
-    return REMAT_POLICIES[remat](sorted(own))
-
 
 # Runs of consecutive layers of one kind, for models whose layers differ in their adapters or in their MLPs.
 #

@@ -1,12 +1,11 @@
-"""Dropout, whose mask the backward pass draws again, so that none is saved; and NEFTune's noise on embeddings.
+"""Dropout that draws its mask again from the keys in the backward pass, so that no mask is saved.
 
 Each row of a batch has its own key, so its mask does not depend on the rows next to it, or on the device.
 
-Dimension key: B rows of the batch, T positions, M = B T, K in, D embed.
+Dimension key: B rows of the batch, T positions, M = B T, K in.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +54,3 @@ def _backward(rate, keys_B, dy_MK):
 
 
 dropout.defvjp(_forward, _backward)
-
-
-def add_noise(x_MD: Float[Array, "M D"], alpha: float, keys_B: Key[Array, " B"]) -> Float[Array, "M D"]:
-    """Adds noise that is uniform in +-alpha / sqrt(T D), as transformers does.
-
-    T counts padding. The noise is drawn in f32 and rounded to x's dtype.
-
-    Args:
-      keys_B: the key of each row of the batch; M is a multiple of B.
-    """
-    shape_TD = (x_MD.shape[0] // keys_B.shape[0], x_MD.shape[1])
-    bound = alpha / math.sqrt(math.prod(shape_TD))
-    noise_BTD = jax.vmap(lambda key: jax.random.uniform(key, shape_TD, minval=-bound, maxval=bound))(keys_B)
-    return x_MD + noise_BTD.reshape(x_MD.shape).astype(x_MD.dtype)

@@ -11,12 +11,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from qlora_jax.config import OptimArgs, plain_name
+from qlora_jax.optim.loraplus import rate_factors, scale_updates
 from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
 from qlora_jax.optim.page_layout import Layout, PyTreeDef, layer_pages, state_owners
 from qlora_jax.optim.page_pool import COPY_ERRORS, Memory, Page, PagingError, Parts, Transfers, on_device
 from qlora_jax.optim.pager import PagedState, PagedUpdate, on_host, paged_init
 from qlora_jax.optim.schedule import make_schedule
-from qlora_jax.optim.updates import apply_updates, clip_by_norm, in_f32, rate_factors, scale_updates
+from qlora_jax.optim.updates import apply_updates, clip_by_norm, in_f32
 from qlora_jax.sharding import named
 
 

@@ -26,7 +26,8 @@ import optax
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from pallas_kernels.formats.tables import dynamic_map, rounded
-from qlora_jax.optim.updates import Factors, NewValue
+from qlora_jax.optim.loraplus import Factors
+from qlora_jax.optim.updates import NewValue
 from qlora_jax.quant.dynamic_8bit import quantize_blocks
 from qlora_jax.sharding import BLOCK
 

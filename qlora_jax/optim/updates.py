@@ -1,7 +1,5 @@
-"""Parameters after an update, and gradients before it: clipping by their norm, and LoRA+'s rates."""
+"""Parameters after an update, and the norm and clipping of gradients before it."""
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +9,6 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
-from qlora_jax.config.methods import METHODS
 from qlora_jax.sharding import FSDP, cut_axis
 
 
@@ -94,34 +91,3 @@ def _squares(leaves: list[jax.Array]) -> Float[Array, ""]:
 
 def _is_spec(leaf: object) -> bool:
     return isinstance(leaf, P)
-
-
-# Parameters -> the factor of the learning rate of each leaf.
-Factors = Callable[[PyTree], PyTree]
-
-
-def rate_factors(ratio: float | None) -> Factors | None:
-    """Returns the factors of LoRA+ with this ratio; None without LoRA+.
-
-    The multiplied rate is that of a method's fast leaves, as in peft.optimizers.create_loraplus_optimizer.
-    """
-    if ratio is None:
-        return None
-    fast = {leaf for _, declared in METHODS.items() for leaf in declared.fast_leaves}
-
-    def factor(path: jax.tree_util.KeyPath, leaf: object) -> float:
-        return ratio if getattr(path[-1], "key", None) in fast else 1.0
-
-    return functools.partial(jax.tree_util.tree_map_with_path, factor)
-
-
-def scale_updates(transform: optax.GradientTransformation, factors: Factors | None) -> optax.GradientTransformation:
-    """Multiplies updates, which are proportional to the learning rate, by the factor of each leaf."""
-    if factors is None:
-        return transform
-
-    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
-        updates, state = transform.update(updates, state, params)
-        return jax.tree.map(lambda factor, leaf: leaf * factor, factors(updates), updates), state
-
-    return optax.GradientTransformation(transform.init, update)

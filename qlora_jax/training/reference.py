@@ -30,10 +30,9 @@ from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts
 from qlora_jax.objectives.objective import REFERENCE, needs_reference, read_by_outputs
 from qlora_jax.training.display.run_display import format_duration
 from qlora_jax.training.programs import ForwardBatch
-from qlora_jax.training.reference_parameters import ReferenceParameters
 from qlora_jax.training.resume import TrainState
 from qlora_jax.training.run_mesh import is_row, place_batch, rows_of_batch
-from qlora_jax.training.session import Session
+from qlora_jax.training.session import ReferenceParameters, Session
 from qlora_jax.training.several_processes import all_of
 
 PIECE_ROWS = 128  # per file

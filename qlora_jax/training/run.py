@@ -32,8 +32,8 @@ from qlora_jax.training.loop import initial_state, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
 from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE, Record, read_metrics
 from qlora_jax.training.metrics.trackers import Log, trackers
+from qlora_jax.training.plan.mesh_search import PlannedRun, plan_before_weights
 from qlora_jax.training.plan.records import RunPlan
-from qlora_jax.training.plan.search import PlannedRun, plan_before_weights
 from qlora_jax.training.plan.text import explain_out_of_memory, nearest_fix
 from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.reference import ReferenceStopped, record_start, with_initial, with_reference

@@ -17,15 +17,37 @@ from qlora_jax.methods.method import method_of
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import text_config
-from qlora_jax.models.partition import AdapterArrays, ModelParts, combine, partition, place_parts
+from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts, combine, partition, place_parts
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec
 from qlora_jax.objectives.head_objective import head_spec
+from qlora_jax.optim.page_pool import Memory, memory_of
 from qlora_jax.training.optimizer_state import CorrectedStateManager, OptimizerStateManager, make_state_manager
-from qlora_jax.training.reference_parameters import ReferenceParameters
 from qlora_jax.training.run_mesh import replicate
 from qlora_jax.training.run_spec import RunSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceParameters:
+    """The adapter of the reference, with which held-out evaluation compares the model.
+
+    Attributes:
+      on_host: its arrays; on a mesh they are cut like those of the model.
+    """
+
+    on_host: Lora
+    memory: Memory
+
+    @classmethod
+    def of(cls, lora: Lora, mesh: Mesh | None) -> "ReferenceParameters":
+        """Copies parameters from the devices."""
+        memory, (leaves, structure) = memory_of(mesh), jax.tree.flatten(lora)
+        return cls(on_host=structure.unflatten(memory.to_host(tuple(leaves))), memory=memory)
+
+    def on_devices(self) -> Lora:
+        """Returns a copy on the devices, for one evaluation."""
+        return jax.tree.map(self.memory.put, self.on_host)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

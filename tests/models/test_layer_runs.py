@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.decoder import layer_runs
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine, place_parts
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.step import gradients

@@ -9,9 +9,10 @@ import pytest
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.models.decoder import REMAT_POLICIES, CausalLM
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition, place_parts, prepare_for_decoding
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.step import gradients
 from tests.marks import EXHAUSTIVE, some_in_ci

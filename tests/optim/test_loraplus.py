@@ -11,8 +11,9 @@ import pytest
 from qlora_jax.config import OptimArgs
 from qlora_jax.models.partition import lora_specs
 from qlora_jax.optim import make_optimizer
+from qlora_jax.optim.loraplus import rate_factors
 from qlora_jax.optim.optax_chain import OPTIMIZERS, init_state
-from qlora_jax.optim.updates import apply_updates, rate_factors
+from qlora_jax.optim.updates import apply_updates
 from qlora_jax.training.step import update
 from tests.marks import EXHAUSTIVE, SLOW, first_always
 from tests.optim.mesh_lora import assert_same_bits, lora_of, meshes, on_mesh

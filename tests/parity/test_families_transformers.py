@@ -18,9 +18,9 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.methods.attach import add_lora
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.training.step import row_nll

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.families import model_config
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.nn.router import Routing

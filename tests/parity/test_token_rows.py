@@ -12,9 +12,9 @@ import pytest
 
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.trainable_embeddings import add_token_rows
 from qlora_jax.training.step import row_nll

@@ -1,4 +1,4 @@
-"""Exports a run as a PEFT adapter folder, from its checkpoint and its base on disk."""
+"""Exports a run as a PEFT adapter folder, with notes on what vLLM and llama.cpp read of it."""
 
 import dataclasses
 from pathlib import Path
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config.exports import ExportOptions
+from qlora_jax.config.methods import METHODS, method_with_peft_type
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_base import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
@@ -14,7 +15,6 @@ from qlora_jax.io.head_file import head_padding, padded_tokenizer
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loading.loader import Progress
-from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.head_adapters import split_head, with_head
 from qlora_jax.io.peft.writer import in_peft_format, is_gguf, write_adapter
@@ -22,8 +22,63 @@ from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import slots_of, with_tables
+from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
+
+# Notes for users of vLLM and llama.cpp, which read PEFT's adapters but not all of their features.
+#
+# The limits come from the programs' documentation; vLLM was not run. vLLM: docs.vllm.ai, api/vllm/config/lora (ranks)
+# and api/vllm/lora/peft_helper (unsupported features; one alpha over one rank scales all modules). llama.cpp:
+# convert_lora_to_gguf.py, which reads lora_alpha, a rank per module, and only tensors named lora_A and lora_B.
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # possible values of --max-lora-rank
+VLLM_DEFAULT_RANK = 16
+MERGED = "merge it into a model for them: --format hf or gguf"
+WITHOUT_GGUF = "merge it into a model for vLLM: --format hf"
+HEAD_TASKS = ("SEQ_CLS", "FEATURE_EXTRACTION")  # llama.cpp's files cannot hold their heads
+
+
+def notes_for_readers(config: JsonObject) -> list[str]:
+    """Lists how vLLM and llama.cpp would compute something else than the adapter with this adapter_config.json."""
+    merged = WITHOUT_GGUF if config.get("task_type") in HEAD_TASKS else MERGED
+    name = "dora" if config.get("use_dora") else method_with_peft_type(config["peft_type"])
+    if name not in (None, "lora"):
+        return [f"vLLM and llama.cpp cannot read {METHODS[name].title}: {merged}"]
+    notes = [note for note in (_rank_note(config), _pattern_note(config)) if note]
+    if config["alpha_pattern"]:
+        notes.append(
+            "llama.cpp ignores alpha_pattern, and would scale these modules differently: use --format gguf-lora"
+        )
+    if config.get("target_parameters"):
+        notes.append(
+            "the adapter is on parameters of experts (target_parameters): transformers 5 with peft 0.21 loads it, "
+            "llama.cpp's converter cannot: use --format gguf-lora"
+        )
+    more = [*(config["modules_to_save"] or []), *config.get("trainable_token_indices", {})]
+    if more:
+        notes.append(
+            f"vLLM and llama.cpp cannot read an adapter that trains more than LoRA ({', '.join(more)}): {merged}"
+        )
+    return notes
+
+
+def _rank_note(config: JsonObject) -> str | None:
+    rank = max(config["r"], *config["rank_pattern"].values(), 0)
+    if rank <= VLLM_DEFAULT_RANK:
+        return None
+    enough = next((each for each in VLLM_RANKS if each >= rank), None)
+    if enough is None:
+        return f"vLLM supports ranks up to {VLLM_RANKS[-1]}, and this adapter has {rank}: merge it, --format hf"
+    return f"vLLM requires --max-lora-rank {enough} or more"
+
+
+def _pattern_note(config: JsonObject) -> str | None:
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if config[name]]
+    if not patterns:
+        return None
+    return f"vLLM ignores {' and '.join(patterns)}, and would scale these modules differently: merge it, --format hf"
+
 
 BASE_FOLDER = "base"
 

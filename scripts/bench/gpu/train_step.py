@@ -22,8 +22,8 @@ from qlora_jax import runtime
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.step import update

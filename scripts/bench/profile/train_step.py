@@ -36,8 +36,8 @@ from rich.console import Console
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import allocator, runtime
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.training.cost import flops
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.step import update

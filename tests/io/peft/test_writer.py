@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft.compatibility import notes_for_readers
+from qlora_jax.io.export.peft import notes_for_readers
 from qlora_jax.io.peft.writer import in_peft_format, write_adapter
 from qlora_jax.methods.peft_names import target_suffixes
 from qlora_jax.models.families import model_config

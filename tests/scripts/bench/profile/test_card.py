@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.models.decoder import REMAT_POLICIES
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.training.cost import flops
 from qlora_jax.training.cost.memory_use import activation_bytes
 from scripts.bench.profile import card, parts
