@@ -1,7 +1,7 @@
 """The grouped product by the kernels of nf4_matmul: one launch multiplies all tiles, each with its expert's codes.
 
 A kernel reads the whole stack [S E, ...] of codes and one index per tile of rows. The block constants of a layer's
-experts are expanded before it (`nf4_matmul.mosaic.constants`): 2 bytes per 64 weights. Tiles that are not in use are
+experts are expanded before it (`nf4_matmul.mosaic.operands`): 2 bytes per 64 weights. Tiles that are not in use are
 written as zeros, without a product.
 
 Dimension key: P slots, C rows per tile, A contracted (K forward, N backward), B the other.

@@ -15,6 +15,7 @@ from qlora_jax.config.registry import Registry
 RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
 # Values that a row's sequences have besides their ids; see data/labels.py.
 ValueKind = Literal["none", "desirable", "margin", "class", "classes", "number"]
+HEAD_TASKS, LABEL_VALUES = ("labels", "pairs", "embeddings"), ("class", "classes", "number")
 SMOOTHED = ("sigmoid", "robust")  # losses that use label_smoothing
 
 
@@ -55,6 +56,15 @@ class ObjectiveDeclaration:
     pooled: bool = False
     problem_type: str = ""
     meaning: str = ""
+
+    def __post_init__(self):
+        """Raises ValueError for a head whose outputs no task scores."""
+        known = self.task in HEAD_TASKS and (self.task != "labels" or self.values in LABEL_VALUES)
+        if self.head and not known:
+            raise ValueError(
+                f"ObjectiveDeclaration: found head=True with task={self.task!r} and values={self.values!r}, expected "
+                f"one of {', '.join(HEAD_TASKS)}, and with labels one of {', '.join(LABEL_VALUES)}. Set both"
+            )
 
 
 _MAKE = "qlora_jax.objectives.make_objective:"

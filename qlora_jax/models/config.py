@@ -372,10 +372,6 @@ class WeightFormat:
         in_order = sorted(dict.fromkeys(formats), key=lambda each: each == DENSE)
         return {each: tuple(at for at, found in enumerate(formats) if found == each) for each in in_order}
 
-    def dense_layers(self, name: str, num_layers: int) -> tuple[int, ...]:
-        """Returns the indices of a projection's dense layers, ascending."""
-        return self.parts(name, num_layers).get(DENSE, ())
-
     def layout_for(self, shape: tuple[int, int]) -> str:
         """Returns the layout of a weight (N, K)."""
         return preferred_layout(self.platform, shape, self.block_size)

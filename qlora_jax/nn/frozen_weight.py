@@ -167,6 +167,15 @@ def _layer_grouped(x_PK: jax.Array, weight: PyTree, groups: Groups, layer: jax.A
     return grouped_matmul(x_PK, jax.tree.map(lambda leaf: leaf[None], weight), groups, 0)
 
 
+def _put(stack: PyTree, layer: PyTree, place: tuple[int, ...]) -> None:
+    for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(layer), strict=True):
+        all_[place] = np.asarray(values)
+
+
+def _put_padded(stack: PaddedStack, layer: GgmlTensor, place: tuple[int, ...]) -> None:
+    stack.codes[stack.place_of(*place)] = np.asarray(layer.codes).reshape(-1)
+
+
 class WeightOps(NamedTuple):
     """The functions that compute with weights of one format.
 
@@ -179,7 +188,7 @@ class WeightOps(NamedTuple):
       choice: (device, rows, dtype, stack) -> the implementation of `linear`; None: XLA multiplies.
       layout: stack -> the layout of 4-bit codes, which its layers are repacked to; None: blocks and dense weights.
       part: (stack, layer) -> (the stack of one format that has the layer, the layer's index in it).
-      place: (stack, (layer, expert) or (layer,)) -> the index of this weight in the stack's arrays.
+      put: (stack of NumPy arrays, layer, (layer, expert) or (layer,)) -> None, with the weight at this place written.
       with_part: (stack, layer, part) -> the stack with the part of a layer replaced.
       per_layer: (function, stack) -> the function's results for stacks of one format, in the order of the layers.
       is_cut: True if a mesh cuts its arrays; others are whole on each device.
@@ -194,7 +203,7 @@ class WeightOps(NamedTuple):
     choice: Callable[[Device, int, str, PyTree], Choice] | None = None
     layout: Callable[[PyTree], str | None] = lambda stack: None
     part: Callable[[PyTree, int], tuple[PyTree, int]] = lambda stack, layer: (stack, layer)
-    place: Callable[[PyTree, tuple[int, ...]], PyTree] = lambda stack, place: place
+    put: Callable[[PyTree, PyTree, tuple[int, ...]], None] = _put
     with_part: Callable[[PyTree, int, PyTree], PyTree] = lambda stack, layer, part: part
     per_layer: Callable[[Callable[[PyTree], jax.Array], PyTree], jax.Array] = lambda function, stack: function(stack)
     is_cut: bool = False
@@ -257,6 +266,7 @@ def mixed_linear(x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array
     A `switch` chooses the part. The residuals are the whole stack and the index, so that a scan saves no copy of single
     layers.
     """
+    assert layer is not None, "a MixedStack is always a stack"
     return _mixed_linear(x_MK, weight, layer, None)
 
 
@@ -349,7 +359,7 @@ OPS: dict[type, WeightOps] = {
         grouped=_refuse,
         grouped_layer=padded_grouped,
         part=lambda stack, layer: (stack.part_of(layer), layer),
-        place=lambda stack, place: stack.place_of(*place),
+        put=_put_padded,
     ),
     OneLayer: WeightOps(linear=_of_one, grouped=_experts_of_one),
 }

@@ -19,8 +19,7 @@ from typing import NamedTuple
 # The system calls that a sealed process may use, with their numbers on x86-64 and on 64-bit Arm.
 #
 # Calls that are absent are refused: those that make sockets, processes or namespaces, run other programs, send signals,
-# change files' attributes, or reach other processes. Landlock decides which files `open` may open
-# (landlock_seccomp.py).
+# change files' attributes, or reach other processes. Landlock decides which files `open` may open.
 
 
 class Architecture(NamedTuple):

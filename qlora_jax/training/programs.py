@@ -18,7 +18,7 @@ ForwardBatch = Mapping[str, np.ndarray | jax.Array | jax.ShapeDtypeStruct]  # [B
 
 
 class CompiledForward:
-    """Programs of `training.evaluation.forward` for one run, compiled from shapes before any weight is read.
+    """The forward passes of step.py for one run, compiled from shapes before any weight is read.
 
     A new shape is compiled when its first batch arrives.
 

@@ -12,7 +12,7 @@ from qlora_jax.config import Config, read_config, write_config
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_folder.checkpoint import saved_steps
 from qlora_jax.line_digests import without_digest
-from qlora_jax.studies.comparison.run import OUTCOME_FILE
+from qlora_jax.studies.comparison.run_files import OUTCOME_FILE
 from scripts.campaign.commands import Finished, Running, run_command
 from scripts.campaign.run_results import CACHE, CONFIG, MODEL, PROMPTS, ROWS, TinyRun, moved, run_digest, write_settings
 

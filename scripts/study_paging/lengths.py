@@ -101,7 +101,7 @@ def batch_lengths(name: str, path: Path) -> BatchLengths:
 
 
 def rooms(memory: StepMemory, limit: float, rows: int, lengths: Sequence[int]) -> list[Room]:
-    """Returns the pages that each step leaves room for, at least one during updates (training.paging_budget)."""
+    """Returns the pages that each step leaves room for, at least one during updates (`measured_budget`)."""
     pages = -(-memory.state // PAGE_BYTES)
     free = limit * (1 - RESERVE) - memory.fixed
     after = min(pages, max(1, int(free // PAGE_BYTES)))

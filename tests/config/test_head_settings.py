@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, TrainArgs, validate
-from qlora_jax.config.objectives import OBJECTIVES, HeadArgs, PreferenceArgs, objective_problems
+from qlora_jax.config.objectives import OBJECTIVES, HeadArgs, ObjectiveDeclaration, PreferenceArgs, objective_problems
 
 
 def head_problems(head: HeadArgs, objective: str) -> list[str]:
@@ -52,3 +52,9 @@ def test_settings_that_need_a_language_model_head_are_refused_together():
         assert f"{name}: found {value!r} with objective=reward, whose model has no language-model head" in str(
             error.value
         )
+
+
+@pytest.mark.parametrize("of_head", [{}, {"task": "images"}, {"task": "labels", "values": "margin"}])
+def test_a_head_that_no_task_scores_is_refused_when_it_is_declared(of_head):
+    with pytest.raises(ValueError, match=r"head=True with task=.* expected one of labels, pairs, embeddings"):
+        ObjectiveDeclaration(implementation="package:make", rows="class", head=True, **of_head)

@@ -261,7 +261,7 @@ def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequenc
 
 
 def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
-    """Returns the tokenizer with the jinja template of the file `path`, or with one of `named_templates.TOKENS`."""
+    """Returns the tokenizer with the jinja template of the file `path`, or with one of `chat_template.TOKENS`."""
     template = read_template(path, tokenizer.backend.token_to_id, tokenizer.special_tokens.get("eos_token"))
     return dataclasses.replace(tokenizer, chat_template=template, template_name=str(path))
 

@@ -57,19 +57,11 @@ def set_layer[Stack: (jax.Array, QTensor, GgmlTensor)](
 def filled_on_host(slot: Slot, layers: Iterator[Part]) -> Leaf:
     """Returns the stack in pinned host memory. Ordinary memory, where it is filled, holds one such stack at a time."""
     stack = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slot.leaf)
-    for index, layer in enumerate(layers):
-        _put_on_host(stack, layer, slot.place(index))
-    return jax.device_put(stack, host_sharding())
-
-
-def _put_on_host(stack: Leaf, layer: Part, place: tuple[int, ...]) -> None:
-    """Writes the weight of one layer or expert into a stack of NumPy arrays."""
     ops = ops_of(stack)
     layout = ops.layout(stack)
-    one = layer if layout is None else _repacked(layer, layout)
-    for all_, values in zip(jax.tree.leaves(stack), jax.tree.leaves(one), strict=True):
-        at = ops.place(stack, place)
-        all_[at] = np.asarray(values).reshape(all_[at].shape)
+    for index, layer in enumerate(layers):
+        ops.put(stack, layer if layout is None else _repacked(layer, layout), slot.place(index))
+    return jax.device_put(stack, host_sharding())
 
 
 _repacked = jax.jit(repack, static_argnums=1)

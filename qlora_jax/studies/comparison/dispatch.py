@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from qlora_jax.config import ConfigError
-from qlora_jax.studies.comparison.run import FAILURE_FILE, LOG_FILE, Run
+from qlora_jax.studies.comparison.run import Run
+from qlora_jax.studies.comparison.run_files import FAILURE_FILE, LOG_FILE
 from qlora_jax.studies.comparison.settings import CompareArgs, Settings
 from qlora_jax.studies.comparison.train_and_score import Lost, perform
 

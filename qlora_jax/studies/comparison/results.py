@@ -14,7 +14,8 @@ from jaxtyping import Float64
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.measures.statistics import t_interval
-from qlora_jax.studies.comparison.run import Run, RunOutcome
+from qlora_jax.studies.comparison.run import Run
+from qlora_jax.studies.comparison.run_files import RunOutcome
 from qlora_jax.studies.comparison.study import Pair, Study, StudyTask
 from qlora_jax.studies.statistics import MeanEstimate, crossed_mean, holm, ratio_scores
 

@@ -16,7 +16,7 @@ from qlora_jax.atomic_files import write_text
 from qlora_jax.config.command_line import SIGNALLED
 from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.metadata import read_json
-from qlora_jax.studies.comparison.run import (
+from qlora_jax.studies.comparison.run_files import (
     FAILURE_FILE,
     LOG_FILE,
     MAX_BYTES,
@@ -159,7 +159,7 @@ def _command(folder: Path, job: Job, words: list[str], stop: threading.Event | N
     Raises:
       Lost, Failed: it did not succeed.
     """
-    command = [sys.executable, "-m", "qlora_jax.studies.comparison.run", str(os.getpid()), *words]
+    command = [sys.executable, "-m", "qlora_jax.studies.comparison.end_with_parent", str(os.getpid()), *words]
     with open(folder / LOG_FILE, "ab") as log:
         start = log.tell()
         # In its own session, because a terminal sends Ctrl-C to all processes of one, and a run ends at the second.

@@ -1,7 +1,6 @@
 """The bytes of one optimizer step: of arrays by their shapes; of batches, logits and saved activations by formula.
 
-On a mesh they are those of one device: its parts of the arrays that are cut, and its rows. The dimension key is that of
-qlora_jax.training.cost.flops.
+On a mesh they are those of one device: its parts of the arrays that are cut, and its rows.
 
 Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim, F mlp.
 """

@@ -196,7 +196,7 @@ class Display:
     Records are those of metrics.jsonl. A step has `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `length` and
     `seconds`; `mfu`, `host_bytes` and `device_bytes` if they are known; `devices` if there are several; with paging
     `resident_bytes`, `paged_in_bytes`, `paged_out_bytes` and `paging_problems`. An evaluation has `step`; with held-out
-    rows `eval_loss`, its interval and `eval_perplexity`; and the metrics of questions (eval_metrics.py).
+    rows `eval_loss`, its interval and `eval_perplexity`; and the metrics of questions (step_metrics.py).
     """
 
     def __init__(self, total_steps: int, first_step: int, log_every: int, console: Console):

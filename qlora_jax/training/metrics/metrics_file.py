@@ -17,7 +17,7 @@ import xxhash
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from qlora_jax.atomic_files import append_lines, write_bytes
-from qlora_jax.hosts.group import ranges
+from qlora_jax.hosts.messages import ranges
 from qlora_jax.line_digests import LinesDigest, warn_without_digests, with_digest, without_digest
 from qlora_jax.metadata import JsonObject, MetadataError, decode_json, find_problems
 

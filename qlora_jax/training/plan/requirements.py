@@ -85,6 +85,7 @@ def compiled_requirements(config: StepSpec, compile_step: CompileStep) -> Requir
     Raises:
       RuntimeError: the compiled step has activations or experts on the device that the settings offload.
     """
+    _ = config.arrays  # raises for settings that no step has, before a compiler is asked
     step, temporaries = config.sizes, compile_step(config)
     _check_offloaded(config, temporaries)
     scratch = max(temporaries.gradients + memory_use.batch_bytes(step), temporaries.update) - _saved_bytes(step)

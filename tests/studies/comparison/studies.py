@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from qlora_jax.studies.comparison.run import FAILURE_FILE, Run, RunOutcome, write_outcome
+from qlora_jax.studies.comparison.run import Run
+from qlora_jax.studies.comparison.run_files import FAILURE_FILE, RunOutcome, write_outcome
 from qlora_jax.studies.comparison.run_study import run_study, sized_settings
 from qlora_jax.studies.comparison.study import Study, read_study
 from qlora_jax.studies.comparison.train_and_score import Lost

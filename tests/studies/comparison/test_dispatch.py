@@ -9,7 +9,8 @@ import pytest
 from qlora_jax.config import ConfigError, run_main
 from qlora_jax.studies.comparison import dispatch
 from qlora_jax.studies.comparison.dispatch import run_all
-from qlora_jax.studies.comparison.run import FAILURE_FILE, OUTCOME_FILE, Run, check_unchanged
+from qlora_jax.studies.comparison.run import Run, check_unchanged
+from qlora_jax.studies.comparison.run_files import FAILURE_FILE, OUTCOME_FILE
 from qlora_jax.studies.comparison.train_and_score import Lost
 from tests.studies.comparison.studies import Ended, Inline, by_folder, finish, read
 

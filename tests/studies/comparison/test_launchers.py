@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.studies.comparison.dispatch import launcher_of, run_all
-from qlora_jax.studies.comparison.run import JOB_FILE, LOG_FILE, Run
+from qlora_jax.studies.comparison.run import Run
+from qlora_jax.studies.comparison.run_files import JOB_FILE, LOG_FILE
 from qlora_jax.studies.comparison.settings import CompareArgs
 from tests.studies.comparison.studies import read
 from tests.studies.comparison.test_train_and_score import trained

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.line_digests import with_digest
-from qlora_jax.studies.comparison.run import OUTCOME_FILE, RunOutcome, read_outcome, write_outcome
+from qlora_jax.studies.comparison.run_files import OUTCOME_FILE, RunOutcome, read_outcome, write_outcome
 
 OUTCOME = RunOutcome(
     inputs={"lora.rank": 4},

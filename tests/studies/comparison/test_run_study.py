@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.config import ConfigError
 from qlora_jax.studies.comparison import dispatch
-from qlora_jax.studies.comparison.run import RUN_FOLDER
+from qlora_jax.studies.comparison.run_files import RUN_FOLDER
 from qlora_jax.studies.comparison.run_study import sized_settings
 from tests.studies.comparison.studies import conduct, read
 

@@ -12,7 +12,8 @@ import pytest
 
 from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.studies.comparison import train_and_score as module
-from qlora_jax.studies.comparison.run import FAILURE_FILE, LOG_FILE, Run
+from qlora_jax.studies.comparison.run import Run
+from qlora_jax.studies.comparison.run_files import FAILURE_FILE, LOG_FILE
 from qlora_jax.studies.comparison.train_and_score import Failed, Lost, perform, seconds_per_step
 from qlora_jax.training.metrics.metrics_file import MetricsFile
 from tests.studies.comparison.studies import read
@@ -225,7 +226,7 @@ def test_a_command_whose_worker_ended_before_it_began_does_nothing(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     code = f"open({str(tmp_path / 'ran')!r}, 'w')"
-    words = [sys.executable, "-m", "qlora_jax.studies.comparison.run"]
+    words = [sys.executable, "-m", "qlora_jax.studies.comparison.end_with_parent"]
     assert subprocess.run([*words, str(ended.pid), "-c", code], check=False).returncode == 143
     assert not (tmp_path / "ran").exists()
     assert subprocess.run([*words, str(os.getpid()), "-c", code], check=False).returncode == 0
@@ -237,7 +238,7 @@ def test_a_command_ends_when_its_worker_is_killed(tmp_path):
     child = f"import os, time; open({str(report)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     worker = (
         "import os, subprocess, sys, time\n"
-        "runner = 'qlora_jax.studies.comparison.run'\n"
+        "runner = 'qlora_jax.studies.comparison.end_with_parent'\n"
         f"words = [sys.executable, '-m', runner, str(os.getpid()), '-c', {child!r}]\n"
         "subprocess.Popen(words, start_new_session=True)\n"
         "time.sleep(60)"

@@ -112,7 +112,7 @@ def test_experts_that_stay_on_the_device_are_told():
 
 def test_a_cpu_is_not_told_to_offload():
     with pytest.raises(ValueError, match="a CPU's arrays are in host memory already"):
-        dataclasses.replace(TINY, remat="offload").arrays  # noqa: B018
+        compiled_requirements(dataclasses.replace(TINY, remat="offload"), lambda step: pytest.fail("it is compiled"))
     plan = make_plan(TINY, 1000, Compiler())
     assert plan.change is None
 

@@ -327,7 +327,7 @@ POINTS = 400 / math.log(10)  # Elo points per nat
 def bradley_terry(
     comparisons: Sequence[Game], *, position_bias: bool = True, prior_sd: float | None = None, seed: int = 0
 ) -> BradleyTerryRatings:
-    """Rates the systems of a tournament by maximum likelihood (`davidson.py`).
+    """Rates the systems of a tournament by maximum likelihood (`davidson_model`).
 
     Args:
       position_bias: estimate what a reply gains from being seen first, so that ratings are free of it.
