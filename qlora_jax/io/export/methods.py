@@ -1,6 +1,7 @@
 """Refuses export formats that cannot hold a finetuning method or a sequence head, with the reason."""
 
 from qlora_jax.config.methods import METHODS
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families.multimodal import WRAPPERS
 from qlora_jax.objectives.head_objective import TrainedHead
@@ -36,7 +37,7 @@ def head_refusal(head: TrainedHead | None, form: str, base: JsonObject) -> str |
     Args:
       base: config.json of the base.
     """
-    if head is None or (head.outputs == 0 and form not in GGUF_FORMS):
+    if head is None or (OBJECTIVES[head.objective].pooled and form not in GGUF_FORMS):
         return None
     if form in GGUF_FORMS:
         return (
