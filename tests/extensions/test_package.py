@@ -35,11 +35,19 @@ def install(folder: Path) -> None:
     (info / "entry_points.txt").write_text("\n".join(lines))
 
 
-def run(folder: Path, name: str, *words: str) -> str:
-    """Runs a command in a new process that sees the package; returns what it prints."""
+COMMANDS = """
+import importlib, shlex, sys
+for line in sys.argv[1:]:
+    name, *words = shlex.split(line)
+    importlib.import_module(f"qlora_jax.{name}").main(words)
+"""
+
+
+def run(folder: Path, *commands: str) -> str:
+    """Runs command lines in a new process that sees the package; returns what it prints."""
     path = os.pathsep.join(map(str, (folder / "site", PACKAGE, ROOT)))
     done = subprocess.run(
-        [sys.executable, "-m", f"qlora_jax.{name}", *words],
+        [sys.executable, "-c", COMMANDS, *commands],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -62,22 +70,23 @@ def test_a_package_adds_a_method_a_loss_a_row_format_and_an_export(tmp_path: Pat
     write_model(tmp_path / "model")
     shutil.copy(PACKAGE / "riddles.jsonl", tmp_path)
     install(tmp_path / "site")
-    printed = run(tmp_path, "train", *TRAIN.split(), "--lora.options", "{reflections: 4}")
+    printed = run(tmp_path, f"train {TRAIN} --lora.options '{{reflections: 4}}'")
     assert "4,096 HRA parameters" in printed and "format riddles" in printed
     trained = losses(tmp_path)
     shutil.rmtree(tmp_path / "run/checkpoints/4")
-    run(tmp_path, "train", "--config", "run/config.yaml", "--resume")
-    assert losses(tmp_path) == trained and trained[-1] < trained[0]
-    run(tmp_path, "export", "--run", "run", "--format", "peft", "--with_base")
-    run(tmp_path, "export", "--run", "run", "--format", "hf", "--dtype", "float32")
     rows = [{"prompt": "say sun", "completion": "sun"}, {"prompt": "say moon", "completion": "moon"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = [
-        float(re.findall(r"loss per token ([+-][\d.]+)", run(tmp_path, "evaluate", "--run", name, *EVALUATED))[-1])
-        for name in ("run", "run/peft")
-    ]
-    assert abs(changes[0]) > 0.01 and changes[0] == pytest.approx(changes[1], abs=0.01)
-    assert "7 arrays of run" in run(tmp_path, "export", "--run", "run", "--format", "npz")
+    exports = ("--format peft --with_base", "--format hf --dtype float32", "--format npz")
+    printed = run(
+        tmp_path,
+        "train --config run/config.yaml --resume",
+        *(f"export --run run {words}" for words in exports),
+        *(f"evaluate --run {name} --rows rows.jsonl" for name in ("run", "run/peft")),
+    )
+    assert losses(tmp_path) == trained and trained[-1] < trained[0]
+    changes = [float(found) for found in re.findall(r"loss per token ([+-][\d.]+)", printed)]
+    assert len(changes) == 2 and abs(changes[0]) > 0.01 and changes[0] == pytest.approx(changes[1], abs=0.01)
+    assert "7 arrays of run" in printed
     assert len(np.load(tmp_path / "run/npz/adapter.npz").files) == 7
     tensors = load_file(tmp_path / "run/peft/adapter_model.safetensors")
     assert len(tensors) == 14 and all(values.shape[1] == 4 for values in tensors.values())
@@ -87,6 +96,3 @@ def test_a_package_adds_a_method_a_loss_a_row_format_and_an_export(tmp_path: Pat
     found = oracle(ROOT / "tests/oracle/peft_logits.py", cases=cases, tokens=tokens)
     assert np.abs(found["ours/adapted"] - found["ours/base"]).max() > 0.1
     np.testing.assert_allclose(found["merged/base"], found["ours/adapted"], atol=2e-4)
-
-
-EVALUATED = ("--rows", "rows.jsonl")
