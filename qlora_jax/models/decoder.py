@@ -85,7 +85,7 @@ def split_run(block: nnx.Module, run: range, config: ModelConfig) -> tuple[nnx.G
 
 
 def mlp_start(run: range, config: ModelConfig) -> int:
-    """Returns the number by which a run's layers differ from the rows of their MLP_NAME's stacks."""
+    """Returns the number by which a run's layers differ from the rows of their MLP's stacks."""
     if config.experts is None:
         return 0
     earlier = sum(layer in config.experts.layers for layer in range(run.start))

@@ -1,4 +1,4 @@
-"""Comparisons as arrays, which have the two systems in the order the judge saw them; and ratings computed of them."""
+"""Comparisons as arrays, with the two systems in the order the judge saw them; and the ratings computed from them."""
 
 import dataclasses
 from collections.abc import Sequence
