@@ -68,6 +68,10 @@ def make_plan(
 ) -> MemoryPlan:
     """Plans the memory of a training run by compiling its step for a card, which may be absent.
 
+    >>> plan = q.make_plan("model", card="cpu", config={"data.max_length": 64, "lora.rank": 8})
+    >>> plan.fits
+    True
+
     Args:
       model: a Hugging Face folder, only its config.json, a GGUF file, org/name on the Hub (only config.json is
         fetched), or a published model by name, such as "llama-3-8b".

@@ -57,6 +57,11 @@ def classify(model: CausalLM, tokenizer: Tokenizer, rows: Texts) -> list[Predict
 def score(model: CausalLM, tokenizer: Tokenizer, rows: Texts) -> Float64[np.ndarray, " rows"]:
     """Returns the number or the reward of each text.
 
+    >>> run = q.finetune(q.add_adapter(model), tokenizer, "numbers.jsonl", output="runs/numbers", steps=1,
+    ...     objective="regression", max_length=128)
+    >>> q.score(run.model, tokenizer, ["good", "bad"]).shape
+    (2,)
+
     Args:
       model: a model that was trained with objective=regression or reward.
       rows: for regression as for `classify`; for rewards, rows with `prompt` and `completion`, or with `messages`.
@@ -72,6 +77,11 @@ def embed(
     model: CausalLM, tokenizer: Tokenizer, rows: Texts, *, normalize: bool = True
 ) -> Float64[np.ndarray, "rows width"]:
     """Returns the embedding of each text, the pooled hidden state.
+
+    >>> run = q.finetune(q.add_adapter(model), tokenizer, "pairs.jsonl", output="runs/pairs", steps=1,
+    ...     objective="embedding", max_length=128)
+    >>> q.embed(run.model, tokenizer, ["good", "bad"]).shape  # texts, width
+    (2, 64)
 
     Args:
       model: a model that was trained with objective=embedding.

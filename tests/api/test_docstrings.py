@@ -18,21 +18,27 @@ import qlora_jax as q
 WITHOUT = {
     *("register_method", "register_objective", "register_row_format", "register_export", "MethodDeclaration"),
     *("RowFormat", "LoRA", "Config", "QuantRule", "QTensor", "nn"),
-    *("score", "embed"),  # as classify
-    "make_plan",  # tests/api/test_end_to_end.py runs it, because it compiles for a quarter of a minute
+}
+# Columns of files, by the number of a row.
+ROWS = {
+    "labels.jsonl": {"text": lambda n: f"row {n}", "label": lambda n: ("bad", "good")[n % 2]},
+    "numbers.jsonl": {"text": lambda n: f"row {n}", "label": float},
+    "pairs.jsonl": {"anchor": lambda n: f"row {n}", "positive": lambda n: f"line {n}"},
 }
 
 
-def documented() -> list[str]:
-    return [name for name in q.__all__ if name not in WITHOUT]
+def documented() -> list:
+    names = [name for name in q.__all__ if name not in WITHOUT]
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "make_plan" else name for name in names]  # compiles
 
 
 @pytest.mark.parametrize("name", documented())
 def test_its_example_runs(name, project, tmp_path, monkeypatch):
     (tmp_path / "model").symlink_to(project.model_folder)
     (tmp_path / "rows.jsonl").symlink_to(project.rows)
-    labels = [{"text": f"row {number}", "label": ("bad", "good")[number % 2]} for number in range(8)]
-    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    for file, columns in ROWS.items():
+        rows = [{column: value(number) for column, value in columns.items()} for number in range(8)]
+        (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     found = inspect.unwrap(getattr(q, name))
     module = importlib.import_module(found.__module__)
