@@ -1,20 +1,23 @@
-"""A matrix product in the form that XLA runs fastest on each device.
+"""Matrix products accumulated in f32, in the one form that is fast on every device.
 
-Dimension key: M rows, N columns, K contracted.
+XLA has a fast CPU path for products whose left operand contracts its last axis and whose arrays are all row-major.
+Any other form is several times slower (docs/cpu.md). So products that contract rows, such as the gradient of a LoRA
+matrix, transpose their narrower operand explicitly.
+
+Dimension key: Z batch, M rows, N columns, K contracted.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.native.library import problem
+from pallas_kernels.native.library import handler, problem
 
-# Columns per panel of the packed operand. With AVX2 panels have half as many, and the same memory holds twice as many.
-COLUMNS = 32
-# Below these sizes a packed operand is hardly reused.
+# Below these sizes packed operands are hardly reused.
 LEAST_ROWS, LEAST_COLUMNS, LEAST_TERMS = 9, 32, 32
 
 
@@ -35,9 +38,10 @@ def product_f32(a_MK: Float[Array, "M K"], b: Float[Array, "_ _"], transposed: b
     (rows, terms), columns = a_MK.shape, b.shape[0 if transposed else 1]
     results = (
         jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-        jax.ShapeDtypeStruct((-(-columns // COLUMNS), terms, COLUMNS), jnp.float32),  # b packed, used only by the call
+        jax.ShapeDtypeStruct((rows, terms), jnp.float32),  # a packed, used only by the call
     )
-    return jax.ffi.ffi_call("product_f32", results, vmap_method="sequential")(a_MK, b, transposed=transposed)[0]
+    call = jax.ffi.ffi_call(handler("product_f32"), results, vmap_method="sequential")
+    return call(a_MK, b, transposed=transposed)[0]
 
 
 def _forward_f32(a_MK, b, transposed):
@@ -64,8 +68,8 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike)
     dims = ((contract[:1], contract[1:]), (batch, batch))
     product = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=dtype)
     if takes_f32(a, b, contract):
-        handler = functools.partial(product_f32, transposed=contract[1] == 1)
-        return jax.lax.platform_dependent(a, b, cpu=lambda a, b: handler(a, b).astype(dtype), default=product)
+        loops = functools.partial(product_f32, transposed=contract[1] == 1)
+        return jax.lax.platform_dependent(a, b, cpu=lambda a, b: loops(a, b).astype(dtype), default=product)
     if a.ndim == 2 and a.shape[1 - contract[0]] == 1 and a.dtype == jnp.bfloat16:
         return jax.lax.platform_dependent(a, b, cpu=_doubled(product, 1 - contract[0]), default=product)
     return product(a, b)
@@ -77,3 +81,37 @@ def _doubled(product, rows_axis: int):
     For one bf16 row and a head of 49152 x 576, XLA on CPUs takes 97 ms; for two rows it takes 3 ms.
     """
     return lambda a, b: product(jnp.repeat(a, 2, axis=rows_axis), b)[:1]
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Pins the layout of x, so that XLA executes a transpose next to it and does not fold it into a product."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def dot_nn(
+    a: Float[Array, "*Z M K"], b: Float[Array, "*Z K N"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*Z M N"]:
+    """a b, summed in f32 and rounded once to `dtype`."""
+    return dot(a, b, (a.ndim - 1, b.ndim - 2), dtype)
+
+
+def dot_nt(
+    a: Float[Array, "*Z M K"], b: Float[Array, "*Z N K"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*Z M N"]:
+    """a b^T, summed in f32 and rounded once to `dtype`."""
+    return dot(a, b, (a.ndim - 1, b.ndim - 1), dtype)
+
+
+def dot_tn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z M N"]) -> Float[Array, "*Z K N"]:
+    """a^T b, in f32, with the narrower of the two transposed."""
+    return jax.lax.platform_dependent(a, b, cpu=_dot_tn_cpu, default=_dot_tn)
+
+
+def _dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
+    return dot(a, b, (a.ndim - 2, b.ndim - 2), jnp.float32)
+
+
+def _dot_tn_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
+    if a.shape[-1] <= b.shape[-1]:
+        return row_major(dot_nn(row_major(jnp.swapaxes(a, -1, -2)), b))
+    return jnp.swapaxes(_dot_tn_cpu(b, a), -1, -2)

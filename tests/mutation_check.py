@@ -43,10 +43,10 @@ MUTATIONS = [
         "tests/nn/test_lora.py",
     ),
     Mutation(
-        "qlora_jax/nn/attention/tiles.py",
+        "pallas_kernels/attention/tiling.py",
         "return behind >= 0 if",
         "return behind > 0 if",
-        "tests/nn/attention/test_causal.py",
+        "tests/pallas_kernels/attention/test_contract.py",
     ),
     Mutation(
         "qlora_jax/nn/rope.py",

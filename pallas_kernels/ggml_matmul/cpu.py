@@ -15,6 +15,7 @@ from pallas_kernels.dense_matmul import dot
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.frozen_product import Layer
+from pallas_kernels.native.library import handler
 
 DTYPES = ("bfloat16", "float32")  # supported by the handlers
 FEW_ROWS = 8  # up to this many, the product from the blocks is faster than dequantize + dot
@@ -47,5 +48,5 @@ def _call(name: str, out: jax.ShapeDtypeStruct, weights: GgmlTensor, layer: Laye
     """Calls a handler on one weight. It receives the whole stack, so that no slice is copied."""
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
     number = np.int64(BLOCK_FORMATS[weights.ggml_type].number)
-    call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
+    call = jax.ffi.ffi_call(handler(name), out, vmap_method="sequential")
     return call(*rows, weights.codes, index, ggml_type=number)

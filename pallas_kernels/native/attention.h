@@ -1,24 +1,19 @@
-// Shared by the attention handlers of every dtype: sizes, visibility and exp2. Requires AVX-512.
+// Shared by the handlers of attention: sizes, the map from products to scores, and which keys each query sees.
 
 #pragma once
-
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "lanes.h"
+#include "xla/ffi/api/ffi.h"
+
 namespace qlora {
 
-constexpr int64_t kBlock = 64;             // queries per tile, and keys packed together
-constexpr int64_t kMostKeys = 2 * kBlock;  // keys per tile of the forward pass
-constexpr int64_t kRows = 4;               // result rows in registers, by 64 columns
-constexpr float kMasked = -1e30f;          // finite: a row of only -inf would give NaN
+constexpr int64_t kBlock = 64;     // queries per tile, and keys packed together
+constexpr float kMasked = -1e30f;  // finite: a row of only -inf would give NaN
 constexpr double kLog2E = 1.4426950408889634;
-constexpr float kExp2[] = {1.0000000754548972f,  0.6931471880262273f,   0.2402210748530968f,
-                           0.05550357114222094f, 0.009676031918255982f, 0.001339086336353527f};
-
-enum class Start { kZero, kSum, kFaded };  // the value to which a product is added
 
 struct Sizes {
   int64_t b, t, n, k, h;
@@ -27,17 +22,27 @@ struct Sizes {
   int64_t padded() const { return blocks() * kBlock; }
 };
 
-// One head of an array [B, T, heads, H].
-template <typename T>
-struct Head {
-  T* at;
-  int64_t stride, rows, width;  // between rows; number of rows; H
+// ---- scores
 
-  static Head of(T* data, const Sizes& s, int64_t heads, int64_t b, int64_t head) {
-    return {data + (b * s.t * heads + head) * s.h, heads * s.h, s.t, s.h};
+// The map from products of queries and keys to scores: scale product, or cap tanh(scale product / cap).
+struct Scaling {
+  float scale, cap;  // 0: no cap
+
+  float to_log2() const { return static_cast<float>((cap > 0 ? 1.0 : scale) * kLog2E); }
+  // Applies the cap to products [64, keys].
+  void apply(float* scores, int64_t stride, int64_t keys) const {
+    if (cap <= 0) return;
+    for (int64_t r = 0; r < kBlock; ++r)
+      for (int64_t s = 0; s < keys; s += kLanes) {
+        float* at = scores + r * stride + s;
+        store(cap * tanh(load(at) * (scale / cap)), at);
+      }
   }
-  int64_t rows_of(int64_t block) const { return std::min(kBlock, rows - block * kBlock); }
-  T* row(int64_t t) const { return at + t * stride; }
+  // The derivative of a score by scale times its product.
+  Floats slope(Floats score) const {
+    const Floats x = score * (1.0f / cap);
+    return 1.0f - x * x;
+  }
 };
 
 // ---- visibility
@@ -99,20 +104,17 @@ class Visibility {
     const int64_t q = b * sizes_.blocks() + i, k = b * sizes_.blocks() + j;
     return lows_[q] == highs_[q] && lows_[k] == highs_[k] && lows_[q] == lows_[k];
   }
-  // The mask of the keys [s, s + 16) that query t sees.
-  __mmask16 of(int64_t b, int64_t t, int64_t s) const {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // Lanes of -1 for the keys from s on that query t sees, and of 0 for the others.
+  Integers of(int64_t b, int64_t t, int64_t s) const {
+    const Integers keys = static_cast<int32_t>(s) + lane_numbers();
     if (branching_) {
       const Spans spans = spans_of(b, t);
-      const __m512i keys = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(s)), lanes);
       return within(keys, spans.first, t + 1) | within(keys, spans.trunk, spans.trunk_end);
     }
-    const __m512i behind = _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(t - s)), lanes);
-    __mmask16 seen = _mm512_cmpge_epi32_mask(behind, _mm512_setzero_si512());
-    seen &= _mm512_cmplt_epi32_mask(behind, _mm512_set1_epi32(static_cast<int>(window_)));
+    const Integers seen = within(keys, t - window_ + 1, t + 1);
     if (ids_.empty()) return seen;
     const int32_t* row = &ids_[b * sizes_.padded()];
-    return seen & _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(row + s), _mm512_set1_epi32(row[t]));
+    return seen & (load<Integers>(row + s) == row[t]);
   }
 
  private:
@@ -127,9 +129,8 @@ class Visibility {
     return {std::max(begin, t - window_ + 1), std::max(trunk, t - gap - window_ + 1), begin - gap};
   }
 
-  static __mmask16 within(__m512i keys, int64_t first, int64_t end) {
-    return _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(static_cast<int>(first))) &
-           _mm512_cmplt_epi32_mask(keys, _mm512_set1_epi32(static_cast<int>(end)));
+  static Integers within(Integers keys, int64_t first, int64_t end) {
+    return (keys >= static_cast<int32_t>(first)) & (keys < static_cast<int32_t>(end));
   }
 
   int64_t pair(int64_t b, int64_t i, int64_t j) const { return (b * sizes_.blocks() + i) * sizes_.blocks() + j; }
@@ -162,13 +163,23 @@ class Visibility {
   std::vector<int32_t> some_, whole_;        // per block of queries and of keys
 };
 
-// 2^x for x <= 0, within 3e-7; 0 far below 2^-126. The polynomial equals 2^f at the Chebyshev points of [-1/2, 1/2].
-inline __m512 exp2(__m512 x) {
-  const __m512 nearest = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, nearest);
-  __m512 power = _mm512_set1_ps(kExp2[5]);
-  for (int i = 4; i >= 0; --i) power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(kExp2[i]));
-  return _mm512_scalef_ps(power, nearest);
+// ---- arrays
+
+template <typename Element>
+Element* data_of(const xla::ffi::AnyBuffer& x) {
+  return reinterpret_cast<Element*>(x.untyped_data());
+}
+template <typename Element>
+Element* data_of(const xla::ffi::Result<xla::ffi::AnyBuffer>& x) {
+  return reinterpret_cast<Element*>(x->untyped_data());
+}
+
+// Calls run(number) with a number of the dtype that all arrays have.
+template <typename Run>
+xla::ffi::Error with_element(const xla::ffi::AnyBuffer& x, const Run& run) {
+  if (x.element_type() == xla::ffi::F32) return run(float());
+  if (x.element_type() == xla::ffi::BF16) return run(uint16_t());
+  return xla::ffi::Error::InvalidArgument("attention has loops for f32 and bf16");
 }
 
 }  // namespace qlora

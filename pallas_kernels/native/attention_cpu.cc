@@ -1,181 +1,235 @@
-// Causal bf16 attention on CPUs with AVX-512 and its bf16 products: two XLA FFI handlers.
+// Causal attention on CPUs, in f32 or bf16: two XLA FFI handlers.
 //
-//   attention_forward:   out = softmax(scale q k^T over visible keys) v, and the log2-sum-exp2 of each query's scores
+//   attention_forward:   out = softmax(scores, over visible keys) v, and the log2-sum-exp2 of each query's scores
 //   attention_backward:  dq, dk, dv, from those; weights are recomputed
 //
-// Flash attention in tiles of 64 queries by 64 or 128 keys, whose scores stay in a core's caches. Scores and sums are
-// f32. Weights and the scores' gradients are rounded to bf16 before their products, as in qlora_jax/nn/attention/causal.py,
-// which defines the result.
+// Flash attention in tiles of 64 queries by 64 or 128 keys, whose
+// scores stay in a core's caches. Scores and sums are f32. Weights and the scores' gradients are rounded to the numbers'
+// dtype before their products, as in pallas_kernels/attention/tiles.py, which defines the result.
 //
-// A product c += a b contracts pairs of 32 bits: one pair of `a` is broadcast, and the pairs of sixteen columns of `b`
-// are a vector. So `b` is packed first, as [pairs, columns]; `a` is read in place, along either axis.
+// A product c += a b contracts one term at a time: an f32 number, or a pair of bf16 numbers where the processor multiplies
+// pairs. One term of `a` is broadcast, and the terms of a few columns of `b` are a vector. So `b` is packed first, as
+// [terms, columns]; `a` is read along either axis, where it can be in place.
 //
 // Results do not depend on the number of threads: a query block's dq is summed in the order of keys, and each thread
 // waits for its turn.
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
-
 #include <cmath>
-#include <cstring>
 #include <thread>
 
 #include "attention.h"
-#include "buffer.h"
-#include "parallel.h"
+#include "handler.h"
+#include "terms.h"
 
 namespace ffi = xla::ffi;
-using namespace qlora;
 
+namespace qlora {
 namespace {
 
-constexpr int64_t kPairs = kBlock / 2;
+constexpr int64_t kMostKeys = 2 * kBlock;  // keys per tile of the forward pass
+constexpr int64_t kWidth = 16;             // packed rows are padded to a multiple of as many features
+constexpr int64_t kRows = 4;               // result rows in registers, by kVectors vectors of columns
+constexpr int64_t kVectors = kLanes == 8 ? 2 : 4;
+
+enum class Start { kZero, kSum, kFaded };  // the value to which a product is added
 
 // ---- products
 
-// The strides of a left operand: pair p of row r is at[r * row + p * pair], in words of two bf16.
+// A left operand: term p of row r is at[r * row + p * term].
+template <typename Word>
 struct Left {
-  const uint32_t* at;
-  int64_t row, pair;
+  const Word* at;
+  int64_t row, term;
 };
 
-inline __m512bh pairs_of(__m512i words) { return reinterpret_cast<__m512bh&>(words); }
-
-// c[R, 16 C] (+)= a[R, pairs] b[pairs, 16 C]; with Start::kFaded, rows of c are first multiplied by fade[r].
-template <int R, int C, Start S>
-inline void product(Left a, const uint32_t* b, int64_t b_stride, int64_t pairs, float* c, int64_t c_stride,
-                    const float* fade) {
-  __m512 sums[R][C];
+// c[R, C vectors] (+)= a[R, terms] b[terms, C vectors]; with Start::kFaded, rows of c are first multiplied by fade[r].
+template <typename T, int R, int C, Start S>
+__attribute__((always_inline))  // a call costs 5 % of heads of 64 features
+inline void product(Left<typename T::Word> a, const typename T::Word* b, int64_t b_stride, int64_t terms, float* c,
+                    int64_t c_stride, const float* fade) {
+  Floats sums[R][C];
+#pragma GCC unroll 4  // else GCC keeps sums in memory
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int j = 0; j < C; ++j) {
-      if constexpr (S == Start::kZero) sums[r][j] = _mm512_setzero_ps();
-      if constexpr (S != Start::kZero) sums[r][j] = _mm512_loadu_ps(c + r * c_stride + 16 * j);
-      if constexpr (S == Start::kFaded) sums[r][j] = _mm512_mul_ps(sums[r][j], _mm512_set1_ps(fade[r]));
+      sums[r][j] = S == Start::kZero ? Floats{} : load(c + r * c_stride + kLanes * j);
+      if constexpr (S == Start::kFaded) sums[r][j] *= fade[r];
     }
-  for (int64_t p = 0; p < pairs; ++p) {
-    __m512bh columns[C];
-    for (int j = 0; j < C; ++j) columns[j] = pairs_of(_mm512_loadu_si512(b + p * b_stride + 16 * j));
+  for (int64_t p = 0; p < terms; ++p) {
+    typename T::Words columns[C];
+    for (int j = 0; j < C; ++j) columns[j] = load<typename T::Words>(b + p * b_stride + kLanes * j);
     for (int r = 0; r < R; ++r) {
-      const __m512bh row = pairs_of(_mm512_set1_epi32(static_cast<int>(a.at[r * a.row + p * a.pair])));
-      for (int j = 0; j < C; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], row, columns[j]);
+      const typename T::Words row = T::broadcast(a.at[r * a.row + p * a.term]);
+      for (int j = 0; j < C; ++j) sums[r][j] = T::add_product(row, columns[j], sums[r][j]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) _mm512_storeu_ps(c + r * c_stride + 16 * j, sums[r][j]);
+#pragma GCC unroll 4
+    for (int j = 0; j < C; ++j) store(sums[r][j], c + r * c_stride + kLanes * j);
 }
 
-// The same for 64 rows and any multiple of 16 columns.
-template <Start S>
-void block_product(Left a, const uint32_t* b, int64_t b_stride, int64_t pairs, int64_t columns, float* c,
-                   int64_t c_stride, const float* fade = nullptr) {
-  for (int64_t j = 0; j < columns; j += kBlock) {
+// The same for 64 rows and any multiple of kWidth columns.
+template <typename T, Start S>
+void block_product(Left<typename T::Word> a, const typename T::Word* b, int64_t b_stride, int64_t terms,
+                   int64_t columns, float* c, int64_t c_stride, const float* fade = nullptr) {
+  for (int64_t j = 0; j < columns; j += kVectors * kLanes)
     for (int64_t r = 0; r < kBlock; r += kRows) {
-      const Left rows{a.at + r * a.row, a.row, a.pair};
+      const Left<typename T::Word> rows{a.at + r * a.row, a.row, a.term};
       float* to = c + r * c_stride + j;
       const float* fades = S == Start::kFaded ? fade + r : nullptr;
-      switch (std::min<int64_t>(columns - j, kBlock) / 16) {
-        case 4: product<kRows, 4, S>(rows, b + j, b_stride, pairs, to, c_stride, fades); break;
-        case 3: product<kRows, 3, S>(rows, b + j, b_stride, pairs, to, c_stride, fades); break;
-        case 2: product<kRows, 2, S>(rows, b + j, b_stride, pairs, to, c_stride, fades); break;
-        default: product<kRows, 1, S>(rows, b + j, b_stride, pairs, to, c_stride, fades);
+      switch (std::min(columns - j, kVectors * kLanes) / kLanes) {
+        case 4: product<T, kRows, 4, S>(rows, b + j, b_stride, terms, to, c_stride, fades); break;
+        case 3: product<T, kRows, 3, S>(rows, b + j, b_stride, terms, to, c_stride, fades); break;
+        case 2: product<T, kRows, 2, S>(rows, b + j, b_stride, terms, to, c_stride, fades); break;
+        default: product<T, kRows, 1, S>(rows, b + j, b_stride, terms, to, c_stride, fades);
       }
     }
-  }
 }
 
 // ---- arrays
 
-using Head = qlora::Head<uint16_t>;
+// One head of an array [B, T, heads, H].
+template <typename Element>
+struct Head {
+  Element* at;
+  int64_t stride, rows, width;  // between rows; number of rows; H
 
-inline uint32_t word(const uint16_t* at) {
-  uint32_t value;
-  std::memcpy(&value, at, 4);
-  return value;
-}
-
-// A block's rows as a left operand: in place, or, if the block is partial, copied and padded with zeros.
-Left rows_of(const Head& head, int64_t block, uint32_t* copy) {
-  const int64_t there = head.rows_of(block);
-  if (there == kBlock) return {reinterpret_cast<const uint32_t*>(head.row(block * kBlock)), head.stride / 2, 1};
-  std::memset(copy, 0, kBlock * head.width * 2);
-  for (int64_t r = 0; r < there; ++r)
-    std::memcpy(copy + r * head.width / 2, head.row(block * kBlock + r), head.width * 2);
-  return {copy, head.width / 2, 1};
-}
-
-// Packs a block's rows as the columns of a right operand: to[h / 2, 64], pairs of features.
-void pack_columns(const Head& head, int64_t block, uint32_t* to) {
-  const int64_t there = head.rows_of(block), pairs = head.width / 2;
-  if (there < kBlock) std::memset(to, 0, pairs * kBlock * 4);
-  for (int64_t r = 0; r < there; ++r) {
-    const uint16_t* row = head.row(block * kBlock + r);
-    for (int64_t p = 0; p < pairs; ++p) to[p * kBlock + r] = word(row + 2 * p);
+  static Head of(Element* data, const Sizes& s, int64_t heads, int64_t b, int64_t head) {
+    return {data + (b * s.t * heads + head) * s.h, heads * s.h, s.t, s.h};
   }
+  int64_t rows_of(int64_t block) const { return std::min(kBlock, rows - block * kBlock); }
+  Element* row(int64_t t) const { return at + t * stride; }
+  // Term p of a row; numbers past the row's end are zeros.
+  typename Terms<Element>::Word word(const Element* row, int64_t p) const {
+    constexpr int64_t kNumbers = Terms<Element>::kNumbers;
+    if (kNumbers * (p + 1) <= width) return Terms<Element>::word(row + kNumbers * p);
+    Element both[2] = {row[kNumbers * p], 0};
+    return Terms<Element>::word(both);
+  }
+  int64_t terms() const { return (width + Terms<Element>::kNumbers - 1) / Terms<Element>::kNumbers; }
+  int64_t padded() const { return (width + kWidth - 1) / kWidth * kWidth; }
+};
+
+// The bits of numbers [h, h + kLanes) of a row, as they are in the low part of a word; 0 past the row's end.
+inline Integers lanes_of(const float* row, int64_t h, int64_t width) {
+  if (h + kLanes <= width) return load<Integers>(row + h);
+  Integers lanes{};
+  for (int64_t i = 0; h + i < width; ++i) lanes[i] = load<int32_t>(row + h + i);
+  return lanes;
+}
+inline Integers lanes_of(const uint16_t* row, int64_t h, int64_t width) {
+  if (h + kLanes <= width) return widened(load<Shorts>(row + h));
+  Integers lanes{};
+  for (int64_t i = 0; h + i < width; ++i) lanes[i] = row[h + i];
+  return lanes;
 }
 
-// Packs a block's rows as the rows of a right operand: to[32, h], pairs of rows.
-void pack_rows(const Head& head, int64_t block, uint32_t* to) {
+// A block's rows as a left operand: in place, or copied if the block is partial or its numbers are converted.
+template <typename Element, typename Word>
+Left<Word> rows_of(const Head<Element>& head, int64_t block, Word* copy) {
+  using T = Terms<Element>;
+  const int64_t there = head.rows_of(block), terms = head.padded() / T::kNumbers;
+  if (T::kInPlace && there == kBlock && head.width % T::kNumbers == 0)
+    return {reinterpret_cast<const Word*>(head.row(block * kBlock)), head.stride / T::kNumbers, 1};
+  std::memset(copy, 0, kBlock * terms * sizeof(Word));
+  for (int64_t r = 0; r < there; ++r) {
+    const Element* row = head.row(block * kBlock + r);
+    if constexpr (T::kInPlace) {
+      std::memcpy(copy + r * terms, row, head.width * sizeof(Element));
+    } else {
+      for (int64_t h = 0; h < head.width; h += kLanes)
+        store(floats_of(lanes_of(row, h, head.width) << 16), copy + r * terms + h);
+    }
+  }
+  return {copy, terms, 1};
+}
+
+// Packs a block's rows as the columns of a right operand: to[terms, 64].
+template <typename Element, typename Word>
+void pack_columns(const Head<Element>& head, int64_t block, Word* to) {
+  const int64_t there = head.rows_of(block), terms = head.terms();
+  if (there < kBlock) std::memset(to, 0, terms * kBlock * sizeof(Word));
+  for (int64_t r = 0; r < there; ++r)
+    for (int64_t p = 0; p < terms; ++p) to[p * kBlock + r] = head.word(head.row(block * kBlock + r), p);
+}
+
+// Packs a block's rows as the rows of a right operand: to[64 / numbers per term, padded width].
+template <typename Element, typename Word>
+void pack_rows(const Head<Element>& head, int64_t block, Word* to) {
+  constexpr int64_t kNumbers = Terms<Element>::kNumbers;
   const int64_t there = head.rows_of(block);
   const auto lanes = [&](int64_t r, int64_t h) {
-    if (r >= there) return _mm512_setzero_si512();
-    const auto* at = reinterpret_cast<const __m256i*>(head.row(block * kBlock + r) + h);
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(at));
+    return r < there ? lanes_of(head.row(block * kBlock + r), h, head.width) : Integers{};
   };
-  for (int64_t p = 0; p < kPairs; ++p)
-    for (int64_t h = 0; h < head.width; h += 16) {
-      const __m512i pair = _mm512_or_si512(lanes(2 * p, h), _mm512_slli_epi32(lanes(2 * p + 1, h), 16));
-      _mm512_storeu_si512(to + p * head.width + h, pair);
+  for (int64_t p = 0; p < kBlock / kNumbers; ++p)
+    for (int64_t h = 0; h < head.padded(); h += kLanes) {
+      Integers words = lanes(kNumbers * p, h);
+      if constexpr (kNumbers == 2) words |= lanes(2 * p + 1, h) << 16;
+      if constexpr (sizeof(Element) < sizeof(Word) && kNumbers == 1) words <<= 16;
+      std::memcpy(to + p * head.padded() + h, &words, sizeof words);
     }
 }
 
-// Writes a block's f32 rows [64, h], each multiplied by a factor, as bf16.
-template <typename Factor>
-void write_rows(const float* from, const Head& head, int64_t block, const Factor& factor) {
+// Writes a block's f32 rows [64, padded width], each multiplied by a factor.
+template <typename Element, typename Factor>
+void write_rows(const float* from, const Head<Element>& head, int64_t block, const Factor& factor) {
   for (int64_t r = 0; r < head.rows_of(block); ++r) {
-    const __m512 by = _mm512_set1_ps(factor(r));
-    uint16_t* row = head.row(block * kBlock + r);
-    for (int64_t h = 0; h < head.width; h += 16) {
-      __m256bh half = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + r * head.width + h), by));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + h), reinterpret_cast<__m256i&>(half));
-    }
+    const float by = factor(r);
+    Element* row = head.row(block * kBlock + r);
+    const float* sums = from + r * head.padded();
+    int64_t h = 0;
+    for (; h + kLanes <= head.width; h += kLanes) store(load(sums + h) * by, row + h);
+    for (; h < head.width; ++h) put(sums[h] * by, row + h);
   }
 }
-
-// ---- weights
-
-inline __m512bh rounded(__m512 low, __m512 high) { return _mm512_cvtne2ps_pbh(high, low); }
-inline __m512i bits_of(__m512bh x) { return reinterpret_cast<__m512i&>(x); }
 
 // ---- forward
 
+template <typename Element>
 struct Forward {
+  using T = Terms<Element>;
+  using Word = typename T::Word;
   Sizes s;
   const Visibility& visibility;
-  float to_log2;  // converts a product to the log2 of a weight
-  uint16_t *q, *k, *v, *out;
-  float* lse;                        // [B, N, T]
-  uint32_t *key_columns, *value_rows;  // packed, [B, K, blocks, h / 2, 64] and [B, K, blocks, 32, h]
+  Scaling scaling;
+  Element *q, *k, *v, *out;
+  float* lse;                      // [B, N, T]
+  Word *key_columns, *value_rows;  // packed, [B, K, blocks, words per block]
 
+  int64_t width() const { return (s.h + kWidth - 1) / kWidth * kWidth; }
   int64_t packed(int64_t b, int64_t kv_head, int64_t block) const {
-    return ((b * s.k + kv_head) * s.blocks() + block) * kPairs * s.h;
+    return ((b * s.k + kv_head) * s.blocks() + block) * kBlock * width() / T::kNumbers;
   }
 
   void pack(int64_t part) const {
     const int64_t block = part % s.blocks(), kv_head = part / s.blocks() % s.k, b = part / s.blocks() / s.k;
-    pack_columns(Head::of(k, s, s.k, b, kv_head), block, key_columns + packed(b, kv_head, block));
-    pack_rows(Head::of(v, s, s.k, b, kv_head), block, value_rows + packed(b, kv_head, block));
+    pack_columns(Head<Element>::of(k, s, s.k, b, kv_head), block, key_columns + packed(b, kv_head, block));
+    pack_rows(Head<Element>::of(v, s, s.k, b, kv_head), block, value_rows + packed(b, kv_head, block));
   }
+
+  // Memory of a block of queries: sums [64, width], scores and weights [64, 128], four numbers per query.
+  struct Scratch {
+    Buffer<Word> copy, weights;
+    Buffer<float> sums, scores, of_rows;
+    float *top, *total, *added, *fade;
+    Left<Word> queries;
+    explicit Scratch(int64_t width)
+        : copy(kBlock * width), weights(kBlock * kMostKeys / T::kNumbers), sums(kBlock * width),
+          scores(kBlock * kMostKeys), of_rows(4 * kBlock), top(of_rows.get()), total(top + kBlock),
+          added(total + kBlock), fade(added + kBlock) {
+      std::fill_n(top, kBlock, kMasked);
+      std::fill_n(total, kBlock, 0.0f);
+      std::fill_n(sums.get(), kBlock * width, 0.0f);
+    }
+  };
 
   // Computes one block of queries of one head, the longest first.
   void block(int64_t part) const {
     const int64_t heads = s.b * s.n, i = s.blocks() - 1 - part / heads;
     const int64_t b = part % heads / s.n, n = part % heads % s.n, kv_head = n / s.groups();
-    Buffer<uint32_t> copy(kPairs * s.h), weights(kBlock * kMostKeys / 2);
-    Buffer<float> scores(kBlock * kMostKeys), sums(kBlock * s.h), of_rows(4 * kBlock);
-    float *top = of_rows.get(), *total = top + kBlock, *added = total + kBlock, *fade = added + kBlock;
-    std::fill(top, top + kBlock, kMasked);
-    std::fill(total, total + kBlock, 0.0f);
-    std::fill(sums.get(), sums.get() + kBlock * s.h, 0.0f);
-    const Left queries = rows_of(Head::of(q, s, s.n, b, n), i, copy.get());
+    Scratch scratch(width());
+    scratch.queries = rows_of(Head<Element>::of(q, s, s.n, b, n), i, scratch.copy.get());
     for (int64_t j = visibility.first_keys(i), next; j <= i; j = next) {
       if (visibility.nothing(b, i, j)) {
         next = j + 1;
@@ -183,275 +237,301 @@ struct Forward {
       }
       next = std::min(j + 2, i + 1);
       if (next == j + 2 && visibility.nothing(b, i, j + 1)) --next;
-      const int64_t keys = (next - j) * kBlock;
-      for (int64_t each = j; each < next; ++each)
-        block_product<Start::kZero>(queries, key_columns + packed(b, kv_head, each), kBlock, s.h / 2, kBlock,
-                                    scores.get() + (each - j) * kBlock, kMostKeys);
-      const bool masked = !visibility.everything(b, i, j) || !visibility.everything(b, i, next - 1);
-      for (int64_t r = 0; r < kBlock; ++r)
-        row(b, i * kBlock + r, j * kBlock, keys, masked, scores.get() + r * kMostKeys, &top[r], &added[r], &fade[r],
-            weights.get() + r * kMostKeys / 2);
-      for (int64_t r = 0; r < kBlock; r += 16) {
-        const __m512 fades = exp2(_mm512_loadu_ps(fade + r));
-        _mm512_storeu_ps(fade + r, fades);
-        const __m512 both = _mm512_fmadd_ps(_mm512_loadu_ps(total + r), fades, _mm512_loadu_ps(added + r));
-        _mm512_storeu_ps(total + r, both);
-      }
-      block_product<Start::kFaded>({weights.get(), kMostKeys / 2, 1}, value_rows + packed(b, kv_head, j), s.h, keys / 2,
-                                   s.h, sums.get(), s.h, fade);
+      tile(b, i, j, next, kv_head, scratch);
     }
-    write_rows(sums.get(), Head::of(out, s, s.n, b, n), i, [&](int64_t r) { return 1.0f / total[r]; });
+    const float *top = scratch.top, *total = scratch.total;
+    write_rows(scratch.sums.get(), Head<Element>::of(out, s, s.n, b, n), i, [&](int64_t r) { return 1.0f / total[r]; });
     for (int64_t r = 0; r < std::min(kBlock, s.t - i * kBlock); ++r)
-      lse[(b * s.n + n) * s.t + i * kBlock + r] = top[r] * to_log2 + std::log2(total[r]);
+      lse[(b * s.n + n) * s.t + i * kBlock + r] = top[r] * scaling.to_log2() + std::log2(total[r]);
   }
 
-  // Converts one query's scores of `keys` keys to weights 2^(score - top), and returns the sum of the rounded weights,
-  // the new top, and the log2 of the factor for earlier sums. Masked keys weigh 2^0 while no key has been seen: the
-  // query's own key, in the last tile, fades that to 0.
-  void row(int64_t b, int64_t t, int64_t first, int64_t keys, bool masked, float* scores, float* top, float* added,
-           float* fade, uint32_t* weights) const {
-    if (masked)
-      for (int64_t s16 = 0; s16 < keys; s16 += 16) {
-        const __m512 x = _mm512_loadu_ps(scores + s16), hidden = _mm512_set1_ps(kMasked);
-        _mm512_storeu_ps(scores + s16, _mm512_mask_blend_ps(visibility.of(b, t, first + s16), hidden, x));
-      }
-    __m512 most = _mm512_set1_ps(*top);
-    for (int64_t s16 = 0; s16 < keys; s16 += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + s16));
-    const float now = _mm512_reduce_max_ps(most);
-    const __m512 above = _mm512_set1_ps(now), by = _mm512_set1_ps(to_log2);
-    const __m512bh ones = pairs_of(_mm512_set1_epi32(0x3f803f80));
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t s32 = 0; s32 < keys; s32 += 32) {
-      const auto weight = [&](int64_t at) {
-        return exp2(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + at), above), by));
-      };
-      const __m512bh both = rounded(weight(s32), weight(s32 + 16));
-      sum = _mm512_dpbf16_ps(sum, both, ones);
-      _mm512_storeu_si512(weights + s32 / 2, bits_of(both));
+  // Adds the contribution of the keys of blocks [j, next).
+  void tile(int64_t b, int64_t i, int64_t j, int64_t next, int64_t kv_head, Scratch& scratch) const {
+    const int64_t keys = (next - j) * kBlock, terms = (s.h + T::kNumbers - 1) / T::kNumbers;
+    for (int64_t each = j; each < next; ++each)
+      block_product<T, Start::kZero>(scratch.queries, key_columns + packed(b, kv_head, each), kBlock, terms, kBlock,
+                                     scratch.scores.get() + (each - j) * kBlock, kMostKeys);
+    scaling.apply(scratch.scores.get(), kMostKeys, keys);
+    const bool masked = !visibility.everything(b, i, j) || !visibility.everything(b, i, next - 1);
+    for (int64_t r = 0; r < kBlock; ++r) row(b, i * kBlock + r, j * kBlock, keys, masked, r, scratch);
+    for (int64_t r = 0; r < kBlock; r += kLanes) {
+      const Floats fades = exp2(load(scratch.fade + r));
+      store(fades, scratch.fade + r);
+      store(multiply_add(load(scratch.total + r), fades, load(scratch.added + r)), scratch.total + r);
     }
-    *added = _mm512_reduce_add_ps(sum);
-    *fade = (*top - now) * to_log2;
-    *top = now;
+    const Left<Word> weights{scratch.weights.get(), kMostKeys / T::kNumbers, 1};
+    block_product<T, Start::kFaded>(weights, value_rows + packed(b, kv_head, j), width(), keys / T::kNumbers, width(),
+                                    scratch.sums.get(), width(), scratch.fade);
+  }
+
+  // Converts one query's scores of `keys` keys to weights 2^(score - top), and stores their sum, the new top and the log2
+  // of the factor for earlier sums. Masked keys weigh 2^0 while no key has been seen: the query's own key, in the last
+  // tile, fades that to 0.
+  void row(int64_t b, int64_t t, int64_t first, int64_t keys, bool masked, int64_t r, Scratch& scratch) const {
+    float* scores = scratch.scores.get() + r * kMostKeys;
+    Word* words = scratch.weights.get() + r * kMostKeys / T::kNumbers;
+    Floats most = all(scratch.top[r]);
+    for (int64_t at = 0; at < keys; at += kLanes) {
+      if (masked) store(visibility.of(b, t, first + at) ? load(scores + at) : all(kMasked), scores + at);
+      most = max(most, load(scores + at));
+    }
+    const float now = greatest(most);  // constants before the loop: what it stores might alias them
+    const Floats above = all(now), by = all(scaling.to_log2());
+    auto* weights = reinterpret_cast<typename T::Number*>(words);
+    Floats total{};
+    for (int64_t at = 0; at < keys; at += kLanes * T::kNumbers) {
+      for (int64_t i = 0; i < T::kNumbers; ++i) {
+        const int64_t next = at + i * kLanes;
+        T::store(exp2((load(scores + next) - above) * by), weights + next);
+      }
+      const auto stored = load<typename T::Words>(words + at / T::kNumbers);
+      total = T::add_product(stored, T::broadcast(T::kOne), total);
+    }
+    scratch.added[r] = sum(total);
+    scratch.fade[r] = (scratch.top[r] - now) * scaling.to_log2();
+    scratch.top[r] = now;
   }
 };
 
 // ---- backward
 
+template <typename Element>
 struct Backward {
+  using T = Terms<Element>;
+  using Word = typename T::Word;
+  using Number = typename T::Number;
+  static constexpr int64_t kTerms = kBlock / T::kNumbers;  // of a block's rows
   Sizes s;
   const Visibility& visibility;
-  float scale, to_log2;
-  uint16_t *q, *k, *v, *out, *d_out, *dq, *dk, *dv;
-  const float* lse;                       // [B, N, T]
-  float *mean, *sums;                     // [B, N, padded] and [B, N, padded, h]: out . d_out of each query; dq
-  uint32_t *query_rows, *d_out_rows;      // packed, [B, N, blocks, 32, h]
-  std::atomic<int64_t>* turns;            // [B, N, blocks]: the block of keys that adds to dq next
+  Scaling scaling;
+  Element *q, *k, *v, *out, *d_out, *dq, *dk, *dv;
+  const float* lse;               // [B, N, T]
+  float *mean, *sums;             // [B, N, padded] and [B, N, padded, width]: out . d_out of each query; dq
+  Word *query_rows, *d_out_rows;  // packed, [B, N, blocks, words per block]
+  std::atomic<int64_t>* turns;    // [B, N, blocks]: the block of keys that adds to dq next
 
+  int64_t width() const { return (s.h + kWidth - 1) / kWidth * kWidth; }
   int64_t head(int64_t b, int64_t n) const { return b * s.n + n; }
-  int64_t packed(int64_t b, int64_t n, int64_t block) const { return (head(b, n) * s.blocks() + block) * kPairs * s.h; }
+  int64_t packed(int64_t b, int64_t n, int64_t block) const {
+    return (head(b, n) * s.blocks() + block) * kTerms * width();
+  }
+  float* sums_of(int64_t b, int64_t n, int64_t i) const {
+    return sums + (head(b, n) * s.blocks() + i) * kBlock * width();
+  }
 
   void prepare(int64_t part) const {
     const int64_t i = part % s.blocks(), n = part / s.blocks() % s.n, b = part / s.blocks() / s.n;
-    const Head of_out = Head::of(out, s, s.n, b, n), of_d_out = Head::of(d_out, s, s.n, b, n);
-    pack_rows(Head::of(q, s, s.n, b, n), i, query_rows + packed(b, n, i));
+    const auto of_out = Head<Element>::of(out, s, s.n, b, n), of_d_out = Head<Element>::of(d_out, s, s.n, b, n);
+    pack_rows(Head<Element>::of(q, s, s.n, b, n), i, query_rows + packed(b, n, i));
     pack_rows(of_d_out, i, d_out_rows + packed(b, n, i));
-    std::fill_n(sums + 2 * packed(b, n, i), kBlock * s.h, 0.0f);
+    std::fill_n(sums_of(b, n, i), kBlock * width(), 0.0f);
     turns[head(b, n) * s.blocks() + i].store(visibility.first_keys(i), std::memory_order_relaxed);
     for (int64_t r = 0; r < of_out.rows_of(i); ++r) {
-      const uint16_t *x = of_out.row(i * kBlock + r), *y = of_d_out.row(i * kBlock + r);
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t h = 0; h < s.h; h += 32)
-        sum = _mm512_dpbf16_ps(sum, pairs_of(_mm512_loadu_si512(x + h)), pairs_of(_mm512_loadu_si512(y + h)));
-      mean[head(b, n) * s.padded() + i * kBlock + r] = _mm512_reduce_add_ps(sum);
+      const Element *x = of_out.row(i * kBlock + r), *y = of_d_out.row(i * kBlock + r);
+      Floats products{};
+      int64_t h = 0;
+      for (; h + kLanes <= s.h; h += kLanes) products = multiply_add(load(x + h), load(y + h), products);
+      float whole = sum(products);
+      for (; h < s.h; ++h) whole += number(x[h]) * number(y[h]);
+      mean[head(b, n) * s.padded() + i * kBlock + r] = whole;
     }
   }
 
-  // Scratch of a tile: 64 x 64 each, except copies of rows.
+  // Memory of a tile: 64 x 64 each, except copies of rows. Pairs of neighbouring rows are needed where terms are pairs.
   struct Scratch {
-    Buffer<uint32_t> q_copy, d_out_copy, weights, d_scores_pairs, d_scores;
+    Buffer<Word> q_copy, d_out_copy, weights, d_scores, weight_pairs, d_score_pairs;
     Buffer<float> scores, d_weights;
-    explicit Scratch(int64_t h)
-        : q_copy(kPairs * h), d_out_copy(kPairs * h), weights(kPairs * kBlock), d_scores_pairs(kPairs * kBlock),
-          d_scores(kPairs * kBlock), scores(kBlock * kBlock), d_weights(kBlock * kBlock) {}
+    explicit Scratch(int64_t width)
+        : q_copy(kBlock * width), d_out_copy(kBlock * width), weights(kTerms * kBlock), d_scores(kTerms * kBlock),
+          weight_pairs(kTerms * kBlock), d_score_pairs(kTerms * kBlock), scores(kBlock * kBlock),
+          d_weights(kBlock * kBlock) {}
   };
 
   // Computes one block of keys, for all heads that share it; blocks start in order.
   void block(int64_t part) const {
     const int64_t j = part % s.blocks(), kv_head = part / s.blocks() % s.k, b = part / s.blocks() / s.k;
-    const Head keys = Head::of(k, s, s.k, b, kv_head), values = Head::of(v, s, s.k, b, kv_head);
-    Buffer<uint32_t> key_columns(kPairs * s.h), value_columns(kPairs * s.h), key_rows(kPairs * s.h);
-    Buffer<float> dk_sums(kBlock * s.h), dv_sums(kBlock * s.h);
-    Scratch scratch(s.h);
+    const auto keys = Head<Element>::of(k, s, s.k, b, kv_head), values = Head<Element>::of(v, s, s.k, b, kv_head);
+    Buffer<Word> key_columns(kBlock * width()), value_columns(kBlock * width()), key_rows(kTerms * width());
+    Buffer<float> dk_sums(kBlock * width()), dv_sums(kBlock * width());
+    Scratch scratch(width());
     pack_columns(keys, j, key_columns.get());
     pack_columns(values, j, value_columns.get());
     pack_rows(keys, j, key_rows.get());
-    std::fill_n(dk_sums.get(), kBlock * s.h, 0.0f);
-    std::fill_n(dv_sums.get(), kBlock * s.h, 0.0f);
+    std::fill_n(dk_sums.get(), kBlock * width(), 0.0f);
+    std::fill_n(dv_sums.get(), kBlock * width(), 0.0f);
     for (int64_t n = kv_head * s.groups(); n < (kv_head + 1) * s.groups(); ++n)
       for (int64_t i = j; i <= visibility.last_queries(j); ++i) {
         const bool nothing = visibility.nothing(b, i, j);
         if (!nothing) {
           tile(b, n, i, j, key_columns.get(), value_columns.get(), scratch);
-          const Left weights{scratch.weights.get(), 1, kBlock}, d_scores{scratch.d_scores_pairs.get(), 1, kBlock};
-          const int64_t at = packed(b, n, i);
-          block_product<Start::kSum>(weights, d_out_rows + at, s.h, kPairs, s.h, dv_sums.get(), s.h);
-          block_product<Start::kSum>(d_scores, query_rows + at, s.h, kPairs, s.h, dk_sums.get(), s.h);
+          const Word* weights = columns_of(scratch.weights, scratch.weight_pairs);
+          const Word* d_scores = columns_of(scratch.d_scores, scratch.d_score_pairs);
+          add(weights, d_out_rows + packed(b, n, i), dv_sums.get());
+          add(d_scores, query_rows + packed(b, n, i), dk_sums.get());
         }
         add_to_dq(b, n, i, j, nothing ? nullptr : scratch.d_scores.get(), key_rows.get());
       }
-    write_rows(dk_sums.get(), Head::of(dk, s, s.k, b, kv_head), j, [this](int64_t) { return scale; });
-    write_rows(dv_sums.get(), Head::of(dv, s, s.k, b, kv_head), j, [](int64_t) { return 1.0f; });
+    const float scale = scaling.scale;
+    write_rows(dk_sums.get(), Head<Element>::of(dk, s, s.k, b, kv_head), j, [scale](int64_t) { return scale; });
+    write_rows(dv_sums.get(), Head<Element>::of(dv, s, s.k, b, kv_head), j, [](int64_t) { return 1.0f; });
   }
 
-  // Computes weights and the scores' gradients of one tile, in the form that the products read.
-  void tile(int64_t b, int64_t n, int64_t i, int64_t j, const uint32_t* key_columns, const uint32_t* value_columns,
+  // Adds the product of a tile's columns and packed rows of queries to sums of keys.
+  void add(const Word* columns, const Word* rows, float* to) const {
+    block_product<T, Start::kSum>({columns, 1, kBlock}, rows, width(), kTerms, width(), to, width());
+  }
+
+  // Computes weights and the scores' gradients of one tile.
+  void tile(int64_t b, int64_t n, int64_t i, int64_t j, const Word* key_columns, const Word* value_columns,
             Scratch& scratch) const {
-    const Left queries = rows_of(Head::of(q, s, s.n, b, n), i, scratch.q_copy.get());
-    const Left d_outs = rows_of(Head::of(d_out, s, s.n, b, n), i, scratch.d_out_copy.get());
-    block_product<Start::kZero>(queries, key_columns, kBlock, s.h / 2, kBlock, scratch.scores.get(), kBlock);
-    block_product<Start::kZero>(d_outs, value_columns, kBlock, s.h / 2, kBlock, scratch.d_weights.get(), kBlock);
+    const int64_t terms = (s.h + T::kNumbers - 1) / T::kNumbers;
+    const auto queries = rows_of(Head<Element>::of(q, s, s.n, b, n), i, scratch.q_copy.get());
+    const auto d_outs = rows_of(Head<Element>::of(d_out, s, s.n, b, n), i, scratch.d_out_copy.get());
+    block_product<T, Start::kZero>(queries, key_columns, kBlock, terms, kBlock, scratch.scores.get(), kBlock);
+    block_product<T, Start::kZero>(d_outs, value_columns, kBlock, terms, kBlock, scratch.d_weights.get(), kBlock);
+    scaling.apply(scratch.scores.get(), kBlock, kBlock);
     const bool masked = !visibility.everything(b, i, j);
-    for (int64_t p = 0; p < kPairs; ++p) {
-      Pair even = row(b, n, i, j, 2 * p, masked, scratch), odd = row(b, n, i, j, 2 * p + 1, masked, scratch);
-      for (int64_t half = 0; half < 2; ++half) {
-        interleave(even.weights[half], odd.weights[half], scratch.weights.get() + p * kBlock + 32 * half);
-        interleave(even.d_scores[half], odd.d_scores[half], scratch.d_scores_pairs.get() + p * kBlock + 32 * half);
-        uint32_t* rows = scratch.d_scores.get() + 2 * p * kPairs + 16 * half;
-        _mm512_storeu_si512(rows, even.d_scores[half]);
-        _mm512_storeu_si512(rows + kPairs, odd.d_scores[half]);
-      }
-    }
+    for (int64_t r = 0; r < kBlock; ++r) row(b, n, i * kBlock + r, j * kBlock, r, masked, scratch);
   }
 
-  struct Pair {  // the halves of a row of 64, in bf16
-    __m512i weights[2], d_scores[2];
-  };
-
-  Pair row(int64_t b, int64_t n, int64_t i, int64_t j, int64_t r, bool masked, Scratch& scratch) const {
-    const int64_t t = i * kBlock + r;
+  void row(int64_t b, int64_t n, int64_t t, int64_t first, int64_t r, bool masked, Scratch& scratch) const {
     const float top = t < s.t ? lse[head(b, n) * s.t + t] : -kMasked;  // rows past the end have no weights
     const float of_mean = t < s.t ? mean[head(b, n) * s.padded() + t] : 0.0f;
-    const __m512 above = _mm512_set1_ps(top), means = _mm512_set1_ps(of_mean), by = _mm512_set1_ps(to_log2);
     const float *scores = scratch.scores.get() + r * kBlock, *d_weights = scratch.d_weights.get() + r * kBlock;
-    Pair result;
-    for (int64_t half = 0; half < 2; ++half) {
-      const auto weight = [&](int64_t at) {
-        const __m512 w = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), by, above));
-        return masked ? _mm512_maskz_mov_ps(visibility.of(b, t, j * kBlock + at), w) : w;
-      };
-      const __m512bh both = rounded(weight(32 * half), weight(32 * half + 16));
-      result.weights[half] = bits_of(both);
-      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits_of(both)));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits_of(both), 1));
-      const auto gradient = [&](__m512i weights, int64_t at) {
-        const __m512 w = _mm512_castsi512_ps(_mm512_slli_epi32(weights, 16));
-        return _mm512_mul_ps(w, _mm512_sub_ps(_mm512_loadu_ps(d_weights + at), means));
-      };
-      result.d_scores[half] = bits_of(rounded(gradient(low, 32 * half), gradient(high, 32 * half + 16)));
+    Number* weights = reinterpret_cast<Number*>(scratch.weights.get()) + r * kBlock;
+    Number* d_scores = reinterpret_cast<Number*>(scratch.d_scores.get()) + r * kBlock;
+    const Floats by = all(scaling.to_log2()), below = all(-top), means = all(of_mean);
+    const bool capped = scaling.cap > 0;
+    for (int64_t at = 0; at < kBlock; at += kLanes) {
+      const Floats score = load(scores + at);
+      Floats weight = exp2(multiply_add(score, by, below));
+      if (masked) weight = visibility.of(b, t, first + at) ? weight : Floats{};
+      weight = T::rounded(weight);
+      Floats d_score = weight * (load(d_weights + at) - means);
+      if (capped) d_score *= scaling.slope(score);
+      T::store(weight, weights + at);
+      T::store(d_score, d_scores + at);
     }
-    return result;
   }
 
-  // Pairs of two rows: to[32] = (odd << 16) | even.
-  static void interleave(__m512i even, __m512i odd, uint32_t* to) {
-    const auto lanes = [](__m256i x) { return _mm512_cvtepu16_epi32(x); };
-    const __m512i low = _mm512_or_si512(lanes(_mm512_castsi512_si256(even)),
-                                        _mm512_slli_epi32(lanes(_mm512_castsi512_si256(odd)), 16));
-    const __m512i high = _mm512_or_si512(lanes(_mm512_extracti64x4_epi64(even, 1)),
-                                         _mm512_slli_epi32(lanes(_mm512_extracti64x4_epi64(odd, 1)), 16));
-    _mm512_storeu_si512(to, low);
-    _mm512_storeu_si512(to + 16, high);
+  // The columns of a tile as rows of a left operand: the tile itself, or pairs of its neighbouring rows.
+  static const Word* columns_of(Buffer<Word>& rows, Buffer<Word>& pairs) {
+    if constexpr (T::kNumbers == 1) return rows.get();
+    const auto* numbers = reinterpret_cast<const Number*>(rows.get());
+    for (int64_t p = 0; p < kTerms; ++p)
+      for (int64_t at = 0; at < kBlock; at += kLanes) {
+        const Number* even = numbers + 2 * p * kBlock + at;
+        const Integers both = lanes_of(even, 0, kLanes) | lanes_of(even + kBlock, 0, kLanes) << 16;
+        std::memcpy(pairs.get() + p * kBlock + at, &both, sizeof both);
+      }
+    return pairs.get();
   }
 
   // Adds d_scores keys to dq of block i, after all earlier keys; its own keys come last.
-  void add_to_dq(int64_t b, int64_t n, int64_t i, int64_t j, const uint32_t* d_scores, const uint32_t* key_rows) const {
+  void add_to_dq(int64_t b, int64_t n, int64_t i, int64_t j, const Word* d_scores, const Word* key_rows) const {
     std::atomic<int64_t>& turn = turns[head(b, n) * s.blocks() + i];
     for (int64_t tries = 0; turn.load(std::memory_order_acquire) != j; ++tries) {
       if (tries < 4096)
-        _mm_pause();
+        pause();
       else
         std::this_thread::yield();
     }
-    float* to = sums + 2 * packed(b, n, i);
-    if (d_scores != nullptr) block_product<Start::kSum>({d_scores, kPairs, 1}, key_rows, s.h, kPairs, s.h, to, s.h);
-    if (i == j) write_rows(to, Head::of(dq, s, s.n, b, n), i, [this](int64_t) { return scale; });
+    float* to = sums_of(b, n, i);
+    if (d_scores != nullptr)
+      block_product<T, Start::kSum>({d_scores, kTerms, 1}, key_rows, width(), kTerms, width(), to, width());
+    const float scale = scaling.scale;
+    if (i == j) write_rows(to, Head<Element>::of(dq, s, s.n, b, n), i, [scale](int64_t) { return scale; });
     turn.store(j + 1, std::memory_order_release);
   }
 };
 
 // ---- handlers
 
-using Numbers = ffi::Buffer<ffi::BF16>;
-
-uint16_t* bits(Numbers x) { return reinterpret_cast<uint16_t*>(x.typed_data()); }
-uint16_t* bits(ffi::Result<Numbers> x) { return reinterpret_cast<uint16_t*>(x->typed_data()); }
-
-Sizes sizes_of(const Numbers& q, const Numbers& k) {
+Sizes sizes_of(const ffi::AnyBuffer& q, const ffi::AnyBuffer& k) {
   const auto of_q = q.dimensions();
   return {of_q[0], of_q[1], of_q[2], k.dimensions()[2], of_q[3]};
 }
 
-// texts: [B, T], [3, B, T], or [0, 0] if each row is one text.
-// The Python side ensures that shapes agree and that H is a multiple of 32. Packed arrays are results, so XLA accounts
-// for them.
-ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> texts, double scale,
-                   int64_t window, ffi::Result<Numbers> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
-                   ffi::Result<ffi::Buffer<ffi::U32>> key_columns, ffi::Result<ffi::Buffer<ffi::U32>> value_rows) {
+ffi::Error too_small() { return ffi::Error::InvalidArgument("there is not enough room for the packed operands"); }
+
+using Integer32 = ffi::Buffer<ffi::S32>;
+using Float32 = ffi::Result<ffi::Buffer<ffi::F32>>;
+using Packed = ffi::Result<ffi::Buffer<ffi::U32>>;
+
+// texts: [B, T], [3, B, T], or [0, 0] if each row is one text; window: [], 0 if there is none. The Python side ensures
+// that shapes and dtypes agree. Packed arrays are results, so XLA accounts for them.
+ffi::Error forward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Integer32 texts,
+                   Integer32 window, double scale, double cap, ffi::Result<ffi::AnyBuffer> out, Float32 lse,
+                   Packed key_columns, Packed value_rows) {
   const Sizes s = sizes_of(q, k);
-  const Visibility visibility(s, window, Texts::of(texts));
-  const Forward task{s, visibility, static_cast<float>(scale * kLog2E), bits(q), bits(k), bits(v), bits(out),
-                     lse->typed_data(), key_columns->typed_data(), value_rows->typed_data()};
-  qlora::in_parallel(pool, s.b * s.k * s.blocks(), [&](int64_t part) { task.pack(part); });
-  qlora::in_parallel(pool, s.b * s.n * s.blocks(), [&](int64_t part) { task.block(part); });
-  return ffi::Error::Success();
+  const Visibility visibility(s, *window.typed_data(), Texts::of(texts));
+  const Scaling scaling{static_cast<float>(scale), static_cast<float>(cap)};
+  return with_element(q, [&](auto example) {
+    using Element = decltype(example);
+    using Word = typename Terms<Element>::Word;
+    const Forward<Element> task{s, visibility, scaling, data_of<Element>(q), data_of<Element>(k), data_of<Element>(v),
+                                data_of<Element>(out), lse->typed_data(),
+                                reinterpret_cast<Word*>(key_columns->typed_data()),
+                                reinterpret_cast<Word*>(value_rows->typed_data())};
+    if (static_cast<int64_t>(key_columns->element_count()) < task.packed(s.b, 0, 0)) return too_small();
+    in_parallel(pool, s.b * s.k * s.blocks(), [&](int64_t part) { task.pack(part); });
+    in_parallel(pool, s.b * s.n * s.blocks(), [&](int64_t part) { task.block(part); });
+    return ffi::Error::Success();
+  });
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> texts,
-                    double scale, int64_t window, Numbers out, ffi::Buffer<ffi::F32> lse, Numbers d_out,
-                    ffi::Result<Numbers> dq, ffi::Result<Numbers> dk,
-                    ffi::Result<Numbers> dv, ffi::Result<ffi::Buffer<ffi::F32>> mean,
-                    ffi::Result<ffi::Buffer<ffi::F32>> sums, ffi::Result<ffi::Buffer<ffi::U32>> query_rows,
-                    ffi::Result<ffi::Buffer<ffi::U32>> d_out_rows) {
+ffi::Error backward(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Integer32 texts,
+                    Integer32 window, double scale, double cap, ffi::AnyBuffer out, ffi::Buffer<ffi::F32> lse,
+                    ffi::AnyBuffer d_out, ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
+                    ffi::Result<ffi::AnyBuffer> dv, Float32 mean, Float32 sums, Packed query_rows, Packed d_out_rows) {
   const Sizes s = sizes_of(q, k);
-  const Visibility visibility(s, window, Texts::of(texts));
+  const Visibility visibility(s, *window.typed_data(), Texts::of(texts));
+  const Scaling scaling{static_cast<float>(scale), static_cast<float>(cap)};
   const auto turns = std::make_unique<std::atomic<int64_t>[]>(s.b * s.n * s.blocks());
-  const Backward task{s, visibility, static_cast<float>(scale), static_cast<float>(scale * kLog2E),
-                      bits(q), bits(k), bits(v), bits(out), bits(d_out), bits(dq), bits(dk), bits(dv),
-                      lse.typed_data(), mean->typed_data(), sums->typed_data(), query_rows->typed_data(),
-                      d_out_rows->typed_data(), turns.get()};
-  qlora::in_parallel(pool, s.b * s.n * s.blocks(), [&](int64_t part) { task.prepare(part); });
-  qlora::in_parallel(pool, s.b * s.k * s.blocks(), [&](int64_t part) { task.block(part); });
-  return ffi::Error::Success();
+  return with_element(q, [&](auto example) {
+    using Element = decltype(example);
+    using Word = typename Terms<Element>::Word;
+    const Backward<Element> task{s, visibility, scaling, data_of<Element>(q), data_of<Element>(k),
+                                 data_of<Element>(v), data_of<Element>(out), data_of<Element>(d_out),
+                                 data_of<Element>(dq), data_of<Element>(dk), data_of<Element>(dv), lse.typed_data(),
+                                 mean->typed_data(), sums->typed_data(),
+                                 reinterpret_cast<Word*>(query_rows->typed_data()),
+                                 reinterpret_cast<Word*>(d_out_rows->typed_data()), turns.get()};
+    if (static_cast<int64_t>(query_rows->element_count()) < task.packed(s.b, 0, 0)) return too_small();
+    in_parallel(pool, s.b * s.n * s.blocks(), [&](int64_t part) { task.prepare(part); });
+    in_parallel(pool, s.b * s.k * s.blocks(), [&](int64_t part) { task.block(part); });
+    return ffi::Error::Success();
+  });
 }
 
 }  // namespace
+}  // namespace qlora
 
-#define ATTENTION_OPERANDS       \
-  Ctx<ffi::ThreadPool>()         \
-      .Arg<Numbers>()            \
-      .Arg<Numbers>()            \
-      .Arg<Numbers>()            \
-      .Arg<ffi::Buffer<ffi::S32>>() \
-      .Attr<double>("scale")     \
-      .Attr<int64_t>("window")
+#define ATTENTION_OPERANDS    \
+  Ctx<ffi::ThreadPool>()      \
+      .Arg<ffi::AnyBuffer>()  \
+      .Arg<ffi::AnyBuffer>()  \
+      .Arg<ffi::AnyBuffer>()  \
+      .Arg<qlora::Integer32>() \
+      .Arg<qlora::Integer32>() \
+      .Attr<double>("scale")  \
+      .Attr<double>("cap")
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_forward, forward,
-                              ffi::Ffi::Bind()
-                                  .ATTENTION_OPERANDS.Ret<Numbers>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_backward, backward,
-                              ffi::Ffi::Bind()
-                                  .ATTENTION_OPERANDS.Arg<Numbers>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<Numbers>()
-                                  .Ret<Numbers>()
-                                  .Ret<Numbers>()
-                                  .Ret<Numbers>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>());
-
-#endif  // AVX-512 with bf16
+QLORA_HANDLER(attention_forward, qlora::forward,
+              ffi::Ffi::Bind()
+                  .ATTENTION_OPERANDS.Ret<ffi::AnyBuffer>()
+                  .Ret<ffi::Buffer<ffi::F32>>()
+                  .Ret<ffi::Buffer<ffi::U32>>()
+                  .Ret<ffi::Buffer<ffi::U32>>());
+QLORA_HANDLER(attention_backward, qlora::backward,
+              ffi::Ffi::Bind()
+                  .ATTENTION_OPERANDS.Arg<ffi::AnyBuffer>()
+                  .Arg<ffi::Buffer<ffi::F32>>()
+                  .Arg<ffi::AnyBuffer>()
+                  .Ret<ffi::AnyBuffer>()
+                  .Ret<ffi::AnyBuffer>()
+                  .Ret<ffi::AnyBuffer>()
+                  .Ret<ffi::Buffer<ffi::F32>>()
+                  .Ret<ffi::Buffer<ffi::F32>>()
+                  .Ret<ffi::Buffer<ffi::U32>>()
+                  .Ret<ffi::Buffer<ffi::U32>>());

@@ -1,121 +1,29 @@
-// Products with frozen 4-bit weights on CPUs with AVX-512, or AVX2 and FMA: two XLA FFI handlers.
+// Products with frozen 4-bit weights: three XLA FFI handlers.
 //
 //   dequantize:  w[n, k] = table[code(n, k)] * absmax[n, k / block], in f32, rounded once if the result is bf16
 //   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w exists only in registers
+//   product:     the same for many rows, or, if `transposed`, x[m, k] = sum_n y[m, n] w[n, k]; w is dequantized into the
+//                panels that the product reads, one chunk at a time, so that it never exists as a whole
 //
 // Codes are row-planar (pallas_kernels/formats/layouts.py): byte [i, k] holds code(i, k) in its high and
-// code(i + N/2, k) in its low nibble, so one load of 16 bytes gives 16 neighbours of two rows. Constants are f32, or
+// code(i + N/2, k) in its low nibble, so one load of bytes gives neighbours of two rows. Constants are f32, or
 // double-quantized: absmax = map[byte] * nested[block / nested_size] + offset, in two roundings (never one fused
 // multiply-add: build with -ffp-contract=off), as in bitsandbytes.
 //
 // A weight is a stack and the index of a layer, so that no slice is copied.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-#include "parallel.h"
+#include "handler.h"
+#include "product.h"
 
 namespace ffi = xla::ffi;
 
+namespace qlora {
 namespace {
-
-// 16 lanes of f32. `Table` has the 16 values of the codes.
-#if defined(__AVX512F__)
-struct Lanes {
-  __m512 v;
-};
-struct Table {
-  __m512 v;
-  explicit Table(const float* values) : v(_mm512_loadu_ps(values)) {}
-};
-struct Codes {
-  __m512i v;  // a byte of codes in each lane
-};
-inline Codes load_codes(const uint8_t* at) {
-  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)))};
-}
-// The permutation reads only the low four bits of an index.
-inline Lanes look_up_high(const Table& table, Codes codes) {
-  return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.v, 4), table.v)};
-}
-inline Lanes look_up_low(const Table& table, Codes codes) { return {_mm512_permutexvar_ps(codes.v, table.v)}; }
-inline Lanes load(const float* at) { return {_mm512_loadu_ps(at)}; }
-inline Lanes zero() { return {_mm512_setzero_ps()}; }
-inline Lanes times(Lanes a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps(b))}; }
-inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
-inline void store(Lanes a, float* to) { _mm512_storeu_ps(to, a.v); }
-inline void store(Lanes a, uint16_t* to) {  // as bf16, rounded to nearest even
-  const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
-}
-#elif defined(__AVX2__) && defined(__FMA__)
-struct Lanes {
-  __m256 a, b;
-};
-struct Table {
-  __m256 below, above;  // codes 0 to 7, codes 8 to 15
-  explicit Table(const float* values) : below(_mm256_loadu_ps(values)), above(_mm256_loadu_ps(values + 8)) {}
-};
-struct Codes {
-  __m256i a, b;
-};
-inline Codes load_codes(const uint8_t* at) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
-}
-// The permutation reads the low three bits of an index; the fourth, shifted to the sign, selects one of the halves.
-inline __m256 look_up(const Table& table, __m256i index) {
-  const __m256 below = _mm256_permutevar8x32_ps(table.below, index);
-  const __m256 above = _mm256_permutevar8x32_ps(table.above, index);
-  return _mm256_blendv_ps(below, above, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
-}
-inline Lanes look_up_high(const Table& table, Codes codes) {
-  return {look_up(table, _mm256_srli_epi32(codes.a, 4)), look_up(table, _mm256_srli_epi32(codes.b, 4))};
-}
-inline Lanes look_up_low(const Table& table, Codes codes) { return {look_up(table, codes.a), look_up(table, codes.b)}; }
-inline Lanes load(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
-inline Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline Lanes times(Lanes x, float y) {
-  const __m256 all = _mm256_set1_ps(y);
-  return {_mm256_mul_ps(x.a, all), _mm256_mul_ps(x.b, all)};
-}
-inline Lanes multiply_add(Lanes x, Lanes y, Lanes z) {
-  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
-}
-inline float sum(Lanes x) {
-  float lanes[8];
-  _mm256_storeu_ps(lanes, _mm256_add_ps(x.a, x.b));
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
-}
-inline void store(Lanes x, float* to) {
-  _mm256_storeu_ps(to, x.a);
-  _mm256_storeu_ps(to + 8, x.b);
-}
-inline __m256i rounded(__m256 x) {  // bf16 to nearest even, in the low half of each lane
-  const __m256i bits = _mm256_castps_si256(x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-}
-inline void store(Lanes x, uint16_t* to) {
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(x.a), rounded(x.b)), 0b11011000);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
-}
-#else
-#error "this processor has neither AVX-512 nor AVX2 with FMA"
-#endif
-
-constexpr int64_t kLanes = 16;
 
 // One layer of a stack of weights [N, K].
 struct Weight {
-  int64_t n, k, blocks, block_size, nested_size;
+  int64_t n, k, blocks, block_size;
+  uint32_t nested_size;
   const uint8_t* codes;
   const float* absmax;          // either this [N, blocks] ...
   const uint8_t* absmax_codes;  // ... or these, with their map and nested constants
@@ -127,7 +35,8 @@ struct Weight {
   float constant(int64_t row, int64_t block) const {
     const int64_t at = row * blocks + block;
     if (absmax != nullptr) return absmax[at];
-    const float product = map[absmax_codes[at]] * nested[at / nested_size];
+    const uint32_t nested_at = static_cast<uint32_t>(at) / nested_size;  // less slow than a division of 64 bits
+    const float product = map[absmax_codes[at]] * nested[nested_at];
     return product + offset;
   }
 };
@@ -138,85 +47,149 @@ void over_row_pairs(ffi::ThreadPool& pool, const Weight& w, const Rows& rows) {
   const int64_t pairs = w.n / 2;
   const int64_t grain = std::max<int64_t>(1, 32768 / w.k);  // pairs of rows per part: 65,536 weights, some microseconds
   const int64_t parts = (pairs + grain - 1) / grain;
-  qlora::in_parallel(pool, parts, [&](int64_t part) { rows(part * grain, std::min(pairs, (part + 1) * grain)); });
+  in_parallel(pool, parts, [&](int64_t part) { rows(part * grain, std::min(pairs, (part + 1) * grain)); });
 }
 
 template <typename Out>
 void dequantize_pairs(const Weight& w, Out* out, int64_t first, int64_t last) {
   const Table table(w.table);
   for (int64_t i = first; i < last; ++i) {
-    const uint8_t* codes = w.codes + i * w.k;
+    const uint8_t* from = w.codes + i * w.k;
     Out* high = out + i * w.k;
     Out* low = out + (i + w.n / 2) * w.k;
     for (int64_t block = 0; block < w.blocks; ++block) {
       const float scale_high = w.constant(i, block), scale_low = w.constant(i + w.n / 2, block);
-      for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kLanes) {
-        const Codes c = load_codes(codes + k);
-        store(times(look_up_high(table, c), scale_high), high + k);
-        store(times(look_up_low(table, c), scale_low), low + k);
+      for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += 2 * kLanes) {
+        const Integers a = load_bytes(from + k), b = load_bytes(from + k + kLanes);
+        store(table[a >> 4] * scale_high, table[b >> 4] * scale_high, high + k);
+        store(table[a] * scale_low, table[b] * scale_low, low + k);
       }
     }
   }
 }
 
-inline void put(float value, float* to) { *to = value; }
-inline void put(float value, uint16_t* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  *to = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-template <int M, typename Out>
-void rows_of_pairs(const Weight& w, const float* x, Out* y, int64_t first, int64_t last) {
+// Multiplies M rows of x by P pairs of rows, so that 2 M P sums overlap. Each sum is in the order of k for all M and P.
+template <int M, int P, typename Out>
+void multiply_pairs(const Weight& w, const float* x, Out* y, int64_t first) {
   const Table table(w.table);
-  for (int64_t i = first; i < last; ++i) {
-    const uint8_t* codes = w.codes + i * w.k;
-    Lanes high[M], low[M];
-    for (int m = 0; m < M; ++m) high[m] = low[m] = zero();
-    for (int64_t block = 0; block < w.blocks; ++block) {
-      const float scale_high = w.constant(i, block), scale_low = w.constant(i + w.n / 2, block);
-      for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kLanes) {
-        const Codes c = load_codes(codes + k);
-        const Lanes w_high = times(look_up_high(table, c), scale_high);
-        const Lanes w_low = times(look_up_low(table, c), scale_low);
+  Floats high[P][M] = {}, low[P][M] = {};
+  for (int64_t block = 0; block < w.blocks; ++block) {
+    float scale_high[P], scale_low[P];
+    for (int p = 0; p < P; ++p) scale_high[p] = w.constant(first + p, block);
+    for (int p = 0; p < P; ++p) scale_low[p] = w.constant(first + p + w.n / 2, block);
+    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kLanes)
+      for (int p = 0; p < P; ++p) {
+        const Integers codes = load_bytes(w.codes + (first + p) * w.k + k);
+        const Floats w_high = table[codes >> 4] * scale_high[p], w_low = table[codes] * scale_low[p];
         for (int m = 0; m < M; ++m) {
-          const Lanes x_m = load(x + m * w.k + k);
-          high[m] = multiply_add(w_high, x_m, high[m]);
-          low[m] = multiply_add(w_low, x_m, low[m]);
+          const Floats x_m = load(x + m * w.k + k);
+          high[p][m] = multiply_add(w_high, x_m, high[p][m]);
+          low[p][m] = multiply_add(w_low, x_m, low[p][m]);
         }
       }
-    }
-    for (int m = 0; m < M; ++m) {
-      put(sum(high[m]), y + m * w.n + i);
-      put(sum(low[m]), y + m * w.n + i + w.n / 2);
-    }
   }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      put(sum(high[p][m]), y + m * w.n + first + p);
+      put(sum(low[p][m]), y + m * w.n + first + p + w.n / 2);
+    }
 }
 
 constexpr int64_t kMostRows = 4;  // rows whose sums fit the registers
 
-template <typename Out>
-void rows_at_once(const Weight& w, int64_t m, const float* x, Out* y, int64_t first, int64_t last) {
-  for (; m >= kMostRows; m -= kMostRows, x += kMostRows * w.k, y += kMostRows * w.n)
-    rows_of_pairs<kMostRows>(w, x, y, first, last);
-  if (m == 3) rows_of_pairs<3>(w, x, y, first, last);
-  if (m == 2) rows_of_pairs<2>(w, x, y, first, last);
-  if (m == 1) rows_of_pairs<1>(w, x, y, first, last);
+template <int M, typename Out>
+void multiply_rows(const Weight& w, const float* x, Out* y, int64_t first, int64_t last) {
+  constexpr int kPairs = M > 2 ? 1 : 2;
+  for (; first + kPairs <= last; first += kPairs) multiply_pairs<M, kPairs>(w, x, y, first);
+  for (; first < last; ++first) multiply_pairs<M, 1>(w, x, y, first);
 }
 
-std::vector<float> in_f32(const ffi::AnyBuffer& x) {
-  std::vector<float> out(x.element_count());
-  if (x.element_type() == ffi::F32) {
-    std::memcpy(out.data(), x.untyped_data(), out.size() * sizeof(float));
-    return out;
-  }
-  const uint16_t* from = reinterpret_cast<const uint16_t*>(x.untyped_data());
-  for (size_t i = 0; i < out.size(); ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    std::memcpy(&out[i], &bits, 4);
-  }
-  return out;
+template <typename Out>
+void multiply(const Weight& w, int64_t m, const float* x, Out* y, int64_t first, int64_t last) {
+  for (; m >= kMostRows; m -= kMostRows, x += kMostRows * w.k, y += kMostRows * w.n)
+    multiply_rows<kMostRows>(w, x, y, first, last);
+  if (m == 3) multiply_rows<3>(w, x, y, first, last);
+  if (m == 2) multiply_rows<2>(w, x, y, first, last);
+  if (m == 1) multiply_rows<1>(w, x, y, first, last);
 }
+
+// ---- many rows
+
+// The weights of a row or of two neighbouring ones, as terms.
+template <typename Element>
+struct Decoder {
+  using T = Terms<Element>;
+  using Word = typename T::Word;
+  const Weight& w;
+  Table table;
+
+  explicit Decoder(const Weight& weight) : w(weight), table(weight.table) {}
+
+  Floats at(int64_t n, int64_t k, float constant) const {
+    const bool high = n < w.n / 2;
+    const Integers codes = load_bytes(w.codes + (high ? n : n - w.n / 2) * w.k + k);
+    return table[high ? codes >> 4 : codes] * constant;
+  }
+  // Stores weights [start, start + count) of row n.
+  void row(int64_t n, int64_t start, int64_t count, typename T::Number* to) const {
+    for (int64_t k = start; k < start + count;) {
+      const int64_t end = std::min(start + count, (k / w.block_size + 1) * w.block_size);
+      const float constant = w.constant(n, k / w.block_size);
+      for (; k < end; k += kLanes) T::store(at(n, k, constant), to + k - start);
+    }
+  }
+};
+
+// Columns are rows of the weight, terms are along them.
+template <typename Element>
+struct Rows : Decoder<Element> {
+  using Decoder<Element>::Decoder;
+  using T = Terms<Element>;
+  using Word = typename T::Word;
+
+  void pack(int64_t panel, int64_t start, int64_t count, Word* to) const {
+    Buffer<Word> rows(kSquare * count);
+    for (int64_t column = 0; column < kColumns; column += kSquare) {
+      for (int64_t i = 0; i < kSquare; ++i) {
+        const int64_t n = std::min(panel * kColumns + column + i, this->w.n - 1);  // columns past the last are dropped
+        auto* row = reinterpret_cast<typename T::Number*>(rows.get() + i * count);
+        this->row(n, start * T::kNumbers, count * T::kNumbers, row);
+      }
+      pack_transposed(rows.get(), count, kSquare, count, to + column, kColumns);
+    }
+  }
+};
+
+// Columns are columns of the weight, terms are its rows.
+template <typename Element>
+struct Columns : Decoder<Element> {
+  using Decoder<Element>::Decoder;
+  using T = Terms<Element>;
+  using Word = typename T::Word;
+
+  void pack(int64_t panel, int64_t start, int64_t count, Word* to) const {
+    const int64_t first = panel * kColumns;
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t k = first; k < std::min(first + kColumns, this->w.k); k += kLanes) {
+        const auto words = terms(T::kNumbers * (start + p), k);
+        std::memcpy(to + p * kColumns + k - first, &words, sizeof words);
+      }
+  }
+
+  typename T::Words terms(int64_t n, int64_t k) const {
+    const int64_t block = k / this->w.block_size;
+    const Floats first = this->at(n, k, this->w.constant(n, block));
+    if constexpr (T::kNumbers == 1) {
+      return T::rounded(first);
+    } else {
+      return rounded(first) | rounded(this->at(n + 1, k, this->w.constant(n + 1, block))) << 16;
+    }
+  }
+};
+
+// ---- handlers
 
 // codes [L, N/2, K], scales [L, N, K/block] (f32, or u8 if double-quantized), nested [L, nested blocks], offset [L],
 // layer [], table [16], map [256]. The Python side ensures that shapes agree.
@@ -230,9 +203,9 @@ ffi::ErrorOr<Weight> weight_of(ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales
   w.k = shape[2];
   w.blocks = scales.dimensions()[2];
   w.block_size = w.k / w.blocks;
-  w.nested_size = nested_size;
-  if (w.block_size % kLanes != 0 || w.block_size * w.blocks != w.k)
-    return ffi::Unexpected(ffi::Error::InvalidArgument("blocks must be whole and of a multiple of 16 weights"));
+  w.nested_size = static_cast<uint32_t>(nested_size);
+  if (w.block_size % 32 != 0 || w.block_size * w.blocks != w.k)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("blocks must be whole and of a multiple of 32 weights"));
   w.codes = codes.typed_data() + index * shape[1] * shape[2];
   w.table = table.typed_data();
   w.map = map.typed_data();
@@ -248,8 +221,8 @@ ffi::ErrorOr<Weight> weight_of(ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales
 
 ffi::Error dequantize(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
                       ffi::Buffer<ffi::F32> nested, ffi::Buffer<ffi::F32> offset, ffi::Buffer<ffi::S32> layer,
-                      ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::F32> map, ffi::Result<ffi::AnyBuffer> out,
-                      int64_t nested_size) {
+                      ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::F32> map, int64_t nested_size,
+                      ffi::Result<ffi::AnyBuffer> out) {
   const auto found = weight_of(codes, scales, nested, offset, layer, table, map, nested_size);
   if (found.has_error()) return found.error();
   const Weight& w = found.value();
@@ -264,23 +237,49 @@ ffi::Error dequantize(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::Any
 
 ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
                 ffi::Buffer<ffi::F32> nested, ffi::Buffer<ffi::F32> offset, ffi::Buffer<ffi::S32> layer,
-                ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::F32> map, ffi::Result<ffi::AnyBuffer> y,
-                int64_t nested_size) {
+                ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::F32> map, int64_t nested_size,
+                ffi::Result<ffi::AnyBuffer> y) {
   const auto found = weight_of(codes, scales, nested, offset, layer, table, map, nested_size);
   if (found.has_error()) return found.error();
   const Weight& w = found.value();
-  const std::vector<float> x_MK = in_f32(x);
+  Buffer<float> x_MK = in_f32(x);
   const int64_t m = x.dimensions()[0];
   over_row_pairs(pool, w, [&](int64_t first, int64_t last) {
     if (y->element_type() == ffi::F32)
-      rows_at_once(w, m, x_MK.data(), reinterpret_cast<float*>(y->untyped_data()), first, last);
+      multiply(w, m, x_MK.get(), reinterpret_cast<float*>(y->untyped_data()), first, last);
     else
-      rows_at_once(w, m, x_MK.data(), reinterpret_cast<uint16_t*>(y->untyped_data()), first, last);
+      multiply(w, m, x_MK.get(), reinterpret_cast<uint16_t*>(y->untyped_data()), first, last);
   });
   return ffi::Error::Success();
 }
 
+// x [M, K], or [M, N] if transposed; strips: memory of as many words as x has terms.
+ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
+                   ffi::Buffer<ffi::F32> nested, ffi::Buffer<ffi::F32> offset, ffi::Buffer<ffi::S32> layer,
+                   ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::F32> map, int64_t nested_size,
+                   ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::Buffer<ffi::U32>> strips, bool transposed) {
+  const auto found = weight_of(codes, scales, nested, offset, layer, table, map, nested_size);
+  if (found.has_error()) return found.error();
+  const Weight& w = found.value();
+  const int64_t m = x.dimensions()[0], terms = transposed ? w.n : w.k, columns = transposed ? w.k : w.n;
+  const auto run = [&](auto example, auto source) {
+    using Element = decltype(example);
+    using Made = Product<Element, decltype(source)>;
+    const Made made{m, columns, terms, reinterpret_cast<const Element*>(x.untyped_data()), source,
+                    reinterpret_cast<Element*>(y->untyped_data()),
+                    reinterpret_cast<typename Made::Word*>(strips->typed_data())};
+    if (static_cast<int64_t>(strips->element_count()) < m * made.all_terms())
+      return ffi::Error::InvalidArgument("there is not enough room for the packed rows");
+    made.run(pool);
+    return ffi::Error::Success();
+  };
+  const bool f32 = x.element_type() == ffi::F32;
+  if (transposed) return f32 ? run(float(), Columns<float>(w)) : run(uint16_t(), Columns<uint16_t>(w));
+  return f32 ? run(float(), Rows<float>(w)) : run(uint16_t(), Rows<uint16_t>(w));
+}
+
 }  // namespace
+}  // namespace qlora
 
 #define NF4_WEIGHT_ARGUMENTS      \
   Arg<ffi::Buffer<ffi::U8>>()     \
@@ -290,10 +289,15 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
       .Arg<ffi::Buffer<ffi::S32>>() \
       .Arg<ffi::Buffer<ffi::F32>>() \
       .Arg<ffi::Buffer<ffi::F32>>() \
-      .Ret<ffi::AnyBuffer>()      \
-      .Attr<int64_t>("nested_size")
+      .Attr<int64_t>("nested_size") \
+      .Ret<ffi::AnyBuffer>()
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nf4_dequantize, dequantize,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().NF4_WEIGHT_ARGUMENTS);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(nf4_rows, rows,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().NF4_WEIGHT_ARGUMENTS);
+QLORA_HANDLER(nf4_dequantize, qlora::dequantize, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().NF4_WEIGHT_ARGUMENTS);
+QLORA_HANDLER(nf4_rows, qlora::rows,
+              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().NF4_WEIGHT_ARGUMENTS);
+QLORA_HANDLER(nf4_product, qlora::product,
+              ffi::Ffi::Bind()
+                  .Ctx<ffi::ThreadPool>()
+                  .Arg<ffi::AnyBuffer>()
+                  .NF4_WEIGHT_ARGUMENTS.Ret<ffi::Buffer<ffi::U32>>()
+                  .Attr<bool>("transposed"));

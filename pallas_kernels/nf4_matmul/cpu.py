@@ -1,10 +1,12 @@
 """nf4_matmul on CPUs through the C++ handlers of pallas_kernels.native, if they are built.
 
-Few rows are multiplied directly from the codes; weights exist only in registers. For many rows, one layer is
-dequantized and XLA multiplies, which then costs far more than the dequantization.
+Few rows are multiplied directly from the codes, and weights exist only in registers. For many rows, weights are
+dequantized into the panels that the product reads, so none exists as a whole.
 
 Dimension key: M rows, N out, K in, L layers.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +14,39 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.dense_matmul import dot
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
+from pallas_kernels.native.library import handler, multiplies_bfloat16
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Layer
 
 # The handlers read whole vectors of 16 weights, in the one layout that gives two rows per load.
 CAPABILITIES = Capabilities(
     devices=("cpu",), layouts=("row_planar",), dtypes=("bfloat16", "float32"), block_sizes=(64, 128, 256, 512, 1024)
 )
-FEW_ROWS = 8  # up to this many, the product from the codes is faster than dequantize + dot (docs/cpu.md)
+FEW_ROWS = 8  # up to this many, the product from the codes is fastest (docs/cpu.md)
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
     """Computes y = x w^T, accumulated in f32, in x's dtype."""
     if x_MK.shape[0] > FEW_ROWS:
-        return dot(x_MK, dequantize_layer(weights, layer, x_MK.dtype), (1, 1), x_MK.dtype)
+        return _product(x_MK, weights, layer, transposed=False)
     shape = jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), x_MK.dtype)
     return _call("nf4_rows", shape, weights, layer, x_MK)
 
 
 def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
     """Computes dx = dy w, accumulated in f32, in dy's dtype."""
-    return dot(dy_MN, dequantize_layer(weights, layer, dy_MN.dtype), (1, 0), dy_MN.dtype)
+    return _product(dy_MN, weights, layer, transposed=True)
+
+
+def _product(a: Float[Array, "M _"], weights: QTensor, layer: Layer, *, transposed: bool) -> Float[Array, "M _"]:
+    """Computes a w if `transposed`, else a w^T."""
+    numbers = 2 if a.dtype == jnp.bfloat16 and multiplies_bfloat16() else 1
+    results = (
+        jax.ShapeDtypeStruct((a.shape[0], weights.shape[1 if transposed else 0]), a.dtype),
+        jax.ShapeDtypeStruct((a.shape[0], a.shape[1] // numbers), jnp.uint32),  # a packed, used only by the call
+    )
+    return _call("nf4_product", results, weights, layer, a, transposed=transposed)[0]
 
 
 def dequantize_layer(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Float[Array, "N K"]:
@@ -43,7 +55,7 @@ def dequantize_layer(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Float[
         return _call("nf4_dequantize", jax.ShapeDtypeStruct(weights.shape, dtype), weights, layer)
 
 
-def _call(name: str, out: jax.ShapeDtypeStruct, weights: QTensor, layer: Layer, *rows: jax.Array) -> jax.Array:
+def _call(name: str, out: Any, weights: QTensor, layer: Layer, *rows: jax.Array, **how: bool) -> Any:
     """Calls a handler on one layer. It receives the whole stack, so that no slice is copied."""
     stack = weights if layer is not None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], weights)
     if stack.double_quant:
@@ -52,5 +64,5 @@ def _call(name: str, out: jax.ShapeDtypeStruct, weights: QTensor, layer: Layer, 
         constants = (stack.absmax, jnp.zeros((1, 1), jnp.float32), jnp.zeros((1,), jnp.float32))
     tables = (CODE_TABLES[weights.quant_type].astype(np.float32), dynamic_map().astype(np.float32))
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
-    return call(*rows, stack.codes, *constants, index, *tables, nested_size=np.int64(weights.nested_block_size))
+    call = jax.ffi.ffi_call(handler(name), out, vmap_method="sequential")
+    return call(*rows, stack.codes, *constants, index, *tables, nested_size=np.int64(weights.nested_block_size), **how)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Int32
 
+from pallas_kernels.attention.branching import Branching
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.shared_prefixes import PackedRow, ScoredIds, pack_rows
 from qlora_jax.inference.decode import id_problems
@@ -25,7 +26,6 @@ from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
-from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.lm_head.token_scores import TokenScores, token_scores
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 

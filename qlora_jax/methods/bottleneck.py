@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.method import Given, Method
@@ -19,7 +20,6 @@ from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.lora import initial_factors
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.mlp import ACTIVATIONS
 from qlora_jax.nn.variables import TrainedLeaf
 

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from pallas_kernels.dense_matmul import dot_nn, dot_tn
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.adapter_cost import F32, ONCE, AdapterShape, StepSizes, Work
 from qlora_jax.methods.lora import LowRankMethod, LowRankStart
@@ -26,7 +27,6 @@ from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.frozen_weight import Part, dense_weight, gather_layer, ops_of, weight_specs
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight
 from qlora_jax.nn.lora import adapter_deltas, add_delta, low_rank_deltas
-from qlora_jax.nn.matmul import dot_nn, dot_tn
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh, gathered, lora_spec, shards_of
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from pallas_kernels.grouped_matmul.groups import Groups
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.targets import Layers, parameter_ranks_and_scalings, target_parameters
@@ -24,7 +25,6 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.lora import LoRA, initial_factors
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import TrainedLeaf
 from qlora_jax.sharding import born_cut
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer
@@ -18,7 +19,6 @@ from qlora_jax.methods.method import Given, Method, linears, norms
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, QLinear
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen, TrainedLeaf
 
 

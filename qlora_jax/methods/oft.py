@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from pydantic import Field
 
+from pallas_kernels.dense_matmul import dot_nn, dot_tn, row_major
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject, shorten
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer, within_layers
@@ -42,7 +43,6 @@ from qlora_jax.methods.targets import projection_layers
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight
-from qlora_jax.nn.matmul import dot_nn, dot_tn, row_major
 from qlora_jax.nn.variables import TrainedLeaf
 from qlora_jax.sharding import AnyMesh
 

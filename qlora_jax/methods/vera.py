@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 from pydantic import Field
 
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
@@ -43,7 +44,6 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
 from qlora_jax.nn.lora import adapter_deltas
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen, TrainedLeaf
 
 A, B = "vera_A", "vera_B"  # PEFT's names of the frozen matrices

@@ -12,10 +12,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from pallas_kernels.attention import cached_attention, causal_attention
+from pallas_kernels.attention.branching import Spans
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.nn.attention.branching import Spans
-from qlora_jax.nn.attention.causal import cached_attention, causal_attention
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
@@ -119,8 +119,8 @@ class Attention(nnx.Module):
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen, sinks_N=sinks_N)
         else:
             cache = cache.write(layer, k, self._clipped(v), positions.index_BT)
-            k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
-            out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen, sinks_N=sinks_N)
+            places = (layer, positions.index_BT)
+            out_BTNH = cached_attention(q, cache.k, cache.v, *places, scale, **seen, sinks_N=sinks_N)
         out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
         result_MD = self.o_proj(out_MD, layer, keys_B)
         return result_MD if self.adapter is None else self.adapter(result_MD), cache

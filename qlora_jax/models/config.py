@@ -256,10 +256,6 @@ class ModelConfig:
         windows = self.windows or (None,) * self.num_layers
         return [length if window is None else min(window, length) for window in windows]
 
-    def has_plain_attention(self, length: int) -> bool:
-        """True if scores have no soft cap, and all layers see equally many of `length` positions."""
-        return self.attention_softcap is None and len(set(self.visible_counts(length))) == 1
-
     @property
     def gate_activation(self) -> GateActivation:
         """The activation of a gated MLP, for `nn.mlp.gated_activation`."""

@@ -19,13 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from pallas_kernels.attention.branching import Branching
 from qlora_jax.models.attention import Attention, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
 from qlora_jax.models.remat import LAYER_INPUT, remat_policy
-from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.frozen_weight import gather_layer
 from qlora_jax.nn.linear import QLinear, name_number, named_key

@@ -5,11 +5,11 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 from jaxtyping import PyTree
 
+from pallas_kernels.native.library import fast_bfloat16
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.metadata import shorten, shorten_key
@@ -159,17 +159,13 @@ def _ranges(layers: Sequence[int]) -> Iterator[str]:
             start = last = layer
 
 
-# Linux names of processor flags for fast bfloat16 products: x86 AVX-512 and AMX, then ARM.
-BF16_FLAGS = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
-
-
 def platform() -> str:
     """Returns JAX's default platform: `cpu`, `gpu` or `tpu`."""
     return jax.default_backend()
 
 
 def compute_dtype(asked: str, on: str | None = None) -> str:
-    """Resolves `auto` to bfloat16 on accelerators and on CPUs with instructions for it, and to float32 on other CPUs.
+    """Resolves `auto` to bfloat16 on accelerators and on CPUs where XLA multiplies it fast, else to float32.
 
     Args:
       asked: `auto`, `bfloat16` or `float32`.
@@ -177,12 +173,7 @@ def compute_dtype(asked: str, on: str | None = None) -> str:
     """
     if asked != "auto":
         return asked
-    return "bfloat16" if (on or platform()) != "cpu" or _cpu_has_bf16() else "float32"
-
-
-def _cpu_has_bf16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and BF16_FLAGS.search(cpuinfo.read_text(encoding="utf-8", errors="replace")) is not None
+    return "bfloat16" if (on or platform()) != "cpu" or fast_bfloat16() else "float32"
 
 
 def weight_format(args: ModelArgs, config: ModelConfig, on: str | None = None) -> WeightFormat:

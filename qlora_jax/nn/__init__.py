@@ -8,7 +8,7 @@ import importlib
 
 # public name -> the module that defines it
 _PUBLIC = {
-    "Branching": "qlora_jax.nn.attention.branching",
+    "Branching": "pallas_kernels.attention.branching",
     "NF4Linear": "qlora_jax.nn.nf4_linear",
     "NF4LinearGeneral": "qlora_jax.nn.nf4_linear",
     "QuantRule": "qlora_jax.nn.model_quantization",

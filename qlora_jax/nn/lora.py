@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import TrainedLeaf
 
 

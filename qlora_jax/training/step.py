@@ -17,6 +17,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
+from pallas_kernels.attention.branching import Branching
 from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.inference.mesh_inference import run_on_mesh
 from qlora_jax.models.decoder import CausalLM
@@ -30,7 +31,6 @@ from qlora_jax.models.partition import (
     parts_specs,
     split_leaves,
 )
-from qlora_jax.nn.attention.branching import Branching
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.objectives.objective import Objective, Totals
 from qlora_jax.objectives.router_losses import Routed, RoutedOutputs, counted_positions

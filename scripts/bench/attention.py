@@ -29,7 +29,7 @@ def make_run(
     import jax
     import numpy as np
 
-    from qlora_jax.nn.attention.causal import causal_attention
+    from pallas_kernels.attention import causal_attention
 
     rng = np.random.default_rng(0)
     shapes = [(batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]

@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pallas_kernels.native.library import fast_bfloat16
 from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, ROOT, compilation_caches
 from scripts.bench.support.interleave import Record, Turns, WorkerGroup
 from scripts.fetch_smollm2 import fetch_smollm2
@@ -75,7 +76,7 @@ def commands_of(model: Path, jobs: Path, base: str, dtypes: Sequence[str]) -> di
     players = [(who, dtype) for dtype in dtypes for who in programs]
     commands = {f"{who} {dtype}": [*programs[who], *arguments, "--dtype", dtype] for who, dtype in players}
     exact = f"{THEIRS} float32"
-    if base == "nf4" and exact in commands and "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+    if base == "nf4" and exact in commands and fast_bfloat16():
         commands[f"{exact} rounded"] = [*commands[exact], "--rounded"]
     return commands
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels.attention.branching import Branching
 from qlora_jax.config import LoraArgs
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
-from qlora_jax.nn.attention.branching import Branching
 from tests.nn.trees import row_of_trees
 from tests.parity.test_families_transformers import CONFIGS, VOCAB
 

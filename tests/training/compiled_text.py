@@ -1,7 +1,7 @@
 """Reads a compiled program's text: the FLOP of its products, the types its loops carry, and the arrays it computes.
 
-A product is a `dot` instruction, alone or inside a fusion, or a call of cuBLAS. FLOP = 2 * elements of the result *
-contracted length, and each loop around it multiplies by its trip count.
+A product is a `dot` instruction, alone or inside a fusion, or a call of cuBLAS or of our loops for frozen weights.
+FLOP = 2 * elements of the result * contracted length, and each loop around it multiplies by its trip count.
 """
 
 import json
@@ -69,6 +69,8 @@ def _dots(computations, name: str, times: Fraction, enclosing: int) -> Iterator[
             yield Dot(_dot_flops(instruction, instructions), times, instruction.op_name, batched)
         elif '"__cublas$' in instruction.rest:
             yield Dot(_cublas_flops(instruction, instructions), times, instruction.op_name)
+        elif 'custom_call_target="nf4_product' in instruction.rest:
+            yield Dot(_flops(instruction, instructions, [1]), times, instruction.op_name)
         trips = _trips(instruction, enclosing)
         for called in instruction.called:
             inner = int(trips) if instruction.op == "while" else enclosing

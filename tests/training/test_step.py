@@ -11,6 +11,7 @@ from jax import lax
 
 from pallas_kernels.aot.collectives import ALL_GATHER, read_collectives, totals
 from pallas_kernels.aot.hlo import parse
+from pallas_kernels.dense_matmul import dot_nt
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
@@ -18,7 +19,6 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models import decoder
 from qlora_jax.models.partition import ModelParts, place_parts
 from qlora_jax.nn import linear
-from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.sharding import FSDP, ROWS, axis_size, gathered, make_mesh, named
 from qlora_jax.training.step import evaluation_loss, gradients
 from tests.marks import EXHAUSTIVE

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.dense_matmul import dot_tn
 from qlora_jax.nn.lm_head.chunks import chunk_size, map_token_chunks, split_chunks
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, sum_over_head
 from qlora_jax.nn.lm_head.tiles import RunningSums
-from qlora_jax.nn.matmul import dot_tn
 
 
 def token_nll(

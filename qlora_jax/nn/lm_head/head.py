@@ -12,9 +12,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.dense_matmul import dot_nt
 from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.nn.lm_head.new_token_rows import one_hot_ids, row_logits
-from qlora_jax.nn.matmul import dot_nt
 
 
 @jax.tree_util.register_dataclass

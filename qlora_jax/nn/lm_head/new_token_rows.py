@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen, TrainedLeaf
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dense_matmul import dot_nn
 from pallas_kernels.devices import target_device
 from qlora_jax.nn.lm_head.head import Head
-from qlora_jax.nn.matmul import dot_nn
 
 
 class Tile(NamedTuple):

@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.attention import cpu as attention_cpu
+from pallas_kernels.attention.tiling import Tiling
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.methods.adapter_cost import Work
 from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import ROUTER
-from qlora_jax.nn.attention import cpu as attention_cpu
-from qlora_jax.nn.attention.tiles import Tiling
 from qlora_jax.nn.lm_head import tiles as lm_head_tiles
 from qlora_jax.training.cost.step_shape import EMBEDDING, HEAD, SHARED_GATE, StepShape
 
@@ -62,11 +62,7 @@ def shared_gate_flops(step: StepShape, *, first: int = 0) -> int:
 
 def uses_cpu_handlers(step: StepShape) -> bool:
     """Returns True if the C++ handlers for CPUs compute attention."""
-    plain = step.model.has_plain_attention(step.batch[2])
-    return (
-        attention_cpu.unsupported_reason(step.weights.platform, step.weights.dtype, step.model.head_dim, plain=plain)
-        is None
-    )
+    return attention_cpu.unsupported_reason(step.weights.platform, step.weights.dtype) is None
 
 
 def tiling(step: StepShape) -> Tiling:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels.attention import cpu as attention_cpu
 from pallas_kernels.devices import target_device
 from pallas_kernels.grouped_matmul import api as grouped_api
 from pallas_kernels.grouped_matmul.groups import choose_tile
+from pallas_kernels.native.library import variant
 from pallas_kernels.nf4_matmul.dispatch import Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.methods import METHODS, uses
@@ -25,7 +27,6 @@ from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import Lora, is_table, module_of
 from qlora_jax.models.precision import kept_text
 from qlora_jax.models.prefetched_layers import split_host
-from qlora_jax.nn.attention import cpu as attention_cpu
 from qlora_jax.nn.frozen_weight import OPS, ops_of
 from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.optim.schedule import warmup_steps
@@ -285,12 +286,8 @@ def _chosen(choices: Sequence[Choice]) -> str:
 
 
 def _attention(session: Session) -> str:
-    plain = session.run.inputs.model.has_plain_attention(max(session.run.inputs.dataset.buckets))
-    heads = target_device().platform, session.run.step.weights.dtype, session.run.inputs.model.head_dim
-    unsupported = attention_cpu.unsupported_reason(*heads, plain=plain)
-    if attention_cpu.supports_forward_f32(*heads, plain=plain):
-        return "C++ forward; XLA backward, tiled"
-    return "C++" if unsupported is None else f"XLA, tiled; {unsupported}"
+    unsupported = attention_cpu.unsupported_reason(target_device().platform, session.run.step.weights.dtype)
+    return f"C++ ({variant()})" if unsupported is None else f"XLA, tiled; {unsupported}"
 
 
 def _clip(config: Config) -> str:

@@ -1,5 +1,6 @@
-"""The library is built for the instruction sets that XLA may use, so that one switch hides them from both."""
+"""The library is found or built for the instruction sets that XLA may use: one switch hides them from both."""
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     for name, value in {"CXX": str(path), "QLORA_JAX_CACHE": str(tmp_path / "cache"), library.SWITCH: "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(build, "_HERE", tmp_path / "package")
-    monkeypatch.setattr(library, "_register", lambda names: None)
+    monkeypatch.setattr(library, "register", lambda variant: None)
     library.problem.cache_clear()
     yield path
     library.problem.cache_clear()
@@ -35,7 +36,7 @@ def test_the_first_use_builds_once_into_a_folder_that_can_be_written(compiler, c
     assert library.problem() is None
     library.problem.cache_clear()  # as another process would find it
     assert library.problem() is None
-    built = build.library_path()
+    built = build.library_path(library.variant())
     assert built.parent == compiler.parent / "cache" and built.read_text() == "library\n"
     assert [*built.parent.iterdir()] == [built]
     assert capsys.readouterr().err.count("building the C++ loops") == 1
@@ -59,24 +60,34 @@ def test_the_users_cache_is_where_the_system_has_it(monkeypatch, tmp_path):
     monkeypatch.delenv("QLORA_JAX_CACHE", raising=False)
     monkeypatch.setattr(build, "_HERE", tmp_path / "absent")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.library_path().parent == tmp_path / "qlora_jax"
+    assert build.library_path("neon").parent == tmp_path / "qlora_jax"
     monkeypatch.setattr(build, "_HERE", tmp_path)
-    assert build.library_path().parent == tmp_path
+    assert build.library_path("neon").parent == tmp_path
 
 
 LIMITS = [
-    ("", "native"),
-    ("--xla_cpu_max_isa=AMX_FP16", "native"),
-    ("--xla_dump_to=x --xla_cpu_max_isa=avx2", "x86-64-v3"),
-    ("--xla_cpu_max_isa=AVX512 --xla_cpu_max_isa=AVX2", "x86-64-v3"),  # XLA uses the last one, too
-    ("--xla_cpu_max_isa=AVX512", "x86-64-v4"),
+    ("", "avx512_bf16"),
+    ("--xla_cpu_max_isa=AMX_FP16", "avx512_bf16"),
+    ("--xla_dump_to=x --xla_cpu_max_isa=avx2", "avx2"),
+    ("--xla_cpu_max_isa=AVX512 --xla_cpu_max_isa=AVX2", "avx2"),  # XLA uses the last one, too
+    ("--xla_cpu_max_isa=AVX512", "avx512"),
+    ("--xla_cpu_max_isa=AVX", None),
 ]
 
 
 @pytest.mark.parametrize(("flags", "expected"), LIMITS)
 def test_instruction_sets_that_xla_does_not_use_are_hidden(monkeypatch, flags, expected):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    path = build.library_path()
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build, "features", lambda: build.VARIANTS["avx512_bf16"].features)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert build.architecture() == expected
-    assert (build.library_path() == path) == (expected == "native")
+    assert library.variant() == expected
+
+
+def test_a_library_for_an_older_interface_is_loaded_and_one_for_a_newer_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_HERE", tmp_path)
+    monkeypatch.setattr(build, "interface_version", lambda: 3)
+    wanted = build.library_path("avx2")
+    for version, found in ((4, 3), (1, 1), (2, 2)):
+        path = wanted.with_name(wanted.name.replace("ffi3", f"ffi{version}"))
+        path.touch()
+        assert build.library_path("avx2") == wanted.with_name(wanted.name.replace("ffi3", f"ffi{found}"))

@@ -55,7 +55,7 @@ def test_a_stack_is_handed_over_whole():
 
 
 def test_without_the_handlers_plain_jax_runs_and_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "library_path", lambda: tmp_path / "absent.so")
+    monkeypatch.setattr(library, "library_path", lambda variant: tmp_path / "absent.so")
     library.problem.cache_clear()
     try:
         call = Call.of("forward", 1, jnp.dtype(jnp.float32), weight((64, 128), layout="row_planar"))
@@ -68,7 +68,7 @@ def test_without_the_handlers_plain_jax_runs_and_says_why(monkeypatch, tmp_path)
 
 def test_no_compiler_is_said_by_name(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(build, "library_path", lambda: tmp_path / "absent.so")
+    monkeypatch.setattr(build, "library_path", lambda variant: tmp_path / "absent.so")
     assert build.main() == 1
     assert "no-such-compiler" in capsys.readouterr().err
 
@@ -76,11 +76,11 @@ def test_no_compiler_is_said_by_name(monkeypatch, capsys, tmp_path):
 def test_what_a_compiler_refuses_is_shown(monkeypatch, tmp_path):
     source = tmp_path / "broken.cc"
     source.write_text("int main() { return undeclared; }")
-    monkeypatch.setattr(build, "library_path", lambda: tmp_path / "absent.so")
+    monkeypatch.setattr(build, "library_path", lambda variant: tmp_path / "absent.so")
     monkeypatch.setattr(build, "SOURCES", (source,))
     try:
         build.find_compiler()
     except ValueError as error:
         pytest.skip(str(error))
     with pytest.raises(ValueError, match="undeclared"):
-        build.build()
+        build.build(library.variant())

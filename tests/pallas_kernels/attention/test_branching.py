@@ -1,4 +1,4 @@
-"""Tests attention in rows with branches against a dense mask by definition."""
+"""The contract of attention in rows with branches, for all loops: a dense mask by definition."""
 
 import functools
 
@@ -7,17 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot
-from qlora_jax.nn.attention.branching import Branching, BranchingMask
-from qlora_jax.nn.attention.causal import causal_attention
-from qlora_jax.nn.attention.tiles import Tiling
-from tests.nn.attention.test_causal import SCALE, _inputs, _largest_errors, _plain_value_and_gradients, tiles  # noqa: F401
-from tests.nn.trees import random_trees, row_of_trees, visible_keys
+from pallas_kernels.attention import causal_attention
+from pallas_kernels.attention.branching import Branching
+from tests.nn.trees import random_trees, visible_keys
+from tests.pallas_kernels.attention.loops import loops  # noqa: F401
+from tests.pallas_kernels.attention.test_contract import SCALE, _inputs, _largest_errors, _plain_value_and_gradients
 
 SLOW = pytest.mark.slow
-CARDS = ("h100", "a100", "a6000", "rtx4090", "l40s")
-needs_compiler = pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
-pytestmark = pytest.mark.usefixtures("tiles")
 
 
 def spans_of(rows_B4T):
@@ -74,47 +70,8 @@ def test_windows_count_positions_of_the_text(length, heads, is_traced, softcap):
         ), window
 
 
-def test_chunks_that_no_query_sees_are_not_visited():
-    tiling = Tiling(batch=1, length=1280, kv_heads=1, chunk=128)
-    # A trunk of 256, and branches of 384 that see 256, 100 and 0 of its positions.
-    spans = spans_of(row_of_trees(1280, [(256, [(256, 384), (100, 384), (0, 256)])])[None])
-    assert _visited(BranchingMask.of(tiling, None, spans)) == [
-        [], [0],  # the trunk
-        [0, 1], [0, 1, 2], [0, 1, 2, 3],
-        [0], [0, 5], [0, 5, 6],
-        [], [8],
-    ]  # fmt: skip
-    assert _visited(BranchingMask.of(tiling, 130, spans)) == [
-        [], [0], [0, 1], [1, 2], [2, 3], [0], [0, 5], [5, 6], [], [8],
-    ]  # fmt: skip
-
-
-def _visited(mask):
-    return [chunks[:count] for chunks, count in zip(mask.visited_II.tolist(), mask.counts_I.tolist(), strict=True)]
-
-
 def test_spans_include_segments():
     q, k, v, _ = _inputs(8, 2, 2)
     rows_B4T = rows_of_trees(0, 2, 8)
     with pytest.raises(ValueError, match="expected one of them"):
         causal_attention(q, k, v, SCALE, spans=spans_of(rows_B4T), segments_BT=jnp.asarray(rows_B4T[:, 0]))
-
-
-@needs_compiler
-@pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("card", ["h100", *(pytest.param(card, marks=pytest.mark.exhaustive) for card in CARDS[1:])])
-@pytest.mark.slow
-def test_absent_cards_visit_chunks_and_store_no_square(card, window):
-    length, heads, kv_heads, head_dim = 4096, 8, 2, 64
-    shapes = [(1, length, count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-
-    def gradients(q, k, v, d_out, segments, parents, depths):
-        spans = Branching(parents, depths).spans(segments)
-        attention = functools.partial(causal_attention, scale=SCALE, window=window, spans=spans)
-        return jax.vjp(attention, q, k, v)[1](d_out)
-
-    compiled = aot.compile_for(card, gradients, *arrays, ids, ids, ids)
-    assert not compiled.spilled
-    assert compiled.memory.device.temporaries < heads * length * length  # bytes: a quarter of the scores in f32

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from tests.nn.gradients import random_array
 
 

@@ -54,7 +54,7 @@ def softmax_with_sinks(
     """Returns the weights of the keys, which sum to 1 less the weight of the sink.
 
     Args:
-      scores_ZMS: rows as in `tiles.Tiling.split`: for each key head, its query heads, each with all queries.
+      scores_ZMS: rows as in `tiling.Tiling.split`: for each key head, its query heads, each with all queries.
     """
     rows, per_head, _ = scores_ZMS.shape
     sinks_KG = sinks_N.astype(scores_ZMS.dtype).reshape(kv_heads, -1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from qlora_jax.nn.attention.tiles import KeyTile, Tiling, hide
+from pallas_kernels.attention.tiling import KeyTile, Tiling, hide
 
 
 class Branching(NamedTuple):

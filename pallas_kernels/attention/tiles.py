@@ -1,13 +1,13 @@
-"""Causal attention for training, and attention over a key-value cache for decoding.
+"""Causal attention in tiles of queries and keys, in plain JAX, for every device.
 
-Scores exist for one tile of queries and keys at a time, as in flash attention (Dao et al., 2022). The softmax is summed
-tile by tile against the largest score so far, and the backward pass recomputes each tile from the log-sum-exp. So
-memory is linear in T, and no [T, T] array exists. Products have the form that is fast on CPUs (docs/cpu.md).
+Scores exist for one tile at a time, as in flash attention (Dao et al., 2022). The softmax is summed tile by tile
+against the largest score so far, and the backward pass recomputes each tile from the log-sum-exp. So memory is linear
+in T, and no [T, T] array exists. Products have the form that is fast on CPUs (docs/cpu.md).
 
 The same code runs on GPUs, because none of JAX's kernels fits (jax 0.11.2 and 0.12.0.1): cuDNN's needs cuDNN at compile
 time, Mosaic's has no causal backward pass, and Triton's is deprecated.
 
-Dimension key: B batch, T query, S key, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
+Dimension key: B batch, T query, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
 C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys.
 """
 
@@ -21,58 +21,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.devices import target_device
-from qlora_jax.nn.attention import cpu as attention_cpu
-from qlora_jax.nn.attention.branching import BranchingMask, Spans
-from qlora_jax.nn.attention.sinks import add_sinks, sinks_gradient, softmax_with_sinks
-from qlora_jax.nn.attention.tiles import AttentionMask, Tiling
-from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
+from pallas_kernels.attention.branching import BranchingMask, Spans
+from pallas_kernels.attention.sinks import add_sinks, sinks_gradient
+from pallas_kernels.attention.tiling import AttentionMask, Tiling
+from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 
 MASKED = -1e30  # finite: a row of nothing but -inf would give NaN
-
-
-def causal_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    scale: float,
-    *,
-    window: int | Int[Array, ""] | None = None,
-    segments_BT: Int[Array, "B T"] | None = None,
-    spans: Spans | None = None,
-    softcap: float | None = None,
-    sinks_N: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
-
-    With a softcap c the scores are c tanh(scale q k^T / c).
-
-    Query head n reads key head n // G. A key is visible if 0 <= query's position - key's position < window, as in
-    transformers' sliding windows, and if both have the same segment.
-
-    Args:
-      scale: factor of the scores, above zero.
-      window: number of positions that a query sees, including its own; None: all earlier positions. A traced value,
-        above zero, serves layers with different windows.
-      segments_BT: id of the text that each position belongs to, for packed rows. Ids should ascend: chunks of keys
-        before the first one with the queries' ids are then skipped.
-      spans: positions that each query sees, for packed rows with branches, in place of `segments_BT`.
-      softcap: cap of the scores; None: no cap.
-      sinks_N: logit per head that takes part in each softmax and has no value; None: no sinks.
-
-    Raises:
-      ValueError: `scale`, `window` or `softcap` is not above zero; or `spans` with `segments_BT`.
-    """
-    if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
-        raise ValueError(f"attention: found {scale=}, {window=}, {softcap=}, expected numbers above zero.")
-    if spans is not None and segments_BT is not None:
-        raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
-    fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
-    plain = traced is None and softcap is None
-    texts = segments_BT if spans is None else spans
-    if attention_cpu.unsupported_reason(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
-        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, texts, scale, fixed, sinks_N)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, (texts, traced), ScoreScaling(scale, softcap), fixed, sinks_N)
+Texts = Int[Array, "B T"] | Spans | None  # ids of segments; spans if rows have branches; None: each row is one text
 
 
 class ScoreScaling(NamedTuple):
@@ -99,8 +54,22 @@ class ScoreScaling(NamedTuple):
         return d_capped * (1 - jnp.square(capped / self.softcap))
 
 
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    texts: Texts,
+    window: int | Int[Array, ""] | None,
+    scores: ScoreScaling,
+    sinks_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scores, over visible keys) v; arguments as in `causal_attention`."""
+    fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, (texts, traced), scores, fixed, sinks_N)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N=None):
+def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N):
     return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N)[0]
 
 
@@ -114,13 +83,11 @@ def _visibility(tiling: Tiling, limits, window: int | None) -> AttentionMask | B
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N):
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    plain = limits[1] is None and scores.softcap is None
-    if attention_cpu.supports_forward_f32(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain):
-        arrays = q_BTNH, k_BTKH, v_BTKH, limits[0]
-        out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window)
-        lse_IZM = tiling.split(jnp.swapaxes(lse_BNT, 1, 2)[..., None])[..., 0]
-    else:
-        out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window)
+    visibility = _visibility(tiling, limits, window)
+    k_JZPH, v_JZPH = (tiling.key_tiling.split(x) for x in (k_BTKH, v_BTKH))
+    step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scores)
+    _, (out_IZMH, lse_IZM) = tiling.over_chunks(step, None, (tiling.split(q_BTNH),))
+    out_BTNH = tiling.join(out_IZMH)
     if sinks_N is not None:
         out_BTNH, lse_BTN = add_sinks(out_BTNH, tiling.join(lse_IZM[..., None])[..., 0], sinks_N)
         lse_IZM = tiling.split(lse_BTN[..., None])[..., 0]
@@ -128,15 +95,6 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N):
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
     lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM, sinks_N)
-
-
-def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
-    tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = _visibility(tiling, limits, window)
-    k_JZPH, v_JZPH = (tiling.key_tiling.split(x) for x in (k_BTKH, v_BTKH))
-    step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scores)
-    _, (out_IZMH, lse_IZM) = tiling.over_chunks(step, None, (tiling.split(q_BTNH),))
-    return tiling.join(out_IZMH), lse_IZM
 
 
 def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
@@ -207,43 +165,6 @@ def _backward_chunk(k_JZPH, v_JZPH, visibility, scores, sums, chunk):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def cached_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
-    positions_BT: Int[Array, "B T"],
-    scale: float,
-    *,
-    window: int | Int[Array, ""] | None = None,
-    softcap: float | None = None,
-    sinks_N: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(scale q k^T, over visible cache slots) v in q's dtype.
-
-    Args:
-      positions_BT: position of each query in its row; slots up to it are visible, and later ones are not.
-      scale, window, softcap, sinks_N: as in `causal_attention`.
-    """
-    batch, length, _, _ = q_BTNH.shape
-    _, kv_heads, slots, _ = k_BKSH.shape
-    queries = Tiling(batch, length, kv_heads, length)
-    q_ZMH = queries.split(q_BTNH)[0]
-    k_ZSH, v_ZSH = (x.reshape(batch * kv_heads, slots, -1) for x in (k_BKSH, v_BKSH))
-    product_ZMS, scores = dot_nt(q_ZMH, k_ZSH), ScoreScaling(scale, softcap)
-    scores_ZMS = product_ZMS * scale if softcap is None else scores.capped(product_ZMS)
-    slots_S = jnp.arange(slots, dtype=positions_BT.dtype)
-    visible_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
-    if window is not None:
-        visible_BTS &= slots_S[None, None, :] > positions_BT[:, :, None] - window
-    visible_ZMS = jnp.tile(jnp.repeat(visible_BTS, kv_heads, axis=0), (1, q_ZMH.shape[1] // length, 1))
-    seen_ZMS = jnp.where(visible_ZMS, scores_ZMS, MASKED)
-    weights_ZMS = (
-        jax.nn.softmax(seen_ZMS, axis=-1) if sinks_N is None else softmax_with_sinks(seen_ZMS, sinks_N, kv_heads)
-    )
-    out_ZMH = dot_nn(weights_ZMS.astype(v_BKSH.dtype), v_ZSH).astype(q_BTNH.dtype)
-    return queries.join(out_ZMH[None])
 
 
 # 2^f for |f| <= 1/2 by the polynomial that meets it at the Chebyshev points: 2e-7 relative in f32.

@@ -1,0 +1,85 @@
+"""Causal attention for training, and attention over a key-value cache for decoding, by the best loops of each device.
+
+Dimension key: L layers, B batch, T query, S cache slot, N q-heads, K kv-heads, H head_dim.
+"""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import cpu, reference, tiles
+from pallas_kernels.attention.branching import Spans
+from pallas_kernels.attention.tiles import ScoreScaling
+from pallas_kernels.devices import target_device
+
+
+def causal_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    scale: float,
+    *,
+    window: int | Int[Array, ""] | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
+    spans: Spans | None = None,
+    softcap: float | None = None,
+    sinks_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
+
+    With a softcap c the scores are c tanh(scale q k^T / c).
+
+    Query head n reads key head n // G. A key is visible if 0 <= query's position - key's position < window, as in
+    transformers' sliding windows, and if both have the same segment.
+
+    Args:
+      scale: factor of the scores, above zero.
+      window: number of positions that a query sees, including its own; None: all earlier positions. A traced value,
+        above zero, serves layers with different windows.
+      segments_BT: id of the text that each position belongs to, for packed rows. Ids should ascend: chunks of keys
+        before the first one with the queries' ids are then skipped.
+      spans: positions that each query sees, for packed rows with branches, in place of `segments_BT`.
+      softcap: cap of the scores; None: no cap.
+      sinks_N: logit per head that takes part in each softmax and has no value; None: no sinks.
+
+    Raises:
+      ValueError: `scale`, `window` or `softcap` is not above zero; or `spans` with `segments_BT`.
+    """
+    _check(scale, window, softcap)
+    if spans is not None and segments_BT is not None:
+        raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
+    loops = tiles if cpu.unsupported_reason(target_device().platform, q_BTNH.dtype) else cpu
+    texts = segments_BT if spans is None else spans
+    return loops.attention(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
+
+
+def _check(scale: float, window: int | jax.Array | None, softcap: float | None) -> None:
+    if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
+        raise ValueError(f"attention: found {scale=}, {window=}, {softcap=}, expected numbers above zero.")
+
+
+def cached_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_LBKSH: Float[Array, "L B K S H"],
+    v_LBKSH: Float[Array, "L B K S H"],
+    layer: Int[Array, ""] | int,
+    positions_BT: Int[Array, "B T"],
+    scale: float,
+    *,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scale q k^T, over visible cache slots) v of a layer in q's dtype.
+
+    Args:
+      positions_BT: position of each query in its row; slots up to it are visible, and later ones are not.
+      scale, window, softcap, sinks_N: as in `causal_attention`.
+
+    Raises:
+      ValueError: as `causal_attention`.
+    """
+    _check(scale, window, softcap)
+    few = q_BTNH.shape[1] <= cpu.FEW_QUERIES
+    loops = cpu if few and cpu.unsupported_reason(target_device().platform, k_LBKSH.dtype) is None else reference
+    scores = ScoreScaling(scale, softcap)
+    return loops.cached_attention(q_BTNH, k_LBKSH, v_LBKSH, layer, positions_BT, window, scores, sinks_N)

@@ -1,0 +1,45 @@
+"""The loops of attention that this machine runs: tiles in plain JAX, and each variant of the C++ loops."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from pallas_kernels.attention import cpu as attention_cpu
+from pallas_kernels.native import build, library
+
+NATIVE = build.supported_variants() if library.problem() is None else ()
+TILES = "tiles"
+LOOPS = [TILES, *NATIVE[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in NATIVE[1:])]
+
+
+@pytest.fixture(scope="module", params=LOOPS, autouse=True)
+def loops(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs every test of a module with each kind of loops."""
+    yield from using(request.param)
+
+
+@pytest.fixture(scope="module", params=NATIVE[:1] or [pytest.param("", marks=pytest.mark.skip("no C++ loops"))])
+def native(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with the best variant of the C++ loops."""
+    yield from using(request.param)
+
+
+@pytest.fixture
+def tiles() -> Iterator[str]:
+    """Runs a test with the tiles."""
+    yield from using(TILES)
+
+
+def using(name: str) -> Iterator[str]:
+    """Makes attention use the named loops, which are built if they are not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name == TILES:
+            patch.setattr(attention_cpu, "problem", lambda: "left out")
+        else:
+            build.build(name)
+            library.register(name)
+            patch.setattr(library, "variant", lambda: name)
+        jax.clear_caches()  # functions that were traced with other loops
+        yield name
+    jax.clear_caches()
