@@ -333,8 +333,8 @@ MENDS = [
     ),
     Mutation(
         "pallas_kernels/native/build.py",
-        'limits else "native"',
-        'not limits else "native"',
+        "and limit not in variant.hidden_by",
+        "and limit in variant.hidden_by",
         "tests/pallas_kernels/native/test_library.py",
     ),
     # Claims that were too wide
@@ -359,8 +359,8 @@ MENDS = [
     # Tried as a new user would
     Mutation(
         "pallas_kernels/native/library.py",
-        "if not library_path().exists() and (failure := _build_failure()):",
-        "if not library_path().exists() and (failure := BUILD):",
+        "if not library_path(found).exists() and (failure := _build_failure(found)):",
+        "if not library_path(found).exists() and (failure := BUILD):",
         "tests/pallas_kernels/native/test_library.py",
     ),
     Mutation(

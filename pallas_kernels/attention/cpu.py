@@ -10,8 +10,7 @@ positions, P = 64 I.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -122,11 +121,13 @@ def cached_attention(
     """
     sinks = jnp.zeros(0) if sinks_N is None else sinks_N.astype(jnp.float32)
     limits = (positions_BT.astype(jnp.int32), _window(window))
-    call = _call("attention_cached", jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32), scores)
-    return call(q_BTNH, k_LBKSH, v_LBKSH, jnp.asarray(layer, jnp.int32), *limits, sinks).astype(q_BTNH.dtype)
+    call = _call("attention_cached", [jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32)], scores)
+    return call(q_BTNH, k_LBKSH, v_LBKSH, jnp.asarray(layer, jnp.int32), *limits, sinks)[0].astype(q_BTNH.dtype)
 
 
-def _call(name: str, results: Any, scores: ScoreScaling) -> Callable[..., Any]:
+def _call(
+    name: str, results: Sequence[jax.ShapeDtypeStruct], scores: ScoreScaling
+) -> Callable[..., Sequence[jax.Array]]:
     call = jax.ffi.ffi_call(handler(name), results, vmap_method="sequential")
     return functools.partial(call, scale=np.float64(scores.scale), cap=np.float64(scores.softcap or 0.0))
 

@@ -39,7 +39,7 @@ class Variant(NamedTuple):
 
     Attributes:
       machine: the processor's architecture, as Linux names it.
-      flags: what tells a compiler to use it.
+      flags: words for the compiler that allow it.
       features: the names of its instructions, in Linux's list for a processor.
       hidden_by: values of --xla_cpu_max_isa that forbid it.
     """

@@ -6,7 +6,7 @@ dequantized into the panels that the product reads, so none exists as a whole.
 Dimension key: M rows, N out, K in, L layers.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[
     if x_MK.shape[0] > FEW_ROWS:
         return _product(x_MK, weights, layer, transposed=False)
     shape = jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), x_MK.dtype)
-    return _call("nf4_rows", shape, weights, layer, x_MK)
+    return _call("nf4_rows", [shape], weights, layer, x_MK)[0]
 
 
 def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
@@ -52,10 +52,17 @@ def _product(a: Float[Array, "M _"], weights: QTensor, layer: Layer, *, transpos
 def dequantize_layer(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Float[Array, "N K"]:
     """Dequantizes one layer of the weights, bit-identical to `formats.dequantize`."""
     with jax.named_scope("dequantize"):
-        return _call("nf4_dequantize", jax.ShapeDtypeStruct(weights.shape, dtype), weights, layer)
+        return _call("nf4_dequantize", [jax.ShapeDtypeStruct(weights.shape, dtype)], weights, layer)[0]
 
 
-def _call(name: str, out: Any, weights: QTensor, layer: Layer, *rows: jax.Array, **how: bool) -> Any:
+def _call(
+    name: str,
+    results: Sequence[jax.ShapeDtypeStruct],
+    weights: QTensor,
+    layer: Layer,
+    *rows: jax.Array,
+    **how: bool,
+) -> Sequence[jax.Array]:
     """Calls a handler on one layer. It receives the whole stack, so that no slice is copied."""
     stack = weights if layer is not None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], weights)
     if stack.double_quant:
@@ -64,5 +71,5 @@ def _call(name: str, out: Any, weights: QTensor, layer: Layer, *rows: jax.Array,
         constants = (stack.absmax, jnp.zeros((1, 1), jnp.float32), jnp.zeros((1,), jnp.float32))
     tables = (CODE_TABLES[weights.quant_type].astype(np.float32), dynamic_map().astype(np.float32))
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    call = jax.ffi.ffi_call(handler(name), out, vmap_method="sequential")
+    call = jax.ffi.ffi_call(handler(name), results, vmap_method="sequential")
     return call(*rows, stack.codes, *constants, index, *tables, nested_size=np.int64(weights.nested_block_size), **how)
