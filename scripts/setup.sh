@@ -8,6 +8,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# jaxlib has wheels for these machines only.
+machine="$(uname -sm), $(getconf GNU_LIBC_VERSION 2>/dev/null || echo "no glibc"), $(getconf LONG_BIT) bits"
+supported=false
+case "$machine" in
+    "Darwin arm64"*) supported=true ;;
+    "Linux x86_64, glibc "*" 64 bits" | "Linux aarch64, glibc "*" 64 bits")
+        version=${machine#*glibc } && version=${version%%,*}
+        [ "$(printf '%s\n' 2.27 "$version" | sort -V | head -n 1)" = 2.27 ] && supported=true
+        ;;
+esac
+if ! "$supported"; then
+    echo "setup: JAX has no wheel for this machine ($machine). Use 64-bit Linux on x86-64 or ARM with glibc 2.27 or newer (not musl), or a Mac with Apple's processor." >&2
+    exit 1
+fi
+
 uv=$(bash scripts/find_uv.sh)
 
 if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then
