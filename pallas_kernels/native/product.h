@@ -20,7 +20,7 @@ namespace qlora {
 constexpr int kRows = kLanes == 16 ? 12 : 6;
 constexpr int kVectors = kLanes == 4 ? 4 : 2;  // per row of a tile, whose sums take three quarters of the registers
 constexpr int64_t kColumns = kVectors * kLanes;
-constexpr int64_t kMostRows = 480;    // rows per part, whose strips stay in the processor's caches for many panels
+constexpr int64_t kMostRows = 528;    // rows per part, whose strips stay in the processor's caches for many panels
 constexpr int64_t kMostTerms = 1024;  // terms per chunk
 constexpr int64_t kWhole = 16;        // chunks but the last have a multiple of as many terms
 constexpr int64_t kAhead = 16;        // terms that the inner loop prefetches
@@ -121,7 +121,6 @@ struct Product {
 
   int64_t all_terms() const { return k / T::kNumbers; }
   int64_t panels() const { return (n + kColumns - 1) / kColumns; }
-  int64_t blocks() const { return (m + kMostRows - 1) / kMostRows; }
   int64_t chunk() const {  // terms per chunk: about equal ones, of whole vectors of codes
     const int64_t chunks = (all_terms() + kMostTerms - 1) / kMostTerms, each = (all_terms() + chunks - 1) / chunks;
     return (each + kWhole - 1) / kWhole * kWhole;
@@ -139,11 +138,10 @@ struct Product {
     }
   }
 
-  // Computes a block of rows of c in the columns of a panel.
-  void part(int64_t block, int64_t panel) const {
-    const int64_t first = block * kMostRows, last = std::min(m, first + kMostRows);
+  // Computes rows [first, last) of c in the columns of a panel.
+  void part(int64_t first, int64_t last, int64_t panel) const {
     Buffer<Word> packed(chunk() * kColumns);
-    Buffer<float> sums(kMostRows * kColumns);
+    Buffer<float> sums((last - first) * kColumns);
     for (int64_t start = 0; start < all_terms(); start += chunk()) {
       const int64_t count = std::min(chunk(), all_terms() - start);
       source.pack(panel, start, count, packed.get());
@@ -167,7 +165,13 @@ struct Product {
 
   void run(xla::ffi::ThreadPool& pool) const {
     in_parallel(pool, (m + kRows - 1) / kRows, [&](int64_t strip) { pack_strip(strip); });
-    in_parallel(pool, blocks() * panels(), [&](int64_t index) { part(index / panels(), index % panels()); });
+    const int64_t for_threads = (2 * pool.num_threads() + panels() - 1) / panels();
+    const int64_t blocks = std::max((m + kMostRows - 1) / kMostRows, for_threads);
+    const int64_t each = ((m + blocks - 1) / blocks + kRows - 1) / kRows * kRows;  // rows per block
+    in_parallel(pool, (m + each - 1) / each * panels(), [&](int64_t index) {
+      const int64_t first = index / panels() * each;
+      part(first, std::min(m, first + each), index % panels());
+    });
   }
 };
 
