@@ -3,9 +3,8 @@
 //   attention_forward:   out = softmax(scores, over visible keys) v, and the log2-sum-exp2 of each query's scores
 //   attention_backward:  dq, dk, dv, from those; weights are recomputed
 //
-// Flash attention in tiles of 64 queries by 64 or 128 keys, whose
-// scores stay in a core's caches. Scores and sums are f32. Weights and the scores' gradients are rounded to the numbers'
-// dtype before their products, as in pallas_kernels/attention/tiles.py, which defines the result.
+// Flash attention in tiles of 64 queries by 64 or 128 keys, whose scores stay in a core's caches. Scores and sums are
+// f32. Weights and the scores' gradients are rounded to the numbers' dtype before their products, as in pallas_kernels/attention/tiles.py, which defines the result.
 //
 // A product c += a b contracts one term at a time: an f32 number, or a pair of bf16 numbers where the processor multiplies
 // pairs. One term of `a` is broadcast, and the terms of a few columns of `b` are a vector. So `b` is packed first, as

@@ -91,7 +91,7 @@ def supported_variants() -> tuple[str, ...]:
     """Returns the variants that this processor runs and XLA_FLAGS does not hide, the best first."""
     limits = [limit.upper() for limit in re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))]
     limit = limits[-1] if limits else ""  # as in XLA, the last one counts
-    machine = {"arm64": "aarch64", "AMD64": "x86_64"}.get(platform.machine(), platform.machine())
+    machine = "aarch64" if platform.machine() == "arm64" else platform.machine()  # a Mac's name
     if limit in LEAST_OF_XLA:
         return ()
     return tuple(
