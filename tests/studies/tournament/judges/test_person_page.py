@@ -44,6 +44,15 @@ def write_page(folder: Path, prompts: int, answers: str | None = None):
     return judge, found
 
 
+def wait_for_storage(page) -> None:
+    """Reload until progress shows: under load, Chromium may open a page before it has stored the verdicts."""
+    for _ in range(20):
+        if not page.inner_text("#count").startswith("0 of "):
+            return
+        page.wait_for_timeout(500)
+        page.reload()
+
+
 def test_fifty_judgements_with_a_reload_in_the_middle(browser, tmp_path):
     judge, shown = write_page(tmp_path, prompts=17)  # 51 pairs
     text = judge.page.read_text()
@@ -58,6 +67,7 @@ def test_fifty_judgements_with_a_reload_in_the_middle(browser, tmp_path):
     for i, key in enumerate(pressed):
         if i == 25:
             page.reload()
+            wait_for_storage(page)
             assert page.inner_text("#count") == "25 of 51 judged"
         if i == 30:  # a verdict that was a mistake
             page.keyboard.press("2")
@@ -67,11 +77,7 @@ def test_fifty_judgements_with_a_reload_in_the_middle(browser, tmp_path):
     page.close()
     page = context.new_page()  # the browser was closed
     page.goto(judge.page.as_uri())
-    for _ in range(20):  # on a busy machine, a new tab may open before Chromium has stored what a closed one wrote
-        if page.inner_text("#count") != "0 of 51 judged":
-            break
-        page.wait_for_timeout(500)
-        page.reload()
+    wait_for_storage(page)
     assert page.inner_text("#count") == "50 of 51 judged"
     with page.expect_download() as download:
         page.keyboard.press("s")
