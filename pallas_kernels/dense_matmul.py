@@ -17,45 +17,52 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.native.library import handler, problem
 
-# Below these sizes packed operands are hardly reused.
-LEAST_ROWS, LEAST_COLUMNS, LEAST_TERMS = 9, 32, 32
+FEW_ROWS = 8  # up to this many, reading b takes the time, and packing it would cost as much again
+LEAST = 32  # columns and terms below which the loops are hardly faster
+HANDLERS = {"float32": ("dense_rows", "product_f32"), "bfloat16": ("dense_rows", None)}  # for few rows, for many
 
 
-def takes_f32(
+def handler_for(
     a: jax.Array | jax.ShapeDtypeStruct, b: jax.Array | jax.ShapeDtypeStruct, contract: tuple[int, int]
-) -> bool:
-    """True if the handler supports these operands on a CPU: f32 matrices, a's rows by b's rows or columns."""
-    if a.ndim != 2 or contract[0] != 1 or {a.dtype, b.dtype} != {jnp.dtype(jnp.float32)}:
-        return False
+) -> str | None:
+    """Returns the handler of C++ loops that multiplies these operands on a CPU, or None: XLA multiplies.
+
+    They take matrices of one dtype: a's rows by b's rows or columns, if `a` has few rows only by b's rows.
+    """
+    if a.ndim != 2 or b.ndim != 2 or contract[0] != 1 or a.dtype != b.dtype or a.dtype.name not in HANDLERS:
+        return None
     rows, terms = a.shape
-    columns = b.shape[1 - contract[1]]
-    return rows >= LEAST_ROWS and columns >= LEAST_COLUMNS and terms >= LEAST_TERMS and problem() is None
+    few, many = HANDLERS[a.dtype.name]
+    name = (few if contract[1] == 1 else None) if rows <= FEW_ROWS else many
+    return name if min(b.shape[1 - contract[1]], terms) >= LEAST and problem() is None else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product_f32(a_MK: Float[Array, "M K"], b: Float[Array, "_ _"], transposed: bool) -> Float[Array, "M N"]:
-    """Computes a b, or a b^T if `transposed` and b is [N, K]; for operands that the handler takes (`takes_f32`)."""
-    (rows, terms), columns = a_MK.shape, b.shape[0 if transposed else 1]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _by_loops(
+    a_MK: Float[Array, "M K"], b: Float[Array, "_ _"], name: str, contracted: int, dtype: DTypeLike
+) -> Float[Array, "M N"]:
+    result = jax.ShapeDtypeStruct((a_MK.shape[0], b.shape[1 - contracted]), dtype)
+    if name == "dense_rows":
+        return jax.ffi.ffi_call(handler(name), result, vmap_method="sequential")(a_MK, b)
     results = (
-        jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-        jax.ShapeDtypeStruct((rows, terms), jnp.float32),  # a packed, used only by the call
+        jax.ShapeDtypeStruct(result.shape, jnp.float32),
+        jax.ShapeDtypeStruct(a_MK.shape, jnp.float32),  # a packed, used only by the call
     )
-    call = jax.ffi.ffi_call(handler("product_f32"), results, vmap_method="sequential")
-    return call(a_MK, b, transposed=transposed)[0]
+    call = jax.ffi.ffi_call(handler(name), results, vmap_method="sequential")
+    return call(a_MK, b, transposed=contracted == 1)[0].astype(dtype)
 
 
-def _forward_f32(a_MK, b, transposed):
-    return product_f32(a_MK, b, transposed), (a_MK, b)
+def _forward(a_MK, b, name, contracted, dtype):
+    return _by_loops(a_MK, b, name, contracted, dtype), (a_MK, b)
 
 
-def _backward_f32(transposed, operands, dc_MN):
-    a_MK, b = operands
-    da_MK = jax.lax.dot_general(dc_MN, b, (((1,), (0 if transposed else 1,)), ((), ())))
-    left, right = (dc_MN, a_MK) if transposed else (a_MK, dc_MN)
-    return da_MK, jax.lax.dot_general(left, right, (((0,), (0,)), ((), ())))
+def _backward(name, contracted, dtype, operands, dc_MN):
+    dims = (((1,), (contracted,)), ((), ()))
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=dtype)
+    return jax.vjp(product, *operands)[1](dc_MN)
 
 
-product_f32.defvjp(_forward_f32, _backward_f32)
+_by_loops.defvjp(_forward, _backward)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> jax.Array:
@@ -67,9 +74,9 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike)
     batch = tuple(range(a.ndim - 2))
     dims = ((contract[:1], contract[1:]), (batch, batch))
     product = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=dtype)
-    if takes_f32(a, b, contract):
-        loops = functools.partial(product_f32, transposed=contract[1] == 1)
-        return jax.lax.platform_dependent(a, b, cpu=lambda a, b: loops(a, b).astype(dtype), default=product)
+    if (name := handler_for(a, b, contract)) is not None:
+        loops = functools.partial(_by_loops, name=name, contracted=contract[1], dtype=dtype)
+        return jax.lax.platform_dependent(a, b, cpu=lambda a, b: loops(a, b), default=product)
     if a.ndim == 2 and a.shape[1 - contract[0]] == 1 and a.dtype == jnp.bfloat16:
         return jax.lax.platform_dependent(a, b, cpu=_doubled(product, 1 - contract[0]), default=product)
     return product(a, b)

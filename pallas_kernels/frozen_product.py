@@ -16,6 +16,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 Layer = Int[Array, ""] | int | None
 Direction = Literal["forward", "backward"]
+FAST = "fast"  # in place of an implementation: the fastest, also one that rounds x to 8 bits
 Weights = PyTree  # packed codes: QTensor or GgmlTensor
 
 

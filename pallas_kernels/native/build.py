@@ -25,8 +25,8 @@ from typing import NamedTuple
 import jax
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "ggml", "matmul_f32", "attention", "cached_attention"))
-HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "handler", "lanes", "product", "terms"))
+SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "ggml", "dense", "attention", "cached_attention"))
+HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "handler", "integers", "lanes", "product", "terms"))
 BUILD = "python -m pallas_kernels.native.build"
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: double-quantized constants are rounded twice, as in bitsandbytes.
@@ -63,8 +63,8 @@ _TO_AVX512 = _TO_AVX2 | {"AVX512", "AVX512_VNNI"}
 VARIANTS = {
     "avx512_bf16": Variant(
         "x86_64",
-        ("-march=x86-64-v4", "-mavx512bf16"),
-        frozenset(_AVX512 | {"avx512_bf16"}),
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+        frozenset(_AVX512 | {"avx512_bf16", "avx512_vnni"}),
         frozenset(_TO_AVX512),
     ),
     "avx512": Variant("x86_64", ("-march=x86-64-v4",), frozenset(_AVX512), frozenset(_TO_AVX2)),

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -52,7 +53,7 @@ class Buffer {
   Buffer(Buffer&& other) noexcept : at_(std::exchange(other.at_, nullptr)) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  T* get() { return at_; }
+  T* get() const { return at_; }
 
  private:
   T* at_;

@@ -20,6 +20,7 @@ HANDLERS = (
     "ggml_rows",
     "nf4_product",
     "product_f32",
+    "dense_rows",
     "attention_forward",
     "attention_backward",
     "attention_cached",

@@ -1,7 +1,8 @@
 // Products with frozen 4-bit weights: three XLA FFI handlers.
 //
 //   dequantize:  w[n, k] = table[code(n, k)] * absmax[n, k / block], in f32, rounded once if the result is bf16
-//   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w exists only in registers
+//   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w exists only in registers. If `integer`, x and
+//                the table are rounded to 8 bits, with a scale for every 32 numbers of x
 //   product:     the same for many rows, or, if `transposed`, x[m, k] = sum_n y[m, n] w[n, k]; w is dequantized into the
 //                panels that the product reads, one chunk at a time, so that it never exists as a whole
 //
@@ -13,6 +14,7 @@
 // A weight is a stack and the index of a layer, so that no slice is copied.
 
 #include "handler.h"
+#include "integers.h"
 #include "product.h"
 
 namespace ffi = xla::ffi;
@@ -92,7 +94,8 @@ constexpr int64_t kBytesAhead = 2048;
 // Multiplies M rows of x by P pairs of rows, so that 2 M P sums overlap. Each sum is in the order of k for all M and P:
 // of products with numbers of the table within a block, and of these times the constants.
 template <int M, int P, typename Out>
-void multiply_pairs(const Weight& w, const float* x, Out* y, int64_t first, float* constants) {
+void multiply_pairs(const Weight& w, const Buffer<float>& x_MK, int64_t row, Out* y, int64_t first, float* constants) {
+  const float* x = x_MK.get() + row * w.k;
   const Table table(w.table);
   for (int p = 0; p < P; ++p) {
     w.constants(first + p, constants + 2 * p * w.blocks);
@@ -131,23 +134,92 @@ void multiply_pairs(const Weight& w, const float* x, Out* y, int64_t first, floa
     }
 }
 
-constexpr int64_t kMostRows = 4;  // rows whose sums fit the registers
+// Rows of x and the numbers of the table, as integers with scales.
+struct Coded {
+  CodedRows rows;
+  int8_t table[16];
+  float table_scale;
 
-template <int M, typename Out>
-void multiply_rows(const Weight& w, const float* x, Out* y, int64_t first, int64_t last) {
-  constexpr int kPairs = M > 2 ? 1 : 2;
-  Buffer<float> constants(2 * kPairs * w.blocks);
-  for (; first + kPairs <= last; first += kPairs) multiply_pairs<M, kPairs>(w, x, y, first, constants.get());
-  for (; first < last; ++first) multiply_pairs<M, 1>(w, x, y, first, constants.get());
+  Coded(const float* x, int64_t m, int64_t k, const float* numbers) : rows(x, m, k) {
+    float greatest = 0;
+    for (int i = 0; i < 16; ++i) greatest = std::max(greatest, std::abs(numbers[i]));
+    for (int i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(std::lround(numbers[i] / greatest * 127) + kZero);
+    table_scale = greatest / 127;
+  }
+};
+
+// The same with integers.
+template <int M, int P, typename Out>
+void multiply_pairs(const Weight& w, const Coded& coded, int64_t row, Out* y, int64_t first, float* constants) {
+  const CodedRows& x = coded.rows;
+  const ByteTable table(coded.table);
+  for (int p = 0; p < P; ++p) {
+    w.constants(first + p, constants + 2 * p * w.blocks);
+    w.constants(first + p + w.n / 2, constants + (2 * p + 1) * w.blocks);
+  }
+  Floats sums[P][2][M] = {};
+  const int64_t groups = w.k / kGroup, per_block = w.block_size / kGroup;
+  for (int64_t block = 0; block < w.blocks; ++block)
+    for (int64_t group = block * per_block; group < (block + 1) * per_block; ++group) {
+      Integers of_group[P][2][M];
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const uint8_t* from = w.codes + (first + p) * w.k + group * kGroup;
+        __builtin_prefetch(from + kBytesAhead);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m)
+          of_group[p][0][m] = of_group[p][1][m] =
+              load<Integers>(x.starts.get() + ((row + m) * groups + group) * kLanes);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kGroup; i += kCodes) {
+          const PackedCodes packed = load<PackedCodes>(from + i);
+          const Codes high = table[packed >> 4], low = table[packed & 15];
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) {
+            const Codes x_m = load<Codes>(x.codes.get() + (row + m) * w.k + group * kGroup + i);
+            of_group[p][0][m] = add_products(high, x_m, of_group[p][0][m]);
+            of_group[p][1][m] = add_products(low, x_m, of_group[p][1][m]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Floats scale = all(x.scales.get()[(row + m) * groups + group]);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            const Floats constant = all(constants[(2 * p + half) * w.blocks + block]);
+            sums[p][half][m] = multiply_add(converted(of_group[p][half][m]) * scale, constant, sums[p][half][m]);
+          }
+      }
+    }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      put(sum(sums[p][0][m]) * coded.table_scale, y + m * w.n + first + p);
+      put(sum(sums[p][1][m]) * coded.table_scale, y + m * w.n + first + p + w.n / 2);
+    }
 }
 
-template <typename Out>
-void multiply(const Weight& w, int64_t m, const float* x, Out* y, int64_t first, int64_t last) {
-  for (; m >= kMostRows; m -= kMostRows, x += kMostRows * w.k, y += kMostRows * w.n)
-    multiply_rows<kMostRows>(w, x, y, first, last);
-  if (m == 3) multiply_rows<3>(w, x, y, first, last);
-  if (m == 2) multiply_rows<2>(w, x, y, first, last);
-  if (m == 1) multiply_rows<1>(w, x, y, first, last);
+constexpr int64_t kMostRows = 4;  // rows whose sums fit the registers
+
+template <int M, typename X, typename Out>
+void multiply_rows(const Weight& w, const X& x, int64_t row, Out* y, int64_t first, int64_t last) {
+  constexpr int kPairs = M > 2 ? 1 : 2;
+  Buffer<float> constants(2 * kPairs * w.blocks);
+  for (; first + kPairs <= last; first += kPairs) multiply_pairs<M, kPairs>(w, x, row, y, first, constants.get());
+  for (; first < last; ++first) multiply_pairs<M, 1>(w, x, row, y, first, constants.get());
+}
+
+template <typename X, typename Out>
+void multiply(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last) {
+  int64_t row = 0;
+  for (; row + kMostRows <= m; row += kMostRows) multiply_rows<kMostRows>(w, x, row, y + row * w.n, first, last);
+  if (m - row == 3) multiply_rows<3>(w, x, row, y + row * w.n, first, last);
+  if (m - row == 2) multiply_rows<2>(w, x, row, y + row * w.n, first, last);
+  if (m - row == 1) multiply_rows<1>(w, x, row, y + row * w.n, first, last);
 }
 
 // ---- many rows
@@ -273,18 +345,24 @@ ffi::Error dequantize(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::Any
 ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
                 ffi::Buffer<ffi::F32> nested, ffi::Buffer<ffi::F32> offset, ffi::Buffer<ffi::S32> layer,
                 ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::F32> map, int64_t nested_size,
-                ffi::Result<ffi::AnyBuffer> y) {
+                ffi::Result<ffi::AnyBuffer> y, bool integer) {
   const auto found = weight_of(codes, scales, nested, offset, layer, table, map, nested_size);
   if (found.has_error()) return found.error();
   const Weight& w = found.value();
-  Buffer<float> x_MK = in_f32(x);
+  const Buffer<float> x_MK = in_f32(x);
   const int64_t m = x.dimensions()[0];
-  over_row_pairs(pool, w, [&](int64_t first, int64_t last) {
-    if (y->element_type() == ffi::F32)
-      multiply(w, m, x_MK.get(), reinterpret_cast<float*>(y->untyped_data()), first, last);
-    else
-      multiply(w, m, x_MK.get(), reinterpret_cast<uint16_t*>(y->untyped_data()), first, last);
-  });
+  const auto run = [&](const auto& rows) {
+    over_row_pairs(pool, w, [&](int64_t first, int64_t last) {
+      if (y->element_type() == ffi::F32)
+        multiply(w, m, rows, reinterpret_cast<float*>(y->untyped_data()), first, last);
+      else
+        multiply(w, m, rows, reinterpret_cast<uint16_t*>(y->untyped_data()), first, last);
+    });
+  };
+  if (integer)
+    run(Coded(x_MK.get(), m, w.k, w.table));
+  else
+    run(x_MK);
   return ffi::Error::Success();
 }
 
@@ -328,8 +406,9 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> 
       .Ret<ffi::AnyBuffer>()
 
 QLORA_HANDLER(nf4_dequantize, qlora::dequantize, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().NF4_WEIGHT_ARGUMENTS);
-QLORA_HANDLER(nf4_rows, qlora::rows,
-              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().NF4_WEIGHT_ARGUMENTS);
+QLORA_HANDLER(
+    nf4_rows, qlora::rows,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().NF4_WEIGHT_ARGUMENTS.Attr<bool>("integer"));
 QLORA_HANDLER(nf4_product, qlora::product,
               ffi::Ffi::Bind()
                   .Ctx<ffi::ThreadPool>()

@@ -14,7 +14,7 @@ from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
-from pallas_kernels.frozen_product import frozen_product, operand_problems
+from pallas_kernels.frozen_product import FAST, frozen_product, operand_problems
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.dispatch import (
@@ -45,8 +45,10 @@ def _mosaic(module: str, capabilities: Capabilities) -> Implementation:
     return Implementation(*ways, capabilities, fused=True, missing=mosaic_problem)
 
 
+INTEGER = "integer"
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.forward, cpu.backward, cpu.CAPABILITIES, missing=native_problem),
+    INTEGER: Implementation(cpu.integer_forward, cpu.backward, cpu.INTEGER_CAPABILITIES, missing=native_problem),
     "ampere": _mosaic("ampere", AMPERE),
     "hopper": _mosaic("hopper", HOPPER),
     "skinny": _mosaic("skinny", SKINNY),
@@ -80,7 +82,7 @@ def nf4_matmul(
       x: [..., K] in bf16, f16 or f32.
       weights: one weight (`layer` None), or a stack with one leading axis (`layer` its index, which may be traced).
       implementation: a key of IMPLEMENTATIONS to force; None uses the first in the device's order that supports the
-        call (`choose_implementation` returns it, with reasons).
+        call (`choose_implementation` returns it, with reasons). FAST tries `integer` before them, which rounds x.
 
     Raises:
       ValueError: no implementation could run the call, because x's rank or dtype is unsupported, K differs between x
@@ -102,7 +104,8 @@ def preference(device: Device, table: Mapping[str, tuple[str, ...]] = PREFERENCE
 
 def choose_implementation(device: Device, call: Call, implementation: str | None = None) -> Choice:
     """Returns the implementation that runs a call on a device, and why those before it in its order do not."""
-    order = (implementation,) if implementation else preference(device)
+    order = (implementation,) if implementation not in (None, FAST) else preference(device)
+    order = (INTEGER, *order) if implementation == FAST else order
     return choose(device, call, IMPLEMENTATIONS, order)
 
 
@@ -112,7 +115,7 @@ def call_problems(
     """Yields every reason why nf4_matmul raises ValueError."""
     yield from operand_problems(x, weights.shape, weights.stack_shape, layer)
     yield from weights_problems(weights)
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation not in (None, FAST, *IMPLEMENTATIONS):
         yield f"{implementation=} is unknown (known: {', '.join(sorted(IMPLEMENTATIONS))})"
 
 

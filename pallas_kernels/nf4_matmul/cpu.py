@@ -6,6 +6,7 @@ dequantized into the panels that the product reads, so none exists as a whole.
 Dimension key: M rows, N out, K in, L layers.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -23,6 +24,7 @@ from pallas_kernels.nf4_matmul.dispatch import Capabilities, Layer
 CAPABILITIES = Capabilities(
     devices=("cpu",), layouts=("row_planar",), dtypes=("bfloat16", "float32"), block_sizes=(64, 128, 256, 512, 1024)
 )
+INTEGER_CAPABILITIES = dataclasses.replace(CAPABILITIES, directions=("forward",), rows=(1, 8))
 FEW_ROWS = 8  # up to this many, the product from the codes is fastest (docs/cpu.md)
 
 
@@ -30,8 +32,21 @@ def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[
     """Computes y = x w^T, accumulated in f32, in x's dtype."""
     if x_MK.shape[0] > FEW_ROWS:
         return _product(x_MK, weights, layer, transposed=False)
+    return _few_rows(x_MK, weights, layer, integer=False)
+
+
+def integer_forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
+    """Computes y = x w^T with x and the table of the codes rounded to 8 bits, for few rows.
+
+    Each 32 numbers of a row share a scale, which is their greatest magnitude / 127. Sums are exact in integers, and in
+    f32 from there.
+    """
+    return _few_rows(x_MK, weights, layer, integer=True)
+
+
+def _few_rows(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer, *, integer: bool) -> Float[Array, "M N"]:
     shape = jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), x_MK.dtype)
-    return _call("nf4_rows", [shape], weights, layer, x_MK)[0]
+    return _call("nf4_rows", [shape], weights, layer, x_MK, integer=integer)[0]
 
 
 def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:

@@ -392,13 +392,16 @@ def _decode(
     next_B = next_token(parts, last_BD, batch.keys_B, np.int32(0), sampling, mesh=batch.mesh)
     append = decode_step.jitted(parts)
     for index in itertools.count():
+        upcoming_B = next_B
+        if index + 1 < limits.max_new_tokens:  # dispatched before the tokens are read, so that no device waits for us
+            # Positions of rows that have ended are clipped to the cache; their tokens are not read.
+            start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
+            given = next_B, start_B, cache, batch.keys_B, np.int32(index + 1)
+            upcoming_B, cache = append(parts, *given, sampling, mesh=batch.mesh)
         tokens_B = np.asarray(next_B)
         steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
         running -= {step.row for step in steps if step.end is not None}
-        if running:  # positions of rows that have ended are clipped to the cache; their tokens are not read
-            start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
-            given = next_B, start_B, cache, batch.keys_B, np.int32(index + 1)
-            next_B, cache = append(parts, *given, sampling, mesh=batch.mesh)
-        yield from steps  # the device computes the next token at the same time
+        yield from steps
         if not running:
             return
+        next_B = upcoming_B

@@ -18,6 +18,7 @@ from qlora_jax.config.fields import (
 QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 ExpertPlace = Literal["auto", "device", "offload"]
+HeadBits = Literal["auto", "16", "8", "4"]
 ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
@@ -101,6 +102,15 @@ class GenerateArgs(ModelOrRunArgs):
         None,
     )
     compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "auto")
+    fast: bool = setting(
+        "CPUs: round inputs of 4-bit layers to 8 bits while a reply is generated, which may change it (docs/cpu.md)",
+        False,
+    )
+    head_bits: HeadBits = setting(
+        "CPUs: bits of the language-model head's weights; fewer are faster. auto: 8 if fast, or if that changes no "
+        "weight; else 16",
+        "auto",
+    )
     experts: ExpertPlace = setting(
         "where routed experts are; auto: as in training, or on the device; offload: in host memory", "auto"
     )

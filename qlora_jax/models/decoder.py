@@ -29,7 +29,7 @@ from qlora_jax.models.remat import LAYER_INPUT, remat_policy
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.frozen_weight import gather_layer
 from qlora_jax.nn.linear import QLinear, name_number, named_key
-from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead, with_codes
 from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows, TrainableTable
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.neftune import add_noise
@@ -335,6 +335,7 @@ class CausalLM(nnx.Module):
             bias = jnp.zeros((config.vocab_size,), weights.dtype) if config.head_bias else None
             self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
         self.score: SequenceHead | None = nnx.data(None)  # data: it may be set later
+        self.head_codes: Frozen | None = nnx.data(None)  # the head in codes, for decoding
 
     def add_sequence_head(self, spec: HeadSpec, key: Key[Array, ""], init_std: float = INIT_STD) -> None:
         """Adds a head that scores whole sequences, in place of the language-model head, whose memory is freed."""
@@ -360,7 +361,11 @@ class CausalLM(nnx.Module):
                 "classification train). Use predict for new texts, and evaluate with labels, pairs or embeddings"
             )
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return table.head(self.config.head_softcap, self.config.logit_scale)
+        head = table.head(self.config.head_softcap, self.config.logit_scale)
+        if self.head_codes is None:
+            return head
+        assert not isinstance(head, ShardedHead), "a head in codes is for one device"
+        return with_codes(head, self.head_codes.get_value())
 
     def hidden(
         self,

@@ -23,7 +23,7 @@ from pallas_kernels.devices import Device
 from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
 from pallas_kernels.formats.qtensor import Leaf, QTensor
-from pallas_kernels.frozen_product import Direction, Layer, differentiable
+from pallas_kernels.frozen_product import FAST, Direction, Layer, differentiable
 from pallas_kernels.ggml_matmul import api as ggml
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.api import product as grouped_product
@@ -153,12 +153,14 @@ class OneLayer:
 Weight = QTensor | GgmlTensor | MixedStack | PaddedStack | jax.Array
 
 
-def _dense_linear(x_MK: jax.Array, weight: jax.Array, layer: Layer | None) -> jax.Array:
+def _dense_linear(x_MK: jax.Array, weight: jax.Array, layer: Layer | None, fast: bool) -> jax.Array:
     w_NK = select_layer(weight, layer)
     return dot_nt(x_MK, w_NK.astype(x_MK.dtype), x_MK.dtype)
 
 
-def _dense_product(direction: Direction, rows: jax.Array, weight: jax.Array, layer: Layer) -> jax.Array:
+def _dense_product(
+    direction: Direction, rows: jax.Array, weight: jax.Array, layer: Layer, implementation: str | None
+) -> jax.Array:
     dot = dot_nt if direction == "forward" else dot_nn
     return dot(rows, weight[layer].astype(rows.dtype), rows.dtype)
 
@@ -180,10 +182,12 @@ class WeightOps(NamedTuple):
     """The functions that compute with weights of one format.
 
     Fields:
-      linear: (x [M, K], weight, layer) -> x W^T in x's dtype, accumulated in f32; layer None: `weight` is one layer.
+      linear: (x [M, K], weight, layer, fast) -> x W^T in x's dtype, accumulated in f32; layer None: `weight` is one
+        layer. `fast` allows products of integers, to which x is rounded, where the format has them.
       grouped: (x [P, K], stack, groups, layer) -> the product of grouped rows with the experts of a layer.
       grouped_layer: the same, given the weights of one layer; the layer says which it is.
-      product: (direction, rows, stack, layer) -> x W^T (forward) or dy W (backward) in the rows' dtype, unchecked.
+      product: (direction, rows, stack, layer, FAST or None) -> x W^T (forward) or dy W (backward) in the rows' dtype,
+        unchecked.
       dequantize: (weight, dtype) -> the dense weight; dtype None: the compute dtype.
       choice: (device, rows, dtype, stack) -> the implementation of `linear`; None: XLA multiplies.
       layout: stack -> the layout of 4-bit codes, which its layers are repacked to; None: blocks and dense weights.
@@ -195,10 +199,10 @@ class WeightOps(NamedTuple):
       of_file: True if its codes are those of a file, which cannot be made from dense weights here.
     """
 
-    linear: Callable[[jax.Array, PyTree, PyTree], jax.Array]
+    linear: Callable[[jax.Array, PyTree, PyTree, bool], jax.Array]
     grouped: Callable[[jax.Array, PyTree, Groups, PyTree], jax.Array] = grouped_matmul
     grouped_layer: Callable[[jax.Array, PyTree, Groups, PyTree], jax.Array] = _layer_grouped
-    product: Callable[[Direction, jax.Array, PyTree, Layer], jax.Array] = _dense_product
+    product: Callable[[Direction, jax.Array, PyTree, Layer, str | None], jax.Array] = _dense_product
     dequantize: Callable[[PyTree, DTypeLike | None], jax.Array] = lambda weight, dtype: weight
     choice: Callable[[Device, int, str, PyTree], Choice] | None = None
     layout: Callable[[PyTree], str | None] = lambda stack: None
@@ -220,9 +224,11 @@ def is_packed(leaf: object) -> bool:
     return type(leaf) in OPS
 
 
-def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight | OneLayer, layer: Layer | None) -> Float[Array, "M N"]:
+def frozen_linear(
+    x_MK: Float[Array, "M K"], weight: Weight | OneLayer, layer: Layer | None, fast: bool = False
+) -> Float[Array, "M N"]:
     """Returns x W^T in x's dtype, accumulated in f32, for one layer of a stack (None: `weight` is a single layer)."""
-    return ops_of(weight).linear(x_MK, weight, layer)
+    return ops_of(weight).linear(x_MK, weight, layer, fast)
 
 
 def frozen_grouped(
@@ -260,19 +266,23 @@ def _switch(weight: MixedStack, layer: Layer, product: Callable[[Part, jax.Array
     return jax.lax.switch(part, [functools.partial(product, each, index) for each in weight.parts])
 
 
-def mixed_linear(x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array | int) -> Float[Array, "M N"]:
+def mixed_linear(
+    x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array | int, fast: bool
+) -> Float[Array, "M N"]:
     """Returns x W^T of one layer, in x's dtype; only x has a gradient.
 
     A `switch` chooses the part. The residuals are the whole stack and the index, so that a scan saves no copy of single
     layers.
     """
     assert layer is not None, "a MixedStack is always a stack"
-    return _mixed_linear(x_MK, weight, layer, None)
+    return _mixed_linear(x_MK, weight, layer, FAST if fast else None)
 
 
 @differentiable
-def _mixed_linear(direction: Direction, rows: jax.Array, weight: MixedStack, layer: Layer, _: str | None) -> jax.Array:
-    return _switch(weight, layer, lambda part, index: ops_of(part).product(direction, rows, part, index))
+def _mixed_linear(
+    direction: Direction, rows: jax.Array, weight: MixedStack, layer: Layer, implementation: str | None
+) -> jax.Array:
+    return _switch(weight, layer, lambda part, at: ops_of(part).product(direction, rows, part, at, implementation))
 
 
 def mixed_grouped(
@@ -318,8 +328,8 @@ def _refuse(*_: object) -> jax.Array:
     raise AssertionError("only experts are in a PaddedStack, whose layers are fetched")
 
 
-def _of_one(x_MK: jax.Array, one: OneLayer, layer: Layer | None) -> jax.Array:
-    return frozen_linear(x_MK, one.weight, None)
+def _of_one(x_MK: jax.Array, one: OneLayer, layer: Layer | None, fast: bool) -> jax.Array:
+    return frozen_linear(x_MK, one.weight, None, fast)
 
 
 def _experts_of_one(x_PK: jax.Array, one: OneLayer, groups: Groups, layer: jax.Array | int) -> jax.Array:
@@ -331,7 +341,7 @@ _dequantize_ggml = jax.jit(dequantize_ggml, static_argnames="dtype")
 DENSE_OPS = WeightOps(linear=_dense_linear)
 OPS: dict[type, WeightOps] = {
     QTensor: WeightOps(
-        linear=nf4.nf4_matmul,
+        linear=lambda x, weight, layer, fast: nf4.nf4_matmul(x, weight, layer, FAST if fast else None),
         product=nf4.product,
         dequantize=lambda weight, dtype: dequantize(weight, dtype=dtype or weight.dtype),
         choice=lambda device, rows, dtype, stack: nf4.choose_implementation(
@@ -341,8 +351,8 @@ OPS: dict[type, WeightOps] = {
         is_cut=True,
     ),
     GgmlTensor: WeightOps(
-        linear=ggml.ggml_matmul,
-        product=ggml.product,
+        linear=lambda x, weight, layer, fast: ggml.ggml_matmul(x, weight, layer),
+        product=lambda direction, rows, stack, layer, fast: ggml.product(direction, rows, stack, layer),
         dequantize=lambda weight, dtype: _dequantize_ggml(weight, dtype=dtype),
         choice=lambda device, rows, dtype, stack: Choice(ggml.choose_implementation(device, dtype), {}),
         of_file=True,

@@ -32,11 +32,13 @@ class FrozenLayer:
       weight: a stack of layers, or a single layer.
       bias: [L, N] or [N].
       layer: index in the stack; None: `weight` and `bias` are a single layer.
+      fast: allows products that round x to 8 bits.
     """
 
     weight: Weight | OneLayer
     bias: Float[Array, "*L N"] | None
     layer: jax.Array | int | None
+    fast: bool = False
 
     def __call__(self, x_MK: Float[Array, "M K"]) -> Float[Array, "M N"]:
         """Returns x W^T + b."""
@@ -45,7 +47,7 @@ class FrozenLayer:
     def product(self, x_MK: Float[Array, "M K"]) -> Float[Array, "M N"]:
         """Returns x W^T."""
         with jax.named_scope("frozen"):
-            return frozen_linear(x_MK, self.weight, self.layer)
+            return frozen_linear(x_MK, self.weight, self.layer, self.fast)
 
     def biased(self, y_MN: Float[Array, "M N"]) -> Float[Array, "M N"]:
         """Returns y + b."""
@@ -118,6 +120,7 @@ class QLinear(nnx.Module):
         self.weight = Frozen(weight)
         self.bias = None if bias is None else Frozen(bias)
         self.adapter: LinearAdapter | None = nnx.data(None)  # data: an adapter may be set later
+        self.fast = False  # `prepare_for_decoding` may set it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,7 +131,7 @@ class QLinear(nnx.Module):
     def select_layer(self, layer: jax.Array | int) -> FrozenLayer:
         """Returns one layer without the adapter."""
         bias = None if self.bias is None else self.bias[...]
-        return FrozenLayer(self.weight.get_value(), bias, layer)
+        return FrozenLayer(self.weight.get_value(), bias, layer, self.fast)
 
     def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, keys_B: jax.Array | None) -> Float[Array, "M N"]:
         """Returns the layer's result, with the adapter if one is set."""

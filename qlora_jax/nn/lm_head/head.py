@@ -12,8 +12,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dense_matmul import dot_nt
-from pallas_kernels.formats.qtensor import Leaf
+from pallas_kernels.dense_matmul import FEW_ROWS, dot_nt
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.qtensor import Leaf, QTensor
+from qlora_jax.nn.frozen_weight import frozen_linear, is_packed
 from qlora_jax.nn.lm_head.new_token_rows import one_hot_ids, row_logits
 
 
@@ -23,7 +25,7 @@ class Head:
     """A frozen head: softcap tanh(scale (hidden weight^T + bias) / softcap); scale, bias and softcap are optional.
 
     Attributes:
-      weight_VD: [V, D]; tiles.py reads it in tiles of rows.
+      weight_VD: [V, D]; tiles.py reads it in tiles of rows. Codes are for `logits` alone.
       bias_V: [V], or None.
       softcap: cap of the logits, or None.
       masked_V: bool [V], rows that trainable rows replace, with logits of -inf; None: no row.
@@ -38,7 +40,12 @@ class Head:
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """Returns the logits in f32."""
-        logits_MV = dot_nt(hidden_MD, self.weight_VD)
+        if is_packed(self.weight_VD):
+            x_MD = hidden_MD.astype(jnp.float32)
+            few = [x_MD[at : at + FEW_ROWS] for at in range(0, len(x_MD), FEW_ROWS)]  # more would dequantize all rows
+            logits_MV = jnp.concatenate([frozen_linear(x, self.weight_VD, None) for x in few])
+        else:
+            logits_MV = dot_nt(hidden_MD, self.weight_VD)
         if self.bias_V is not None:
             logits_MV += self.bias_V.astype(jnp.float32)[None]
         logits_MV = self.capped(logits_MV)
@@ -128,3 +135,12 @@ class TrainableHead:
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """Returns the logits in f32."""
         return self.cast(hidden_MD.dtype).logits(hidden_MD)
+
+
+def with_codes(head: Head | HeadWithRows | TrainableHead, codes: QTensor | GgmlTensor) -> Head | HeadWithRows:
+    """Returns a head whose weight [V, D] is in codes; trainable rows stay as they are."""
+    if isinstance(head, TrainableHead):
+        return Head(codes, None, head.softcap, scale=head.scale)
+    if isinstance(head, HeadWithRows):
+        return dataclasses.replace(head, frozen=dataclasses.replace(head.frozen, weight_VD=codes))
+    return dataclasses.replace(head, weight_VD=codes)

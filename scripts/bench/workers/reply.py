@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.inference.decode import stream
+from qlora_jax.inference.fast_decoding import quicken
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
@@ -33,12 +34,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="+", required=True, help="token ids")
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--compute_dtype", default="auto")
+    parser.add_argument("--fast", action="store_true", help="products of integers")
+    parser.add_argument("--head_bits", type=int, help="default: 8 if no weight changes, else 16")
     args = parser.parse_args()
     runtime.start()
     source = open_model(args.model)
     config = model_config(source.config)
     weights = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype), config)
     parts = partition(load_model(source, config, weights).model)
+    parts = quicken(parts, integer=args.fast, head_bits=args.head_bits)
     for _ in sys.stdin:
         ids, seconds, began = [], [], time.perf_counter()
         settings = {"sampling": Sampling(), "max_new_tokens": args.new_tokens, "stop_ids": ()}

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.devices import target_device
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.frozen_product import FAST
 from pallas_kernels.native import build, library
 from pallas_kernels.nf4_matmul import cpu, nf4_matmul
 from pallas_kernels.nf4_matmul.api import choose_implementation
@@ -39,6 +40,55 @@ def test_few_rows_are_the_rows_of_many(rows):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((cpu.FEW_ROWS + 1, 192), np.float32))
     many = nf4_matmul(x, w, implementation="reference")[:rows]
     np.testing.assert_allclose(nf4_matmul(x[:rows], w, implementation="cpu"), many, rtol=1e-5, atol=1e-6)
+
+
+def _in_integers(x, w):
+    """Returns x w^T as `integer_forward` defines it, in f64."""
+    groups = np.asarray(x, np.float64).reshape(len(x), -1, 64)
+    sizes = np.abs(groups).max(axis=2, keepdims=True)
+    coded = np.round(groups * 127 / np.where(sizes > 0, sizes, 1)) * sizes / 127
+    table = CODE_TABLES[w.quant_type].astype(np.float64)
+    rounded = np.round(table / np.abs(table).max() * 127) * np.abs(table).max() / 127
+    weights = np.asarray(dequantize(w, jnp.float32), np.float64)
+    constants = np.abs(weights).reshape(*weights.shape[:1], -1, w.block_size).max(axis=2) / np.abs(table).max()
+    codes = np.abs(weights[..., None] / np.repeat(constants, w.block_size, axis=1)[..., None] - table).argmin(axis=-1)
+    return coded.reshape(x.shape) @ (rounded[codes] * np.repeat(constants, w.block_size, axis=1)).T
+
+
+@needs_handlers
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, cpu.FEW_ROWS])
+@pytest.mark.parametrize("quant_type", CODE_TABLES)
+def test_integer_products_round_rows_and_table_to_8_bits(quant_type, rows):
+    w = weight((98, 192), layout="row_planar", quant_type=quant_type, double_quant=rows % 2 == 0)
+    x = np.random.default_rng(rows).standard_normal((rows, 192), np.float32)
+    x[0, 64:128] = 0
+    found = nf4_matmul(jnp.asarray(x), w, implementation="integer")
+    np.testing.assert_allclose(found, _in_integers(x, w), rtol=2e-5, atol=2e-5)
+    exact = np.asarray(nf4_matmul(jnp.asarray(x), w, implementation="reference"))
+    assert 0 < np.abs(found - exact).max() < 0.02 * np.abs(exact).max()  # they are not the exact products
+
+
+@needs_handlers
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_row_of_integer_products_depends_on_no_other_row(dtype):
+    w = weight((96, 192), layout="row_planar")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((cpu.FEW_ROWS, 192), np.float32), dtype)
+    all_rows = nf4_matmul(x, w, implementation="integer")
+    for rows in range(1, cpu.FEW_ROWS):
+        np.testing.assert_array_equal(nf4_matmul(x[:rows], w, implementation="integer"), all_rows[:rows])
+    for hostile in (jnp.nan, jnp.inf):
+        found = nf4_matmul(x.at[2, 70].set(hostile), w, implementation="integer")
+        assert jnp.isnan(found[2]).all()
+        np.testing.assert_array_equal(np.delete(found, 2, axis=0), np.delete(all_rows, 2, axis=0))
+
+
+@needs_handlers
+def test_fast_products_are_integer_for_few_rows_only():
+    w = weight((96, 192), layout="row_planar")
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((cpu.FEW_ROWS + 1, 192), np.float32))
+    for rows, name in ((cpu.FEW_ROWS, "integer"), (cpu.FEW_ROWS + 1, "cpu")):
+        found = nf4_matmul(x[:rows], w, implementation=FAST)
+        np.testing.assert_array_equal(found, nf4_matmul(x[:rows], w, implementation=name))
 
 
 @needs_handlers

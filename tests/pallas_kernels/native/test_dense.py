@@ -1,17 +1,20 @@
-"""The C++ product of f32 matrices: exact for exact sums, otherwise as accurate as f32 sums, and used only on CPUs."""
+"""The C++ products of matrices: exact for exact sums, otherwise as accurate as f32 sums, and used only on CPUs."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dense_matmul import dot, takes_f32
+from pallas_kernels.dense_matmul import FEW_ROWS, dot, handler_for
 from pallas_kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"the C++ library {library.problem()}")
 
 # [M, N, K]: the least supported; below, at and past a strip of rows, a panel of columns and a chunk of k.
 SHAPES = [(9, 32, 32), (12, 32, 32), (13, 33, 33), (96, 64, 1024), (97, 65, 1025), (37, 1000, 577), (23, 71, 4100)]
+FEW = [(1, 32, 32), (2, 33, 48), (3, 1000, 577), (FEW_ROWS, 71, 4100)]  # side by side and alone; with a tail of k
 ROUNDING = 2.0**-24
 
 
@@ -29,20 +32,21 @@ def _in_f64(a, b, transposed):
 
 def _product(a, b, transposed):
     compiled = jax.jit(lambda a, b: dot(a, b, (1, int(transposed)), jnp.float32)).lower(a, b).compile()
-    assert "product_f32" in compiled.as_text()
+    assert ("dense_rows" if a.shape[0] <= FEW_ROWS else "product_f32") in compiled.as_text()
     return np.asarray(compiled(a, b))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+CASES = [*itertools.product(SHAPES, [False, True]), *((shape, True) for shape in FEW)]
+
+
+@pytest.mark.parametrize(("shape", "transposed"), CASES)
 def test_whole_numbers_are_multiplied_exactly(shape, transposed):
     """No sum reaches 2^24, so every order of adding is exact: a missing or misplaced term shows."""
     a, b = _operands(shape, transposed, whole=True)
     np.testing.assert_array_equal(_product(a, b, transposed), _in_f64(a, b, transposed))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "transposed"), CASES)
 def test_others_are_off_by_the_roundings_of_a_sum(shape, transposed):
     """The error of K roundings, each 2^-24 of the partial sum, grows as sqrt(K) (Higham and Mary, 2019)."""
     a, b = _operands(shape, transposed, whole=False)
@@ -50,16 +54,26 @@ def test_others_are_off_by_the_roundings_of_a_sum(shape, transposed):
     assert np.all(np.abs(_product(a, b, transposed) - _in_f64(a, b, transposed)) <= most)
 
 
-def test_a_row_is_the_same_whatever_the_other_rows():
-    a, b = _operands((200, 72, 1300), True, whole=False)
+@pytest.mark.parametrize("counts", [(9, 12, 100, 199, 200), range(1, FEW_ROWS + 1)])
+def test_a_row_is_the_same_whatever_the_other_rows(counts):
+    a, b = _operands((counts[-1], 72, 1300), True, whole=False)
     whole = _product(a, b, True)
-    for rows in (9, 12, 100, 199):
+    for rows in counts:
         np.testing.assert_array_equal(_product(a[-rows:], b, True), whole[-rows:])
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_gradients_are_those_of_the_product(transposed):
-    a, b = map(jnp.asarray, _operands((40, 48, 64), transposed, whole=True))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", FEW)
+def test_few_rows_of_bf16_are_summed_in_f32_and_rounded_once(shape, dtype):
+    a, b = (jnp.asarray(x, jnp.bfloat16) for x in _operands(shape, True, whole=True))
+    found = jax.jit(lambda a, b: dot(a, b, (1, 1), dtype))(a, b)
+    expected = _in_f64(np.asarray(a, np.float32), np.asarray(b, np.float32), True)
+    np.testing.assert_array_equal(found, jnp.asarray(expected, jnp.float32).astype(dtype))
+
+
+@pytest.mark.parametrize(("rows", "transposed"), [(40, False), (40, True), (5, True)])
+def test_gradients_are_those_of_the_product(rows, transposed):
+    a, b = map(jnp.asarray, _operands((rows, 48, 64), transposed, whole=True))
 
     def gradients(multiply):
         return jax.grad(lambda a, b: jnp.sum(multiply(a, b) ** 2), (0, 1))(a, b)
@@ -76,10 +90,14 @@ def test_a_batch_is_multiplied_in_turn():
 
 def test_what_the_handler_does_not_take_is_multiplied_by_xla():
     def taken(a, b, contract=(1, 0)):
-        return takes_f32(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (a, b)), contract)
+        return handler_for(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (a, b)), contract)
 
     f32, bf16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
-    assert taken(((9, 32), f32), ((32, 32), f32))
+    assert taken(((9, 32), f32), ((32, 32), f32)) == "product_f32"
+    assert taken(((8, 32), f32), ((32, 32), f32), contract=(1, 1)) == "dense_rows"
+    assert taken(((1, 32), bf16), ((32, 32), bf16), contract=(1, 1)) == "dense_rows"
+    assert not taken(((9, 32), bf16), ((32, 32), bf16), contract=(1, 1))
+    assert not taken(((1, 32), f32), ((32, 32), bf16), contract=(1, 1))
     assert not taken(((8, 32), f32), ((32, 32), f32))
     assert not taken(((9, 31), f32), ((31, 32), f32))
     assert not taken(((9, 32), f32), ((32, 31), f32))

@@ -1,0 +1,128 @@
+// Products of matrices: two XLA FFI handlers.
+//
+//   product_f32:  c[m, n] = sum_k a[m, k] b[k, n], or b[n, k] if transposed; in f32, for many rows
+//   dense_rows:   y[m, n] = sum_k x[m, k] w[n, k], of f32 or bf16 numbers, summed in f32, for few rows. Each number of w
+//                 is read once, which is all that takes time: nothing is packed
+
+#include "product.h"
+
+namespace ffi = xla::ffi;
+
+namespace qlora {
+namespace {
+
+struct Dense {
+  const float* b;
+  int64_t n, k;
+  bool transposed;
+
+  void pack(int64_t panel, int64_t start, int64_t count, float* to) const {
+    const int64_t first = panel * kColumns, columns = std::min(kColumns, n - first);
+    if (columns < kColumns) std::memset(to, 0, count * kColumns * sizeof(float));
+    if (transposed) return pack_transposed(b + first * k + start, k, columns, count, to, kColumns);
+    for (int64_t p = 0; p < count; ++p)
+      std::memcpy(to + p * kColumns, b + (start + p) * n + first, columns * sizeof(float));
+  }
+};
+
+// c [m, n]; strips: memory of as many numbers as a has.
+ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ffi::F32> b,
+                   ffi::Result<ffi::Buffer<ffi::F32>> c, ffi::Result<ffi::Buffer<ffi::F32>> strips, bool transposed) {
+  const int64_t m = a.dimensions()[0], k = a.dimensions()[1], n = c->dimensions()[1];
+  if (strips->element_count() < a.element_count())
+    return ffi::Error::InvalidArgument("there is not enough room for the packed operand");
+  const Dense source{b.typed_data(), n, k, transposed};
+  Product<float, Dense>{m, n, k, a.typed_data(), source, c->typed_data(), strips->typed_data()}.run(pool);
+  return ffi::Error::Success();
+}
+
+// ---- few rows
+
+constexpr int64_t kNeighbours = 4;    // rows of w that are read side by side
+constexpr int64_t kBytesAhead = 2048;  // between what is multiplied and what is prefetched
+
+template <typename Element, typename Out>
+struct FewRows {
+  int64_t n, k;
+  const float* x;
+  const Element* w;
+  Out* y;
+
+  // Computes y of M rows of x, from `row`, and P rows of w, from `first`. Sums are in the order of k.
+  template <int M, int P>
+  void block(int64_t row, int64_t first) const {
+    Floats sums[P][M] = {};
+    const int64_t whole = k / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const Element* at = w + (first + p) * k + i;
+        if (i % (64 / sizeof(Element)) == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kBytesAhead);
+        const Floats weights = load(at);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) sums[p][m] = multiply_add(weights, load(x + (row + m) * k + i), sums[p][m]);
+      }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        float total = sum(sums[p][m]);
+        for (int64_t i = whole; i < k; ++i) total += number(w[(first + p) * k + i]) * x[(row + m) * k + i];
+        put(total, y + (row + m) * n + first + p);
+      }
+  }
+  template <int M>
+  void rows(int64_t row, int64_t first, int64_t last) const {
+    for (; first + kNeighbours <= last; first += kNeighbours) block<M, kNeighbours>(row, first);
+    for (; first < last; ++first) block<M, 1>(row, first);
+  }
+  void run(ffi::ThreadPool& pool, int64_t m) const {
+    const int64_t grain = (65536 / k + kNeighbours) / kNeighbours * kNeighbours;  // some microseconds
+    in_parallel(pool, (n + grain - 1) / grain, [&](int64_t part) {
+      const int64_t first = part * grain, last = std::min(n, first + grain);
+      int64_t row = 0;
+      for (; row + 2 <= m; row += 2) rows<2>(row, first, last);
+      if (row < m) rows<1>(row, first, last);
+    });
+  }
+};
+
+// Calls work(Element()) with the type of a buffer's numbers: float, or uint16_t for bf16.
+template <typename Work>
+void with_numbers(const ffi::DataType type, const Work& work) {
+  if (type == ffi::F32)
+    work(float());
+  else
+    work(uint16_t());
+}
+
+// x [m, k], w [n, k], y [m, n]: each f32 or bf16.
+ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
+  const Buffer<float> x_MK = in_f32(x);
+  const int64_t n = w.dimensions()[0], k = w.dimensions()[1];
+  with_numbers(w.element_type(), [&](auto element) {
+    with_numbers(y->element_type(), [&](auto out) {
+      using Element = decltype(element);
+      using Out = decltype(out);
+      FewRows<Element, Out>{n, k, x_MK.get(), reinterpret_cast<const Element*>(w.untyped_data()),
+                            reinterpret_cast<Out*>(y->untyped_data())}
+          .run(pool, x.dimensions()[0]);
+    });
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace qlora
+
+QLORA_HANDLER(product_f32, qlora::product,
+              ffi::Ffi::Bind()
+                  .Ctx<ffi::ThreadPool>()
+                  .Arg<ffi::Buffer<ffi::F32>>()
+                  .Arg<ffi::Buffer<ffi::F32>>()
+                  .Ret<ffi::Buffer<ffi::F32>>()
+                  .Ret<ffi::Buffer<ffi::F32>>()
+                  .Attr<bool>("transposed"));
+QLORA_HANDLER(
+    dense_rows, qlora::few_rows,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
