@@ -11,6 +11,7 @@ one counted reply after one that does not count. All figures are medians:
   first       seconds from the start of the process to the end of its first reply, with empty compilation caches
   MiB         peak resident memory of the process
   speed       ours relative to each opponent, over neighbouring blocks
+  fast        the same of `generate --fast`, which rounds to integers of 8 bits, as llama.cpp does
   same        leading tokens that equal ours; llama.cpp has other weights, so it may differ early
 
 The fastest configuration of transformers counts. `compiled` is a static cache and torch.compile, which on a CPU needs a
@@ -35,6 +36,7 @@ ships into port. A lighthouse on the island of Pharos, built in the third centur
 tallest buildings made by people. What follows is a short account of how such towers were built and tended, and why"""
 PROMPT_TOKENS = 64
 TRANSFORMERS = "transformers"
+FAST = f"{OURS}, fast"
 CONFIGURATIONS = (("bf16", "dynamic"), ("bf16", "compiled"), ("fp32", "dynamic"))
 
 
@@ -44,7 +46,8 @@ def commands_of(model: Path, new_tokens: int) -> dict[str, list[str]]:
     torch = [ORACLE, str(OPPONENTS / "torch_decode.py"), *arguments]
     theirs = {f"{TRANSFORMERS} {d}, {c}": [*torch, "--dtype", d, "--cache", c] for d, c in CONFIGURATIONS}
     ours = [sys.executable, "-m", "scripts.bench.workers.reply", *arguments]
-    return {OURS: ours, **theirs, "llama.cpp": [LLAMA_CPP, str(OPPONENTS / "llama_cpp_decode.py"), *arguments]}
+    fast = {FAST: [*ours, "--fast", "--head_bits", "8"]}
+    return {OURS: ours, **fast, **theirs, "llama.cpp": [LLAMA_CPP, str(OPPONENTS / "llama_cpp_decode.py"), *arguments]}
 
 
 def prompt_ids(model: Path) -> list[int]:
@@ -69,8 +72,12 @@ def measure(commands: dict[str, list[str]], blocks: int, quick: bool, timeout_s:
     rates = {name: [rate(turn[-1]) for turn in turns[name]] for name in turns}
     players = {name: summary(firsts[name], turns, name, rates[name]) for name in turns}
     fastest = max((n for n in players if n.startswith(TRANSFORMERS)), key=lambda n: players[n]["rate"], default=None)
-    speed = {n: median_ratio(rates[OURS], rates[n]) for n in players if n != OURS} if OURS in players else {}
-    return {"players": players, "opponent": fastest, "speed": speed, "failures": workers.failures}
+    theirs = [name for name in players if name not in (OURS, FAST)]
+    speed, fast = (
+        {name: median_ratio(rates[one], rates[name]) for name in theirs} if one in players else {}
+        for one in (OURS, FAST)
+    )
+    return {"players": players, "opponent": fastest, "speed": speed, "fast": fast, "failures": workers.failures}
 
 
 def summary(first: Record | None, turns: dict[str, Turns], name: str, rates: list[float]) -> Record:
@@ -93,13 +100,13 @@ def same_start(ids: list[int], others: list[int]) -> int:
 
 def show(result: Record) -> None:
     """Prints the table."""
-    columns = ("tokens/s", "prompt, ms", "first, s", "MiB", "speed", "same")
+    columns = ("tokens/s", "prompt, ms", "first, s", "MiB", "speed", "fast", "same")
     print(f"{'':<28}" + "".join(f"{column:>12}" for column in columns))
     for name, figures in result["players"].items():
-        speed = f"{result['speed'][name]:.2f}x" if name in result["speed"] else "-"
+        speed, fast = (f"{result[kind][name]:.2f}x" if name in result[kind] else "-" for kind in ("speed", "fast"))
         same = "-" if figures["same"] is None else str(figures["same"])
         numbers = f"{figures['rate']:>12.1f}{1e3 * figures['prompt_s']:>12.0f}{figures['first_s']:>12.1f}"
-        print(f"{name:<28}{numbers}{figures['peak_rss_mib']:>12.0f}{speed:>12}{same:>12}")
+        print(f"{name:<28}{numbers}{figures['peak_rss_mib']:>12.0f}{speed:>12}{fast:>12}{same:>12}")
     for name, failure in result["failures"].items():
         print(f"{name}: NOT AVAILABLE: {failure}")
     print(f"fastest of transformers: {result['opponent']}")
