@@ -35,8 +35,10 @@ fi
 extras=()
 for extra in ${QLORA_JAX_EXTRAS:-}; do extras+=(--extra "$extra"); done
 echo "setup: installing the locked versions (the first call downloads about 400 MB)"
-# --inexact keeps extras that another call installed.
-"$uv" sync --quiet --frozen --inexact --python .venv/bin/python ${extras[@]+"${extras[@]}"}
+# --inexact keeps extras that another call installed. Bytecode saves a command two of its first seconds, also where
+# PYTHONDONTWRITEBYTECODE keeps Python from storing it.
+"$uv" sync --quiet --frozen --inexact --compile-bytecode --python .venv/bin/python ${extras[@]+"${extras[@]}"}
+.venv/bin/python -m compileall -q qlora_jax pallas_kernels
 # Optional: C++ loops that dequantize and decode faster on a CPU.
 JAX_PLATFORMS=cpu .venv/bin/python -m pallas_kernels.native.build | sed 's/^/setup: CPU loops /' || true
 echo "setup: ready: $(.venv/bin/python --version), jax $(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))'); to use it: source .venv/bin/activate"

@@ -7,13 +7,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from pallas_kernels.devices import target_device
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.ggml_matmul.cpu import dequantize_layer
+from pallas_kernels.native.library import problem as loops_problem
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, config_from_metadata, number_of_layers
 from qlora_jax.io.gguf.expert_stacks import split_experts
@@ -240,12 +244,21 @@ def _fused_order(rows: int, heads: int) -> np.ndarray:
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
+    """The same bits by the C++ loops, which take a tenth of the time, or by the gguf package."""
+    if target_device().platform == "cpu" and loops_problem() is None:
+        return np.asarray(_by_loops(raw.reshape(math.prod(shape[:-1]), -1), kind.name, shape[-1])).reshape(shape)
     out = _aligned_empty((math.prod(shape[:-1]), shape[-1]))
     rows = raw.reshape(len(out), -1)
     step = max(1, SLICE_WEIGHTS // shape[-1])
     for start in range(0, len(out), step):
         out[start : start + step] = dequantize(rows[start : start + step], kind)
     return out.reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _by_loops(codes: jax.Array, ggml_type: str, columns: int) -> jax.Array:
+    weight = GgmlTensor(codes=codes, ggml_type=ggml_type, shape=(len(codes), columns), dtype="float32")
+    return dequantize_layer(weight, None, np.float32)
 
 
 def _aligned_empty(shape: tuple[int, int]) -> np.ndarray:

@@ -127,7 +127,9 @@ def _q6_k(block: bytes) -> list[np.float32]:
     ],
     ids=["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"],
 )
-def test_k_quants_equal_ggml_written_out(tmp_path: Path, kind: Kind, decode, halves: tuple[int, ...]) -> None:
+def test_k_quants_equal_ggml_written_out(
+    tmp_path: Path, kind: Kind, decode, halves: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gguf package can't make K-quants: random blocks with finite scales, decoded one weight at a time here."""
     rows, size = 6, gguf.GGML_QUANT_SIZES[kind][1]
     rng = np.random.default_rng(1)
@@ -144,10 +146,13 @@ def test_k_quants_equal_ggml_written_out(tmp_path: Path, kind: Kind, decode, hal
     assert (info.shape, info.type) == ((rows, 512), kind)
     expected = np.array([[decode(block.tobytes()) for block in row] for row in blocks]).reshape(rows, 512)
     np.testing.assert_array_equal(reader._read_table(tmp_path / "k.gguf", info), expected)
+    monkeypatch.setattr(reader, "loops_problem", lambda: "not built")
+    np.testing.assert_array_equal(reader._read_table(tmp_path / "k.gguf", info), expected)
 
 
 def test_slices_of_a_large_tensor_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "SLICE_WEIGHTS", 200)  # 3 rows of 64, so that 32 rows end with a short slice
+    monkeypatch.setattr(reader, "loops_problem", lambda: "not built")
     source = open_model(write_gguf(tmp_path / "tiny.gguf", CONFIG, WEIGHTS, Kind.Q8_0))
     name = "model.embed_tokens.weight"
     expected = gguf.dequantize(gguf.quantize(WEIGHTS[name], Kind.Q8_0), Kind.Q8_0)
