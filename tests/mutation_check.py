@@ -82,6 +82,24 @@ MUTATIONS = [
     Mutation(
         "qlora_jax/optim/pager.py", "    pool.evict_to(budget_bytes)\n", "    pass\n", "tests/optim/test_pager.py"
     ),
+    Mutation(
+        "qlora_jax/inference/fast_decoding.py",
+        "if not _same(codes, rows):",
+        "if not codes:",
+        "tests/inference/test_fast_decoding.py",
+    ),
+    Mutation(
+        "pallas_kernels/nf4_matmul/api.py",
+        "(INTEGER, *order) if implementation == FAST else order",
+        "(INTEGER, *order) if implementation == INTEGER else order",
+        "tests/pallas_kernels/nf4_matmul/test_cpu.py",
+    ),
+    Mutation(
+        "pallas_kernels/formats/ggml_blocks.py",
+        "jnp.floor(jnp.abs(scaled) + 0.5)",
+        "jnp.round(jnp.abs(scaled))",
+        "tests/pallas_kernels/formats/test_ggml_tensor.py",
+    ),
     Mutation("qlora_jax/inference/sampling.py", "(before_BV < p)", "(before_BV <= p + 0.01)", "tests/inference"),
     Mutation("qlora_jax/measures/statistics.py", "(0.025, 0.975)", "(0.05, 0.95)", "tests/measures/test_statistics.py"),
     Mutation(

@@ -69,7 +69,7 @@ VARIANTS = {
     ),
     "avx512": Variant("x86_64", ("-march=x86-64-v4",), frozenset(_AVX512), frozenset(_TO_AVX2)),
     "avx2": Variant("x86_64", ("-march=x86-64-v3",), frozenset(_AVX2)),
-    "neon_bf16": Variant("aarch64", ("-march=armv8.2-a+bf16",), frozenset({"asimd", "bf16"})),
+    "neon_bf16": Variant("aarch64", ("-march=armv8.2-a+bf16+dotprod",), frozenset({"asimd", "asimddp", "bf16"})),
     "neon": Variant("aarch64", ("-march=armv8-a",), frozenset({"asimd"})),
 }
 LEAST_OF_XLA = {"SSE4_2", "AVX"}  # values of --xla_cpu_max_isa that forbid every variant
@@ -80,7 +80,7 @@ def features() -> frozenset[str]:
     """Returns the names of the processor's instruction sets, as Linux lists them."""
     if platform.system() == "Darwin":  # Macs with Apple's processors have all of NEON
         bf16 = subprocess.run(("sysctl", "-n", "hw.optional.arm.FEAT_BF16"), capture_output=True, text=True)
-        return frozenset({"asimd", "bf16"} if bf16.stdout.strip() == "1" else {"asimd"})
+        return frozenset({"asimd", "asimddp", "bf16"} if bf16.stdout.strip() == "1" else {"asimd"})
     cpuinfo = Path("/proc/cpuinfo")
     listed = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", listed, re.MULTILINE)
