@@ -23,13 +23,19 @@ HANDLERS = {"float32": ("dense_rows", "product_f32"), "bfloat16": ("dense_rows",
 
 
 def handler_for(
-    a: jax.Array | jax.ShapeDtypeStruct, b: jax.Array | jax.ShapeDtypeStruct, contract: tuple[int, int]
+    a: jax.Array | jax.ShapeDtypeStruct,
+    b: jax.Array | jax.ShapeDtypeStruct,
+    contract: tuple[int, int],
+    dtype: DTypeLike = jnp.float32,
 ) -> str | None:
     """Returns the handler of C++ loops that multiplies these operands on a CPU, or None: XLA multiplies.
 
-    They take matrices of one dtype: a's rows by b's rows or columns, if `a` has few rows only by b's rows.
+    They take matrices of one dtype, for a result in it or in f32: a's rows by b's rows or columns, if `a` has few rows
+    only by b's rows.
     """
     if a.ndim != 2 or b.ndim != 2 or contract[0] != 1 or a.dtype != b.dtype or a.dtype.name not in HANDLERS:
+        return None
+    if jnp.dtype(dtype) not in (jnp.float32, a.dtype) or not a.shape[0]:
         return None
     rows, terms = a.shape
     few, many = HANDLERS[a.dtype.name]
@@ -74,9 +80,9 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike)
     batch = tuple(range(a.ndim - 2))
     dims = ((contract[:1], contract[1:]), (batch, batch))
     product = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=dtype)
-    if (name := handler_for(a, b, contract)) is not None:
+    if (name := handler_for(a, b, contract, dtype)) is not None:
         loops = functools.partial(_by_loops, name=name, contracted=contract[1], dtype=dtype)
-        return jax.lax.platform_dependent(a, b, cpu=lambda a, b: loops(a, b), default=product)
+        return jax.lax.platform_dependent(a, b, cpu=loops, default=product)
     if a.ndim == 2 and a.shape[1 - contract[0]] == 1 and a.dtype == jnp.bfloat16:
         return jax.lax.platform_dependent(a, b, cpu=_doubled(product, 1 - contract[0]), default=product)
     return product(a, b)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.api.provenance import parts_of
     from qlora_jax.inference import prompts
     from qlora_jax.inference.decode import stream
-    from qlora_jax.inference.fast_decoding import quicken
+    from qlora_jax.inference.fast_decoding import for_fast_decoding
     from qlora_jax.inference.replies import write_replies
     from qlora_jax.inference.sampling import Sampling
     from qlora_jax.inference.terminal_chat import END_MESSAGES, chat, show_reply
@@ -60,10 +60,11 @@ def main(argv: list[str]) -> None:
     encoded = prompts.encode_prompts(args.prompts or "--prompt", rows, prompter, limit)
     messages = Console(stderr=True)
     model = _load(opened, args, messages)
-    head_bits = int(args.head_bits) if args.head_bits != "auto" else 8 if args.fast else None
+    automatic = 8 if args.fast else None
+    head_bits = automatic if args.head_bits == "auto" else int(args.head_bits)
     reply_to = functools.partial(
         stream,
-        quicken(parts_of(model), integer=args.fast, head_bits=head_bits),
+        for_fast_decoding(parts_of(model), integer=args.fast, head_bits=head_bits),
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
         max_new_tokens=args.max_new_tokens,
         stop_ids=stop_ids(model, opened.tokenizer, chat=prompter.chat),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates .venv in this checkout with the versions of uv.lock. Needs no root. A second call takes a second.
+# Creates .venv in this checkout with the versions of uv.lock. Needs no root. A second call takes seconds.
 #
 #     bash scripts/setup.sh
 #
@@ -38,7 +38,7 @@ echo "setup: installing the locked versions (the first call downloads about 400 
 # --inexact keeps extras that another call installed. Bytecode saves a command two of its first seconds, also where
 # PYTHONDONTWRITEBYTECODE keeps Python from storing it.
 "$uv" sync --quiet --frozen --inexact --compile-bytecode --python .venv/bin/python ${extras[@]+"${extras[@]}"}
-.venv/bin/python -m compileall -q qlora_jax pallas_kernels
+.venv/bin/python -m compileall -q qlora_jax pallas_kernels || true # works only where the folder can be written
 # Optional: C++ loops that dequantize and decode faster on a CPU.
 JAX_PLATFORMS=cpu .venv/bin/python -m pallas_kernels.native.build | sed 's/^/setup: CPU loops /' || true
 echo "setup: ready: $(.venv/bin/python --version), jax $(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))'); to use it: source .venv/bin/activate"

@@ -1,8 +1,8 @@
 // Products of matrices: two XLA FFI handlers.
 //
 //   product_f32:  c[m, n] = sum_k a[m, k] b[k, n], or b[n, k] if transposed; in f32, for many rows
-//   dense_rows:   y[m, n] = sum_k x[m, k] w[n, k], of f32 or bf16 numbers, summed in f32, for few rows. Each number of w
-//                 is read once, which is all that takes time: nothing is packed
+//   dense_rows:   y[m, n] = sum_k x[m, k] w[n, k], of f32 or bf16 numbers, summed in f32, for few rows. w is read
+//                 from memory once and never packed, because reading it takes all the time
 
 #include "product.h"
 
@@ -38,8 +38,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ff
 
 // ---- few rows
 
-constexpr int64_t kNeighbours = 4;    // rows of w that are read side by side
-constexpr int64_t kBytesAhead = 2048;  // between what is multiplied and what is prefetched
+constexpr int64_t kNeighbours = 4;  // rows of w that are read side by side
 
 template <typename Element, typename Out>
 struct FewRows {

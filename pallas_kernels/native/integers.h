@@ -60,18 +60,17 @@ struct ByteTable {
 
 // Rows of x as integers from -127 to 127, times a scale per group.
 struct CodedRows {
-  int64_t k;
   Buffer<int8_t> codes;    // [M, K]
   Buffer<float> scales;    // [M, K / 64]
   Buffer<int32_t> starts;  // [M, K / 64, kLanes]: sums with which the products of a group with weights begin
 
   CodedRows(const float* x, int64_t m, int64_t k)
-      : k(k), codes(m * k), scales(m * k / kGroup), starts(m * k / kGroup * kLanes) {
+      : codes(m * k), scales(m * k / kGroup), starts(m * k / kGroup * kLanes) {
     for (int64_t group = 0; group < m * k / kGroup; ++group) code(x + group * kGroup, group);
   }
 
  private:
-  // A group with a number that is not finite has a scale of NaN, and so have all results.
+  // If a number is not finite, its group's scale is NaN, and so are the row's results.
   void code(const float* x, int64_t group) {
     Floats sizes{}, zeros{};
     for (int64_t i = 0; i < kGroup; i += kLanes) {

@@ -2,7 +2,7 @@
 //
 //   dequantize:  w[n, k] = table[code(n, k)] * absmax[n, k / block], in f32, rounded once if the result is bf16
 //   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w exists only in registers. If `integer`, x and
-//                the table are rounded to 8 bits, with a scale for every 32 numbers of x
+//                the table are rounded to 8 bits, with a scale for every 64 numbers of x
 //   product:     the same for many rows, or, if `transposed`, x[m, k] = sum_n y[m, n] w[n, k]; w is dequantized into the
 //                panels that the product reads, one chunk at a time, so that it never exists as a whole
 //
@@ -86,10 +86,6 @@ void dequantize_pairs(const Weight& w, Out* out, int64_t first, int64_t last) {
     }
   }
 }
-
-// Bytes of codes between what is multiplied and what is prefetched, some hundred nanoseconds of work. Processors prefetch
-// streams by themselves, but not beyond a page, and a row has less than one.
-constexpr int64_t kBytesAhead = 2048;
 
 // Multiplies M rows of x by P pairs of rows, so that 2 M P sums overlap. Each sum is in the order of k for all M and P:
 // of products with numbers of the table within a block, and of these times the constants.
@@ -349,6 +345,8 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
   const auto found = weight_of(codes, scales, nested, offset, layer, table, map, nested_size);
   if (found.has_error()) return found.error();
   const Weight& w = found.value();
+  if (integer && w.block_size % kGroup != 0)
+    return ffi::Error::InvalidArgument("products of integers need blocks of a multiple of 64 weights");
   const Buffer<float> x_MK = in_f32(x);
   const int64_t m = x.dimensions()[0];
   const auto run = [&](const auto& rows) {

@@ -116,7 +116,7 @@ def call_problems(
     yield from operand_problems(x, weights.shape, weights.stack_shape, layer)
     yield from weights_problems(weights)
     if implementation not in (None, FAST, *IMPLEMENTATIONS):
-        yield f"{implementation=} is unknown (known: {', '.join(sorted(IMPLEMENTATIONS))})"
+        yield f"{implementation=} is unknown (known: {', '.join(sorted([FAST, *IMPLEMENTATIONS]))})"
 
 
 def weights_problems(weights: QTensor) -> Iterator[str]:

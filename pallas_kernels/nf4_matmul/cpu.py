@@ -24,8 +24,9 @@ from pallas_kernels.nf4_matmul.dispatch import Capabilities, Layer
 CAPABILITIES = Capabilities(
     devices=("cpu",), layouts=("row_planar",), dtypes=("bfloat16", "float32"), block_sizes=(64, 128, 256, 512, 1024)
 )
-INTEGER_CAPABILITIES = dataclasses.replace(CAPABILITIES, directions=("forward",), rows=(1, 8))
 FEW_ROWS = 8  # up to this many, the product from the codes is fastest (docs/cpu.md)
+# One token of each of the 16 rows that decode together, so that a reply does not depend on how many there are.
+INTEGER_CAPABILITIES = dataclasses.replace(CAPABILITIES, directions=("forward",), rows=(1, 16))
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
@@ -38,8 +39,7 @@ def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[
 def integer_forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
     """Computes y = x w^T with x and the table of the codes rounded to 8 bits, for few rows.
 
-    Each 32 numbers of a row share a scale, which is their greatest magnitude / 127. Sums are exact in integers, and in
-    f32 from there.
+    Each 64 numbers of a row share a scale, which is their greatest magnitude / 127. Sums of 64 products are exact.
     """
     return _few_rows(x_MK, weights, layer, integer=True)
 

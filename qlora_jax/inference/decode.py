@@ -402,6 +402,7 @@ def _decode(
         steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
         running -= {step.row for step in steps if step.end is not None}
         yield from steps
-        if not running:
+        if not running:  # the step in flight ends before its cache and another batch's are both in memory
+            jax.block_until_ready(upcoming_B)
             return
         next_B = upcoming_B

@@ -1,7 +1,7 @@
-"""Faster, less exact decoding on CPUs: products of 8-bit integers, and a head in 8 or 4 bits.
+"""Faster, less exact decoding on CPUs: inputs of layers quantized to 8 bits (W4A8), and a head in 8 or 4 bits.
 
-A token reads every weight once. The head of a small model has a third of the bytes, and without AVX-512 products with
-4-bit codes take longer in f32 than their bytes do. What both change in logits is in docs/cpu.md.
+A token reads every weight once. The head of a small model has half of the bytes, and without AVX-512 products with
+4-bit codes take longer in f32 than reading them does. docs/cpu.md shows by how much logits change.
 """
 
 import functools
@@ -13,12 +13,11 @@ from flax import nnx
 from pallas_kernels.devices import target_device
 from pallas_kernels.formats.ggml_blocks import encode_q8_0
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
-from pallas_kernels.formats.layouts import repack
+from pallas_kernels.formats.layouts import layout_problem, repack
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul.api import INTEGER, choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call
-from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.nn.linear import QLinear
@@ -28,12 +27,14 @@ from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, quantize_traceable
 from qlora_jax.sharding import mesh_of
 
+LAYOUT = "row_planar"  # the layout of 4-bit codes that the loops read
 
-def quicken(parts: ModelParts, *, integer: bool, head_bits: int | None) -> ModelParts:
+
+def for_fast_decoding(parts: ModelParts, *, integer: bool, head_bits: int | None) -> ModelParts:
     """Returns the model with less exact products for decoding; it shares its other arrays with `parts`.
 
     Args:
-      integer: rounds the inputs of layers in 4-bit codes to 8 bits, in calls of up to 8 tokens.
+      integer: quantizes the inputs of layers in 4-bit codes to 8 bits, in calls of up to 16 tokens.
       head_bits: of the weights of the language-model head: 16 leaves it, 8 is ggml's Q8_0, 4 is NF4. None: 8 if that
         changes no weight, as in many GGUF files, and the loops are there; else 16.
 
@@ -47,7 +48,7 @@ def quicken(parts: ModelParts, *, integer: bool, head_bits: int | None) -> Model
     if head_bits is None and not integer and problem:
         return parts
     if problem:
-        raise ValueError(f"fast, head_bits: {problem}. Leave these settings")
+        raise ValueError(f"fast, head_bits: {problem}. Leave these settings out")
     model = combine(parts)
     if integer:
         _use_integers(model)
@@ -74,7 +75,7 @@ def _use_integers(model: CausalLM) -> None:
         linear.fast = refusals[linear.name] is None
     if not any(linear.fast for linear in linears):
         name, reason = next(iter(refusals.items()))
-        raise ValueError(f"fast: no layer has products of integers ({name}: {reason}). Leave this setting")
+        raise ValueError(f"fast: no layer has products of integers ({name}: {reason}). Leave it out")
 
 
 def _refusal(linear: QLinear) -> str | None:
@@ -100,7 +101,7 @@ def _equal_codes(model: CausalLM) -> Frozen | None:
     for rows in (weight_VD[:64], weight_VD):  # few tell that most heads are not
         if rows.dtype != jnp.float32 or rows.shape[1] % 32:
             return None
-        codes = _encode(rows, 8, "")
+        codes = _encode(rows, 8)
         if not _same(codes, rows):
             return None
     return Frozen(codes)
@@ -117,12 +118,14 @@ def _encoded_head(model: CausalLM, bits: int) -> QTensor | GgmlTensor:
     if weight_VD.shape[1] % block:
         found = f"found a width of {weight_VD.shape[1]}, expected a multiple of {block}"
         raise ValueError(f"head_bits: the head is not whole blocks ({found}). Set head_bits to 16")
-    return _encode(weight_VD, bits, preferred_layout(target_device().platform, weight_VD.shape, block))
+    if bits == 4 and (problem := layout_problem(LAYOUT, weight_VD.shape, block)):
+        raise ValueError(f"head_bits: the loops cannot read the head in 4 bits, {problem}. Set head_bits to 8")
+    return _encode(weight_VD, bits)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _encode(weight_VD: jax.Array, bits: int, layout: str) -> QTensor | GgmlTensor:
+@functools.partial(jax.jit, static_argnums=1)
+def _encode(weight_VD: jax.Array, bits: int) -> QTensor | GgmlTensor:
     if bits == 4:
-        return repack(quantize_traceable(weight_VD, QuantSettings()), layout)
+        return repack(quantize_traceable(weight_VD, QuantSettings()), LAYOUT)
     codes = encode_q8_0(weight_VD.astype(jnp.float32))
     return GgmlTensor(codes=codes, ggml_type="Q8_0", shape=weight_VD.shape, dtype=str(weight_VD.dtype))

@@ -120,7 +120,7 @@ class QLinear(nnx.Module):
         self.weight = Frozen(weight)
         self.bias = None if bias is None else Frozen(bias)
         self.adapter: LinearAdapter | None = nnx.data(None)  # data: an adapter may be set later
-        self.fast = False  # `prepare_for_decoding` may set it
+        self.fast = False  # decoding may set it (inference.fast_decoding)
 
     @property
     def shape(self) -> tuple[int, int]:

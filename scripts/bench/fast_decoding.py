@@ -22,7 +22,7 @@ from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.inference.decode import empty_cache, slots_for
-from qlora_jax.inference.fast_decoding import quicken
+from qlora_jax.inference.fast_decoding import for_fast_decoding
 from qlora_jax.inference.settings import ComputeDtype
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
@@ -79,7 +79,9 @@ def main() -> None:
     print(f"{'products':<12}{'head':>6}{'KL':>12}{'same':>9}{'loss':>9}")
     for dtype, integer, head_bits in SETTINGS:
         weights = weight_format(ModelArgs(path=str(path), compute_dtype=dtype), config)
-        parts = quicken(partition(load_model(source, config, weights).model), integer=integer, head_bits=head_bits)
+        parts = for_fast_decoding(
+            partition(load_model(source, config, weights).model), integer=integer, head_bits=head_bits
+        )
         found_TV = log_probs_of(parts, ids)
         exact_TV = found_TV if exact_TV is None else exact_TV
         divergence = np.mean(np.sum(np.exp(exact_TV) * (exact_TV - found_TV), axis=1))

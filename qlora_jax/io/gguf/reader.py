@@ -244,7 +244,7 @@ def _fused_order(rows: int, heads: int) -> np.ndarray:
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
-    """The same bits by the C++ loops, which take a tenth of the time, or by the gguf package."""
+    """Returns the weights by the C++ loops, which are faster, or else by the gguf package, with the same bits."""
     if target_device().platform == "cpu" and loops_problem() is None:
         return np.asarray(_by_loops(raw.reshape(math.prod(shape[:-1]), -1), kind.name, shape[-1])).reshape(shape)
     out = _aligned_empty((math.prod(shape[:-1]), shape[-1]))

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.inference.decode import stream
-from qlora_jax.inference.fast_decoding import quicken
+from qlora_jax.inference.fast_decoding import for_fast_decoding
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
@@ -42,7 +42,7 @@ def main() -> None:
     config = model_config(source.config)
     weights = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype), config)
     parts = partition(load_model(source, config, weights).model)
-    parts = quicken(parts, integer=args.fast, head_bits=args.head_bits)
+    parts = for_fast_decoding(parts, integer=args.fast, head_bits=args.head_bits)
     for _ in sys.stdin:
         ids, seconds, began = [], [], time.perf_counter()
         settings = {"sampling": Sampling(), "max_new_tokens": args.new_tokens, "stop_ids": ()}
