@@ -232,17 +232,17 @@ product_in_the_op.defvjp(
 )
 
 
-def gathered_in_the_op(x_MK, weight, layer):
+def gathered_in_the_op(x_MK, weight, layer, fast):
     """A frozen product that gathers its own weight, forward and backward."""
     if not isinstance(weight, linear.OneLayer):
-        return frozen_linear(x_MK, weight, layer)
+        return frozen_linear(x_MK, weight, layer, fast)
     return product_in_the_op(x_MK, weight.weight)
 
 
-def dequantized_before_the_gather(x_MK, weight, layer):
+def dequantized_before_the_gather(x_MK, weight, layer, fast):
     """A frozen product whose weight crosses in f32; the parts are rows of the weight."""
     if not isinstance(weight, linear.OneLayer):
-        return frozen_linear(x_MK, weight, layer)
+        return frozen_linear(x_MK, weight, layer, fast)
     w_NK = dequantize(gathered(weight.weight)).astype(x_MK.dtype)
     count = axis_size(make_mesh(1, 8), FSDP)
     rows = w_NK.shape[0] // count
