@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     messages = Console(stderr=True)
     model = _load(opened, args, messages)
     automatic = 8 if args.fast else None
-    head_bits = automatic if args.head_bits == "auto" else int(args.head_bits)
+    head_bits = automatic if args.head_bits == "auto" else args.head_bits
     reply_to = functools.partial(
         stream,
         for_fast_decoding(parts_of(model), integer=args.fast, head_bits=head_bits),

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels.native.library import problem
 from qlora_jax import evaluate, export, generate
+from qlora_jax.config import ConfigError
 from qlora_jax.inference import decode
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.sampling import Sampling
@@ -175,3 +177,16 @@ def test_the_command_shows_no_traceback():
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: nowhere: no such file or folder") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--head_bits", "8"], ["--head_bits", "4"], ["--fast", "true"]])
+def test_faster_decoding_answers(folder, capsys, words):
+    if problem() is not None:
+        pytest.skip(f"the C++ loops: {problem()}")
+    generate.main(["--run", str(folder / "run"), "--prompt", "hello", *DRAWN, *words])
+    assert capsys.readouterr().out.strip()
+
+
+def test_bits_of_the_head_are_a_few_numbers(folder):
+    with pytest.raises(ConfigError, match="head_bits: found 5, expected one of auto, 16, 8, 4"):
+        generate.main(["--run", str(folder / "run"), "--prompt", "hello", "--head_bits", "5"])

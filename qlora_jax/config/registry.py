@@ -107,9 +107,9 @@ def _package(point: importlib.metadata.EntryPoint) -> str:
 
 
 def choices_of(hint: object) -> tuple[str, ...] | None:
-    """Returns the names that an annotation allows, a Literal or `Annotated[str, Registry]`; None for others."""
+    """Returns the names of the values that an annotation allows, a Literal or `Annotated[str, Registry]`, or None."""
     if typing.get_origin(hint) is typing.Literal:
-        return typing.get_args(hint)
+        return tuple(map(str, typing.get_args(hint)))
     registry = registry_of(hint)
     return None if registry is None else registry.names()
 

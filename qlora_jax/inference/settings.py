@@ -18,7 +18,7 @@ from qlora_jax.config.fields import (
 QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 ExpertPlace = Literal["auto", "device", "offload"]
-HeadBits = Literal["auto", "16", "8", "4"]
+HeadBits = Literal["auto", 16, 8, 4]
 ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 
