@@ -30,7 +30,7 @@ def test_equals_gguf_or_the_formula_to_the_bit(ggml_type):
 
 def test_weights_are_encoded_as_gguf_encodes_them():
     weights = np.random.default_rng(0).standard_normal((64, 4096), np.float32)
-    weights[0, :32], weights[1, :32] = 0, np.arange(32) * 0.5 - 8  # a block of zeros, and halves
+    weights[0, :32], weights[1, :32] = 0, [127, *np.arange(-15.5, 15)]  # a block of zeros, and halves at scale 1
     for scale in (1.0, 1e-6, 3e4):
         found = jax.jit(encode_q8_0)(jnp.asarray(weights * np.float32(scale)))
         np.testing.assert_array_equal(found, quantize(weights * np.float32(scale), GGMLQuantizationType.Q8_0))
