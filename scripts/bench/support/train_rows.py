@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterable
 
+from pallas_kernels.native.library import fast_bfloat16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -48,9 +50,8 @@ def training_flops(shape: Shape, batch: int, seq: int, rank: int) -> float:
 
 # Arguments of opponents/torch_qlora_cpu.py. With checkpointing, compiling the whole model takes more than three
 # minutes; compiling each layer works, and is faster than eager.
-MODEL = ("--dtype", "mixed", "--compile", "model")
-LAYERS = ("--dtype", "mixed", "--compile", "layers")
-MODEL_F32 = ("--dtype", "fp32", "--compile", "model")
+MODEL = ("--compile", "model")
+LAYERS = ("--compile", "layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,8 @@ class Row:
       model: a key of SHAPES.
       checkpointing: the opponent's gradient checkpointing, and `train.remat: full` for ours. Otherwise each side's
         default; ours is `names`, which saves the results of products and recomputes norms and activations.
-      f32: compute in float32; otherwise in bfloat16 with float32 adapters.
+      f32: compute in float32; otherwise in bfloat16 with float32 adapters, where the processor multiplies it. Where it
+        is emulated, both sides are faster in float32, and every row is in float32.
       opponents: configurations of the opponent; the fastest counts.
       steps: counted steps per block.
     """
@@ -77,7 +79,7 @@ class Row:
 
     def describe(self) -> str:
         """Returns one line that describes the row."""
-        dtype, opponents = "f32" if self.f32 else "bf16", " | ".join(map(" ".join, self.opponents))
+        dtype, opponents = self.dtype(), " | ".join(map(" ".join, self.opponents))
         sizes = f"batch {self.batch}, {self.seq} tokens, rank {self.rank}"
         return f"{self.model}, {sizes}, {dtype}, remat {self.remat()}; against {opponents}"
 
@@ -87,7 +89,7 @@ class Row:
 
     def dtype(self) -> str:
         """Returns the dtype of the products."""
-        return "float32" if self.f32 else "bfloat16"
+        return "float32" if self.f32 or not fast_bfloat16() else "bfloat16"
 
     def remat(self) -> str:
         """Returns our setting `train.remat`."""
@@ -99,8 +101,9 @@ class Row:
 
     def their_arguments(self, model_path: str, configuration: Iterable[str]) -> list[str]:
         """Returns arguments of opponents/torch_qlora_cpu.py."""
+        dtype = ["--dtype", {"float32": "fp32", "bfloat16": "mixed"}[self.dtype()]]
         checkpointing = ["--checkpointing"] if self.checkpointing else []
-        return [*self._shared(model_path), *configuration, *checkpointing, "--in_turns"]
+        return [*self._shared(model_path), *dtype, *configuration, *checkpointing, "--in_turns"]
 
     def _shared(self, model_path: str) -> list[str]:
         sizes = {"--batch": self.batch, "--seq": self.seq, "--rank": self.rank}
@@ -120,7 +123,7 @@ def _smollm2_rows() -> dict[str, Row]:
 
 ROWS = {
     **_smollm2_rows(),
-    "f32": Row(f32=True, opponents=(MODEL_F32,)),
+    "f32": Row(f32=True),
     "qwen2-0.5b": Row(model="qwen2-0.5b", steps=2),
     "seq2048": Row(seq=2048, opponents=(MODEL, LAYERS), steps=2),
     "seq4096": Row(seq=4096, opponents=(MODEL, LAYERS), steps=1),
