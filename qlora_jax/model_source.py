@@ -18,6 +18,7 @@ from qlora_jax.metadata import JsonObject
 
 PREFETCH_DEPTH = 4  # tensors
 CHUNK = 1 << 20  # bytes per read
+ALIGNMENT = 64  # bytes
 ACT_ORDER = "INT4 in act-order"  # file_type of weights whose groups are not runs of neighbouring columns
 NUMBERED = re.compile(r".*?\.\d+(?=\.)")  # a tensor's name up to the number of its layer
 
@@ -208,6 +209,14 @@ def _read_into_page_cache(entry: TensorEntry, rows: Rows) -> None:
             file.seek(offset)
             for start in range(0, nbytes, CHUNK):
                 file.readinto(memoryview(buffer)[: min(CHUNK, nbytes - start)])
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """An uninitialized array at an aligned address, which the CPU backend uses without a copy."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer import tokenizer_from_metadata
 from qlora_jax.io.loading.draft_layers import split_drafts, without_drafts
 from qlora_jax.metadata import JsonObject
-from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
+from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, aligned_empty, map_bytes
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -37,7 +37,6 @@ NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)(?:\.(?P<expert>\d+))
 
 # Dequantizing needs several temporaries as large as its result, so it runs on slices of about this many weights.
 SLICE_WEIGHTS = 1 << 20
-ALIGNMENT = 64  # bytes
 
 
 def open_gguf(path: Path) -> ModelSource:
@@ -247,7 +246,7 @@ def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, .
     """Returns the weights by the C++ loops, which are faster, or else by the gguf package, with the same bits."""
     if target_device().platform == "cpu" and loops_problem() is None:
         return np.asarray(_by_loops(raw.reshape(math.prod(shape[:-1]), -1), kind.name, shape[-1])).reshape(shape)
-    out = _aligned_empty((math.prod(shape[:-1]), shape[-1]))
+    out = aligned_empty((math.prod(shape[:-1]), shape[-1]), np.float32)
     rows = raw.reshape(len(out), -1)
     step = max(1, SLICE_WEIGHTS // shape[-1])
     for start in range(0, len(out), step):
@@ -259,10 +258,3 @@ def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, .
 def _by_loops(codes: jax.Array, ggml_type: str, columns: int) -> jax.Array:
     weight = GgmlTensor(codes=codes, ggml_type=ggml_type, shape=(len(codes), columns), dtype="float32")
     return dequantize_layer(weight, None, np.float32)
-
-
-def _aligned_empty(shape: tuple[int, int]) -> np.ndarray:
-    """An uninitialized f32 array at an aligned address, which the CPU backend uses without a copy."""
-    buffer = np.empty(math.prod(shape) * 4 + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + math.prod(shape) * 4].view(np.float32).reshape(shape)

@@ -9,7 +9,9 @@ It does not depend on layout, device, compute dtype, or on how many processes re
 
 import abc
 import hashlib
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -40,15 +42,27 @@ class BaseDigest(abc.ABC):
         """Adds an array, `rows` of which are in this process; all processes call this together."""
         own = np.atleast_1d(own)
         shape = own.shape if rows.read_by_all else (rows.total, *own.shape[1:])  # codes in layout `flat` have no rows
-        self._sha.update(f"{own.dtype.name}{shape}".encode())
-        self._add_values(own, rows)
+        self._add(own.dtype, shape, iter([own]), rows)
+
+    def add_pieces(self, pieces: Iterator[np.ndarray], rows: ProcessRows) -> None:
+        """Adds an array as `add` does, piece by piece along its rows.
+
+        Args:
+          pieces: each but the last has a multiple of STRIP rows; a vector is one piece.
+        """
+        first = next(pieces)
+        self._add(first.dtype, (rows.total, *first.shape[1:]), itertools.chain([first], pieces), rows)
 
     def add_whole(self, array: np.ndarray) -> None:
         """Adds an array that every process has."""
         self.add(array, all_rows(math.prod(array.shape[:1])))
 
+    def _add(self, dtype: np.dtype, shape: tuple[int, ...], pieces: Iterable[np.ndarray], rows: ProcessRows) -> None:
+        self._sha.update(f"{dtype.name}{shape}".encode())
+        self._add_values(pieces, rows, strips=len(shape) > 1)
+
     @abc.abstractmethod
-    def _add_values(self, own: np.ndarray, rows: ProcessRows) -> None: ...
+    def _add_values(self, pieces: Iterable[np.ndarray], rows: ProcessRows, strips: bool) -> None: ...
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -58,13 +72,13 @@ class BaseDigest(abc.ABC):
 class StripDigest(BaseDigest):
     """The digest of digests of strips."""
 
-    def _add_values(self, own: np.ndarray, rows: ProcessRows) -> None:
-        if own.ndim < 2:
-            self._sha.update(_strip(own))
+    def _add_values(self, pieces: Iterable[np.ndarray], rows: ProcessRows, strips: bool) -> None:
+        if not strips:
+            self._sha.update(b"".join(map(_strip, pieces)))
             return
-        starts = range(0, len(own), STRIP)  # ranges begin where strips begin, and only the last strip of all is shorter
-        digests = b"".join(_strip(own[start : start + STRIP]) for start in starts)
-        table = np.frombuffer(digests, np.uint8).reshape(len(starts), -1)
+        # Ranges begin where strips begin, and only the last strip of all is shorter.
+        digests = [_strip(own[start : start + STRIP]) for own in pieces for start in range(0, len(own), STRIP)]
+        table = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
         self._sha.update(np.ascontiguousarray(rows.strips().of_all(table)))
 
     def fingerprint(self) -> str:
@@ -74,14 +88,15 @@ class StripDigest(BaseDigest):
 class WholeDigest(BaseDigest):
     """The digest over all bytes in order."""
 
-    def _add_values(self, own: np.ndarray, rows: ProcessRows) -> None:
+    def _add_values(self, pieces: Iterable[np.ndarray], rows: ProcessRows, strips: bool) -> None:
         if not rows.read_by_all:
             raise ValueError(
                 "the run's checkpoint identifies its base in the form of an earlier version of qlora_jax, which one "
                 "process computes (found several). Resume with one process, which may have several devices; or start "
                 "a new run from its adapter (lora.start)"
             )
-        self._sha.update(_bytes(own))
+        for own in pieces:
+            self._sha.update(_bytes(own))
 
     def fingerprint(self) -> str:
         return self._sha.hexdigest()

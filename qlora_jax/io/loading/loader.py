@@ -1,6 +1,6 @@
 """Fills a model from disk, one tensor at a time: read, quantize, write into the stacked array in place.
 
-Host memory beyond the model itself: the largest tensor in f32 and its codes. There is never a 16-bit copy of a
+Host memory beyond the model itself: the largest quantized layer in f32 and its codes. There is never a 16-bit copy of a
 quantized layer, and never a second stack. Experts are read one by one, so blocks and the constants of double
 quantization are those of each expert's weight alone.
 
@@ -12,6 +12,7 @@ constants, a sixteenth of a byte per weight, and each of them double-quantizes t
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -24,6 +25,7 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor, finite_scales
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.base_fingerprint import BaseDigest, new_digest
 from qlora_jax.io.loading.mesh_weights import (
+    STRIP,
     MeshPlaces,
     PlacedArray,
     PlacedWeight,
@@ -35,7 +37,7 @@ from qlora_jax.io.loading.mesh_weights import (
 from qlora_jax.io.loading.stacks import empty_stacks, filled, filled_on_host
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, slots_of
-from qlora_jax.model_source import ModelSource, TensorEntry, prefetch
+from qlora_jax.model_source import ModelSource, TensorEntry, aligned_empty, prefetch
 from qlora_jax.models.config import STORED, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import check_fetchable, is_on_host
@@ -43,7 +45,7 @@ from qlora_jax.nn.frozen_weight import Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
 
-SLICE = 1 << 22  # weights per check for non-finite values
+SLICE = 1 << 22  # weights that are read, or checked for non-finite values, at once
 QUANTIZATION_FIELDS = ("quant_type", "block_size", "double_quant", "nested_block_size")
 CONSTANTS = ("absmax", "absmax_codes", "nested_absmax", "nested_offset")  # the leaves of a QTensor beside its codes
 
@@ -231,14 +233,21 @@ class _Reader:
         self, slot: Slot, index: int, entry: TensorEntry, spec: None, place: PlacedWeight | PlacedArray | None
     ) -> jax.Array:
         rows = self.rows(slot, index)
-        own = read_own(functools.partial(_finite_rows, self.source, entry), rows)
-        own = self.transform(entry.name, own)
-        self.digest.add(own, rows)
-        if isinstance(place, PlacedArray):
-            return place.put(own, rows)
-        # Copied because the memory belongs to the file; after the cast, so that f32 and two casts never coexist.
-        own = own.astype(slot.dtype, copy=False)
-        return jnp.array(own, copy=True)
+        own = aligned_empty((sum(end - first for first, end in rows.ranges), *entry.shape[1:]), slot.dtype)
+        self.digest.add_pieces(self._pieces(entry, rows, own), rows)
+        return place.put(own, rows) if isinstance(place, PlacedArray) else jnp.asarray(own)
+
+    def _pieces(self, entry: TensorEntry, rows: ProcessRows, own: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields rows as the file has them, and writes each piece into `own`, so that no tensor is in memory twice."""
+        whole = self.transform is not unchanged or len(entry.shape) < 2
+        step = entry.rows if whole else max(1, SLICE // math.prod(entry.shape[1:]) // STRIP) * STRIP
+        done = 0
+        for first, end in rows.ranges:
+            for start in range(first, max(end, first + 1), step):
+                piece = self.transform(entry.name, _finite_rows(self.source, entry, start, min(start + step, end)))
+                own[done : done + len(piece)] = piece
+                done += len(piece)
+                yield piece
 
 
 # The type of a packed weight -> how it is read. Others are dense.
