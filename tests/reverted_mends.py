@@ -198,7 +198,7 @@ MENDS = [
     Mutation("qlora_jax/atomic_files.py", "    if is_new:\n", "    if False:\n", "tests/test_atomic_files.py"),
     Mutation("qlora_jax/atomic_files.py", "in missing:\n", "in []:\n", "tests/test_atomic_files.py"),
     *(
-        Mutation("qlora_jax/data/tokenizer/untrusted.py", old, new, "tests/data/tokenizer/test_untrusted.py")
+        Mutation("qlora_jax/data/tokenizer/validation.py", old, new, "tests/data/tokenizer/test_validation.py")
         for old, new in (
             ("if (growth := _growth(own)) > MAX_GROWTH:", "if (growth := 0.0) > MAX_GROWTH:"),
             ("if ((blocks | 255)[inner] >= len(units)).any():", "if False:"),
@@ -210,7 +210,7 @@ MENDS = [
         "qlora_jax/data/tokenizer/tokenizer.py",
         'if type(error).__name__ != "PanicException":',
         "if True:",
-        "tests/data/tokenizer/test_untrusted.py",
+        "tests/data/tokenizer/test_validation.py",
     ),
     # Small inputs that take long or need much memory
     Mutation(

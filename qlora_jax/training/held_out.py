@@ -24,6 +24,7 @@ from qlora_jax.models.partition import Lora
 from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective, Totals, read_by_outputs
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
+from qlora_jax.training.device_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
 from qlora_jax.training.metrics.step_metrics import (
     eval_loss_metrics,
     flatten_metrics,
@@ -31,7 +32,6 @@ from qlora_jax.training.metrics.step_metrics import (
     objective_loss_metrics,
     preference_values,
 )
-from qlora_jax.training.run_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
 

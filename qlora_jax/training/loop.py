@@ -14,13 +14,13 @@ from qlora_jax.data.batching.packing import Batch
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.objectives.router_losses import step_arrays, unrouted
+from qlora_jax.training.device_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.held_out import held_out_metrics
 from qlora_jax.training.metrics.memory_watch import memory_in_use
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
 from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
-from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.session import Session
 
 

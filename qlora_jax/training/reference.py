@@ -28,10 +28,10 @@ from qlora_jax.inference.result_cache import SUFFIX, code_digest, digest, read_r
 from qlora_jax.io.run_folder.start_parameters import NO_CHANGE, read_start, start_digest, write_start
 from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts
 from qlora_jax.objectives.objective import REFERENCE, needs_reference, read_by_outputs
+from qlora_jax.training.device_mesh import is_row, place_batch, rows_of_batch
 from qlora_jax.training.display.run_display import format_duration
 from qlora_jax.training.programs import ForwardBatch
 from qlora_jax.training.resume import TrainState
-from qlora_jax.training.run_mesh import is_row, place_batch, rows_of_batch
 from qlora_jax.training.session import ReferenceParameters, Session
 from qlora_jax.training.several_processes import all_of
 

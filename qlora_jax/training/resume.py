@@ -19,10 +19,10 @@ from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
+from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.optimizer_state import OptimizerState
-from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 
 # Settings that may differ on resume: they do not change what is computed, or they name content that is checked by its

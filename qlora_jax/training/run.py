@@ -26,6 +26,7 @@ from qlora_jax.io.run_folder.checkpoint import (
 )
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
+from qlora_jax.training.device_mesh import local_devices
 from qlora_jax.training.display.banner import next_commands, rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.run_display import Display, print_banner
 from qlora_jax.training.loop import initial_state, run_steps, save
@@ -42,7 +43,6 @@ from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows
 from qlora_jax.training.reporters import Listener, file_reporter
 from qlora_jax.training.resume import TrainState, restore, settings_to_resume
-from qlora_jax.training.run_mesh import local_devices
 from qlora_jax.training.run_spec import PreparedModel, RunSpec
 from qlora_jax.training.session import Session, headed_parts, load_base, make_manager, make_session, prepare
 from qlora_jax.training.several_processes import (

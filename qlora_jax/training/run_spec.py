@@ -33,10 +33,10 @@ from qlora_jax.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.questions import Questions, Samples, open_questions, open_samples
-from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.step_spec import StepSpec
 
 

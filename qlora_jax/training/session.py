@@ -23,8 +23,8 @@ from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec
 from qlora_jax.objectives.head_objective import head_spec
 from qlora_jax.optim.page_pool import Memory, memory_of
+from qlora_jax.training.device_mesh import replicate
 from qlora_jax.training.optimizer_state import CorrectedStateManager, OptimizerStateManager, make_state_manager
-from qlora_jax.training.run_mesh import replicate
 from qlora_jax.training.run_spec import RunSpec
 
 

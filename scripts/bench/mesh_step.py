@@ -25,7 +25,7 @@ import numpy as np
 
 from qlora_jax.models.partition import place_parts
 from qlora_jax.sharding import make_mesh
-from qlora_jax.training.run_mesh import place_batch
+from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.step import gradients
 from scripts.bench.support.interleave import ratio_interval
 from scripts.bench.support.progress import phases

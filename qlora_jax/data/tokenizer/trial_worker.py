@@ -1,4 +1,4 @@
-"""Loads a tokenizer and encodes texts in a process with limits on memory and processor time (untrusted.py).
+"""Loads a tokenizer and encodes texts in a process with limits on memory and processor time (validation.py).
 
 The standard input is a pickle of the text of tokenizer.json and of the texts to encode. An error is printed.
 """

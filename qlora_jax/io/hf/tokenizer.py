@@ -6,7 +6,7 @@ from typing import Annotated, TypedDict
 
 from pydantic import FailFast, Field
 
-from qlora_jax.data.tokenizer.untrusted import check_tokenizer
+from qlora_jax.data.tokenizer.validation import check_tokenizer
 from qlora_jax.metadata import (
     MetadataError,
     check_value,

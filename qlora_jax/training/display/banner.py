@@ -30,8 +30,8 @@ from qlora_jax.models.prefetched_layers import split_host
 from qlora_jax.nn.frozen_weight import OPS, ops_of
 from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.optim.schedule import warmup_steps
+from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.early_stopping import BestEvaluation
-from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]

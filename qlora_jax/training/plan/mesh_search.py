@@ -30,6 +30,7 @@ from qlora_jax.sharding import DATA, FSDP, AnyMesh, absent_mesh, axis_size, make
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.memory_use import frozen_bytes
 from qlora_jax.training.cost.step_shape import CODES
+from qlora_jax.training.device_mesh import run_mesh
 from qlora_jax.training.display.banner import short_run_warning
 from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
@@ -47,7 +48,6 @@ from qlora_jax.training.plan.requirements import (
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
 from qlora_jax.training.programs import CompiledGradients
-from qlora_jax.training.run_mesh import run_mesh
 from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec, open_inputs, steps_of_run, weights_of
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
 from qlora_jax.training.step_spec import StepSpec

@@ -15,10 +15,10 @@ from qlora_jax.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.sharding import ROWS, part_bytes
 from qlora_jax.training.cost.memory_use import lora_bytes
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.device_mesh import MAX_ROWS, rows_of_batch, rows_that_divide
 from qlora_jax.training.metrics.mfu import Utilization, utilization
 from qlora_jax.training.plan.records import ACTIVATIONS, ReferencePlan, ReferenceWork
 from qlora_jax.training.plan.requirements import estimated_requirements
-from qlora_jax.training.run_mesh import MAX_ROWS, rows_of_batch, rows_that_divide
 from qlora_jax.training.run_spec import RunSpec
 from qlora_jax.training.step_spec import StepSpec, abstract_batch
 

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, MeshSize, ModelArgs, TrainArgs
 from qlora_jax.objectives.router_losses import FILLED
-from qlora_jax.training.run_mesh import (
+from qlora_jax.training.device_mesh import (
     local_devices,
     mesh_size,
     place_batch,

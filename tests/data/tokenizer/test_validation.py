@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import tokenizers
 
-from qlora_jax.data.tokenizer import untrusted
+from qlora_jax.data.tokenizer import validation
 from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.data.tokenizer.untrusted import check_tokenizer, table_of, table_problems
+from qlora_jax.data.tokenizer.validation import check_tokenizer, table_of, table_problems
 from tests.data.tokenizer.hostile_tokenizers import PUBLISHED, REFUSED, TABLE, TRIED, Parts, precompiled, split
 from tests.marks import first_always
 
@@ -31,7 +31,7 @@ def check(whole: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_hostile_parts_are_refused_before_they_are_loaded(monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setattr(untrusted, "_try", pytest.fail)
+    monkeypatch.setattr(validation, "_try", pytest.fail)
     parts, problem = REFUSED[name]
     with pytest.raises(ValueError, match=rf"(?s)^model/tokenizer\.json: unsafe\..*{problem}"):
         check(json_of(parts))
@@ -56,7 +56,7 @@ def test_every_problem_is_listed():
 
 
 def test_patterns_of_known_tokenizers_are_not_tried(monkeypatch: pytest.MonkeyPatch, smollm2_source: dict):
-    monkeypatch.setattr(untrusted, "_try", pytest.fail)
+    monkeypatch.setattr(validation, "_try", pytest.fail)
     check(json.loads(smollm2_source["tokenizer_json"]))
     for pre in KNOWN_PRE.values():
         tokenizer = tokenizers.Tokenizer(WORDS)
@@ -67,7 +67,7 @@ def test_patterns_of_known_tokenizers_are_not_tried(monkeypatch: pytest.MonkeyPa
 def test_published_patterns_and_tables_are_accepted_by_trial(monkeypatch: pytest.MonkeyPatch):
     tried = []
     monkeypatch.setattr(
-        untrusted, "_try", lambda *given, run=untrusted._try: tried.append(found := run(*given)) or found
+        validation, "_try", lambda *given, run=validation._try: tried.append(found := run(*given)) or found
     )
     check(json_of({"pre_tokenizer": split(*PUBLISHED), "normalizer": precompiled(TABLE)}))
     assert tried == [[]]
@@ -93,7 +93,7 @@ def test_a_table_without_problems_makes_the_library_neither_panic_nor_write_much
         if table_problems(*table_of(precompiled(bytes(table)))):
             found += 1
         else:
-            assert max(map(len, normalized(bytes(table)))) <= 5 * untrusted.MAX_TEXT
+            assert max(map(len, normalized(bytes(table)))) <= 5 * validation.MAX_TEXT
     assert 50 < found < 350
 
 
