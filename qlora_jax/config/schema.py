@@ -348,12 +348,13 @@ class TrainArgs:
         None,
         POSITIVE,
     )
-    remat: Literal["none", "names", "full", "offload"] = setting(
+    remat: Literal["none", "names", "attention", "full", "offload", "offload_attention"] = setting(
         "recomputation in the backward pass. none: nothing. names: norms and activation functions (as fast as none, a "
-        "quarter less memory on SmolLM2). full: everything (slower, less memory). offload: everything, with layer "
-        "inputs in host memory (GPUs only, least memory)",
+        "quarter less memory on SmolLM2). attention: everything but attention (for long rows). full: everything "
+        "(slower, less memory). offload: everything, with layer inputs in host memory (GPUs only, least memory). "
+        "offload_attention: as attention, with what is saved in host memory (GPUs only)",
         "names",
-        common="recomputation in the backward pass: none, names, full, offload",
+        common="recomputation in the backward pass: none, names, attention, full, offload",
     )
     eval_every: int = setting(
         "steps between evaluations; 0: only at the end",

@@ -46,8 +46,8 @@ def mesh_problems(config: Config, size: MeshSize, devices: int) -> list[str]:
     problems = [*_device_problems(size, devices), *_micro_batch_problems(config.train, size)]
     if size.fsdp > 1 and config.train.remat == "none":
         problems.append(
-            f"train.remat: found 'none' with mesh.fsdp={size.fsdp}, expected names, full or offload, because none "
-            "keeps the whole weights of every layer. Set train.remat=names"
+            f"train.remat: found 'none' with mesh.fsdp={size.fsdp}, expected another policy, because none keeps "
+            "the whole weights of every layer. Set train.remat=names"
         )
     if size.devices > 1 and config.model.experts == "offload":
         problems.append(
@@ -206,7 +206,7 @@ def _offload_problems(config: Config) -> list[str]:
     problems = []
     if config.train.remat == "none":
         problems.append(
-            "train.remat: found 'none' with model.experts=offload, expected names, full or offload, because none keeps "
+            "train.remat: found 'none' with model.experts=offload, expected another policy, because none keeps "
             "the experts of every layer on the device. Set train.remat=names"
         )
     if config.model.keep_16bit:

@@ -42,7 +42,7 @@ class Work(NamedTuple):
     """FLOP of a micro-batch over all layers, in a named scope of the program.
 
     Fields:
-      again: recomputed with the remat policies `full` and `offload`.
+      again: recomputed with the remat policies that recompute products.
       rebuild: recomputed with every policy.
       per_micro_batch: the work does not grow with the tokens.
     """

@@ -23,9 +23,9 @@ from pallas_kernels.attention.branching import Branching
 from qlora_jax.models.attention import Attention, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.kv_cache import KVCache
-from qlora_jax.models.mlp import MLP, MixtureMLP, RoutingSums, SparseMLP, qlinear
+from qlora_jax.models.mlp import MLP, TOKENS_AT_ONCE, MixtureMLP, RoutingSums, SparseMLP, by_chunks, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
-from qlora_jax.models.remat import LAYER_INPUT, remat_policy
+from qlora_jax.models.remat import LAYER_INPUT, RECOMPUTES_PRODUCTS, remat_policy
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.frozen_weight import gather_layer
 from qlora_jax.nn.linear import QLinear, name_number, named_key
@@ -167,26 +167,40 @@ class Block(nnx.Module):
         self.layout = NORM_PLACEMENTS[config.layout]
         self.residual_scale = config.residual_scale
 
-    def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None, counted_BT=None):
-        """Returns (residual stream, cache, sums of the router); no sums without a router or `counted_BT`."""
+    def __call__(
+        self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None, counted_BT=None, *, recomputed=False
+    ):
+        """Returns (residual stream, cache, sums of the router); no sums without a router or `counted_BT`.
+
+        Args:
+          recomputed: the backward pass repeats the layer's products; long rows then pass the MLP in chunks.
+        """
         layout, scale = self.layout, self.residual_scale
+        rows, length = positions.index_BT.shape
+        cut_rows = rows if recomputed and length > TOKENS_AT_ONCE else None
+        mlp = functools.partial(self._mlp, layer, keys_B, counted_BT, cut_rows)
         to_attention_MD = self._normed(layout.before_attention, x_MD, layer)
         attended_MD, cache = self.self_attn(to_attention_MD, positions, layer, keys_B, cache)
         attended_MD = _scaled(self._normed(layout.after_attention, attended_MD, layer, "attention_normed"), scale)
         if layout.parallel:
             shared = layout.before_mlp == layout.before_attention
             to_mlp_MD = to_attention_MD if shared else self._normed(layout.before_mlp, x_MD, layer)
-            given_MD, sums = self._mlp(to_mlp_MD, layer, keys_B, counted_BT)
+            given_MD, sums = mlp(to_mlp_MD)
             return x_MD + attended_MD + _scaled(given_MD, scale), cache, sums
         x_MD = checkpoint_name(x_MD + attended_MD, "attention_residual")
-        given_MD, sums = self._mlp(self._normed(layout.before_mlp, x_MD, layer), layer, keys_B, counted_BT)
+        given_MD, sums = mlp(self._normed(layout.before_mlp, x_MD, layer))
         return x_MD + _scaled(self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), scale), cache, sums
 
-    def _mlp(self, x_MD, layer, keys_B, counted_BT) -> tuple[jax.Array, RoutingSums | None]:
-        if isinstance(self.mlp, MLP):
-            return self.mlp(x_MD, layer - self.mlp_start if self.mlp_start else layer, keys_B), None
-        assert isinstance(self.mlp, SparseMLP)
-        return self.mlp(x_MD, layer - self.mlp_start, keys_B, counted_BT)
+    def _mlp(self, layer, keys_B, counted_BT, cut_rows: int | None, x_MD) -> tuple[jax.Array, RoutingSums | None]:
+        """Returns (MLP of x, sums of the router); with `cut_rows`, the number of rows, a dense one chunk by chunk."""
+        row = layer - self.mlp_start if self.mlp_start else layer
+        if isinstance(self.mlp, SparseMLP):
+            return self.mlp(x_MD, row, keys_B, counted_BT)
+        assert isinstance(self.mlp, MLP)
+        if cut_rows is None:
+            return self.mlp(x_MD, row, keys_B), None
+        dense = self.mlp
+        return by_chunks(lambda x_CD, keys_1: dense(x_CD, row, keys_1), x_MD, keys_B, cut_rows), None
 
     def _normed(self, norm: str | None, x_MD: jax.Array, layer: jax.Array, kept_as: str | None = None) -> jax.Array:
         """Returns norm(x), or x if `norm` is None; `kept_as` names x for remat policies."""
@@ -298,7 +312,9 @@ class Decoder(nnx.Module):
             lora_of_layer, base_of_layer = gathered(lora_of_layer), gather_run_layer(base, layer, run, self.config)
             layer_keys_B = None if keys_B is None else fold_in_each(keys_B, layer)
             block = nnx.merge(graphdef, lora_of_layer, base_of_layer, fetched)
-            x_MD, cache, sums = block(x_MD, positions, layer, layer_keys_B, cache, counted_BT)
+            x_MD, cache, sums = block(
+                x_MD, positions, layer, layer_keys_B, cache, counted_BT, recomputed=remat in RECOMPUTES_PRODUCTS
+            )
             return (x_MD, cache), sums
 
         def checkpointed(step: Callable) -> Callable:

@@ -3,7 +3,7 @@
 Dimension key: B batch, T positions, D embed, F mlp, E experts, k experts per token, S sparse layers, M = B T.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.experts import ExpertLinear, Experts
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.mlp import apply_activation, gated_activation
@@ -22,6 +23,7 @@ from qlora_jax.nn.variables import Frozen, select_layer
 # Sums of one layer: counts [B, E], probabilities [B, E], squared logsumexp [B], as in nn.router.Routing.
 RoutingSums = tuple[jax.Array, jax.Array, jax.Array]
 SHARED = "mlp.shared_experts."
+TOKENS_AT_ONCE = 2048  # of `by_chunks`; fused products on every card take as many rows
 
 
 class MLP(nnx.Module):
@@ -54,6 +56,26 @@ class MLP(nnx.Module):
         gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
         with jax.named_scope("swiglu"):
             return gated_activation(gate_MF, up_MF, config.gate_activation)
+
+
+def by_chunks(
+    mlp: Callable[[jax.Array, jax.Array | None], jax.Array],
+    x_MD: Float[Array, "M D"],
+    keys_B: jax.Array | None,
+    rows: int,
+) -> Float[Array, "M D"]:
+    """Returns mlp(x, keys), computed for chunks of each row's tokens one after the other, forward and backward.
+
+    So no [M, F] array exists. The backward pass recomputes chunks. Masks of dropout differ from those of whole rows.
+    """
+    length, width = x_MD.shape[0] // rows, x_MD.shape[1]
+    count = -(-length // TOKENS_AT_ONCE)
+    size = -(-length // count)
+    padded_BTD = jnp.pad(x_MD.reshape(rows, length, width), ((0, 0), (0, count * size - length), (0, 0)))
+    keys_BZ = None if keys_B is None else jax.vmap(lambda key: fold_in_rows(key, jnp.arange(count)))(keys_B)
+    keys_Z1 = None if keys_BZ is None else keys_BZ.reshape(-1, 1)
+    given_ZCD = jax.lax.map(jax.checkpoint(lambda chunk: mlp(*chunk)), (padded_BTD.reshape(-1, size, width), keys_Z1))
+    return given_ZCD.reshape(rows, -1, width)[:, :length].reshape(x_MD.shape)
 
 
 class Router(QLinear):

@@ -135,14 +135,15 @@ def _lowered_gradients(session, remat):
 
 
 @pytest.mark.slow
-def test_activations_that_wait_in_host_memory_change_no_bit(tmp_path):
+@pytest.mark.parametrize(("on_device", "on_host"), [("full", "offload"), ("attention", "offload_attention")])
+def test_activations_that_wait_in_host_memory_change_no_bit(on_device, on_host, tmp_path):
     """XLA for CPUs drops the moves that JAX asks for, so a run on a CPU is refused."""
     session = session_of(project(tmp_path, layers=4))
-    full, away = (_gradients_and_memory(session, remat) for remat in ("full", "offload"))
+    full, away = (_gradients_and_memory(session, remat) for remat in (on_device, on_host))
     for a, b in zip(full[0], away[0], strict=True):
         np.testing.assert_array_equal(a, b)
     assert away[1].host_temp_size_in_bytes == 0
-    full, away = (_lowered_gradients(session, remat).as_text() for remat in ("full", "offload"))
+    full, away = (_lowered_gradients(session, remat).as_text() for remat in (on_device, on_host))
     assert "memory_kind" in away and "memory_kind" not in full
 
 

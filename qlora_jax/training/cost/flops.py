@@ -195,7 +195,11 @@ FULL: dict[str, Formula] = {
     "router again": lambda step: router_flops(step, first=step.first_backward),
     "attention again": attention_recompute_flops,
 }
-RECOMPUTED: dict[str, dict[str, Formula]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
+BUT_ATTENTION = {name: part for name, part in FULL.items() if name != "attention again"}
+RECOMPUTED: dict[str, dict[str, Formula]] = {
+    **{"none": {}, "names": {}, "attention": BUT_ATTENTION, "full": FULL},
+    **{"offload": FULL, "offload_attention": BUT_ATTENTION},
+}
 
 
 def method_work(step: StepShape) -> tuple[Work, ...]:

@@ -257,11 +257,14 @@ def _experts_inputs(step: StepShape) -> int:
 
 
 INPUT: dict[str, Formula] = {"layer input": _wide(lambda m: m.embed_dim)}
+ATTENTION: dict[str, Formula] = {
+    "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
+    "attention_lse": _lse,
+}
 NAMED: dict[str, Formula] = {
     "query": _wide(lambda m: m.num_heads * m.head_dim),
     "key and value": _wide(lambda m: 2 * m.num_kv_heads * m.head_dim),
-    "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
-    "attention_lse": _lse,
+    **ATTENTION,
     "attention_normed and mlp_normed": _wide(_post_norm_inputs),
     "attention_residual": _residual,
     "mlp_gate and mlp_up": _inner,
@@ -281,7 +284,9 @@ READ: dict[str, Formula] = {
 SAVED: dict[str, dict[str, Formula]] = {
     "none": {"layer input": _layer_input} | NAMED | READ,
     "names": INPUT | NAMED,
+    "attention": INPUT | ATTENTION,
     "full": INPUT,
     "offload": {},
+    "offload_attention": {},
 }
-OFFLOADED: dict[str, dict[str, Formula]] = {"offload": INPUT}
+OFFLOADED: dict[str, dict[str, Formula]] = {"offload": INPUT, "offload_attention": INPUT | ATTENTION}

@@ -83,6 +83,8 @@ CASES = {
     "names, long": (MODEL, "names", (1, 1, 1152), EVERY),
     "full, short": (MODEL, "full", (1, 2, 100), EVERY),
     "full, not unrolled": (MODEL, "full", (1, 3, 200), EVERY),
+    "attention": (MODEL, "attention", (1, 2, 320), EVERY),
+    "full, mlp in chunks": (MODEL, "full", (1, 2, 2176), EVERY),
 }
 FAMILIES = {
     f"{name}, {remat}": (model, remat, (1, 2, 320), EVERY)
