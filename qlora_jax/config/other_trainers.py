@@ -19,7 +19,7 @@ class Replacement(NamedTuple):
     note: str = ""
 
 
-_PRECISION = "bfloat16 or float32; auto chooses for the device"
+_PRECISION = "bfloat16, float16 or float32; auto chooses for the device"
 _WHOLE_MODEL = "full trains the whole model, lora an adapter"
 _METHOD = " or ".join(", ".join(METHODS.names()).rsplit(", ", 1))
 _4BIT = "nf4, fp4 or int4 for 4 bits, none for 16 bits; 8 bits are not supported"

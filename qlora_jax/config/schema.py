@@ -157,8 +157,10 @@ class ModelArgs:
         "special tokens to add, such as turn markers; like new_tokens, but never part of plain text (docs/tokens.md)",
         [],
     )
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "dtype of the matmuls; auto: bfloat16 where the device is fast at it, float32 elsewhere", "auto"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "dtype of the matmuls; auto: bfloat16 where the device is fast at it, else float16 on a GPU and float32 on a "
+        "CPU",
+        "auto",
     )
     experts: Literal["device", "offload"] = setting(
         "where the weights of routed experts are; offload: in host memory, from which each layer fetches its own "

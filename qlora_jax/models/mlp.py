@@ -23,7 +23,7 @@ from qlora_jax.nn.variables import Frozen, select_layer
 # Sums of one layer: counts [B, E], probabilities [B, E], squared logsumexp [B], as in nn.router.Routing.
 RoutingSums = tuple[jax.Array, jax.Array, jax.Array]
 SHARED = "mlp.shared_experts."
-TOKENS_AT_ONCE = 2048  # of `by_chunks`; fused products on every card take as many rows
+TOKENS_AT_ONCE = 2048  # in a chunk of `by_chunks`; fused products on every card take as many rows
 
 
 class MLP(nnx.Module):
@@ -64,7 +64,7 @@ def by_chunks(
     keys_B: jax.Array | None,
     rows: int,
 ) -> Float[Array, "M D"]:
-    """Returns mlp(x, keys), computed for chunks of each row's tokens one after the other, forward and backward.
+    """Returns mlp(x, keys), computed chunk by chunk of each row's tokens, in the backward pass too.
 
     So no [M, F] array exists. The backward pass recomputes chunks. Masks of dropout differ from those of whole rows.
     """

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from jaxtyping import PyTree
 
+from pallas_kernels.devices import target_device
 from pallas_kernels.native.library import fast_bfloat16
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import format_bytes
@@ -22,6 +23,7 @@ from qlora_jax.regex import matches_end, matches_whole, pattern_problems
 # Names are Hugging Face's. A list has the last parts of full names, as `lora.target_modules` has: `down_proj` for all
 # layers, `layers.3.mlp.down_proj` for one. A string is one regular expression for full names.
 
+BFLOAT16_CAPABILITY = (8, 0)  # compute capability from which NVIDIA's GPUs multiply bfloat16
 SETTING = "model.keep_16bit"
 NEVER_QUANTIZED = ("embed_tokens", "lm_head", "norm", "gate", "router")
 
@@ -164,20 +166,26 @@ def platform() -> str:
     return jax.default_backend()
 
 
-def compute_dtype(asked: str, on: str | None = None) -> str:
-    """Resolves `auto` to bfloat16 on accelerators and on CPUs where XLA multiplies it fast, else to float32.
+def compute_dtype(asked: str, on: str | None = None, capability: tuple[int, int] | None = None) -> str:
+    """Resolves `auto` to bfloat16 where the device multiplies it fast; else to float16 on a GPU, float32 on a CPU.
 
     Args:
-      asked: `auto`, `bfloat16` or `float32`.
-      on: the platform; None: JAX's default.
+      asked: `auto` or a dtype.
+      on: the platform; None: JAX's default device.
+      capability: compute capability of an NVIDIA GPU, if `on` names one that may be absent.
     """
     if asked != "auto":
         return asked
-    return "bfloat16" if (on or platform()) != "cpu" or fast_bfloat16() else "float32"
+    if (on or platform()) == "cpu":
+        return "bfloat16" if fast_bfloat16() else "float32"
+    capability = target_device().compute_capability if on is None else capability
+    return "float16" if capability is not None and capability < BFLOAT16_CAPABILITY else "bfloat16"
 
 
-def weight_format(args: ModelArgs, config: ModelConfig, on: str | None = None) -> WeightFormat:
-    """Returns the configured quantization of a model, with layout and dtype for a platform (None: JAX's default).
+def weight_format(
+    args: ModelArgs, config: ModelConfig, on: str | None = None, capability: tuple[int, int] | None = None
+) -> WeightFormat:
+    """Returns the configured quantization of a model, with layout and dtype for a device; see `compute_dtype`.
 
     Raises:
       ValueError: `model.keep_16bit` names a layer that the model does not have, or `model.experts` is offload and it
@@ -190,7 +198,7 @@ def weight_format(args: ModelArgs, config: ModelConfig, on: str | None = None) -
         block_size=args.block_size,
         double_quant=args.double_quant,
         platform=on or platform(),
-        dtype=compute_dtype(args.compute_dtype, on),
+        dtype=compute_dtype(args.compute_dtype, on, capability),
         experts_on_host=args.experts == "offload",
     )
     return weights if weights.quant_type is None else keep_in_16_bits(weights, args.keep_16bit, config)

@@ -11,7 +11,10 @@ SAVED_NAMES = (
     *("mlp_gate", "mlp_up", "mlp_normed", "router_logits", "shared_expert_out"),
 )
 LAYER_INPUT = "layer_input"
-ATTENTION = ("attention_out", "attention_lse")  # what attention's backward pass needs besides queries, keys, values
+ATTENTION = (
+    "attention_out",
+    "attention_lse",
+)  # results that attention's backward pass reads besides queries, keys and values
 
 Policy = Any  # a policy of jax.checkpoint, for which JAX has no type
 

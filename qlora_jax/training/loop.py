@@ -14,9 +14,11 @@ from qlora_jax.data.batching.packing import Batch
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.objectives.router_losses import step_arrays, unrouted
+from qlora_jax.optim.page_pool import Transfers
 from qlora_jax.training.device_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.held_out import held_out_metrics
+from qlora_jax.training.loss_scale import LEAST, LOSS_SCALE, SKIPPED, LossScale, all_finite
 from qlora_jax.training.metrics.memory_watch import memory_in_use
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
@@ -62,9 +64,8 @@ class NonFiniteLoss(ValueError):
 
 def initial_state(session: Session) -> TrainState:
     """Returns the state at step 0."""
-    return TrainState(
-        session.parts.lora, session.state_manager.init(session.parts.lora), 0, dict(START), BestEvaluation()
-    )
+    lora, scale = session.parts.lora, LossScale() if session.run.gradients.is_scaled else None
+    return TrainState(lora, session.state_manager.init(lora), 0, dict(START), BestEvaluation(), scale)
 
 
 def run_steps(
@@ -125,20 +126,27 @@ def train_step(
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, state.step)
     optimizer_state, room, sent = session.state_manager.make_room(state.optimizer_state, batch.inputs.shape)
     arrays = place_batch(step_arrays(session.run.gradients.objective, batch), session.run.mesh)
-    grads, loss = session.run.gradients(session.parts.with_lora(state.lora), arrays, key)
-    lora, optimizer_state, norm, moved = session.state_manager.update(state.lora, optimizer_state, grads, room)
+    scale = state.loss_scale
+    factor = None if scale is None else np.float32(scale.factor)
+    grads, loss = session.run.gradients(session.parts.with_lora(state.lora), arrays, key, factor)
+    skipped = scale is not None and not all_finite(grads)
+    if skipped:
+        lora, norm, moved = state.lora, np.float32(np.inf), Transfers()
+    else:
+        lora, optimizer_state, norm, moved = session.state_manager.update(state.lora, optimizer_state, grads, room)
     total, count, row_losses_AB, norm = jax.device_get((loss.total, loss.count, loss.row_losses_AB, norm))
     tokens = int(batch.weights.sum())
     step = state.step + 1
-    if not (np.isfinite(total) and np.isfinite(norm)):
+    if not (np.isfinite(total) and (np.isfinite(norm) or (skipped and scale.factor > LEAST))):
         raise NonFiniteLoss(_non_finite(session, batch, step, row_losses_AB, float(norm)))
     seconds = time.perf_counter() - began
     reporter.step(
         {
             "step": step,
             "loss": float(total) / float(count),
-            "learning_rate": float(np.asarray(session.run.schedule(state.step))),
-            "grad_norm": float(norm),
+            "learning_rate": float(np.asarray(session.run.schedule(state.step - (scale.skipped if scale else 0)))),
+            **({SKIPPED: 1} if skipped else {"grad_norm": float(norm)}),
+            **({} if scale is None else {LOSS_SCALE: scale.factor}),
             "supervised_tokens": tokens,
             "tokens": batch.tokens,
             "length": batch.inputs.shape[-1],
@@ -153,7 +161,8 @@ def train_step(
         | memory_in_use(local_devices(session.run.mesh))
     )
     assert batch.position is not None  # only evaluation batches have none
-    return TrainState(lora, optimizer_state, step, batch.position, state.best)
+    scale = None if scale is None else scale.after(not skipped)
+    return TrainState(lora, optimizer_state, step, batch.position, state.best, scale)
 
 
 def _speed_of_devices(session: Session, tokens_per_second: float) -> Record:
@@ -246,5 +255,7 @@ def save(session: Session, state: TrainState, checkpoints: Checkpoints, reporter
     metadata[RECORDS] = reporter.flush()
     if state.evaluation_due:
         metadata[EVALUATION_DUE] = True
+    if state.loss_scale is not None:
+        metadata[LOSS_SCALE] = dataclasses.asdict(state.loss_scale)
     optimizer_state = session.state_manager.to_checkpoint(state.optimizer_state)
     checkpoints.save(state.step, state.lora, optimizer_state, metadata)

@@ -100,6 +100,11 @@ class CompiledGradients:
         """True if the step takes a key, for dropout or noise."""
         return self.step.arrays.key is not None
 
+    @property
+    def is_scaled(self) -> bool:
+        """True if the step takes a factor of the loss, in float16."""
+        return self.step.arrays.scale is not None
+
     def __len__(self) -> int:
         """The number of compiled programs."""
         return len(self._compiled)
@@ -113,8 +118,12 @@ class CompiledGradients:
         return self._compiled[shape]
 
     def __call__(
-        self, parts: ModelParts, batch: Mapping[str, np.ndarray | jax.Array], key: jax.Array | None
+        self,
+        parts: ModelParts,
+        batch: Mapping[str, np.ndarray | jax.Array],
+        key: jax.Array | None,
+        scale: np.float32 | None = None,
     ) -> tuple[Lora, StepLoss]:
         """Returns (gradients, losses) of a batch; see `training.step.gradients`."""
         accumulated, rows, length = batch["inputs"].shape
-        return self.compiled((accumulated, rows, length))(parts, batch, key)
+        return self.compiled((accumulated, rows, length))(parts, batch, key, scale)

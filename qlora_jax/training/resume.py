@@ -21,6 +21,7 @@ from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.early_stopping import BestEvaluation
+from qlora_jax.training.loss_scale import LOSS_SCALE, LossScale
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.optimizer_state import OptimizerState
 from qlora_jax.training.session import Session
@@ -72,6 +73,7 @@ class TrainState:
       optimizer_state: as `session.state_manager` represents it.
       position: the data position of the next batch.
       best: the best evaluation so far.
+      loss_scale: the factor of the loss in float16; None in other dtypes.
       evaluation_due: the evaluation after `step` was cut off by a signal; a resumed run begins with it.
       records: digests of the lines of metrics.jsonl and samples.jsonl, if the run resumes from a checkpoint with them.
     """
@@ -81,6 +83,7 @@ class TrainState:
     step: int
     position: dict[str, int]
     best: BestEvaluation
+    loss_scale: LossScale | None = None
     evaluation_due: bool = False
     records: Mapping[str, LinesDigest] = dataclasses.field(default_factory=dict)
 
@@ -237,6 +240,7 @@ def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
         saved["step"],
         saved["position"],
         best,
+        LossScale(**saved[LOSS_SCALE]) if session.run.gradients.is_scaled else None,
         evaluation_due=saved.get(EVALUATION_DUE, False),
         records=saved.get(RECORDS, {}),
     )

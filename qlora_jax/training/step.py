@@ -111,6 +111,7 @@ def gradients(
     parts: ModelParts,
     batch: dict[str, jax.Array],
     key: jax.Array | None,
+    scale: Float[Array, ""] | None = None,
     *,
     remat: str,
     mesh: AnyMesh | None = None,
@@ -127,6 +128,7 @@ def gradients(
         other arrays that the objective reads (`Batch.arrays`).
       key: the key of this step, which is folded with the place of each row in it, so that dropout masks and noise
         depend neither on micro-batches nor on the mesh; None without dropout and noise.
+      scale: factor of the loss in the backward pass, by which the gradients are divided at the end (`loss_scale`).
       remat: a key of REMAT_POLICIES.
       mesh: the devices that share the rows of a batch and the model; None: one device. Gradients lie like the LoRA
         parameters.
@@ -139,22 +141,23 @@ def gradients(
     how = {"remat": remat, "neftune_noise_alpha": neftune_noise_alpha, "objective": objective}
     per_device = functools.partial(_gradients, **how)
     if mesh is None:
-        return per_device(parts, batch, key)
+        return per_device(parts, batch, key, scale)
     specs = parts_specs(parts, mesh)
     run = jax.shard_map(
         functools.partial(per_device, mesh=mesh, specs=specs),
         mesh=mesh,
-        in_specs=(specs, P(None, ROWS), P()),
+        in_specs=(specs, P(None, ROWS), P(), P()),
         out_specs=(specs.trained, P()),
         check_vma=False,  # kernels' results carry no such types
     )
-    return run(parts, batch, key)
+    return run(parts, batch, key, scale)
 
 
 def _gradients(
     parts: ModelParts,
     batch: dict[str, jax.Array],
     key: jax.Array | None,
+    scale: Float[Array, ""] | None,
     *,
     objective: Objective,
     remat: str,
@@ -177,11 +180,13 @@ def _gradients(
     total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), trained)
     totals = {name: sum_over(each, mesh) for name, each in objective.totals(batch).items()}
     backpropagate = _all_rows_at_once if objective.is_coupled else _each_micro_batch
-    row_losses_AB, found = backpropagate(objective, outputs, trained, total, batch, totals, mesh)
     count = sum_over(objective.count(batch), mesh)
+    factor = jnp.ones((), jnp.float32) if scale is None else scale / count
+    row_losses_AB, found = backpropagate(objective, outputs, trained, total, batch, totals, mesh, factor)
     loss = StepLoss(total=jnp.sum(row_losses_AB), count=count, row_losses_AB=row_losses_AB, outputs=found)
     cuts = jax.tree.map(lambda _: P(), total) if specs is None else specs.trained
-    return jax.tree.map(functools.partial(_mean, count=count, mesh=mesh), total, cuts), loss
+    divisor = count if scale is None else scale
+    return jax.tree.map(functools.partial(_divided, divisor=divisor, mesh=mesh), total, cuts), loss
 
 
 def _each_micro_batch(
@@ -192,8 +197,9 @@ def _each_micro_batch(
     batch: dict[str, jax.Array],
     totals: Totals,
     mesh: AnyMesh | None,
+    factor: Float[Array, ""],
 ) -> tuple[Float[Array, "A B"], PyTree]:
-    """Adds the gradients of the rows' losses to the references in `total`; returns (losses, outputs) of all rows.
+    """Adds the gradients of factor x the rows' losses to the references in `total`; returns (losses, outputs) of all.
 
     Every device gets all rows' losses and adds them in the same order, so that the sum does not depend on the mesh.
     """
@@ -205,7 +211,7 @@ def _each_micro_batch(
 
     def accumulate(_, micro):
         _, backward, found = jax.vjp(functools.partial(summed, micro=micro), trained, has_aux=True)
-        backward.with_refs(total)(jnp.ones((), jnp.float32))
+        backward.with_refs(total)(factor)
         return None, found
 
     _, found = jax.lax.scan(accumulate, None, batch)
@@ -220,6 +226,7 @@ def _all_rows_at_once(
     batch: dict[str, jax.Array],
     totals: Totals,
     mesh: AnyMesh | None,
+    factor: Float[Array, ""],
 ) -> tuple[Float[Array, "A B"], PyTree]:
     """Returns the result of `_each_micro_batch` for losses that depend on the outputs of other rows, too.
 
@@ -233,7 +240,7 @@ def _all_rows_at_once(
 
     def summed(found: PyTree):
         losses_AB = objective.row_losses(found, arrays, totals)
-        return jnp.sum(losses_AB), losses_AB
+        return factor * jnp.sum(losses_AB), losses_AB
 
     by_outputs, row_losses_AB = jax.grad(summed, has_aux=True)(found)
     backpropagate(total, jax.tree.map(lambda leaf: own_rows(leaf, mesh, axis=1), by_outputs))
@@ -272,11 +279,11 @@ def _outputs_first(
     return found, backpropagate_each
 
 
-def _mean(total: jax.Ref, spec: P, *, count: Float[Array, ""], mesh: AnyMesh | None) -> jax.Array:
+def _divided(total: jax.Ref, spec: P, *, divisor: Float[Array, ""], mesh: AnyMesh | None) -> jax.Array:
     summed = jax.freeze(total)
     # The derivative of the gather in the scan has summed cut leaves over `fsdp` already.
     axes = ROWS if cut_axis(spec) is None else (DATA,)
-    return (sum_over(summed.astype(jnp.float32), mesh, axes) / count).astype(summed.dtype)
+    return (sum_over(summed.astype(jnp.float32), mesh, axes) / divisor).astype(summed.dtype)
 
 
 def _model(parts: ModelParts, specs: ModelParts | None, mesh: AnyMesh | None) -> CausalLM:

@@ -11,6 +11,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -147,7 +148,7 @@ class StepSpec:
         """Returns `training.step.gradients` for batches (A, B, T), by default the step's, ready to compile."""
         of = self.arrays
         loss = {"neftune_noise_alpha": self.neftune_noise_alpha, "objective": of.objective}
-        args = (of.parts, self.batch_arrays(batch), of.key)
+        args = (of.parts, self.batch_arrays(batch), of.key, of.scale)
         return Program(gradients, args, {"remat": self.remat, "mesh": self.mesh, **loss})
 
     def update(self) -> Program:
@@ -170,11 +171,13 @@ class StepArrays(NamedTuple):
 
     Fields:
       key: the key of dropout and noise; None without both.
+      scale: factor of the loss in float16; None in other dtypes.
       objective: the loss, with those of routers.
     """
 
     parts: ModelParts
     key: jax.ShapeDtypeStruct | None
+    scale: jax.ShapeDtypeStruct | None
     optimizer: optax.GradientTransformation
     state: optax.OptState
     objective: Objective
@@ -194,13 +197,15 @@ def _step_arrays(of: StepSpec) -> StepArrays:
     state = jax.eval_shape(optimizer.init, parts.trained)
     is_random = of.lora.dropout > 0 or of.neftune_noise_alpha is not None
     key = jax.eval_shape(lambda: jax.random.key(0)) if is_random else None
+    scale = jax.ShapeDtypeStruct((), jnp.float32) if of.weights.dtype == "float16" else None
     parts = with_experts_on_host(parts, of.weights)
     if of.mesh is not None:
         specs = parts_specs(parts, of.mesh)
         state = placed_shapes(state, state_specs(optimizer, parts.trained, specs.trained), of.mesh)
         parts = placed_shapes(parts, specs, of.mesh)
         key = placed_shapes(key, jax.tree.map(lambda _: P(), key), of.mesh)
-    return StepArrays(parts, key, optimizer, state, objective)
+        scale = placed_shapes(scale, jax.tree.map(lambda _: P(), scale), of.mesh)
+    return StepArrays(parts, key, scale, optimizer, state, objective)
 
 
 def abstract_batch(

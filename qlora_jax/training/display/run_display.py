@@ -13,6 +13,7 @@ from rich.text import Text
 
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.training.loss_scale import LOSS_SCALE, SKIPPED
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.step_metrics import (
     ACCURACY,
@@ -106,12 +107,19 @@ def status_fields(record: Record, pace: Throughput, steps_left: int) -> list[str
         "" if mfu is None else f"MFU {mfu:.1%}",
         "" if step_time is None else f"{format_duration(steps_left * step_time)} left",
         f"lr {record['learning_rate']:.1e}",
-        f"grad {record['grad_norm']:.2f}",
+        _gradient_text(record),
         _router_text(record),
         _paging_text(record),
         *_memory_texts(record),
     ]
     return [*filter(None, parts)]
+
+
+def _gradient_text(record: Record) -> str:
+    """Formats the norm of a step's gradients; of a step that changed nothing why."""
+    if SKIPPED in record:
+        return f"skipped: gradients overflow float16, loss scale {record[LOSS_SCALE]:g} is halved"
+    return f"grad {record['grad_norm']:.2f}"
 
 
 def _reward_text(record: Record) -> str:

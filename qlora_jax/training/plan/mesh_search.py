@@ -172,7 +172,8 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
             f"data.max_length={args.data.max_length} is longer than the model allows (at most {model.max_positions} "
             f"positions). Set data.max_length to at most {model.max_positions}."
         )
-    weights = planned_weights(args.model, model, CPU if target.card is None else "gpu")
+    device = (CPU, None) if target.card is None else ("gpu", target.card.compute_capability)
+    weights = planned_weights(args.model, model, *device)
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
     config = run_step_config(args, model, weights, rows, ids)

@@ -60,15 +60,17 @@ def _size(text: str) -> int:
         raise ConfigError([f"memory: {error}"]) from error
 
 
-def planned_weights(args: ModelArgs, features: ModelConfig, platform: str) -> WeightFormat:
-    """Returns the format of the base on a platform; the codes of a file are those that it has.
+def planned_weights(
+    args: ModelArgs, features: ModelConfig, platform: str, capability: tuple[int, int] | None = None
+) -> WeightFormat:
+    """Returns the format of the base on a device; the codes of a file are those that it has. See `compute_dtype`.
 
     Without files, only the codes of gpt-oss are known: MXFP4 of its experts.
 
     Raises:
       ValueError: `stored` codes of another model without its files, or as `weight_format` and `with_dense_layers`.
     """
-    weights, place = weight_format(args, features, platform), Path(args.path).expanduser()
+    weights, place = weight_format(args, features, platform, capability), Path(args.path).expanduser()
     if weights.quant_type != STORED:
         return weights
     if place.exists() and place.suffix != ".json":
