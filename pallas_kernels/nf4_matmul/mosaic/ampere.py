@@ -44,7 +44,7 @@ from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
-from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine
+from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine, TmaMachine
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows, place_of
 
@@ -66,7 +66,7 @@ class Tile(NamedTuple):
 
 SMALL, LARGE = Tile(rows=64, steps=3), Tile(rows=128, steps=2)
 # Devices that hold one block of either tile per SM -> number of large tiles from which no SM is idle.
-LARGE_FROM = {"sm_86": 84, "sm_89": 142}
+LARGE_FROM = {"sm_86": 84, "sm_89": 142, "sm_100": 148, "sm_120": 188, "sm_121": 48}
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
@@ -82,7 +82,13 @@ def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Floa
 def _on_card(direction: Direction, rows_MC: jax.Array, weights: QTensor, layer: Layer) -> jax.Array:
     weight = operands(weights, layer, rows_MC.dtype)
     tile = tile_for(target_device(), rows_MC.shape[0], _columns(direction, weight))
-    return product(Machine(direction, rows_MC.dtype, weight.table), rows_MC, weight, tile)
+    return product(machine_for(target_device())(direction, rows_MC.dtype, weight.table), rows_MC, weight, tile)
+
+
+def machine_for(device: Device) -> type[Machine]:
+    """Returns the instructions of a device of a known compute capability."""
+    assert device.compute_capability is not None
+    return Machine if device.compute_capability < (9, 0) else TmaMachine
 
 
 def _columns(direction: Direction, weight: Operands) -> int:
