@@ -13,6 +13,7 @@ from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import mesh_search, plan, text
 from qlora_jax.training.plan.reference import PlannedReference, reference_of_step
 from qlora_jax.training.plan.requirements import ReportedCompiler
+from qlora_jax.training.plan.roofs import StepRoofs, step_roofs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.step_spec import StepSpec
@@ -27,12 +28,14 @@ class MemoryPlan:
       title: the planned run and its card.
       notes: why numbers are estimates, or lengths unknown; empty otherwise.
       reference: the pass over all rows before the first step; None for an objective without a reference.
+      roofs: the step's FLOP, bytes and least time on the card, by part; None for a CPU, and for float32.
     """
 
     plan: plan.Plan
     title: str
     notes: tuple[str, ...]
     reference: PlannedReference | None = None
+    roofs: StepRoofs | None = None
 
     @property
     def fits(self) -> bool:
@@ -50,12 +53,12 @@ class MemoryPlan:
         return self.plan.limit
 
     def to_dict(self) -> dict[str, object]:
-        """All numbers in bytes, as the command prints them with --json."""
-        return text.as_json(self.plan, self.reference)
+        """All numbers, as the command prints them with --json."""
+        return text.as_json(self.plan, self.reference, self.roofs)
 
     def render(self, console: rich.console.Console) -> None:
-        """Prints the table and the verdict."""
-        text.print_plan(self.plan, self.title, console, self.reference)
+        """Prints the tables and the verdict."""
+        text.print_plan(self.plan, self.title, console, self.reference, self.roofs)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -122,4 +125,5 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
         title=mesh_search.plan_title(args, target, setting),
         notes=tuple(notes),
         reference=reference_of_step(setting, rows.report, args.train),
+        roofs=None if target.card is None else step_roofs(setting, target.card),
     )
