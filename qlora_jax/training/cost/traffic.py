@@ -2,8 +2,8 @@
 
 Each equation belongs to a part, by its named scope; recomputation is a separate one. A part reads an array that another
 one computed once, and writes an array that another one reads once. An array that only one part uses stays on the chip:
-attention's tiles, the head's logits. A loop counts as often as it runs. What it carries or stacks crosses memory, and
-so do the program's arguments.
+attention's tiles, the head's logits. A loop counts as often as it runs. Arrays that it carries or stacks cross memory,
+and so do the program's arguments.
 
 Weights are left out: kernels read packed codes by a layer's index from the whole stack, which equations do not show.
 """
@@ -52,7 +52,7 @@ class Traffic:
         self._part = functools.cache(self._part_of)
 
     def program(self, program: ClosedJaxpr, is_weight: Sequence[bool]) -> None:
-        """Adds a program's bytes; `is_weight` tells which of its flat arguments are weights."""
+        """Adds a program's bytes; `is_weight`: whether each of its flat arguments is a weight."""
         inputs = [_Array(_nbytes(var), free=free) for var, free in zip(program.jaxpr.invars, is_weight, strict=True)]
         self._cross(self._body(program, inputs, "", 1), 1)
 

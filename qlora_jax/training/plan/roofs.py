@@ -2,8 +2,8 @@
 
 FLOP are those of matrix products, by formula (`cost.flops`). Bytes are those that must cross memory, as if each part
 kept what only it uses on the chip (`cost.traffic`); to those come the frozen weights, per product, and the optimizer's
-arrays. Exchanges between devices and with host memory are left out. What passes between parts in the L2 cache does not
-cross memory, so a step of few tokens may exceed the roof of the bandwidth.
+arrays. Exchanges between devices and with host memory are left out. Arrays that stay in the L2 cache between parts do
+not cross memory, so a step of few tokens may exceed the roof of the bandwidth.
 
 Dimension key: A micro-batches, B rows, T positions.
 """

@@ -107,14 +107,15 @@ def per_token(**settings):
 
 D, F = MODEL.embed_dim, MODEL.mlp_dim
 Q, KV = MODEL.num_heads * MODEL.head_dim, MODEL.num_kv_heads * MODEL.head_dim
-INPUTS, RESULTS = D + Q + D + F, (Q + 2 * KV) + D + 2 * F + D  # of attention's and the MLP's products
+# Widths of the inputs and of the results of a layer's products; the inputs count once.
+INPUTS, RESULTS = D + Q + D + F, (Q + 2 * KV) + D + 2 * F + D
 LSE = 4 * MODEL.num_heads
 RANKS = 7 * 8
 
 
 def test_a_steps_traffic_is_that_of_closed_forms():
     found = per_token()
-    # q, k, v -> out; then q, k, v, out and its gradient -> dq, dk, dv.
+    # Forward: q, k, v -> out. Backward: q, k, v, out and its gradient -> dq, dk, dv.
     assert found[ATTENTION] == 2 * (Q + 2 * KV + Q) + 2 * (2 * (Q + 2 * KV) + 2 * Q) + 2 * LSE
     # Backward, the gradients of an input are added where they are made, those of its adapters included.
     assert found[FROZEN] == 2 * (INPUTS + RESULTS) + 2 * (RESULTS + 2 * INPUTS)

@@ -1,4 +1,4 @@
-"""The roofs of a step on a card: FLOP and bytes by part against formulas and compiled programs; what `plan` prints."""
+"""The roofs of a step on a card: FLOP and bytes by part against formulas and compiled programs; the output of `plan`."""
 
 import dataclasses
 import math
