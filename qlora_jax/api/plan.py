@@ -26,7 +26,7 @@ class MemoryPlan:
     Fields:
       plan: the requirements of the run and of near variants, in bytes by kind.
       title: the planned run and its card.
-      notes: why numbers are estimates, or lengths unknown; empty otherwise.
+      notes: why numbers are estimates, lengths unknown, or roofs missing; empty otherwise.
       reference: the pass over all rows before the first step; None for an objective without a reference.
       roofs: the step's FLOP, bytes and least time on the card, by part; None for a CPU, and for float32.
     """
@@ -120,10 +120,13 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
         compile_step = ReportedCompiler(compile_step, report, plan.MAX_COMPILES + len(settings) - 1)
     setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
     larger = mesh_search.larger_meshes(setting, target)
+    roofs = None if target.card is None else step_roofs(setting, target.card)
+    if target.card is not None and roofs is None:
+        notes.append(f"no tokens per second: the peak of {setting.weights.dtype} products depends on the use of TF32")
     return MemoryPlan(
         plan=plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger),
         title=mesh_search.plan_title(args, target, setting),
         notes=tuple(notes),
         reference=reference_of_step(setting, rows.report, args.train),
-        roofs=None if target.card is None else step_roofs(setting, target.card),
+        roofs=roofs,
     )

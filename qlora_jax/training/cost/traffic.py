@@ -15,15 +15,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 type Part = tuple[str, bool]  # its name, and True for recomputation
 
 OUTSIDE: Part = "outside", False
-# Equations whose result has its operand's bytes; those that look at a part of an array; those that run a jaxpr once.
+# Equations whose result is their operand; those that look at a part of an array; those that run a jaxpr once.
 SAME = ("name", "reshape", "squeeze", "layout_constraint", "optimization_barrier", "copy")
 VIEWS = (*SAME, "slice", "dynamic_slice", "transpose", "convert_element_type", "broadcast_in_dim")
-CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "closed_call": "call_jaxpr"}
+CALLS |= {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 IN_REFERENCES = ("new_ref", "freeze")
 RECOMPUTED = "rematted_computation"  # JAX's name scope
 
@@ -51,9 +52,9 @@ class Traffic:
         self.found: Counter[str] = Counter()
         self._part = functools.cache(self._part_of)
 
-    def program(self, program: ClosedJaxpr, is_weight: Sequence[bool]) -> None:
+    def program(self, program: Jaxpr, is_weight: Sequence[bool]) -> None:
         """Adds a program's bytes; `is_weight`: whether each of its flat arguments is a weight."""
-        inputs = [_Array(_nbytes(var), free=free) for var, free in zip(program.jaxpr.invars, is_weight, strict=True)]
+        inputs = [_Array(_nbytes(var), free=free) for var, free in zip(program.invars, is_weight, strict=True)]
         self._cross(self._body(program, inputs, "", 1), 1)
 
     def _part_of(self, path: str) -> Part:
@@ -73,9 +74,8 @@ class Traffic:
         for array in arrays:
             self._read(array, OUTSIDE, times)
 
-    def _body(self, closed: ClosedJaxpr | Jaxpr, inputs: Sequence[_Array], path: str, times: int) -> list[_Array]:
+    def _body(self, jaxpr: Jaxpr, inputs: Sequence[_Array], path: str, times: int) -> list[_Array]:
         """Visits a body that runs `times` times; returns its results."""
-        jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
         known = dict(zip(jaxpr.invars, inputs, strict=True))
         known |= {var: _Array(_nbytes(var), free=True) for var in jaxpr.constvars}
 
@@ -100,9 +100,9 @@ class Traffic:
         is_rest = part[0] == self._rest
         if is_rest and name == "scan":
             return self._scan(eqn, inputs, path, times)
-        inner = next((eqn.params[key] for key in CALLS if key in eqn.params), None)
-        if is_rest and inner is not None and name != "while":
-            return self._body(inner, inputs, path, times)
+        if is_rest and name in CALLS:
+            inner = eqn.params[CALLS[name]]
+            return self._body(getattr(inner, "jaxpr", inner), inputs, path, times)
         for array in inputs:
             self._read(array, part, times)
         large = [array for array, var in zip(inputs, eqn.invars, strict=True) if getattr(var.aval, "ndim", 0)]
@@ -111,8 +111,8 @@ class Traffic:
 
     def _scan(self, eqn: JaxprEqn, inputs: list[_Array], path: str, times: int) -> list[_Array]:
         self._cross(inputs, times)
-        body = eqn.params["jaxpr"]
-        slices = [_Array(_nbytes(var), free=one.free) for var, one in zip(body.jaxpr.invars, inputs, strict=True)]
+        body = eqn.params["jaxpr"].jaxpr
+        slices = [_Array(_nbytes(var), free=one.free) for var, one in zip(body.invars, inputs, strict=True)]
         trips = times * eqn.params["length"]
         self._cross(self._body(body, slices, path, trips), trips)
         return [_Array(_nbytes(var)) for var in eqn.outvars]

@@ -33,10 +33,14 @@ PARTS = FROZEN, ADAPTERS, ATTENTION, HEAD_AND_LOSS, REST, OPTIMIZER = (
     *("frozen products", "adapters", "attention"),
     *("head and loss", "norms and the rest", "optimizer"),
 )
-# Part by named scope of the step, and by the first word of a name in `flops`; an adapter on a router is an adapter.
-SCOPES = dict.fromkeys(("cayley", "rotation", "whole_linear", "dora", "bottleneck", "lora"), ADAPTERS)
-SCOPES |= dict.fromkeys(("new_tokens", "whole_head", "sequence_head", "head"), HEAD_AND_LOSS)
-SCOPES |= dict.fromkeys(("router", "shared_gate", "experts", "frozen"), FROZEN) | {"attention": ATTENTION}
+# Named scopes of the step, which are also the first words of names in `flops`; an adapter on a router is an adapter.
+SCOPES_OF = {
+    ADAPTERS: ("cayley", "rotation", "whole_linear", "dora", "bottleneck", "lora"),
+    HEAD_AND_LOSS: ("new_tokens", "whole_head", "sequence_head", "head"),
+    FROZEN: ("router", "shared_gate", "experts", "frozen"),
+    ATTENTION: ("attention",),
+}
+SCOPES: dict[str, str] = {scope: part for part, scopes in SCOPES_OF.items() for scope in scopes}
 
 # Card -> the measured share of the speed at the roofs. No step was measured on a card.
 MEASURED_SHARES: Mapping[str, float] = {}
@@ -131,7 +135,7 @@ def activation_traffic(setting: StepSpec) -> Counter[str]:
     function, args, kwargs = alone.gradients()
     frozen = {id(leaf) for leaf in jax.tree.leaves(alone.arrays.parts.base)}
     traffic = Traffic(SCOPES, REST)
-    traffic.program(function.trace(*args, **kwargs).jaxpr, [id(leaf) in frozen for leaf in jax.tree.leaves(args)])
+    traffic.program(function.trace(*args, **kwargs).jaxpr.jaxpr, [id(leaf) in frozen for leaf in jax.tree.leaves(args)])
     return traffic.found
 
 
@@ -156,12 +160,13 @@ def _has_kernel(leaf: PyTree) -> bool:
 def _weight_bytes(weight: PyTree, name: str, step: StepShape, device: Device) -> int:
     """Returns the bytes of one product with each layer of a weight."""
     stored = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
-    if not _has_kernel(weight):
+    choose = ops_of(weight).choice
+    if choose is None:
         return stored
     if is_routed(name):
         choice = grouped.choose_implementation(device, "forward", step.weights.dtype, weight, step.tiles[1])
     else:
-        choice = ops_of(weight).choice(device, step.rows, step.weights.dtype, weight)
+        choice = choose(device, step.rows, step.weights.dtype, weight)
     through = expanded_bytes(weight.shape) if choice.name in FUSED else dequantized_bytes(weight.shape)
     return stored + math.prod(weight.stack_shape) * 2 * through
 

@@ -30,8 +30,8 @@ def two(x):
 
 def traffic(function, *args, weights=()):
     found = Traffic({"one": "1", "two": "2"}, "rest")
-    program = jax.jit(function).trace(*args).jaxpr
-    found.program(program, [at in weights for at in range(len(program.jaxpr.invars))])
+    program = jax.jit(function).trace(*args).jaxpr.jaxpr
+    found.program(program, [at in weights for at in range(len(program.invars))])
     return {name: size / SIZE for name, size in found.found.items()}
 
 

@@ -1,4 +1,4 @@
-"""The roofs of a step on a card: FLOP and bytes by part against formulas and compiled programs; the output of `plan`."""
+"""The roofs of a step on a card: FLOP and bytes against formulas and compiled programs; the output of `plan`."""
 
 import dataclasses
 import math
@@ -184,8 +184,11 @@ def test_a_t4_multiplies_bfloat16_in_f32_and_float16_on_tensor_cores(dtype, peak
     assert found.peak == peak and found.parts[HEAD_AND_LOSS].bound == unit
 
 
-def test_there_are_no_roofs_of_float32():
-    assert step_roofs(toy(weights=WeightFormat(platform="gpu", dtype="float32")), H100) is None
+def test_plan_says_why_there_are_no_roofs_of_float32(monkeypatch):
+    monkeypatch.setattr(mesh_search, "compiler_for", lambda target: (None, "left out"))
+    plan = make_plan("llama-3.2-1b", card="h100", config={"data.max_length": 64, "model.compute_dtype": "float32"})
+    assert plan.roofs is None and "roofs" not in str(plan)
+    assert "no tokens per second: the peak of float32 products depends on the use of TF32" in plan.notes
 
 
 @pytest.mark.slow
