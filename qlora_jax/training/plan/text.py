@@ -74,7 +74,7 @@ def _print_roofs(roofs: StepRoofs, config: StepSpec, console: Console) -> None:
 def roofs_verdict(roofs: StepRoofs) -> list[str]:
     """Returns lines with the tokens per second at the roofs, and at the share of them that the card has measured."""
     speed, share = roofs.tokens_per_second, roofs.measured_share
-    lines = [f"at most {speed:,.0f} tokens per second: {roofs.seconds:,.3f} s per step, by arithmetic"]
+    lines = [f"at most {speed:,.0f} tokens per second: {roofs.seconds:.3g} s per step, by arithmetic"]
     if share is None:
         return [*lines, "no step was measured on this card, so its share of that speed is not known"]
     return [*lines, f"{share * speed:,.0f} tokens per second at {share:.0%} of that speed, as measured on this card"]

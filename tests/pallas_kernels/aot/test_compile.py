@@ -42,6 +42,7 @@ def test_every_card_gets_its_own_code_with_tensor_core_products(compile_for, car
     assert not opcodes & {"HGMMA", "UTCHMMA"} - {generation}
 
 
+@pytest.mark.slow
 def test_a_t4_gets_library_products_because_xla_has_no_kernels_for_its_tensor_cores(compile_for):
     half = Abstract(MATRIX.shape, jnp.float16)
     compiled = compile_for("t4", product, half, half)
