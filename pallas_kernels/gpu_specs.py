@@ -1,11 +1,13 @@
 """NVIDIA GPUs as data: their specifications, and the text from which XLA compiles for an absent one.
 
-Sources: `h100`, `h200`, `b200`, `a100` and `a6000` are XLA's descriptions, shortened (openxla/xla,
-xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000). XLA has none for `rtx4090`, `rtx3090`
-and `l40s`: those rows follow NVIDIA's data sheets and the a6000, and were never compared with a card. Their
-`memory_bytes` in particular is an estimate of what such a card reports, less than the nominal 24 and 48 GB.
-`bf16_flops` is from memory of data sheets: dense (not sparse) tensor cores, f32 accumulation. It agrees with XLA's
-clocks for h100, h200 and b200; the others are unchecked.
+Sources: `h100`, `h200`, `b200`, `a100`, `a6000` and `rtxpro6000` are XLA's descriptions, shortened (openxla/xla,
+xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000, rtx6000pro). XLA has none for the
+others: those rows follow NVIDIA's data sheets. SMs, L2, clock and memory of `rtx5090`, `gb10`, `l4` and `t4` are what
+CUDA's deviceQuery printed on such cards, as published by their users. The memory of `rtx4090`, `rtx3090` and `l40s` is
+an estimate, less than the nominal 24 and 48 GB. GB10 shares its memory with the processor and the operating system.
+Shared memory of compute capabilities is that of NVIDIA's CUDA programming guide (XLA's 131072 bytes per SM of
+rtx6000pro include the L1 cache). `bf16_flops` is from data sheets: dense (not sparse) tensor cores, f32 accumulation.
+For GB10 NVIDIA publishes only sparse FP4: the row has what mma.sync with operands in registers measured.
 
 XLA's own code compiles for all of them. Compiling a Hopper kernel (wgmma) for `b200` is an error; with jax 0.12.0.1 it
 ends the compiler's process.
@@ -24,7 +26,9 @@ class Card:
       compute_capability: (major, minor).
       accelerated: True if code is compiled for this one architecture (sm_90a: TMA, wgmma), not for a family.
       bandwidth: device memory, bytes/s.
-      bf16_flops: peak of a dense bf16 product with f32 accumulation, FLOP/s; a fused multiply-add is two FLOP.
+      bf16_flops: peak of a dense bf16 product with f32 accumulation, FLOP/s; a fused multiply-add is two FLOP. Without
+        bf16 in the tensor cores, that of f32 multiply-adds, by which XLA computes it.
+      f16_flops: the same for float16; None: equal to `bf16_flops`.
       shared_memory_per_block: the opt-in limit of one block.
       source: the origin of the row.
     """
@@ -43,6 +47,7 @@ class Card:
     bandwidth: float
     clock_ghz: float
     bf16_flops: float
+    f16_flops: float | None = None
     source: str
 
     @property
@@ -50,8 +55,18 @@ class Card:
         """ptxas's name of the architecture: sm_90a, sm_86."""
         return "sm_{}{}".format(*self.compute_capability) + ("a" if self.accelerated else "")
 
+    def peak_flops(self, dtype: str) -> float | None:
+        """Returns the peak FLOP/s of products in a dtype; None for float32, where it depends on the use of TF32."""
+        return {"bfloat16": self.bf16_flops, "float16": self.f16_flops or self.bf16_flops}.get(dtype)
+
 
 # Properties that cards of one generation share: shared memory per SM, and the part that one block may use.
+TURING = {
+    "accelerated": False,
+    "threads_per_sm": 1024,
+    "shared_memory_per_sm": 65536,
+    "shared_memory_per_block": 65536,
+}
 AMPERE = {
     "accelerated": False,
     "threads_per_sm": 2048,
@@ -64,6 +79,8 @@ SMALL = {
     "shared_memory_per_sm": 102400,
     "shared_memory_per_block": 101376,
 }
+# ptxas compiles instructions of Blackwell only for sm_120a and sm_121a.
+SMALL_BLACKWELL = SMALL | {"accelerated": True}
 HOPPER = {
     "accelerated": True,
     "threads_per_sm": 2048,
@@ -184,20 +201,99 @@ _ROWS = [
         source="by hand; peak: NVIDIA L40S data sheet (733 with sparsity)",
         **SMALL,
     ),
+    Card(
+        name="l4",
+        description="NVIDIA L4",
+        compute_capability=(8, 9),
+        sm_count=58,
+        fp32_cores_per_sm=128,
+        l2_bytes=50331648,
+        memory_bytes=23612293120,
+        bandwidth=300000000000,
+        clock_ghz=2.04,
+        bf16_flops=121e12,
+        source="deviceQuery; peak, bandwidth: NVIDIA L4 data sheet (242 with sparsity)",
+        **SMALL,
+    ),
+    Card(
+        name="t4",
+        description="Tesla T4",
+        compute_capability=(7, 5),
+        sm_count=40,
+        fp32_cores_per_sm=64,
+        l2_bytes=4194304,
+        memory_bytes=15843721216,
+        bandwidth=320000000000,
+        clock_ghz=1.59,
+        bf16_flops=8.1e12,
+        f16_flops=65e12,
+        source="deviceQuery; peaks, bandwidth: NVIDIA T4 data sheet (no bf16 in tensor cores)",
+        **TURING,
+    ),
+    Card(
+        name="rtx5090",
+        description="NVIDIA GeForce RTX 5090",
+        compute_capability=(12, 0),
+        sm_count=170,
+        fp32_cores_per_sm=128,
+        l2_bytes=100663296,
+        memory_bytes=33660534784,
+        bandwidth=1792000000000,
+        clock_ghz=2.407,
+        bf16_flops=209.5e12,
+        source="deviceQuery; peak, bandwidth: NVIDIA RTX Blackwell white paper (419 with sparsity)",
+        **SMALL_BLACKWELL,
+    ),
+    Card(
+        name="rtxpro6000",
+        description="NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+        compute_capability=(12, 0),
+        sm_count=188,
+        fp32_cores_per_sm=128,
+        l2_bytes=134217728,
+        memory_bytes=102641958912,
+        bandwidth=1792000000000,
+        clock_ghz=2.6,
+        bf16_flops=503.8e12,
+        source="XLA rtx6000pro; memory: nvidia-smi (97887 MiB); peak: NVIDIA data sheet (1007.6 with sparsity)",
+        **SMALL_BLACKWELL,
+    ),
+    Card(
+        name="gb10",
+        description="NVIDIA GB10",
+        compute_capability=(12, 1),
+        sm_count=48,
+        fp32_cores_per_sm=128,
+        l2_bytes=25165824,
+        memory_bytes=128523960320,
+        bandwidth=273000000000,
+        clock_ghz=2.418,
+        bf16_flops=212.9e12,
+        source="deviceQuery; bandwidth: NVIDIA DGX Spark data sheet; peak: measured, NVIDIA developer forum, 2025-11",
+        **SMALL_BLACKWELL,
+    ),
 ]
 
 CARDS: dict[str, Card] = {card.name: card for card in _ROWS}
 
-# Peaks by the name that the driver reports: those of the cards above, and of others with the same chip (the data sheets
-# of A100 and H200 give one peak for all boards). H100 PCIe: its data sheet, and XLA's h100_pcie (114 SMs x 4096 FLOP x
-# 1.62 GHz). A slice of a card (MIG) has a different name and no peak here.
-BF16_PEAKS: dict[str, float] = {card.description: card.bf16_flops for card in _ROWS} | {
-    "NVIDIA H200": CARDS["h200"].bf16_flops,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA A100-SXM4-40GB": CARDS["a100"].bf16_flops,
-    "NVIDIA A100-PCIE-40GB": CARDS["a100"].bf16_flops,
-    "NVIDIA A100 80GB PCIe": CARDS["a100"].bf16_flops,
+# Cards by the name that the driver reports: those above, and others with the same peaks (the data sheets of A100 and
+# H200 give one peak for all boards). H100 PCIe: its data sheet, and XLA's h100_pcie (114 SMs x 4096 FLOP x 1.62 GHz). A
+# slice of a card (MIG) has a different name and is not here.
+_BY_DESCRIPTION = {card.description: card for card in _ROWS} | {
+    "NVIDIA H200": CARDS["h200"],
+    "NVIDIA H100 PCIe": dataclasses.replace(CARDS["h100"], bf16_flops=756e12),
+    "NVIDIA A100-SXM4-40GB": CARDS["a100"],
+    "NVIDIA A100-PCIE-40GB": CARDS["a100"],
+    "NVIDIA A100 80GB PCIe": CARDS["a100"],
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": CARDS["rtxpro6000"],
 }
+
+
+def peak_flops(description: str, dtype: str) -> float | None:
+    """Returns the peak FLOP/s of a card, by the driver's name; None for unknown names and for float32."""
+    card = _BY_DESCRIPTION.get(description)
+    return card and card.peak_flops(dtype)
+
 
 # Equal for all of these cards.
 _LIMITS = {

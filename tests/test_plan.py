@@ -35,6 +35,7 @@ def test_it_prints_a_table_or_json_and_says_by_its_exit_whether_it_fits(tmp_path
         command.main([*base, "--memory", "100KiB", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert stopped.value.code == 1 and told["fits"] is False
+    assert told["roofs"] is None and "roofs" not in table  # a CPU has none
     assert told["asked"]["total"] == sum(told["asked"]["device"].values()) > told["limit"]
     with pytest.raises(ValueError, match="longer than the model allows"):
         command.main([*base[:-4], "--data.max_length", "100000"])

@@ -46,10 +46,14 @@ IMPLEMENTATIONS = {
 
 # Name of a device (Device.names) -> implementations, the fastest first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
+    "sm_75": ("skinny", "ampere", "loop"),  # neither runs there: the choice says why
     "sm_80": ("skinny", "ampere", "loop"),
     "sm_86": ("skinny", "ampere", "loop"),
     "sm_89": ("skinny", "ampere", "loop"),
     "sm_90": ("skinny", "hopper", "loop"),
+    "sm_100": ("skinny", "ampere", "loop"),
+    "sm_120": ("skinny", "ampere", "loop"),
+    "sm_121": ("skinny", "ampere", "loop"),
     "any": ("loop",),
 }
 

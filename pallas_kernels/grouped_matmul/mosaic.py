@@ -20,7 +20,6 @@ from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul.mosaic import ampere as ampere_kernels
 from pallas_kernels.nf4_matmul.mosaic import hopper as hopper_kernels
 from pallas_kernels.nf4_matmul.mosaic import skinny as skinny_kernel
-from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Machine
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, expert_operands
 
 
@@ -37,10 +36,11 @@ def hopper(
 def ampere(
     direction: Direction, rows_PA: Float[Array, "P A"], weights: QTensor, groups: Groups, layer: Layer
 ) -> Float[Array, "P B"]:
-    """Computes a direction on sm_80, sm_86 and sm_89."""
-    tile = ampere_kernels.tile_for(target_device(), len(rows_PA), weights.shape[direction == "backward"])
+    """Computes a direction on a card before Hopper, or of Blackwell."""
+    device = target_device()
+    tile = ampere_kernels.tile_for(device, len(rows_PA), weights.shape[direction == "backward"])
     tile = tile if groups.tile % tile.rows == 0 else ampere_kernels.SMALL
-    machine = Machine(direction, rows_PA.dtype, CODE_TABLES[weights.quant_type])
+    machine = ampere_kernels.machine_for(device)(direction, rows_PA.dtype, CODE_TABLES[weights.quant_type])
     weight = tile_operands(weights, groups, layer, rows_PA.dtype, tile.rows)
     return ampere_kernels.product(machine, rows_PA, weight, tile)
 

@@ -58,10 +58,14 @@ IMPLEMENTATIONS = {
 # Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
+    "sm_75": ("skinny", "ampere", "reference"),  # neither runs there: the choice says why
     "sm_80": ("skinny", "ampere", "reference"),
     "sm_86": ("skinny", "ampere", "reference"),
     "sm_89": ("skinny", "ampere", "reference"),
     "sm_90": ("skinny", "hopper", "reference"),
+    "sm_100": ("skinny", "ampere", "reference"),
+    "sm_120": ("skinny", "ampere", "reference"),
+    "sm_121": ("skinny", "ampere", "reference"),
     "any": ("reference",),
 }
 

@@ -83,8 +83,13 @@ class Roofline:
         """The limiting resource, `compute` or `memory`."""
         return "compute" if self.intensity >= self.ridge else "memory"
 
+    @classmethod
+    def of(cls, flops: int, moved: int, peak: float, bandwidth: float) -> "Roofline":
+        """Computes the roofline of FLOP and moved bytes: max(FLOP / peak, bytes / bandwidth)."""
+        seconds = max(flops / peak, moved / bandwidth)
+        return cls(intensity=flops / moved, ridge=peak / bandwidth, seconds=seconds)
+
 
 def roofline(rows: int, shape: tuple[int, int], layout: str, *, fused: bool, peak: float, bandwidth: float) -> Roofline:
-    """Computes the roofline: max(FLOP / peak, bytes / bandwidth), peak in FLOP/s and bandwidth in bytes/s."""
-    flops, moved = product_flops(rows, shape), traffic(rows, shape, layout, fused=fused)
-    return Roofline(intensity=flops / moved, ridge=peak / bandwidth, seconds=max(flops / peak, moved / bandwidth))
+    """Computes a product's roofline; peak in FLOP/s and bandwidth in bytes/s."""
+    return Roofline.of(product_flops(rows, shape), traffic(rows, shape, layout, fused=fused), peak, bandwidth)

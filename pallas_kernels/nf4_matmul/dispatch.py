@@ -53,6 +53,7 @@ class Capabilities:
       devices: supported names, as in `Device.names`.
       layouts, dtypes, quant_types, block_sizes, directions: supported values of the call's attribute.
       rows: (minimum, maximum) M.
+      most_rows_on: the maximum M on devices where it is another, by name.
       row_multiple: factor that must divide M.
       multiples: factors that must divide N and K.
       least: minimum N and K.
@@ -65,6 +66,7 @@ class Capabilities:
     block_sizes: tuple[int, ...] | None = None
     directions: tuple[Direction, ...] | None = None
     rows: tuple[int, int] | None = None
+    most_rows_on: Mapping[str, int] = dataclasses.field(default_factory=dict)
     row_multiple: int = 1
     multiples: tuple[int, int] = (1, 1)
     least: tuple[int, int] = (1, 1)
@@ -112,8 +114,13 @@ def _problems(capabilities: Capabilities, device: Device, call: Call) -> Iterato
         given = getattr(call, one)
         if many is not None and given not in many:
             yield f"takes {one} {' or '.join(map(str, many))}, not {given}"
-    if capabilities.rows is not None and not capabilities.rows[0] <= call.rows <= capabilities.rows[1]:
-        yield f"takes {capabilities.rows[0]} to {capabilities.rows[1]} rows, not {call.rows}"
+    if capabilities.rows is not None:
+        least, most = capabilities.rows
+        most = min(
+            [most, *(capabilities.most_rows_on[name] for name in device.names if name in capabilities.most_rows_on)]
+        )
+        if not least <= call.rows <= most:
+            yield f"takes {least} to {most} rows, not {call.rows}"
     sizes = zip("NK", call.shape, capabilities.multiples, capabilities.least, strict=True)
     for axis, size, multiple, least in (("M", call.rows, capabilities.row_multiple, 1), *sizes):
         if size % multiple:

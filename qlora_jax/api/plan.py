@@ -13,6 +13,7 @@ from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import mesh_search, plan, text
 from qlora_jax.training.plan.reference import PlannedReference, reference_of_step
 from qlora_jax.training.plan.requirements import ReportedCompiler
+from qlora_jax.training.plan.roofs import StepRoofs, step_roofs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.step_spec import StepSpec
@@ -25,14 +26,16 @@ class MemoryPlan:
     Fields:
       plan: the requirements of the run and of near variants, in bytes by kind.
       title: the planned run and its card.
-      notes: why numbers are estimates, or lengths unknown; empty otherwise.
+      notes: why numbers are estimates, lengths unknown, or roofs missing; empty otherwise.
       reference: the pass over all rows before the first step; None for an objective without a reference.
+      roofs: the step's FLOP, bytes and least time on the card, by part; None for a CPU, and for float32.
     """
 
     plan: plan.Plan
     title: str
     notes: tuple[str, ...]
     reference: PlannedReference | None = None
+    roofs: StepRoofs | None = None
 
     @property
     def fits(self) -> bool:
@@ -50,12 +53,12 @@ class MemoryPlan:
         return self.plan.limit
 
     def to_dict(self) -> dict[str, object]:
-        """All numbers in bytes, as the command prints them with --json."""
-        return text.as_json(self.plan, self.reference)
+        """All numbers, as the command prints them with --json."""
+        return text.as_json(self.plan, self.reference, self.roofs)
 
     def render(self, console: rich.console.Console) -> None:
-        """Prints the table and the verdict."""
-        text.print_plan(self.plan, self.title, console, self.reference)
+        """Prints the tables and the verdict."""
+        text.print_plan(self.plan, self.title, console, self.reference, self.roofs)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -117,9 +120,13 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
         compile_step = ReportedCompiler(compile_step, report, plan.MAX_COMPILES + len(settings) - 1)
     setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
     larger = mesh_search.larger_meshes(setting, target)
+    roofs = None if target.card is None else step_roofs(setting, target.card)
+    if target.card is not None and roofs is None:
+        notes.append(f"no tokens per second: the peak of {setting.weights.dtype} products depends on the use of TF32")
     return MemoryPlan(
         plan=plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger),
         title=mesh_search.plan_title(args, target, setting),
         notes=tuple(notes),
         reference=reference_of_step(setting, rows.report, args.train),
+        roofs=roofs,
     )

@@ -6,15 +6,27 @@ import pytest
 
 from pallas_kernels.gpu_specs import CARDS, find_card, target_config
 
+OF_HBM, OF_GDDR = ["h100", "h200", "b200", "a100"], ["a6000", "rtx4090", "rtx3090", "l40s", "l4", "t4"]
+NAMES = [*OF_HBM, *OF_GDDR, "rtx5090", "rtxpro6000", "gb10"]
 
-def test_the_five_cards_and_their_successors_are_there():
-    assert set(CARDS) == {"h100", "h200", "b200", "a100", "a6000", "rtx4090", "rtx3090", "l40s"}
+
+def test_cards_of_every_generation_are_there():
+    assert list(CARDS) == NAMES
     assert all(card.name == name for name, card in CARDS.items())
 
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("h100", "sm_90a"), ("b200", "sm_100a"), ("a100", "sm_80"), ("a6000", "sm_86"), ("l40s", "sm_89")],
+    [
+        ("h100", "sm_90a"),
+        ("b200", "sm_100a"),
+        ("a100", "sm_80"),
+        ("a6000", "sm_86"),
+        ("l40s", "sm_89"),
+        ("t4", "sm_75"),
+        ("rtx5090", "sm_120a"),
+        ("gb10", "sm_121a"),
+    ],
 )
 def test_architecture(name, architecture):
     assert CARDS[name].architecture == architecture
@@ -22,12 +34,33 @@ def test_architecture(name, architecture):
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)
 def test_a_row_is_of_the_right_order_of_magnitude(card):
-    assert 20e9 < card.memory_bytes < 200e9
-    assert 0.7e12 < card.bandwidth < 8e12
+    assert 15e9 < card.memory_bytes < 200e9
+    assert 0.25e12 < card.bandwidth < 8e12
     # Tensor cores compute 512 (GeForce, f32 accumulation) to 8192 FLOP per clock and SM; data sheets use a lower clock.
-    assert 400 < card.bf16_flops / (card.sm_count * card.clock_ghz * 1e9) < 8500
-    assert card.shared_memory_per_block < card.shared_memory_per_sm
+    assert 400 < card.peak_flops("float16") / (card.sm_count * card.clock_ghz * 1e9) < 8500
+    assert card.shared_memory_per_block <= card.shared_memory_per_sm
     assert card.source
+
+
+# NVIDIA's data sheets: FLOP per clock and SM of the tensor cores, at the clock of the row, within 4 %.
+PER_CLOCK = {"h100": 4096, "b200": 8192, "a100": 2048, "a6000": 1024, "rtx4090": 512, "rtx3090": 512, "l40s": 1024}
+PER_CLOCK |= {"l4": 1024, "rtx5090": 512, "rtxpro6000": 1024}
+
+
+@pytest.mark.parametrize(("name", "rate"), PER_CLOCK.items())
+def test_peaks_are_a_power_of_two_per_clock_and_sm(name, rate):
+    card = CARDS[name]
+    # NVIDIA states the peaks of H100, B200 at lower clocks than the highest.
+    tolerance = {"h100": 0.1, "b200": 0.1}.get(name, 0.04)
+    assert card.bf16_flops == pytest.approx(rate * card.sm_count * card.clock_ghz * 1e9, rel=tolerance)
+
+
+def test_a_t4_has_tensor_cores_for_float16_only():
+    t4 = CARDS["t4"]
+    fp32 = 2 * t4.sm_count * t4.fp32_cores_per_sm * t4.clock_ghz * 1e9
+    assert t4.peak_flops("bfloat16") == pytest.approx(fp32, rel=0.01)
+    assert t4.peak_flops("float16") == pytest.approx(8 * fp32, rel=0.01) and t4.peak_flops("float32") is None
+    assert all(card.peak_flops("float16") == card.bf16_flops for card in CARDS.values() if card is not t4)
 
 
 def test_target_config_is_the_text_that_xla_reads():
@@ -53,5 +86,5 @@ def test_an_unknown_card_is_told_with_the_nearest(name, suggestion):
 
 
 def test_a_card_that_is_like_none_gets_no_suggestion():
-    with pytest.raises(ValueError, match=r"known: h100, h200, b200, a100, a6000, rtx4090, rtx3090, l40s\)\.$"):
+    with pytest.raises(ValueError, match=rf"known: {', '.join(NAMES)}\)\.$"):
         find_card("voodoo")

@@ -36,7 +36,11 @@ def test_every_card_and_shape_has_a_line(capsys):
     found = next(line for line in lines if line.startswith("l40s: llama-2-7b/down 4096x11008 M=1:"))
     assert "forward skinny, backward ampere; layout split_k" in found
     found = next(line for line in lines if line.startswith("b200: llama-2-7b/down 4096x11008 M=512"))
-    assert "forward reference, backward reference; layout split_k" in found
+    assert "forward reference, backward reference; layout split_k" in found and "takes 1 to 256 rows, not 512" in found
+    found = next(line for line in lines if line.startswith("rtx5090: llama-2-7b/down 4096x11008 M=512"))
+    assert "forward ampere, backward ampere; layout split_k" in found
+    found = next(line for line in lines if line.startswith("t4: llama-2-7b/down 4096x11008 M=512"))
+    assert "forward reference, backward reference" in found and "not on Tesla T4 (sm_75)" in found
 
 
 def test_numbers_of_one_line():

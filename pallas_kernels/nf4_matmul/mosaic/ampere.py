@@ -1,4 +1,6 @@
-"""nf4_matmul on Ampere and Ada (sm_80, sm_86, sm_89): one kernel with cp.async and mma.sync, forward and backward.
+"""nf4_matmul on Ampere, Ada and Blackwell: one kernel with mma.sync, forward and backward.
+
+Copies are cp.async on sm_80, sm_86 and sm_89, and TMA on sm_100, sm_120 and sm_121; all else is the same.
 
 A warpgroup computes a tile [rows, 128 columns] of the result in rounds of 128 of the contraction. A round's rows,
 packed codes [128, 64] and scales [2, 128] are copied to shared memory `steps - 1` rounds ahead. The codes are decoded
@@ -13,17 +15,18 @@ multiple of eight before the kernel.
 
 A thread executes 706 (881) instructions forward and 700 (875) backward per round with 64 (128) rows. Tensor cores take
 1024 (2048) cycles per round on sm_80, 2048 (4096) on sm_86, and at least as long on sm_89. An SM of sm_80 holds two
-blocks with 64 rows or one with 128. SMs of sm_86 and sm_89 hold one of either, so there the larger tile decodes half as
-often. These numbers are counted from machine code; no tile was timed.
+blocks with 64 rows or one with 128. SMs of sm_86, sm_89, sm_120 and sm_121 hold one of either, so there the larger tile
+decodes half as often. With TMA a thread executes up to 780 (1082) and 784 (1084). These numbers are counted from
+machine code; no tile was timed.
 
 The twin (`Interpreted`) can be interpreted on a CPU, with JAX's race detector. Index maps, order of copies and waits,
-loop and stores are the kernel's. Copies and waits use barriers (the interpreter does not support cp.async), the look-up
-uses selects, the product is jnp.dot, and columns within a tile have another order. The twin and the race detector do
-not check:
+loop and stores are the kernel's. Copies and waits are those of TMA (the interpreter does not support cp.async), the
+look-up uses selects, the product is jnp.dot, and columns within a tile have another order. The twin and the race
+detector do not check:
 
-- the number of copies that a wait leaves in flight: `steps - 2` rounds of COPIES groups, each copy one of them;
-- that the barrier after each wait, the only one in a round, also permits refilling a slot: all reads of the previous
-  round precede it in program order (tests count one barrier and one wait in the loop);
+- for cp.async, the number of copies that a wait leaves in flight: `steps - 2` rounds of COPIES groups, each copy one;
+- for cp.async, that the barrier after each wait, the only one in a round, also permits refilling a slot: all reads of
+  the previous round precede it in program order (tests count one barrier and one wait in the loop);
 - the arrangement of registers in `fragments` (tests run its functions on arrays), and the addresses of `_copy_scales`.
 
 Dimension key: M rows, N out, K in, L layers, C the contraction (K forward, N backward); _g device, _s shared memory.
@@ -44,7 +47,7 @@ from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
-from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine
+from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine, TmaMachine
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows, place_of
 
@@ -65,8 +68,9 @@ class Tile(NamedTuple):
 
 
 SMALL, LARGE = Tile(rows=64, steps=3), Tile(rows=128, steps=2)
-# Devices that hold one block of either tile per SM -> number of large tiles from which no SM is idle.
-LARGE_FROM = {"sm_86": 84, "sm_89": 142}
+# Devices that hold one block of either tile per SM, or two of the larger one (sm_100) -> the number of large tiles from
+# which no SM of their largest card is idle.
+LARGE_FROM = {"sm_86": 84, "sm_89": 142, "sm_100": 148, "sm_120": 188, "sm_121": 48}
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
@@ -82,7 +86,13 @@ def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Floa
 def _on_card(direction: Direction, rows_MC: jax.Array, weights: QTensor, layer: Layer) -> jax.Array:
     weight = operands(weights, layer, rows_MC.dtype)
     tile = tile_for(target_device(), rows_MC.shape[0], _columns(direction, weight))
-    return product(Machine(direction, rows_MC.dtype, weight.table), rows_MC, weight, tile)
+    return product(machine_for(target_device())(direction, rows_MC.dtype, weight.table), rows_MC, weight, tile)
+
+
+def machine_for(device: Device) -> type[Machine]:
+    """Returns the instructions of a device of a known compute capability."""
+    assert device.compute_capability is not None
+    return Machine if device.compute_capability < (9, 0) else TmaMachine
 
 
 def _columns(direction: Direction, weight: Operands) -> int:

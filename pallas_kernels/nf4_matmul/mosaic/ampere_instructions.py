@@ -1,4 +1,4 @@
-"""The instructions of the Ampere and Ada kernel and of its interpreted twin: copies, waits, decoding, product.
+"""The instructions of the mma.sync kernel and of its interpreted twin: copies, waits, decoding, product.
 
 Dimension key: a round is 128 of the contraction; _g device memory, _s shared memory.
 """
@@ -25,7 +25,7 @@ COPIES = 4  # copies per round, each a group of cp.async; the scales are in the 
 
 
 class Machine:
-    """The kernel's instructions on a card."""
+    """The kernel's instructions on a card before Hopper, which copies by cp.async."""
 
     # Mosaic's automatic barriers before copies would add four per round.
     options: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(unsafe_no_auto_barriers=True)}  # noqa: RUF012
@@ -77,15 +77,8 @@ class Machine:
         return fragments.in_order(sums.astype(self.dtype))
 
 
-class Interpreted:
-    """The twin's instructions, which Pallas can interpret; it copies and waits with barriers, as TMA does."""
-
-    def __init__(
-        self, direction: Direction, dtype: DTypeLike, table: np.ndarray, params: plgpu.InterpretGPUParams
-    ) -> None:
-        self.direction: Direction = direction
-        self.dtype, self.table = jnp.dtype(dtype), table
-        self.options: dict[str, Any] = {"interpret": params}
+class TmaCopies:
+    """Copies by TMA, and waits for barriers that count their bytes."""
 
     def barriers(self, steps: int) -> list[plgpu.Barrier]:
         """Returns one barrier per slot, for a round's copies and scales."""
@@ -104,6 +97,21 @@ class Interpreted:
         """Waits until the slot's copies have arrived; TMA requires a fence between reads and the refill of a slot."""
         plgpu.barrier_wait(arrived[0].at[slot])
         plgpu.commit_smem()
+
+
+class TmaMachine(TmaCopies, Machine):
+    """The kernel's instructions on a card with TMA and mma.sync: Mosaic has cp.async only before Hopper."""
+
+
+class Interpreted(TmaCopies):
+    """The twin's instructions, which Pallas can interpret: the copies and waits are those of TmaMachine."""
+
+    def __init__(
+        self, direction: Direction, dtype: DTypeLike, table: np.ndarray, params: plgpu.InterpretGPUParams
+    ) -> None:
+        self.direction: Direction = direction
+        self.dtype, self.table = jnp.dtype(dtype), table
+        self.options: dict[str, Any] = {"interpret": params}
 
     def constants(self, words_g) -> None:
         """Returns None: the select tree has its own constants."""

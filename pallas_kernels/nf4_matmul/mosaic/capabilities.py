@@ -19,11 +19,14 @@ class MostRows(NamedTuple):
 # A fused kernel saves writing and reading a dequantized weight: 4.5 bytes per weight for every M. Its loss against
 # cuBLAS grows with M. On an H100 it saves 1.34 ps per weight and loses a tenth of the 2 M / (0.75 x 989e12) s that
 # cuBLAS takes, so they are equal at M = 5000. On an A100 (2.2 ps, 312e12) they are equal at M = 2600, on an A6000
-# (5.9 ps, 155e12) at 3400. `skinny` makes two products of eight rows per decoded weight; for more rows, the others are
-# better.
+# (5.9 ps, 155e12) at 3400. On sm_120 and sm_121 cuBLAS multiplies by mma.sync too. On sm_100 it uses tcgen05, at least
+# twice as fast as mma.sync, whose rate NVIDIA does not publish: at half of 2.25e15, a B200 (0.52 ps) is at equal at
+# M = 500, at a quarter at 150. `skinny` makes two products of eight rows per decoded weight; for more rows, the others
+# are better.
 MOST_ROWS = {
     "hopper": MostRows(4096, by="reasoning"),
     "ampere": MostRows(2048, by="reasoning"),
+    "ampere on sm_100": MostRows(256, by="reasoning"),
     "skinny": MostRows(16, by="reasoning"),
 }
 
@@ -35,10 +38,16 @@ _EVERY_KERNEL = {
 }
 
 HOPPER = Capabilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"].rows), **_EVERY_KERNEL)
-AMPERE = Capabilities(devices=("sm_80", "sm_86", "sm_89"), rows=(1, MOST_ROWS["ampere"].rows), **_EVERY_KERNEL)
+MMA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "sm_121")
+AMPERE = Capabilities(
+    devices=MMA_DEVICES,
+    rows=(1, MOST_ROWS["ampere"].rows),
+    most_rows_on={"sm_100": MOST_ROWS["ampere on sm_100"].rows},
+    **_EVERY_KERNEL,
+)
 # Few rows occur in decoding, which has no backward.
 SKINNY = Capabilities(
-    devices=("sm_80", "sm_86", "sm_89", "sm_90"),
+    devices=(*MMA_DEVICES, "sm_90"),
     rows=(1, MOST_ROWS["skinny"].rows),
     directions=("forward",),
     **_EVERY_KERNEL,

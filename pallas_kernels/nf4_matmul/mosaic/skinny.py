@@ -1,4 +1,4 @@
-"""nf4_matmul of few rows (M <= 16) on Ampere, Ada and Hopper: bound by reading the codes once, not by instructions.
+"""nf4_matmul of few rows (M <= 16) from Ampere to Blackwell: bound by reading the codes once, not by instructions.
 
 A block of four warps computes 32 columns of the result, over all of K or a part of it. Each step reads 256 packed bytes
 of each of the 32 rows of codes, 64 per warp. A thread reads 16 bytes per row, by a vector load into registers, one step
@@ -14,7 +14,8 @@ allows 2.35. So they bound the kernel at 0.86 of the peak bandwidth there, and a
 bounds it. A product by multiply-adds would take one more instruction per weight to widen it, and one per row of x.
 
 Bytes in flight: latency x bandwidth is 0.6 us x 3.35 TB/s = 2.0 MB on an H100, 15 KB per SM. A thread has 64 bytes of
-codes of its next step in flight, a block 8 KB, so two blocks per SM cover it; the registers of an SM hold three.
+codes of its next step in flight, a block 8 KB, so two blocks per SM cover it; the registers of an SM hold three. On a
+B200, with 2.3 times the bandwidth, three cover 0.8 of it.
 
 The twin differs from the kernel only in `dot` (an einsum; see Interpreted). The race detector checks the exchange of
 sums, but sees a warpgroup as one thread: Mosaic's own barrier makes the warps wait for each other.

@@ -103,17 +103,25 @@ def batch_bytes(step: StepShape) -> int:
 def dequantized_traffic(step: StepShape) -> int:
     """Returns the bytes of dequantized weights that a step writes and reads, if each product dequantizes its weight.
 
-    That is 2 * 2 N K per product of the forward pass, the backward pass and the recomputation, and for each time that
-    an adapter reads the weight once more.
+    That is 2 * 2 N K per product; routed experts are left out.
+    """
+    products = weight_products(step)
+    return step.batch[0] * sum(products[name] * 2 * dequantized_bytes(shape) for name, shape in step.shapes())
+
+
+def weight_products(step: StepShape) -> dict[str, int]:
+    """Returns how often a micro-batch multiplies with a frozen weight of one layer, over the layers, by projection.
+
+    Counted are the forward pass, the backward pass and the recomputation, and each time that an adapter reads the
+    weight once more.
     """
     first, again = step.first_backward, "frozen again" in RECOMPUTED[step.remat]
-    total = 0
-    for name, shape in step.shapes():
+    products = {}
+    for name, _ in step.matrices():
         layer, more = step.adapter.products.get(name, 1), name in step.adapter.rereads
         recomputed = again * (layer * (name not in step.not_recomputed) + more)
-        products = step.layers(name) * (layer + more) + step.layers(name, first) * (layer + recomputed)
-        total += products * 2 * dequantized_bytes(shape)
-    return step.batch[0] * total
+        products[name] = step.layers(name) * (layer + more) + step.layers(name, first) * (layer + recomputed)
+    return products
 
 
 def logits_bytes(step: StepShape) -> int:

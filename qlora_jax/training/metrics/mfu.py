@@ -24,8 +24,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Int64
 
+from pallas_kernels import gpu_specs
 from pallas_kernels.devices import Device
-from pallas_kernels.gpu_specs import BF16_PEAKS
 from qlora_jax.data.batching.packing import Batch
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, method_work
@@ -139,4 +139,4 @@ def _attention_products(step: StepShape, *, backward: bool) -> Counter[int]:
 
 def peak_flops(device: Device, weights: WeightFormat) -> float | None:
     """Returns the peak FLOP/s of dense 16-bit products; None for CPUs, unknown devices and float32 runs."""
-    return BF16_PEAKS.get(device.kind) if weights.dtype in ("bfloat16", "float16") else None
+    return gpu_specs.peak_flops(device.kind, weights.dtype)

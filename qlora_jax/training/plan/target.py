@@ -19,6 +19,7 @@ from qlora_jax.models.precision import weight_format
 from qlora_jax.training.optimizer_state import physical_memory
 
 CPU = "cpu"
+FUSED_FROM = (8, 0)  # compute capability from which a card runs fused products; a plan for a size of memory assumes it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ def plan_target(card: str | None, memory: str | None) -> PlanTarget:
         return PlanTarget(card=None, memory_bytes=size or physical_memory())
     if card is None:
         assert size is not None
-        nearest_card = min(CARDS.values(), key=lambda each: abs(each.memory_bytes - size))
+        with_kernels = (each for each in CARDS.values() if each.compute_capability >= FUSED_FROM)
+        nearest_card = min(with_kernels, key=lambda each: abs(each.memory_bytes - size))
         return PlanTarget(card=nearest_card, memory_bytes=size)
     found = find_card(card)
     return PlanTarget(card=found, memory_bytes=size or found.memory_bytes)

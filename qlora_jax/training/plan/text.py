@@ -13,6 +13,8 @@ from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan, make_plan
 from qlora_jax.training.plan.records import KINDS, STATE, Requirements, RunPlan
 from qlora_jax.training.plan.reference import PlannedReference
 from qlora_jax.training.plan.requirements import compile_here
+from qlora_jax.training.plan.roofs import StepRoofs
+from qlora_jax.training.step_spec import StepSpec
 
 GIB = 2**30
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -20,8 +22,14 @@ MARKS = {"compiled": "", "fitted": "~", "estimated": "?"}
 LEGEND = {"fitted": "~ interpolated from compiled steps", "estimated": "? estimated by formula, without compiling"}
 
 
-def print_plan(plan: Plan, title: str, console: Console, reference: PlannedReference | None = None) -> None:
-    """Prints a table of bytes by kind, the verdict, and what would fit."""
+def print_plan(
+    plan: Plan,
+    title: str,
+    console: Console,
+    reference: PlannedReference | None = None,
+    roofs: StepRoofs | None = None,
+) -> None:
+    """Prints a table of bytes by kind, the verdict, what would fit, and the step's parts at the card's roofs."""
     columns = [plan.requested, plan.other_paging, *plan.shorter]
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("GiB on the device" if plan.requested.config.mesh is None else "GiB on each device")
@@ -39,6 +47,37 @@ def print_plan(plan: Plan, title: str, console: Console, reference: PlannedRefer
     before = [] if reference is None else [f"reference pass before step 1: {reference}"]
     for line in (*_legend(columns), *verdict(plan), *before):
         console.print(line, highlight=False, soft_wrap=True)
+    if roofs is not None:
+        _print_roofs(roofs, plan.requested.config, console)
+
+
+def _print_roofs(roofs: StepRoofs, config: StepSpec, console: Console) -> None:
+    """Prints the parts of a step with the roof that binds each, and the tokens per second at the roofs."""
+    accumulated, rows, length = config.batch
+    of = f"an optimizer step of {accumulated} x {rows} x {length} tokens"
+    rates = f"{roofs.peak / 1e12:,.1f} TFLOP/s in {roofs.dtype}, {roofs.card.bandwidth / 1e9:,.0f} GB/s"
+    title = f"at the roofs of {roofs.card.description} ({rates}), {of}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("part" if config.mesh is None else "part, of each device")
+    for name in ("TFLOP", "GB", "milliseconds"):
+        table.add_column(name, justify="right")
+    table.add_column("bound by")
+    for name, part in roofs.parts.items():
+        numbers = (part.flops / 1e12, part.moved / 1e9, 1e3 * part.roofline.seconds)
+        table.add_row(name, *(f"{number:,.2f}" for number in numbers), part.bound)
+    console.print()
+    console.print(table)
+    for line in roofs_verdict(roofs):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def roofs_verdict(roofs: StepRoofs) -> list[str]:
+    """Returns lines with the tokens per second at the roofs, and at the share of them that the card has measured."""
+    speed, share = roofs.tokens_per_second, roofs.measured_share
+    lines = [f"at most {speed:,.0f} tokens per second: {roofs.seconds:.3g} s per step, by arithmetic"]
+    if share is None:
+        return [*lines, "no step was measured on this card, so its share of that speed is not known"]
+    return [*lines, f"{share * speed:,.0f} tokens per second at {share:.0%} of that speed, as measured on this card"]
 
 
 def verdict(plan: Plan) -> list[str]:
@@ -69,8 +108,8 @@ def verdict(plan: Plan) -> list[str]:
     return lines
 
 
-def as_json(plan: Plan, reference: PlannedReference | None = None) -> dict[str, object]:
-    """Returns every number of the plan in bytes, for JSON."""
+def as_json(plan: Plan, reference: PlannedReference | None = None, roofs: StepRoofs | None = None) -> dict[str, object]:
+    """Returns every number of the plan for JSON: bytes, and FLOP and seconds of the step at the roofs."""
     named = {"asked": plan.requested, "otherwise": plan.other_paging, "longest": plan.longest, "largest": plan.largest}
     found: dict[str, object] = {
         name: requirements and _requirements_json(requirements) for name, requirements in named.items()
@@ -80,7 +119,18 @@ def as_json(plan: Plan, reference: PlannedReference | None = None) -> dict[str, 
     found |= {name: change and _change_json(change) for name, change in changes.items()}
     if reference is not None:
         found["reference"] = reference.work._asdict() | {"share": reference.share, "device": reference.device}
+    found["roofs"] = roofs and _roofs_json(roofs)
     return {"fits": plan.fits, "limit": plan.limit} | found
+
+
+def _roofs_json(roofs: StepRoofs) -> dict[str, object]:
+    parts = {
+        name: {"flops": part.flops, "bytes": part.moved, "seconds": part.roofline.seconds, "bound": part.bound}
+        for name, part in roofs.parts.items()
+    }
+    rates = {"card": roofs.card.name, "dtype": roofs.dtype, "peak": roofs.peak, "bandwidth": roofs.card.bandwidth}
+    names = ("tokens", "seconds", "tokens_per_second", "measured_share")
+    return rates | {"parts": parts} | {name: getattr(roofs, name) for name in names}
 
 
 def _change_json(change: Change) -> dict[str, object]:

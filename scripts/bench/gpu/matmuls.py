@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_matmul import dot
-from pallas_kernels.devices import Device
+from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import reference
@@ -80,7 +80,7 @@ def _hopper(direction: Direction, tile: hopper.Tile, interpret: Interpreter) -> 
 def _ampere(direction: Direction, tile: ampere.Tile, interpret: Interpreter) -> Product:
     table, dtype = CODE_TABLES["nf4"], jnp.bfloat16
     if interpret is None:
-        instructions = ampere_instructions.Machine(direction, dtype, table)
+        instructions = ampere.machine_for(target_device())(direction, dtype, table)
     else:
         instructions = ampere_instructions.Interpreted(direction, dtype, table, interpret)
     return lambda rows, weight: ampere.product(instructions, rows, operands(weight, None, dtype), tile)

@@ -18,6 +18,9 @@ CASES = {
     "a100": ("ampere_forward", "ampere_backward"),
     "a6000": ("ampere_forward", "ampere_backward"),
     "rtx4090": ("ampere_forward", "ampere_backward"),
+    "rtx5090": ("ampere_forward", "ampere_backward"),
+    "gb10": ("ampere_forward", "ampere_backward"),
+    "b200": ("ampere_forward", "ampere_backward"),
 }
 
 
@@ -59,7 +62,7 @@ def largest_array_made(text, rows):
     return max(sizes[kind] * math.prod(shape) for kind, shape in shapes if shape[0] not in rows)
 
 
-@pytest.mark.parametrize("card", some_in_ci([(card,) for card in CASES], lambda index: index == 0))
+@pytest.mark.parametrize("card", some_in_ci([(card,) for card in CASES], lambda index: index in (0, 4)))
 def test_one_launch_per_direction_and_no_expert_dequantized(compile_for, card):
     tiles, tile = 100, 64
     compiled = compiled_for(compile_for, card, step, tiles, tile)
@@ -71,7 +74,7 @@ def test_one_launch_per_direction_and_no_expert_dequantized(compile_for, card):
     assert compiled.memory.device.temporaries <= 2 * tiles * tile * SHAPE[0] + 2 * scales + 4096
 
 
-@pytest.mark.parametrize("card", some_in_ci([("h100",), ("a100",)], lambda index: False))
+@pytest.mark.parametrize("card", some_in_ci([("h100",), ("a100",), ("rtx5090",), ("b200",)], lambda index: False))
 def test_decoding_multiplies_tiles_of_eight_rows(compile_for, card):
     compiled = compiled_for(compile_for, card, grouped_matmul, 32, 8)
     (kernel,) = (kernel for kernel in compiled.kernels if kernel.tensor_core_instructions)

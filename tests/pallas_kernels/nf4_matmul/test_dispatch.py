@@ -11,12 +11,19 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import aot, devices
 from pallas_kernels.devices import Device, device_of, target_device
+from pallas_kernels.grouped_matmul import api as grouped
 from pallas_kernels.kernel_report import device_of_card
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Capabilities, Implementation, choose, refusal
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
 CPU = Device(platform="cpu", kind="cpu")
+
+
+def grouped_choice(device, call):
+    return choose(device, call, grouped.IMPLEMENTATIONS, api.preference(device, grouped.PREFERENCE))
+
+
 H100 = Device(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
 A100 = Device(platform="gpu", kind="NVIDIA A100-SXM4-80GB", compute_capability=(8, 0))
 CALL = Call.of("forward", 16, jnp.dtype(jnp.bfloat16), weight((64, 128)))
@@ -88,6 +95,41 @@ def test_a_compute_capability_that_is_no_number_is_unknown():
 def test_a_refusal_says_what_was_given_and_what_is_possible(capabilities, part):
     assert refusal(capabilities, H100, CALL) == part
     assert refusal(Capabilities(), H100, CALL) is None
+
+
+def test_a_device_may_have_its_own_maximum_of_rows():
+    capabilities = Capabilities(rows=(2, 64), most_rows_on={"sm_90": 8})
+    assert refusal(capabilities, H100, CALL) == "takes 2 to 8 rows, not 16"
+    assert refusal(capabilities, A100, CALL) is refusal(capabilities, H100, dataclasses.replace(CALL, rows=8)) is None
+
+
+@pytest.mark.parametrize(
+    ("card", "rows", "forward", "backward"),
+    [
+        ("rtx5090", 16, "skinny", "ampere"),
+        ("gb10", 2048, "ampere", "ampere"),
+        ("rtxpro6000", 2049, "reference", "reference"),
+        ("b200", 256, "ampere", "ampere"),
+        ("b200", 257, "reference", "reference"),
+        ("l4", 2048, "ampere", "ampere"),
+        ("rtx3090", 17, "ampere", "ampere"),
+    ],
+)
+def test_each_card_gets_the_fastest_kernel_that_it_runs(card, rows, forward, backward):
+    call = dataclasses.replace(CALL, layout="split_k", rows=rows)
+    ways = (dataclasses.replace(call, direction=direction) for direction in DIRECTIONS)
+    assert [api.choose_implementation(device_of_card(card)[0], way).name for way in ways] == [forward, backward]
+
+
+@pytest.mark.parametrize("choose_for", [api.choose_implementation, grouped_choice], ids=["product", "experts"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_t4_runs_no_fused_kernel_and_says_why(choose_for, dtype):
+    call = dataclasses.replace(CALL, layout="split_k", dtype=dtype)
+    choice = choose_for(device_of_card("t4")[0], call)
+    assert choice.name in ("reference", "loop")
+    devices = "sm_80, sm_86, sm_89, sm_100, sm_120, sm_121"
+    assert choice.refusals["ampere"].startswith(f"runs on {devices}, not on Tesla T4 (sm_75)")
+    assert choice.refusals["skinny"].startswith(f"runs on {devices}, sm_90, not on Tesla T4 (sm_75)")
 
 
 def test_all_reasons_of_a_refusal_come_at_once():

@@ -130,6 +130,8 @@ def test_layers_before_the_first_adapter_have_no_backward_products():
     [
         *((card.description, "bfloat16", card.bf16_flops) for card in CARDS.values()),
         ("NVIDIA A100-SXM4-40GB", "float16", 312e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("Tesla T4", "float16", 65e12),
         ("NVIDIA H100 80GB HBM3", "float32", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
         ("NVIDIA Voodoo", "bfloat16", None),

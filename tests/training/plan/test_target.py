@@ -15,6 +15,7 @@ from tests.io.tiny_models import tiny_config, write_folder
 def test_a_target_is_a_card_or_the_nearest_by_memory():
     assert plan_target("a100", None).memory_bytes == CARDS["a100"].memory_bytes
     assert plan_target(None, "24GiB").card.name == "rtx4090" and plan_target(None, "24GiB").memory_bytes == 24 * 2**30
+    assert plan_target(None, "16GiB").card.name == "l4"  # a T4 is nearer, and runs other kernels than most cards
     assert plan_target("cpu", None).card is None and plan_target("cpu", None).memory_bytes > 2**30
     with pytest.raises(ValueError, match="Did you mean 'rtx4090'"):
         plan_target("rtx409", None)

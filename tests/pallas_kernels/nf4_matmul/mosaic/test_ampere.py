@@ -1,7 +1,8 @@
-"""The twin of the Ampere and Ada kernels, interpreted with the race detector; broken copies must be detected."""
+"""The twin of the mma.sync kernels, interpreted with the race detector; broken copies must be detected."""
 
 import collections
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from pallas_kernels.devices import Device
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import ampere
 from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Tile, product
-from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import COPIES, Interpreted, Machine
+from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import COPIES, Interpreted, Machine, TmaMachine
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.marks import some_in_ci
@@ -83,6 +84,10 @@ def test_the_larger_tile_where_it_costs_no_block_and_fills_the_card():
     assert ampere.tile_for(device((8, 6)), 512, 4096) == LARGE
     assert ampere.tile_for(device((8, 9)), 512, 4096) == SMALL
     assert ampere.tile_for(device((8, 9)), 1024, 4096) == LARGE
+    assert ampere.tile_for(device((12, 0)), 512, 5888) == SMALL  # 184 blocks of 188
+    assert ampere.tile_for(device((12, 0)), 512, 6144) == LARGE
+    assert ampere.tile_for(device((12, 1)), 512, 1536) == ampere.tile_for(device((10, 0)), 256, 9472) == LARGE
+    assert ampere.tile_for(device((12, 1)), 512, 1408) == ampere.tile_for(device((10, 0)), 256, 9344) == SMALL
 
 
 # Broken copies: each changes one line of the kernel or of its twin
@@ -152,6 +157,40 @@ def test_a_wait_leaves_in_flight_what_was_started_for_later_rounds(direction, ti
     # Before the loop: the rounds that the first wait leaves in flight, and the one that it waits for.
     everywhere = equations_by_name(traced.jaxpr)
     assert len(everywhere["copy_gmem_to_smem"]) == tile.steps * COPIES
+
+
+def order_of_a_round(direction, tile, instructions):
+    """Returns the names of the equations of one round that copy, wait or read shared memory, in order."""
+    weights = stack((192, 320))
+    x = jnp.zeros((128, 320 if direction == "forward" else 192), BF16)
+    traced = jax.make_jaxpr(lambda x: product(instructions, x, operands(weights, 1, BF16), tile))(x)
+    ordered = {"barrier_wait", "commit_smem", "copy_gmem_to_smem", "wait_gmem_to_smem"}
+    rounds = [
+        [str(e.primitive) for e in equations(body) if str(e.primitive) in ordered] for body in loops(traced.jaxpr)
+    ]
+    (one_round,) = filter(None, rounds)
+    return one_round
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("tile", [SMALL, LARGE])
+def test_with_tma_a_card_copies_and_waits_as_the_twin_does(direction, tile):
+    """The race detector checks the twin, so its order must be the card's: wait, fence and barrier, then the copies."""
+    table = CODE_TABLES["nf4"]
+    found = [
+        order_of_a_round(direction, tile, instructions)
+        for instructions in (TmaMachine(direction, BF16, table), Interpreted(direction, BF16, table, DETECTING))
+    ]
+    assert found[0] == found[1] == ["barrier_wait", "commit_smem", *["copy_gmem_to_smem"] * (COPIES + 1)]
+    (barriers,) = TmaMachine(direction, BF16, table).barriers(tile.steps)
+    assert (barriers.num_arrivals, math.prod(barriers.num_barriers)) == (COPIES + 1, tile.steps)
+
+
+def test_copies_are_by_tma_where_a_card_has_it():
+    capabilities = {(8, 0): Machine, (8, 6): Machine, (8, 9): Machine}
+    capabilities |= {(10, 0): TmaMachine, (12, 0): TmaMachine, (12, 1): TmaMachine}
+    for capability, machine in capabilities.items():
+        assert ampere.machine_for(Device(platform="gpu", kind="", compute_capability=capability)) is machine
 
 
 def equations_by_name(jaxpr):
