@@ -7,7 +7,7 @@ CUDA's deviceQuery printed on such cards, as published by their users. The memor
 an estimate, less than the nominal 24 and 48 GB. GB10 shares its memory with the processor and the operating system.
 Shared memory of compute capabilities is that of NVIDIA's CUDA programming guide (XLA's 131072 bytes per SM of
 rtx6000pro include the L1 cache). `bf16_flops` is from data sheets: dense (not sparse) tensor cores, f32 accumulation.
-For GB10 NVIDIA publishes only sparse FP4: the row has what mma.sync with operands in registers measured.
+For GB10 NVIDIA publishes only sparse FP4: the row has an eighth of it, the ratio of rtxpro6000's data sheet.
 
 XLA's own code compiles for all of them. Compiling a Hopper kernel (wgmma) for `b200` is an error; with jax 0.12.0.1 it
 ends the compiler's process.
@@ -268,8 +268,8 @@ _ROWS = [
         memory_bytes=128523960320,
         bandwidth=273000000000,
         clock_ghz=2.418,
-        bf16_flops=212.9e12,
-        source="deviceQuery; bandwidth: NVIDIA DGX Spark data sheet; peak: measured, NVIDIA developer forum, 2025-11",
+        bf16_flops=125e12,
+        source="deviceQuery; bandwidth: NVIDIA DGX Spark data sheet; peak: an eighth of its 1e15 in sparse FP4",
         **SMALL_BLACKWELL,
     ),
 ]
