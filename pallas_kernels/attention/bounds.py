@@ -1,0 +1,158 @@
+"""The keys that each query sees, as intervals, and the blocks that kernels visit.
+
+A query sees the keys [start, query], of its own segment if there are ids; in rows with branches also those of its trunk
+[trunk, trunk_end). Blocks that no query of a block sees are not visited, and blocks that all of its queries see whole
+are not masked. Where ids do not ascend, or the queries of one block belong to branches of different trunks, a block
+that is between two visited ones is visited, too, and wholly masked.
+
+Dimension key: B batch, T positions, I blocks of queries, J blocks of keys.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.attention.branching import Spans
+
+
+class Block(NamedTuple):
+    """The sizes of a tile."""
+
+    queries: int
+    keys: int
+
+
+class Visible(NamedTuple):
+    """The keys that each query sees.
+
+    Attributes:
+      start_BT: first key of the interval that ends with the query.
+      id_BT: segment, of which keys in this interval must be; None: any.
+      trunk_BT, trunk_end_BT: the second interval, empty for texts without a trunk; None: no query has one.
+    """
+
+    start_BT: Int[Array, "B T"]
+    id_BT: Int[Array, "B T"] | None = None
+    trunk_BT: Int[Array, "B T"] | None = None
+    trunk_end_BT: Int[Array, "B T"] | None = None
+
+    @classmethod
+    def of(
+        cls, batch: int, length: int, texts: Int[Array, "B T"] | Spans | None, window: int | Int[Array, ""] | None
+    ) -> "Visible":
+        """Returns the keys that queries of rows of `length` positions see; arguments as in `causal_attention`."""
+        at_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        of_window_BT = jnp.zeros_like(at_BT) if window is None else jnp.maximum(at_BT - window + 1, 0)
+        if texts is None:
+            return cls(of_window_BT)
+        if not isinstance(texts, Spans):
+            return cls(of_window_BT, texts.astype(jnp.int32))
+        trunk_BT = texts.trunk_BT
+        if window is not None:
+            trunk_BT = jnp.maximum(trunk_BT, at_BT - texts.gap_BT - window + 1)
+        return cls(jnp.maximum(texts.begin_BT, of_window_BT), None, trunk_BT, texts.begin_BT - texts.gap_BT)
+
+    def padded(self, length: int) -> "Visible":
+        """Returns the intervals of rows of `length` positions; those at the end see what the last one does."""
+
+        def longer(x_BT):
+            return jnp.pad(x_BT, ((0, 0), (0, length - x_BT.shape[1])), mode="edge")
+
+        return jax.tree.map(longer, self)
+
+
+class _Seen(NamedTuple):
+    """What the queries of each block see together, in positions [B, I]; of trunks, only those that are not empty."""
+
+    first: jax.Array
+    latest: jax.Array
+    trunk_first: jax.Array
+    trunk_end: jax.Array
+    trunk_latest: jax.Array
+    trunk_earliest_end: jax.Array
+
+    @classmethod
+    def of(cls, visible: Visible, queries: int) -> "_Seen":
+        def blocks(x_BT):
+            return x_BT.reshape(x_BT.shape[0], -1, queries)
+
+        start = blocks(visible.start_BT)
+        first, latest = jnp.min(start, axis=2), jnp.max(start, axis=2)
+        if visible.id_BT is not None:
+            latest = jnp.maximum(latest, jnp.max(blocks(_run_starts(visible.id_BT)), axis=2))
+        if visible.trunk_BT is None:
+            never = jnp.full_like(first, visible.start_BT.shape[1])
+            return cls(first, latest, never, jnp.zeros_like(first), never, jnp.zeros_like(first))
+        trunk, end = blocks(visible.trunk_BT), blocks(visible.trunk_end_BT)
+        some = trunk < end
+        return cls(
+            first,
+            latest,
+            jnp.min(jnp.where(some, trunk, visible.start_BT.shape[1]), axis=2),
+            jnp.max(jnp.where(some, end, 0), axis=2),
+            jnp.max(trunk, axis=2),
+            jnp.min(end, axis=2),
+        )
+
+
+def _run_starts(id_BT: jax.Array) -> jax.Array:
+    """Returns the start of the run of equal ids that each position is in."""
+    is_new_BT = jnp.pad(id_BT[:, 1:] != id_BT[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(is_new_BT, jnp.arange(id_BT.shape[1], dtype=jnp.int32), 0), axis=1)
+
+
+def whole_from(visible: Visible, queries: int) -> Int[Array, "B I 3"]:
+    """Returns, for each block of queries, which keys all of them see: those from [0] on, and those in [[1], [2])."""
+    seen = _Seen.of(visible, queries)
+    return jnp.stack([seen.latest, seen.trunk_latest, seen.trunk_earliest_end], axis=2)
+
+
+def key_visits(visible: Visible, block: Block) -> Int[Array, "B I 4"]:
+    """Returns the blocks of keys that each block of queries visits, as `_two_ranges`: the trunk's, and its own."""
+    seen = _Seen.of(visible, block.queries)
+    length = visible.start_BT.shape[1]
+    after_I = jnp.arange(block.queries, length + 1, block.queries, dtype=jnp.int32)
+    first = seen.first // block.keys
+    if visible.id_BT is not None:
+        first = jnp.maximum(first, jnp.argmax(_ids_meet(visible.id_BT, block), axis=2).astype(jnp.int32))
+    trunk = seen.trunk_first // block.keys, jnp.minimum(-(-seen.trunk_end // block.keys), first)
+    return _two_ranges(trunk, (first, jnp.broadcast_to(-(-after_I // block.keys), first.shape)))
+
+
+def query_visits(visible: Visible, block: Block) -> Int[Array, "B J 4"]:
+    """Returns the blocks of queries that each block of keys visits, as `_two_ranges`: of its own text, of branches."""
+    seen = _Seen.of(visible, block.queries)
+    length = visible.start_BT.shape[1]
+    starts_J = jnp.arange(0, length, block.keys, dtype=jnp.int32)
+    ends_J = starts_J + block.keys
+    blocks_I1 = jnp.arange(length // block.queries, dtype=jnp.int32)[:, None]
+    sees_BIJ = seen.first[..., None] < ends_J
+    if visible.id_BT is not None:
+        sees_BIJ &= _ids_meet(visible.id_BT, block)
+    first = jnp.broadcast_to(starts_J // block.queries, sees_BIJ[:, 0].shape)
+    own_end = jnp.max(jnp.where(sees_BIJ, blocks_I1 + 1, 0), axis=1)
+    of_trunk_BIJ = (seen.trunk_first[..., None] < ends_J) & (seen.trunk_end[..., None] > starts_J)
+    of_trunk_BIJ &= blocks_I1 >= own_end[:, None]
+    from_trunk = jnp.min(jnp.where(of_trunk_BIJ, blocks_I1, length), axis=1)
+    to_trunk = jnp.max(jnp.where(of_trunk_BIJ, blocks_I1 + 1, 0), axis=1)
+    return _two_ranges((first, own_end), (from_trunk, to_trunk))
+
+
+def _ids_meet(id_BT: jax.Array, block: Block) -> jax.Array:
+    """Returns True where the range of ids of a block of queries meets that of a block of keys, [B, I, J]."""
+
+    def ranges(size):
+        blocks = id_BT.reshape(id_BT.shape[0], -1, size)
+        return jnp.min(blocks, axis=2), jnp.max(blocks, axis=2)
+
+    (low_BI, high_BI), (low_BJ, high_BJ) = ranges(block.queries), ranges(block.keys)
+    return (low_BI[..., None] <= high_BJ[:, None]) & (low_BJ[:, None] <= high_BI[..., None])
+
+
+def _two_ranges(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Returns [..., 4]: the visits of both ranges (first, end), of the first, and shifts from a visit to its block."""
+    count = jnp.maximum(one[1] - one[0], 0)
+    more = jnp.maximum(other[1] - other[0], 0)
+    return jnp.stack([count + more, count, one[0], other[0] - count], axis=-1).astype(jnp.int32)
