@@ -1,9 +1,9 @@
 """NVIDIA GPUs as data: their specifications, and the text from which XLA compiles for an absent one.
 
 Sources: `h100`, `h200`, `b200`, `a100` and `a6000` are XLA's descriptions, shortened (openxla/xla,
-xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000). XLA has none for `rtx4090`, `rtx3090`
-and `l40s`: those rows follow NVIDIA's data sheets and the a6000, and were never compared with a card. Their
-`memory_bytes` in particular is an estimate of what such a card reports, less than the nominal 24 and 48 GB.
+xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000). XLA has none for `rtx4090`, `rtx3090`,
+`l40s` and `rtx5090`: those rows follow NVIDIA's data sheets and the a6000, and were never compared with a card. Their
+`memory_bytes` in particular is an estimate of what such a card reports, less than the nominal 24, 32 and 48 GB.
 `bf16_flops` is from memory of data sheets: dense (not sparse) tensor cores, f32 accumulation. It agrees with XLA's
 clocks for h100, h200 and b200; the others are unchecked.
 
@@ -70,6 +70,8 @@ HOPPER = {
     "shared_memory_per_sm": 233472,
     "shared_memory_per_block": 232448,
 }
+
+BLACKWELL_RTX = SMALL | {"accelerated": True}  # TMA; without wgmma and tcgen05
 
 _ROWS = [
     Card(
@@ -183,6 +185,20 @@ _ROWS = [
         bf16_flops=362e12,
         source="by hand; peak: NVIDIA L40S data sheet (733 with sparsity)",
         **SMALL,
+    ),
+    Card(
+        name="rtx5090",
+        description="NVIDIA GeForce RTX 5090",
+        compute_capability=(12, 0),
+        sm_count=170,
+        fp32_cores_per_sm=128,
+        l2_bytes=100663296,
+        memory_bytes=33668988928,
+        bandwidth=1792000000000,
+        clock_ghz=2.407,
+        bf16_flops=209.5e12,
+        source="by hand; peak: NVIDIA RTX Blackwell white paper (f32 accumulation)",
+        **BLACKWELL_RTX,
     ),
 ]
 

@@ -8,13 +8,13 @@ from pallas_kernels.gpu_specs import CARDS, find_card, target_config
 
 
 def test_the_five_cards_and_their_successors_are_there():
-    assert set(CARDS) == {"h100", "h200", "b200", "a100", "a6000", "rtx4090", "rtx3090", "l40s"}
+    assert set(CARDS) == {"h100", "h200", "b200", "a100", "a6000", "rtx4090", "rtx3090", "l40s", "rtx5090"}
     assert all(card.name == name for name, card in CARDS.items())
 
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("h100", "sm_90a"), ("b200", "sm_100a"), ("a100", "sm_80"), ("a6000", "sm_86"), ("l40s", "sm_89")],
+    [("h100", "sm_90a"), ("b200", "sm_100a"), ("a100", "sm_80"), ("a6000", "sm_86"), ("l40s", "sm_89"), ("rtx5090", "sm_120a")],
 )
 def test_architecture(name, architecture):
     assert CARDS[name].architecture == architecture
@@ -53,5 +53,5 @@ def test_an_unknown_card_is_told_with_the_nearest(name, suggestion):
 
 
 def test_a_card_that_is_like_none_gets_no_suggestion():
-    with pytest.raises(ValueError, match=r"known: h100, h200, b200, a100, a6000, rtx4090, rtx3090, l40s\)\.$"):
+    with pytest.raises(ValueError, match=r"known: h100, h200, b200, a100, a6000, rtx4090, rtx3090, l40s, rtx5090\)\.$"):
         find_card("voodoo")

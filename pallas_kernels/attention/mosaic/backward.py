@@ -67,7 +67,7 @@ def dq(
         do.wait(do_here)
         mean = _mean(do, queries_of(out_g), do_s)
         do.store_rows(mean, mean_g.at[b, n, pl.ds(row, rows)])
-        q_kept, do_kept = (do.left(q_s), do.left(do_s)) if width <= IN_REGISTERS else (None, None)
+        q_kept, do_kept = (list(do.left(q_s)), list(do.left(do_s))) if width <= IN_REGISTERS else (None, None)
 
         def step(visited, sums):
             column = visits.block(visited) * keys

@@ -65,7 +65,7 @@ def forward(
         do.copy(queries_of(q_g), q_s, q_here)
         copy_keys(k_g, jnp.int32(0), k_s, k_here)
         do.wait(q_here)
-        kept = do.left(q_s) if width <= IN_REGISTERS else None
+        kept = list(do.left(q_s)) if width <= IN_REGISTERS else None
 
         def step(visited, carry):
             sums, top, total = carry

@@ -14,6 +14,7 @@ The twin and the race detector do not check that cp.async's waits count groups (
 a barrier precedes each refill of a buffer. Dimension key: _g device memory, _s shared memory.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from jax.typing import DTypeLike
 from pallas_kernels.mosaic.registers import MosaicValue, fragmented
 
 EIGHT = 8  # rows of a swizzled tile in shared memory
+# Parts of a contraction whose operands are loaded together. Larger ones would spill at head_dim 256.
+COLUMNS, ROWS = 64, 16
 SWIZZLES = (128, 64, 32)  # bytes of its rows; all are free of bank conflicts for ldmatrix
 
 
@@ -84,7 +87,7 @@ class _Groups:
         through_s[...] = tile.astype(through_s.dtype)
         self.sync()
         layout = plgpu.Layout.SMEM_GMEM_COPY(through_s.shape, through_s.dtype, swizzle=_swizzle(*through_s.shape[1:]))
-        target_g[...] = plgpu.load(through_s, layout=layout)
+        plgpu.store(target_g, plgpu.load(through_s, layout=layout), optimized=False)
 
 
 class _Registers:
@@ -120,25 +123,35 @@ class _Registers:
         """Loads a tile as f32."""
         return plgpu.load(ref, layout=self.acc, optimized=False).astype(jnp.float32)
 
-    def left(self, ref_s: MosaicValue) -> jax.Array:
-        """Loads a left operand [rows, contraction] from shared memory (ldmatrix)."""
-        return plgpu.load(ref_s, layout=self.lhs, optimized=False)
+    def left(self, ref_s: MosaicValue) -> Iterator[jax.Array]:
+        """Loads a left operand [rows, contraction] from shared memory (ldmatrix), in parts of the contraction."""
+        for at in _parts(ref_s.shape[1], COLUMNS):
+            yield plgpu.load(ref_s.at[:, at], layout=self.lhs, optimized=False)
 
-    def multiply_transposed(self, left: jax.Array, ref_s: MosaicValue) -> jax.Array:
-        """Computes left @ ref^T for a left operand; ldmatrix reads the right one as it is needed."""
-        zeros = self.full((left.shape[0], ref_s.shape[0]), 0.0)
-        return self._mma(zeros, left, plgpu.load(ref_s.T, layout=self.rhs, optimized=False), self.lhs)
+    def multiply_transposed(self, left: Iterable[jax.Array], ref_s: MosaicValue) -> jax.Array:
+        """Computes left @ ref^T for the parts of a left operand."""
+        sums = None
+        for one, at in zip(left, _parts(ref_s.shape[1], COLUMNS), strict=True):
+            if sums is None:
+                sums = self.full((one.shape[0], ref_s.shape[0]), 0.0)
+            right = plgpu.load(ref_s.at[:, at].T, layout=self.rhs, optimized=False)
+            sums = self._mma(sums, one, right, self.lhs, 0)
+        return sums
 
     def multiply_add(self, sums: jax.Array, tile: jax.Array, ref_s: MosaicValue) -> jax.Array:
         """Computes sums + tile @ ref for a tile of f32, rounded to 16 bits; ldmatrix.trans reads the right operand."""
-        right = plgpu.load(ref_s, layout=self.rhs, optimized=False)
-        return self._mma(sums, tile.astype(self.dtype), right, self.acc)
+        tile = tile.astype(self.dtype)
+        for at in _parts(ref_s.shape[0], ROWS):
+            right = plgpu.load(ref_s.at[at], layout=self.rhs, optimized=False)
+            sums = self._mma(sums, tile, right, self.acc, at.start)
+        return sums
 
-    def _mma(self, sums: jax.Array, left: jax.Array, right: jax.Array, layout: MosaicValue) -> jax.Array:
-        """Multiplies with a left operand in `layout`, whose registers are those of a left operand in either layout."""
+    def _mma(self, sums: jax.Array, left: jax.Array, right: jax.Array, layout: MosaicValue, first: int) -> jax.Array:
+        """Multiplies the columns of a left operand from `first` on, in a layout whose registers are those of `lhs`."""
 
         def emit(ctx, sums, left, right):
-            return mgpu.mma(sums, fragmented(left.registers, self.lhs, left.shape), right)
+            left = fragmented(left.registers, self.lhs, left.shape)
+            return mgpu.mma(sums, left[:, first : first + right.shape[0]], right)
 
         result = plgpu.ShapeDtypeStruct(sums.shape, jnp.dtype(jnp.float32), layout=self.acc)
         return plgpu.inline_mgpu(arg_types=(self.acc, layout, self.rhs), return_type=result)(emit)(sums, left, right)
@@ -183,13 +196,14 @@ class Interpreted(_Barriers):
         """Loads a tile as f32."""
         return ref[...].astype(jnp.float32)
 
-    def left(self, ref_s: MosaicValue) -> jax.Array:
-        """Loads a left operand."""
-        return ref_s[...]
+    def left(self, ref_s: MosaicValue) -> Iterator[jax.Array]:
+        """Loads a left operand, in one part."""
+        yield ref_s[...]
 
-    def multiply_transposed(self, left: jax.Array, ref_s: MosaicValue) -> jax.Array:
+    def multiply_transposed(self, left: Iterable[jax.Array], ref_s: MosaicValue) -> jax.Array:
         """Computes left @ ref^T."""
-        return jnp.dot(left, ref_s[...].T, preferred_element_type=jnp.float32)
+        (whole,) = left
+        return jnp.dot(whole, ref_s[...].T, preferred_element_type=jnp.float32)
 
     def multiply_add(self, sums: jax.Array, tile: jax.Array, ref_s: MosaicValue) -> jax.Array:
         """Computes sums + tile @ ref for a tile of f32, rounded to the operands' dtype."""
@@ -216,6 +230,10 @@ def swizzled(rows: int, width: int, dtype: DTypeLike) -> plgpu.SMEM:
 
 def _swizzle(width: int, itemsize: int = 2) -> int:
     return next(size for size in SWIZZLES if width * itemsize % size == 0)
+
+
+def _parts(size: int, most: int) -> list[pl.Slice]:
+    return [pl.ds(first, min(most, size - first)) for first in range(0, size, most)]
 
 
 def rem_div(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
