@@ -136,9 +136,7 @@ def dkv(
     do: Instructions,
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Returns (dk, dv): from one kernel, or from two if the sums of both do not fit the registers."""
-    run = functools.partial(
-        _dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, visible, scores=scores, do=do
-    )
+    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, visible, scores=scores, do=do)
     if k_BTKH.shape[3] <= IN_REGISTERS:
         dk, dv = run(("dk", "dv"))
         return dk, dv

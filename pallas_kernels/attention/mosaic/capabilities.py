@@ -14,11 +14,13 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 def unsupported_reason(device: Device, dtype: DTypeLike, head_dim: int) -> str | None:
     """Returns all reasons why the kernels cannot compute attention on a device, or None if they can."""
     table = (
-        ("run on", DEVICES, device.names[0], str(device)),
-        ("take dtype", DTYPES, str(dtype), str(dtype)),
-        ("take head_dim", HEAD_DIMS, head_dim, head_dim),
+        ("run on", DEVICES, device.names[0], device),
+        ("take", DTYPES, str(dtype), dtype),
+        ("take head dims", HEAD_DIMS, head_dim, head_dim),
     )
     problems = [
-        f"{verb} {', '.join(map(str, known))}, not {shown}" for verb, known, found, shown in table if found not in known
+        f"mma kernels {verb} {', '.join(map(str, known))}, not {shown}"
+        for verb, known, found, shown in table
+        if found not in known
     ]
-    return "; ".join(problems) or installation.problem()
+    return "; ".join(problems) or ((missing := installation.problem()) and f"mma kernels: {missing}")

@@ -29,7 +29,7 @@ from pallas_kernels.mosaic.registers import MosaicValue, fragmented
 
 EIGHT = 8  # rows of a swizzled tile in shared memory
 # Parts of a contraction whose operands are loaded together. Larger ones would spill at head_dim 256.
-COLUMNS, ROWS = 64, 16
+COLUMNS, ROWS = 32, 16
 SWIZZLES = (128, 64, 32)  # bytes of its rows; all are free of bank conflicts for ldmatrix
 
 

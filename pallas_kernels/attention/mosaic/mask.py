@@ -36,7 +36,13 @@ def is_whole(whole_g: MosaicValue, row: jax.Array, column: jax.Array, keys: int)
 
 
 def seen(
-    do: Instructions, visible_g: Visible, b: jax.Array, row: jax.Array, column: jax.Array, shape: tuple[int, int], q: int
+    do: Instructions,
+    visible_g: Visible,
+    b: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    shape: tuple[int, int],
+    q: int,
 ) -> jax.Array:
     """Returns the mask of a tile whose axis `q` has the queries from `row` on, and the other the keys from `column`."""
 
