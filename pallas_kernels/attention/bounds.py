@@ -112,32 +112,28 @@ def whole_from(visible: Visible, queries: int) -> Int[Array, "B I 3"]:
 def key_visits(visible: Visible, block: Block) -> Int[Array, "B I 4"]:
     """Returns the blocks of keys that each block of queries visits, as `_two_ranges`: the trunk's, and its own."""
     seen = _Seen.of(visible, block.queries)
-    length = visible.start_BT.shape[1]
-    after_I = jnp.arange(block.queries, length + 1, block.queries, dtype=jnp.int32)
     first = seen.first // block.keys
     if visible.id_BT is not None:
         first = jnp.maximum(first, jnp.argmax(_ids_meet(visible.id_BT, block), axis=2).astype(jnp.int32))
+    after = (jax.lax.broadcasted_iota(jnp.int32, first.shape, 1) + 1) * block.queries
     trunk = seen.trunk_first // block.keys, jnp.minimum(-(-seen.trunk_end // block.keys), first)
-    return _two_ranges(trunk, (first, jnp.broadcast_to(-(-after_I // block.keys), first.shape)))
+    return _two_ranges(trunk, (first, -(-after // block.keys)))
 
 
 def query_visits(visible: Visible, block: Block) -> Int[Array, "B J 4"]:
     """Returns the blocks of queries that each block of keys visits, as `_two_ranges`: of its own text, of branches."""
-    seen = _Seen.of(visible, block.queries)
-    length = visible.start_BT.shape[1]
-    starts_J = jnp.arange(0, length, block.keys, dtype=jnp.int32)
-    ends_J = starts_J + block.keys
-    blocks_I1 = jnp.arange(length // block.queries, dtype=jnp.int32)[:, None]
-    sees_BIJ = seen.first[..., None] < ends_J
+    seen = _Seen(*(x_BI[..., None] for x_BI in _Seen.of(visible, block.queries)))
+    shape = (*seen.first.shape[:2], visible.start_BT.shape[1] // block.keys)
+    i_BIJ, j_BIJ = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
+    starts_BIJ, ends_BIJ = j_BIJ * block.keys, (j_BIJ + 1) * block.keys
+    sees_BIJ = seen.first < ends_BIJ
     if visible.id_BT is not None:
         sees_BIJ &= _ids_meet(visible.id_BT, block)
-    first = jnp.broadcast_to(starts_J // block.queries, sees_BIJ[:, 0].shape)
-    own_end = jnp.max(jnp.where(sees_BIJ, blocks_I1 + 1, 0), axis=1)
-    of_trunk_BIJ = (seen.trunk_first[..., None] < ends_J) & (seen.trunk_end[..., None] > starts_J)
-    of_trunk_BIJ &= blocks_I1 >= own_end[:, None]
-    from_trunk = jnp.min(jnp.where(of_trunk_BIJ, blocks_I1, length), axis=1)
-    to_trunk = jnp.max(jnp.where(of_trunk_BIJ, blocks_I1 + 1, 0), axis=1)
-    return _two_ranges((first, own_end), (from_trunk, to_trunk))
+    own_end_BJ = jnp.max(jnp.where(sees_BIJ, i_BIJ + 1, 0), axis=1)
+    of_trunk_BIJ = (seen.trunk_first < ends_BIJ) & (seen.trunk_end > starts_BIJ) & (i_BIJ >= own_end_BJ[:, None])
+    from_trunk_BJ = jnp.min(jnp.where(of_trunk_BIJ, i_BIJ, shape[1]), axis=1)
+    to_trunk_BJ = jnp.max(jnp.where(of_trunk_BIJ, i_BIJ + 1, 0), axis=1)
+    return _two_ranges((starts_BIJ[:, 0] // block.queries, own_end_BJ), (from_trunk_BJ, to_trunk_BJ))
 
 
 def _ids_meet(id_BT: jax.Array, block: Block) -> jax.Array:

@@ -29,7 +29,7 @@ from pallas_kernels.mosaic.registers import MosaicValue, fragmented
 
 EIGHT = 8  # rows of a swizzled tile in shared memory
 # Parts of a contraction whose operands are loaded together. Larger ones would spill at head_dim 256.
-COLUMNS, ROWS = 32, 16
+COLUMNS, ROWS = 64, 16
 SWIZZLES = (128, 64, 32)  # bytes of its rows; all are free of bank conflicts for ldmatrix
 
 
@@ -217,7 +217,7 @@ class Interpreted(_Barriers):
 type Instructions = CpAsync | Tma | Interpreted
 
 
-def swizzled(rows: int, width: int, dtype: DTypeLike) -> plgpu.SMEM:
+def swizzled(rows: int, width: int, dtype: DTypeLike) -> MosaicValue:
     """Returns a buffer [rows, width] in shared memory, in swizzled tiles."""
     row_bytes = _swizzle(width, jnp.dtype(dtype).itemsize)
     columns = row_bytes // jnp.dtype(dtype).itemsize
