@@ -24,6 +24,20 @@ class Block(NamedTuple):
     keys: int
 
 
+IN_REGISTERS = 128  # up to this head_dim, tiles of queries stay in registers
+DQ = Block(64, 32)  # the tile of queries and the step of keys of dq
+
+
+def forward_block(head_dim: int) -> Block:
+    """Returns the tile of queries and the step of keys of the forward kernel."""
+    return Block(64, 64 if head_dim <= IN_REGISTERS else 16)
+
+
+def dkv_block(head_dim: int, *, capped: bool) -> Block:
+    """Returns the step of queries and the tile of keys of dk and dv; a larger step would spill."""
+    return Block(16 if head_dim > IN_REGISTERS or (capped and head_dim == IN_REGISTERS) else 32, 64)
+
+
 class Visible(NamedTuple):
     """The keys that each query sees.
 

@@ -17,13 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import Block, Visible, key_visits, query_visits, whole_from
-from pallas_kernels.attention.mosaic.forward import IN_REGISTERS
+from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Visible, dkv_block, key_visits, query_visits, whole_from
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, is_whole, seen
 from pallas_kernels.attention.tiles import ScoreScaling
-
-DQ, DKV = Block(64, 32), Block(32, 64)
 
 
 def dq(
@@ -145,7 +142,7 @@ def dkv(
 
 def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str, ...], *, scores, do):
     (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
-    queries, keys = shape = DKV
+    queries, keys = block = dkv_block(width, capped=scores.softcap is not None)
     blocks, group = length // keys, heads // kv_heads
 
     def kernel(q_g, k_g, v_g, do_g, lse_g, mean_g, visible_g, visits_g, whole_g, *refs):
@@ -223,5 +220,5 @@ def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str
         **do.options,
     )
     arrays = (flat(x) for x in (q, k, v, do_BTNH))
-    bounds = query_visits(visible, shape), whole_from(visible, queries)
+    bounds = query_visits(visible, block), whole_from(visible, queries)
     return [x.reshape(k.shape) for x in call(*arrays, lse_BNT, mean_BNT, visible, *bounds)]

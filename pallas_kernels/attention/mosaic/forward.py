@@ -17,19 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import Block, Visible, key_visits, whole_from
+from pallas_kernels.attention.bounds import IN_REGISTERS, Visible, forward_block, key_visits, whole_from
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, is_whole, seen
 from pallas_kernels.attention.tiles import ScoreScaling
 
 HIDDEN = float("-inf")  # a finite one would give NaN if a multiply-add made the exponent infinite
 LOWEST = -1e30  # first maximum: finite, so that rows which see no key of a block get weights of 0, never NaN
-IN_REGISTERS = 128  # up to this head_dim, queries stay in registers
-
-
-def block_for(head_dim: int) -> Block:
-    """Returns the tile: queries, and keys of a step."""
-    return Block(64, 64 if head_dim <= IN_REGISTERS else 32)
 
 
 def forward(
@@ -43,7 +37,7 @@ def forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns (out, log2-sum-exp2 in f32, of scores and sink)."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
-    rows, keys = block = block_for(width)
+    rows, keys = block = forward_block(width)
     blocks, group = length // rows, heads // kv_heads
     sinks_log2 = () if sinks_N is None else (sinks_N.astype(jnp.float32) * math.log2(math.e),)
 
