@@ -1,9 +1,9 @@
 """The keys that each query sees, as intervals, and the blocks that kernels visit.
 
-A query sees the keys [start, query], of its own segment if there are ids; in rows with branches also those of its trunk
-[trunk, trunk_end). Blocks that no query of a block sees are not visited, and blocks that all of its queries see whole
-are not masked. Where ids do not ascend, or the queries of one block belong to branches of different trunks, a block
-that is between two visited ones is visited, too, and wholly masked.
+A query sees the keys [start, query], if there are ids only those of its segment, and in rows with branches also those
+of its trunk [trunk, trunk_end). Blocks that no query of a block sees are not visited, and blocks that all of its
+queries see whole are not masked. Where ids do not ascend, or the queries of one block belong to branches of different
+trunks, a block that is between two visited ones is visited, too, and wholly masked.
 
 Dimension key: B batch, T positions, I blocks of queries, J blocks of keys.
 """
@@ -78,7 +78,7 @@ class Visible(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What the queries of each block see together, in positions [B, I]; of trunks, only those that are not empty."""
+    """The union and the intersection of the intervals of each block of queries, in positions [B, I]."""
 
     first: jax.Array
     latest: jax.Array
@@ -124,18 +124,18 @@ def whole_from(visible: Visible, queries: int) -> Int[Array, "B I 3"]:
 
 
 def key_visits(visible: Visible, block: Block) -> Int[Array, "B I 4"]:
-    """Returns the blocks of keys that each block of queries visits, as `_two_ranges`: the trunk's, and its own."""
+    """Returns the blocks of keys that each block of queries visits, as `_two_ranges`: its own, and the trunk's."""
     seen = _Seen.of(visible, block.queries)
     first = seen.first // block.keys
     if visible.id_BT is not None:
         first = jnp.maximum(first, jnp.argmax(_ids_meet(visible.id_BT, block), axis=2).astype(jnp.int32))
     after = (jax.lax.broadcasted_iota(jnp.int32, first.shape, 1) + 1) * block.queries
     trunk = seen.trunk_first // block.keys, jnp.minimum(-(-seen.trunk_end // block.keys), first)
-    return _two_ranges(trunk, (first, -(-after // block.keys)))
+    return _two_ranges((first, -(-after // block.keys)), trunk)
 
 
 def query_visits(visible: Visible, block: Block) -> Int[Array, "B J 4"]:
-    """Returns the blocks of queries that each block of keys visits, as `_two_ranges`: of its own text, of branches."""
+    """Returns the blocks of queries that each block of keys visits, as `_two_ranges`: of the same text, of branches."""
     seen = _Seen(*(x_BI[..., None] for x_BI in _Seen.of(visible, block.queries)))
     shape = (*seen.first.shape[:2], visible.start_BT.shape[1] // block.keys)
     i_BIJ, j_BIJ = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))

@@ -1,18 +1,18 @@
 """Attention on NVIDIA GPUs by the Mosaic kernels of `mosaic`, in bf16 and f16.
 
-Definition and residuals are those of `tiles`. Rows are padded to whole blocks; what is read there is never seen by a
-query of the row, and its gradient is 0.
+Definition and residuals are those of `tiles`. Rows are padded to whole blocks. No query of a row sees its padding.
 
 Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim.
 """
 
 import functools
 import importlib
-from typing import Any
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.bounds import Visible
@@ -75,12 +75,12 @@ def _padded(x: jax.Array, axis: int) -> jax.Array:
     return jnp.pad(x, [(0, more if at == axis else 0) for at in range(x.ndim)]) if more else x
 
 
-def _module(name: str) -> Any:
+def _module(name: str) -> ModuleType:
     """Imports a module of `mosaic` on its first call: importing Mosaic takes most of a second."""
     return importlib.import_module(f"pallas_kernels.attention.mosaic.{name}")
 
 
-def instructions(dtype: Any) -> Any:
+def instructions(dtype: DTypeLike) -> object:
     """Returns the instructions of the target device."""
     kinds = _module("instructions")
     capability = target_device().compute_capability

@@ -1,1 +1,1 @@
-"""What Pallas kernels by Mosaic GPU share; `installation` can be imported without Mosaic."""
+"""Code that all Mosaic GPU kernels share; `installation` can be imported without Mosaic."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Visible, dkv_block, key_visits, query_visits, whole_from
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
-from pallas_kernels.attention.mosaic.mask import Visits, is_whole, seen
+from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
 from pallas_kernels.attention.tiles import ScoreScaling
 
 
@@ -48,7 +48,7 @@ def dq(
         back, b = rem_div(rest, blocks)
         i = blocks - 1 - back  # long tiles first
         n, row = kv * group + member, i * rows
-        visits = Visits.load(visits_g.at[b, i])
+        visits = Visits.load(visits_g.at[b, i], visible_g)
 
         def queries_of(source_g):
             return part(source_g, b, row, rows, n, width)
@@ -74,9 +74,9 @@ def dq(
             weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(lse, s.shape, (0,)))
 
             def masked(weights):
-                return jnp.where(seen(do, visible_g, b, row, column, s.shape, 0), weights, 0.0)
+                return hide(do, visible_g, b, row, column, 0, weights, 0.0)
 
-            weights = lax.cond(is_whole(whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
+            weights = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
             do.wait(v_here)
             d_weights = do.multiply_transposed(do.left(do_s) if do_kept is None else do_kept, v_s)
             d_s = scores.uncapped(weights * (d_weights - lax.broadcast_in_dim(mean, s.shape, (0,))), s)
@@ -149,7 +149,7 @@ def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str
         results_g, (q_s, do_s, k_s, v_s, q_here, do_here, k_here, v_here) = refs[: len(names)], refs[len(names) :]
         kv, rest = rem_div(lax.axis_index("tile"), kv_heads)
         j, b = rem_div(rest, blocks)  # early keys, which most queries see, first
-        column, visits = j * keys, Visits.load(visits_g.at[b, j])
+        column, visits = j * keys, Visits.load(visits_g.at[b, j], visible_g)
 
         def keys_of(source_g):
             return part(source_g, b, column, keys, kv, width)
@@ -180,9 +180,9 @@ def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str
             weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(lse, s.shape, (1,)))
 
             def masked(weights):
-                return jnp.where(seen(do, visible_g, b, row, column, s.shape, 1), weights, 0.0)
+                return hide(do, visible_g, b, row, column, 1, weights, 0.0)
 
-            weights = lax.cond(is_whole(whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
+            weights = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
             do.wait(do_here)
             added = dict(sums)
             if "dv" in sums:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention.bounds import IN_REGISTERS, Visible, forward_block, key_visits, whole_from
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
-from pallas_kernels.attention.mosaic.mask import Visits, is_whole, seen
+from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
 from pallas_kernels.attention.tiles import ScoreScaling
 
 HIDDEN = float("-inf")  # a finite one would give NaN if a multiply-add made the exponent infinite
@@ -48,7 +48,7 @@ def forward(
         back, b = rem_div(rest, blocks)
         i = blocks - 1 - back  # long tiles first
         n, row = kv * group + member, i * rows
-        visits = Visits.load(visits_g.at[b, i])
+        visits = Visits.load(visits_g.at[b, i], visible_g)
 
         def queries_of(source_g):
             return part(source_g, b, row, rows, n, width)
@@ -74,9 +74,9 @@ def forward(
                 copy_keys(k_g, visited + 1, k_s, k_here)
 
             def masked(s):
-                return jnp.where(seen(do, visible_g, b, row, column, s.shape, 0), s, HIDDEN)
+                return hide(do, visible_g, b, row, column, 0, s, HIDDEN)
 
-            s = lax.cond(is_whole(whole_g.at[b, i], row, column, keys), lambda s: s, masked, s)
+            s = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda s: s, masked, s)
             new = jnp.maximum(top, jnp.max(s, axis=1) * scores.to_log2)
             fade = jnp.exp2(top - new)
             weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(new, s.shape, (0,)))

@@ -1,4 +1,4 @@
-"""Which implementation computes attention on a device, and why others do not; and the work of the kernels."""
+"""The implementation of attention on a device, the reasons against others, and the blocks that kernels visit."""
 
 import jax.numpy as jnp
 import numpy as np

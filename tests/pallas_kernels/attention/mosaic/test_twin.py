@@ -237,7 +237,7 @@ def test_a_missing_wait_fence_and_barrier_are_caught(kernel, twin):
 @pytest.mark.parametrize("kernel", some_in_ci([(kernel,) for kernel in KERNELS], lambda i: i == 2))
 def test_a_visit_too_few_is_caught(monkeypatch, kernel):
     right = mask.Visits.load
-    monkeypatch.setattr(mask.Visits, "load", lambda row_g: right(row_g)._replace(count=row_g[0] - 1))
+    monkeypatch.setattr(mask.Visits, "load", lambda row_g, *more: right(row_g, *more)._replace(count=row_g[0] - 1))
     assert caught(kernel)
 
 
