@@ -50,8 +50,8 @@ MUTATIONS = [
     ),
     Mutation(
         "pallas_kernels/attention/mosaic/mask.py",
-        "(key >= spread(visible_g.start_BT",
-        "(key > spread(visible_g.start_BT",
+        "seen &= key >= spread(",
+        "seen &= key > spread(",
         "tests/pallas_kernels/attention/mosaic/test_twin.py",
     ),
     Mutation(

@@ -43,11 +43,13 @@ class Visible(NamedTuple):
 
     Attributes:
       start_BT: first key of the interval that ends with the query.
+      masked_start_BT: `start_BT`, which masks compare with keys; None: every start is 0.
       id_BT: segment, of which keys in this interval must be; None: any.
       trunk_BT, trunk_end_BT: the second interval, empty for texts without a trunk; None: no query has one.
     """
 
     start_BT: Int[Array, "B T"]
+    masked_start_BT: Int[Array, "B T"] | None = None
     id_BT: Int[Array, "B T"] | None = None
     trunk_BT: Int[Array, "B T"] | None = None
     trunk_end_BT: Int[Array, "B T"] | None = None
@@ -58,15 +60,14 @@ class Visible(NamedTuple):
     ) -> "Visible":
         """Returns the keys that queries of rows of `length` positions see; arguments as in `causal_attention`."""
         at_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-        of_window_BT = jnp.zeros_like(at_BT) if window is None else jnp.maximum(at_BT - window + 1, 0)
-        if texts is None:
-            return cls(of_window_BT)
+        start_BT = jnp.zeros_like(at_BT) if window is None else jnp.maximum(at_BT - window + 1, 0)
         if not isinstance(texts, Spans):
-            return cls(of_window_BT, texts.astype(jnp.int32))
-        trunk_BT = texts.trunk_BT
+            id_BT = None if texts is None else texts.astype(jnp.int32)
+            return cls(start_BT, None if window is None else start_BT, id_BT)
+        start_BT, trunk_BT = jnp.maximum(texts.begin_BT, start_BT), texts.trunk_BT
         if window is not None:
             trunk_BT = jnp.maximum(trunk_BT, at_BT - texts.gap_BT - window + 1)
-        return cls(jnp.maximum(texts.begin_BT, of_window_BT), None, trunk_BT, texts.begin_BT - texts.gap_BT)
+        return cls(start_BT, start_BT, None, trunk_BT, texts.begin_BT - texts.gap_BT)
 
     def padded(self, length: int) -> "Visible":
         """Returns the intervals of rows of `length` positions; those at the end see what the last one does."""

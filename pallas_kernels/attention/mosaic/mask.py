@@ -59,7 +59,9 @@ def hide(
         return lax.broadcast_in_dim(values, shape, (axis,))
 
     query, key = do.indices(shape, q) + row, do.indices(shape, 1 - q) + column
-    seen = (key <= query) & (key >= spread(visible_g.start_BT, row, q))
+    seen = key <= query
+    if visible_g.masked_start_BT is not None:
+        seen &= key >= spread(visible_g.masked_start_BT, row, q)
     if visible_g.trunk_BT is not None:
         seen |= (key >= spread(visible_g.trunk_BT, row, q)) & (key < spread(visible_g.trunk_end_BT, row, q))
     if visible_g.id_BT is not None:
