@@ -83,5 +83,5 @@ def _module(name: str) -> ModuleType:
 def instructions(dtype: DTypeLike) -> object:
     """Returns the instructions of the target device."""
     kinds = _module("instructions")
-    capability = target_device().compute_capability
+    capability = target_device().compute_capability or (0, 0)
     return (kinds.Tma if capability >= (9, 0) else kinds.CpAsync)(dtype)

@@ -118,7 +118,8 @@ def _mean(do, out_g, do_s):
     width = out_g.shape[1]
     size = width if width <= IN_REGISTERS else width // 2
     parts = [pl.ds(first, size) for first in range(0, width, size)]
-    return sum(jnp.sum(do.tile(out_g.at[:, at]) * do.tile(do_s.at[:, at]), axis=1) for at in parts)
+    sums = [jnp.sum(do.tile(out_g.at[:, at]) * do.tile(do_s.at[:, at]), axis=1) for at in parts]
+    return sum(sums[1:], sums[0])
 
 
 def dkv(

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.mosaic.registers import MosaicValue, fragmented
 
+TILE = 64  # rows of a tile
 EIGHT = 8  # rows of a swizzled tile in shared memory
 # Parts of a contraction whose operands are loaded together. Larger ones would spill at head_dim 256.
 COLUMNS, ROWS = 64, 16
@@ -125,15 +126,13 @@ class _Registers:
 
     def left(self, ref_s: MosaicValue) -> Iterator[jax.Array]:
         """Loads a left operand [rows, contraction] from shared memory (ldmatrix), in parts of the contraction."""
-        for at in _parts(ref_s.shape[1], COLUMNS):
+        for at in _parts(ref_s.shape[1]):
             yield plgpu.load(ref_s.at[:, at], layout=self.lhs, optimized=False)
 
     def multiply_transposed(self, left: Iterable[jax.Array], ref_s: MosaicValue) -> jax.Array:
         """Computes left @ ref^T for the parts of a left operand."""
-        sums = None
-        for one, at in zip(left, _parts(ref_s.shape[1], COLUMNS), strict=True):
-            if sums is None:
-                sums = self.full((one.shape[0], ref_s.shape[0]), 0.0)
+        sums = self.full((TILE, ref_s.shape[0]), 0.0)
+        for one, at in zip(left, _parts(ref_s.shape[1]), strict=True):
             right = plgpu.load(ref_s.at[:, at].T, layout=self.rhs, optimized=False)
             sums = self._mma(sums, one, right, self.lhs, 0)
         return sums
@@ -141,9 +140,9 @@ class _Registers:
     def multiply_add(self, sums: jax.Array, tile: jax.Array, ref_s: MosaicValue) -> jax.Array:
         """Computes sums + tile @ ref for a tile of f32, rounded to 16 bits; ldmatrix.trans reads the right operand."""
         tile = tile.astype(self.dtype)
-        for at in _parts(ref_s.shape[0], ROWS):
-            right = plgpu.load(ref_s.at[at], layout=self.rhs, optimized=False)
-            sums = self._mma(sums, tile, right, self.acc, at.start)
+        for first in range(0, ref_s.shape[0], ROWS):
+            right = plgpu.load(ref_s.at[pl.ds(first, ROWS)], layout=self.rhs, optimized=False)
+            sums = self._mma(sums, tile, right, self.acc, first)
         return sums
 
     def _mma(self, sums: jax.Array, left: jax.Array, right: jax.Array, layout: MosaicValue, first: int) -> jax.Array:
@@ -232,8 +231,8 @@ def _swizzle(width: int, itemsize: int = 2) -> int:
     return next(size for size in SWIZZLES if width * itemsize % size == 0)
 
 
-def _parts(size: int, most: int) -> list[pl.Slice]:
-    return [pl.ds(first, min(most, size - first)) for first in range(0, size, most)]
+def _parts(columns: int) -> list[pl.Slice]:
+    return [pl.ds(first, min(COLUMNS, columns - first)) for first in range(0, columns, COLUMNS)]
 
 
 def rem_div(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:

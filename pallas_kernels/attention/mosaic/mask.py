@@ -28,7 +28,7 @@ class Visits(NamedTuple):
 
     def block(self, n: jax.Array) -> jax.Array:
         """Returns the block of visit n."""
-        if self.of_first is None:
+        if self.of_first is None or self.second_shift is None:
             return n + self.shift
         return n + lax.select(n < self.of_first, self.shift, self.second_shift)
 
@@ -52,7 +52,7 @@ def hide(
     hidden: float,
 ) -> jax.Array:
     """Returns a tile whose axis `q` has the queries from `row` on, and the other the keys from `column` on, masked."""
-    shape = tile.shape
+    shape = (tile.shape[0], tile.shape[1])
 
     def spread(values_g, first, axis):
         values = do.along(values_g.at[b, pl.ds(pl.multiple_of(first, shape[axis]), shape[axis])], axis)

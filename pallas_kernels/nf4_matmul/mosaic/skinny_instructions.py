@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.mosaic.registers import MosaicValue, fragmented, tiled
+from pallas_kernels.mosaic.registers import MosaicValue, fragmented, tiled, value
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
 

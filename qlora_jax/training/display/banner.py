@@ -289,7 +289,7 @@ def _attention(session: Session) -> str:
     step = session.run.step
     choice = choose_attention(target_device(), step.weights.dtype, step.model.head_dim)
     names = {"cpu": f"C++ ({variant()})", "mma": "mma", "tiles": "XLA, tiled"}
-    return "; ".join([names[choice.name], *choice.refusals.values()])
+    return "; ".join([names[str(choice.name)], *choice.refusals.values()])
 
 
 def _clip(config: Config) -> str:
