@@ -58,18 +58,14 @@ def multiplications(loop):
 
 
 CASES = [
-    ("a100", 128, BF16, "all"),
-    *((card, 128, BF16, features) for card in EIGHT for features in ("packed", "packed, window")),
-    *((card, 128, BF16, "plain") for card in EIGHT),
+    *((card, 128, BF16, features) for card in EIGHT for features in ("packed", "plain", "packed, window", "all")),
     *((card, head_dim, F16, "packed, window") for card in ("a6000", "h100", "rtx5090") for head_dim in (64, 80, 96)),
     *((card, 256, BF16, "all") for card in EIGHT),
 ]
-
-
 SPILLED = {("a100", 128, "packed, window"): 8}  # bytes, in the kernel of dk and dv
 
 
-@pytest.mark.parametrize(("card", "head_dim", "dtype", "features"), some_in_ci(CASES, lambda i: i < 2))
+@pytest.mark.parametrize(("card", "head_dim", "dtype", "features"), some_in_ci(CASES, lambda i: i == 0))
 def test_the_kernels_are_lean_machine_code(compile_for, card, head_dim, dtype, features):
     kernels = compile_attention(compile_for, card, head_dim, dtype, features)
     expected = blocks(head_dim, features)
@@ -92,8 +88,8 @@ LEAST_SHARE = {"attention_forward": 0.8, "attention_dq": 0.85, "attention_dk_dv"
 @pytest.mark.parametrize("card", some_in_ci([(card,) for card in TENSOR_FLOPS], lambda i: i == 0))
 def test_tensor_cores_bound_the_kernels(compile_for, card):
     """Limits per cycle: one instruction per scheduler, 128 bytes of shared memory. On an A100, the latter is lower."""
-    kernels = compile_attention(compile_for, card, 128, BF16, "plain")
-    for name, (block, products) in blocks(128, "plain").items():
+    kernels = compile_attention(compile_for, card, 128, BF16, "packed")
+    for name, (block, products) in blocks(128, "packed").items():
         loop = max(kernels[name].loops, key=multiplications)
         tensor = products * 2 * block.queries * block.keys * 128 / TENSOR_FLOPS[card]
         copied = 2 * 2 * min(block) * 128 / 128  # two operands of the step, 16 bits each
