@@ -1,5 +1,7 @@
 """`python -m pallas_kernels.kernel_report`: the kernel that would run each product on each card, and its cost.
 
+It also reports which implementation would compute attention, by head dim.
+
 No card has to be present: the report uses the op's own dispatch. Dimension key: M rows, N out, K in.
 """
 
@@ -16,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import aot
+from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.devices import Device
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
@@ -30,6 +33,7 @@ from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 DESCRIPTION = "Prints which kernel would run each product on each card, why, and its cost by arithmetic."
 CPU = "cpu"
 ROWS = (1, 16, 512, 2048)
+HEAD_DIMS = (64, 80, 96, 100, 128, 256)  # 100: OpenLLaMA 3B
 BLOCK, NESTED = 64, 256
 MIB = 2**20
 NOTE = (
@@ -154,6 +158,17 @@ def compile_product(card: str, weight: QTensor, m: int, direction: Direction) ->
     }
 
 
+def attention_texts(name: str) -> list[str]:
+    """Returns which implementation computes attention in bfloat16 on a card, and why others do not, by head dim."""
+    device, _ = device_of_card(name)
+    dims: dict[str, list[str]] = {}
+    for head_dim in HEAD_DIMS:
+        choice = choose_attention(device, "bfloat16", head_dim)
+        text = "; ".join([str(choice.name), *choice.refusals.values()])
+        dims.setdefault(text, []).append(str(head_dim))
+    return [f"attention, head dim {', '.join(those)}: {text}" for text, those in dims.items()]
+
+
 # Output
 
 
@@ -187,6 +202,7 @@ def _heading(name: str) -> Iterator[str]:
         peak, bandwidth = card.bf16_flops / 1e12, card.bandwidth / 1e9
         ridge = card.bf16_flops / card.bandwidth
         yield f"  {peak:,.0f} TFLOP/s in bf16, {bandwidth:,.0f} GB/s, ridge {ridge:,.0f} FLOP/byte"
+    yield from (f"  {text}" for text in attention_texts(name))
     order = preference(device)
     yield f"  prefers: {', '.join(order)}"
     if not any(IMPLEMENTATIONS[runs].fused for runs in order):
@@ -209,7 +225,7 @@ def _runs(lines: Sequence[ReportRow]) -> str:
     names = {name or "none" for line in lines for name in line.runs.values()}
     if len(names) == 1:
         return names.pop()
-    return ", ".join(f"{line.m}: {'/'.join(name or 'none' for name in line.runs.values())}" for line in lines)
+    return ", ".join(f"{line.m}: {'/'.join(dict.fromkeys(n or 'none' for n in line.runs.values()))}" for line in lines)
 
 
 def _compiled_texts(lines: Sequence[ReportRow]) -> Iterator[str]:
@@ -277,13 +293,15 @@ def report(args: argparse.Namespace, console: Console) -> None:
     }
     if args.json:
         lines = [dataclasses.asdict(line) for lines in by_card.values() for line in lines]
-        print(json.dumps({"note": NOTE, "lines": lines}, indent=1))
+        attention = {name: attention_texts(name) for name in args.card}
+        print(json.dumps({"note": NOTE, "lines": lines, "attention": attention}, indent=1))
         return
     for name, lines in by_card.items():
         if console.is_terminal:
             print_table(name, lines, console)
         else:
-            print("\n".join([*map(row_text, lines), *_compiled_texts(lines)]))
+            of_attention = [f"{name}: {text}" for text in attention_texts(name)]
+            print("\n".join([*map(row_text, lines), *_compiled_texts(lines), *of_attention]))
     wrap = not console.is_terminal
     console.print(
         f"F/B: FLOP per byte, m: bound by memory bandwidth, c: by peak compute. {NOTE}.",

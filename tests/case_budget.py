@@ -74,7 +74,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/parity/test_generate_transformers.py::test_smollm2": (0, 0),
     "tests/inference/test_result_cache.py::test_killed_again_and_again_it_ends_as_one_that_was_not": (0, 0),
     "tests/e2e/test_paging.py::test_an_8_bit_run_goes_on_paged_or_not_to_the_bit": (0, 0),
-    f"{KERNELS}/mosaic/test_installation.py::test_a_run_says_at_its_start_what_is_too_old": (0, 0),
+    "tests/pallas_kernels/mosaic/test_installation.py::test_a_run_says_at_its_start_what_is_too_old": (0, 0),
     # Attention, by tiles and by each variant of the C++ loops; of these only the best is not slow.
     f"{ATTENTION}/test_contract.py::test_causal": (8, 12),
     f"{ATTENTION}/test_contract.py::test_window": (6, 12),

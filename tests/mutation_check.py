@@ -49,6 +49,12 @@ MUTATIONS = [
         "tests/pallas_kernels/attention/test_contract.py",
     ),
     Mutation(
+        "pallas_kernels/attention/mosaic/mask.py",
+        "seen &= key >= spread(",
+        "seen &= key > spread(",
+        "tests/pallas_kernels/attention/mosaic/test_twin.py",
+    ),
+    Mutation(
         "qlora_jax/nn/rope.py",
         "return _turn(dy_BTNH, cos, -sin",
         "return _turn(dy_BTNH, cos, sin",

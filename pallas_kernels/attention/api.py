@@ -6,8 +6,9 @@ Dimension key: L layers, B batch, T query, S cache slot, N q-heads, K kv-heads, 
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import cpu, reference, tiles
+from pallas_kernels.attention import cpu, reference
 from pallas_kernels.attention.branching import Spans
+from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose
 from pallas_kernels.attention.tiles import ScoreScaling
 from pallas_kernels.devices import target_device
 
@@ -25,6 +26,8 @@ def causal_attention(
     sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
+
+    `dispatch.choose` returns the implementation that runs it on a device, and why others do not.
 
     With a softcap c the scores are c tanh(scale q k^T / c).
 
@@ -47,9 +50,9 @@ def causal_attention(
     _check(scale, window, softcap)
     if spans is not None and segments_BT is not None:
         raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
-    loops = tiles if cpu.unsupported_reason(target_device().platform, q_BTNH.dtype) else cpu
+    chosen = IMPLEMENTATIONS[str(choose(target_device(), q_BTNH.dtype, q_BTNH.shape[3]).name)]
     texts = segments_BT if spans is None else spans
-    return loops.attention(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
+    return chosen.attention(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
 
 
 def _check(scale: float, window: int | jax.Array | None, softcap: float | None) -> None:

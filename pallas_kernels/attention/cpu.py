@@ -44,12 +44,6 @@ def unsupported_reason(platform: str, dtype: DTypeLike) -> str | None:
     return (missing := problem()) and f"C++ loops: {missing}"
 
 
-def visited_pairs(length: int, window: int) -> int:
-    """Counts the (query, key) pairs of the blocks that the loops visit: 64^2 I (I + 1) / 2 without a window."""
-    firsts = [max(i * BLOCK - window + 1, 0) // BLOCK if window < length else 0 for i in range(-(-length // BLOCK))]
-    return BLOCK**2 * sum(i + 1 - first for i, first in enumerate(firsts))
-
-
 def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],

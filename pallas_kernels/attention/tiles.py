@@ -4,8 +4,7 @@ Scores exist for one tile at a time, as in flash attention (Dao et al., 2022). T
 against the largest score so far, and the backward pass recomputes each tile from the log-sum-exp. So memory is linear
 in T, and no [T, T] array exists. Products have the form that is fast on CPUs (docs/cpu.md).
 
-The same code runs on GPUs, because none of JAX's kernels fits (jax 0.11.2 and 0.12.0.1): cuDNN's needs cuDNN at compile
-time, Mosaic's has no causal backward pass, and Triton's is deprecated.
+The same code runs on GPUs for calls that the kernels of `mma` do not support.
 
 Dimension key: B batch, T query, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
 C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys.
@@ -46,6 +45,13 @@ class ScoreScaling(NamedTuple):
         if self.softcap is None:
             return product
         return self.softcap * jnp.tanh(product * (self.scale / self.softcap))
+
+    def capped_by_exp2(self, product: jax.Array) -> jax.Array:
+        """Computes `capped` in a kernel: its tanh.approx would err by 5e-4, which a softcap of 50 makes 0.025."""
+        if self.softcap is None:
+            return product
+        factor = 2 * math.log2(math.e) * self.scale / self.softcap
+        return self.softcap - (2 * self.softcap) / (1 + jnp.exp2(product * factor))
 
     def uncapped(self, d_capped: jax.Array, capped: jax.Array) -> jax.Array:
         """Returns the gradient of scale * product from the gradient of `capped`'s result."""

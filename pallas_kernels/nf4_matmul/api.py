@@ -15,6 +15,7 @@ from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.frozen_product import FAST, frozen_product, operand_problems
+from pallas_kernels.mosaic.installation import problem as mosaic_problem
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.dispatch import (
@@ -27,7 +28,6 @@ from pallas_kernels.nf4_matmul.dispatch import (
     choose,
 )
 from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY
-from pallas_kernels.nf4_matmul.mosaic.installation import problem as mosaic_problem
 
 
 def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:

@@ -28,7 +28,7 @@ def lines_of(capsys, *argv: str) -> list[str]:
 
 
 def test_every_card_and_shape_has_a_line(capsys):
-    lines = lines_of(capsys, "--m", "1", "512")
+    lines = [line for line in lines_of(capsys, "--m", "1", "512") if ": attention" not in line]
     assert len(lines) == (1 + len(CARDS)) * len(SHAPES) * 2 + 1
     assert "nothing here was measured" in lines[-1] and "M = 4096 (hopper, by reasoning), 2048 (ampere, by" in lines[-1]
     found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
@@ -41,6 +41,16 @@ def test_every_card_and_shape_has_a_line(capsys):
     assert "forward ampere, backward ampere; layout split_k" in found
     found = next(line for line in lines if line.startswith("t4: llama-2-7b/down 4096x11008 M=512"))
     assert "forward reference, backward reference" in found and "not on Tesla T4 (sm_75)" in found
+
+
+def test_attention_of_every_card_has_a_reason(capsys):
+    lines = [line for line in lines_of(capsys, "--m", "1", "--shape", DOWN.name) if ": attention" in line]
+    (old,) = [line for line in lines if line.startswith("t4:")]
+    assert "tiles; mma kernels run on sm_80" in old and old.endswith("not Tesla T4 (sm_75)")
+    for card in CARDS.keys() - {"t4"}:
+        kernels, tiles = [line for line in lines if line.startswith(f"{card}:")]
+        assert kernels == f"{card}: attention, head dim 64, 80, 96, 128, 256: mma"
+        assert tiles.endswith("head dim 100: tiles; mma kernels take head dims 64, 80, 96, 128, 256, not 100")
 
 
 def test_numbers_of_one_line():

@@ -60,6 +60,26 @@ def nbytes(kind: str) -> int:
     return math.prod(shape_of(kind)) * (int(bits[0]) // 8 if bits else 1)
 
 
+def operations(text: str) -> int:
+    """The number of operations that a program for a GPU runs outside products with frozen weights, each a launch or a
+    copy; all branches of a conditional."""
+    computations, entry = parse(text)
+    return int(_operations(computations, entry, 1))
+
+
+def _operations(computations, name: str, enclosing: int) -> Fraction:
+    """The operations of one computation that runs once; `enclosing`: trips of the loop around it."""
+    found = Fraction(0)
+    for instruction in computations[name].values():
+        is_product = any(word in instruction.rest for word in ("__cublas$", "mosaic_gpu"))
+        found += instruction.op not in {*PASSES_ON, "constant"} and not is_product
+        if instruction.op in ("while", "conditional", "call"):
+            trips = _trips(instruction, enclosing)
+            inner = int(trips) if instruction.op == "while" else enclosing
+            found += trips * sum(_operations(computations, called, inner) for called in instruction.called)
+    return found
+
+
 def _dots(computations, name: str, times: Fraction, enclosing: int) -> Iterator[Dot]:
     """The products of one computation that runs `times` times; `enclosing`: trips of the loop around it."""
     instructions = computations[name]

@@ -139,7 +139,8 @@ def fused_flops(counted, card) -> int:
         calls = [Call.of(way, rows, jnp.dtype(counted.weights.dtype), weight) for way in DIRECTIONS]
         runs |= {IMPLEMENTATIONS[str(choose_implementation(device, call).name)].fused for call in calls}
     (fused,) = runs
-    return fused * sum(flops for part, flops in flops.flops(counted).items() if part.startswith("frozen"))
+    parts = (*("frozen",) * fused, *("attention",) * (flops.attention_runs(counted) == "mma"))
+    return sum(flops for part, flops in flops.flops(counted).items() if part.startswith(parts))
 
 
 def is_split(dot) -> bool:

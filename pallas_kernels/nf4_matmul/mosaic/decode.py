@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue
+from pallas_kernels.mosaic.registers import MosaicValue
 
 RUN = 64  # bytes of a row that are decoded together; each has one code of each of two runs of 64 columns
 

@@ -37,9 +37,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.mosaic.registers import MosaicValue
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import decode
-from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue, Operands, operands, pad_rows, place_of
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows, place_of
 
 WARPGROUPS = 2  # compute warpgroups
 RUN = decode.RUN  # columns with one constant per row, and rows of a warpgroup's part of the weight

@@ -1,4 +1,4 @@
-"""Building blocks below Pallas: registers of arrays, inline PTX, and look-ups of packed codes in PTX.
+"""Inline PTX, and look-ups of packed codes in PTX.
 
 The look-ups are those of pallas_kernels.nf4_matmul.mosaic.decode, for kernels that run them in the innermost loop: half
 of the constants are operands, and a word of eight codes shares its masks.
@@ -8,15 +8,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import llvm
 
+from pallas_kernels.mosaic.registers import MosaicValue
 from pallas_kernels.nf4_matmul.mosaic.decode import table_words
-from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue
 
 # One word per thread, so that the compiler keeps it in a register: see `constant_words`.
 THREADS = plgpu.Layout.WG_STRIDED((128,), 1)
@@ -78,24 +76,6 @@ def _hexadecimal(table: np.ndarray, dtype: DTypeLike) -> list[str]:
 def constants(words_g: MosaicValue) -> list[jax.Array]:
     """Loads constant_words from device memory into registers."""
     return [plgpu.load(words_g.at[i], layout=THREADS, optimized=False) for i in range(words_g.shape[0])]
-
-
-def tiled(layout: TiledLayout) -> MosaicValue:
-    """Converts a layout to Pallas's type."""
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
-
-def fragmented(registers: np.ndarray, layout: MosaicValue, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
-    """Makes an array from registers in the order of its layout."""
-    layout = layout.to_mgpu()
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
-    )
-
-
-def value(register: MosaicValue, i: int) -> MosaicValue:
-    """Extracts element i of a register of several values."""
-    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
 def assembly(

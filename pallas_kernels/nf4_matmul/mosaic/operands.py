@@ -4,7 +4,7 @@ Dimension key: M rows, L layers, N out, K in, G = K / block_size, P = ceil(K / 1
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from pallas_kernels.formats.dequantize import expand_absmax
 from pallas_kernels.formats.layouts import RUN
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.mosaic.registers import MosaicValue
 from pallas_kernels.nf4_matmul.dispatch import Layer
 
 # The block constants of one layer in the form that the kernels read: one per row and run of 64 columns.
@@ -38,10 +39,6 @@ def expanded_scales(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Float[A
         absmax_GN = expand_absmax(constants if layer is None else constants.layer(layer))
         scales = jnp.repeat(absmax_GN, weights.block_size // RUN, axis=-2).astype(dtype)
         return jnp.pad(scales, (*[(0, 0)] * (scales.ndim - 2), (0, scales.shape[-2] % 2), (0, 0)))
-
-
-# A Pallas ref, an MLIR value, a register or a layout: Mosaic has no public types for these.
-type MosaicValue = Any
 
 
 class Operands(NamedTuple):

@@ -19,10 +19,9 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels.mosaic.registers import MosaicValue, fragmented, tiled, value
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
-from pallas_kernels.nf4_matmul.mosaic.inline_ptx import tiled
-from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue
 
 WARPS = 4
 GROUP = 128  # columns of K whose codes share 64 bytes
@@ -185,7 +184,7 @@ def _emit_dot(table, dtype, ctx, sums, x, codes, scales, words):
         scales.registers.reshape(2),
         alu,
     )
-    return [inline_ptx.fragmented(one, SUMS_LAYOUT, (WARPS * BLOCK, EIGHT)) for one in found]
+    return [fragmented(one, SUMS_LAYOUT, (WARPS * BLOCK, EIGHT)) for one in found]
 
 
 def _machine(table: np.ndarray, dtype: DTypeLike, constants: Sequence[MosaicValue]) -> Alu:
@@ -198,18 +197,16 @@ def _machine(table: np.ndarray, dtype: DTypeLike, constants: Sequence[MosaicValu
     )
 
     def word(register, at, count):
-        return inline_ptx.value(mgpu.utils.bitcast(register, ir.VectorType.get((count,), i32)), at)
+        return value(mgpu.utils.bitcast(register, ir.VectorType.get((count,), i32)), at)
 
     def multiply(weights, values, sums):
         start = [mgpu.utils.c(0.0, f32)] * 4 if sums[0] is None else list(sums)
         return inline_ptx.assembly(multiply_ptx, f32, 4, [*weights, *values], start)
 
     def add(sums, scales, q, found):
-        scale = arith.extf(f32, inline_ptx.value(scales, q))
+        scale = arith.extf(f32, value(scales, q))
         new = [
-            inline_ptx.assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], inline_ptx.value(sums, v)])[
-                0
-            ]
+            inline_ptx.assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], value(sums, v)])[0]
             for v in range(2)
         ]
         return vector.from_elements(ir.VectorType.get((2,), f32), new)

@@ -12,14 +12,20 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.attention import costs
 from pallas_kernels.attention import cpu as attention_cpu
+from pallas_kernels.attention.bounds import Block
+from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.attention.tiling import Tiling
+from pallas_kernels.devices import Device
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.methods.adapter_cost import Work
 from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import ROUTER
 from qlora_jax.nn.lm_head import tiles as lm_head_tiles
 from qlora_jax.training.cost.step_shape import EMBEDDING, HEAD, SHARED_GATE, StepShape
+
+KERNELS_FROM = (8, 0)  # the least compute capability of a card with fused kernels
 
 # FLOP per micro-batch of all layers
 
@@ -60,9 +66,10 @@ def shared_gate_flops(step: StepShape, *, first: int = 0) -> int:
     return step.layers(SHARED_GATE, first) * product_flops(step.rows, (1, step.model.embed_dim))
 
 
-def uses_cpu_handlers(step: StepShape) -> bool:
-    """Returns True if the C++ handlers for CPUs compute attention."""
-    return attention_cpu.unsupported_reason(step.weights.platform, step.weights.dtype) is None
+def attention_runs(step: StepShape) -> str:
+    """Returns the implementation of attention; for GPUs, that of cards which have the kernels."""
+    device = Device(platform=step.weights.platform, kind="", compute_capability=KERNELS_FROM)
+    return str(choose_attention(device, step.weights.dtype, step.model.head_dim).name)
 
 
 def tiling(step: StepShape) -> Tiling:
@@ -77,17 +84,25 @@ def tiling(step: StepShape) -> Tiling:
     return found[0]
 
 
-def attention_pairs(step: StepShape, first: int = 0) -> int:
-    """Returns the (query, key) pairs in the tiles that attention visits, over the layers from `first` on.
+def attention_flops(step: StepShape, *, backward: bool = False, first: int = 0) -> int:
+    """Returns products * 2 B N H pairs, over the layers from `first` on.
 
-    Without windows they are L C^2 I (I + 1) / 2. With a window of w, query chunk i starts at key chunk
-    (i C - w + 1) / C.
+    2 products forward (q k^T, p v), 5 backward (q k^T again, dp, dk, dv, dq); `costs` has those of `mma`. The pairs are
+    those of the tiles that are visited. Without windows these are C^2 I (I + 1) / 2. With a window of w, query chunk i
+    starts at key chunk (i C - w + 1) / C.
     """
     length, seen = step.batch[2], step.model.visible_counts(step.batch[2])[first:]
-    if uses_cpu_handlers(step):
-        return sum(attention_cpu.visited_pairs(length, window) for window in seen)
-    tiles = tiling(step)
-    return tiles.chunk**2 * sum(_visited(tiles, window) for window in seen)
+    products = 5 if backward else 2
+    if attention_runs(step) == "tiles":
+        tiles = tiling(step)
+        return _flops_per_pair(step) * products * tiles.chunk**2 * sum(_visited(tiles, window) for window in seen)
+    passes = ((products, Block(attention_cpu.BLOCK, attention_cpu.BLOCK)),)
+    if attention_runs(step) == "mma":
+        passes = costs.forward_passes(step.model.head_dim)
+        if backward:
+            passes = costs.backward_passes(step.model.head_dim, capped=step.model.attention_softcap is not None)
+    each = [products * sum(costs.visited_pairs(length, window, block) for window in seen) for products, block in passes]
+    return _flops_per_pair(step) * sum(each)
 
 
 def _visited(tiles: Tiling, window: int) -> int:
@@ -96,18 +111,13 @@ def _visited(tiles: Tiling, window: int) -> int:
     return sum(i + 1 - max(i * tiles.chunk - limit + 1, 0) // tiles.chunk for i in range(tiles.chunks))
 
 
-def attention_flops(step: StepShape, *, products: int, first: int = 0) -> int:
-    """Returns products * 2 B N H pairs; 2 products forward (q k^T, p v), 5 backward (q k^T again, dp, dk, dv, dq)."""
-    return products * _flops_per_pair(step) * attention_pairs(step, first)
-
-
 def attention_recompute_flops(step: StepShape) -> int:
-    """Returns the FLOP of recomputed attention: 2 products, or 1 if the compiler shares q k^T with the backward pass.
+    """Returns the FLOP of recomputed attention: those of forward, or half if the compiler shares q k^T with backward.
 
     It shares them if attention is unrolled.
     """
-    shared = tiling(step).unrolled and not uses_cpu_handlers(step)
-    return attention_flops(step, products=1 if shared else 2, first=step.first_backward)
+    shared = attention_runs(step) == "tiles" and tiling(step).unrolled
+    return attention_flops(step, first=step.first_backward) // (1 + shared)
 
 
 def _flops_per_pair(step: StepShape) -> int:
@@ -174,8 +184,8 @@ LAYER_FLOPS: dict[str, Formula] = {
     "shared_gate forward": shared_gate_flops,
     "router forward": router_flops,
     "router backward": lambda step: router_flops(step, first=step.first_backward),
-    "attention forward": lambda step: attention_flops(step, products=2),
-    "attention backward": lambda step: attention_flops(step, products=5, first=step.first_backward),
+    "attention forward": lambda step: attention_flops(step),
+    "attention backward": lambda step: attention_flops(step, backward=True, first=step.first_backward),
 }
 HEAD_FLOPS: dict[str, Formula] = {
     "head forward": head_flops,

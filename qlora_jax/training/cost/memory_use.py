@@ -15,7 +15,7 @@ from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import NORM_PLACEMENTS, ROUTER, ModelConfig
 from qlora_jax.objectives.router_losses import routed
 from qlora_jax.sharding import ROWS, axis_size
-from qlora_jax.training.cost.flops import RECOMPUTED, Formula, head_tile, tiling, uses_cpu_handlers
+from qlora_jax.training.cost.flops import RECOMPUTED, Formula, attention_runs, head_tile, tiling
 from qlora_jax.training.cost.step_shape import (
     CODES,
     CONSTANTS,
@@ -192,7 +192,7 @@ def _reading_layers(step: StepShape, modules: Sequence[str]) -> int:
 
 def _lse(step: StepShape) -> int:
     tiles = tiling(step)
-    length = step.batch[2] if uses_cpu_handlers(step) else tiles.chunks * tiles.chunk
+    length = tiles.chunks * tiles.chunk if attention_runs(step) == "tiles" else step.batch[2]
     return step.backward_layers * F32 * step.batch[1] * step.model.num_heads * length
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from pallas_kernels.attention import cpu as attention_cpu
+from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.devices import target_device
 from pallas_kernels.grouped_matmul import api as grouped_api
 from pallas_kernels.grouped_matmul.groups import choose_tile
@@ -286,8 +286,10 @@ def _chosen(choices: Sequence[Choice]) -> str:
 
 
 def _attention(session: Session) -> str:
-    unsupported = attention_cpu.unsupported_reason(target_device().platform, session.run.step.weights.dtype)
-    return f"C++ ({variant()})" if unsupported is None else f"XLA, tiled; {unsupported}"
+    step = session.run.step
+    choice = choose_attention(target_device(), step.weights.dtype, step.model.head_dim)
+    names = {"cpu": f"C++ ({variant()})", "mma": "mma", "tiles": "XLA, tiled"}
+    return "; ".join([names[str(choice.name)], *choice.refusals.values()])
 
 
 def _clip(config: Config) -> str:

@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
-from pallas_kernels.nf4_matmul.mosaic import installation
+from pallas_kernels.mosaic import installation
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 from scripts.bench.gpu import tables
 from scripts.bench.gpu.matmuls import Bench, Record, measure

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.kernel_report import abstract_weight
+from pallas_kernels.mosaic import installation
 from pallas_kernels.nf4_matmul import nf4_matmul
-from pallas_kernels.nf4_matmul.mosaic import installation
 
 Abstract = jax.ShapeDtypeStruct
 BF16 = jnp.bfloat16

@@ -96,7 +96,7 @@ def _dots(text):
 
 def _in_dots(counted):
     """Operations by part, without those of NOT_IN_TEXT and of C++ handlers."""
-    left_out = (*NOT_IN_TEXT, "attention") if flops.uses_cpu_handlers(counted) else NOT_IN_TEXT
+    left_out = (*NOT_IN_TEXT, "attention") if flops.attention_runs(counted) == "cpu" else NOT_IN_TEXT
     return {name: n for name, n in flops.flops(counted).items() if not name.startswith(left_out)}
 
 

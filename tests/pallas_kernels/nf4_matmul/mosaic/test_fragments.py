@@ -10,8 +10,8 @@ import pytest
 
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import fragments, inline_ptx
+from tests.pallas_kernels.mosaic.registers import threads
 from tests.pallas_kernels.nf4_matmul import ptx
-from tests.pallas_kernels.nf4_matmul.registers import threads
 
 LANES = 32
 WORDS = np.arange(65536, dtype=np.uint32)

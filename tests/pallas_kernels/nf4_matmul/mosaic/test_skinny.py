@@ -11,8 +11,8 @@ from pallas_kernels.nf4_matmul.mosaic import inline_ptx, skinny, skinny_instruct
 from pallas_kernels.nf4_matmul.mosaic.skinny import product
 from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import Interpreted
 from pallas_kernels.nf4_matmul.shapes import SHAPES
+from tests.pallas_kernels.mosaic.registers import threads
 from tests.pallas_kernels.nf4_matmul import ptx, twins
-from tests.pallas_kernels.nf4_matmul.registers import threads
 from tests.pallas_kernels.nf4_matmul.twins import DETECTING, stack
 
 BF16, F16 = jnp.bfloat16, jnp.float16

@@ -1,0 +1,87 @@
+"""Attention on NVIDIA GPUs by the Mosaic kernels of `mosaic`, in bf16 and f16.
+
+Definition and residuals are those of `tiles`. Rows are padded to whole blocks. No query of a row sees its padding.
+
+Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.bounds import Visible
+from pallas_kernels.attention.sinks import sinks_gradient
+from pallas_kernels.attention.tiles import ScoreScaling, Texts
+from pallas_kernels.devices import target_device
+
+BLOCK = 64  # positions; all sizes of tiles divide it
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    texts: Texts,
+    window: int | Int[Array, ""] | None,
+    scores: ScoreScaling,
+    sinks_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scores, over visible keys) v; arguments as in `causal_attention`."""
+    batch, length = q_BTNH.shape[:2]
+    visible = Visible.of(batch, length, texts, window).padded(length + -length % BLOCK)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N)[0]
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N):
+    length = q_BTNH.shape[1]
+    arrays = (_padded(x, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
+    out_BTNH, lse_BNT = _module("forward").forward(*arrays, visible, sinks_N, scores, instructions(q_BTNH.dtype))
+    # Named here, because a remat policy has to save what the backward pass reads.
+    out_BTNH = checkpoint_name(out_BTNH[:, :length], "attention_out")
+    lse_BNT = checkpoint_name(lse_BNT[..., :length], "attention_lse")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, visible, out_BTNH, lse_BNT, sinks_N)
+
+
+def _backward(scores, residuals, do_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, visible, out_BTNH, lse_BNT, sinks_N = residuals
+    length, kernels, do = q_BTNH.shape[1], _module("backward"), instructions(q_BTNH.dtype)
+    qkv = [_padded(x, 1) for x in (q_BTNH, k_BTKH, v_BTKH)]
+    padded_out, padded_do, padded_lse = _padded(out_BTNH, 1), _padded(do_BTNH, 1), _padded(lse_BNT, 2)
+    dq_BTNH, mean_BNT = kernels.dq(*qkv, padded_out, padded_do, padded_lse, visible, scores, do)
+    dk_BTKH, dv_BTKH = kernels.dkv(*qkv, padded_do, padded_lse, mean_BNT, visible, scores, do)
+    d_sinks_N = None
+    if sinks_N is not None:
+        d_sinks_N = sinks_gradient(sinks_N, *(jnp.swapaxes(x, 1, 2) for x in (mean_BNT[..., :length], lse_BNT)))
+    return *(x[:, :length] for x in (dq_BTNH, dk_BTKH, dv_BTKH)), None, d_sinks_N
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _padded(x: jax.Array, axis: int) -> jax.Array:
+    """Returns an array whose positions, along `axis`, fill whole blocks; those at the end are zeros."""
+    more = -x.shape[axis] % BLOCK
+    return jnp.pad(x, [(0, more if at == axis else 0) for at in range(x.ndim)]) if more else x
+
+
+def _module(name: str) -> ModuleType:
+    """Imports a module of `mosaic` on its first call: importing Mosaic takes most of a second."""
+    return importlib.import_module(f"pallas_kernels.attention.mosaic.{name}")
+
+
+def instructions(dtype: DTypeLike) -> object:
+    """Returns the instructions of the target device."""
+    kinds = _module("instructions")
+    capability = target_device().compute_capability or (0, 0)
+    return (kinds.Tma if capability >= (9, 0) else kinds.CpAsync)(dtype)

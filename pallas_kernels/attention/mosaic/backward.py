@@ -1,0 +1,225 @@
+"""Flash attention backward by mma.sync: dq, and dk and dv. No atomics, so results are deterministic.
+
+Both recompute the weights from the log-sum-exp. `dq` has tiles of queries and visits the keys that forward visits.
+`dkv` has tiles of keys and visits the queries that see them, of every head of a group, so the sums over a group stay in
+registers. It works on transposed scores [keys, queries]: weights and their gradients are left operands without a
+transpose, and per-query values are per-column values. Hidden keys get weights of 0 after the exponential.
+
+Dimension key: as in `forward`; J blocks of keys.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Visible, dkv_block, key_visits, query_visits, whole_from
+from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
+from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
+from pallas_kernels.attention.tiles import ScoreScaling
+
+
+def dq(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    out_BTNH: Float[Array, "B T N H"],
+    do_BTNH: Float[Array, "B T N H"],
+    lse_BNT: Float[Array, "B N T"],
+    visible: Visible,
+    scores: ScoreScaling,
+    do: Instructions,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns (dq, the sum over features of out * d_out in f32)."""
+    (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
+    rows, keys = DQ
+    blocks, group = length // rows, heads // kv_heads
+
+    def kernel(
+        q_g, k_g, v_g, out_g, do_g, lse_g, visible_g, visits_g, whole_g, dq_g, mean_g, q_s, do_s, k_s, v_s, *arrived
+    ):
+        q_here, do_here, k_here, v_here = arrived
+        member, rest = rem_div(lax.axis_index("tile"), group)
+        kv, rest = rem_div(rest, kv_heads)
+        back, b = rem_div(rest, blocks)
+        i = blocks - 1 - back  # long tiles first
+        n, row = kv * group + member, i * rows
+        visits = Visits.load(visits_g.at[b, i], visible_g)
+
+        def queries_of(source_g):
+            return part(source_g, b, row, rows, n, width)
+
+        def copy_keys(source_g, visited, target_s, here):
+            do.copy(part(source_g, b, visits.block(visited) * keys, keys, kv, width), target_s, here)
+
+        do.copy(queries_of(q_g), q_s, q_here)
+        do.copy(queries_of(do_g), do_s, do_here)
+        copy_keys(k_g, jnp.int32(0), k_s, k_here)
+        lse = do.along(lse_g.at[b, n, pl.ds(row, rows)], 0)
+        do.wait(q_here)
+        do.wait(do_here)
+        mean = _mean(do, queries_of(out_g), do_s)
+        do.store_rows(mean, mean_g.at[b, n, pl.ds(row, rows)])
+        q_kept, do_kept = (list(do.left(q_s)), list(do.left(do_s))) if width <= IN_REGISTERS else (None, None)
+
+        def step(visited, sums):
+            column = visits.block(visited) * keys
+            do.wait(k_here)
+            copy_keys(v_g, visited, v_s, v_here)
+            s = scores.capped_by_exp2(do.multiply_transposed(do.left(q_s) if q_kept is None else q_kept, k_s))
+            weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(lse, s.shape, (0,)))
+
+            def masked(weights):
+                return hide(do, visible_g, b, row, column, 0, weights, 0.0)
+
+            weights = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
+            do.wait(v_here)
+            d_weights = do.multiply_transposed(do.left(do_s) if do_kept is None else do_kept, v_s)
+            d_s = scores.uncapped(weights * (d_weights - lax.broadcast_in_dim(mean, s.shape, (0,))), s)
+            sums = do.multiply_add(sums, d_s, k_s)
+            do.sync()
+
+            @pl.when(visited + 1 < visits.count)
+            def _():
+                copy_keys(k_g, visited + 1, k_s, k_here)
+
+            return sums
+
+        sums = lax.fori_loop(0, visits.count, step, do.full((rows, width), 0.0))
+        do.store(sums * scores.scale, q_s, queries_of(dq_g))
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, length, heads * width), q_BTNH.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+        grid=(batch * blocks * heads,),
+        grid_names=("tile",),
+        scratch_types=[
+            *[swizzled(rows, width, q_BTNH.dtype)] * 2,
+            *[swizzled(keys, width, q_BTNH.dtype)] * 2,
+            *do.barriers(4),
+        ],
+        kernel_name="attention_dq",
+        **do.options,
+    )
+    arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, do_BTNH))
+    d_q, mean_BNT = call(*arrays, lse_BNT, visible, key_visits(visible, DQ), whole_from(visible, rows))
+    return d_q.reshape(q_BTNH.shape), mean_BNT
+
+
+def _mean(do, out_g, do_s):
+    """Returns the sum over features of out * d_out, in parts of as many features as fit the registers."""
+    width = out_g.shape[1]
+    size = width if width <= IN_REGISTERS else width // 2
+    parts = [pl.ds(first, size) for first in range(0, width, size)]
+    sums = [jnp.sum(do.tile(out_g.at[:, at]) * do.tile(do_s.at[:, at]), axis=1) for at in parts]
+    return sum(sums[1:], sums[0])
+
+
+def dkv(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    do_BTNH: Float[Array, "B T N H"],
+    lse_BNT: Float[Array, "B N T"],
+    mean_BNT: Float[Array, "B N T"],
+    visible: Visible,
+    scores: ScoreScaling,
+    do: Instructions,
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Returns (dk, dv): from one kernel, or from two if the sums of both do not fit the registers."""
+    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, visible, scores=scores, do=do)
+    if k_BTKH.shape[3] <= IN_REGISTERS:
+        dk, dv = run(("dk", "dv"))
+        return dk, dv
+    return *run(("dk",)), *run(("dv",))
+
+
+def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str, ...], *, scores, do):
+    (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
+    queries, keys = block = dkv_block(width, capped=scores.softcap is not None)
+    blocks, group = length // keys, heads // kv_heads
+
+    def kernel(q_g, k_g, v_g, do_g, lse_g, mean_g, visible_g, visits_g, whole_g, *refs):
+        results_g, (q_s, do_s, k_s, v_s, q_here, do_here, k_here, v_here) = refs[: len(names)], refs[len(names) :]
+        kv, rest = rem_div(lax.axis_index("tile"), kv_heads)
+        j, b = rem_div(rest, blocks)  # early keys, which most queries see, first
+        column, visits = j * keys, Visits.load(visits_g.at[b, j], visible_g)
+
+        def keys_of(source_g):
+            return part(source_g, b, column, keys, kv, width)
+
+        def place(visited):
+            """Returns (block of queries, head)."""
+            member, at = rem_div(visited, group)
+            return visits.block(at), kv * group + member
+
+        def copy_queries(source_g, visited, target_s, here):
+            i, n = place(visited)
+            do.copy(part(source_g, b, i * queries, queries, n, width), target_s, here)
+
+        do.copy(keys_of(k_g), k_s, k_here)
+        do.copy(keys_of(v_g), v_s, v_here)
+        copy_queries(q_g, jnp.int32(0), q_s, q_here)
+        do.wait(k_here)
+        do.wait(v_here)
+
+        def step(visited, sums):
+            i, n = place(visited)
+            row = i * queries
+            of_row = pl.ds(pl.multiple_of(row, queries), queries)
+            do.wait(q_here)
+            copy_queries(do_g, visited, do_s, do_here)
+            s = scores.capped_by_exp2(do.multiply_transposed(do.left(k_s), q_s))
+            lse = do.along(lse_g.at[b, n, of_row], 1)
+            weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(lse, s.shape, (1,)))
+
+            def masked(weights):
+                return hide(do, visible_g, b, row, column, 1, weights, 0.0)
+
+            weights = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
+            do.wait(do_here)
+            added = dict(sums)
+            if "dv" in sums:
+                added["dv"] = do.multiply_add(sums["dv"], weights, do_s)
+            if "dk" in sums:
+                mean = do.along(mean_g.at[b, n, of_row], 1)
+                d_weights = do.multiply_transposed(do.left(v_s), do_s)
+                d_s = scores.uncapped(weights * (d_weights - lax.broadcast_in_dim(mean, s.shape, (1,))), s)
+                added["dk"] = do.multiply_add(sums["dk"], d_s, q_s)
+            do.sync()
+
+            @pl.when(visited + 1 < visits.count * group)
+            def _():
+                copy_queries(q_g, visited + 1, q_s, q_here)
+
+            return added
+
+        zeros = {name: do.full((keys, width), 0.0) for name in names}
+        sums = lax.fori_loop(0, visits.count * group, step, zeros)
+        for name, result_g in zip(names, results_g, strict=True):
+            factor, through_s = {"dk": (scores.scale, k_s), "dv": (1.0, v_s)}[name]
+            do.store(sums[name] * factor, through_s, keys_of(result_g))
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct((batch, length, kv_heads * width), k.dtype)] * len(names),
+        grid=(batch * blocks * kv_heads,),
+        grid_names=("tile",),
+        scratch_types=[
+            *[swizzled(queries, width, q.dtype)] * 2,
+            *[swizzled(keys, width, q.dtype)] * 2,
+            *do.barriers(4),
+        ],
+        kernel_name="attention_" + "_".join(names),
+        **do.options,
+    )
+    arrays = (flat(x) for x in (q, k, v, do_BTNH))
+    bounds = query_visits(visible, block), whole_from(visible, queries)
+    return [x.reshape(k.shape) for x in call(*arrays, lse_BNT, mean_BNT, visible, *bounds)]

@@ -1,0 +1,112 @@
+"""Flash attention forward by mma.sync (Dao et al., 2022).
+
+A tile is a block of queries of one head. It visits the blocks of keys that its queries see; those that all of them see
+whole are not masked. Per block of keys: wait for K; start copying V; scores; wait for V; start copying the next K;
+softmax; weights times V. So there is one buffer each for K and V, and each copy has half a block's time to arrive.
+
+The number of positions is a multiple of 64. Dimension key: B batch, T positions, N q-heads, K kv-heads, G = N / K,
+H head_dim, I blocks of queries; _g device memory, _s shared memory.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention.bounds import IN_REGISTERS, Visible, forward_block, key_visits, whole_from
+from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
+from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
+from pallas_kernels.attention.tiles import ScoreScaling
+
+HIDDEN = float("-inf")  # a finite one would give NaN if a multiply-add made the exponent infinite
+LOWEST = -1e30  # first maximum: finite, so that rows which see no key of a block get weights of 0, never NaN
+
+
+def forward(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    visible: Visible,
+    sinks_N: Float[Array, " N"] | None,
+    scores: ScoreScaling,
+    do: Instructions,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns (out, log2-sum-exp2 in f32, of scores and sink)."""
+    (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
+    rows, keys = block = forward_block(width)
+    blocks, group = length // rows, heads // kv_heads
+    sinks_log2 = () if sinks_N is None else (sinks_N.astype(jnp.float32) * math.log2(math.e),)
+
+    def kernel(q_g, k_g, v_g, visible_g, visits_g, whole_g, sinks_g, out_g, lse_g, q_s, k_s, v_s, *arrived):
+        q_here, k_here, v_here = arrived
+        member, rest = rem_div(lax.axis_index("tile"), group)
+        kv, rest = rem_div(rest, kv_heads)
+        back, b = rem_div(rest, blocks)
+        i = blocks - 1 - back  # long tiles first
+        n, row = kv * group + member, i * rows
+        visits = Visits.load(visits_g.at[b, i], visible_g)
+
+        def queries_of(source_g):
+            return part(source_g, b, row, rows, n, width)
+
+        def copy_keys(source_g, visited, target_s, here):
+            do.copy(part(source_g, b, visits.block(visited) * keys, keys, kv, width), target_s, here)
+
+        do.copy(queries_of(q_g), q_s, q_here)
+        copy_keys(k_g, jnp.int32(0), k_s, k_here)
+        do.wait(q_here)
+        kept = list(do.left(q_s)) if width <= IN_REGISTERS else None
+
+        def step(visited, carry):
+            sums, top, total = carry
+            column = visits.block(visited) * keys
+            do.wait(k_here)
+            copy_keys(v_g, visited, v_s, v_here)
+            s = scores.capped_by_exp2(do.multiply_transposed(do.left(q_s) if kept is None else kept, k_s))
+            do.wait(v_here)
+
+            @pl.when(visited + 1 < visits.count)
+            def _():
+                copy_keys(k_g, visited + 1, k_s, k_here)
+
+            def masked(s):
+                return hide(do, visible_g, b, row, column, 0, s, HIDDEN)
+
+            s = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda s: s, masked, s)
+            new = jnp.maximum(top, jnp.max(s, axis=1) * scores.to_log2)
+            fade = jnp.exp2(top - new)
+            weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(new, s.shape, (0,)))
+            total = total * fade + jnp.sum(weights, axis=1)
+            sums = sums * lax.broadcast_in_dim(fade, sums.shape, (0,))
+            return do.multiply_add(sums, weights, v_s), new, total
+
+        # A sink is a key that has a score and no value.
+        top, total = (sinks_g[0][n], 1.0) if sinks_g else (LOWEST, 0.0)
+        start = do.full((rows, width), 0.0), do.full_rows(rows, top), do.full_rows(rows, total)
+        sums, top, total = lax.fori_loop(0, visits.count, step, start)
+        do.store_rows(top + jnp.log2(total), lse_g.at[b, n, pl.ds(row, rows)])
+        do.store(sums * lax.broadcast_in_dim(1 / total, sums.shape, (0,)), q_s, queries_of(out_g))
+
+    call = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, length, heads * width), q_BTNH.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+        grid=(batch * blocks * heads,),
+        grid_names=("tile",),
+        scratch_types=[
+            swizzled(rows, width, q_BTNH.dtype),
+            *[swizzled(keys, width, q_BTNH.dtype)] * 2,
+            *do.barriers(3),
+        ],
+        kernel_name="attention_forward",
+        **do.options,
+    )
+    arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH))
+    out, lse_BNT = call(*arrays, visible, key_visits(visible, block), whole_from(visible, rows), sinks_log2)
+    return out.reshape(q_BTNH.shape), lse_BNT

@@ -1,0 +1,1 @@
+"""Code that all Mosaic GPU kernels share; `installation` can be imported without Mosaic."""
