@@ -45,7 +45,7 @@ def test_every_card_and_shape_has_a_line(capsys):
 
 def test_attention_of_every_card_has_a_reason(capsys):
     lines = [line for line in lines_of(capsys, "--m", "1", "--shape", DOWN.name) if ": attention" in line]
-    (old,) = [line for line in lines if line.startswith("t4:")]
+    old = next(line for line in lines if line.startswith("t4:"))
     assert "tiles; mma kernels run on sm_80" in old and old.endswith("not Tesla T4 (sm_75)")
     for card in CARDS.keys() - {"t4"}:
         kernels, tiles = [line for line in lines if line.startswith(f"{card}:")]

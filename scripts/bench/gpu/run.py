@@ -1,9 +1,9 @@
-"""Measures the fused kernels on this GPU, next to dequantize + cuBLAS and bf16 cuBLAS, and a training step of 8B.
+"""Measures fused products, attention and training steps of 8B on this GPU, next to cuBLAS and cuDNN.
 
     JAX_PLATFORMS=cuda python -m scripts.bench.gpu.run --output runs/bench_gpu.json
     JAX_PLATFORMS=cpu python -m scripts.bench.gpu.run --rehearse
 
-Steps come first, each in a separate process. Then come products, shape by shape, until --seconds have passed; the end
+Steps come first, each in a separate process, and attention. Then come products, shape by shape, until --seconds have passed; the end
 of the output lists skipped ones. The output file is rewritten after each. The end also has the M from which on the
 fused kernel loses (MOST_ROWS of mosaic/capabilities.py), the fastest tile of each product (hopper.best_tile,
 ampere.tile_for), and the goals.
@@ -29,13 +29,13 @@ from pallas_kernels.devices import Device, target_device
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from pallas_kernels.mosaic import installation
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
-from scripts.bench.gpu import tables
+from scripts.bench.gpu import attention, tables
 from scripts.bench.gpu.matmuls import Bench, Record, measure
 from scripts.bench.support.progress import phase, phases
 
 STEP_TIMEOUT_S = 120
 UNFILTERED = {"JAX_TRACEBACK_FILTERING": "off"}  # otherwise the last lines of an error do not show its cause
-POLICIES = ("full", "names", "none")  # least memory first
+STEPS = ((2048, "full"), (2048, "names"), (2048, "none"), (512, "names"), (8192, "attention"))  # (tokens, remat)
 ROWS = (1, 16, 2048, 4096, 8192, 512, 128, 1024)  # the goals and the crossover come first
 PATTERNS = ("llama-3-8b/*", "llama-3-70b/gate,up", "llama-2-7b/down")
 TINY_ROWS, TINY = (1, 24), Shape("tiny", "square", 256, 256, 1, 1)
@@ -43,10 +43,10 @@ SHARE = 10  # weights may take 1 / SHARE of a card's memory, and so may results
 
 
 def run_steps(rehearse: bool) -> list[Record]:
-    """Returns one record per remat policy: its step, or its failure."""
+    """Returns one record per length and remat policy: its step, or its failure."""
     records = []
-    for remat in phases("training steps, remat", POLICIES):
-        command = [sys.executable, "-m", "scripts.bench.gpu.train_step", "--remat", remat]
+    for length, remat in phases("training step of", STEPS):
+        command = [sys.executable, "-m", "scripts.bench.gpu.train_step", "--length", str(length), "--remat", remat]
         command += ["--rehearse"] if rehearse else []
         try:
             done = subprocess.run(
@@ -56,7 +56,7 @@ def run_steps(rehearse: bool) -> list[Record]:
             record = {"failure": done.stderr.strip()[-600:]} if failed else json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             record = {"failure": f"no result within {STEP_TIMEOUT_S} s"}
-        records.append({"remat": remat, **record})
+        records.append({"length": length, "remat": remat, **record})
     return records
 
 
@@ -122,6 +122,7 @@ def main() -> int:
     card = card_of(device, args.card)
     result = about(device, card) | {"rehearsed": args.rehearse, "steps": steps, "products": [], "left out": []}
     print("\n".join([", ".join(f"{k} {v}" for k, v in about(device, card).items()), *_step_lines(result, card)]))
+    result["attention"] = _attention(bench_of(device, card, args.rehearse), args.rehearse)
     for m, shape in ((m, shape) for m in rows for shape in shapes):
         if time.perf_counter() - began > args.seconds:
             result["left out"].append(f"{shape.name} M={m}")
@@ -145,6 +146,15 @@ def _step_lines(result: Record, card: Card) -> list[str]:
     return [tables.step_line(step, card.bf16_flops) for step in result["steps"]]
 
 
+def _attention(bench: Bench, rehearse: bool) -> list[Record]:
+    """Returns the times of attention, which it prints case by case."""
+    records = []
+    for case in phases("attention of", attention.TINY if rehearse else attention.CASES):
+        records.append(attention.measure(bench.device, case, bench.warm_up, bench.samples))
+        print("\n".join(attention.lines(records[-1])), flush=True)
+    return records
+
+
 def _write(path: Path | None, result: Record) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +171,7 @@ def _summary(result: Record, card: Card) -> None:
 
 def _has_failures(result: Record) -> bool:
     ways = [record[way] for record in result["products"] for way in ("forward", "backward")]
+    ways += result["attention"]
     return any("failure" in step for step in result["steps"]) or any(way["failures"] for way in ways)
 
 

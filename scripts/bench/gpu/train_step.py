@@ -1,6 +1,6 @@
 """Measures a training step of Llama-3-8B's shape on random weights, for run.py.
 
-    python -m scripts.bench.gpu.train_step --remat full [--rehearse]
+    python -m scripts.bench.gpu.train_step --remat full [--length 2048] [--rehearse]
 
 A separate process makes the peak memory that of the step. Weights are made on the device, so nothing is fetched. Prints
 one line of JSON.
@@ -31,17 +31,17 @@ from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.gpu.matmuls import Record
 from scripts.bench.support.real_step import random_batch
 
-MODEL, LENGTH = "llama-3-8b", 2048
+MODEL = "llama-3-8b"
 TINY = {"num_layers": 2, "embed_dim": 256, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 256, "vocab_size": 512}
 WARM_UP, STEPS = 2, 7
 
 
-def setting(rehearse: bool) -> tuple[ModelConfig, tuple[int, int, int]]:
+def setting(length: int, rehearse: bool) -> tuple[ModelConfig, tuple[int, int, int]]:
     """Returns the model's config and the batch shape (A, B, T)."""
     config = model_config(PUBLISHED[MODEL])
     if rehearse:
         return dataclasses.replace(config, **TINY), (1, 1, 64)
-    return config, (1, 1, LENGTH)
+    return config, (1, 1, length)
 
 
 def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Record:
@@ -53,7 +53,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
     planned = read_memory(compiled.memory_analysis()).device_total
     counted = StepShape(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
     planned += memory_use.optimizer_bytes(counted)
-    found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
+    found = {"tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
     limit = memory("bytes_limit")
     if limit is not None and planned > limit:
         return found | {"failure": f"needs {planned} bytes (available: {limit})"}
@@ -89,6 +89,7 @@ def main() -> None:
     """Measures one remat policy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--remat", choices=REMAT_POLICIES, required=True)
+    parser.add_argument("--length", type=int, default=2048, help="tokens")
     parser.add_argument("--rehearse", action="store_true", help="use a tiny model")
     args = parser.parse_args()
     runtime.start()
@@ -96,7 +97,7 @@ def main() -> None:
         raise SystemExit(
             f"bench.gpu.train_step: no GPU (jax uses {jax.default_backend()}). Use one, or pass --rehearse."
         )
-    print(json.dumps(measure(*setting(args.rehearse), args.remat)))
+    print(json.dumps(measure(*setting(args.length, args.rehearse), args.remat)))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ def test_the_benchmark_rehearses_all_that_it_does_on_a_card(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert [step["remat"] for step in result["steps"]] == ["full", "names", "none"]
+    assert [step["remat"] for step in result["steps"]] == ["full", "names", "none", "names", "attention"]
+    (attention,) = result["attention"]
+    assert attention["backward"]["tiles"] > 0 and not attention["failures"]
     assert all(math.isfinite(step["loss"]) and step["step_s"] > 0 for step in result["steps"])
     few, more = result["products"]
     assert few["m"] == 1 and few["forward"]["skinny"] > 0 and "skinny" not in more["forward"]
     for way in (few["forward"], few["backward"], more["forward"], more["backward"]):
         assert min(way["hopper"], way["ampere"], way["reference"], way["bf16"]) > 0 and not way["failures"]
-    for line in ("crossover hopper backward", "tile ampere forward", "goal M = 1", "step, remat none"):
+    for line in ("crossover hopper backward", "tile ampere forward", "goal M = 1", "step of 2048 tokens, remat none", "attention tiny"):
         assert line in done.stdout

@@ -53,7 +53,7 @@ def test_a_single_row_is_told_in_bytes_and_a_failure_is_no_number():
 
 def test_the_goals_name_the_worst():
     records = [record(2048, 1e-3, 2e-3), record(512, 4e-3, 2e-3)]
-    step = {"flops": {"model": 6e14, "again": 1e14}, "step_s": 1.0, "remat": "none"}
+    step = {"flops": {"model": 6e14, "again": 1e14}, "step_s": 1.0, "remat": "none", "length": 2048}
     lines = list(tables.goals(records, [step], 1e15, 1e12))
     assert lines[0].endswith("worst 0.50 (tiny, M = 512)")
     assert lines[1].endswith("worst 2.00 (tiny, M = 2048)")
