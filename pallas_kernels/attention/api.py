@@ -50,7 +50,7 @@ def causal_attention(
     _check(scale, window, softcap)
     if spans is not None and segments_BT is not None:
         raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
-    chosen = IMPLEMENTATIONS[str(choose(target_device(), q_BTNH.dtype, q_BTNH.shape[3]).name)]
+    chosen = IMPLEMENTATIONS[str(choose(target_device(), q_BTNH.dtype, q_BTNH.shape[3], q_BTNH.size).name)]
     texts = segments_BT if spans is None else spans
     return chosen.attention(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
 

@@ -1,6 +1,6 @@
 """Chooses the implementation of causal attention for a device.
 
-The choice is a function of (device, dtype, head_dim), so a report for an absent card uses the same code.
+The choice is a function of (device, dtype, sizes), so a report for an absent card uses the same code.
 """
 
 from types import ModuleType
@@ -15,13 +15,17 @@ from pallas_kernels.nf4_matmul.dispatch import Choice
 IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "mma": mma, "tiles": tiles}
 
 
-def choose(device: Device, dtype: DTypeLike, head_dim: int) -> Choice:
-    """Returns the implementation that runs attention on a device; if it is `tiles`, why a faster one does not."""
+def choose(device: Device, dtype: DTypeLike, head_dim: int, numbers: int = 0) -> Choice:
+    """Returns the implementation that runs attention on a device; if it is `tiles`, why a faster one does not.
+
+    Args:
+      numbers: in the array of queries.
+    """
     match device.platform:
         case "cpu":
             name, reason = "cpu", cpu.unsupported_reason(device.platform, dtype)
         case "gpu":
-            name, reason = "mma", capabilities.unsupported_reason(device, dtype, head_dim)
+            name, reason = "mma", capabilities.unsupported_reason(device, dtype, head_dim, numbers)
         case _:
             return Choice("tiles", {})
     return Choice(name, {}) if reason is None else Choice("tiles", {name: reason})

@@ -57,3 +57,17 @@ def test_a_step_of_8b_makes_no_square_and_launches_little(card):
     assert not [kind for kind in computed(compiled.text) if shape_of(kind).count(length) > 1]
     assert operations(compiled.text) <= 10_000
     assert compiled.memory.device_total <= TILED
+
+
+@pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
+@pytest.mark.parametrize(
+    ("card", "length", "most_gib"),
+    [pytest.param(*case, marks=EXHAUSTIVE) for case in (("rtx4090", 180_224, 20), ("h100", 819_200, 72))],
+)
+def test_the_longest_rows_fit(card, length, most_gib):
+    """With the layers' inputs in host memory: 256 KiB per token of 32 layers of 4,096 numbers of 16 bits."""
+    step = spec(model_config(catalog.PUBLISHED["llama-3.1-8b"]), (1, 1, length), remat="offload")
+    function, args, kwargs = step.replace(lora=LoraArgs(rank=16)).gradients()
+    memory = aot.compile_for(card, function, *args, **kwargs).memory
+    assert memory.device_total < most_gib * 2**30
+    assert memory.host.temporaries == length * 256 * 2**10

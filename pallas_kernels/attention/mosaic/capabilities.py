@@ -9,10 +9,16 @@ from pallas_kernels.mosaic import installation
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 128, 256)
+WITH_CP_ASYNC = ("sm_80", "sm_86", "sm_89")
+MOST_NUMBERS = 2**31  # that a signed 32-bit offset reaches; TMA, on newer cards, has coordinates along each axis
 
 
-def unsupported_reason(device: Device, dtype: DTypeLike, head_dim: int) -> str | None:
-    """Returns all reasons why the kernels cannot compute attention on a device, or None if they can."""
+def unsupported_reason(device: Device, dtype: DTypeLike, head_dim: int, numbers: int = 0) -> str | None:
+    """Returns all reasons why the kernels cannot compute attention on a device, or None if they can.
+
+    Args:
+      numbers: in the array of queries.
+    """
     table = (
         ("run on", DEVICES, device.names[0], device),
         ("take", DTYPES, str(dtype), dtype),
@@ -23,4 +29,6 @@ def unsupported_reason(device: Device, dtype: DTypeLike, head_dim: int) -> str |
         for verb, known, found, shown in table
         if found not in known
     ]
+    if numbers >= MOST_NUMBERS and device.names[0] in WITH_CP_ASYNC:
+        problems.append(f"mma kernels on {device} take fewer than 2^31 numbers, not {numbers:,}")
     return "; ".join(problems) or ((missing := installation.problem()) and f"mma kernels: {missing}")

@@ -3,10 +3,10 @@
     JAX_PLATFORMS=cuda python -m scripts.bench.gpu.run --output runs/bench_gpu.json
     JAX_PLATFORMS=cpu python -m scripts.bench.gpu.run --rehearse
 
-Steps come first, each in a separate process, and attention. Then come products, shape by shape, until --seconds have passed; the end
-of the output lists skipped ones. The output file is rewritten after each. The end also has the M from which on the
-fused kernel loses (MOST_ROWS of mosaic/capabilities.py), the fastest tile of each product (hopper.best_tile,
-ampere.tile_for), and the goals.
+Steps come first, each in a separate process, then attention. Then come products, shape by shape, until --seconds have
+passed; the end of the output lists skipped ones. The output file is rewritten after each. The end also has the M from
+which on the fused kernel loses (MOST_ROWS of mosaic/capabilities.py), the fastest tile of each product
+(hopper.best_tile, ampere.tile_for), and the goals.
 
 --rehearse runs everything on a CPU, to find mistakes before using time on a card: tiny shapes, interpreted kernels,
 meaningless numbers. The kernels of a training step are not interpreted, because callbacks cannot be rematerialized.

@@ -101,8 +101,8 @@ def step_line(step: Record, peak: float) -> str:
     seconds, flops = step["step_s"], step["flops"]
     mfu, with_again = flops["model"] / seconds / peak, sum(flops.values()) / seconds / peak
     return (
-        f"step of {step['length']} tokens, remat {step['remat']}: {step['tokens'] / seconds:.0f} tokens/s, MFU {mfu:.1%} ({with_again:.1%} with "
-        f"recomputation), loss {step['loss']:.3f}; peak {_mib(step['peak_bytes'])} MiB on the card ("
+        f"step of {step['length']} tokens, remat {step['remat']}: {step['tokens'] / seconds:.0f} tokens/s, MFU "
+        f"{mfu:.1%} ({with_again:.1%} with recomputation), loss {step['loss']:.3f}; peak {_mib(step['peak_bytes'])} MiB on the card ("
         f"{_mib(step['filled_bytes'])} before the first step), {_mib(step['planned_bytes'])} planned by the compiler"
     )
 
@@ -131,7 +131,8 @@ def goals(records: Sequence[Record], steps: Sequence[Record], peak: float, bandw
             if r["m"] == 1 and way.get("skinny")
         ],
     )
-    shares = [s["flops"]["model"] / s["step_s"] / peak for s in steps if "failure" not in s and s["length"] == 2048]
+    timed = [step for step in steps if "failure" not in step and step["length"] == 2048]
+    shares = [step["flops"]["model"] / step["step_s"] / peak for step in timed]
     yield "goal 8B at 2048 tokens >= 0.50 of peak: " + (f"best {max(shares):.2f}" if shares else "not measured")
 
 

@@ -40,6 +40,12 @@ def test_other_calls_take_tiles_for_all_reasons(device, dtype, head_dim, reasons
     assert choice.name == "tiles" and all(reason in choice.refusals["mma"] for reason in reasons)
 
 
+def test_arrays_beyond_32_bit_offsets_take_tiles_where_offsets_are_computed():
+    names = {numbers: choose(gpu(8, 0), "bfloat16", 128, numbers).name for numbers in (2**31 - 1, 2**31)}
+    assert names == {2**31 - 1: "mma", 2**31: "tiles"}
+    assert choose(gpu(9, 0), "bfloat16", 128, 2**32).name == "mma"
+
+
 def test_an_old_jax_takes_tiles(monkeypatch):
     monkeypatch.setattr(installation, "LEAST_JAX", (99, 0))
     choice = choose(gpu(8, 9), "bfloat16", 128)

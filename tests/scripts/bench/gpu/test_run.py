@@ -24,5 +24,11 @@ def test_the_benchmark_rehearses_all_that_it_does_on_a_card(tmp_path):
     assert few["m"] == 1 and few["forward"]["skinny"] > 0 and "skinny" not in more["forward"]
     for way in (few["forward"], few["backward"], more["forward"], more["backward"]):
         assert min(way["hopper"], way["ampere"], way["reference"], way["bf16"]) > 0 and not way["failures"]
-    for line in ("crossover hopper backward", "tile ampere forward", "goal M = 1", "step of 2048 tokens, remat none", "attention tiny"):
+    for line in (
+        "crossover hopper backward",
+        "tile ampere forward",
+        "goal M = 1",
+        "step of 2048 tokens, remat none",
+        "attention tiny",
+    ):
         assert line in done.stdout
