@@ -102,8 +102,9 @@ def step_line(step: Record, peak: float) -> str:
     mfu, with_again = flops["model"] / seconds / peak, sum(flops.values()) / seconds / peak
     return (
         f"step of {step['length']} tokens, remat {step['remat']}: {step['tokens'] / seconds:.0f} tokens/s, MFU "
-        f"{mfu:.1%} ({with_again:.1%} with recomputation), loss {step['loss']:.3f}; peak {_mib(step['peak_bytes'])} MiB on the card ("
-        f"{_mib(step['filled_bytes'])} before the first step), {_mib(step['planned_bytes'])} planned by the compiler"
+        f"{mfu:.1%} ({with_again:.1%} with recomputation), loss {step['loss']:.3f}; peak {_mib(step['peak_bytes'])} "
+        f"MiB on the card ({_mib(step['filled_bytes'])} before the first step), {_mib(step['planned_bytes'])} planned "
+        "by the compiler"
     )
 
 
