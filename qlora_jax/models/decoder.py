@@ -193,14 +193,13 @@ class Block(nnx.Module):
 
     def _mlp(self, layer, keys_B, counted_BT, cut_rows: int | None, x_MD) -> tuple[jax.Array, RoutingSums | None]:
         """Returns (MLP of x, sums of the router); with `cut_rows`, the number of rows, a dense one chunk by chunk."""
-        row = layer - self.mlp_start if self.mlp_start else layer
-        if isinstance(self.mlp, SparseMLP):
-            return self.mlp(x_MD, row, keys_B, counted_BT)
-        assert isinstance(self.mlp, MLP)
+        mlp, row = self.mlp, layer - self.mlp_start if self.mlp_start else layer
+        if not isinstance(mlp, MLP):
+            assert isinstance(mlp, SparseMLP)
+            return mlp(x_MD, row, keys_B, counted_BT)
         if cut_rows is None:
-            return self.mlp(x_MD, row, keys_B), None
-        dense = self.mlp
-        return by_chunks(lambda x_CD, keys_1: dense(x_CD, row, keys_1), x_MD, keys_B, cut_rows), None
+            return mlp(x_MD, row, keys_B), None
+        return by_chunks(lambda x_CD, keys_1: mlp(x_CD, row, keys_1), x_MD, keys_B, cut_rows), None
 
     def _normed(self, norm: str | None, x_MD: jax.Array, layer: jax.Array, kept_as: str | None = None) -> jax.Array:
         """Returns norm(x), or x if `norm` is None; `kept_as` names x for remat policies."""

@@ -137,7 +137,8 @@ def train_step(
     total, count, row_losses_AB, norm = jax.device_get((loss.total, loss.count, loss.row_losses_AB, norm))
     tokens = int(batch.weights.sum())
     step = state.step + 1
-    if not (np.isfinite(total) and (np.isfinite(norm) or (skipped and scale.factor > LEAST))):
+    may_go_on = np.isfinite(norm) or (skipped and scale is not None and scale.factor > LEAST)
+    if not (np.isfinite(total) and may_go_on):
         raise NonFiniteLoss(_non_finite(session, batch, step, row_losses_AB, float(norm)))
     seconds = time.perf_counter() - began
     reporter.step(
