@@ -30,7 +30,8 @@ class ExportArgs:
         NOT_EMPTY,
     )
     dtype: Dtype | None = setting(
-        "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0 and q4_0",
+        "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0, q4_0 "
+        "and, by llama.cpp's quantizer (the extra gguf-quantize), q6_k, q5_k_m, q4_k_m, q4_k_s and iq4_nl",
         None,
     )
     base_dtype: Dtype | None = setting(

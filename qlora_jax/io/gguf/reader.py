@@ -29,7 +29,8 @@ from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, aligned_
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-BLOCKED = tuple(name for name in BLOCK_FORMATS if name in GGMLQuantizationType.__members__)
+# IQ4_NL can only be dequantized: no kernel computes with its codes.
+BLOCKED = (*(name for name in BLOCK_FORMATS if name in GGMLQuantizationType.__members__), "IQ4_NL")
 
 EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config
@@ -244,7 +245,7 @@ def _fused_order(rows: int, heads: int) -> np.ndarray:
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the weights by the C++ loops, which are faster, or else by the gguf package, with the same bits."""
-    if target_device().platform == "cpu" and loops_problem() is None:
+    if kind.name in BLOCK_FORMATS and target_device().platform == "cpu" and loops_problem() is None:
         return np.asarray(_by_loops(raw.reshape(math.prod(shape[:-1]), -1), kind.name, shape[-1])).reshape(shape)
     out = aligned_empty((math.prod(shape[:-1]), shape[-1]), np.float32)
     rows = raw.reshape(len(out), -1)
