@@ -22,6 +22,7 @@ from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.held_out_cost import HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.export.methods import check_head, check_method
+from qlora_jax.io.export.modelfile import write_modelfile
 from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.export.verify import (
@@ -233,6 +234,8 @@ def export_merged(
         if dtype in MIXTURES:
             notes.append(types_note(path, dtype))
             merge.path.unlink()
+        if form == "gguf":
+            notes += write_modelfile(folder, opened, f"./{path.name}")
     if original is None:
         lines = [f"{run.label}, merged: {output}", str(difference)]
     else:

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 import qlora_jax as q
+from qlora_jax.api.export import write_export
 from qlora_jax.config import DataArgs, read_config, write_config
+from qlora_jax.config.exports import ExportOptions
 from qlora_jax.export import main
 from qlora_jax.io.export import held_out_cost
 from qlora_jax.io.export.held_out_cost import LADDER, HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.gguf import llama_quantizer
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.llama_quantizer import quantize_file, types_note
+from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.measures.metrics import RowScores
 from tests.e2e.project import write_rows
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
@@ -101,9 +104,11 @@ def test_the_printed_perplexity_is_that_of_evaluate(run: Path, capsys: pytest.Ca
         assert float(found) == pytest.approx(metrics["perplexity"].value, rel=1e-3), name
 
 
-def test_a_missing_package_is_an_error_and_missing_rows_are_a_note(
+def test_a_missing_package_is_an_error_and_missing_rows_are_a_note_and_python_prints_nothing(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_export(open_finetuned(run), run / "silent", "gguf", ExportOptions(dtype="q8_0"))
+    assert capsys.readouterr() == ("", "")
     (run.parent / "held_out.jsonl").unlink()
     main(["--run", str(run), "--format", "gguf", "--dtype", "q8_0", "--output", str(run / "q8_0")])
     assert (
@@ -120,7 +125,7 @@ def test_mixtures_of_a_run(run: Path, quantizer: None, capfd: pytest.CaptureFixt
     """Rows of 64 and 128 weights get larger types in place of those with blocks of 256, and a line says so."""
     main(["--run", str(run), "--format", "gguf", "--dtype", "q5_k_m"])
     shown = capfd.readouterr()
-    assert [path.name for path in (run / "gguf").iterdir()] == ["model-q5_k_m.gguf"]
+    assert {path.name for path in (run / "gguf").iterdir()} == {"model-q5_k_m.gguf", "Modelfile"}
     assert "quantizing: 100% of" in shown.err and "by q5_k_m" in shown.out and "not whole blocks of 256" in shown.out
     kinds = {info.type.name for info in parse_header(run / "gguf/model-q5_k_m.gguf").tensors}
     assert kinds == {"F32", "Q5_1", "Q8_0"}
