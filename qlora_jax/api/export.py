@@ -1,6 +1,7 @@
 """`save_peft`, `merge` and `save_quantized`: models and adapters for other libraries."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from qlora_jax.io.export.merged import QUANTIZED
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
-from qlora_jax.io.loading.progress import SCORING
+from qlora_jax.io.loading.progress import SCORING, StageProgress
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
@@ -95,7 +96,8 @@ def merge(
       model: a base from `load` with a trained adapter.
       folder: a new folder.
       format: "hf" for transformers, "gguf" for llama.cpp; or another format of whole models, such as a registered one.
-      dtype: dtype of the weights; None: bfloat16 for "hf" and float16 for "gguf", which also takes "q8_0" and "q4_0".
+      dtype: dtype of the weights; None: bfloat16 for "hf" and float16 for "gguf", which also takes "q8_0", "q4_0" and,
+        by llama.cpp's quantizer, "q6_k", "q5_k_m", "q4_k_m", "q4_k_s" and "iq4_nl".
       base: path of the 16-bit model that the base was quantized from, to merge into its weights instead.
       progress: show a progress bar while the base is read.
 
@@ -183,12 +185,8 @@ def write_export(
     dtype = options.dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
     task, note = _held_out(opened) if dtype in QUANTIZED else (None, [])
     with loading_bar(progress) as report:
-
-        def score(parts: ModelParts) -> RowScores:
-            assert task is not None
-            return task.score(parts, lambda done: report(done, task.size, "", SCORING), NO_CACHE)
-
-        whole = dataclasses.replace(options, dtype=dtype, progress=report, score=task and score)
+        score = None if task is None else functools.partial(_score, task, report)
+        whole = dataclasses.replace(options, dtype=dtype, progress=report, score=score)
         result = run(_with_stop_ids(opened), folder, whole) if callable(run) else run
     if not isinstance(result, ExportResult):
         raise ValueError(
@@ -197,6 +195,10 @@ def write_export(
         )
     result = dataclasses.replace(result, lines=(*result.lines, *note))
     return result.with_other_parts(opened.source, declared.other_parts)
+
+
+def _score(task: RowsTask, report: StageProgress, parts: ModelParts) -> RowScores:
+    return task.score(parts, lambda done: report(done, task.size, "", SCORING), NO_CACHE)
 
 
 def _held_out(opened: OpenedModel) -> tuple[RowsTask | None, list[str]]:

@@ -38,10 +38,10 @@ class Turns(NamedTuple):
 
     Attributes:
       start: before all messages: bos, if the tokenizer does not add it.
-      begin, end: by role; they lack "system" if the template rejects such messages.
+      begin, end: by role; they lack the system role if the template rejects it.
       prompt: begins the reply that is asked for.
       joined: the first user's message follows the system message without its `begin`.
-      system: the text that the template writes if there is no system message; empty: none.
+      system: the text that the template writes in place of a missing system message; empty: none.
     """
 
     start: str
@@ -68,7 +68,7 @@ def conversations(contents: Sequence[str], systems: Sequence[bool]) -> list[list
     """Returns conversations of one to three questions; `systems`: with a system message, without, or both."""
     found = []
     for system, questions, shift in itertools.product(systems, (1, 2, 3), range(len(contents))):
-        texts = itertools.cycle(contents[shift:] + contents[:shift])
+        texts = itertools.cycle((*contents[shift:], *contents[:shift]))
         roles = ["system"] * system + ["user", "assistant"] * questions
         found.append([{"role": role, "content": next(texts)} for role in roles[:-1]])
     return found

@@ -7,7 +7,7 @@ import ctypes
 import signal
 import sys
 
-from llama_cpp import llama_cpp as llama
+from llama_cpp import llama_cpp as llama  # pyright: ignore[reportMissingImports]
 
 source, target, dtype, buffer_bytes = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.SIG_DFL)
