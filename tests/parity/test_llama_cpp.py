@@ -163,6 +163,8 @@ def test_every_dtype(tmp_path: Path, quantizer: None, llama_cpp) -> None:
         opened = open_pretrained(model=str(path))
         ours[dtype] = _logits(load_base(opened, weight_settings(opened, "none", "float32")), TOKENS)
         cases[dtype] = _case(path, rows=TOKENS.tolist())
+    with pytest.raises(ValueError, match=r"found 'stored', but .* layers in IQ4_NL, with whose codes no kernel"):
+        load_base(opened, weight_settings(opened, "stored", "float32"))  # the last dtype is iq4_nl
     found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
     off = {dtype: np.abs(found[f"{dtype}/logits"] - o).max() / np.abs(o).max() for dtype, o in ours.items()}
     assert all(off[dtype] < WITHIN[dtype] for dtype in off), off
