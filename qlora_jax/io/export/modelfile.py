@@ -93,19 +93,23 @@ def read_turns(tokenizer: Tokenizer) -> tuple[Turns, list[str]]:
     raise ValueError(f"the chat template writes more than fixed texts around messages, as in {json.dumps(wrong[0])}")
 
 
+def _leading_bos(tokenizer: Tokenizer) -> str:
+    """Returns the bos before all messages; empty if the template writes none, or begins each turn with it."""
+    bos, user = tokenizer.special_tokens.get("bos_token", ""), {"role": "user", "content": USER}
+    text = tokenizer.render([user, {"role": "assistant", "content": ANSWER}, user])
+    if tokenizer.add_bos_token and not (bos and text.startswith(bos)):
+        raise ValueError(f"the chat template does not begin with {bos}, which Ollama's tokenizer adds")
+    return bos if bos and text.startswith(bos) and (tokenizer.add_bos_token or text.count(bos) == 1) else ""
+
+
 def _start(tokenizer: Tokenizer) -> str:
     """Returns the bos that the template writes and Ollama's tokenizer does not add."""
-    bos = tokenizer.special_tokens.get("bos_token", "")
-    writes = bool(bos) and tokenizer.render([{"role": "user", "content": USER}]).startswith(bos)
-    if tokenizer.add_bos_token and not writes:
-        raise ValueError(f"the chat template does not begin with {bos}, which Ollama's tokenizer adds")
-    return bos if writes and not tokenizer.add_bos_token else ""
+    return "" if tokenizer.add_bos_token else _leading_bos(tokenizer)
 
 
 def _written(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool = False) -> str:
-    """Returns the template's text without bos."""
-    text = tokenizer.render(messages, add_generation_prompt=prompt)
-    return text.removeprefix(tokenizer.special_tokens.get("bos_token", ""))
+    """Returns the template's text without the bos before all messages."""
+    return tokenizer.render(messages, add_generation_prompt=prompt).removeprefix(_leading_bos(tokenizer))
 
 
 def _turns(tokenizer: Tokenizer) -> Turns:

@@ -108,6 +108,14 @@ def twenty_conversations(trimmed: bool, system: bool = True) -> list[list[dict[s
     return found
 
 
+def test_a_bos_that_begins_each_turn_is_part_of_the_turns() -> None:
+    """SmolLM2's is <|im_start|>."""
+    special = {"bos_token": "<|im_start|>"}
+    turns, _ = read_turns(dataclasses.replace(_tokenizer(name="chatml", adds_bos=False), special_tokens=special))
+    assert turns.start == "" and turns.begin["user"] == "<|im_start|>user\n"
+    assert turns.begin["system"] == "<|im_start|>system\n"
+
+
 def _tokenizer(template: str = "", name: str = "", *, adds_bos: bool) -> Tokenizer:
     loaded = load_tokenizer({"tokenizer_json": byte_level()})
     loaded.backend.add_special_tokens([*TOKENS.get(name, ()), "<|begin|>"])
@@ -167,6 +175,7 @@ def test_exports_write_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     merged, lora = ((run / form / FILE).read_text().splitlines() for form in ("gguf", "gguf-lora"))
     assert merged[0] == "FROM ./model-float16.gguf"
     assert lora[:2] == ["FROM ./base-float32.gguf", "ADAPTER ./adapter.gguf"] and lora[2:] == merged[1:]
+    assert merged[1].startswith('TEMPLATE """{{ range .Messages }}{{ if eq .Role "user" }}{{ "<|im_start|>user\\n" }}')
     assert merged[2] == 'SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""'
     assert merged[3:] == ['PARAMETER stop "<|im_end|>"', "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     assert not (run / "alone" / FILE).exists()  # its base is a folder
