@@ -22,6 +22,12 @@ class ExportArgs:
     )
     output: str | None = setting("a new folder; null: RUN/FORMAT", None, NOT_EMPTY)
     step: int | None = setting("the checkpoint to export; null: the newest", None, NON_NEGATIVE)
+    push: str | None = setting(
+        "org/name of a new private repository on a Hugging Face Hub, for the output and a model card. Requires the "
+        "extra hub, and a token: HF_TOKEN, or hf auth login",
+        None,
+        NOT_EMPTY,
+    )
     model: str | None = setting("the base model, if it moved after training: a path or org/name", None, NOT_EMPTY)
     base: str | None = setting(
         "hf and gguf: merge into the weights of this 16-bit model, which the run's base was quantized from, instead of "
@@ -30,7 +36,8 @@ class ExportArgs:
         NOT_EMPTY,
     )
     dtype: Dtype | None = setting(
-        "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0 and q4_0",
+        "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0, q4_0 "
+        "and, by llama.cpp's quantizer (the extra gguf-quantize), q6_k, q5_k_m, q4_k_m, q4_k_s and iq4_nl",
         None,
     )
     base_dtype: Dtype | None = setting(
@@ -72,17 +79,26 @@ def main(argv: list[str]) -> None:
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
     from qlora_jax.api.export import write_export
+    from qlora_jax.api.model_card import write_model_card
+    from qlora_jax.io.hf.push import check_name, check_vacant, push_folder
     from qlora_jax.io.pretrained import open_finetuned
     from qlora_jax.terminal.console import Console
 
     runtime.start()
+    if args.push is not None:
+        check_name(args.push)
+        check_vacant(args.push)
     output = Path(args.run) / args.format if args.output is None else Path(args.output)
     opened = open_finetuned(args.run, base=args.model, step=args.step)
     options = ExportOptions(
         with_base="with_base" in flags, base_dtype=args.base_dtype, dtype=args.dtype, base=args.base
     )
     result = write_export(opened, output, args.format, options, progress=True)
-    Console().print(str(result), markup=False, highlight=False, soft_wrap=True)
+    console = Console()
+    console.print(str(result), markup=False, highlight=False, soft_wrap=True)
+    if args.push is not None:
+        write_model_card(output, opened, result, args.format, args.dtype)
+        console.print(f"pushed: {push_folder(output, args.push)}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

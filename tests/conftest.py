@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 def llama_cpp(tmp_path: Path) -> Oracle:
     """`oracle` in the Python that has llama-cpp-python; skips if that is absent."""
     return _runner(lambda: _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python"), tmp_path)
+
+
+@pytest.fixture
+def quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets this process and its children import llama-cpp-python; skips if it is absent or of another Python."""
+    python = _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python")
+    script = "import sys, sysconfig; print(*sys.version_info[:2], sysconfig.get_path('purelib'))"
+    major, minor, site = subprocess.run([python, "-c", script], capture_output=True, text=True).stdout.split()
+    if (int(major), int(minor)) != sys.version_info[:2]:
+        pytest.skip(f"{python} is Python {major}.{minor}, whose packages this one cannot import")
+    monkeypatch.setattr(sys, "path", [*sys.path, site])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), site])))
 
 
 @pytest.fixture(scope="session")

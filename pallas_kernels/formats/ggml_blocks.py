@@ -230,6 +230,8 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
     for end, scale_type in INT4_SCALES.items()
 }
 
+WITHOUT_KERNELS = ("IQ4_NL",)  # types of GGUF files that are dequantized, but with whose codes no kernel computes
+
 
 def row_bytes(ggml_type: str, columns: int) -> int:
     """Returns the bytes of one row of weights.

@@ -1,27 +1,42 @@
 """`save_peft`, `merge` and `save_quantized`: models and adapters for other libraries."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from flax import nnx
 
 from qlora_jax.api.provenance import parts_of, provenance_of
 from qlora_jax.api.settings import loading_bar
 from qlora_jax.atomic_files import staged_folder
+from qlora_jax.config import read_config
 from qlora_jax.config.exports import EXPORTS, Dtype, ExportFormat, ExportOptions, dtype_problems, formats
+from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.registry import load_implementation
+from qlora_jax.data.branch_tree import whole_texts
+from qlora_jax.data.dataset import load_held_out
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.inference.prompts import stop_ids
+from qlora_jax.inference.result_cache import NO_CACHE
+from qlora_jax.io.export.merged import QUANTIZED
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
+from qlora_jax.io.loading.progress import SCORING, StageProgress
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
+from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
+from qlora_jax.measures.metrics import RowScores
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import keep_in_16_bits
+
+MAX_ROWS = 256  # held-out rows that are scored: enough for an interval, and minutes less on a CPU
 
 
 def save_peft(
@@ -81,7 +96,8 @@ def merge(
       model: a base from `load` with a trained adapter.
       folder: a new folder.
       format: "hf" for transformers, "gguf" for llama.cpp; or another format of whole models, such as a registered one.
-      dtype: dtype of the weights; None: bfloat16 for "hf" and float16 for "gguf", which also takes "q8_0" and "q4_0".
+      dtype: dtype of the weights; None: bfloat16 for "hf" and float16 for "gguf", which also takes "q8_0", "q4_0" and,
+        by llama.cpp's quantizer, "q6_k", "q5_k_m", "q4_k_m", "q4_k_s" and "iq4_nl".
       base: path of the 16-bit model that the base was quantized from, to merge into its weights instead.
       progress: show a progress bar while the base is read.
 
@@ -167,15 +183,43 @@ def write_export(
     made = declared.implementation
     run = load_implementation("format", format, made) if isinstance(made, str) else made
     dtype = options.dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
+    task, note = _held_out(opened) if dtype in QUANTIZED else (None, [])
     with loading_bar(progress) as report:
-        whole = dataclasses.replace(options, dtype=dtype, progress=report)
+        score = None if task is None else functools.partial(_score, task, report)
+        whole = dataclasses.replace(options, dtype=dtype, progress=report, score=score)
         result = run(_with_stop_ids(opened), folder, whole) if callable(run) else run
     if not isinstance(result, ExportResult):
         raise ValueError(
             f"format: {format!r} is declared with a function that returns {type(result).__name__}, expected an "
             "ExportResult (qlora_jax/io/export/result.py). Repair or uninstall its package"
         )
+    result = dataclasses.replace(result, lines=(*result.lines, *note))
     return result.with_other_parts(opened.source, declared.other_parts)
+
+
+def _score(task: RowsTask, report: StageProgress, parts: ModelParts) -> RowScores:
+    return task.score(parts, lambda done: report(done, task.size, "", SCORING), NO_CACHE)
+
+
+def _held_out(opened: OpenedModel) -> tuple[RowsTask | None, list[str]]:
+    """Returns the task that scores the run's first MAX_ROWS held-out rows, or a note that says why there is none."""
+    note = "the cost in held-out perplexity was not measured: {}. `qlora-jax evaluate --model FILE --rows ROWS` does it"
+    assert opened.run is not None
+    path = opened.run.path / CONFIG_FILE
+    if not path.is_file():
+        return None, [note.format("the adapter is not a run, which names held-out rows")]
+    config = read_config(path)
+    if OBJECTIVES[config.objective].rows != "text":
+        return None, [note.format(f"objective={config.objective} has no texts with one answer")]
+    try:
+        rows = load_held_out(config.data, opened.tokenizer)
+    except (OSError, ValueError) as error:
+        return None, [note.format(f"the held-out rows cannot be read ({str(error).splitlines()[0]})")]
+    if rows is None:
+        return None, [note.format("the run has no held-out rows (data.eval, data.eval_fraction)")]
+    texts = [whole_texts(*rows.row(row), rows.branches_of(row)) for row in range(min(len(rows), MAX_ROWS))]
+    row_of_text = np.repeat(np.arange(len(texts)), [*map(len, texts)])
+    return RowsTask(title="held-out rows", rows=[text for one in texts for text in one], row_of_text=row_of_text), []
 
 
 def _check_format(format: str, *, merged: bool) -> None:

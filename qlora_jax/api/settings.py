@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, to_dict, validate
 from qlora_jax.config.parse import from_dict
-from qlora_jax.io.loading.loader import Progress
-from qlora_jax.io.loading.progress import loading
+from qlora_jax.io.loading.progress import StageProgress, loading
 from qlora_jax.terminal.console import Console
 
 # Settings by dotted name, such as {"optim.name": "adamw_8bit"}, or a whole configuration.
@@ -70,10 +69,10 @@ def console_for(progress: bool) -> Console:
 
 
 @contextlib.contextmanager
-def loading_bar(progress: bool) -> Iterator[Progress]:
+def loading_bar(progress: bool) -> Iterator[StageProgress]:
     """Yields a callback that shows how far loading is, or does nothing."""
     if not progress:
-        yield lambda done, total, name: None
+        yield lambda *done: None
         return
     with loading(Console(stderr=True)) as report:
         yield report

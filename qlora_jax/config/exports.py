@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from qlora_jax.config.registry import Registry
 
-Dtype = Literal["bfloat16", "float16", "float32", "q8_0", "q4_0"]
+Dtype = Literal["bfloat16", "float16", "float32", "q8_0", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl"]
 
 _FOLDER: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 _GGUF: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "q8_0", "q4_0")
+_MIXTURES: tuple[Dtype, ...] = ("q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl")  # llama.cpp's quantizer makes them
 _NOT_IN_GGUF = "not in the file: {}. llama.cpp reads these parts from a separate file (mmproj)"
 
 
@@ -22,7 +23,8 @@ class ExportOptions:
       base_dtype: of that base; None: the dtype in which training computed.
       dtype: of a merged model.
       base: a model in 16 bits or more whose weights take the adapter; None: the dequantized weights of training.
-      progress: called while a base loads; see `load_model`.
+      progress: called while a base loads, as by `load_model`, and in later stages with the stage's name as well.
+      score: from ModelParts to the RowScores of the run's held-out rows; None: they are not scored.
     """
 
     with_base: bool = False
@@ -30,6 +32,7 @@ class ExportOptions:
     dtype: Dtype | None = None
     base: str | None = None
     progress: Callable[..., None] | None = None
+    score: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,10 @@ EXPORTS: Registry[ExportDeclaration] = Registry(
             other_parts="parts beside the text half, copied unchanged: {}",
         ),
         "gguf": ExportDeclaration(
-            implementation="qlora_jax.io.export.merged:run_gguf", merged=True, dtypes=_GGUF, other_parts=_NOT_IN_GGUF
+            implementation="qlora_jax.io.export.merged:run_gguf",
+            merged=True,
+            dtypes=(*_GGUF, *_MIXTURES),
+            other_parts=_NOT_IN_GGUF,
         ),
         "gguf-lora": ExportDeclaration(
             implementation="qlora_jax.io.export.gguf_lora:run", merged=False, dtypes=_GGUF, other_parts=_NOT_IN_GGUF

@@ -225,6 +225,18 @@ def load_dataset(
     )
 
 
+def load_held_out(data: DataArgs, tokenizer: Tokenizer) -> TokenRows | None:
+    """Loads the held-out rows of a run of supervised finetuning, as `load_dataset` does; None if it has none.
+
+    Raises:
+      ValueError: problems of files or rows.
+    """
+    source = _Source(data, _with_template(tokenizer, data), "sft", ())
+    splits = _prepare_eval(source)
+    parts = _parts(splits, {})
+    return _concatenate(parts, branching=any(part.rows.branching for part in parts)) if splits else None
+
+
 def _with_template(tokenizer: Tokenizer, data: DataArgs) -> Tokenizer:
     """Returns the tokenizer with the chat template, its arguments and its date that the settings give."""
     if data.chat_template is not None:

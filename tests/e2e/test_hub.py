@@ -112,3 +112,36 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "text.txt").write_text("the sun and the moon " * 20)
     evaluate.main(["--model", pinned, "--text", str(tmp_path / "text.txt"), "--window", "32"])
     assert "quantized" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # huggingface_hub's own
+def test_a_pushed_export_has_a_card_without_rows_or_paths(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each format's files, and a card with the numbers of report.json and metrics.jsonl; the token is in no file."""
+    config = project(tmp_path, train=dict(steps=2), lora=dict(dropout=0.0))
+    (Path(config.model.path) / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    write_config(config, tmp_path / "c.yaml")
+    train.main(["--config", str(tmp_path / "c.yaml")])
+    monkeypatch.setenv("HF_TOKEN", "hf_written_nowhere")
+    for form in ("peft", "hf"):
+        export.main(["--run", config.output, "--format", form, "--push", f"me/{form}"])
+        files = hub.repos[f"me/{form}"][hub.commit(f"me/{form}", "main") or ""]
+        output = Path(config.output) / form
+        on_disk = {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        assert {name: body for name, body in files.items() if name != ".gitattributes"} == {
+            name: body for name, body in on_disk.items() if not name.startswith(".cache")
+        }
+        card = files["README.md"].decode()
+        report = json.loads((Path(config.output) / "report.json").read_text())["data"]["train"]
+        last = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()][-1]
+        assert "license: apache-2.0" in card and f"tokens {report['tokens']:,}" in card
+        interval = f"{last['eval_loss']:.4g} [{last['eval_loss_low']:.4g}, {last['eval_loss_high']:.4g}]"
+        assert interval in card and "- train.steps: 2" in card
+        assert str(tmp_path) not in card and "say sun" not in card
+        assert not any(b"hf_written_nowhere" in body for body in files.values())
+    assert f"pushed: {hub.url}/me/hf" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"push: me/hf exists \(found README.md.*Choose another name"):
+        export.main(["--run", config.output, "--format", "gguf", "--push", "me/hf"])
+    assert not (Path(config.output) / "gguf").exists()

@@ -1,5 +1,6 @@
 """A local Hugging Face Hub with the endpoints that huggingface_hub uses; it records all requests."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -23,6 +24,11 @@ class Hub:
       gated: repositories that only `token` may read.
       asked: (method, path) of each request.
       fetched: the files whose contents were asked for.
+      private: repositories that were created as private.
+      stored: large files that were uploaded, by their SHA-256; a commit names them.
+      puts: how many large files were sent.
+      failures: statuses of the next answers to requests, by the end of their path.
+      tokens: the Authorization of requests that write.
     """
 
     def __init__(self) -> None:
@@ -32,6 +38,11 @@ class Hub:
         self.token = "hf_secret"
         self.asked: list[tuple[str, str]] = []
         self.url = ""
+        self.private: set[str] = set()
+        self.stored: dict[str, bytes] = {}
+        self.puts = 0
+        self.failures: dict[str, list[int]] = {}
+        self.tokens: set[str | None] = set()
 
     def push(self, repo: str, files: Files, tag: str | None = None) -> str:
         """Adds a commit; returns its hash."""
@@ -50,6 +61,13 @@ class Hub:
     @property
     def fetched(self) -> list[str]:
         return sorted(path.split("/", 5)[5] for method, path in self.asked if method == "GET" and "/resolve/" in path)
+
+    def failure(self, path: str) -> int | None:
+        """The status with which a request fails, if it is to fail; each is used once."""
+        for end, statuses in self.failures.items():
+            if path.endswith(end) and statuses:
+                return statuses.pop(0)
+        return None
 
     def commit(self, repo: str, revision: str) -> str | None:
         commits = self.repos[repo]
@@ -74,6 +92,72 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
+
+    def do_POST(self) -> None:
+        self._write()
+
+    def do_PUT(self) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        """Answers requests that write: creation, the plan of an upload, large files and the commit."""
+        path, sent = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.asked.append((self.command, path))
+        status = self.hub.failure(path)
+        if self.command == "POST" and not path.startswith("/api/validate-yaml"):
+            self.hub.tokens.add(self.headers.get("Authorization"))
+        found: Any = {"error": "refused"}
+        if status is None:
+            status, found = 200, self._written(path, sent)
+        body = json.dumps(found).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _written(self, path: str, sent: bytes) -> Any:
+        hub, parts = self.hub, path.strip("/").split("/")
+        if parts[0] == "lfs":
+            assert hashlib.sha256(sent).hexdigest() == parts[1]
+            hub.stored[parts[1]], hub.puts = sent, hub.puts + 1
+            return {}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            asked = json.loads(sent)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo not in hub.repos:
+                hub.push(repo, {".gitattributes": b""})
+                hub.private |= {repo} if asked.get("private") or asked.get("visibility") == "private" else set()
+            return {"url": f"{hub.url}/{repo}", "name": repo, "id": repo}
+        if path.endswith("objects/batch"):
+            return {"transfer": "basic", "objects": [self._planned(each) for each in json.loads(sent)["objects"]]}
+        repo = "/".join(parts[2:4])
+        if parts[4] == "preupload":
+            large = (".safetensors", ".gguf")
+            modes = [(each["path"], each["path"].endswith(large)) for each in json.loads(sent)["files"]]
+            return {
+                "files": [
+                    {"path": name, "uploadMode": "lfs" if big else "regular", "shouldIgnore": False, "oid": None}
+                    for name, big in modes
+                ]
+            }
+        assert parts[4] == "commit", parts
+        files = dict(hub.repos[repo][hub.commit(repo, "main") or ""])
+        for line in map(json.loads, sent.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = hub.stored[value["oid"]]
+        commit = hub.push(repo, files)
+        return {"commitOid": commit, "commitUrl": f"{hub.url}/{repo}/commit/{commit}", "success": True}
+
+    def _planned(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The Git LFS plan of a large file; none for one that is stored."""
+        upload = {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}
+        return asked | ({} if asked["oid"] in self.hub.stored else {"actions": upload})
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -145,6 +229,7 @@ def running(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
             "HF_HUB_CACHE": str(cache),
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_PROGRESS_BARS": True,
+            "HF_HUB_DISABLE_XET": True,
         }.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -16,12 +16,14 @@ from qlora_jax.atomic_files import staged_folder, write_text
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
 from qlora_jax.io.export.methods import check_head, check_method
+from qlora_jax.io.export.modelfile import write_modelfile
 from qlora_jax.io.export.original_base import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loading.loader import Progress
+from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
@@ -81,10 +83,14 @@ def export_gguf_lora(
     notes = [*trained.notes]
     with staged_folder(output) as folder:
         write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(layers), "float32")
+        weights = str(opened.source.path.absolute()) if is_gguf(str(opened.source.path)) else None
         if base:
             notes += base.notes + _write_base(folder, base.spec, opened, base_dtype, progress)
+            (weights,) = (f"./{path.name}" for path in folder.glob("base-*.gguf"))
         else:
             notes += _write_template(folder, output, opened) + _unlisted(opened)
+        if weights is not None:
+            notes += write_modelfile(folder, opened, weights, f"./{FILE}")
     lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *notes]
     if base is None:
         lines.append(_where_to_apply(opened))

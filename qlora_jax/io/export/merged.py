@@ -20,20 +20,32 @@ from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
+from qlora_jax.io.export.held_out_cost import HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.export.methods import check_head, check_method
+from qlora_jax.io.export.modelfile import write_modelfile
 from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
+from qlora_jax.io.export.verify import (
+    PROMPTS,
+    LogitDifference,
+    PromptBatch,
+    compare_logits,
+    prompt_logits,
+    tokenize_prompts,
+)
+from qlora_jax.io.gguf.llama_quantizer import MIXTURES, SOURCE_DTYPE, check_quantizer, quantize_file, types_note
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
-from qlora_jax.io.loading.loader import Progress, load_model
+from qlora_jax.io.loading.loader import load_model
+from qlora_jax.io.loading.progress import StageProgress
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.readme import label_settings
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
+from qlora_jax.measures.metrics import RowScores
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig
@@ -114,22 +126,42 @@ def load_headed(source: ModelSource, head: TrainedHead, load: Callable[..., Caus
     return parts.with_lora(parts.lora | {SCORE: {"weight": weight_DC}})
 
 
-QUANTIZED = ("q8_0", "q4_0")  # the loss by rounding to these is reported; it is not an error
+QUANTIZED = ("q8_0", "q4_0", *MIXTURES)  # the loss by rounding to these is reported; it is not an error
 
 
-class Logits(NamedTuple):
-    """The f32 logits [real tokens, V] of the prompts, with the adapter and without."""
+class Measured(NamedTuple):
+    """The f32 logits [real tokens, V] of the prompts, and the scores of held-out rows, if they are scored."""
 
-    adapted: np.ndarray
-    base: np.ndarray
+    logits: np.ndarray
+    scores: RowScores | None
+
+
+Measure = Callable[[ModelParts], Measured]
+
+
+class Trained(NamedTuple):
+    """The measures of what was trained, and of the base alone."""
+
+    adapted: Measured
+    base: Measured
+
+    def difference(self, merged: Measured) -> LogitDifference:
+        """Compares the logits of a merged model with these."""
+        return compare_logits(merged.logits, self.adapted.logits, self.base.logits)
+
+    @property
+    def scores(self) -> TrainedScores | None:
+        """The scores of held-out rows, if they are scored."""
+        adapted, base = self.adapted.scores, self.base.scores
+        return None if adapted is None or base is None else TrainedScores(adapted, base)
 
 
 class Merge(NamedTuple):
-    """A merged model that was written, the dtype that training computed in, and the logits of what was trained."""
+    """A merged model that was written, the dtype that training computed in, and the measures of what was trained."""
 
     path: Path
     compute_dtype: np.dtype
-    trained: Logits
+    trained: Trained
 
 
 def run_hf(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
@@ -144,7 +176,8 @@ def run_gguf(opened: OpenedModel, output: Path, options: ExportOptions) -> Expor
 
 def _run(form: Literal["hf", "gguf"], opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
     assert options.dtype is not None, "write_export sets it"
-    return export_merged(opened, output, form, dtype=options.dtype, base=options.base, progress=options.progress)
+    more = {"base": options.base, "progress": options.progress, "score": options.score}
+    return export_merged(opened, output, form, dtype=options.dtype, **more)
 
 
 def export_merged(
@@ -154,21 +187,23 @@ def export_merged(
     *,
     dtype: str,
     base: str | None = None,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
+    score: Callable[[ModelParts], RowScores] | None = None,
 ) -> ExportResult:
     """Writes a run to the new folder `output` as one model with the adapter merged; prints nothing.
 
     Args:
       opened: a run or an adapter, with its base; see `open_finetuned`.
       form: "hf", a folder for transformers; or "gguf", a file for llama.cpp.
-      dtype: of the written weights: "float32", "float16", "bfloat16"; for "gguf" also "q8_0" and "q4_0".
+      dtype: of the written weights: "float32", "float16", "bfloat16"; for "gguf" also "q8_0", "q4_0" and MIXTURES.
       base: a model in 16 bits or more whose weights take the adapter; None for the dequantized weights of training.
-      progress: called while the run's base loads, as by `load_model`.
+      progress: called while the run's base loads, as by `load_model`, and while a mixture is quantized.
+      score: scores held-out rows: for dtypes in QUANTIZED, with the base, with the adapter, and with the file.
 
     Raises:
       ValueError: `output` exists, the base is not the one that the run was
-        trained on, that base was not quantized from `base`, a GGUF file cannot hold the model, or the merge (in 16 bits
-        or more) gives other logits than base and adapter.
+        trained on, that base was not quantized from `base`, a GGUF file cannot hold the model, the merge (in 16 bits
+        or more) gives other logits than base and adapter, or llama.cpp cannot quantize it.
     """
     run = opened.run
     if run is None:
@@ -177,29 +212,70 @@ def export_merged(
     check_head(run.head, form, opened.source.config)
     original = None if base is None else _open_original(base, opened, run)
     file = export_spec(opened) if form == "gguf" else None
-    prompts = _prompts(opened)
+    if dtype in MIXTURES:
+        check_quantizer(dtype)
+    prompts, report = _prompts(opened), progress or (lambda *_: None)
+    measure = functools.partial(_measure, prompts, score if dtype in QUANTIZED else None)
     with staged_folder(output) as folder:
-        merge = _write_merge(folder, opened, file and file.spec, original, prompts, dtype, progress)
-        written = open_model(merge.path)
-        if run.head is None:
-            merged = partition(_load_dense(written, merge.compute_dtype))
-        else:
-            merged = load_headed(written, run.head, functools.partial(_load_dense, compute_dtype=merge.compute_dtype))
-        logits = prompt_logits(merged, prompts)
+        first = SOURCE_DTYPE if dtype in MIXTURES else dtype
+        merge = _write_merge(folder, opened, file and file.spec, original, measure, first, progress)
+        path = folder / f"model-{dtype}.gguf" if dtype in MIXTURES else merge.path
+        if dtype in MIXTURES:
+            quantize_file(merge.path, path, dtype, report)
+        measured = measure(_load_written(path, merge.compute_dtype, run.head))
         expected = merge.trained
         if original is not None:
-            expected = _adapted_logits(_load_dense(original, merge.compute_dtype), run, prompts)[0]
-        difference = compare_logits(logits, *expected)
+            logits_only = functools.partial(_measure, prompts, None)
+            expected = _measure_trained(_load_dense(original, merge.compute_dtype), run, logits_only)[0]
+        difference = expected.difference(measured)
         if not difference.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
+        notes = _held_out_lines(dtype, merge, measured, report, score)
+        if dtype in MIXTURES:
+            notes.append(types_note(path, dtype))
+            merge.path.unlink()
+        if form == "gguf":
+            notes += write_modelfile(folder, opened, f"./{path.name}")
     if original is None:
         lines = [f"{run.label}, merged: {output}", str(difference)]
     else:
         lines = [f"{run.label}, merged into {original.path}: {output}", f"as a merge with these weights, {difference}"]
-        cost = compare_logits(logits, *merge.trained)
+        cost = merge.trained.difference(measured)
         lines.append(f"cost of merging into other weights than those of training: {cost}")
-    lines += _notes(file, dtype, difference.is_small)
+    suggested = dtype in MIXTURES and score is not None
+    lines += notes + _notes(file, dtype, difference.is_small or suggested)
     return ExportResult(path=output, lines=tuple(lines), difference=difference)
+
+
+def _measure(prompts: PromptBatch, score: Callable[[ModelParts], RowScores] | None, parts: ModelParts) -> Measured:
+    return Measured(prompt_logits(parts, prompts), None if score is None else score(parts))
+
+
+def _load_written(path: Path, compute_dtype: np.dtype, head: TrainedHead | None) -> ModelParts:
+    load = functools.partial(_load_dense, compute_dtype=compute_dtype)
+    source = open_model(path)
+    return partition(load(source)) if head is None else load_headed(source, head, load)
+
+
+def _held_out_lines(
+    dtype: str,
+    merge: Merge,
+    measured: Measured,
+    report: StageProgress,
+    score: Callable[[ModelParts], RowScores] | None,
+) -> list[str]:
+    """Returns lines on the cost on held-out rows, with a suggestion for a mixture; none if rows are not scored."""
+    trained = merge.trained.scores
+    if trained is None or measured.scores is None or score is None:
+        return []
+    found = HeldOutCost.of(dtype, trained, measured.scores)
+    if dtype not in MIXTURES:
+        return found.lines()
+
+    def score_file(path: Path) -> RowScores:
+        return score(_load_written(path, merge.compute_dtype, None))
+
+    return [*found.lines(), suggest_dtype(found, merge.path, trained, score_file, report)]
 
 
 def _notes(file: ExportSpec | None, dtype: str, is_small: bool) -> list[str]:
@@ -230,9 +306,9 @@ def _write_merge(
     opened: OpenedModel,
     spec: GgufSpec | None,
     original: ModelSource | None,
-    prompts: PromptBatch,
+    measure: Measure,
     dtype: str,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> Merge:
     """Loads base and adapter, writes their merge, and frees the base: memory may not hold it next to the merge."""
     assert opened.run is not None
@@ -240,7 +316,7 @@ def _write_merge(
     slots, compute_dtype = slots_of(base), base.model.embed_tokens.weight[...].dtype
     if original is not None:
         check_original(original, slots, compute_dtype)
-    trained, model = _adapted_logits(base, opened.run, prompts)
+    trained, model = _measure_trained(base, opened.run, measure)
     tables = merged_tables(model, opened.run.tables)
     slots, config = with_tables(slots, opened.source.config, tables)
     names = set(map(opened.features.hugging_face_name, tables))
@@ -270,13 +346,13 @@ def _write_merge(
     return Merge(folder, compute_dtype, trained)
 
 
-def _adapted_logits(model: CausalLM, run: Run, prompts: PromptBatch) -> tuple[Logits, CausalLM]:
-    """(logits, the model with the run's adapter)."""
+def _measure_trained(model: CausalLM, run: Run, measure: Measure) -> tuple[Trained, CausalLM]:
+    """(measures, the model with the run's adapter)."""
     parts = apply_adapter(model, run)
     # `apply_adapter` put fresh adapters on `model`, which change nothing: its logits are the base's.
     fresh = partition(model)
     fresh = fresh.with_lora(fresh.lora | {name: parts.lora[name] for name in (SCORE,) if name in parts.lora})
-    return Logits(prompt_logits(parts, prompts), prompt_logits(fresh, prompts)), combine(parts)
+    return Trained(measure(parts), measure(fresh)), combine(parts)
 
 
 def _names(slots: Sequence[Slot]) -> list[str]:

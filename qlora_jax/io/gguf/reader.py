@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, WITHOUT_KERNELS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.ggml_matmul.cpu import dequantize_layer
 from pallas_kernels.native.library import problem as loops_problem
@@ -29,7 +29,7 @@ from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, aligned_
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-BLOCKED = tuple(name for name in BLOCK_FORMATS if name in GGMLQuantizationType.__members__)
+BLOCKED = (*(name for name in BLOCK_FORMATS if name in GGMLQuantizationType.__members__), *WITHOUT_KERNELS)
 
 EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config
@@ -244,7 +244,7 @@ def _fused_order(rows: int, heads: int) -> np.ndarray:
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the weights by the C++ loops, which are faster, or else by the gguf package, with the same bits."""
-    if target_device().platform == "cpu" and loops_problem() is None:
+    if kind.name in BLOCK_FORMATS and target_device().platform == "cpu" and loops_problem() is None:
         return np.asarray(_by_loops(raw.reshape(math.prod(shape[:-1]), -1), kind.name, shape[-1])).reshape(shape)
     out = aligned_empty((math.prod(shape[:-1]), shape[-1]), np.float32)
     rows = raw.reshape(len(out), -1)

@@ -138,15 +138,24 @@ _WITHOUT_PASSWORDS = _WithoutPasswords()
 
 
 def _library(name: HubName) -> types.ModuleType:
+    return load_library(f"{name}: no such file or folder, and fetching a model by name")
+
+
+def load_library(wanted: str) -> types.ModuleType:
+    """Imports huggingface_hub, whose messages then have no passwords.
+
+    Args:
+      wanted: the beginning of the error, which names the user of the library.
+
+    Raises:
+      ValueError: it is not installed.
+    """
     try:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
     except ImportError:
-        raise ValueError(
-            f"{name}: no such file or folder, and fetching a model by name requires huggingface_hub: "
-            'pip install "qlora-jax[hub]"'
-        ) from None
+        raise ValueError(f'{wanted} requires huggingface_hub: pip install "qlora-jax[hub]"') from None
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_WITHOUT_PASSWORDS)  # once, however often it is added
     return huggingface_hub

@@ -1,39 +1,51 @@
-"""Prints the progress of loading: a bar in a terminal, a line per quarter elsewhere."""
+"""Prints the progress of loading and of later stages: a bar in a terminal, a line per quarter elsewhere."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich import progress as bars
 from rich.console import Console
 
-from qlora_jax.io.loading.loader import Progress
+StageProgress = Callable[..., None]  # (bytes or rows done, bytes or rows in all, name of the tensor, stage)
+SCORING = "scoring held-out rows"  # the stage that counts rows
 
 
 @contextlib.contextmanager
-def loading(console: Console) -> Iterator[Progress]:
-    """Yields a `progress` callback for `load_model`; the bar disappears when the block ends."""
+def loading(console: Console) -> Iterator[StageProgress]:
+    """Yields a `progress` callback for `load_model`; the bar disappears when the block ends.
+
+    A fourth argument names a stage other than loading.
+    """
     if not console.is_terminal:
         yield _print_quarters(console)
         return
     columns = (
-        bars.TextColumn("loading"),
+        bars.TextColumn("{task.description}"),
         bars.BarColumn(),
-        bars.DownloadColumn(),
+        bars.TextColumn("{task.fields[size]}"),
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[tensor]}", markup=False),
     )
     with bars.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=None, tensor="")
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
+        task = bar.add_task("loading", total=None, tensor="", size="")
+
+        def report(done: int, total: int, name: str, stage: str = "loading") -> None:
+            if bar.tasks[task].description != stage:
+                bar.reset(task, description=stage)
+            size = f"{done}/{total} rows" if stage == SCORING else f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
+            bar.update(task, completed=done, total=total, tensor=name, size=size)
+
+        yield report
 
 
-def _print_quarters(console: Console) -> Progress:
-    printed = 0
+def _print_quarters(console: Console) -> StageProgress:
+    printed: dict[str, int] = {}
 
-    def report(done: int, total: int, name: str) -> None:
-        nonlocal printed
-        if (quarter := 4 * done // total) > printed:
-            printed = quarter
-            console.print(f"loading: {25 * quarter}% of {total / 1e6:.0f} MB", markup=False, highlight=False)
+    def report(done: int, total: int, name: str, stage: str = "loading") -> None:
+        quarter, last = 4 * done // total, printed.get(stage, 0)
+        printed[stage] = quarter
+        if quarter not in (0, last):
+            size = f"{total} rows" if stage == SCORING else f"{total / 1e6:.0f} MB"
+            console.print(f"{stage}: {25 * quarter}% of {size}", markup=False, highlight=False)
 
     return report

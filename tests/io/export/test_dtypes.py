@@ -10,6 +10,7 @@ import pytest
 from qlora_jax.api.export import write_export
 from qlora_jax.config.exports import EXPORTS, ExportOptions, dtype_problems
 from qlora_jax.export import main
+from qlora_jax.io.gguf.llama_quantizer import MIXTURES
 from qlora_jax.io.gguf.writer import TYPES
 from qlora_jax.io.hf.bnb_writer import DTYPES
 from qlora_jax.io.open_model import open_model
@@ -20,7 +21,8 @@ from tests.inference.small_run import write_run
 
 def test_every_dtype_can_be_written() -> None:
     assert set(EXPORTS["hf"].dtypes) == set(EXPORTS["peft"].dtypes) == set(DTYPES)
-    assert set(EXPORTS["gguf"].dtypes) == set(EXPORTS["gguf-lora"].dtypes) == set(TYPES)
+    assert set(EXPORTS["gguf-lora"].dtypes) == set(TYPES)
+    assert set(EXPORTS["gguf"].dtypes) == {*TYPES, *MIXTURES}
 
 
 def test_other_dtypes_are_reported_together() -> None:

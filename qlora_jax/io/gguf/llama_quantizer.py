@@ -1,0 +1,89 @@
+"""Quantizes GGUF files with llama.cpp's own quantizer, from the package llama-cpp-python.
+
+It gives each tensor of a mixture such as Q4_K_M a type by its place in the model.
+"""
+
+import errno
+import importlib.util
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_jax.atomic_files import sync_tree, write_error
+from qlora_jax.io.gguf.header import parse_header
+
+MIXTURES = ("iq4_nl", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")  # from the smallest
+SOURCE_DTYPE = "float16"  # dtype of the file that is quantized
+BUFFER_BYTES = 256 << 20  # rows of a tensor in f32 that the quantizer holds at once
+SUPER_BLOCK = 256  # weights of a block of the K types
+STAGE = "quantizing"
+TENSOR = re.compile(r"\[ *\d+/ *\d+\] (?P<name>\S+) ")
+FULL_BYTES = 1 << 20  # a disk with less left is full
+
+
+def check_quantizer(dtype: str) -> None:
+    """Raises ValueError if a type requires llama.cpp's quantizer, which is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise ValueError(
+            f"dtype: {dtype} requires llama.cpp's quantizer (found no package llama_cpp, expected llama-cpp-python). "
+            'Run pip install "qlora-jax[gguf-quantize]", or use --dtype q8_0'
+        )
+
+
+def quantize_file(source: Path, target: Path, dtype: str, progress: Callable[..., None]) -> None:
+    """Quantizes the GGUF file `source`, in 16 bits, to the new file `target`.
+
+    llama.cpp maps `source` and holds at most BUFFER_BYTES of it in f32.
+
+    Args:
+      dtype: a name of llama.cpp's, such as those in MIXTURES.
+      progress: called for each tensor with (bytes done, bytes in all, its name, STAGE).
+
+    Raises:
+      ValueError: llama.cpp cannot quantize the file; has its last line.
+      OSError: `target` cannot be written.
+    """
+    sizes = {info.name: info.nbytes for info in parse_header(source).tensors}
+    worker = Path(__file__).with_name("llama_quantize_worker.py")
+    command = [sys.executable, "-P", str(worker), str(source), str(target), dtype, str(BUFFER_BYTES)]
+    done, line = 0, ""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if match := TENSOR.match(line):
+                    done += sizes[match["name"]]
+                    progress(done, sum(sizes.values()), match["name"], STAGE)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise _failure(target, dtype, line.strip())
+    sync_tree(target.parent)
+
+
+def _failure(target: Path, dtype: str, line: str) -> Exception:
+    """Returns the error of a quantizer that ended with `line`; a disk error has no reason in it but its type."""
+    if "iostream error" not in line:
+        return ValueError(f"dtype: llama.cpp cannot quantize the model to {dtype} ({line}). Use --dtype q8_0")
+    full = shutil.disk_usage(target.parent).free < FULL_BYTES
+    written = target.stat().st_size if target.exists() else None
+    return write_error(OSError(errno.ENOSPC if full else errno.EIO, line), target, written)
+
+
+def types_note(path: Path, dtype: str) -> str:
+    """Returns a line on the size of a quantized file, the types in it, and rows that fit no block of 256 weights."""
+    matrices = [info for info in parse_header(path).tensors if len(info.shape) > 1]
+    counts = Counter(info.type.name.lower() for info in matrices)
+    types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    bits = 8 * sum(info.nbytes for info in matrices) / sum(math.prod(info.shape) for info in matrices)
+    line = f"{dtype}: {path.stat().st_size / 1e6:,.0f} MB, {bits:.1f} bits per weight (matrices: {types})"
+    odd = sum(info.shape[-1] % SUPER_BLOCK > 0 for info in matrices)
+    if not odd or not any(name.endswith("_k") for name in (dtype, dtype.rpartition("_")[0])):
+        return line
+    return f"{line}; {odd} of them have rows that are not whole blocks of {SUPER_BLOCK}, and got a larger type"
