@@ -13,7 +13,7 @@ import yaml
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, differences, read_config
-from qlora_jax.config.methods import METHODS
+from qlora_jax.config.methods import METHODS, uses
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.hf.hub import HubName
@@ -76,12 +76,12 @@ def _base_name(source: ModelSource) -> str:
 def _model_lines(opened: OpenedModel, base: str, licence: str | None, format: str, dtype: str | None) -> list[str]:
     assert opened.run is not None
     lora = opened.run.lora_args
-    rank = f", rank {lora.rank}, alpha {lora.alpha:g}" if lora.method in ("lora", "dora", "lora_fa") else ""
+    sizes = [f", {name} {getattr(lora, name):g}" for name in ("rank", "alpha") if uses(lora.method, name)]
     local = format == "peft" and opened.source.hub_name is None
     where = "; it is not on the Hub: set base_model_name_or_path in adapter_config.json" * local
     return [
         f"- base: {base}, trained on its {opened.args.quant_type} weights{where}",
-        f"- method: {METHODS[lora.method].title}{rank}",
+        f"- method: {METHODS[lora.method].title}{''.join(sizes)}",
         f"- format: {format}" + (f", {dtype}" if dtype else ""),
         f"- licence of the base: {licence or 'its files name none'}",
     ]

@@ -65,7 +65,7 @@ def test_a_step_of_8b_makes_no_square_and_launches_little(card):
     [pytest.param(*case, marks=EXHAUSTIVE) for case in (("rtx4090", 180_224, 20), ("h100", 819_200, 72))],
 )
 def test_the_longest_rows_fit(card, length, most_gib):
-    """With the layers' inputs in host memory: 256 KiB per token of 32 layers of 4,096 numbers of 16 bits."""
+    """The layers' inputs are in host memory: 256 KiB per token of 32 layers of 4,096 numbers of 16 bits."""
     step = spec(model_config(catalog.PUBLISHED["llama-3.1-8b"]), (1, 1, length), remat="offload")
     function, args, kwargs = step.replace(lora=LoraArgs(rank=16)).gradients()
     memory = aot.compile_for(card, function, *args, **kwargs).memory

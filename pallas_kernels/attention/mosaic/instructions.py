@@ -15,7 +15,6 @@ a barrier precedes each refill of a buffer. Dimension key: _g device memory, _s 
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +101,7 @@ class _Registers:
         # No automatic barriers; and no scratch for sums across warps: a row is in one warp, and 2 KiB more would leave
         # one block per SM on sm_86.
         params = plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True, reduction_scratch_bytes=0)
-        self.options: dict[str, Any] = {"compiler_params": params}
+        self.options: dict[str, MosaicValue] = {"compiler_params": params}
 
     def full(self, shape: tuple[int, int], value: float) -> jax.Array:
         """Returns a tile of one f32 value."""
@@ -173,7 +172,7 @@ class Interpreted(_Barriers):
 
     def __init__(self, dtype: DTypeLike, params: plgpu.InterpretGPUParams) -> None:
         self.dtype = jnp.dtype(dtype)
-        self.options: dict[str, Any] = {"interpret": params}
+        self.options: dict[str, MosaicValue] = {"interpret": params}
 
     def full(self, shape: tuple[int, int], value: float) -> jax.Array:
         """Returns a tile of one f32 value."""

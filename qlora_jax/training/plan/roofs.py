@@ -24,7 +24,7 @@ from pallas_kernels.nf4_matmul.costs import Roofline, dequantized_bytes, expande
 from qlora_jax.models.partition import module_of
 from qlora_jax.nn.frozen_weight import ops_of
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.flops import flops
+from qlora_jax.training.cost.flops import flops, method_work
 from qlora_jax.training.cost.step_shape import EMBEDDING, HEAD, IN_LAYERS, TABLES, StepShape, is_routed
 from qlora_jax.training.cost.traffic import Traffic
 from qlora_jax.training.step_spec import StepSpec
@@ -33,9 +33,9 @@ PARTS = FROZEN, ADAPTERS, ATTENTION, HEAD_AND_LOSS, REST, OPTIMIZER = (
     *("frozen products", "adapters", "attention"),
     *("head and loss", "norms and the rest", "optimizer"),
 )
-# Named scopes of the step, which are also the first words of names in `flops`; an adapter on a router is an adapter.
+# Named scopes of the step, which are also the first words of names in `flops`. The method's come first: an adapter on a
+# router is an adapter.
 SCOPES_OF = {
-    ADAPTERS: ("cayley", "rotation", "whole_linear", "dora", "bottleneck", "lora"),
     HEAD_AND_LOSS: ("new_tokens", "whole_head", "sequence_head", "head"),
     FROZEN: ("router", "shared_gate", "experts", "frozen"),
     ATTENTION: ("attention",),
@@ -108,11 +108,16 @@ def step_roofs(setting: StepSpec, card: Card) -> StepRoofs | None:
     return StepRoofs(card=card, dtype=setting.weights.dtype, peak=peak, tokens=math.prod(setting.batch), parts=parts)
 
 
+def scopes_of(step: StepShape) -> dict[str, str]:
+    """Returns the part of each named scope, those of the finetuning method first."""
+    return {work.scope: ADAPTERS for work in method_work(step)} | SCOPES
+
+
 def part_flops(step: StepShape) -> Counter[str]:
     """Returns the FLOP of an optimizer step by part; those of one device."""
-    found: Counter[str] = Counter()
+    found, scopes = Counter[str](), scopes_of(step)
     for name, work in flops(step).items():
-        found[SCOPES[name.split()[0]]] += work
+        found[scopes[name.split()[0]]] += work
     return found
 
 
@@ -134,7 +139,7 @@ def activation_traffic(setting: StepSpec) -> Counter[str]:
     alone = setting.replace(mesh=None, weights=weights, batch=(accumulated, rows // setting.devices, length))
     function, args, kwargs = alone.gradients()
     frozen = {id(leaf) for leaf in jax.tree.leaves(alone.arrays.parts.base)}
-    traffic = Traffic(SCOPES, REST)
+    traffic = Traffic(scopes_of(alone.sizes), REST)
     traffic.program(function.trace(*args, **kwargs).jaxpr.jaxpr, [id(leaf) in frozen for leaf in jax.tree.leaves(args)])
     return traffic.found
 

@@ -212,7 +212,7 @@ def test_every_method_and_family_has_roofs(case):
     setting = setting_of(case)
     found = step_roofs(setting, H100)
     assert set(found.parts) >= {ATTENTION, HEAD_AND_LOSS, OPTIMIZER}
-    adapted = {name for name, scope in roofs.SCOPES.items() if scope == ADAPTERS}
+    adapted = {name for name, scope in roofs.scopes_of(setting.sizes).items() if scope == ADAPTERS}
     has_products = any(name.split()[0] in adapted and flop for name, flop in flops(setting.sizes).items())
     assert (ADAPTERS in found.parts) >= has_products
     assert (FROZEN in found.parts) == (setting.lora.method != "full")

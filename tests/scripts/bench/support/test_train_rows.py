@@ -1,5 +1,7 @@
 """The rows of scripts/bench/train.py: those of the speed goals, and FLOP compared with sums made by hand."""
 
+import pytest
+
 from scripts.bench.support import train_rows as rows
 
 
@@ -33,9 +35,11 @@ def test_every_case_of_the_goals_has_a_row():
     assert len(rows.ROWS) == 12
 
 
-def test_arguments_of_both_sides_say_the_same():
+@pytest.mark.parametrize(("fast", "ours", "theirs"), [(True, "bfloat16", "mixed"), (False, "float32", "fp32")])
+def test_arguments_of_both_sides_say_the_same(fast, ours, theirs, monkeypatch):
+    monkeypatch.setattr(rows, "fast_bfloat16", lambda: fast)
     row = rows.Row(batch=4, rank=64, checkpointing=True)
     shared = ["--model", "x.gguf", "--batch", "4", "--seq", "512", "--rank", "64"]
-    assert row.our_arguments("x.gguf") == [*shared, "--remat", "full", "--compute_dtype", "bfloat16"]
-    theirs = row.their_arguments("x.gguf", ("--compile", "layers"))
-    assert theirs == [*shared, "--compile", "layers", "--checkpointing", "--in_turns"]
+    assert row.our_arguments("x.gguf") == [*shared, "--remat", "full", "--compute_dtype", ours]
+    given = row.their_arguments("x.gguf", ("--compile", "layers"))
+    assert given == [*shared, "--dtype", theirs, "--compile", "layers", "--checkpointing", "--in_turns"]
