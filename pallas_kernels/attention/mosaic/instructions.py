@@ -87,7 +87,7 @@ class _Groups:
         through_s[...] = tile.astype(through_s.dtype)
         self.sync()
         layout = plgpu.Layout.SMEM_GMEM_COPY(through_s.shape, through_s.dtype, swizzle=_swizzle(*through_s.shape[1:]))
-        plgpu.store(target_g, plgpu.load(through_s, layout=layout), optimized=False)
+        _store(plgpu.load(through_s, layout=layout), layout, target_g)
 
 
 class _Registers:
@@ -156,7 +156,13 @@ class _Registers:
 
     def store_rows(self, values: jax.Array, target_g: MosaicValue) -> None:
         """Stores one value for each row to device memory."""
-        plgpu.store(target_g, values, optimized=False)
+        _store(values, self.acc.reduce(1), target_g)
+
+
+def _store(values: jax.Array, layout: MosaicValue, target_g: MosaicValue) -> None:
+    """Stores registers of a layout to device memory; `plgpu.store` came with jax 0.12."""
+    store = plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()))
+    store(lambda ctx, held, target: held.store_untiled(target, optimized=False))(values, target_g)
 
 
 class CpAsync(_Groups, _Registers):
