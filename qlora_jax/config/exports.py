@@ -10,7 +10,7 @@ Dtype = Literal["bfloat16", "float16", "float32", "q8_0", "q4_0", "q6_k", "q5_k_
 
 _FOLDER: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 _GGUF: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "q8_0", "q4_0")
-_MIXTURES: tuple[Dtype, ...] = ("q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl")  # llama.cpp's quantizer makes them
+MIXTURES: tuple[Dtype, ...] = ("iq4_nl", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")  # Smallest first, by llama.cpp
 _NOT_IN_GGUF = "not in the file: {}. llama.cpp reads these parts from a separate file (mmproj)"
 
 
@@ -72,7 +72,7 @@ EXPORTS: Registry[ExportDeclaration] = Registry(
         "gguf": ExportDeclaration(
             implementation="qlora_jax.io.export.merged:run_gguf",
             merged=True,
-            dtypes=(*_GGUF, *_MIXTURES),
+            dtypes=(*_GGUF, *MIXTURES),
             other_parts=_NOT_IN_GGUF,
         ),
         "gguf-lora": ExportDeclaration(

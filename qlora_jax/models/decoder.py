@@ -25,7 +25,7 @@ from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.mlp import MLP, TOKENS_AT_ONCE, MixtureMLP, RoutingSums, SparseMLP, by_chunks, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
-from qlora_jax.models.remat import LAYER_INPUT, RECOMPUTES_PRODUCTS, remat_policy
+from qlora_jax.models.remat import LAYER_INPUT, REMAT_POLICIES, remat_policy
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.frozen_weight import gather_layer
 from qlora_jax.nn.linear import QLinear, name_number, named_key
@@ -301,6 +301,7 @@ class Decoder(nnx.Module):
         graphdef, lora, base = split_run(self.layers, run, self.config)
         stacks, base = split_host(base)
         frozen, structure = jax.tree.flatten((base, positions, keys_B, counted_BT))
+        recomputed = REMAT_POLICIES[remat].recomputes_products
 
         def step(carry, lora_of_layer, layer, fetched, frozen):
             x_MD, cache = carry
@@ -311,9 +312,7 @@ class Decoder(nnx.Module):
             lora_of_layer, base_of_layer = gathered(lora_of_layer), gather_run_layer(base, layer, run, self.config)
             layer_keys_B = None if keys_B is None else fold_in_each(keys_B, layer)
             block = nnx.merge(graphdef, lora_of_layer, base_of_layer, fetched)
-            x_MD, cache, sums = block(
-                x_MD, positions, layer, layer_keys_B, cache, counted_BT, recomputed=remat in RECOMPUTES_PRODUCTS
-            )
+            x_MD, cache, sums = block(x_MD, positions, layer, layer_keys_B, cache, counted_BT, recomputed=recomputed)
             return (x_MD, cache), sums
 
         def checkpointed(step: Callable) -> Callable:

@@ -22,7 +22,7 @@ from qlora_jax.methods.attach import abstract_parts
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.partition import ModelParts, check_fetchable, parts_specs, with_experts_on_host
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE
-from qlora_jax.models.remat import OFFLOADS
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.objectives.head_objective import head_spec
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.objectives.router_losses import check_routers_learn, routed
@@ -184,7 +184,7 @@ class StepArrays(NamedTuple):
 
 
 def _step_arrays(of: StepSpec) -> StepArrays:
-    if of.remat in OFFLOADS and of.weights.platform == "cpu":
+    if REMAT_POLICIES[of.remat].on_host and of.weights.platform == "cpu":
         raise ValueError(
             f"train.remat={of.remat}: a CPU's arrays are in host memory already, so offloading saves nothing. Set "
             f"train.remat={'full' if of.remat == 'offload' else 'attention'}."

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Visible, dkv_block, key_visits, query_visits, whole_from
-from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
+from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, rem_div, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
 from pallas_kernels.attention.tiles import ScoreScaling
 
@@ -43,12 +43,8 @@ def dq(
         q_g, k_g, v_g, out_g, do_g, lse_g, visible_g, visits_g, whole_g, dq_g, mean_g, q_s, do_s, k_s, v_s, *arrived
     ):
         q_here, do_here, k_here, v_here = arrived
-        member, rest = rem_div(lax.axis_index("tile"), group)
-        kv, rest = rem_div(rest, kv_heads)
-        back, b = rem_div(rest, blocks)
-        i = blocks - 1 - back  # long tiles first
-        n, row = kv * group + member, i * rows
-        visits = Visits.load(visits_g.at[b, i], visible_g)
+        b, i, n, kv = query_tile(blocks, kv_heads, group)
+        row, visits = i * rows, Visits.load(visits_g.at[b, i], visible_g)
 
         def queries_of(source_g):
             return part(source_g, b, row, rows, n, width)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.bounds import IN_REGISTERS, Visible, forward_block, key_visits, whole_from
-from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, rem_div, swizzled
+from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
 from pallas_kernels.attention.tiles import ScoreScaling
 
@@ -43,12 +43,8 @@ def forward(
 
     def kernel(q_g, k_g, v_g, visible_g, visits_g, whole_g, sinks_g, out_g, lse_g, q_s, k_s, v_s, *arrived):
         q_here, k_here, v_here = arrived
-        member, rest = rem_div(lax.axis_index("tile"), group)
-        kv, rest = rem_div(rest, kv_heads)
-        back, b = rem_div(rest, blocks)
-        i = blocks - 1 - back  # long tiles first
-        n, row = kv * group + member, i * rows
-        visits = Visits.load(visits_g.at[b, i], visible_g)
+        b, i, n, kv = query_tile(blocks, kv_heads, group)
+        row, visits = i * rows, Visits.load(visits_g.at[b, i], visible_g)
 
         def queries_of(source_g):
             return part(source_g, b, row, rows, n, width)

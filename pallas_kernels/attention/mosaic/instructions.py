@@ -245,6 +245,14 @@ def rem_div(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
     return lax.rem(x, jnp.int32(n)), lax.div(x, jnp.int32(n))
 
 
+def query_tile(blocks: int, kv_heads: int, group: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns (row of the batch, block of queries, query head, key head) of this tile of the grid; long tiles first."""
+    member, rest = rem_div(lax.axis_index("tile"), group)
+    kv, rest = rem_div(rest, kv_heads)
+    back, b = rem_div(rest, blocks)
+    return b, blocks - 1 - back, kv * group + member, kv
+
+
 def flat(x_BTNH: jax.Array) -> jax.Array:
     """Views [B, T, N, H] as [B, T, N H]: copies by cp.async need the rows of a tile to be neighbours in the view."""
     return x_BTNH.reshape(*x_BTNH.shape[:2], -1)

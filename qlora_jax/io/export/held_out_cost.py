@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_jax.io.gguf.llama_quantizer import MIXTURES, quantize_file
+from qlora_jax.config.exports import MIXTURES
+from qlora_jax.io.gguf.llama_quantizer import quantize_file
 from qlora_jax.measures.metrics import Comparison, RowScores, loss_change
 
 MAX_SHARE = 1 / 10  # a dtype that costs less than this share of the adapter's effect is suggested

@@ -18,7 +18,7 @@ import numpy as np
 
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
-from qlora_jax.config.exports import ExportOptions
+from qlora_jax.config.exports import MIXTURES, ExportOptions
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.held_out_cost import HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.export.methods import check_head, check_method
@@ -33,7 +33,7 @@ from qlora_jax.io.export.verify import (
     prompt_logits,
     tokenize_prompts,
 )
-from qlora_jax.io.gguf.llama_quantizer import MIXTURES, SOURCE_DTYPE, check_quantizer, quantize_file, types_note
+from qlora_jax.io.gguf.llama_quantizer import SOURCE_DTYPE, check_quantizer, quantize_file, types_note
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
@@ -212,15 +212,15 @@ def export_merged(
     check_head(run.head, form, opened.source.config)
     original = None if base is None else _open_original(base, opened, run)
     file = export_spec(opened) if form == "gguf" else None
-    if dtype in MIXTURES:
+    if is_mixture := dtype in MIXTURES:
         check_quantizer(dtype)
     prompts, report = _prompts(opened), progress or (lambda *_: None)
     measure = functools.partial(_measure, prompts, score if dtype in QUANTIZED else None)
     with staged_folder(output) as folder:
-        first = SOURCE_DTYPE if dtype in MIXTURES else dtype
+        first = SOURCE_DTYPE if is_mixture else dtype
         merge = _write_merge(folder, opened, file and file.spec, original, measure, first, progress)
-        path = folder / f"model-{dtype}.gguf" if dtype in MIXTURES else merge.path
-        if dtype in MIXTURES:
+        path = folder / f"model-{dtype}.gguf" if is_mixture else merge.path
+        if is_mixture:
             quantize_file(merge.path, path, dtype, report)
         measured = measure(_load_written(path, merge.compute_dtype, run.head))
         expected = merge.trained
@@ -231,20 +231,20 @@ def export_merged(
         if not difference.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
         notes = _held_out_lines(dtype, merge, measured, report, score)
-        if dtype in MIXTURES:
+        if is_mixture:
             notes.append(types_note(path, dtype))
             merge.path.unlink()
         if form == "gguf":
             notes += write_modelfile(folder, opened, f"./{path.name}")
+    suggested = is_mixture and score is not None
+    notes += _notes(file, dtype, difference.is_small or suggested)
     if original is None:
         lines = [f"{run.label}, merged: {output}", str(difference)]
     else:
-        lines = [f"{run.label}, merged into {original.path}: {output}", f"as a merge with these weights, {difference}"]
-        cost = merge.trained.difference(measured)
-        lines.append(f"cost of merging into other weights than those of training: {cost}")
-    suggested = dtype in MIXTURES and score is not None
-    lines += notes + _notes(file, dtype, difference.is_small or suggested)
-    return ExportResult(path=output, lines=tuple(lines), difference=difference)
+        cost = f"cost of merging into other weights than those of training: {merge.trained.difference(measured)}"
+        lines = [f"{run.label}, merged into {original.path}: {output}"]
+        lines += [f"as a merge with these weights, {difference}", cost]
+    return ExportResult(path=output, lines=(*lines, *notes), difference=difference)
 
 
 def _measure(prompts: PromptBatch, score: Callable[[ModelParts], RowScores] | None, parts: ModelParts) -> Measured:

@@ -17,7 +17,6 @@ from pathlib import Path
 from qlora_jax.atomic_files import sync_tree, write_error
 from qlora_jax.io.gguf.header import parse_header
 
-MIXTURES = ("iq4_nl", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k")  # from the smallest
 SOURCE_DTYPE = "float16"  # dtype of the file that is quantized
 BUFFER_BYTES = 256 << 20  # rows of a tensor in f32 that the quantizer holds at once
 SUPER_BLOCK = 256  # weights of a block of the K types
@@ -41,7 +40,7 @@ def quantize_file(source: Path, target: Path, dtype: str, progress: Callable[...
     llama.cpp maps `source` and holds at most BUFFER_BYTES of it in f32.
 
     Args:
-      dtype: a name of llama.cpp's, such as those in MIXTURES.
+      dtype: a name of llama.cpp's, such as `config.exports.MIXTURES`.
       progress: called for each tensor with (bytes done, bytes in all, its name, STAGE).
 
     Raises:

@@ -18,7 +18,7 @@ from qlora_jax.config import plain_name
 from qlora_jax.config.methods import uses
 from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.models.partition import partly_dense
-from qlora_jax.models.remat import OFFLOADS
+from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size
 from qlora_jax.training.plan.records import Requirements
 from qlora_jax.training.plan.requirements import (
@@ -171,7 +171,7 @@ def _lower_precision(config: StepSpec, measure: Measure) -> Iterator[Change]:
 
 def _smaller_remat_policies(config: StepSpec) -> Iterator[str]:
     """Yields remat policies with less memory on the device, in order; a CPU cannot offload."""
-    if config.remat in OFFLOADS:
+    if REMAT_POLICIES[config.remat].on_host:
         return
     policies = [remat for remat in LEANER if remat != "offload" or config.weights.platform != "cpu"]
     yield from policies[policies.index(config.remat) + 1 :] if config.remat in policies else policies

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.api.export import write_export
-from qlora_jax.config.exports import EXPORTS, ExportOptions, dtype_problems
+from qlora_jax.config.exports import EXPORTS, MIXTURES, ExportOptions, dtype_problems
 from qlora_jax.export import main
-from qlora_jax.io.gguf.llama_quantizer import MIXTURES
 from qlora_jax.io.gguf.writer import TYPES
 from qlora_jax.io.hf.bnb_writer import DTYPES
 from qlora_jax.io.open_model import open_model
