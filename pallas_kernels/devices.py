@@ -25,6 +25,7 @@ class JaxDevice(Protocol):
 
 # A mesh's name of a platform -> JAX's name.
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+FUSED_FROM = (8, 0)  # compute capability from which NVIDIA's cards run the fused kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

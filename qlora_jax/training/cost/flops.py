@@ -17,15 +17,13 @@ from pallas_kernels.attention import cpu as attention_cpu
 from pallas_kernels.attention.bounds import Block
 from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.attention.tiling import Tiling
-from pallas_kernels.devices import Device
+from pallas_kernels.devices import FUSED_FROM, Device
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.methods.adapter_cost import Work
 from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import ROUTER
 from qlora_jax.nn.lm_head import tiles as lm_head_tiles
 from qlora_jax.training.cost.step_shape import EMBEDDING, HEAD, SHARED_GATE, StepShape
-
-KERNELS_FROM = (8, 0)  # the least compute capability of a card with fused kernels
 
 # FLOP per micro-batch of all layers
 
@@ -68,7 +66,7 @@ def shared_gate_flops(step: StepShape, *, first: int = 0) -> int:
 
 def attention_runs(step: StepShape) -> str:
     """Returns the implementation of attention; for GPUs, that of cards which have the kernels."""
-    device = Device(platform=step.weights.platform, kind="", compute_capability=KERNELS_FROM)
+    device = Device(platform=step.weights.platform, kind="", compute_capability=FUSED_FROM)
     return str(choose_attention(device, step.weights.dtype, step.model.head_dim).name)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from pallas_kernels.devices import FUSED_FROM
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import ConfigError, ModelArgs
 from qlora_jax.config.sizes import parse_bytes
@@ -19,7 +20,6 @@ from qlora_jax.models.precision import weight_format
 from qlora_jax.training.optimizer_state import physical_memory
 
 CPU = "cpu"
-FUSED_FROM = (8, 0)  # compute capability from which a card runs fused products; a plan for a size of memory assumes it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ def plan_target(card: str | None, memory: str | None) -> PlanTarget:
         return PlanTarget(card=None, memory_bytes=size or physical_memory())
     if card is None:
         assert size is not None
+        # A plan for a size of memory assumes a card with fused kernels.
         with_kernels = (each for each in CARDS.values() if each.compute_capability >= FUSED_FROM)
         nearest_card = min(with_kernels, key=lambda each: abs(each.memory_bytes - size))
         return PlanTarget(card=nearest_card, memory_bytes=size)
