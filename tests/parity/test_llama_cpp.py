@@ -12,12 +12,12 @@ import pytest
 from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.exports import EXPORTS
+from qlora_jax.config.exports import MIXTURES as MIXED_TYPES
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.verify import PROMPTS
-from qlora_jax.io.gguf import llama_quantizer
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
@@ -52,9 +52,8 @@ METHODS = {  # else LoRA
     "olmo2": LoraArgs(method="ln_tuning", target_modules=OLMO2_NORMS),
     "gptneox": LoraArgs(method="bitfit"),
 }
-WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2} | dict.fromkeys(
-    llama_quantizer.MIXTURES, 4e-2
-)
+WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
+WITHIN |= dict.fromkeys(MIXED_TYPES, 4e-2)
 NEW_TOKENS = 24
 IN_Q8_0 = ("--with_base", "--base_dtype", "q8_0")
 WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
