@@ -1,0 +1,77 @@
+"""Requests to an engine, and the tokens with which it answers them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from qlora_jax.inference.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from qlora_jax.inference.engine.grammar import Grammar
+
+EndReason = Literal["stop", "length", "context"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt, and how to continue it.
+
+    Attributes:
+      prompt: token ids; at least one.
+      max_new_tokens: maximum length of the reply; 0 only scores the prompt.
+      stop_ids: ids that end the reply and are not part of it.
+      stop_texts: texts that end the reply; it ends before the first of them.
+      adapter: name of one of the engine's adapters; None: the engine's model without them.
+      repeat: number of earlier requests that equal this one; they draw differently with the same seed.
+      likeliest: number of likeliest tokens to report with each token's log-probability; None: report neither.
+      score_prompt: reports the log-probability of each token of the prompt, in the first step.
+      grammar: restricts the reply's text; None: any text.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    stop_ids: frozenset[int] = frozenset()
+    stop_texts: tuple[str, ...] = ()
+    adapter: str | None = None
+    repeat: int = 0
+    likeliest: int | None = None
+    score_prompt: bool = False
+    grammar: "Grammar | None" = None
+
+
+class Scored(NamedTuple):
+    """A token's log-probability, by the model's own logits before any setting changes them.
+
+    Fields:
+      token: its id.
+      log_p: natural logarithm of its probability.
+      likeliest: (id, log-probability) of the likeliest tokens in its place, in descending order.
+    """
+
+    token: int
+    log_p: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+class Step(NamedTuple):
+    """One token of one reply, or its end, or both.
+
+    Fields:
+      request: the number that `Engine.submit` returned.
+      token: the next id; None if the reply ends without one, as at a stop id, which is not part of the reply.
+      text: the text that this step adds to the reply. Characters wait for all of their bytes, and texts that may become
+        a stop text wait until they cannot; so it may be empty, or have the text of several tokens.
+      end: why the reply ends after this step: "stop" (a stop id or text, or the end of the grammar), "length"
+        (max_new_tokens), "context" (the model has no position left), or None if it continues.
+      scored: of `token`, if the request asks for it.
+      prompt: log-probabilities of the prompt's tokens after the first, in the first step of a request that asks for
+        them.
+    """
+
+    request: int
+    token: int | None
+    text: str
+    end: EndReason | None
+    scored: Scored | None = None
+    prompt: tuple[Scored, ...] | None = None
