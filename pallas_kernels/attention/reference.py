@@ -3,10 +3,13 @@
 Dimension key: L layers, B batch, T query, S cache slot, N q-heads, K kv-heads, G = N / K, H head_dim, Z = B K, M = G T.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.sinks import softmax_with_sinks
 from pallas_kernels.attention.tiles import MASKED, ScoreScaling
 from pallas_kernels.attention.tiling import Tiling
@@ -45,3 +48,46 @@ def cached_attention(
     )
     out_ZMH = dot_nn(weights_ZMS.astype(v_LBKSH.dtype), v_ZSH).astype(q_BTNH.dtype)
     return queries.join(out_ZMH[None])
+
+
+def paged_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    pages: KVPages,
+    layer: Int[Array, ""] | int,
+    rows_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    window: int | Int[Array, ""] | None,
+    scores: ScoreScaling,
+    sinks_N: Float[Array, " N"] | None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scores, over visible positions) v; arguments as in `api.paged_attention`."""
+    own = functools.partial(_of_rows, pages, layer, window, scores, sinks_N)
+    if q_BTNH.shape[1] == 1:
+        return own(rows_BT[:, 0], q_BTNH, positions_BT)
+
+    def add_row(out_BTNH: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        here_BT = (rows_BT == row) & (positions_BT >= 0)
+
+        def attend(out_BTNH: jax.Array) -> jax.Array:
+            rows_B = jnp.full(q_BTNH.shape[0], row)
+            return jnp.where(here_BT[:, :, None, None], own(rows_B, q_BTNH, positions_BT), out_BTNH)
+
+        return jax.lax.cond(here_BT.any(), attend, lambda out_BTNH: out_BTNH, out_BTNH), None
+
+    rows_R = jnp.arange(pages.pages_LRI.shape[1], dtype=rows_BT.dtype)
+    return jax.lax.scan(add_row, jnp.zeros_like(q_BTNH), rows_R)[0]
+
+
+def _of_rows(pages, layer, window, scores, sinks_N, rows_B, q_BTNH, positions_BT) -> jax.Array:
+    """Returns attention of queries that are all of the row `rows_B` of their batch row."""
+    own_BI = pages.pages_LRI[layer][rows_B]
+
+    def gathered(values: jax.Array, scales: jax.Array | None) -> jax.Array:
+        own = values[own_BI]  # [B, I, K, S, H]
+        if scales is not None:
+            own = (own.astype(jnp.float32) * scales[own_BI][..., None]).astype(q_BTNH.dtype)
+        batch, blocks, heads, slots, width = own.shape
+        return jnp.moveaxis(own, 1, 2).reshape(1, batch, heads, blocks * slots, width)
+
+    k, v = gathered(pages.k, pages.k_scale), gathered(pages.v, pages.v_scale)
+    return cached_attention(q_BTNH, k, v, 0, jnp.maximum(positions_BT, 0), window, scores, sinks_N)
