@@ -101,17 +101,21 @@ def paged_attention(
     softcap: float | None = None,
     sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(scale q k^T, over visible positions) v of a layer's pages in q's dtype.
+    """Returns softmax(scale q k^T, over visible positions) v of a layer in q's dtype.
+
+    By the C++ loops, a query's result depends only on its keys and values, to the bit: not on other queries or page
+    numbers. This holds among calls of one token per row, and among calls of several tokens per row. Codes of pages are
+    multiplied by their factors in f32, and attention is then that of pages in f32.
 
     Args:
-      rows_BT: row of the cache of each query.
-      positions_BT: position of each query in its row; positions up to it are visible. -1 is padding.
+      rows_BT: the row of the pages' table that each query belongs to.
+      positions_BT: its position there. It sees that position and those before it. -1: it sees nothing and gets zeros.
       scale, window, softcap, sinks_N: as in `causal_attention`.
 
     Raises:
       ValueError: as `causal_attention`.
     """
     _check(scale, window, softcap)
-    return reference.paged_attention(
-        q_BTNH, pages, layer, rows_BT, positions_BT, window, ScoreScaling(scale, softcap), sinks_N
-    )
+    loops = cpu if cpu.unsupported_pages(target_device().platform, q_BTNH.dtype, pages) is None else reference
+    scores = ScoreScaling(scale, softcap)
+    return loops.paged_attention(q_BTNH, pages, layer, rows_BT, positions_BT, window, scores, sinks_N)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.attention.pages import PAGE
+from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.generation import Generation
 from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_kernels.attention.pages import PAGE
+from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.inference.engine.page_pool import Block, Key, PagePool
 from qlora_jax.inference.engine.reply_text import ReplyText
 from qlora_jax.inference.engine.request import EndReason, Request, Scored, Step

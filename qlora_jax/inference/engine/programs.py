@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import KVPages
-from pallas_kernels.attention.pages import PAGE
+from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
@@ -61,9 +61,8 @@ def empty_cache(config: ModelConfig, pages: int, dtype: DTypeLike, mesh: AnyMesh
 
 def cache_shapes(config: ModelConfig, pages: int, dtype: DTypeLike, rows: int = 0, blocks: int = 0) -> KVPages:
     """Returns the shapes of a cache and its table."""
-    table_LRI = jnp.zeros((config.num_layers, rows, blocks), jnp.int32)
-    sizes = pages, config.num_kv_heads, config.head_dim
-    return jax.eval_shape(lambda: KVPages.empty(*sizes, dtype, table_LRI))
+    table_LRI, heads_KH = (config.num_layers, rows, blocks), (config.num_kv_heads, config.head_dim)
+    return jax.eval_shape(lambda: KVPages.empty(pages, table_LRI, heads_KH, dtype))
 
 
 @functools.partial(ModelFunction, static_argnames=("length", "mesh"), donate_argnames="cache")
