@@ -13,12 +13,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.inference.engine.choose import (
+    MOST_LIKELIEST,
+    Choice,
+    Row,
+    RowSettings,
+    RowState,
+    choose,
+    row_settings,
+    row_state,
+)
 from qlora_jax.inference.engine.generation import Generation
 from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages
 from qlora_jax.inference.engine.programs import (
@@ -33,9 +42,8 @@ from qlora_jax.inference.engine.programs import (
     table_blocks,
 )
 from qlora_jax.inference.engine.reply_text import ReplyText
-from qlora_jax.inference.engine.request import Request, Step
+from qlora_jax.inference.engine.request import Request, Scored, Step
 from qlora_jax.inference.mesh_inference import row_shards
-from qlora_jax.inference.sampling import choose
 from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
 from qlora_jax.sharding import mesh_of
 
@@ -66,13 +74,30 @@ class Usage(NamedTuple):
     preemptions: int
 
 
+type Rows = list[list[Generation]]  # per device
+
+
 @dataclasses.dataclass(eq=False)
 class _Flight:
-    """A decode call whose tokens have not been read."""
+    """A decode call whose tokens have not been read.
 
-    rows: list[list[Generation]]  # per device
-    indices: dict[Generation, int]  # number of the token of its reply that each row gets
-    tokens_R: jax.Array
+    Attributes:
+      rows: of the call.
+      indices: number of the token of its reply that each row gets.
+      choice: the tokens.
+      settings, state: of the rows, for the next call with the same ones.
+    """
+
+    rows: Rows
+    indices: dict[Generation, int]
+    choice: Choice
+    settings: RowSettings
+    state: RowState
+
+    def is_followed_by(self, rows: Rows) -> bool:
+        """Returns True if the next call can get these tokens without reading them."""
+        same = rows == self.rows and all(self.indices[each] == each.fed for each in self.indices)
+        return same and not any(each.request.grammar for own in rows for each in own)
 
 
 class Engine:
@@ -250,7 +275,7 @@ class Engine:
         generation.ended = True
         generation.release(self._pools[generation.device])
 
-    def _table(self, rows: Sequence[Sequence[Generation]], count: int) -> np.ndarray:
+    def _table(self, rows: Rows, count: int) -> np.ndarray:
         """Returns the pages [L, D R, I] of rows of each device, of which each has `count`."""
         positions = max(each.computed for own in rows for each in own)
         table_LRI = np.zeros(
@@ -333,9 +358,9 @@ class Engine:
         new = [each for each in done if not each.generated]
         if not new:
             return []
-        tokens_R = np.asarray(self._choose(logits_RV, chosen, rows))
+        choice = jax.tree.map(np.asarray, self._choose(logits_RV, chosen, rows, None)[0])
         places = {each: device * rows + row for device, own in enumerate(chosen) for row, each in enumerate(own)}
-        return [self._add(each, int(tokens_R[places[each]])) for each in new]
+        return [self._add(each, choice, places[each]) for each in new]
 
     # ---- replies
 
@@ -346,9 +371,7 @@ class Engine:
         """
         flight, steps = self._flights.pop(length, None), []
         rows = self._decode_rows(length, flight)
-        if flight is not None and (
-            rows != flight.rows or any(flight.indices[each] != each.fed for each in flight.indices)
-        ):
+        if flight is not None and not flight.is_followed_by(rows):
             steps, flight = self._read(flight), None
             rows = self._decode_rows(length, None)
         if any(rows):
@@ -371,7 +394,7 @@ class Engine:
 
     def _dispatch(self, rows: list[list[Generation]], length: int | None, flight: _Flight | None) -> _Flight:
         count = self._row_count(length, max(map(len, rows)))
-        positions_R, known_R = np.full(count * len(rows), -1), np.zeros(count * len(rows), np.int32)
+        known_R, positions_R = np.zeros(count * len(rows), np.int32), np.full(count * len(rows), -1)
         indices: dict[Generation, int] = {}
         for device, own in enumerate(rows):
             for row, each in enumerate(own):
@@ -379,15 +402,16 @@ class Engine:
                 positions_R[at], indices[each] = each.computed, each.fed + 1
                 if each.fed < len(each.generated):
                     known_R[at] = each.generated[each.fed]
-        ahead = flight is not None and len(flight.tokens_R) == len(known_R)
-        tokens_R = flight.tokens_R if flight is not None and ahead else known_R
+        follows = flight is not None and len(flight.choice.token_R) == len(known_R)
+        tokens_R = flight.choice.token_R if flight is not None and follows else known_R
         for each in indices:
             each.computed += 1
         rows_BT, positions_BT, last_R = decode_inputs(count, positions_R, self._mesh)
         cache = dataclasses.replace(self._cache, pages_LRI=self._table(rows, count))
         inputs = tokens_R[:, None], rows_BT, positions_BT, last_R, cache
         logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
-        return _Flight(rows, indices, self._choose(logits_RV, rows, count))
+        known = (flight.settings, flight.state) if flight is not None and follows else None
+        return _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
 
     def _row_count(self, length: int | None, needed: int) -> int:
         """Returns the rows of the next decode call; it shrinks only after a while, because each size is compiled."""
@@ -399,31 +423,56 @@ class Engine:
         return count
 
     def _read(self, flight: _Flight) -> list[Step]:
-        tokens_R = np.asarray(flight.tokens_R)
-        count = len(tokens_R) // len(flight.rows)
-        steps = []
-        for device, own in enumerate(flight.rows):
-            for row, each in enumerate(own):
-                if not each.ended and each in self._running and flight.indices[each] == len(each.generated):
-                    steps.append(self._add(each, int(tokens_R[device * count + row])))
-        return steps
+        choice = jax.tree.map(np.asarray, flight.choice)
+        count = len(choice.token_R) // len(flight.rows)
+        return [
+            self._add(each, choice, device * count + row)
+            for device, own in enumerate(flight.rows)
+            for row, each in enumerate(own)
+            if each in self._running and flight.indices[each] == len(each.generated)
+        ]
 
-    def _add(self, each: Generation, token: int) -> Step:
-        step = each.add(token, None, self._config.max_positions)
+    def _add(self, each: Generation, choice: Choice, row: int) -> Step:
+        step = each.add(int(choice.token_R[row]), _scored(each.request, choice, row), self._config.max_positions)
         self._counts["generated_tokens"] += 1
         if each.ended:
             self._running.remove(each)
             each.release(self._pools[each.device])
         return step
 
-    def _choose(self, logits_RV: jax.Array, rows: Sequence[Sequence[Generation]], count: int) -> jax.Array:
-        each = [(row, one) for own in rows for row, one in enumerate(own)]
-        sampling = dataclasses.replace(each[0][1].request.sampling, seed=0)
-        if sampling.temperature == 0:
-            return jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-        keys = [jax.random.key(0)] * len(logits_RV)
-        for device, own in enumerate(rows):
-            for row, one in enumerate(own):
-                key = jax.random.fold_in(jax.random.key(one.request.sampling.seed), one.request.repeat)
-                keys[device * count + row] = jax.random.fold_in(key, max(0, one.fed))
-        return choose(logits_RV, jnp.stack(keys), sampling)
+    def _choose(
+        self, logits_RV: jax.Array, rows: Rows, count: int, known: tuple[RowSettings, RowState] | None
+    ) -> tuple[Choice, RowSettings, RowState]:
+        """Chooses the next token of each row; masks of grammars are computed while the model runs.
+
+        Args:
+          known: settings and state that the call before left, if it had the same rows.
+        """
+        filled = [own + [None] * (count - len(own)) for own in rows]
+        each_R, vocab = [each for own in filled for each in own], logits_RV.shape[1]
+        if known is None:
+            described = [Row() if each is None else _described(each) for each in each_R]
+            known = row_settings(described, vocab), row_state(described, vocab)
+        asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
+        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 0
+        local_RV = logits_RV if self._mesh is None else logits_RV.addressable_data(0)
+        choice, state = choose(local_RV, *known, self._mask(each_R), likeliest=likeliest)
+        return choice, known[0], state
+
+    def _mask(self, each_R: Sequence[Generation | None]) -> np.ndarray | None:
+        return None
+
+
+def _described(each: Generation) -> Row:
+    """Returns what the next token depends on besides the logits."""
+    request = each.request
+    return Row(request.sampling, request.repeat, request.prompt, each.generated[: max(0, each.fed)])
+
+
+def _scored(request: Request, choice: Choice, row: int) -> Scored | None:
+    if request.likeliest is None:
+        return None
+    log_p_R, likeliest_RN, log_p_RN = choice[1:]
+    assert log_p_R is not None and likeliest_RN is not None and log_p_RN is not None
+    shown = [(int(token), float(log_p)) for token, log_p in zip(likeliest_RN[row], log_p_RN[row], strict=True)]
+    return Scored(int(choice.token_R[row]), float(log_p_R[row]), tuple(shown[: request.likeliest]))

@@ -20,7 +20,7 @@ from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
-from qlora_jax.sharding import ROWS, AnyMesh
+from qlora_jax.sharding import AnyMesh, gather_rows
 
 ROW_COUNTS = (1, 2, 4, 8, 16)  # rows of a decode call on each device
 PROMPT_TOKENS = (32, 128, 512)  # tokens of a prompt call on each device
@@ -86,17 +86,17 @@ def advance(
       length: see `CausalLM.extend`.
 
     Returns:
-      (logits after the tokens of `last_R`, in f32; the cache).
+      (logits after the tokens of `last_R` of all devices, in f32, on every device; the cache).
     """
-    results = P(ROWS), cache_specs(cache)
-    program = functools.partial(_advance, length)
+    results = P(), cache_specs(cache)
+    program = functools.partial(_advance, length, mesh)
     return run_on_mesh(program, parts, (tokens_BT, rows_BT, positions_BT, last_R, cache), mesh, results)
 
 
-def _advance(length, parts, tokens_BT, rows_BT, positions_BT, last_R, cache):
+def _advance(length, mesh, parts, tokens_BT, rows_BT, positions_BT, last_R, cache):
     model = combine(parts)
     hidden_MD, cache = model.extend(tokens_BT, rows_BT, positions_BT, cache, length)
-    return model.head.logits(hidden_MD[last_R]), cache
+    return gather_rows(model.head.logits(hidden_MD[last_R]), mesh, axis=0), cache
 
 
 def decode_inputs(rows: int, positions: np.ndarray, mesh: AnyMesh | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
