@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.inference.engine.adapters import ByProjection, adapters_of, with_adapters
 from qlora_jax.inference.engine.choose import (
     MOST_LIKELIEST,
     Choice,
@@ -123,7 +125,8 @@ class Engine:
         Raises:
           ValueError: the limit is below one page per layer, or `max_rows` is not a size of decode calls.
         """
-        self._parts = prepare_for_decoding(parts)
+        self._alone = self._parts = prepare_for_decoding(parts)  # without the adapters of runs, and with them
+        self._adapters: dict[str, tuple[int, ByProjection]] = {}
         model = combine(self._parts)
         self._tokenizer, self._config, self._mesh = tokenizer, model.config, mesh_of(parts)
         self._num_ids = model.model.embed_tokens.num_ids
@@ -144,6 +147,45 @@ class Engine:
         self._tables: dict[object, jax.Array | np.ndarray] = {}
         self._numbers = itertools.count()
         self._counts: collections.Counter[str] = collections.Counter()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the runs whose adapters requests may ask for."""
+        return tuple(self._adapters)
+
+    def add_adapter(self, name: str, parts: ModelParts) -> None:
+        """Adds the adapter of a run's model, whose base is that of the engine.
+
+        Raises:
+          ValueError: the name is taken, or its method cannot share a batch with other runs.
+        """
+        if name in self._adapters:
+            raise ValueError(f"{name}: the engine has an adapter of this name. Choose another one")
+        number = min(set(range(1, len(self._adapters) + 2)) - {number for number, _ in self._adapters.values()})
+        self._set_adapters(self._adapters | {name: (number, adapters_of(name, parts))})
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter.
+
+        Raises:
+          ValueError: there is none of this name, or requests use it.
+        """
+        if name not in self._adapters:
+            raise ValueError(f"{name}: the engine has no adapter of this name (found {list(self._adapters)})")
+        if any(each.request.adapter == name for each in (*self._waiting, *self._prompts, *self._running)):
+            raise ValueError(f"{name}: requests use this adapter. Wait for them, or cancel them")
+        self._set_adapters({other: own for other, own in self._adapters.items() if other != name})
+        for pool in self._pools:
+            pool.forget_idle()  # another adapter may get the name
+
+    def _set_adapters(self, adapters: dict[str, tuple[int, ByProjection]]) -> None:
+        numbers = dict(adapters.values())
+        count = 1 << max(numbers, default=0).bit_length()  # another number of matrices is another program
+        self._parts = with_adapters(self._alone, numbers, count) if numbers else self._alone
+        self._adapters = adapters
+
+    def _own(self, each: Generation) -> int:
+        return 0 if each.request.adapter is None else self._adapters[each.request.adapter][0]
 
     @property
     def busy(self) -> bool:
@@ -178,6 +220,8 @@ class Engine:
     def problems(self, request: Request) -> list[str]:
         """Returns why a request cannot be answered, one line each."""
         limit, problems = self._config.max_positions, []
+        if request.adapter is not None and request.adapter not in self._adapters:
+            problems.append(f"adapter: found {request.adapter!r}, expected one of {list(self._adapters)}")
         if request.max_new_tokens < (0 if request.score_prompt else 1):
             problems.append(f"max_new_tokens: found {request.max_new_tokens}, expected at least 1")
         if not request.prompt:
@@ -336,20 +380,19 @@ class Engine:
         devices, most = len(chosen), max(map(len, chosen))
         rows = round_up(most, (1, ROW_COUNTS[-1]))
         tokens_BT = np.zeros((devices, size), np.int32)
-        rows_BT, positions_BT = np.zeros_like(tokens_BT), np.full_like(tokens_BT, -1)
+        rows_BT, own_BT, positions_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT), np.full_like(tokens_BT, -1)
         last_DR = np.zeros((devices, rows), np.int32)
         for device, own in enumerate(chosen):
             end = 0
             for row, each in enumerate(own):
                 here, at = slice(end, end + counts[each]), slice(each.computed, each.computed + counts[each])
                 tokens_BT[device, here], rows_BT[device, here] = each.prompt[at], row
-                positions_BT[device, here] = np.arange(at.start, at.stop)
+                positions_BT[device, here], own_BT[device, here] = np.arange(at.start, at.stop), self._own(each)
                 end, each.computed = here.stop, at.stop
                 last_DR[device, row] = end - 1
                 self._counts["prompt_tokens"] += counts[each]
         cache = dataclasses.replace(self._cache, pages_LRI=self._table(chosen, rows))
-        inputs = tokens_BT, rows_BT, positions_BT, last_DR.reshape(-1), cache
-        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        logits_RV = self._advance(tokens_BT, rows_BT, positions_BT, last_DR.reshape(-1), cache, own_BT, length)
         for each in counts:
             each.publish(self._pools[each.device])
         done = [each for each in counts if not each.prompt_left]
@@ -394,12 +437,13 @@ class Engine:
 
     def _dispatch(self, rows: list[list[Generation]], length: int | None, flight: _Flight | None) -> _Flight:
         count = self._row_count(length, max(map(len, rows)))
-        known_R, positions_R = np.zeros(count * len(rows), np.int32), np.full(count * len(rows), -1)
+        known_R, own_R = np.zeros((2, count * len(rows)), np.int32)
+        positions_R = np.full(count * len(rows), -1)
         indices: dict[Generation, int] = {}
         for device, own in enumerate(rows):
             for row, each in enumerate(own):
                 at = device * count + row
-                positions_R[at], indices[each] = each.computed, each.fed + 1
+                positions_R[at], own_R[at], indices[each] = each.computed, self._own(each), each.fed + 1
                 if each.fed < len(each.generated):
                     known_R[at] = each.generated[each.fed]
         follows = flight is not None and len(flight.choice.token_R) == len(known_R)
@@ -408,10 +452,18 @@ class Engine:
             each.computed += 1
         rows_BT, positions_BT, last_R = decode_inputs(count, positions_R, self._mesh)
         cache = dataclasses.replace(self._cache, pages_LRI=self._table(rows, count))
-        inputs = tokens_R[:, None], rows_BT, positions_BT, last_R, cache
-        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        inputs = tokens_R[:, None], rows_BT, positions_BT, last_R, cache, own_R[:, None]
+        logits_RV = self._advance(*inputs, length)
         known = (flight.settings, flight.state) if flight is not None and follows else None
         return _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
+
+    def _advance(
+        self, tokens_BT, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length: int | None
+    ) -> jax.Array:
+        """Runs a call, whose results are the new cache and the returned logits."""
+        inputs = tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None
+        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        return logits_RV
 
     def _row_count(self, length: int | None, needed: int) -> int:
         """Returns the rows of the next decode call; it shrinks only after a while, because each size is compiled."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import POSITIONS as PAGE
+from qlora_jax.inference.engine.adapters import set_own
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
@@ -73,6 +74,7 @@ def advance(
     positions_BT: Int[Array, "B T"],
     last_R: Int[Array, " R"],
     cache: KVPages,
+    own_BT: Int[Array, "B T"] | None = None,
     *,
     length: int | None = None,
     mesh: AnyMesh | None = None,
@@ -83,6 +85,7 @@ def advance(
       rows_BT: row of the cache's table of each token; on a mesh, of its device's part of it.
       positions_BT: position of each token; -1 is padding.
       last_R: the tokens, as numbers within the call, after which the next one is wanted.
+      own_BT: number of the adapter of each token, if the model has adapters of several runs.
       length: see `CausalLM.extend`.
 
     Returns:
@@ -90,11 +93,13 @@ def advance(
     """
     results = P(), cache_specs(cache)
     program = functools.partial(_advance, length, mesh)
-    return run_on_mesh(program, parts, (tokens_BT, rows_BT, positions_BT, last_R, cache), mesh, results)
+    return run_on_mesh(program, parts, (tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT), mesh, results)
 
 
-def _advance(length, mesh, parts, tokens_BT, rows_BT, positions_BT, last_R, cache):
+def _advance(length, mesh, parts, tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT):
     model = combine(parts)
+    if own_BT is not None:
+        set_own(model, own_BT.reshape(-1))
     hidden_MD, cache = model.extend(tokens_BT, rows_BT, positions_BT, cache, length)
     return gather_rows(model.head.logits(hidden_MD[last_R]), mesh, axis=0), cache
 
