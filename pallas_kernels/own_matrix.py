@@ -30,13 +30,13 @@ def own_matrix(
     return jax.lax.platform_dependent(x_MK, matrices_LAKN, layer, own_M, cpu=_by_loops, default=_by_matrix)
 
 
-def _by_loops(x_MK: jax.Array, matrices_LAKN: jax.Array, layer: jax.Array, own_M: jax.Array) -> jax.Array:
+def _by_loops(x_MK: jax.Array, matrices_LAKN: jax.Array, layer: jax.Array | int, own_M: jax.Array) -> jax.Array:
     result = jax.ShapeDtypeStruct((x_MK.shape[0], matrices_LAKN.shape[3]), jnp.float32)
     call = jax.ffi.ffi_call(handler("own_matrix"), result, vmap_method="sequential")
     return call(x_MK, matrices_LAKN, jnp.asarray(layer, jnp.int32), own_M.astype(jnp.int32))
 
 
-def _by_matrix(x_MK: jax.Array, matrices_LAKN: jax.Array, layer: jax.Array, own_M: jax.Array) -> jax.Array:
+def _by_matrix(x_MK: jax.Array, matrices_LAKN: jax.Array, layer: jax.Array | int, own_M: jax.Array) -> jax.Array:
     """Multiplies all rows by each matrix that any of them has."""
 
     def add(y_MN: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:

@@ -31,11 +31,13 @@ from qlora_jax.inference.engine.choose import (
     row_state,
 )
 from qlora_jax.inference.engine.generation import Generation
+from qlora_jax.inference.engine.grammar import GrammarCompiler, Matcher
 from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages
 from qlora_jax.inference.engine.programs import (
     PROMPT_TOKENS,
     ROW_COUNTS,
     advance,
+    advance_and_score,
     decode_inputs,
     empty_cache,
     page_bytes,
@@ -145,6 +147,7 @@ class Engine:
         self._flights: dict[int | None, _Flight] = {}
         self._rows: dict[int | None, tuple[int, int]] = {}  # per length: rows of its calls, calls that were half empty
         self._tables: dict[object, jax.Array | np.ndarray] = {}
+        self._grammars: GrammarCompiler | None = None
         self._numbers = itertools.count()
         self._counts: collections.Counter[str] = collections.Counter()
 
@@ -211,11 +214,22 @@ class Engine:
         root = repr((request.adapter, length)).encode()
         keys = [] if request.score_prompt else block_keys(prompt[:-1], root)
         text = None if self._tokenizer is None else ReplyText(self._tokenizer, request.stop_texts)
-        made = Generation(
-            number=next(self._numbers), request=request, prompt=prompt, keys=keys, length=length, text=text
+        matcher = self._matcher(request)
+        number = next(self._numbers)
+        self._waiting.append(
+            Generation(
+                number=number, request=request, prompt=prompt, keys=keys, length=length, text=text, matcher=matcher
+            )
         )
-        self._waiting.append(made)
-        return made.number
+        return number
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        if request.grammar is None:
+            return None
+        assert self._tokenizer is not None, "`problems` refuses it"
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._tokenizer, self._num_ids)
+        return self._grammars.matcher(request.grammar, request.stop_ids)
 
     def problems(self, request: Request) -> list[str]:
         """Returns why a request cannot be answered, one line each."""
@@ -233,6 +247,10 @@ class Engine:
         if ids.min() < 0 or ids.max() >= self._num_ids:
             found = f"found ids {ids.min()} to {ids.max()}, expected 0 to {self._num_ids - 1}"
             problems.append(f"prompt: an id has no row in the embedding ({found}). Use the model's tokenizer")
+        if self._tokenizer is None and (request.grammar is not None or request.stop_texts):
+            problems.append("grammar, stop_texts: the engine has no tokenizer. Give it one")
+        if self._mesh is not None and request.score_prompt:
+            problems.append("score_prompt: several devices share the model. Score prompts with `evaluate`")
         needed = most_pages(self._groups, self._most_positions(request), PROMPT_TOKENS[-1])
         if not problems and needed > self._pools[0].pages:
             found = f"the request takes up to {needed:,} pages, the cache has {self._pools[0].pages:,}"
@@ -350,8 +368,10 @@ class Engine:
     def _next_prompts(self, device: int, length: int | None, limit: int) -> list[Generation]:
         """Returns the first prompts of a device with `limit` tokens; of those that begin alike, only the first."""
         chosen, tokens, begun = [], 0, set()
+        if self._prompts[0].request.score_prompt:
+            return [self._prompts[0]]
         for each in self._prompts:
-            if each.device != device or each.length != length:
+            if each.device != device or each.length != length or each.request.score_prompt:
                 continue
             before = each.computed
             each.share(self._pools[device])
@@ -392,13 +412,20 @@ class Engine:
                 last_DR[device, row] = end - 1
                 self._counts["prompt_tokens"] += counts[each]
         cache = dataclasses.replace(self._cache, pages_LRI=self._table(chosen, rows))
-        logits_RV = self._advance(tokens_BT, rows_BT, positions_BT, last_DR.reshape(-1), cache, own_BT, length)
+        inputs = tokens_BT, rows_BT, positions_BT, last_DR.reshape(-1), cache, own_BT
+        scoring = chosen[0][0] if chosen[0] and chosen[0][0].request.score_prompt else None
+        if scoring is None:
+            logits_RV = self._advance(*inputs, length)
+        else:
+            logits_RV = self._advance_and_score(scoring, counts[scoring], *inputs, length)
         for each in counts:
             each.publish(self._pools[each.device])
         done = [each for each in counts if not each.prompt_left]
         self._prompts = [each for each in self._prompts if each not in done]
         self._running += done
         new = [each for each in done if not each.generated]
+        if scoring in new and scoring.request.max_new_tokens == 0:
+            return [self._finish(scoring, scoring.without_reply())]
         if not new:
             return []
         choice = jax.tree.map(np.asarray, self._choose(logits_RV, chosen, rows, None)[0])
@@ -465,6 +492,21 @@ class Engine:
         logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
         return logits_RV
 
+    def _advance_and_score(
+        self, each: Generation, count: int, tokens_BT, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length
+    ) -> jax.Array:
+        """Runs a call for one prompt, and adds the scores of its tokens."""
+        start = each.computed - count
+        upcoming = each.prompt[start + 1 : start + 1 + count]
+        next_M = np.zeros(tokens_BT.size, np.int32)
+        next_M[: len(upcoming)] = upcoming
+        likeliest = MOST_LIKELIEST if each.request.likeliest else 1
+        inputs = tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None, next_M
+        logits_RV, self._cache, choice = advance_and_score(self._parts, *inputs, likeliest=likeliest, length=length)
+        choice = jax.tree.map(np.asarray, choice)
+        each.prompt_scores += [_scored(each.request, choice, row) for row in range(len(upcoming))]
+        return logits_RV
+
     def _row_count(self, length: int | None, needed: int) -> int:
         """Returns the rows of the next decode call; it shrinks only after a while, because each size is compiled."""
         count, idle = self._rows.get(length, (0, 0))
@@ -485,8 +527,15 @@ class Engine:
         ]
 
     def _add(self, each: Generation, choice: Choice, row: int) -> Step:
-        step = each.add(int(choice.token_R[row]), _scored(each.request, choice, row), self._config.max_positions)
+        scored = None if each.request.likeliest is None else _scored(each.request, choice, row)
+        step = each.add(int(choice.token_R[row]), scored, self._config.max_positions)
         self._counts["generated_tokens"] += 1
+        return self._finish(each, step)
+
+    def _finish(self, each: Generation, step: Step) -> Step:
+        """Returns a step with the scores of the prompt, if it is the first, and frees the pages after the last."""
+        if each.prompt_scores:
+            step, each.prompt_scores = step._replace(prompt=tuple(each.prompt_scores)), []
         if each.ended:
             self._running.remove(each)
             each.release(self._pools[each.device])
@@ -506,13 +555,15 @@ class Engine:
             described = [Row() if each is None else _described(each) for each in each_R]
             known = row_settings(described, vocab), row_state(described, vocab)
         asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
-        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 0
+        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 1
         local_RV = logits_RV if self._mesh is None else logits_RV.addressable_data(0)
         choice, state = choose(local_RV, *known, self._mask(each_R), likeliest=likeliest)
         return choice, known[0], state
 
     def _mask(self, each_R: Sequence[Generation | None]) -> np.ndarray | None:
-        return None
+        """Returns which tokens the grammars of rows allow next; None without grammars."""
+        matchers = [None if each is None or each.is_replaying else each.matcher for each in each_R]
+        return self._grammars.masks(matchers) if self._grammars is not None and any(matchers) else None
 
 
 def _described(each: Generation) -> Row:
@@ -521,9 +572,7 @@ def _described(each: Generation) -> Row:
     return Row(request.sampling, request.repeat, request.prompt, each.generated[: max(0, each.fed)])
 
 
-def _scored(request: Request, choice: Choice, row: int) -> Scored | None:
-    if request.likeliest is None:
-        return None
+def _scored(request: Request, choice: Choice, row: int) -> Scored:
     log_p_R, likeliest_RN, log_p_RN = choice[1:]
     assert log_p_R is not None and likeliest_RN is not None and log_p_RN is not None
     shown = [(int(token), float(log_p)) for token, log_p in zip(likeliest_RN[row], log_p_RN[row], strict=True)]

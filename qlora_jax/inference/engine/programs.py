@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.inference.engine.adapters import set_own
+from qlora_jax.inference.engine.choose import Choice, log_probabilities
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
@@ -94,6 +95,38 @@ def advance(
     results = P(), cache_specs(cache)
     program = functools.partial(_advance, length, mesh)
     return run_on_mesh(program, parts, (tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT), mesh, results)
+
+
+SCORED_TOGETHER = 32  # tokens whose logits are in memory at once
+
+
+@functools.partial(ModelFunction, static_argnames=("likeliest", "length"), donate_argnames="cache")
+def advance_and_score(
+    parts: ModelParts,
+    tokens_BT: Int[Array, "1 M"],
+    rows_BT: Int[Array, "1 M"],
+    positions_BT: Int[Array, "1 M"],
+    last_R: Int[Array, " R"],
+    cache: KVPages,
+    own_BT: Int[Array, "1 M"] | None,
+    next_M: Int[Array, " M"],
+    *,
+    likeliest: int,
+    length: int | None = None,
+) -> tuple[Float[Array, "R V"], KVPages, Choice]:
+    """Runs `advance` on one device, and scores the token after each one.
+
+    Returns:
+      (logits, cache, the tokens `next_M` with their log-probabilities and those of the likeliest ones).
+    """
+    model = combine(parts)
+    if own_BT is not None:
+        set_own(model, own_BT.reshape(-1))
+    hidden_MD, cache = model.extend(tokens_BT, rows_BT, positions_BT, cache, length)
+    groups = hidden_MD.reshape(-1, SCORED_TOGETHER, hidden_MD.shape[1]), next_M.reshape(-1, SCORED_TOGETHER)
+    scores = jax.lax.map(lambda each: log_probabilities(model.head.logits(each[0]), each[1], likeliest), groups)
+    flat = [values.reshape(-1, *values.shape[2:]) for values in scores]
+    return model.head.logits(hidden_MD[last_R]), cache, Choice(next_M, *flat)
 
 
 def _advance(length, mesh, parts, tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT):
