@@ -146,7 +146,7 @@ class Engine:
         self._running: list[Generation] = []
         self._flights: dict[int | None, _Flight] = {}
         self._rows: dict[int | None, tuple[int, int]] = {}  # per length: rows of its calls, calls that were half empty
-        self._tables: dict[object, jax.Array | np.ndarray] = {}
+        self._table_of: tuple[int, list[list[tuple[int, int]]]] | None = None  # whose pages the cache's table has
         self._grammars: GrammarCompiler | None = None
         self._numbers = itertools.count()
         self._counts: collections.Counter[str] = collections.Counter()
@@ -337,16 +337,19 @@ class Engine:
         generation.ended = True
         generation.release(self._pools[generation.device])
 
-    def _table(self, rows: Rows, count: int) -> np.ndarray:
-        """Returns the pages [L, D R, I] of rows of each device, of which each has `count`."""
+    def _with_table(self, rows: Rows, count: int) -> KVPages:
+        """Returns the cache with the pages [L, D R, I] of rows of each device, of which each has `count`."""
+        versions = [[(each.number, each.pages_version) for each in own] for own in rows]
+        if self._table_of == (count, versions):
+            return self._cache
+        self._table_of = count, versions
         positions = max(each.computed for own in rows for each in own)
-        table_LRI = np.zeros(
-            (self._config.num_layers, count * len(rows), table_blocks(positions, self._config)), np.int32
-        )
+        shape = self._config.num_layers, count * len(rows), table_blocks(positions, self._config)
+        table_LRI = np.zeros(shape, np.int32)
         for device, own in enumerate(rows):
             for row, each in enumerate(own):
                 each.write_table(table_LRI[:, device * count + row], self._pools[device])
-        return table_LRI
+        return dataclasses.replace(self._cache, pages_LRI=table_LRI)
 
     # ---- prompts
 
@@ -411,8 +414,8 @@ class Engine:
                 end, each.computed = here.stop, at.stop
                 last_DR[device, row] = end - 1
                 self._counts["prompt_tokens"] += counts[each]
-        cache = dataclasses.replace(self._cache, pages_LRI=self._table(chosen, rows))
-        inputs = tokens_BT, rows_BT, positions_BT, last_DR.reshape(-1), cache, own_BT
+        cache = self._with_table(chosen, rows)
+        inputs = tokens_BT.reshape(-1), rows_BT, positions_BT, last_DR.reshape(-1), cache, own_BT
         scoring = chosen[0][0] if chosen[0] and chosen[0][0].request.score_prompt else None
         if scoring is None:
             logits_RV = self._advance(*inputs, length)
@@ -478,30 +481,30 @@ class Engine:
         for each in indices:
             each.computed += 1
         rows_BT, positions_BT, last_R = decode_inputs(count, positions_R, self._mesh)
-        cache = dataclasses.replace(self._cache, pages_LRI=self._table(rows, count))
-        inputs = tokens_R[:, None], rows_BT, positions_BT, last_R, cache, own_R[:, None]
+        cache = self._with_table(rows, count)
+        inputs = tokens_R, rows_BT, positions_BT, last_R, cache, own_R[:, None]
         logits_RV = self._advance(*inputs, length)
         known = (flight.settings, flight.state) if flight is not None and follows else None
         return _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
 
     def _advance(
-        self, tokens_BT, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length: int | None
+        self, tokens_M, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length: int | None
     ) -> jax.Array:
         """Runs a call, whose results are the new cache and the returned logits."""
-        inputs = tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None
+        inputs = tokens_M, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None
         logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
         return logits_RV
 
     def _advance_and_score(
-        self, each: Generation, count: int, tokens_BT, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length
+        self, each: Generation, count: int, tokens_M, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length
     ) -> jax.Array:
         """Runs a call for one prompt, and adds the scores of its tokens."""
         start = each.computed - count
         upcoming = each.prompt[start + 1 : start + 1 + count]
-        next_M = np.zeros(tokens_BT.size, np.int32)
+        next_M = np.zeros(tokens_M.size, np.int32)
         next_M[: len(upcoming)] = upcoming
         likeliest = MOST_LIKELIEST if each.request.likeliest else 1
-        inputs = tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None, next_M
+        inputs = tokens_M, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None, next_M
         logits_RV, self._cache, choice = advance_and_score(self._parts, *inputs, likeliest=likeliest, length=length)
         choice = jax.tree.map(np.asarray, choice)
         each.prompt_scores += [_scored(each.request, choice, row) for row in range(len(upcoming))]

@@ -25,6 +25,7 @@ class Generation:
       matcher: the reply's place in its grammar, if it has one.
       generated: ids of the reply. After a preemption they are fed again, by the same kind of call that computed them.
       computed: number of positions in the cache once the calls so far have run.
+      pages_version: changes whenever its pages do.
       device: number of the device whose pages it has.
       blocks: per group of layers, the block of each run of positions; None where no later query sees it.
     """
@@ -38,6 +39,7 @@ class Generation:
     matcher: Matcher | None
     generated: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
+    pages_version: int = 0
     device: int = 0
     blocks: list[list[Block | None]] = dataclasses.field(default_factory=list)
     prompt_scores: list[Scored] = dataclasses.field(default_factory=list)
@@ -64,6 +66,7 @@ class Generation:
             return
         start = self.computed // PAGE
         count = pool.shared(self.keys, start)
+        self.pages_version += 1
         for g, group in enumerate(pool.groups):
             first = group.first_seen(count * PAGE)
             self.blocks[g] += [pool.hold(g, self.keys[at]) if at >= first else None for at in range(start, count)]
@@ -80,11 +83,12 @@ class Generation:
             for at in range(min(group.first_seen(self.computed), len(own))):
                 if (block := own[at]) is not None:
                     pool.release(block)
-                    own[at] = None
+                    own[at], self.pages_version = None, self.pages_version + 1
             while len(own) < blocks:
                 if (taken := pool.take(g)) is None:
                     return False
                 own.append(taken)
+                self.pages_version += 1
         return True
 
     def publish(self, pool: PagePool) -> None:
@@ -100,6 +104,7 @@ class Generation:
         for block in [block for own in self.blocks for block in own if block is not None]:
             pool.release(block)
         self.blocks, self.computed, self.prompt_scores = [], 0, []
+        self.pages_version += 1
 
     def write_table(self, table_LI: np.ndarray, pool: PagePool) -> None:
         """Writes the pages of each layer and block."""

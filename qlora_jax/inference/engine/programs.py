@@ -70,7 +70,7 @@ def cache_shapes(config: ModelConfig, pages: int, dtype: DTypeLike, rows: int = 
 @functools.partial(ModelFunction, static_argnames=("length", "mesh"), donate_argnames="cache")
 def advance(
     parts: ModelParts,
-    tokens_BT: Int[Array, "B T"],
+    tokens_M: Int[Array, " M"],
     rows_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     last_R: Int[Array, " R"],
@@ -94,7 +94,7 @@ def advance(
     """
     results = P(), cache_specs(cache)
     program = functools.partial(_advance, length, mesh)
-    return run_on_mesh(program, parts, (tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT), mesh, results)
+    return run_on_mesh(program, parts, (tokens_M, rows_BT, positions_BT, last_R, cache, own_BT), mesh, results)
 
 
 SCORED_TOGETHER = 32  # tokens whose logits are in memory at once
@@ -103,7 +103,7 @@ SCORED_TOGETHER = 32  # tokens whose logits are in memory at once
 @functools.partial(ModelFunction, static_argnames=("likeliest", "length"), donate_argnames="cache")
 def advance_and_score(
     parts: ModelParts,
-    tokens_BT: Int[Array, "1 M"],
+    tokens_M: Int[Array, " M"],
     rows_BT: Int[Array, "1 M"],
     positions_BT: Int[Array, "1 M"],
     last_R: Int[Array, " R"],
@@ -122,18 +122,18 @@ def advance_and_score(
     model = combine(parts)
     if own_BT is not None:
         set_own(model, own_BT.reshape(-1))
-    hidden_MD, cache = model.extend(tokens_BT, rows_BT, positions_BT, cache, length)
+    hidden_MD, cache = model.extend(tokens_M.reshape(rows_BT.shape), rows_BT, positions_BT, cache, length)
     groups = hidden_MD.reshape(-1, SCORED_TOGETHER, hidden_MD.shape[1]), next_M.reshape(-1, SCORED_TOGETHER)
     scores = jax.lax.map(lambda each: log_probabilities(model.head.logits(each[0]), each[1], likeliest), groups)
     flat = [values.reshape(-1, *values.shape[2:]) for values in scores]
     return model.head.logits(hidden_MD[last_R]), cache, Choice(next_M, *flat)
 
 
-def _advance(length, mesh, parts, tokens_BT, rows_BT, positions_BT, last_R, cache, own_BT):
+def _advance(length, mesh, parts, tokens_M, rows_BT, positions_BT, last_R, cache, own_BT):
     model = combine(parts)
     if own_BT is not None:
         set_own(model, own_BT.reshape(-1))
-    hidden_MD, cache = model.extend(tokens_BT, rows_BT, positions_BT, cache, length)
+    hidden_MD, cache = model.extend(tokens_M.reshape(rows_BT.shape), rows_BT, positions_BT, cache, length)
     return gather_rows(model.head.logits(hidden_MD[last_R]), mesh, axis=0), cache
 
 

@@ -240,7 +240,7 @@ def test_a_method_without_a_form_for_batches_is_refused_by_name(parts, method):
 def test_a_request_that_cannot_be_answered_is_refused_with_all_reasons(parts):
     engine = Engine(parts, cache_bytes=12 * 4096)
     with pytest.raises(ValueError, match=r"adapter: found 'x'(?s:.*)max_new_tokens: found 0(?s:.*)too long"):
-        engine.submit(Request(prompt=[1] * 600, max_new_tokens=0, adapter="x"))
+        engine.submit(Request(prompt=[1] * 700, max_new_tokens=0, adapter="x"))
     with pytest.raises(ValueError, match=r"cache: too small .the request takes up to \d+ pages"):
         engine.submit(Request(prompt=[1] * 500, max_new_tokens=9))
     with pytest.raises(ValueError, match="grammar, stop_texts: the engine has no tokenizer"):
