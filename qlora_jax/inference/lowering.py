@@ -11,12 +11,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from qlora_jax.inference.decode import pages_for
 from qlora_jax.inference.engine.programs import (
     PROMPT_TOKENS,
     ROW_COUNTS,
     advance,
     cache_shapes,
+    pages_for,
     prompt_call,
     round_up,
     table_blocks,

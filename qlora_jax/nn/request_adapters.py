@@ -58,3 +58,10 @@ class RequestAdapters(LinearAdapter):
     def merge(self, weight: jax.Array) -> jax.Array:
         """Raises TypeError: they are not merged."""
         raise TypeError("adapters of several runs are not merged")
+
+
+def set_own(model: nnx.Module, own_M: Int[Array, " M"]) -> None:
+    """Sets the number of each token's adapter in all projections, in place."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, RequestAdapters):
+            node.own = Frozen(own_M)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -10,7 +9,6 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition, prepare_for_decoding
 from qlora_jax.nn.linear import BatchedAdapter, LinearAdapter, QLinear
 from qlora_jax.nn.request_adapters import RequestAdapters
-from qlora_jax.nn.variables import Frozen
 
 type ByProjection = Mapping[str, LinearAdapter]
 
@@ -28,8 +26,8 @@ def adapters_of(name: str, parts: ModelParts) -> ByProjection:
     if alone:
         shown = f"{alone[0]}" + (f" and {len(alone) - 1} more" if len(alone) > 1 else "")
         raise ValueError(
-            f"{name}: its method cannot share a batch with other runs (found what it trained on {shown}, expected "
-            "LoRA, DoRA or (IA)^3 on projections). Serve it alone, or export it merged"
+            f"{name}: cannot share a batch with other runs (found what it trained on {shown}, expected adapters of "
+            "projections whose method has for_batch). Serve it alone, or export it merged"
         )
     return {path: adapter for path, adapter in found.items() if adapter is not None}
 
@@ -66,13 +64,6 @@ def _batched(own: Mapping[int, LinearAdapter], count: int, layers: int) -> list[
         assert made is not None, "`adapters_of` refuses other methods"
         batched.append(made)
     return batched
-
-
-def set_own(model: CausalLM, own_M: jax.Array) -> None:
-    """Sets the number of each token's adapter, in place."""
-    for _, linear in _linears(model):
-        if isinstance(linear.adapter, RequestAdapters):
-            linear.adapter.own = Frozen(own_M)
 
 
 def _linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:

@@ -1,6 +1,6 @@
 """Decodes the replies to many requests together, in calls of static shapes: prompts in chunks, replies by token.
 
-What a request answers does not depend on what runs beside it, to the bit. A row's result in a call depends on that row
+The reply to a request does not depend on what runs beside it, to the bit. A row's result in a call depends on that row
 alone, prompts are always computed by prompt calls, and replies by decode calls. docs/serve.md shows what that costs.
 
 Dimension key: D devices, R rows of a decode call, B, T tokens of a call, L layers, I pages of a row, V vocab.
@@ -9,7 +9,8 @@ Dimension key: D devices, R rows of a decode call, B, T tokens of a call, L laye
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -112,6 +113,7 @@ class Engine:
         parts: ModelParts,
         tokenizer: Tokenizer | None = None,
         *,
+        adapters: Mapping[str, ModelParts] = MappingProxyType({}),
         cache_bytes: int,
         cache_dtype: DTypeLike | None = None,
         max_rows: int = ROW_COUNTS[-1],
@@ -120,6 +122,7 @@ class Engine:
 
         Args:
           tokenizer: for the text of steps, and for stop texts; None: steps have ids only.
+          adapters: models of runs on the same base, by the names that requests use; see `add_adapter`.
           cache_bytes: limit of the cache's bytes on each device.
           cache_dtype: dtype of keys and values; None: the compute dtype.
           max_rows: number of replies that each device decodes together.
@@ -127,7 +130,8 @@ class Engine:
         Raises:
           ValueError: the limit is below one page per layer, or `max_rows` is not a size of decode calls.
         """
-        self._alone = self._parts = prepare_for_decoding(parts)  # without the adapters of runs, and with them
+        # Without the adapters of runs, and with them.
+        self._alone = self._parts = prepare_for_decoding(parts)
         self._adapters: dict[str, tuple[int, ByProjection]] = {}
         model = combine(self._parts)
         self._tokenizer, self._config, self._mesh = tokenizer, model.config, mesh_of(parts)
@@ -150,6 +154,8 @@ class Engine:
         self._grammars: GrammarCompiler | None = None
         self._numbers = itertools.count()
         self._counts: collections.Counter[str] = collections.Counter()
+        for name, own in adapters.items():
+            self.add_adapter(name, own)
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Dimension key: D devices, B, T tokens of a call, R rows, V vocab, M = B T, L lay
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import POSITIONS as PAGE
-from qlora_jax.inference.engine.adapters import set_own
 from qlora_jax.inference.engine.choose import Choice, log_probabilities
+from qlora_jax.inference.engine.page_pool import groups_of, most_pages
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
+from qlora_jax.nn.request_adapters import set_own
 from qlora_jax.sharding import AnyMesh, gather_rows
 
 ROW_COUNTS = (1, 2, 4, 8, 16)  # rows of a decode call on each device
@@ -53,6 +55,19 @@ def page_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
     """Returns the bytes of one page, with its scales."""
     per_head = config.head_dim * jnp.dtype(dtype).itemsize + 4 * (jnp.dtype(dtype) == jnp.int8)
     return 2 * config.num_kv_heads * PAGE * per_head
+
+
+def pages_for(config: ModelConfig, positions: Sequence[int], devices: int) -> int:
+    """Returns the pages on each device with which no row of so many positions waits for pages.
+
+    It is rounded up by at most a quarter, because another number of pages is another program.
+    """
+    groups, rows = groups_of(config), min(-(-len(positions) // devices), ROW_COUNTS[-1])
+    limited = [min(each, config.max_positions) for each in positions]
+    most = sorted(most_pages(groups, each, PROMPT_TOKENS[-1]) for each in limited)
+    pages = sum(most[-rows:]) + 1
+    unit = 1 << max(0, pages.bit_length() - 3)
+    return -(-pages // unit) * unit
 
 
 def empty_cache(config: ModelConfig, pages: int, dtype: DTypeLike, mesh: AnyMesh | None) -> KVPages:

@@ -233,7 +233,7 @@ def test_adapters_of_several_methods_share_a_batch(parts):
 @pytest.mark.parametrize("method", ["houlsby", "vera", "ln_tuning"])
 def test_a_method_without_a_form_for_batches_is_refused_by_name(parts, method):
     base = bare(parts)
-    with pytest.raises(ValueError, match=r"mine: its method cannot share a batch with other runs"):
+    with pytest.raises(ValueError, match=r"mine: cannot share a batch with other runs"):
         Engine(base, cache_bytes=CACHE).add_adapter("mine", run_on(base, 1, method=method))
 
 
