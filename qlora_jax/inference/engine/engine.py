@@ -130,7 +130,7 @@ class Engine:
         Raises:
           ValueError: the limit is below one page per layer, or `max_rows` is not a size of decode calls.
         """
-        # Without the adapters of runs, and with them.
+        # `_alone` has no adapters of runs, `_parts` has those of all.
         self._alone = self._parts = prepare_for_decoding(parts)
         self._adapters: dict[str, tuple[int, ByProjection]] = {}
         model = combine(self._parts)

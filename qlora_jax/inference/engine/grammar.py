@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 GrammarKind = Literal["json_schema", "json_object", "regex", "lark", "choice"]
 MOST_CHARACTERS = 1 << 16  # a grammar of this length compiles within about a second
 _SPACES = r"[ \n\r\t]{1,100}"  # between JSON's tokens; a model may repeat spaces without end
-_MOST_LEXER_STATES = 50_000  # each takes 1 to 2 kB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +48,8 @@ class Matcher:
         self.compiled, self.ends_W = compiled, ends_W
 
     def accept(self, token: int) -> None:
-        """Moves on by one token of the reply, which no stop id is.
-
-        Raises:
-          ValueError: the grammar does not allow the token here; the matcher is of no use afterwards.
-        """
-        if not self.compiled.consume_token(token):
-            raise ValueError(f"grammar: token {token} is not allowed here ({self.problem})")
+        """Moves on by one token of the reply, which no stop id is; a token that is not allowed is a problem."""
+        self.compiled.consume_token(token)
 
     @property
     def is_over(self) -> bool:
@@ -69,7 +63,10 @@ class Matcher:
 
     @property
     def problem(self) -> str | None:
-        """The reason why the reply cannot go on, such as a step of the grammar that is too complex; None without."""
+        """The reason why the reply cannot go on, or None: a step that is too complex, or a token that is not allowed.
+
+        Masks are of no use afterwards.
+        """
         return _first_line(self.compiled.get_error()) or None
 
 
@@ -87,6 +84,8 @@ class GrammarCompiler:
         """
         try:
             import llguidance
+
+            from qlora_jax.inference.engine.grammar_trial import LIMITS, Trial
         except ImportError as error:
             raise ValueError(
                 f"grammar: llguidance is not installed ({error}). Run pip install 'qlora-jax[serve]'."
@@ -99,7 +98,7 @@ class GrammarCompiler:
         except ValueError as error:
             raise ValueError(f"{tokenizer.name}: grammars need another tokenizer ({error}).") from error
         self._executor, self._matcher = llguidance.LLExecutor(), llguidance.LLMatcher
-        self._limits = llguidance.LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
+        self._limits, self._trial = LIMITS, Trial()
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
 
     def matcher(self, grammar: Grammar, stop_ids: frozenset[int]) -> Matcher:
@@ -138,6 +137,10 @@ class GrammarCompiler:
             text = _WRITERS[grammar.kind](self._matcher, grammar.text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"grammar: the {grammar.kind} is not valid JSON ({_first_line(str(error))})") from error
+        try:
+            self._trial.check(text)
+        except ValueError as error:
+            raise ValueError(f"grammar: the {grammar.kind} is {error}") from error
         compiled = self._matcher(self._tokenizer, text, log_level=0, limits=self._limits)
         problems = [compiled.get_error()] if compiled.is_error() else compiled.get_grammar_warnings()
         if problems:
