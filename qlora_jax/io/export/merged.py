@@ -126,6 +126,7 @@ def load_headed(source: ModelSource, head: TrainedHead, load: Callable[..., Caus
     return parts.with_lora(parts.lora | {SCORE: {"weight": weight_DC}})
 
 
+IMPORTANCE = "the quantizer weighted errors by the mean square of each input on the held-out rows"
 QUANTIZED = ("q8_0", "q4_0", *MIXTURES)  # the loss by rounding to these is reported; it is not an error
 
 
@@ -176,8 +177,9 @@ def run_gguf(opened: OpenedModel, output: Path, options: ExportOptions) -> Expor
 
 def _run(form: Literal["hf", "gguf"], opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
     assert options.dtype is not None, "write_export sets it"
-    more = {"base": options.base, "progress": options.progress, "score": options.score}
-    return export_merged(opened, output, form, dtype=options.dtype, **more)
+    more = {"base": options.base, "progress": options.progress}
+    on_rows = {"score": options.score, "importance": options.importance}
+    return export_merged(opened, output, form, dtype=options.dtype, **more, **on_rows)
 
 
 def export_merged(
@@ -189,6 +191,7 @@ def export_merged(
     base: str | None = None,
     progress: StageProgress | None = None,
     score: Callable[[ModelParts], RowScores] | None = None,
+    importance: Callable[[ModelParts], Mapping[str, np.ndarray]] | None = None,
 ) -> ExportResult:
     """Writes a run to the new folder `output` as one model with the adapter merged; prints nothing.
 
@@ -199,6 +202,7 @@ def export_merged(
       base: a model in 16 bits or more whose weights take the adapter; None for the dequantized weights of training.
       progress: called while the run's base loads, as by `load_model`, and while a mixture is quantized.
       score: scores held-out rows: for dtypes in QUANTIZED, with the base, with the adapter, and with the file.
+      importance: returns the importance of each column of a weight; a mixture's errors are weighted by it.
 
     Raises:
       ValueError: `output` exists, the base is not the one that the run was
@@ -215,13 +219,18 @@ def export_merged(
     if is_mixture := dtype in MIXTURES:
         check_quantizer(dtype)
     prompts, report = _prompts(opened), progress or (lambda *_: None)
+    columns: dict[str, np.ndarray] = {}
     measure = functools.partial(_measure, prompts, score if dtype in QUANTIZED else None)
     with staged_folder(output) as folder:
         first = SOURCE_DTYPE if is_mixture else dtype
         merge = _write_merge(folder, opened, file and file.spec, original, measure, first, progress)
         path = folder / f"model-{dtype}.gguf" if is_mixture else merge.path
+        quantize = functools.partial(quantize_file, merge.path, progress=report, importance=columns)
         if is_mixture:
-            quantize_file(merge.path, path, dtype, report)
+            if importance is not None and file is not None:
+                found = importance(_load_written(merge.path, merge.compute_dtype, None))
+                columns |= {file.spec.tensors[name].name: values for name, values in found.items()}
+            quantize(path, dtype)
         measured = measure(_load_written(path, merge.compute_dtype, run.head))
         expected = merge.trained
         if original is not None:
@@ -230,9 +239,9 @@ def export_merged(
         difference = expected.difference(measured)
         if not difference.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
-        notes = _held_out_lines(dtype, merge, measured, report, score)
+        notes = _held_out_lines(dtype, merge, measured, quantize, score)
         if is_mixture:
-            notes.append(types_note(path, dtype))
+            notes += [types_note(path, dtype), *([IMPORTANCE] if columns else [])]
             merge.path.unlink()
         if form == "gguf":
             notes += write_modelfile(folder, opened, f"./{path.name}")
@@ -261,7 +270,7 @@ def _held_out_lines(
     dtype: str,
     merge: Merge,
     measured: Measured,
-    report: StageProgress,
+    quantize: Callable[[Path, str], None],
     score: Callable[[ModelParts], RowScores] | None,
 ) -> list[str]:
     """Returns lines on the cost on held-out rows, with a suggestion for a mixture; none if rows are not scored."""
@@ -275,7 +284,7 @@ def _held_out_lines(
     def score_file(path: Path) -> RowScores:
         return score(_load_written(path, merge.compute_dtype, None))
 
-    return [*found.lines(), suggest_dtype(found, merge.path, trained, score_file, report)]
+    return [*found.lines(), suggest_dtype(found, merge.path.parent, trained, quantize, score_file)]
 
 
 def _notes(file: ExportSpec | None, dtype: str, is_small: bool) -> list[str]:

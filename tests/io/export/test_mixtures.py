@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -13,7 +14,6 @@ from qlora_jax.api.export import write_export
 from qlora_jax.config import DataArgs, read_config, write_config
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.export import main
-from qlora_jax.io.export import held_out_cost
 from qlora_jax.io.export.held_out_cost import LADDER, HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.gguf import llama_quantizer
 from qlora_jax.io.gguf.header import parse_header
@@ -71,19 +71,18 @@ def test_the_cost_is_a_paired_difference() -> None:
     ],
 )
 def test_the_smallest_dtype_that_costs_little_is_suggested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], line: str, tried: list[str]
+    tmp_path: Path, losses: dict[str, float], line: str, tried: list[str]
 ) -> None:
     done = []
 
-    def quantize(source: Path, target: Path, dtype: str, progress: object) -> None:
+    def quantize(target: Path, dtype: str) -> None:
         done.append(dtype)
         target.write_text(dtype)
 
-    monkeypatch.setattr(held_out_cost, "quantize_file", quantize)
     trained = TrainedScores(_scores(1.0), _scores(3.0))
     found = HeldOutCost.of("q4_k_s", trained, _scores(losses["q4_k_s"]))
     score_file = lambda path: _scores(losses[path.read_text()])  # noqa: E731
-    assert line in suggest_dtype(found, tmp_path / "model.gguf", trained, score_file, NO_PROGRESS)
+    assert line in suggest_dtype(found, tmp_path, trained, quantize, score_file)
     assert done == tried and not list(tmp_path.iterdir())
 
 
@@ -153,3 +152,36 @@ def test_a_full_disk_and_a_failure_are_one_error_each(
     assert error.value.filename == str(small_disk / "model.gguf")
     with pytest.raises(ValueError, match=r"dtype: llama.cpp cannot quantize the model to q4_k_m \(.*requantizing from"):
         quantize_file(target, theirs, "q4_k_m", NO_PROGRESS)
+
+
+def test_importance_moves_errors_to_other_columns(source: Path, quantizer: None) -> None:
+    """Errors of a layer fall as it weights them; tensors without importance, or in Q8_0, keep all bits."""
+    rng = np.random.default_rng(0)
+    matrices = {info.name: info for info in parse_header(source).tensors if len(info.shape) == 2}
+    given = {name: info for name, info in matrices.items() if name.startswith("blk.0.")}
+    importance = {
+        name: rng.lognormal(sigma=3.0, size=info.shape[1]).astype(np.float32) for name, info in given.items()
+    }
+    plain, weighted = source.with_name("plain.gguf"), source.with_name("weighted.gguf")
+    quantize_file(source, plain, "q4_k_m", NO_PROGRESS)
+    quantize_file(source, weighted, "q4_k_m", NO_PROGRESS, importance)
+    assert {path.name for path in source.parent.iterdir()} == {source.name, plain.name, weighted.name, "Modelfile"}
+    exact, before, after = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (source, plain, weighted)
+    )
+    moved = {name for name in given if before[name].tensor_type.name != "Q8_0"}
+    assert len(moved) > 3
+    for name in matrices:
+        if name not in moved:
+            assert np.array_equal(before[name].data, after[name].data), name
+            continue
+        errors = [
+            np.sum(
+                np.square(gguf.dequantize(each[name].data, each[name].tensor_type) - exact[name].data.astype(np.float32))
+                * importance[name]
+            )
+            for each in (before, after)
+        ]
+        assert errors[1] < 0.8 * errors[0], (name, errors)
+    with pytest.raises(ValueError, match=r"dtype: llama.cpp cannot quantize the model .*imatrix size 3"):
+        quantize_file(source, plain, "q4_k_m", NO_PROGRESS, {"blk.0.attn_q.weight": np.ones(3, np.float32)})
