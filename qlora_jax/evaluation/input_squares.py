@@ -23,14 +23,14 @@ from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, QLinear
 from qlora_jax.nn.variables import Frozen
 
-Add = Callable[[str, jax.Array, jax.Array], None]  # of a linear's name, the row in its stack, and sums [K]
+Add = Callable[[str, jax.Array, jax.Array], None]  # takes a linear's path, the row in its stack, and sums [K]
 
 
 class InputSquares(LinearAdapter):
     """Gives the sums of a linear's squared inputs to the host, and changes no result.
 
     Args:
-      name: of the linear.
+      name: path of the linear.
       counted_M: 1 at real tokens, 0 at padding.
       add: called with (name, row in the stack of layers, sums).
     """

@@ -1,6 +1,7 @@
 """Mean squares of linear layers' inputs, against transformers and against the norm of the first layer in NumPy."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, made = tmp_path_factory.mktemp("models"), {}
     for name in NAMES:
         config = CONFIGS[name][1]
-        made[name] = write_folder(root / name, config, random_tensors(config), **{"tokenizer.json": tokenizer_json()})
+        files: dict[str, Any] = {"tokenizer.json": tokenizer_json()}
+        made[name] = write_folder(root / name, config, random_tensors(config), **files)
     return made
 
 

@@ -38,6 +38,7 @@ from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
+from qlora_jax.io.hf.sentence_files import write_sentence_files
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.loading.progress import StageProgress
 from qlora_jax.io.open_model import open_model
@@ -177,9 +178,16 @@ def run_gguf(opened: OpenedModel, output: Path, options: ExportOptions) -> Expor
 
 def _run(form: Literal["hf", "gguf"], opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
     assert options.dtype is not None, "write_export sets it"
-    more = {"base": options.base, "progress": options.progress}
-    on_rows = {"score": options.score, "importance": options.importance}
-    return export_merged(opened, output, form, dtype=options.dtype, **more, **on_rows)
+    return export_merged(
+        opened,
+        output,
+        form,
+        dtype=options.dtype,
+        base=options.base,
+        progress=options.progress,
+        score=options.score,
+        importance=options.importance,
+    )
 
 
 def export_merged(
@@ -335,7 +343,9 @@ def _write_merge(
     if head is not None:
         padding = head_padding(tokenizer, opened.source.config, stop)
         slots, config = with_score(slots, config, head, padding, opened.run.lora, opened.features)
-        tokenizer = padded_tokenizer(tokenizer, padding) if head.outputs else tokenizer
+        if not head.outputs and padding.token is None:  # pooling of embeddings goes by the mask of a batch
+            padding = Padding(tokenizer.eos_id, tokenizer.special_tokens.get("eos_token"))
+        tokenizer = padded_tokenizer(tokenizer, padding)
     if spec is not None:
         path = folder / f"model-{dtype}.gguf"
         tensors = dense_tensors(slots, compute_dtype, adapters, originals)
@@ -352,6 +362,8 @@ def _write_merge(
         multimodal=(original or opened.source).multimodal,
     )
     write_tokenizer(folder, tokenizer, opened.source, stop)
+    if head is not None and not head.outputs and opened.source.multimodal is None:
+        write_sentence_files(folder, head.pooling, opened.features.embed_dim, opened.features.max_positions)
     return Merge(folder, compute_dtype, trained)
 
 

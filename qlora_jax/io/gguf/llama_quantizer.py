@@ -5,7 +5,6 @@ It gives each tensor of a mixture such as Q4_K_M a type by its place in the mode
 
 import errno
 import importlib.util
-import io
 import math
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from safetensors.numpy import save
 
 from qlora_jax.atomic_files import sync_tree, write_bytes, write_error
 from qlora_jax.io.gguf.header import parse_header
@@ -59,9 +59,8 @@ def quantize_file(
       ValueError: llama.cpp cannot quantize the file; has its last line.
       OSError: `target` cannot be written.
     """
-    columns, data = target.with_name("importance.npz"), io.BytesIO()
-    np.savez(data, **importance)
-    write_bytes(columns, data.getvalue())
+    columns = target.with_name("importance.safetensors")
+    write_bytes(columns, save({**importance}))
     worker = Path(__file__).with_name("llama_quantize_worker.py")
     command = [sys.executable, "-P", str(worker), str(source), str(target), dtype, str(BUFFER_BYTES), str(columns)]
     try:

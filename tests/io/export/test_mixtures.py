@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -33,9 +34,9 @@ NO_PROGRESS = lambda *_: None  # noqa: E731
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with held-out rows; its adapter is random."""
-    config = tiny_config(vocab_size=460, max_position_embeddings=512)
+    config = tiny_config(vocab_size=460, max_position_embeddings=512, tie_word_embeddings=True)
     special = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
-    files = {"tokenizer.json": byte_level(), "tokenizer_config.json": special}
+    files: dict[str, Any] = {"tokenizer.json": byte_level(), "tokenizer_config.json": special}
     model = write_folder(tmp_path / "model", config, random_weights(config), **files)
     run, rows = tmp_path / "run", write_rows(tmp_path / "held_out.jsonl", ROWS)
     _write_run(run, model, LORAS["all"])
@@ -139,13 +140,18 @@ def source(run: Path) -> Path:
 def test_a_full_disk_and_a_failure_are_one_error_each(
     source: Path, small_disk: Path, quantizer: None, monkeypatch: pytest.MonkeyPatch, llama_cpp
 ) -> None:
-    """And a small buffer changes no bit of the file."""
+    """A small buffer changes no bit of the file, and the command leaves nothing on a disk that holds one file only."""
     monkeypatch.setattr(llama_quantizer, "BUFFER_BYTES", 1 << 12)
     target, theirs = source.with_name("ours.gguf"), source.with_name("theirs.gguf")
     quantize_file(source, target, "q6_k", NO_PROGRESS)
     llama_cpp(ORACLE, files=[(str(source), str(theirs), "Q6_K")])
     assert target.read_bytes() == theirs.read_bytes()
     assert types_note(target, "q6_k").startswith(f"q6_k: {target.stat().st_size / 1e6:,.0f} MB, 8.5 bits per weight")
+    with pytest.raises(OSError, match=r"cannot be written: No space left on device .*Free space on this disk") as error:
+        main(
+            ["--run", str(source.parents[1]), "--format", "gguf", "--dtype", "q4_k_m", "--output", f"{small_disk}/out"]
+        )
+    assert error.value.filename == f"{small_disk}/out/model-q4_k_m.gguf" and not list(small_disk.iterdir())
     (small_disk / "other").write_bytes(bytes(200 << 10))
     with pytest.raises(OSError, match=r"cannot be written: No space left on device .*Free space on this disk") as error:
         quantize_file(source, small_disk / "model.gguf", "q6_k", NO_PROGRESS)
@@ -159,9 +165,7 @@ def test_importance_moves_errors_to_other_columns(source: Path, quantizer: None)
     rng = np.random.default_rng(0)
     matrices = {info.name: info for info in parse_header(source).tensors if len(info.shape) == 2}
     given = {name: info for name, info in matrices.items() if name.startswith("blk.0.")}
-    importance = {
-        name: rng.lognormal(sigma=3.0, size=info.shape[1]).astype(np.float32) for name, info in given.items()
-    }
+    importance = {name: rng.lognormal(sigma=3.0, size=info.shape[1]).astype(np.float32) for name, info in given.items()}
     plain, weighted = source.with_name("plain.gguf"), source.with_name("weighted.gguf")
     quantize_file(source, plain, "q4_k_m", NO_PROGRESS)
     quantize_file(source, weighted, "q4_k_m", NO_PROGRESS, importance)
@@ -175,13 +179,8 @@ def test_importance_moves_errors_to_other_columns(source: Path, quantizer: None)
         if name not in moved:
             assert np.array_equal(before[name].data, after[name].data), name
             continue
-        errors = [
-            np.sum(
-                np.square(gguf.dequantize(each[name].data, each[name].tensor_type) - exact[name].data.astype(np.float32))
-                * importance[name]
-            )
-            for each in (before, after)
-        ]
+        rounded = [gguf.dequantize(each[name].data, each[name].tensor_type) for each in (before, after)]
+        errors = [np.sum(np.square(one - exact[name].data.astype(np.float32)) * importance[name]) for one in rounded]
         assert errors[1] < 0.8 * errors[0], (name, errors)
     with pytest.raises(ValueError, match=r"dtype: llama.cpp cannot quantize the model .*imatrix size 3"):
         quantize_file(source, plain, "q4_k_m", NO_PROGRESS, {"blk.0.attn_q.weight": np.ones(3, np.float32)})
