@@ -24,7 +24,7 @@ from qlora_jax.io.gguf.header import parse_header
 SOURCE_DTYPE = "float16"  # dtype of the file that is quantized
 NO_IMPORTANCE: Mapping[str, np.ndarray] = MappingProxyType({})
 BUFFER_BYTES = 256 << 20  # rows of a tensor in f32 that the quantizer holds at once
-SUPER_BLOCK = 256  # weights of a block of the K types
+SUPER_BLOCK, BLOCK = 256, 32  # weights of a block of the K types, and of iq4_nl
 STAGE = "quantizing"
 TENSOR = re.compile(r"\[ *\d+/ *\d+\] (?P<name>\S+) ")
 FULL_BYTES = 1 << 20  # a disk with less left is full
@@ -98,13 +98,12 @@ def _failure(target: Path, dtype: str, line: str) -> Exception:
 
 
 def types_note(path: Path, dtype: str) -> str:
-    """Returns a line on the size of a quantized file, the types in it, and rows that fit no block of 256 weights."""
+    """Returns a line on the size of a quantized file, the types in it, and rows that are not whole blocks."""
     matrices = [info for info in parse_header(path).tensors if len(info.shape) > 1]
     counts = Counter(info.type.name.lower() for info in matrices)
     types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     bits = 8 * sum(info.nbytes for info in matrices) / sum(math.prod(info.shape) for info in matrices)
     line = f"{dtype}: {path.stat().st_size / 1e6:,.0f} MB, {bits:.1f} bits per weight (matrices: {types})"
-    odd = sum(info.shape[-1] % SUPER_BLOCK > 0 for info in matrices)
-    if not odd or not any(name.endswith("_k") for name in (dtype, dtype.rpartition("_")[0])):
-        return line
-    return f"{line}; {odd} of them have rows that are not whole blocks of {SUPER_BLOCK}, and got a larger type"
+    block = SUPER_BLOCK if any(name.endswith("_k") for name in (dtype, dtype.rpartition("_")[0])) else BLOCK
+    odd = sum(info.shape[-1] % block > 0 for info in matrices)
+    return line + f"; {odd} of them have rows that are not whole blocks of {block}, and got a larger type" * (odd > 0)

@@ -15,11 +15,13 @@ from qlora_jax.api.export import write_export
 from qlora_jax.config import DataArgs, read_config, write_config
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.export import main
+from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.held_out_cost import LADDER, HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.gguf import llama_quantizer
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.llama_quantizer import quantize_file, types_note
-from qlora_jax.io.pretrained import open_finetuned
+from qlora_jax.io.gguf.writer import write_gguf
+from qlora_jax.io.pretrained import open_finetuned, open_pretrained
 from qlora_jax.measures.metrics import RowScores
 from tests.e2e.project import write_rows
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
@@ -127,6 +129,8 @@ def test_mixtures_of_a_run(run: Path, quantizer: None, capfd: pytest.CaptureFixt
     shown = capfd.readouterr()
     assert {path.name for path in (run / "gguf").iterdir()} == {"model-q5_k_m.gguf", "Modelfile"}
     assert "quantizing: 100% of" in shown.err and "by q5_k_m" in shown.out and "not whole blocks of 256" in shown.out
+    assert "measuring importance: 100% of 12 rows" in shown.err
+    assert "the quantizer weighted errors by the mean square of each input on the held-out rows" in shown.out
     kinds = {info.type.name for info in parse_header(run / "gguf/model-q5_k_m.gguf").tensors}
     assert kinds == {"F32", "Q5_1", "Q8_0"}
 
@@ -184,3 +188,16 @@ def test_importance_moves_errors_to_other_columns(source: Path, quantizer: None)
         assert errors[1] < 0.8 * errors[0], (name, errors)
     with pytest.raises(ValueError, match=r"dtype: llama.cpp cannot quantize the model .*imatrix size 3"):
         quantize_file(source, plain, "q4_k_m", NO_PROGRESS, {"blk.0.attn_q.weight": np.ones(3, np.float32)})
+
+
+def test_rows_that_are_not_whole_blocks_get_larger_types(tmp_path: Path, quantizer: None) -> None:
+    """Rows of 64 fill blocks of 32 but not of 256, and rows of 72 neither."""
+    config = tiny_config(vocab_size=460, intermediate_size=72, tie_word_embeddings=True)
+    files: dict[str, Any] = {"tokenizer.json": byte_level(), "tokenizer_config.json": '{"bos_token": "<|im_start|>"}'}
+    opened = open_pretrained(model=str(write_folder(tmp_path / "model", config, random_weights(config), **files)))
+    spec, path = export_spec(opened).spec, tmp_path / "model.gguf"
+    write_gguf(path, spec, list(spec.tensors), (opened.source.tensors[name].read() for name in spec.tensors), "float16")
+    for dtype, kind, odd in (("q4_k_m", "q5_0", "15 of them .* blocks of 256"), ("iq4_nl", "iq4_nl", "2 .* of 32")):
+        target = tmp_path / f"{dtype}.gguf"
+        quantize_file(path, target, dtype, NO_PROGRESS)
+        assert re.search(rf"matrices: 1\d {kind}, .*2 f16.*; {odd}, and got a larger type$", types_note(target, dtype))
