@@ -8,6 +8,9 @@ import pytest
 
 from qlora_jax.evaluation import batches
 from qlora_jax.evaluation.input_squares import mean_squares
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.gguf.llama_quantizer import quantize_file
+from qlora_jax.io.gguf.reader import stored_names
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
@@ -16,6 +19,7 @@ from qlora_jax.models.partition import ModelParts, partition
 from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import random_tensors
 from tests.io.tiny_models import TOKENS, tokenizer_json, write_folder
+from tests.parity.test_llama_cpp import _folder, _gguf_of
 
 SCRIPT = Path(__file__).parent.parent / "oracle/linear_inputs.py"
 LENGTHS = (3, 40, 17, 100, 100, 38, 1)
@@ -72,3 +76,22 @@ def test_they_are_those_of_transformers(folders: dict[str, Path], oracle) -> Non
         assert ours.keys() == expected.keys() - head, name
         for key, values in ours.items():
             np.testing.assert_allclose(values, expected[key], rtol=1e-3, atol=1e-5 * expected[key].max(), err_msg=key)
+
+
+@pytest.mark.slow
+def test_llama_cpp_takes_them_for_every_linear(tmp_path: Path, quantizer: None) -> None:
+    """The names are those of matrices in the file, whose rows have as many columns; only tables and experts lack them.
+
+    The text half of a model of images and text has other names in its folder than in its file.
+    """
+    for name in ("llama", "phi3", "gptneox", "glm4moe", "glm4v"):
+        path = _gguf_of(_folder(tmp_path, name), tmp_path / f"{name}.gguf")
+        names = stored_names(path)
+        found = {names[key]: values for key, values in mean_squares(_parts(path), _rows()).items()}
+        infos = {info.name: info for info in parse_header(path).tensors if len(info.shape) > 1}
+        assert {key: values.shape for key, values in found.items()} == {
+            key: info.shape[-1:]
+            for key, info in infos.items()
+            if key not in ("token_embd.weight", "output.weight") and "_exps" not in key
+        }, name
+        quantize_file(path, tmp_path / "quantized.gguf", "iq4_nl", lambda *_: None, found)

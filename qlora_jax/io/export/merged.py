@@ -34,6 +34,7 @@ from qlora_jax.io.export.verify import (
     tokenize_prompts,
 )
 from qlora_jax.io.gguf.llama_quantizer import SOURCE_DTYPE, check_quantizer, quantize_file, types_note
+from qlora_jax.io.gguf.reader import stored_names
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
@@ -235,9 +236,7 @@ def export_merged(
         path = folder / f"model-{dtype}.gguf" if is_mixture else merge.path
         quantize = functools.partial(quantize_file, merge.path, progress=report, importance=columns)
         if is_mixture:
-            if importance is not None and file is not None:
-                found = importance(_load_written(merge.path, merge.compute_dtype, None))
-                columns |= {file.spec.tensors[name].name: values for name, values in found.items()}
+            columns |= _importance(merge, importance)
             quantize(path, dtype)
         measured = measure(_load_written(path, merge.compute_dtype, run.head))
         expected = merge.trained
@@ -272,6 +271,17 @@ def _load_written(path: Path, compute_dtype: np.dtype, head: TrainedHead | None)
     load = functools.partial(_load_dense, compute_dtype=compute_dtype)
     source = open_model(path)
     return partition(load(source)) if head is None else load_headed(source, head, load)
+
+
+def _importance(
+    merge: Merge, importance: Callable[[ModelParts], Mapping[str, np.ndarray]] | None
+) -> dict[str, np.ndarray]:
+    """Returns the importance of columns by the names of tensors in the merged GGUF file."""
+    if importance is None:
+        return {}
+    names = stored_names(merge.path)
+    found = importance(_load_written(merge.path, merge.compute_dtype, None))
+    return {names[name]: values for name, values in found.items()}
 
 
 def _held_out_lines(
