@@ -24,15 +24,15 @@ FEATURES = [
 ]
 
 
-def _written(heads, dtype, stored=None, seed=0, order=0):
+def _written(heads, dtype, stored=None, order=0):
     """Returns pages with keys and values of each row, and these as [L, R, S, K, H]; unused pages have NaN."""
     table = np.random.default_rng(order).permutation(LAYERS * len(LENGTHS) * 10) + 1
     table_LRI = jnp.asarray(table.reshape(LAYERS, len(LENGTHS), 10), jnp.int32)
-    pages = KVPages.empty(len(table) + 1, *heads, stored or dtype, table_LRI)
+    pages = KVPages.empty(len(table) + 1, heads[0], heads[1], stored or dtype, table_LRI)
     if pages.k_scale is None:
         nan = jnp.full_like(pages.k, jnp.nan)
         pages = dataclasses.replace(pages, k=nan, v=nan)
-    k, v = (_random(LAYERS, len(LENGTHS), SLOTS, *heads, seed=seed + i, dtype=dtype) for i in (1, 2))
+    k, v = (_random(LAYERS, len(LENGTHS), SLOTS, *heads, seed=i, dtype=dtype) for i in (1, 2))
     at_RS = np.broadcast_to(np.arange(SLOTS), (len(LENGTHS), SLOTS))
     rows_RS = jnp.broadcast_to(jnp.arange(len(LENGTHS))[:, None], at_RS.shape)
     positions_RS = jnp.asarray(np.where(at_RS < np.asarray(LENGTHS)[:, None], at_RS, -1))
