@@ -39,7 +39,6 @@ _POINTS = 500  # of a curve
 _WINDOW = 20  # steps from which the remaining time follows
 _SEEN = 100  # times at which the records had grown
 SECOND = 1_000_000_000  # nanoseconds
-LONGEST_PAUSE = 3600 * SECOND  # between steps; after a longer one the run was resumed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class RunStatus:
     step: int = 0
     total_steps: int | None = None
     seconds_left: float | None = None
-    written: float | None = None
+    written: int | None = None
     tiles: Sequence[tuple[str, str]] = ()
     loss: Chart | None = None
     charts: Sequence[Chart] = ()
@@ -174,6 +173,8 @@ class RunReader:
         if config and report:
             total = config.train.total_steps(report["data"]["steps_per_epoch"])
         state, message = _state(config, records, holder, total)
+        if state != "training":
+            self._grown.clear()
         written, title = _changed_at(self.folder / METRICS_FILE), loss_label(config.objective if config else "sft")
         return RunStatus(
             name=name,
@@ -183,7 +184,7 @@ class RunReader:
             step=step,
             total_steps=total,
             seconds_left=self._seconds_left(records, total, written) if state == "training" else None,
-            written=written and written / SECOND,
+            written=written and written // SECOND,
             tiles=[*result_tiles(records), *_memory(records)],
             loss=loss_chart(records, f"{title[0].upper()}{title[1:]}"),
             charts=charts(records, report["memory_plan"]["planned_peak_bytes"] if report else None),
@@ -210,7 +211,7 @@ class RunReader:
         if total is None or written is None or not steps:
             return None
         last = steps[-1]["step"]
-        if self._grown and (self._grown[-1][1] > last or written - self._grown[-1][0] > LONGEST_PAUSE):
+        if self._grown and self._grown[-1][1] > last:
             self._grown.clear()
         if not self._grown or self._grown[-1][1] < last:
             self._grown.append((written, last))
@@ -266,7 +267,7 @@ def _changed_at(file: Path) -> int | None:
 
 def _memory(records: Sequence[Record]) -> list[tuple[str, str]]:
     last = next((record for record in reversed(records) if "loss" in record), {})
-    names = {"device_bytes": "device memory", "device_peak_bytes": "its peak so far", "host_bytes": "host memory"}
+    names = {"device_bytes": "device memory", "device_peak_bytes": "device memory, peak", "host_bytes": "host memory"}
     return [(name, format_bytes(int(last[key]))) for key, name in names.items() if last.get(key) is not None]
 
 
