@@ -98,6 +98,7 @@ async function converse(pane, prompt, signal) {
   const footer = element("footer", {}, copyButton(() => text.textContent), facts);
   pane.log.append(element("div", { class: "turn user text", dir: "auto" }, prompt), element("div", { class: "turn" }, thinking, text, error, footer));
   const reply = { started: performance.now(), first: 0, tokens: null, end: "" }, request = requestOf(pane, prompt);
+  const messages = pane.messages; // a new chat has others
   try {
     const response = await ask("v1/chat/completions", { method: "POST", signal, body: JSON.stringify(request), headers: { "Content-Type": "application/json" } });
     if (!response.ok) throw new Error(await problemOf(response));
@@ -116,10 +117,11 @@ async function converse(pane, prompt, signal) {
     reply.end = "stopped";
     if (problem.name !== "AbortError") error.textContent = problem.message;
   }
-  facts.textContent = speedOf(reply);
   const failed = error.textContent !== "";
+  if (failed && !text.textContent) footer.remove();
+  else facts.textContent = speedOf(reply);
   if (failed && !get("prompt").value) get("prompt").value = prompt; // to be sent again: the server has not answered it
-  if (!failed && text.textContent) pane.messages.push({ role: "user", content: prompt }, { role: "assistant", content: text.textContent });
+  if (!failed && text.textContent) messages.push({ role: "user", content: prompt }, { role: "assistant", content: text.textContent });
 }
 
 // Keeps the end of the page in view, unless the reader has scrolled up.
@@ -145,12 +147,9 @@ function showRun() {
   const shown = get("show-run").getAttribute("aria-pressed") === "true" && panes.length > 0;
   get("run").hidden = !shown;
   get("work").classList.toggle("with-run", shown);
-  const name = panes[0]?.select.value;
-  stopRun = shown ? watchRun(get("run"), async () => {
-    const response = await ask(`runs/${encodeURIComponent(name)}`, { cache: "no-cache" });
-    if (response.status === 404) throw new Error(`${name} has no run`);
-    return response;
-  }) : null;
+  const model = models[panes[0]?.select.selectedIndex];
+  stopRun = shown && model.parent ? watchRun(get("run"), () => ask(`runs/${encodeURIComponent(model.id)}`, { cache: "no-cache" })) : null;
+  if (!stopRun) get("run").replaceChildren(element("p", { class: "soft" }, "This model is a base, without a run."));
 }
 
 function toggle(button, change) {
@@ -161,7 +160,10 @@ function toggle(button, change) {
 }
 
 toggle(get("two"), pressed => setPanes(panes.length ? 1 + pressed : 0));
-toggle(get("show-run"), showRun);
+toggle(get("show-run"), pressed => {
+  showRun();
+  if (pressed && innerWidth < 1200) get("run").scrollIntoView(); // it is below the chat
+});
 get("new").addEventListener("click", () => {
   running?.abort();
   for (const pane of panes) { pane.messages = []; pane.log.replaceChildren(); }

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import statistics
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -38,6 +39,7 @@ REPORT_BYTES = 64 << 20  # largest report.json
 _POINTS = 500  # of a curve
 _WINDOW = 20  # steps from which the remaining time follows
 _SEEN = 100  # times at which the records had grown
+_LONG, _REST = 0.5, 20  # seconds of a summary that is followed by a rest, of so many times as long
 SECOND = 1_000_000_000  # nanoseconds
 
 
@@ -93,14 +95,10 @@ class _MemoryPlan(TypedDict):
     planned_peak_bytes: int
 
 
-class _Data(TypedDict):
-    steps_per_epoch: int
-
-
 class _Report(TypedDict):
     """The part of report.json that is read here."""
 
-    data: _Data
+    total_steps: int
     memory_plan: _MemoryPlan
 
 
@@ -141,12 +139,14 @@ class RunReader:
         self._config, self._text = _File(folder / CONFIG_FILE, read_config), _File(folder / CONFIG_FILE, read_text)
         self._report = _File(folder / JSON_FILE, lambda path: read_json(path, _Report, REPORT_BYTES))
         self._stamp: object = None
+        self._is_old, self._rests_until = True, 0.0
         self._status = RunStatus(name=folder.resolve().name, state="waiting", message="")
         self._grown: collections.deque[tuple[int, int]] = collections.deque(maxlen=_SEEN)
 
     def read(self) -> RunStatus:
         """Returns the state of the run now; the same object if nothing has changed.
 
+        A run of very many steps is summarized less often, so that its page takes little from its training.
         An error of the disk, such as that of a share that is away for a moment, is one of its problems.
         """
         with self._lock:
@@ -155,9 +155,12 @@ class RunReader:
                 parts += tuple(file.refresh for file in (self._config, self._text, self._report))
                 changed = [part() for part in parts]
                 stamp = _kind(self.folder), read_holder(self.folder)
-                if any(changed) or stamp != self._stamp:
-                    self._status = self._current(*stamp)
-                self._stamp = stamp
+                self._is_old |= any(changed)
+                if stamp != self._stamp or (self._is_old and time.monotonic() >= self._rests_until):
+                    began = time.monotonic()
+                    self._status, self._stamp, self._is_old = self._current(*stamp), stamp, False
+                    took = time.monotonic() - began
+                    self._rests_until = began + (_REST * took if took > _LONG else 0.0)
             except OSError as error:
                 self._stamp = None
                 return dataclasses.replace(self._status, problems=[f"{error.filename}: {error.strerror}"])
@@ -169,9 +172,8 @@ class RunReader:
             return RunStatus(name=name, state=kind, message=_absence(self.folder, kind))
         config, report = self._config.value, self._report.value
         records = sorted(self._metrics.records, key=lambda record: record["step"])
-        step, total = max((record["step"] for record in records), default=0), config and config.train.steps
-        if config and report:
-            total = config.train.total_steps(report["data"]["steps_per_epoch"])
+        step = max((record["step"] for record in records), default=0)
+        total = report["total_steps"] if report else config and config.train.steps
         state, message = _state(config, records, holder, total)
         if state != "training":
             self._grown.clear()
@@ -261,7 +263,7 @@ def _changed_at(file: Path) -> int | None:
     """Returns when a file changed, in nanoseconds; None if it does not exist."""
     try:
         return file.stat().st_mtime_ns
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

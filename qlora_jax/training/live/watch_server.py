@@ -13,7 +13,7 @@ from http import HTTPStatus
 import xxhash
 
 from qlora_jax.training.live.pages import watch_page
-from qlora_jax.training.live.run_status import RunReader
+from qlora_jax.training.live.run_status import RunReader, RunStatus
 
 IDLE_SECONDS = 30.0  # until a connection without a request ends
 HEADERS = {
@@ -35,7 +35,9 @@ class WatchServer(http.server.ThreadingHTTPServer):
           ValueError: the address cannot be used.
         """
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.reader, self.page = reader, watch_page(reader.read().name).encode()
+        status = reader.read()
+        self.reader, self.page = reader, watch_page(status.name).encode()
+        self._last = status, _json(status)
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
@@ -44,6 +46,17 @@ class WatchServer(http.server.ThreadingHTTPServer):
         name = f"[{host}]" if ":" in host else host
         self.hosts = {f"{each}:{self.server_port}" for each in (name, "localhost")}
         self.address = f"http://{name}:{self.server_port}/"
+
+    def status(self) -> bytes:
+        """Returns the run's status as JSON."""
+        status = self.reader.read()
+        if status is not self._last[0]:
+            self._last = status, _json(status)
+        return self._last[1]
+
+
+def _json(status: RunStatus) -> bytes:
+    return json.dumps(status.to_json(), allow_nan=False).encode()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -57,8 +70,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/":
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
         elif self.path == "/run":
-            status = json.dumps(self.server.reader.read().to_json(), allow_nan=False)
-            self._answer(HTTPStatus.OK, "application/json", status.encode())
+            self._answer(HTTPStatus.OK, "application/json", self.server.status())
         else:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"Only / and /run exist here.\n")
 

@@ -155,7 +155,7 @@ def training_summary(records: Sequence[Record]) -> TrainingSummary | None:
 def question_summary(records: Sequence[Record]) -> list[QuestionSummary]:
     """Returns each question metric at the first evaluation and at the last."""
     found: dict[tuple[str, str], list[MetricPoint]] = {}
-    for record in records:
+    for record in (record for record in records if "loss" not in record):
         for kind in QUESTION_KINDS:
             for metric in task_metrics(record, kind):
                 point: MetricPoint = {

@@ -69,10 +69,11 @@ def charts(records: Sequence[Record], planned: int | None) -> list[Chart]:
       planned: the planned bytes on the device, drawn next to the measured ones; None if they are not known.
     """
     steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if "loss" not in record]
     warmed = warm(steps)
     found = [
         *_preference_charts(records, steps),
-        *(Chart(kind.caption, "% right", _question_lines(records, name)) for name, kind in QUESTION_KINDS.items()),
+        *(Chart(kind.caption, "% right", _question_lines(evaluations, name)) for name, kind in QUESTION_KINDS.items()),
         *_router_charts(steps),
         Chart("Learning rate", "", [_line("", steps, lambda r: r["learning_rate"])]),
         Chart("Speed", "tokens per second, without padding", [_line("", warmed, lambda r: r["tokens"] / r["seconds"])]),

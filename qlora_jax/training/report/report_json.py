@@ -48,6 +48,7 @@ def report_json(report: RunReport) -> dict[str, object]:
     """Returns the content of report.json; sizes are in bytes, shares from 0 to 1."""
     return {
         "config": to_dict(report.config),
+        "total_steps": report.config.train.total_steps(report.data.steps_per_epoch),
         "data": _data_json(report.data),
         "rows": [_row_json(row) for row in report.rows],
         "memory_plan": {
