@@ -113,6 +113,7 @@ async function converse(pane, prompt, signal) {
       reply.tokens = event.usage?.completion_tokens ?? reply.tokens;
       follow();
     }
+    if (!reply.end) throw new Error("The connection ended before the reply did.");
   } catch (problem) {
     reply.end = "stopped";
     if (problem.name !== "AbortError") error.textContent = problem.message;
@@ -147,9 +148,8 @@ function showRun() {
   const shown = get("show-run").getAttribute("aria-pressed") === "true" && panes.length > 0;
   get("run").hidden = !shown;
   get("work").classList.toggle("with-run", shown);
-  const model = models[panes[0]?.select.selectedIndex];
-  stopRun = shown && model.parent ? watchRun(get("run"), () => ask(`runs/${encodeURIComponent(model.id)}`, { cache: "no-cache" })) : null;
-  if (!stopRun) get("run").replaceChildren(element("p", { class: "soft" }, "This model is a base, without a run."));
+  const path = `runs/${encodeURIComponent(panes[0]?.select.value)}`;
+  stopRun = shown ? watchRun(get("run"), () => ask(path, { cache: "no-cache" })) : null;
 }
 
 function toggle(button, change) {

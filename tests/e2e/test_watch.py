@@ -1,8 +1,9 @@
 """The status of a real run: at every step, between two sessions, and at its end."""
 
 import contextlib
-import dataclasses
 from pathlib import Path
+
+import pytest
 
 from qlora_jax.training.live.run_status import RunReader, run_status
 from qlora_jax.training.metrics.metrics_file import read_metrics
@@ -10,6 +11,7 @@ from tests.e2e.project import project
 from tests.e2e.tiny_runs import run
 
 
+@pytest.mark.slow
 def test_a_run_is_seen_at_every_step_across_a_stop(tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("say sun 1\n")
@@ -38,11 +40,16 @@ def test_a_run_is_seen_at_every_step_across_a_stop(tmp_path, monkeypatch):
     assert {status.state for status in seen} <= {"starting", "training"} and not any(s.problems for s in seen)
     assert any(status.seconds_left for status in seen)
 
-    last, records = reader.read(), read_metrics(Path(config.output) / "metrics.jsonl")
-    assert (last.state, last.step, last.base) == ("finished", total, config.model.path)
-    losses = {record["step"]: record["loss"] for record in records if "loss" in record}
-    assert dict(zip(last.loss.lines[0].steps, last.loss.lines[0].values, strict=True)) == losses
-    assert last.loss.lines[1].values == [record["eval_loss"] for record in records if "eval_loss" in record]
-    (sample,) = last.samples
+    (sample,) = reader.read().samples
     assert sample.prompt == {"prompt": "say sun 1"} and [step for step, _ in sample.replies] == [0, total]
-    assert last == dataclasses.replace(run_status(Path(config.output)))
+    assert reader.read() == run_status(Path(config.output))
+
+
+def test_a_finished_run_shows_its_records(finished):
+    status, records = run_status(Path(finished.output)), read_metrics(Path(finished.output) / "metrics.jsonl")
+    assert (status.state, status.step, status.total_steps, status.problems) == ("finished", 10, 10, [])
+    assert status.base == finished.model.path
+    training, held_out = status.loss.lines
+    losses = {record["step"]: record["loss"] for record in records if "loss" in record}
+    assert dict(zip(training.steps, training.values, strict=True)) == losses
+    assert held_out.values == [record["eval_loss"] for record in records if "eval_loss" in record]

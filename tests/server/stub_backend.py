@@ -82,6 +82,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if prompt == "break" and number == 4:
                 self._event({"error": {"message": "the engine stopped"}})
                 return
+            if prompt == "cut" and number == 4:
+                return
         self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
         self._event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 42, "total_tokens": 45}})
         self.wfile.write(b"data: [DONE]\n\n")

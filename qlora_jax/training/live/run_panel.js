@@ -62,7 +62,7 @@ function chartIn(box, height) {
     const all = chart.lines.flatMap(line => [...line.values, ...line.low, ...line.high]).filter(value => value != null);
     let low = all.length ? all.reduce((a, b) => Math.min(a, b)) : 0, high = all.length ? all.reduce((a, b) => Math.max(a, b)) : 1;
     if (chart.from_zero) [low, high] = [Math.min(0, low), Math.max(0, high)];
-    const room = high > low ? (high - low) * 0.05 : Math.abs(high) * 0.1 || 1;
+    const room = high - low > Math.abs(high) * 1e-6 ? (high - low) * 0.05 : Math.abs(high) * 0.1 || 1;
     return [low === 0 ? 0 : low - room, high === 0 && low < 0 ? 0 : high + room];
   }
 
@@ -184,6 +184,7 @@ function watchRun(root, ask, onStatus = () => {}) {
     let pause = 2000;
     try {
       const response = await ask();
+      if (response.status === 404) { lost.textContent = "This model has no run."; return; }
       if (!response.ok) throw new Error(`the server answered ${response.status}`);
       const text = await response.text(), status = text === last ? null : JSON.parse(text);
       if (ended) return;

@@ -92,13 +92,18 @@ def run_status(folder: Path) -> RunStatus:
 
 
 class _MemoryPlan(TypedDict):
-    planned_peak_bytes: int
+    device_bytes: dict[str, int]
+    questions_bytes: int | None
+
+
+class _Data(TypedDict):
+    steps: list[int]  # of an epoch, at each length
 
 
 class _Report(TypedDict):
     """The part of report.json that is read here."""
 
-    total_steps: int
+    data: _Data
     memory_plan: _MemoryPlan
 
 
@@ -173,7 +178,12 @@ class RunReader:
         config, report = self._config.value, self._report.value
         records = sorted(self._metrics.records, key=lambda record: record["step"])
         step = max((record["step"] for record in records), default=0)
-        total = report["total_steps"] if report else config and config.train.steps
+        total, planned = config and config.train.steps, None
+        if config and report:
+            total = config.train.total_steps(sum(report["data"]["steps"]))
+        if report:
+            plan = report["memory_plan"]
+            planned = max(sum(plan["device_bytes"].values()), plan["questions_bytes"] or 0)
         state, message = _state(config, records, holder, total)
         if state != "training":
             self._grown.clear()
@@ -189,7 +199,7 @@ class RunReader:
             written=written and written // SECOND,
             tiles=[*result_tiles(records), *_memory(records)],
             loss=loss_chart(records, f"{title[0].upper()}{title[1:]}"),
-            charts=charts(records, report["memory_plan"]["planned_peak_bytes"] if report else None),
+            charts=charts(records, planned),
             samples=before_and_after(self._samples.records),
             settings=without_passwords(self._text.value or ""),
             problems=[*map(without_passwords, self._problems())],

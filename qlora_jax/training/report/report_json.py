@@ -48,7 +48,6 @@ def report_json(report: RunReport) -> dict[str, object]:
     """Returns the content of report.json; sizes are in bytes, shares from 0 to 1."""
     return {
         "config": to_dict(report.config),
-        "total_steps": report.config.train.total_steps(report.data.steps_per_epoch),
         "data": _data_json(report.data),
         "rows": [_row_json(row) for row in report.rows],
         "memory_plan": {
@@ -59,7 +58,6 @@ def report_json(report: RunReport) -> dict[str, object]:
             "reference": None if report.plan.reference is None else report.plan.reference.to_dict(),
             "limit_bytes": report.plan.limit,
             "micro_batch": list(report.plan.requirements.config.batch[1:]),
-            "planned_peak_bytes": report.plan.peak_bytes,
             "peak_bytes": report.peak,
         },
         "training": training_summary(report.records) or {},

@@ -24,7 +24,8 @@ class SmallRun:
             output=str(folder),
         )
         write_config(self.config, folder / "config.yaml")
-        report = {"total_steps": 10, "memory_plan": {"planned_peak_bytes": PLANNED}}
+        plan = {"device_bytes": {"weights": PLANNED - 9, "scratch": 9}, "questions_bytes": None}
+        report = {"data": {"steps": [2, 3]}, "memory_plan": plan}
         (folder / "report.json").write_text(json.dumps(report))
         self.lock(os.getpid())
         self._file = MetricsFile(folder / "metrics.jsonl", 0)

@@ -141,7 +141,8 @@ def test_patience_ends_a_run_before_its_last_step(tmp_path):
 def test_the_remaining_time_includes_what_happens_between_steps(run, monkeypatch):
     file, times = run.folder / "metrics.jsonl", {}
     monkeypatch.setattr(module, "_changed_at", lambda path: times.get(path, path.stat().st_mtime_ns))
-    (run.folder / "report.json").write_text(json.dumps({"total_steps": 1000, "memory_plan": {"planned_peak_bytes": 1}}))
+    report = {"data": {"steps": [500]}, "memory_plan": {"device_bytes": {}, "questions_bytes": None}}
+    (run.folder / "report.json").write_text(json.dumps(report))
     reader, left = RunReader(run.folder), []
     for count in range(6):
         times[file] = count * 100 * 10**9  # 10 steps in 100 s, of which 30 s are in the records
