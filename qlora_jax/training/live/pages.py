@@ -11,7 +11,7 @@ def page_with_run(package: str, template: str, script: str, **values: str) -> st
     Args:
       package, template, script: the package of the template and of the script, and their file names. The script
         follows run_panel.js, and calls its `watchRun`.
-      values: what else the template needs; all of it is escaped.
+      values: other values of the template, which escapes them.
     """
     here = "qlora_jax.training.live"
     code = package_text(here, "run_panel.js") + package_text(package, script)

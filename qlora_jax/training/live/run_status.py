@@ -36,7 +36,7 @@ from qlora_jax.training.report.tiles import result_tiles
 State = Literal["waiting", "starting", "training", "stopped", "finished", "not a run"]
 
 REPORT_BYTES = 64 << 20  # largest report.json
-_POINTS = 500  # of a curve
+_POINTS = 500  # at most, per curve
 _WINDOW = 20  # steps from which the remaining time follows
 _SEEN = 100  # times at which the records had grown
 _LONG, _REST = 0.5, 20  # seconds of a summary that is followed by a rest, of so many times as long
@@ -97,7 +97,7 @@ class _MemoryPlan(TypedDict):
 
 
 class _Data(TypedDict):
-    steps: list[int]  # of an epoch, at each length
+    steps: list[int]  # per epoch, at each length
 
 
 class _Report(TypedDict):

@@ -160,7 +160,7 @@ def test_a_folder_that_is_not_there_yet_is_waited_for(tmp_path):
     reader = RunReader(tmp_path / "later")
     assert reader.read().state == "waiting" and "does not exist yet" in reader.read().message
     (tmp_path / "later").mkdir()
-    (tmp_path / "later/report.json").write_text("{}")  # of a dry run
+    (tmp_path / "later/report.json").write_text("{}")  # a dry run wrote it
     assert reader.read().state == "waiting"
     (tmp_path / "later/report.json").unlink()
     (tmp_path / "later").rmdir()

@@ -117,7 +117,7 @@ class TestInABrowser:
             run.steps(6, 11)
             run.evaluation(10, 1.0)
             page.wait_for_selector(".state:has-text('step 10 of 10')")
-            assert page.is_visible("pre")  # what was opened stays open
+            assert page.is_visible("pre")  # an opened part stays open
             run.lock(None)
             page.wait_for_selector("[role=status]:has-text('finished')")
             assert page.evaluate("document.documentElement.scrollWidth") == width
