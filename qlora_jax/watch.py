@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from rich.text import Text
+
 from qlora_jax.config import Command, run_main
 from qlora_jax.config.fields import NOT_EMPTY, Bound, setting
 from qlora_jax.config.sizes import format_duration
@@ -62,7 +64,7 @@ def _follow(reader: "RunReader", console: Console) -> None:
     with console.status("") as line:
         while True:
             status = reader.read()
-            line.update(_line(status))
+            line.update(Text(_line(status)))  # a plain string would be markup
             if not console.is_terminal and status.message != shown:
                 console.print(_line(status), soft_wrap=True)
             shown = status.message

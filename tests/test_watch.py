@@ -1,5 +1,6 @@
 """The command `watch`: its address, its line in the terminal, and folders that it refuses."""
 
+import io
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ import pytest
 
 from qlora_jax import watch
 from qlora_jax.config import ConfigError
+from qlora_jax.terminal.console import Console
+from qlora_jax.training.live.run_status import RunReader
 from tests.training.live.small_folder import SmallRun
 
 
@@ -29,6 +32,20 @@ def test_it_prints_its_address_and_each_new_state_until_it_is_interrupted(tmp_pa
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=20)
         assert process.returncode == 130 and "Traceback" not in errors
+
+
+def test_a_lock_file_cannot_command_the_terminal(tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", interrupt)
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with SmallRun(tmp_path / "mine") as run:
+        (run.folder / "run.lock").write_text("[/bold] \x1b[2J [link=http://example.com]")
+        with pytest.raises(KeyboardInterrupt):
+            watch._follow(RunReader(run.folder), console)
+    shown = console.file.getvalue()
+    assert "[/bold] ␛[2J [link=http://example.com]" in shown and "\x1b[2J" not in shown
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,10 @@ class TestInABrowser:
             facts = page.inner_text(".turn footer")
             assert "42 tokens" in facts and "tokens/s" in facts and "first after" in facts and "ended: length" in facts
             assert page.title() == "Chat" and page.evaluate("document.documentElement.scrollWidth") == width
+            page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            page.click(".turn footer button")
+            page.wait_for_selector("button:has-text('Copied')")
+            assert page.evaluate("navigator.clipboard.readText()") == f"{RUN_MODEL}: {HOSTILE}word word word "
             send(page, "again")
             first, second = server.requests
             assert first == {
