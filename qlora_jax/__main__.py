@@ -10,7 +10,19 @@ from qlora_jax.config import Command, run_main
 from qlora_jax.config.suggestions import suggest_key
 from qlora_jax.terminal.visible import visible
 
-COMMANDS = ("train", "generate", "predict", "evaluate", "compare", "arena", "variance", "export", "quantize", "plan")
+COMMANDS = (
+    "train",
+    "watch",
+    "generate",
+    "predict",
+    "evaluate",
+    "compare",
+    "arena",
+    "variance",
+    "export",
+    "quantize",
+    "plan",
+)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -22,7 +34,7 @@ def main() -> None:
     elif name == "--version":
         print(versions())
     elif name in COMMANDS:
-        if name != "plan":  # it computes nothing
+        if name not in ("plan", "watch"):  # these compute nothing
             allocator.tune()
         run_main(lambda arguments: importlib.import_module(f"qlora_jax.{name}").main(arguments), arguments)
     else:

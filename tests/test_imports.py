@@ -48,6 +48,7 @@ LAYERS = {
     "qlora_jax.progress_reporter": 7,
     "qlora_jax.evaluation": 8,
     "qlora_jax.training": 9,
+    "qlora_jax.server": 10,
     "qlora_jax.studies": 10,
     "qlora_jax.api": 10,
 }
