@@ -52,8 +52,9 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.models.tensor_names import layer_name
-from qlora_jax.nn.linear import LinearAdapter, QLinear, named_key
+from qlora_jax.nn.linear import LinearAdapter, QLinear
 from qlora_jax.nn.lora import LoRA, initial_factors
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.regex import file_pattern_problems, matches_end
 from qlora_jax.sharding import born_cut
 
