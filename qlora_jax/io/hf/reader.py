@@ -86,6 +86,7 @@ def open_folder(folder: Path, before_weights: Callable[[], object]) -> ModelSour
             f"{folder}: not a Hugging Face model folder (config.json is missing). {_found_instead(folder)}"
         )
     config = read_config(config_path)
+    model_config(without_drafts(config), str(config_path))
     before_weights()
     form = _quantized_form(config_path, config)
     types = form.types
@@ -140,18 +141,10 @@ def _quantized_form(path: Path, config: JsonObject) -> _Form:
     return _Form(DTYPES | INTEGER_TYPES, grouped, method.title)
 
 
-def read_config(path: Path, name: str | None = None) -> JsonObject:
-    """Reads config.json.
-
-    Args:
-      name: the file, for messages about the model; None for its path.
-
-    Raises:
-      ValueError: not a JSON object, values of other types, or a model that is not supported.
-    """
+def read_config(path: Path) -> JsonObject:
+    """Reads config.json; raises ValueError if it is not a JSON object, or has values of other types."""
     config = read_json(path, JsonObject)
     check_value(config, FolderConfig, path)
-    model_config(without_drafts(config), name or str(path))
     return config
 
 
