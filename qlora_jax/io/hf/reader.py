@@ -274,7 +274,14 @@ def _weight_files(folder: Path, types: Types) -> list[Path]:
             f"{folder}: {len(missing)} of the {len(shards)} shards in {INDEX} are missing: {', '.join(missing[:20])}. "
             "Download these files into the folder"
         )
-    _check_index(folder, shard_of, shards, types)
+    stored = {(entry.name, shard) for shard in shards for entry in read_header(folder / shard, types)}
+    wrong = sorted(set(shard_of.items()) ^ stored)
+    if wrong:
+        lines = "\n".join(
+            f"  {name}: {f'named, but not in {shard}' if (name, shard) not in stored else f'in {shard}, but not named'}"
+            for name, shard in wrong
+        )
+        raise ValueError(f"{folder / INDEX}: {len(wrong)} tensors do not match the shards. Download it again:\n{lines}")
     return [folder / shard for shard in shards]
 
 
@@ -292,17 +299,6 @@ def read_index(path: Path) -> dict[str, str]:
             "without a path"
         )
     return {name: shard for name, shard in shard_of.items() if not DERIVED.fullmatch(name)}
-
-
-def _check_index(folder: Path, shard_of: dict[str, str], shards: list[str], types: Types) -> None:
-    stored = {(entry.name, shard) for shard in shards for entry in read_header(folder / shard, types)}
-    wrong = sorted(set(shard_of.items()) ^ stored)
-    if wrong:
-        lines = "\n".join(
-            f"  {name}: {f'named, but not in {shard}' if (name, shard) not in stored else f'in {shard}, but not named'}"
-            for name, shard in wrong
-        )
-        raise ValueError(f"{folder / INDEX}: {len(wrong)} tensors do not match the shards. Download it again:\n{lines}")
 
 
 def _found_instead(folder: Path) -> str:

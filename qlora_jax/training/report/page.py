@@ -128,12 +128,8 @@ def _histograms(data: DataReport) -> list[_Figure]:
 
 def _plan(plan: RunPlan, peak: int | None) -> dict[str, str]:
     name = "measured peak, including loading, without Python and its libraries"
-    measured = {} if peak is None else {name: _share(peak, plan.peak_bytes)}
+    measured = {} if peak is None else {name: f"{format_bytes(peak)}, {peak / plan.peak_bytes:.0%} of the plan"}
     return {name: text for name, text in plan.rows().items() if name != BREAKDOWN} | measured
-
-
-def _share(peak: int, planned: int) -> str:
-    return f"{format_bytes(peak)}, {peak / planned:.0%} of the plan"
 
 
 def _places(requirements: Requirements) -> Mapping[str, Mapping[str, int]]:
@@ -169,20 +165,16 @@ def _tiles(report: RunReport) -> list[tuple[str, str]]:
         ("steps", f"{done['steps']:,}"),
         *_held_out(done),
         *_preferences(report),
-        *_questions(report),
+        *[
+            (one["share"], f"{one['first']['value']:.1%} → {one['last']['value']:.1%}")
+            for one in question_summary(report.records)
+        ],
         ("last training loss", "not finite" if done["last_loss"] is None else f"{done['last_loss']:.3f}"),
         ("tokens per second", f"{done['tokens_per_second']:,.0f}"),
         *([] if done["mfu"] is None else [("MFU", f"{done['mfu']:.1%}")]),
         ("time in steps", format_duration(done["seconds"])),
         ("training tokens", f"{done['tokens']:,}"),
         ("supervised of them", f"{done['supervised_tokens']:,}"),
-    ]
-
-
-def _questions(report: RunReport) -> list[tuple[str, str]]:
-    return [
-        (one["share"], f"{one['first']['value']:.1%} → {one['last']['value']:.1%}")
-        for one in question_summary(report.records)
     ]
 
 
