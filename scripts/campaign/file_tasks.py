@@ -218,7 +218,11 @@ def _write_runs(folder: Path) -> None:
     judge = {"system_prompt": "Judge.", "prompt_template": template, "defaults": {"prompt": "1, 2 or 3?"}}
     (folder / JUDGE).write_text(json.dumps(judge) + "\n")
     _train(config, folder)
-    _write_half_run(folder)
+    config = dataclasses.replace(read_config(folder / CONFIG), output=str(folder / HALF_RUN))
+    process = Running(write_settings(config, folder / "half.yaml"), folder / "printed.txt", folder / CACHE)
+    process.wait_until(lambda: len(saved_steps(folder / HALF_RUN)) >= 2)
+    process.send(9)
+    process.wait()
 
 
 def _write_head_run(folder: Path) -> None:
@@ -228,14 +232,6 @@ def _write_head_run(folder: Path) -> None:
 
 def _train(config: Config, folder: Path) -> None:
     must_succeed(run_command(write_settings(config, folder / CONFIG), folder / "printed.txt", folder / CACHE))
-
-
-def _write_half_run(folder: Path) -> None:
-    config = dataclasses.replace(read_config(folder / CONFIG), output=str(folder / HALF_RUN))
-    process = Running(write_settings(config, folder / "half.yaml"), folder / "printed.txt", folder / CACHE)
-    process.wait_until(lambda: len(saved_steps(folder / HALF_RUN)) >= 2)
-    process.send(9)
-    process.wait()
 
 
 def must_succeed(done: Finished) -> None:

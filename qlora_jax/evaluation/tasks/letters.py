@@ -269,7 +269,14 @@ def _prompt(row: Row, examples: Mapping[str | None, Sequence[str]] | None, num_s
     columns = row.data
     subject = columns.get("subject")
     if {"input", "output"} <= columns.keys():
-        return _complete_prompt(columns, subject, examples is not None)
+        prompt, letter = columns["input"], columns["output"]
+        if examples is not None:
+            raise ValueError("input: a complete prompt, to which no examples are added. Remove shots")
+        if not isinstance(prompt, str) or not isinstance(letter, str) or letter not in [*"ABCD"]:
+            raise ValueError(
+                f"input, output: found output {shorten(repr(letter))}, expected a prompt and one of A, B, C, D"
+            )
+        return _Prompt(prompt, 4, "ABCD".index(letter), subject)
     question = read_question(columns)
     if len(question.options) > len(string.ascii_uppercase):
         raise ValueError(
@@ -283,17 +290,6 @@ def _prompt(row: Row, examples: Mapping[str | None, Sequence[str]] | None, num_s
         )
     text = header(subject) + "".join(f"{example}\n\n" for example in shown) + with_options(question)
     return _Prompt(text, len(question.options), question.answer, subject)
-
-
-def _complete_prompt(columns: Mapping[str, object], subject: str | None, has_examples: bool) -> _Prompt:
-    prompt, letter = columns["input"], columns["output"]
-    if has_examples:
-        raise ValueError("input: a complete prompt, to which no examples are added. Remove shots")
-    if not isinstance(prompt, str) or not isinstance(letter, str) or letter not in [*"ABCD"]:
-        raise ValueError(
-            f"input, output: found output {shorten(repr(letter))}, expected a prompt and one of A, B, C, D"
-        )
-    return _Prompt(prompt, 4, "ABCD".index(letter), subject)
 
 
 def header(subject: str | None) -> str:

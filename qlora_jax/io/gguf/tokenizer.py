@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_jax.data.tokenizer.from_gguf import (
@@ -107,7 +107,11 @@ def tokenizer_metadata(
     """
     parsed = json.loads(tokenizer.to_json())
     model, added = parsed["model"], {token["id"]: token for token in parsed.get("added_tokens", [])}
-    tokens, kinds = _tokens(tokenizer, added, size)
+    by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
+    kinds = [NORMAL if number in by_id else UNUSED for number in range(size)]
+    for number, token in added.items():
+        kinds[number] = CONTROL if token["special"] else USER_DEFINED
     if model["type"] != "BPE":
         raise ValueError(
             f"the tokenizer's model cannot be written to GGUF (found {model['type']}, expected BPE, byte-level or "
@@ -132,15 +136,6 @@ def tokenizer_metadata(
     return metadata, _notes(
         tokenizer, read, keys["pre"], sorted(found)[:MAX_ADDED], _stops(tokenizer, stop)[len(STOP_KEYS) :]
     )
-
-
-def _tokens(tokenizer: Tokenizer, added: Mapping[int, JsonObject], size: int) -> tuple[list[str], list[int]]:
-    by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
-    kinds = [NORMAL if number in by_id else UNUSED for number in range(size)]
-    for number, token in added.items():
-        kinds[number] = CONTROL if token["special"] else USER_DEFINED
-    return tokens, kinds
 
 
 def _byte_level(tokenizer: Tokenizer, model: JsonObject, tokens: list[str], kinds: list[int]) -> JsonObject:

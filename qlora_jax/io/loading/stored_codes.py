@@ -33,7 +33,12 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
             f"runs of columns, because calibration reordered them (act-order), such as {reordered[0]}. Set "
             "model.quant_type=nf4, which dequantizes and quantizes again, or give files made with desc_act=false"
         )
-    _check_kernels(entries, source)
+    if found := [entry.name for entry in entries if entry.file_type in WITHOUT_KERNELS]:
+        raise ValueError(
+            f"model.quant_type: found 'stored', but {source.path} has {len(found)} layers in "
+            f"{', '.join(WITHOUT_KERNELS)}, with whose codes no kernel computes, such as {found[0]}. Set "
+            "model.quant_type=nf4, which dequantizes and quantizes again"
+        )
     stored = tuple((name, tuple(_format(each, source) for each in found)) for name, found in layers.items())
     if of_bnb := [entry.read_quantized for entry in entries if entry.read_quantized is not None]:
         first = of_bnb[0]()
@@ -73,15 +78,6 @@ def stored_types(source: ModelSource, config: ModelConfig) -> str:
     layers = [layer for name in names for layer in layer_entries(name, source, config)]
     counts = count_by_type(layer[0].file_type for layer in layers if layer and layer[0].read_stored)
     return f"{source.integer_method}, {counts}" if counts and source.integer_method else counts
-
-
-def _check_kernels(entries: Entries, source: ModelSource) -> None:
-    if found := [entry.name for entry in entries if entry.file_type in WITHOUT_KERNELS]:
-        raise ValueError(
-            f"model.quant_type: found 'stored', but {source.path} has {len(found)} layers in "
-            f"{', '.join(WITHOUT_KERNELS)}, with whose codes no kernel computes, such as {found[0]}. Set "
-            "model.quant_type=nf4, which dequantizes and quantizes again"
-        )
 
 
 def layer_entries(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Entries]:

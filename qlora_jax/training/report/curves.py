@@ -68,7 +68,8 @@ def charts(records: Sequence[Record], planned: int) -> list[Chart]:
       planned: the planned bytes on the device; drawn next to the measured ones.
     """
     steps = [record for record in records if "loss" in record]
-    warm = _warm(steps)
+    firsts = {record["length"]: record["step"] for record in reversed(steps)}
+    warm = [record for record in steps if record["step"] != firsts[record["length"]]]
     found = [
         *_preference_charts(records, steps),
         *(Chart(kind.caption, "% right", _question_lines(records, name)) for name, kind in QUESTION_KINDS.items()),
@@ -185,8 +186,3 @@ def _line(
 def _with(records: Sequence[Record], key: str) -> list[Record]:
     """Returns the records with a finite value; others are null in metrics.jsonl."""
     return [record for record in records if record.get(key) is not None]
-
-
-def _warm(steps: Sequence[Record]) -> list[Record]:
-    firsts = {record["length"]: record["step"] for record in reversed(steps)}
-    return [record for record in steps if record["step"] != firsts[record["length"]]]

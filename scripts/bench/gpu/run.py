@@ -136,7 +136,11 @@ def main() -> int:
             result["products"].append(measure(bench_of(device, card, args.rehearse), shape, m))
             print("\n".join(tables.product_line(result["products"][-1])), flush=True)
         _write(args.output, result)
-    _summary(result, card)
+    products, steps, left_out = (result[part] for part in ("products", "steps", "left out"))
+    lines = [*tables.crossover_rows(products), *tables.tile_rows(products), *_step_lines(result, card)]
+    lines += tables.goals(products, steps, card.bf16_flops, card.bandwidth)
+    lines += [f"skipped, out of time: {', '.join(left_out)}"] if left_out else []
+    print("\n".join(["", *lines]), flush=True)
     return int(_has_failures(result))
 
 
@@ -155,14 +159,6 @@ def _write(path: Path | None, result: Record) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1))
-
-
-def _summary(result: Record, card: Card) -> None:
-    products, steps, left_out = (result[part] for part in ("products", "steps", "left out"))
-    lines = [*tables.crossover_rows(products), *tables.tile_rows(products), *_step_lines(result, card)]
-    lines += tables.goals(products, steps, card.bf16_flops, card.bandwidth)
-    lines += [f"skipped, out of time: {', '.join(left_out)}"] if left_out else []
-    print("\n".join(["", *lines]), flush=True)
 
 
 def _has_failures(result: Record) -> bool:
