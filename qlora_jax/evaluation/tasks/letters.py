@@ -116,50 +116,25 @@ class LettersTask:
 
 
 def build(settings: QuestionArgs, context: TaskContext) -> LettersTask:
-    """Builds the task that the settings describe."""
-    assert settings.letters is not None
-    return letters_task(
-        settings.letters,
-        context.tokenizer,
-        shots=settings.shots,
-        num_shots=settings.num_shots,
-        max_rows=settings.max_rows,
-        max_positions=context.max_positions,
-        file_columns=settings.file_columns,
-    )
-
-
-def letters_task(
-    path: str,
-    tokenizer: Tokenizer,
-    *,
-    shots: str | None,
-    num_shots: int,
-    max_rows: int | None,
-    max_positions: int,
-    file_columns: Mapping[str, str] | None = None,
-) -> LettersTask:
     """Reads the questions of a file.
 
     A row is {input, output} with an optional {subject}: a complete prompt and its letter, as in QLoRA's MMLU files. Or
     it is {question, options, answer} with an optional {subject}, from which MMLU's prompt is made.
 
-    Args:
-      shots: file of example questions. The first `num_shots` with the same subject precede each question.
-      file_columns: see `task_file.read_task_rows`; for both files.
-
     Raises:
       ValueError: rows that are neither, are too long, or have too few examples of their subject; the message lists
         them.
     """
-    rows = read_task_rows(path, "letters", file_columns, max_rows)
-    examples = None if shots is None else _read_examples(shots, num_shots, file_columns)
+    path, shots, num_shots, columns = settings.letters, settings.shots, settings.num_shots, settings.file_columns
+    assert path is not None
+    rows = read_task_rows(path, "letters", columns, settings.max_rows)
+    examples = None if shots is None else _read_examples(shots, num_shots, columns)
     prompts = read_each(path, rows, lambda row: _prompt(row, examples, num_shots))
-    questions = read_each(path, rows, lambda row: _encode(_prompt(row, examples, num_shots), tokenizer))
+    questions = read_each(path, rows, lambda row: _encode(_prompt(row, examples, num_shots), context.tokenizer))
     problems = [
-        (row.place, f"too long (found {len(question.ids)} tokens; the model has {max_positions} positions)")
+        (row.place, f"too long (found {len(question.ids)} tokens; the model has {context.max_positions} positions)")
         for row, question in zip(rows, questions, strict=True)
-        if len(question.ids) > max_positions
+        if len(question.ids) > context.max_positions
     ]
     raise_problems(path, problems, len(rows))
     subjects = [prompt.subject for prompt in prompts if prompt.subject is not None]
