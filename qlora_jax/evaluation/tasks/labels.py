@@ -115,7 +115,11 @@ class LabelsTask:
         """
         scores = score_rows(parts, self._rows, progress, cache)
         likelihoods_RK = likelihoods(scores, len(self.labels), self.label_score)
-        check_are_numbers(self.path, self.places, likelihoods_RK)
+        problem = "labels: a likelihood is not a number, so no label is likeliest. Check the model's weights"
+        wrong = np.isnan(likelihoods_RK).any(axis=1)
+        raise_problems(
+            self.path, [(self.places[row], problem) for row in np.flatnonzero(wrong).tolist()], len(self.places)
+        )
         return predict(likelihoods_RK)
 
     def metrics(self, scores: Predicted) -> list[Metric]:
@@ -243,13 +247,6 @@ def likelihoods(scores: RowScores, labels: int, label_score: LabelScore) -> Floa
     log_p = -scores.nll / scores.tokens if label_score == "mean" else -scores.nll
     log_p_RK = log_p.reshape(-1, labels)
     return log_p_RK[:-1] - log_p_RK[-1] if label_score == "calibrated" else log_p_RK
-
-
-def check_are_numbers(path: str, places: Sequence[Place], likelihoods_RK: Float64[np.ndarray, "R K"]) -> None:
-    """Raises one ValueError that lists every row with a likelihood that is not a number."""
-    problem = "labels: a likelihood is not a number, so no label is likeliest. Check the model's weights"
-    wrong = np.isnan(likelihoods_RK).any(axis=1)
-    raise_problems(path, [(places[row], problem) for row in np.flatnonzero(wrong).tolist()], len(places))
 
 
 def predict(likelihoods_RK: Float64[np.ndarray, "R K"]) -> Predicted:
