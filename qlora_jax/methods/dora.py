@@ -105,14 +105,18 @@ class DoRA(LinearAdapter):
     def _applied(
         self, x_MK: jax.Array, frozen: FrozenLayer, keys_B: jax.Array | None, delta_MN: jax.Array
     ) -> jax.Array:
-        a_KR, b_RN = (leaf[...].astype(x_MK.dtype) for leaf in (self.lora_a, self.lora_b))
-        norms_N = row_norms(a_KR, b_RN, select_layer(self.weight_norms2[...], frozen.layer), frozen, self.scaling)
-        scale_N = self.magnitude[...] / checkpoint_name(norms_N, "dora_norms")
+        scale_N = self._scale(frozen, x_MK.dtype)
         product_MN = frozen.product(dropout(x_MK, self.dropout, keys_B))
         scaled_MN = scale_columns(checkpoint_name(product_MN + delta_MN, "unscaled"), scale_N)
         if self.dropout == 0.0 or keys_B is None:
             return frozen.biased(scaled_MN)
         return frozen(x_MK) + (scaled_MN - product_MN)
+
+    def _scale(self, frozen: FrozenLayer, dtype: DTypeLike) -> jax.Array:
+        """Returns magnitude / norms, [N]."""
+        a_KR, b_RN = (leaf[...].astype(dtype) for leaf in (self.lora_a, self.lora_b))
+        norms_N = row_norms(a_KR, b_RN, select_layer(self.weight_norms2[...], frozen.layer), frozen, self.scaling)
+        return self.magnitude[...] / checkpoint_name(norms_N, "dora_norms")
 
     def select_layer(self, layer: jax.Array | int) -> "DoRA":
         """Returns the adapter of one layer of the stack."""
