@@ -267,13 +267,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _shapes(patterns: Sequence[str]) -> list[Shape]:
-    for pattern in patterns:
-        if not fnmatch.filter(SHAPES, pattern):
-            raise ValueError(f"shape {pattern!r} matches none of: {', '.join(SHAPES)}.")
-    return [shape for name, shape in SHAPES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
-
-
 def report(args: argparse.Namespace, console: Console) -> None:
     """Prints the report that the arguments describe.
 
@@ -281,7 +274,10 @@ def report(args: argparse.Namespace, console: Console) -> None:
       ValueError: an unknown card or shape.
       CompilerUnavailableError: this installation does not support `--compile`.
     """
-    shapes = _shapes(args.shape)
+    for pattern in args.shape:
+        if not fnmatch.filter(SHAPES, pattern):
+            raise ValueError(f"shape {pattern!r} matches none of: {', '.join(SHAPES)}.")
+    shapes = [shape for name, shape in SHAPES.items() if any(fnmatch.fnmatchcase(name, p) for p in args.shape)]
     for name in args.card:
         device_of_card(name)  # raises before anything is printed
     if args.compile:

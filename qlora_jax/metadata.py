@@ -274,7 +274,8 @@ def _problems(value: object, errors: Sequence[ErrorDetails], key: str = "") -> l
     for error in errors:
         path, found = _locate(value, error["loc"], missing=error["type"] == "missing")
         problem = by_path.setdefault(path, {"expected": [], "found": found})
-        expected = _expected(error)
+        text = _EXPECTED.get(error["type"])
+        expected = error["msg"] if text is None else text.format(**error.get("ctx", {}))
         if expected not in problem["expected"]:
             problem["expected"].append(expected)
     inner = {path[:end] for path in by_path for end in range(len(path))}
@@ -306,8 +307,3 @@ def _locate(value: Any, place: Sequence[str | int], missing: bool) -> tuple[tupl
 
 def _keys_of(value: object) -> Container[str | int]:
     return value if isinstance(value, Mapping) else range(len(value)) if isinstance(value, list) else ()
-
-
-def _expected(error: ErrorDetails) -> str:
-    text = _EXPECTED.get(error["type"])
-    return error["msg"] if text is None else text.format(**error.get("ctx", {}))

@@ -79,18 +79,14 @@ def main(argv: list[str]) -> None:
 
     runtime.start()
     if args.measure is None:
-        _convert(args)
+        from qlora_jax.api.export import save_quantized
+        from qlora_jax.terminal.console import Console
+
+        settings = {name: getattr(args, name) for name in ("quant_type", "double_quant", "dtype", "keep_16bit")}
+        written = save_quantized(args.model, args.output, **settings, progress=True)
+        Console().print(f"{args.model} in {args.quant_type}: {written}", markup=False, highlight=False, soft_wrap=True)
     else:
         _measure(args, args.measure)
-
-
-def _convert(args: QuantizeArgs) -> None:
-    from qlora_jax.api.export import save_quantized
-    from qlora_jax.terminal.console import Console
-
-    settings = {name: getattr(args, name) for name in ("quant_type", "double_quant", "dtype", "keep_16bit")}
-    written = save_quantized(args.model, args.output, **settings, progress=True)
-    Console().print(f"{args.model} in {args.quant_type}: {written}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _measure(args: QuantizeArgs, rows: str) -> None:

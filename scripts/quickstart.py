@@ -61,7 +61,27 @@ def main(argv: list[str]) -> None:
     parts["checkpoint"] = apply_adapter(base, opened.run)
     _scores(opened, parts, console)
     console.print("[bold]4. Answers[/] to held-out passages")
-    _samples(opened, parts, console)
+    rows = read_rows(str(HELD_OUT))
+    chosen = [rows[index].data for index in SAMPLES]
+    ask = prompter(opened.tokenizer, raw=False, system=None)
+    prompts = [ask.row(row) for row in chosen]
+    stops = stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=True)
+    answers = {
+        column: [
+            opened.tokenizer.decode(reply.ids)
+            for reply in generate(model, prompts, sampling=Sampling(), max_new_tokens=40, stop_ids=stops)
+        ]
+        for column, model in parts.items()
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("passage", "title", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for index, row in enumerate(chosen):
+        messages = row["messages"]
+        passage = messages[0]["content"].partition("\n\n")[0]
+        cells = [f"{passage[:120]} ...", messages[-1]["content"], *(answers[column][index] for column in answers)]
+        table.add_row(*map(Text, cells))
+    console.print(table)
     _next_steps(config, opened, time.perf_counter() - began, console)
 
 
@@ -90,30 +110,6 @@ def _scores(opened: OpenedModel, parts: dict[str, ModelParts], console: Console)
         with console.status(f"scoring {LABELS[column]}"):
             scores[column] = task.score(model, lambda done: None, NO_CACHE)
     print_table(task_result(task, scores), LABELS, console)
-
-
-def _samples(opened: OpenedModel, parts: dict[str, ModelParts], console: Console) -> None:
-    rows = read_rows(str(HELD_OUT))
-    chosen = [rows[index].data for index in SAMPLES]
-    ask = prompter(opened.tokenizer, raw=False, system=None)
-    prompts = [ask.row(row) for row in chosen]
-    stops = stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=True)
-    answers = {
-        column: [
-            opened.tokenizer.decode(reply.ids)
-            for reply in generate(model, prompts, sampling=Sampling(), max_new_tokens=40, stop_ids=stops)
-        ]
-        for column, model in parts.items()
-    }
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("passage", "title", "before", "after"):
-        table.add_column(heading, overflow="fold")
-    for index, row in enumerate(chosen):
-        messages = row["messages"]
-        passage = messages[0]["content"].partition("\n\n")[0]
-        cells = [f"{passage[:120]} ...", messages[-1]["content"], *(answers[column][index] for column in answers)]
-        table.add_row(*map(Text, cells))
-    console.print(table)
 
 
 def _next_steps(config: Config, opened: OpenedModel, seconds: float, console: Console) -> None:

@@ -371,8 +371,8 @@ MENDS = [
     ),
     Mutation(
         "qlora_jax/io/hf/reader.py",
-        "model_config(without_drafts(config), name",
-        "str((config, name)",
+        "model_config(without_drafts(config), str(config_path))",
+        "str((config, config_path))",
         "tests/io/hf/test_reader.py",
     ),
     Mutation(

@@ -32,7 +32,8 @@ from qlora_jax.methods.peft_names import suffixes_of
 from qlora_jax.methods.targets import projection_layers, target_layers
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, named_key
+from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.nn.variables import TrainedLeaf
 
 # Pairs of equal reflections change nothing, which is how training starts.

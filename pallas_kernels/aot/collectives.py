@@ -135,14 +135,9 @@ def _total(alike: list[Collective]) -> Total:
     return Total(
         times=sum(times for _, times in counted),
         nbytes=sum(times * one.array.nbytes for one, times in counted),
-        received=sum(times * received_bytes(one) for one, times in counted),
+        received=sum(times * received(one.operation, one.array.nbytes, one.group) for one, times in counted),
         largest=max(one.elements for one in alike),
     )
-
-
-def received_bytes(one: Collective) -> int:
-    """Returns the bytes that each device receives when the collective runs once, on a ring."""
-    return received(one.operation, one.array.nbytes, one.group)
 
 
 def received(operation: str, nbytes: int, group: int) -> int:

@@ -126,18 +126,13 @@ def _find_loops(instructions: list[str], labels: dict[str, int]) -> Iterator[tup
 
     This excludes slow paths (a barrier that has not completed), which follow the code and branch back into it.
     """
-    targets = _branch_targets(instructions, labels)
-    for branch, target in targets.items():
-        if target <= branch and not _reaches(branch, target, instructions, targets):
-            yield target, branch
-
-
-def _branch_targets(instructions: list[str], labels: dict[str, int]) -> dict[int, int]:
     targets = {}
     for at, text in enumerate(instructions):
         if _PREDICATE.sub("", text).startswith("BRA") and (label := _TARGET.search(text)):
             targets[at] = labels[label[1]]
-    return targets
+    for branch, target in targets.items():
+        if target <= branch and not _reaches(branch, target, instructions, targets):
+            yield target, branch
 
 
 def _reaches(goal: int, avoid: int, instructions: list[str], targets: dict[int, int]) -> bool:

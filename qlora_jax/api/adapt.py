@@ -14,7 +14,7 @@ from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.pretrained import load_for_training
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine
-from qlora_jax.nn.linear import named_key
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.training.run_spec import weights_for
 from qlora_jax.training.session import training_parts
 

@@ -65,7 +65,10 @@ def measure_quantization(
     args = ModelArgs(path=path, quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype)
     next(stream_rows(rows), None)  # before the model is fetched: does the file exist
     opened = open_base(args)
-    _check_16_bits(opened)
+    if any(entry.read_quantized for entry in opened.source.tensors.values()):
+        raise ValueError(
+            f"{opened.source.path}: already in 4 bits, so the loss in 16 bits cannot be measured. Give the 16-bit model"
+        )
     weights = WeightFormat(quant_type=quant_type, double_quant=double_quant, dtype=dtype)
     base_bytes = bytes_of(opened.features, weights)
     spare = None if budget is None else spare_bytes(parse_bytes(budget), base_bytes)
@@ -105,10 +108,3 @@ def bytes_of(config: ModelConfig, weights: WeightFormat) -> int:
     """Returns the bytes of a base in memory."""
     model = nnx.eval_shape(lambda: CausalLM(config, weights))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))
-
-
-def _check_16_bits(opened: OpenedModel) -> None:
-    if any(entry.read_quantized for entry in opened.source.tensors.values()):
-        raise ValueError(
-            f"{opened.source.path}: already in 4 bits, so the loss in 16 bits cannot be measured. Give the 16-bit model"
-        )

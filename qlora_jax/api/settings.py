@@ -36,7 +36,12 @@ def training_config(
         given |= _checked(overrides or {}, given)
     raw = to_dict(start)
     for key, value in given.items():
-        _set(raw, key, value)
+        section, _, name = key.rpartition(".")
+        inner = raw.get(section)
+        if isinstance(inner, dict):
+            inner[name] = value
+        else:
+            raw[key] = value  # an unknown setting, which from_dict reports
     config = from_dict(Config, raw)
     validate(config)
     return config
@@ -52,15 +57,6 @@ def _checked(overrides: Mapping[str, object], given: Mapping[str, object]) -> Ma
     if problems:
         raise ConfigError(problems)
     return overrides
-
-
-def _set(raw: dict[str, object], key: str, value: object) -> None:
-    section, _, name = key.rpartition(".")
-    inner = raw.get(section)
-    if isinstance(inner, dict):
-        inner[name] = value
-    else:
-        raw[key] = value  # an unknown setting, which from_dict reports
 
 
 def console_for(progress: bool) -> Console:

@@ -58,15 +58,6 @@ def describe_type(hint: Hint) -> str:
     return _DESCRIPTIONS[hint]
 
 
-def _convert_scalar(hint: type, value: object) -> object:
-    # bool is a subclass of int, but `rank: true` must not become 1.
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and _has_float(value):
-        return float(value)
-    if type(value) is not hint or hint is float:
-        raise _Mismatch
-    return value
-
-
 def _has_float(number: int | float) -> bool:
     """True if the number is finite, and not a whole number that is too large for a float."""
     return abs(number) <= sys.float_info.max
@@ -94,7 +85,12 @@ def convert(hint: Hint, value: object) -> object:
         return {convert(arguments[0], key): convert(arguments[1], item) for key, item in value.items()}
     if origin is not None:
         raise _Mismatch
-    return _convert_scalar(hint, value)
+    # bool is a subclass of int, but `rank: true` must not become 1.
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and _has_float(value):
+        return float(value)
+    if type(value) is not hint or hint is float:
+        raise _Mismatch
+    return value
 
 
 @functools.cache  # resolving the annotations of all settings takes tens of milliseconds

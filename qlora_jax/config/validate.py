@@ -13,7 +13,7 @@ from qlora_jax.config.sizes import parse_bytes
 
 
 class MeshChoices(NamedTuple):
-    """The meshes that a run may use, the first to try first, and the problems of those that it may not."""
+    """Candidate meshes of a run, in the order to try them, and the problems of those that it may not use."""
 
     usable: list[MeshSize]
     refused: dict[MeshSize, list[str]]

@@ -33,7 +33,7 @@ from qlora_jax.data.report.stats import (
 )
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import row_use
-from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
+from qlora_jax.data.row_store import StoredRows, open_stored_rows, store_rows
 from qlora_jax.data.rows import (
     File,
     TokenRows,
@@ -321,7 +321,16 @@ def _prepare(path: str, split: Split | None, source: _Source, *, in_memory: bool
         labels=source.labels,
     )
     if data.cache is None:
-        return _in_memory(path, list(row_chunks(preparation)), tokenizer.rows)
+        chunks = list(row_chunks(preparation))
+        rows = check_ids(concatenate_rows([chunk.rows for chunk in chunks], (File(path),)), tokenizer.rows)
+        counts = functools.reduce(RowCounts.__add__, [chunk.counts for chunk in chunks])
+        return _Prepared(
+            path=path,
+            rows=rows,
+            digest=rows.digest,
+            report=report_split(path, chunks[-1].row_format, counts),
+            hashes=[chunk.hashes for chunk in chunks],
+        )
     folder = Path(data.cache) / preparation.key()
     stored = open_stored_rows(folder, path, tokenizer.rows)
     if stored is None:
@@ -335,18 +344,6 @@ def _prepare(path: str, split: Split | None, source: _Source, *, in_memory: bool
         digest=stored.digest,
         report=report_split(path, stored.row_format, stored.counts),
         hashes=stored.hashes,
-    )
-
-
-def _in_memory(path: str, chunks: Sequence[RowChunk], id_limit: int | None) -> _Prepared:
-    rows = check_ids(concatenate_rows([chunk.rows for chunk in chunks], (File(path),)), id_limit)
-    counts = functools.reduce(RowCounts.__add__, [chunk.counts for chunk in chunks])
-    return _Prepared(
-        path=path,
-        rows=rows,
-        digest=rows.digest,
-        report=report_split(path, chunks[-1].row_format, counts),
-        hashes=[chunk.hashes for chunk in chunks],
     )
 
 

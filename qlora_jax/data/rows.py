@@ -204,7 +204,12 @@ def token_rows(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]
     Raises:
       ValueError: a row's branches contradict its ids, or the rows have different values.
     """
-    _check_encoded(path, encoded, places)
+    names = _value_names(encoded)
+    for row, place in zip(encoded, places, strict=True):
+        if (problem := branch_problem(row.branches, row.supervised)) is not None:
+            raise ValueError(f"{path}:{place}: {problem}")
+        if sorted(row.values) != names:
+            raise ValueError(f"{path}:{place}: found the values {sorted(row.values)}, but other rows have {names}")
     lengths = np.array([len(row.ids) for row in encoded], np.int64)
     return TokenRows(
         ids=np.concatenate([np.zeros(0, np.int32), *(row.ids for row in encoded)]),
@@ -235,15 +240,6 @@ def attach_values(rows: TokenRows, by_number: Mapping[str, ValuesByNumber]) -> T
 
 def _value_names(encoded: Sequence[EncodedRow]) -> list[str]:
     return sorted(encoded[0].values) if encoded else []
-
-
-def _check_encoded(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]) -> None:
-    names = _value_names(encoded)
-    for row, place in zip(encoded, places, strict=True):
-        if (problem := branch_problem(row.branches, row.supervised)) is not None:
-            raise ValueError(f"{path}:{place}: {problem}")
-        if sorted(row.values) != names:
-            raise ValueError(f"{path}:{place}: found the values {sorted(row.values)}, but other rows have {names}")
 
 
 def concatenate_rows(chunks: Sequence[TokenRows], files: tuple[File, ...]) -> TokenRows:

@@ -102,7 +102,16 @@ def open_compared(args: EvaluateArgs, *, raw: bool) -> dict[str, ComparedModel]:
     tasks = _tasks(args, opened, raw=raw)
     compared = _base_and_run(args, opened, tasks)
     if args.against is not None:
-        compared["against"] = _other_run(args, opened, tasks, raw=raw)
+        other = open_pretrained(model=args.model, run=args.against, step=args.against_step, **_template(args))
+        other_tasks = _tasks(args, other, raw=raw)
+        names = (f"run {args.run}", f"against {args.against}")
+        check_same_inputs(tasks, other_tasks, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))
+        quant_type = _quant_type(args, other)
+        base = "" if _share_base(opened, other) else f", on {Path(other.source.path).name}"
+        label = _run_label(args, other, quant_type) + base
+        compared["against"] = ComparedModel(
+            opened=other, tasks=other_tasks, quant_type=quant_type, label=label, adapted=True
+        )
     return {name: one for name, one in compared.items() if args.columns is None or name in args.columns}
 
 
@@ -185,18 +194,6 @@ def _base_and_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTa
         why = "the base has no sequence head" if has_head else "the base is not quantized"
         raise ValueError(f"columns: {', '.join(sorted(missing))} does not exist, because {why}")
     return compared
-
-
-def _other_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask], *, raw: bool) -> ComparedModel:
-    """Returns the model of the other run; ValueError unless the runs are comparable."""
-    other = open_pretrained(model=args.model, run=args.against, step=args.against_step, **_template(args))
-    other_tasks = _tasks(args, other, raw=raw)
-    names = (f"run {args.run}", f"against {args.against}")
-    check_same_inputs(tasks, other_tasks, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))
-    quant_type = _quant_type(args, other)
-    base = "" if _share_base(opened, other) else f", on {Path(other.source.path).name}"
-    label = _run_label(args, other, quant_type) + base
-    return ComparedModel(opened=other, tasks=other_tasks, quant_type=quant_type, label=label, adapted=True)
 
 
 def _share_base(opened: OpenedModel, other: OpenedModel) -> bool:

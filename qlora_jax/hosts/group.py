@@ -98,17 +98,6 @@ class Group:
         self._calls[name] += 1
         folder = f"{_PREFIX}/{name}/{self._calls[name]}"
         client().key_value_set(f"{folder}/{self.process}", text)
-        return self._collect(folder, name, seconds)
-
-    def least(self, name: str, number: int, seconds: float = SECONDS) -> int:
-        """Returns the least of all processes' numbers.
-
-        Raises:
-          MissingProcess: some gave none within `seconds`.
-        """
-        return min(map(int, self.gather(name, str(number), seconds)))
-
-    def _collect(self, folder: str, name: str, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
         found: list[str] = []
         for process in range(self.processes):
@@ -116,7 +105,8 @@ class Group:
             try:
                 found.append(client().blocking_key_value_get(f"{folder}/{process}", left))
             except Exception as error:
-                missing = self._missing(folder)
+                there = {int(key.rpartition("/")[2]) for key, _ in client().key_value_dir_get(folder)}
+                missing = [self.name(process) for process in range(self.processes) if process not in there]
                 if not missing:
                     raise
                 raise MissingProcess(
@@ -125,9 +115,13 @@ class Group:
                 ) from error
         return found
 
-    def _missing(self, folder: str) -> list[str]:
-        there = {int(key.rpartition("/")[2]) for key, _ in client().key_value_dir_get(folder)}
-        return [self.name(process) for process in range(self.processes) if process not in there]
+    def least(self, name: str, number: int, seconds: float = SECONDS) -> int:
+        """Returns the least of all processes' numbers.
+
+        Raises:
+          MissingProcess: some gave none within `seconds`.
+        """
+        return min(map(int, self.gather(name, str(number), seconds)))
 
     def name(self, process: int) -> str:
         """Returns a process's name for messages."""

@@ -170,16 +170,13 @@ class Watchdog:
         with contextlib.suppress(Exception):
             client().key_value_set(f"{_LEFT}/{self.group.process}", "")
             if self.group.is_first:
-                self._see_others_leave()
+                deadline = time.monotonic() + LAST_WORDS_SECONDS
+                while time.monotonic() < deadline and len(client().key_value_dir_get(_LEFT)) < self.group.processes:
+                    time.sleep(0.05)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(self._code)
-
-    def _see_others_leave(self) -> None:
-        deadline = time.monotonic() + LAST_WORDS_SECONDS
-        while time.monotonic() < deadline and len(client().key_value_dir_get(_LEFT)) < self.group.processes:
-            time.sleep(0.05)
 
     def _watch(self) -> None:
         beat = 0
@@ -189,7 +186,10 @@ class Watchdog:
                 client().key_value_set(f"{_BEATS}/{self.group.process}", str(beat), allow_overwrite=True)
                 self._read(dict(client().key_value_dir_get(_BEATS.rpartition("/")[0])))
             if self.stuck_after is not None and time.monotonic() - self.position.at > self.stuck_after:
-                self._end_stuck(self.stuck_after)
+                counts = self._counts()
+                if not self._stopped.is_set():
+                    self.end(stuck_text(counts, self.group, self.position.text, self.stuck_after))
+                raise SystemExit  # ends only this thread
 
     def _read(self, texts: dict[str, str]) -> None:
         """Notes whose counts have moved, and ends this process if another has failed."""
@@ -200,12 +200,6 @@ class Watchdog:
             process = int(key.rpartition("/")[2])
             if process != self.group.process and self._beats.get(process, ("", 0.0))[0] != text:
                 self._beats[process] = text, time.monotonic()
-
-    def _end_stuck(self, seconds: float) -> NoReturn:
-        counts = self._counts()
-        if not self._stopped.is_set():
-            self.end(stuck_text(counts, self.group, self.position.text, seconds))
-        raise SystemExit  # ends only this thread
 
     def _counts(self) -> list[int | None]:
         """Returns how many places each process has passed; None for those that do not answer."""

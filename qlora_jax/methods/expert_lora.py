@@ -23,8 +23,8 @@ from qlora_jax.methods.targets import Layers, parameter_ranks_and_scalings, targ
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.mlp import MixtureMLP
-from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.lora import LoRA, initial_factors
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.nn.variables import TrainedLeaf
 from qlora_jax.sharding import born_cut
 

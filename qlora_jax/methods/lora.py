@@ -52,8 +52,9 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.models.tensor_names import layer_name
-from qlora_jax.nn.linear import LinearAdapter, QLinear, named_key
+from qlora_jax.nn.linear import LinearAdapter, QLinear
 from qlora_jax.nn.lora import LoRA, initial_factors
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.regex import file_pattern_problems, matches_end
 from qlora_jax.sharding import born_cut
 
@@ -110,7 +111,14 @@ class LowRankForm(PeftForm):
                 "--format peft: PEFT has no DoRA for these modules of a mixture of experts: "
                 f"{', '.join(sorted(parameters))}. Export one model instead: --format hf or gguf"
             )
-        _check_ranks(lora, args, some_layers)
+        wrong = []
+        for name, matrices in lora.items():
+            expected = _first_match(args.rank_pattern, name, args.rank, some_layers)
+            found = matrices["lora_a"].shape[-1]
+            if found != expected:
+                wrong.append(f"{name} has rank {found}, expected {expected}")
+        if wrong:
+            raise ValueError(f"the LoRA's ranks differ from the run's settings: {'; '.join(wrong)}")
         common = common_config(adapter, base, [name for name in lora if name not in parameters])
         if parameters:
             common["target_parameters"] = sorted(entry for entries in parameters.values() for entry in entries)
@@ -239,17 +247,6 @@ def _first_match[Value: (int, float)](
     first = layer_name(name, some_layers.get(name, (0,))[0])
     matching = (p for p in patterns if matches_end(p, first))
     return patterns.get(next(matching, ""), default)
-
-
-def _check_ranks(lora: AdapterArrays, args: LoraArgs, some_layers: SomeLayers) -> None:
-    wrong = []
-    for name, matrices in lora.items():
-        expected = _first_match(args.rank_pattern, name, args.rank, some_layers)
-        found = matrices["lora_a"].shape[-1]
-        if found != expected:
-            wrong.append(f"{name} has rank {found}, expected {expected}")
-    if wrong:
-        raise ValueError(f"the LoRA's ranks differ from the run's settings: {'; '.join(wrong)}")
 
 
 def _integer_if_whole(number: float) -> float | int:

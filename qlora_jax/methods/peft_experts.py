@@ -203,26 +203,22 @@ def read_parameters(targets: Sequence[str], entries: Sequence[TensorEntry], mode
         if missing:
             continue
         found = {leaf: [left.pop(each) for each in of_leaf] for leaf, of_leaf in names.items()}
-        wrong = _shape_problems(name, found, model)
+        experts, (n, k) = _shape(name, model)
+        columns = found["lora_a"][0].rows
+        expected = {"lora_a": (columns, k), "lora_b": (n, columns)}
+        of_all = f", with one rank for each of {experts} experts" if experts > 1 else ""
+        wrong = [
+            f"{entry.name}: shape {list(entry.shape)}, expected {list(expected[leaf])}{of_all}"
+            for leaf, entries in found.items()
+            for entry in entries
+            if entry.shape != expected[leaf] or columns % experts
+        ]
         read.problems.extend(wrong)
         if not wrong:
             read.lora[f"model.layers.{name}"] = {leaf: _stack(name, leaf, each, model) for leaf, each in found.items()}
             read.layers[f"model.layers.{name}"] = layers
     read.rest.extend(left.values())
     return read
-
-
-def _shape_problems(inner: str, found: Mapping[str, Sequence[TensorEntry]], model: ModelConfig) -> list[str]:
-    experts, (n, k) = _shape(inner, model)
-    columns = found["lora_a"][0].rows
-    expected = {"lora_a": (columns, k), "lora_b": (n, columns)}
-    of_all = f", with one rank for each of {experts} experts" if experts > 1 else ""
-    return [
-        f"{entry.name}: shape {list(entry.shape)}, expected {list(expected[leaf])}{of_all}"
-        for leaf, entries in found.items()
-        for entry in entries
-        if entry.shape != expected[leaf] or columns % experts
-    ]
 
 
 def _shape(inner: str, model: ModelConfig) -> tuple[int, tuple[int, int]]:

@@ -252,7 +252,11 @@ def stack_layers(
         found = {leaf: [by_key.pop((module, leaf), None) for module in modules] for leaf in wanted or form.leaves}
         if any(entry is not None for entries in found.values() for entry in entries):
             rows = [numbers.index(layer) for layer in of_some.get(name, numbers)]
-            problems += _not_targeted(modules, found, rows)
+            problems += [
+                f"{module}: unexpected, because the adapter's settings do not target this layer"
+                for row, module in enumerate(modules)
+                if row not in rows and any(entries[row] is not None for entries in found.values())
+            ]
             modules = [modules[row] for row in rows]
             found = {leaf: [entries[row] for row in rows] for leaf, entries in found.items()}
             problems += (wrong := _layer_problems(modules, found, form, shape))
@@ -280,15 +284,6 @@ def _unknown(left: Iterable[tuple[str, str]], form: PeftForm) -> list[str]:
 
 
 Found = Mapping[str, Sequence[TensorEntry | None]]  # the entry of each layer, by our name of the leaf
-
-
-def _not_targeted(modules: list[str], found: Found, rows: Sequence[int]) -> list[str]:
-    """Reports layers that have tensors although PEFT's settings do not target them."""
-    return [
-        f"{module}: unexpected, because the adapter's settings do not target this layer"
-        for row, module in enumerate(modules)
-        if row not in rows and any(entries[row] is not None for entries in found.values())
-    ]
 
 
 def _layer_problems(modules: list[str], found: Found, form: PeftForm, shape: tuple[int, int]) -> list[str]:

@@ -27,14 +27,14 @@ from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.mlp import MLP, TOKENS_AT_ONCE, MixtureMLP, RoutingSums, SparseMLP, by_chunks, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
 from qlora_jax.models.remat import LAYER_INPUT, REMAT_POLICIES, remat_policy
-from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.frozen_weight import gather_layer
-from qlora_jax.nn.linear import QLinear, name_number, named_key
+from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead, with_codes
 from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows, TrainableTable
 from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.nn.random_keys import fold_in_each, name_number, named_key
 from qlora_jax.nn.router import Routing
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
 from qlora_jax.nn.variables import Frozen, StatePath

@@ -13,10 +13,10 @@ from jaxtyping import Array, Float
 
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.experts import ExpertLinear, Experts
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.mlp import apply_activation, gated_activation
+from qlora_jax.nn.random_keys import fold_in_rows
 from qlora_jax.nn.router import route, routing_sums
 from qlora_jax.nn.variables import Frozen, select_layer
 
@@ -173,7 +173,14 @@ class MixtureMLP(nnx.Module):
             setattr(self, name, linear)
         self.config, self.dense = config, tuple(dense)
         self.gate = _router(config, weights)
-        self.experts = _experts(config, weights)
+        experts = config.experts
+        assert experts is not None
+        stack = len(experts.layers), experts.count
+        linears = {
+            name.rpartition(".")[2]: ExpertLinear(*frozen_expert_leaves(name, stack, shape, experts.bias, weights))
+            for name, shape in config.expert_shapes().items()
+        }
+        self.experts = Experts(**linears, activation=config.gate_activation, count=experts.count)
         self.shared_experts = nnx.data(_shared_experts(config, weights))
         self.shared_expert_gate = nnx.data(_shared_expert_gate(config, weights))
         self.adapter: ModuleAdapter | None = nnx.data(None)  # data: an adapter may be set later
@@ -205,17 +212,6 @@ def _router(config: ModelConfig, weights: WeightFormat) -> Router:
     selection_bias = jnp.zeros(stack, jnp.float32) if experts.selection_bias else None
     name = config.hugging_face_name("model.layers.mlp.gate")
     return Router(name, jnp.zeros((*stack, config.embed_dim), weights.dtype), bias, selection_bias)
-
-
-def _experts(config: ModelConfig, weights: WeightFormat) -> Experts:
-    experts = config.experts
-    assert experts is not None
-    stack = len(experts.layers), experts.count
-    linears = {
-        name.rpartition(".")[2]: ExpertLinear(*frozen_expert_leaves(name, stack, shape, experts.bias, weights))
-        for name, shape in config.expert_shapes().items()
-    }
-    return Experts(**linears, activation=config.gate_activation, count=experts.count)
 
 
 def _shared_experts(config: ModelConfig, weights: WeightFormat) -> MLP | None:

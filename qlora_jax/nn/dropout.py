@@ -9,17 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
-
-
-def fold_in_rows(key: Key[Array, ""], rows_B: Int[Array, " B"]) -> Key[Array, " B"]:
-    """Returns a key for each row, which depends only on `key` and the row's number."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
-
-
-def fold_in_each(keys_B: Key[Array, " B"], data: jax.typing.ArrayLike) -> Key[Array, " B"]:
-    """Folds the same number into the key of each row."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys_B)
+from jaxtyping import Array, Float, Key
 
 
 def apply_dropout(x_MK: Float[Array, "M K"], rate: float, keys_B: Key[Array, " B"] | None) -> Float[Array, "M K"]:

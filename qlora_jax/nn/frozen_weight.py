@@ -165,6 +165,10 @@ def _dense_product(
     return dot(rows, weight[layer].astype(rows.dtype), rows.dtype)
 
 
+def _refuse(*_: object) -> jax.Array:
+    raise AssertionError("this format computes with its parts, or with a layer that was fetched")
+
+
 def _layer_grouped(x_PK: jax.Array, weight: PyTree, groups: Groups, layer: jax.Array | int) -> jax.Array:
     return grouped_matmul(x_PK, jax.tree.map(lambda leaf: leaf[None], weight), groups, 0)
 
@@ -195,6 +199,7 @@ class WeightOps(NamedTuple):
       put: (stack of NumPy arrays, layer, (layer, expert) or (layer,)) -> None, with the weight at this place written.
       with_part: (stack, layer, part) -> the stack with the part of a layer replaced.
       per_layer: (function, stack) -> the function's results for stacks of one format, in the order of the layers.
+      constants: the fields with constants of codes, which plans count apart from codes.
       is_cut: True if a mesh cuts its arrays; others are whole on each device.
       of_file: True if its codes are those of a file, which cannot be made from dense weights here.
     """
@@ -202,14 +207,15 @@ class WeightOps(NamedTuple):
     linear: Callable[[jax.Array, PyTree, PyTree, bool], jax.Array]
     grouped: Callable[[jax.Array, PyTree, Groups, PyTree], jax.Array] = grouped_matmul
     grouped_layer: Callable[[jax.Array, PyTree, Groups, PyTree], jax.Array] = _layer_grouped
-    product: Callable[[Direction, jax.Array, PyTree, Layer, str | None], jax.Array] = _dense_product
-    dequantize: Callable[[PyTree, DTypeLike | None], jax.Array] = lambda weight, dtype: weight
+    product: Callable[[Direction, jax.Array, PyTree, Layer, str | None], jax.Array] = _refuse
+    dequantize: Callable[[PyTree, DTypeLike | None], jax.Array] = _refuse
     choice: Callable[[Device, int, str, PyTree], Choice] | None = None
     layout: Callable[[PyTree], str | None] = lambda stack: None
     part: Callable[[PyTree, int], tuple[PyTree, int]] = lambda stack, layer: (stack, layer)
     put: Callable[[PyTree, PyTree, tuple[int, ...]], None] = _put
     with_part: Callable[[PyTree, int, PyTree], PyTree] = lambda stack, layer, part: part
     per_layer: Callable[[Callable[[PyTree], jax.Array], PyTree], jax.Array] = lambda function, stack: function(stack)
+    constants: frozenset[str] = frozenset()
     is_cut: bool = False
     of_file: bool = False
 
@@ -324,10 +330,6 @@ def _padded_product(
     return grouped_product(direction, rows, fetched.fetched_as(ggml_type), groups, 0)
 
 
-def _refuse(*_: object) -> jax.Array:
-    raise AssertionError("only experts are in a PaddedStack, whose layers are fetched")
-
-
 def _of_one(x_MK: jax.Array, one: OneLayer, layer: Layer | None, fast: bool) -> jax.Array:
     return frozen_linear(x_MK, one.weight, None, fast)
 
@@ -338,7 +340,7 @@ def _experts_of_one(x_PK: jax.Array, one: OneLayer, groups: Groups, layer: jax.A
 
 _dequantize_ggml = jax.jit(dequantize_ggml, static_argnames="dtype")
 
-DENSE_OPS = WeightOps(linear=_dense_linear)
+DENSE_OPS = WeightOps(linear=_dense_linear, product=_dense_product, dequantize=lambda weight, dtype: weight)
 OPS: dict[type, WeightOps] = {
     QTensor: WeightOps(
         linear=lambda x, weight, layer, fast: nf4.nf4_matmul(x, weight, layer, FAST if fast else None),
@@ -348,6 +350,7 @@ OPS: dict[type, WeightOps] = {
             device, Call.of("forward", rows, dtype, stack)
         ),
         layout=lambda stack: stack.layout,
+        constants=frozenset({"absmax", "absmax_codes", "nested_absmax", "nested_offset"}),
         is_cut=True,
     ),
     GgmlTensor: WeightOps(

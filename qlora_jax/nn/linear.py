@@ -5,7 +5,6 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 
 import abc
 import dataclasses
-import zlib
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
@@ -13,8 +12,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.frozen_weight import OneLayer, Weight, frozen_linear
+from qlora_jax.nn.random_keys import fold_in_each, name_number
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh
 
@@ -185,13 +184,3 @@ def project(
             ys = kind.apply([linear.adapter for linear in alike], x_MK, frozen, keys)
         results |= {linear.name: y for linear, y in zip(alike, ys, strict=True)}
     return [results[linear.name] for linear in linears]
-
-
-def named_key(key: jax.Array, name: str) -> jax.Array:
-    """Folds `name` into a key, so that draws for one name do not depend on other draws."""
-    return jax.random.fold_in(key, name_number(name))
-
-
-def name_number(name: str) -> int:
-    """Returns the number by which `name` is folded into keys."""
-    return zlib.crc32(name.encode())

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.nf4_linear import NF4Linear, NF4LinearGeneral, linear_problems, lora_problems
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.quant import QuantSettings
 from qlora_jax.regex import matches_whole, pattern_problems
 

@@ -118,7 +118,16 @@ class _Pager:
     ) -> tuple[PyTree, PyTree]:
         _check_not_traced((updates, state, params, extra_args))
         layout = self._layout_of(updates if params is None else params)
-        _check_pages(state, layout)
+        expected = [
+            [(rows, *layout.leaves[leaf].shape[1:]) for leaf, _, rows in layout.page_leaves(page)]
+            for page in range(layout.count)
+        ]
+        if [[leaf.shape for leaf in page] for page in state.pages] != expected:
+            raise ValueError(
+                f"state: its pages do not fit these parameters (found {len(state.pages)} pages, expected "
+                f"{layout.count} of at most {layout.largest_page:,} bytes). Pass a state from this transform's init, "
+                "with the page_size that the state was made with, and pass params to update."
+            )
         new_updates, structure = jax.tree.flatten(self._zeros(updates, params, extra_args))
         shared = state.shared
 
@@ -192,19 +201,6 @@ def _check_not_traced(tree: PyTree) -> None:
             "qlora_jax.paged: init or update was called under jax.jit (or another JAX transformation), but pages can "
             "only be moved from the host. Jit the function that computes the gradients, and call init, update and "
             "nnx.Optimizer.update outside of jit."
-        )
-
-
-def _check_pages(state: PagedState, layout: Layout) -> None:
-    expected = [
-        [(rows, *layout.leaves[leaf].shape[1:]) for leaf, _, rows in layout.page_leaves(page)]
-        for page in range(layout.count)
-    ]
-    if [[leaf.shape for leaf in page] for page in state.pages] != expected:
-        raise ValueError(
-            f"state: its pages do not fit these parameters (found {len(state.pages)} pages, expected {layout.count} of "
-            f"at most {layout.largest_page:,} bytes). Pass a state from this transform's init, with the page_size that "
-            "the state was made with, and pass params to update."
         )
 
 

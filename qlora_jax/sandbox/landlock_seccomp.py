@@ -171,7 +171,10 @@ def seal(folders: Sequence[str]) -> None:
     libc = _libc()
     _call(libc, "no_new_privs", libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _restrict_files(libc, folders)
-    _install_filter(libc, _filter(os.getpid(), platform.machine()))
+    program = _filter(os.getpid(), platform.machine())
+    instructions = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))  # struct sock_fprog
+    _call(libc, "a seccomp filter", libc.prctl, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0)
 
 
 def seal_if_possible(*modules: ModuleType) -> None:
@@ -266,9 +269,3 @@ def _rule_on_argument(number: int, comparison: int, value: int) -> Iterator[byte
     yield _instruction(comparison, value, if_false=1)
     yield _instruction(_RETURN, _ALLOW)
     yield _instruction(_RETURN, _ERROR | errno.EPERM)
-
-
-def _install_filter(libc: ctypes.CDLL, program: bytes) -> None:
-    instructions = ctypes.create_string_buffer(program, len(program))
-    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))  # struct sock_fprog
-    _call(libc, "a seccomp filter", libc.prctl, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, header, 0, 0)

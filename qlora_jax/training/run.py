@@ -82,7 +82,16 @@ def lock_output(
     """
     _check_is_run_folder(run, allowed)  # first, because the lock is a file in it
     with lock_run(run, warn) as lock:
-        _check_checkpoints(run, resume)
+        saved = bool(saved_steps(run))
+        if not saved and (run / METRICS_FILE).exists():
+            raise ValueError(
+                f"{run}: the run in it ended before its first checkpoint (train.save_every) and cannot be resumed. "
+                "Delete the folder or give another output, and start without --resume"
+            )
+        if resume and not saved:
+            raise ValueError(f"{run}: has no checkpoint to resume. Start without --resume")
+        if saved and not resume:
+            raise ValueError(f"{run}: contains a run. Resume it with --resume, or give another output")
         yield lock
 
 
@@ -92,19 +101,6 @@ def _check_is_run_folder(run: Path, allowed: Collection[Path]) -> None:
         return
     if not run.is_dir() or not {entry.name for entry in run.iterdir()} <= known:
         raise ValueError(f"{run}: exists and is not a run folder. Give another output")
-
-
-def _check_checkpoints(run: Path, resume: bool) -> None:
-    saved = bool(saved_steps(run))
-    if not saved and (run / METRICS_FILE).exists():
-        raise ValueError(
-            f"{run}: the run in it ended before its first checkpoint (train.save_every) and cannot be resumed. Delete "
-            "the folder or give another output, and start without --resume"
-        )
-    if resume and not saved:
-        raise ValueError(f"{run}: has no checkpoint to resume. Start without --resume")
-    if saved and not resume:
-        raise ValueError(f"{run}: contains a run. Resume it with --resume, or give another output")
 
 
 def dry_run(
@@ -124,7 +120,9 @@ def dry_run(
         config = settings_to_resume(config, newest_state(run)) if resume else config
         planned = plan_before_weights(config, console, full=True, group=group)
         if group.is_first:
-            _print_dry_run(planned, run, console)
+            page, steps = write_report(_report_of(planned, run, None), run), planned.run.total_steps
+            rows = {"steps": f"{steps:,}", **rate_rows(planned.run.config, steps), "report": f"{page}"}
+            print_banner("dry run", rows, console)
         _refuse_oversized(planned, oversized)
 
 
@@ -138,12 +136,6 @@ def _refuse_oversized(planned: PlannedRun, allowed: bool) -> None:
 def _refused_lines(refused: Mapping[MeshSize, Sequence[str]]) -> list[str]:
     """Describes the first mesh that was not tried."""
     return [f"mesh ({size}) was not tried. {problem}" for size, problems in refused.items() for problem in problems][:1]
-
-
-def _print_dry_run(planned: PlannedRun, run: Path, console: Console) -> None:
-    page, steps = write_report(_report_of(planned, run, None), run), planned.run.total_steps
-    rows = {"steps": f"{steps:,}", **rate_rows(planned.run.config, steps), "report": f"{page}"}
-    print_banner("dry run", rows, console)
 
 
 def _warning(console: Console) -> Callable[[str], None]:

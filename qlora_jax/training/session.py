@@ -19,7 +19,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts, combine, partition, place_parts
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
-from qlora_jax.nn.linear import named_key
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec
 from qlora_jax.objectives.head_objective import head_spec
 from qlora_jax.optim.page_pool import Memory, memory_of

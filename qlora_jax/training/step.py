@@ -31,7 +31,7 @@ from qlora_jax.models.partition import (
     parts_specs,
     split_leaves,
 )
-from qlora_jax.nn.dropout import fold_in_rows
+from qlora_jax.nn.random_keys import fold_in_rows
 from qlora_jax.objectives.objective import Objective, Totals
 from qlora_jax.objectives.router_losses import Routed, RoutedOutputs, counted_positions
 from qlora_jax.objectives.sequences import ComparedLogps, compared_logps

@@ -137,7 +137,28 @@ class StepSpec:
           ValueError: train.remat=offload on a CPU, whose arrays are in host memory already; or losses of routers that
             the model does not have, or that nothing trains.
         """
-        return _step_arrays(self)
+        if REMAT_POLICIES[self.remat].on_host and self.weights.platform == "cpu":
+            raise ValueError(
+                f"train.remat={self.remat}: a CPU's arrays are in host memory already, so offloading saves nothing. "
+                f"Set train.remat={'full' if self.remat == 'offload' else 'attention'}."
+            )
+        check_fetchable(self.weights, self.model)
+        parts = abstract_parts(self.model, self.weights, self.lora, self.new_ids, head_spec(self.objective))
+        objective = routed(self.objective, self.model, self.router)
+        check_routers_learn(objective, parts)
+        optimizer = make_optimizer(self.optim, TOTAL_STEPS)
+        state = jax.eval_shape(optimizer.init, parts.trained)
+        is_random = self.lora.dropout > 0 or self.neftune_noise_alpha is not None
+        key = jax.eval_shape(lambda: jax.random.key(0)) if is_random else None
+        scale = jax.ShapeDtypeStruct((), jnp.float32) if self.weights.dtype == "float16" else None
+        parts = with_experts_on_host(parts, self.weights)
+        if self.mesh is not None:
+            specs = parts_specs(parts, self.mesh)
+            state = placed_shapes(state, state_specs(optimizer, parts.trained, specs.trained), self.mesh)
+            parts = placed_shapes(parts, specs, self.mesh)
+            key = placed_shapes(key, jax.tree.map(lambda _: P(), key), self.mesh)
+            scale = placed_shapes(scale, jax.tree.map(lambda _: P(), scale), self.mesh)
+        return StepArrays(parts, key, scale, optimizer, state, objective)
 
     def batch_arrays(self, batch: tuple[int, int, int] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the arrays of a batch (A, B, T), by default the step's, with its rows over the mesh's devices."""
@@ -181,31 +202,6 @@ class StepArrays(NamedTuple):
     optimizer: optax.GradientTransformation
     state: optax.OptState
     objective: Objective
-
-
-def _step_arrays(of: StepSpec) -> StepArrays:
-    if REMAT_POLICIES[of.remat].on_host and of.weights.platform == "cpu":
-        raise ValueError(
-            f"train.remat={of.remat}: a CPU's arrays are in host memory already, so offloading saves nothing. Set "
-            f"train.remat={'full' if of.remat == 'offload' else 'attention'}."
-        )
-    check_fetchable(of.weights, of.model)
-    parts = abstract_parts(of.model, of.weights, of.lora, of.new_ids, head_spec(of.objective))
-    objective = routed(of.objective, of.model, of.router)
-    check_routers_learn(objective, parts)
-    optimizer = make_optimizer(of.optim, TOTAL_STEPS)
-    state = jax.eval_shape(optimizer.init, parts.trained)
-    is_random = of.lora.dropout > 0 or of.neftune_noise_alpha is not None
-    key = jax.eval_shape(lambda: jax.random.key(0)) if is_random else None
-    scale = jax.ShapeDtypeStruct((), jnp.float32) if of.weights.dtype == "float16" else None
-    parts = with_experts_on_host(parts, of.weights)
-    if of.mesh is not None:
-        specs = parts_specs(parts, of.mesh)
-        state = placed_shapes(state, state_specs(optimizer, parts.trained, specs.trained), of.mesh)
-        parts = placed_shapes(parts, specs, of.mesh)
-        key = placed_shapes(key, jax.tree.map(lambda _: P(), key), of.mesh)
-        scale = placed_shapes(scale, jax.tree.map(lambda _: P(), scale), of.mesh)
-    return StepArrays(parts, key, scale, optimizer, state, objective)
 
 
 def abstract_batch(

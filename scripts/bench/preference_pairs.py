@@ -48,15 +48,6 @@ from scripts.bench.support.progress import phases
 from scripts.fetch_smollm2 import fetch_smollm2
 
 
-def read_pairs(path: str, model: str, max_length: int) -> tuple[TokenRows, int]:
-    """Returns the pairs, each a row with two branches, and the id of padding."""
-    tokenizer = load_tokenizer(open_model(model).tokenizer)
-    data = DataArgs(train=path, max_length=max_length)
-    dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=1, accumulation=1, objective="dpo")
-    assert isinstance(dataset.train, TokenRows)
-    return dataset.train, next(one for one in (tokenizer.pad_id, tokenizer.eos_id, 0) if one is not None)
-
-
 def texts_of(pairs: TokenRows) -> TokenRows:
     """Returns each branch as a separate row: a pair's chosen text, then its rejected one."""
     texts = [text for index in range(len(pairs)) for text in _texts(pairs, index)]
@@ -158,7 +149,11 @@ def main() -> None:
     args = parser.parse_args()
     runtime.start()
     path = args.model or str(fetch_smollm2())
-    pairs, pad_id = read_pairs(args.data, path, args.max_length)
+    tokenizer = load_tokenizer(open_model(path).tokenizer)
+    data = DataArgs(train=args.data, max_length=args.max_length)
+    dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=1, accumulation=1, objective="dpo")
+    assert isinstance(dataset.train, TokenRows)
+    pairs, pad_id = dataset.train, next(one for one in (tokenizer.pad_id, tokenizer.eos_id, 0) if one is not None)
     longest = int(pairs.lengths.max())
     methods = {
         "padded": padded_batches(pairs, args.pairs, args.buckets, pad_id),

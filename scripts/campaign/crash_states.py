@@ -179,7 +179,12 @@ class CrashedRun:
             _trace(folder, traced, more)
         with (folder / LOG).open(encoding="utf-8") as lines:
             events = read_log(lines, str(traced))
-        _check_complete(events, traced)
+        there = {str(path.relative_to(traced)): path for path in traced.glob(f"{RUN}/**/*")}
+        replayed = {path: content for path, content in _at_end(events).items() if path.startswith(f"{RUN}/")}
+        if replayed != {path: file.read_bytes() if file.is_file() else None for path, file in there.items()}:
+            raise RuntimeError(
+                f"the log of {traced} misses operations. Replay more calls in scripts/campaign/file_log.py"
+            )
         (folder / EVENTS).write_bytes(pickle.dumps(events))
 
     def start(self, sound: Path, scratch: Path) -> CaseRunner:
@@ -226,14 +231,6 @@ def train_traced() -> None:
 
     with unittest.mock.patch.object(LockedCheckpoints, "save", acknowledge):
         run_main(train.main, words)
-
-
-def _check_complete(events: Sequence[Event], traced: Path) -> None:
-    """Raises RuntimeError if the replayed log does not give the files of the run."""
-    there = {str(path.relative_to(traced)): path for path in traced.glob(f"{RUN}/**/*")}
-    replayed = {path: content for path, content in _at_end(events).items() if path.startswith(f"{RUN}/")}
-    if replayed != {path: file.read_bytes() if file.is_file() else None for path, file in there.items()}:
-        raise RuntimeError(f"the log of {traced} misses operations. Replay more calls in scripts/campaign/file_log.py")
 
 
 def campaign() -> Campaign:

@@ -207,11 +207,22 @@ def _content(path: Path, output: Path) -> bytes:
 def _write_runs(folder: Path) -> None:
     """Writes a model, rows, questions, a judge's prompt, a finished run, and one that stopped half-way."""
     config = TinyRun(sections={"train": dict(save_every=2)}).write(folder, folder / BASE_RUN)
-    _split_like_gpt2(folder / MODEL / "tokenizer.json")
+    path = folder / MODEL / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["pre_tokenizer"]["use_regex"] = True
+    path.write_text(json.dumps(tokenizer))
     (folder / FEW_ROWS).write_text("".join((folder / ROWS).read_text().splitlines(keepends=True)[:4]))
-    _write_questions(folder)
+    rows = [{"prompt": f"say {word}", "answer": word} for word in ("sun", "moon", "rain")]
+    (folder / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{question} {answer_1} {answer_2} {prompt}"  # fits in the model's 256 positions
+    judge = {"system_prompt": "Judge.", "prompt_template": template, "defaults": {"prompt": "1, 2 or 3?"}}
+    (folder / JUDGE).write_text(json.dumps(judge) + "\n")
     _train(config, folder)
-    _write_half_run(folder)
+    config = dataclasses.replace(read_config(folder / CONFIG), output=str(folder / HALF_RUN))
+    process = Running(write_settings(config, folder / "half.yaml"), folder / "printed.txt", folder / CACHE)
+    process.wait_until(lambda: len(saved_steps(folder / HALF_RUN)) >= 2)
+    process.send(9)
+    process.wait()
 
 
 def _write_head_run(folder: Path) -> None:
@@ -221,30 +232,6 @@ def _write_head_run(folder: Path) -> None:
 
 def _train(config: Config, folder: Path) -> None:
     must_succeed(run_command(write_settings(config, folder / CONFIG), folder / "printed.txt", folder / CACHE))
-
-
-def _write_half_run(folder: Path) -> None:
-    config = dataclasses.replace(read_config(folder / CONFIG), output=str(folder / HALF_RUN))
-    process = Running(write_settings(config, folder / "half.yaml"), folder / "printed.txt", folder / CACHE)
-    process.wait_until(lambda: len(saved_steps(folder / HALF_RUN)) >= 2)
-    process.send(9)
-    process.wait()
-
-
-def _split_like_gpt2(path: Path) -> None:
-    """Changes a byte-level tokenizer to one that a GGUF file can describe."""
-    tokenizer = json.loads(path.read_text())
-    tokenizer["pre_tokenizer"]["use_regex"] = True
-    path.write_text(json.dumps(tokenizer))
-
-
-def _write_questions(folder: Path) -> None:
-    """Writes questions with answers, and the prompt of a judge."""
-    rows = [{"prompt": f"say {word}", "answer": word} for word in ("sun", "moon", "rain")]
-    (folder / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    template = "{question} {answer_1} {answer_2} {prompt}"  # fits in the model's 256 positions
-    judge = {"system_prompt": "Judge.", "prompt_template": template, "defaults": {"prompt": "1, 2 or 3?"}}
-    (folder / JUDGE).write_text(json.dumps(judge) + "\n")
 
 
 def must_succeed(done: Finished) -> None:

@@ -41,17 +41,14 @@ def fuzz(form: str, seconds: int, seed: int, output: Path) -> Piece:
     found = output / f"findings-{form}.jsonl"
     before = _findings(found)
     flags = [*LIMITS, f"-max_total_time={seconds}", f"-seed={seed + 1}", f"-artifact_prefix={artifacts}/"]
-    done = _libfuzzer(form, found, [*flags, str(corpus), str(KEPT / form)])
+    arguments = [*flags, str(corpus), str(KEPT / form)]
+    command = [sys.executable, "-m", "scripts.campaign.header_target", form, str(found), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     executed = re.search(r"number_of_executed_units: *(\d+)", done.stderr)
     ended = [f"ended the process: {path.name}" for path in artifacts.iterdir()]
     return Piece(
         int(executed[1]) if executed else 0, _findings(found)[len(before) :] + ended, len(list(corpus.iterdir()))
     )
-
-
-def _libfuzzer(form: str, findings: Path, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "scripts.campaign.header_target", form, str(findings), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
 
 
 def _findings(path: Path) -> list[str]:

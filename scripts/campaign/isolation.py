@@ -108,7 +108,8 @@ def _serve(batch: Sequence[Case], start: Callable[[], CaseRunner], limits: Limit
 
 
 def _measured(case: Case, run: CaseRunner, limits: Limits) -> Verdict:
-    before = _reset_peak()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
     # The default action of SIGPROF ends the process, also inside compiled code.
     signal.setitimer(signal.ITIMER_PROF, limits.cpu_seconds or 0.0)
     try:
@@ -121,12 +122,6 @@ def _measured(case: Case, run: CaseRunner, limits: Limits) -> Verdict:
     if limits.memory is not None and used > limits.memory:
         return Verdict("memory", f"more than {limits.memory >> 20} MiB | {used >> 20} MiB; {' '.join(verdict)}")
     return verdict
-
-
-def _reset_peak() -> int:
-    """Resets the process's peak of memory; returns the bytes in use."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
 
 
 def _status(field: str) -> int:

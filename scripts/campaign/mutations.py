@@ -6,8 +6,6 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_jax.metadata import JsonObject
-
 # Lengths, counts and offsets at the edges of their types.
 INTEGERS = (0, 1, -1, 2, 7, 255, 256, 65535, 65536, 2**31 - 1, 2**31, -(2**31), 2**32 - 1, 2**32, 10**9, 2**53 + 1)
 LARGE = (2**62, 2**63 - 1, 2**63, 2**64 - 1, 10**30, -(10**30), 10**400)
@@ -158,11 +156,15 @@ def _damage_node(chance: random.Random, node: object, depth: int) -> object:
         key = chance.choice(list(node))
         if chance.random() < 0.7:
             return node | {key: _damage_node(chance, node[key], depth + 1)}
-        return _damaged_object(chance, node, key)
+        others = {name: value for name, value in node.items() if name != key}
+        renamed = chance.choice((key.upper(), key + "_", key[:-1], *TEXTS))
+        return chance.choice((others, others, others | {renamed: node[key]}, node | {renamed: any_value(chance)}, {}))
     index = chance.randrange(len(node))
     if chance.random() < 0.7:
         return [*node[:index], _damage_node(chance, node[index], depth + 1), *node[index + 1 :]]
-    return _damaged_list(chance, node, index)
+    without = [*node[:index], *node[index + 1 :]]
+    added = [*node[:index], any_value(chance), *node[index:]]
+    return chance.choice((without, added, [*node, node[index]], node[::-1], [], node * 100))
 
 
 def _damaged(chance: random.Random, node: object) -> object:
@@ -183,18 +185,6 @@ def _damaged(chance: random.Random, node: object) -> object:
 
 def _repeats(text: str) -> int:
     return min(10_000, MAX_TEXT // max(len(text), 1))
-
-
-def _damaged_object(chance: random.Random, node: JsonObject, key: str) -> JsonObject:
-    others = {name: value for name, value in node.items() if name != key}
-    renamed = chance.choice((key.upper(), key + "_", key[:-1], *TEXTS))
-    return chance.choice((others, others, others | {renamed: node[key]}, node | {renamed: any_value(chance)}, {}))
-
-
-def _damaged_list(chance: random.Random, node: list[object], index: int) -> list[object]:
-    without = [*node[:index], *node[index + 1 :]]
-    added = [*node[:index], any_value(chance), *node[index:]]
-    return chance.choice((without, added, [*node, node[index]], node[::-1], [], node * 100))
 
 
 def to_json(chance: random.Random, value: object) -> str:

@@ -71,21 +71,6 @@ def _read_tournament(folder: Path) -> list[object]:
 RECORDS, INPUTS = "judgements.jsonl", {"model": "m", "seed": 3, "temperature": 0.5}
 
 
-def _judgement(number: int) -> StoredJudgement:
-    return StoredJudgement(
-        prompt=str(number),
-        first="alpha",
-        second="beta",
-        texts="0123456789abcdef",
-        verdict=1,
-        review=f"The first answer is better. {number}",
-        failed=0,
-        timed_out=0,
-        unreadable=0,
-        problem=None,
-    )
-
-
 def _write_records(folder: Path) -> None:
     _read_records(folder)
 
@@ -96,7 +81,18 @@ def _read_records(folder: Path) -> list[object]:
         stored = {record["prompt"]: record for record in file.records}
         for number in range(12):
             if str(number) not in stored:
-                stored[str(number)] = _judgement(number)
+                stored[str(number)] = StoredJudgement(
+                    prompt=str(number),
+                    first="alpha",
+                    second="beta",
+                    texts="0123456789abcdef",
+                    verdict=1,
+                    review=f"The first answer is better. {number}",
+                    failed=0,
+                    timed_out=0,
+                    unreadable=0,
+                    problem=None,
+                )
                 file.append(stored[str(number)])
     return [json.dumps(stored[name], sort_keys=True) for name in sorted(stored)]
 

@@ -38,16 +38,6 @@ def _lines(items: Sequence[object]) -> str:
     return ",\n".join(json.dumps(item) for item in items)
 
 
-def compile_points(numbers: Numbers, most: int) -> None:
-    """Compiles and stores up to `most` missing points."""
-    wanted = list(missing([Point(*point) for point in numbers["points"]]))
-    for model, card, remat, length in wanted[:most]:
-        numbers["points"].append(list(compile_point(model, card, remat, length)))
-        write(numbers)
-        print(*numbers["points"][-1], flush=True)
-    print(f"{max(0, len(wanted) - most)} left")
-
-
 def add_lengths(numbers: Numbers, sources: list[str]) -> None:
     """Measures and stores the data sets, given as NAME=FILE; replaces earlier entries."""
     for source in sources:
@@ -66,7 +56,12 @@ def main() -> None:
     args = parser.parse_args()
     numbers = read()
     if args.part == "compile":
-        compile_points(numbers, args.most)
+        wanted = list(missing([Point(*point) for point in numbers["points"]]))
+        for model, card, remat, length in wanted[: args.most]:
+            numbers["points"].append(list(compile_point(model, card, remat, length)))
+            write(numbers)
+            print(*numbers["points"][-1], flush=True)
+        print(f"{max(0, len(wanted) - args.most)} left")
     elif args.part == "costs":
         (file,) = args.sources
         numbers["costs"] = json.loads(Path(file).read_text())

@@ -20,7 +20,7 @@ import numpy as np
 from qlora_jax import runtime
 from qlora_jax.config import OptimArgs
 from scripts.bench.paging import Paged, measure, plain, summary
-from scripts.bench.support.real_step import LoadedStep, load_step, random_batch
+from scripts.bench.support.real_step import load_step, random_batch
 from scripts.fetch_smollm2 import fetch_smollm2
 from scripts.study_paging.report import CostRow
 
@@ -31,15 +31,6 @@ LAYER = 5_210_112  # bytes of m and v of one layer
 PAGE_LAYERS = (1, 2, 6, 15, 30)
 BUDGETS = {"away": 0.0, "resident": 1.0}
 BUDGET_PAGE = 2  # layers per page while the budget varies
-
-
-def paged_updates(loaded: LoadedStep) -> dict[str, Paged]:
-    """Returns an update per budget at one page size, and per page size with all pages resident and all evicted."""
-    budgets = {f"budget {share}": Paged(loaded, OPTIM, share, BUDGET_PAGE * LAYER) for share in SHARES}
-    sizes = {
-        f"{where} {k}": Paged(loaded, OPTIM, share, k * LAYER) for k in PAGE_LAYERS for where, share in BUDGETS.items()
-    }
-    return budgets | sizes
 
 
 def row(name: str, update: Paged, medians: dict[str, float]) -> CostRow:
@@ -64,7 +55,11 @@ def main() -> None:
     runtime.start()
     loaded = load_step(str(fetch_smollm2()), rank=RANK, compute_dtype="auto", batch=(1, 1, LENGTH), remat="names")
     batch = random_batch(np.random.default_rng(0), loaded.config.vocab_size, 1, LENGTH)
-    updates = paged_updates(loaded)
+    budgets = {f"budget {share}": Paged(loaded, OPTIM, share, BUDGET_PAGE * LAYER) for share in SHARES}
+    sizes = {
+        f"{where} {k}": Paged(loaded, OPTIM, share, k * LAYER) for k in PAGE_LAYERS for where, share in BUDGETS.items()
+    }
+    updates = budgets | sizes
     medians = summary(measure(loaded, {"plain": plain(loaded, OPTIM)[0]} | updates, batch, rounds))
     totals = {f"{name}_ms": medians[f"{name}_ms"] for name in ("gradients", "plain")}
     rows = [row(name, update, medians) for name, update in updates.items()]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from qlora_jax.methods.dora import DoRA, InferenceDoRA, row_norms
 from qlora_jax.methods.ia3 import IA3
@@ -108,3 +109,17 @@ def test_dora_over_a_stack_of_both_kinds():
     )
     settled = InferenceDoRA(adapter, stack)
     np.testing.assert_allclose(settled.scale[...], np.ones((2, N)), rtol=1e-5)
+
+
+def test_decoding_does_not_compute_the_norms_again():
+    linear, x = random_linear(quantized=True), random_array(M, K)
+    a, b = jnp.stack([random_array(K, R)] * 2), jnp.stack([random_array(R, N)] * 2)
+    adapter = DoRA.init(a, b, linear.weight.get_value(), 2.0, 0.0)
+
+    def program(one: DoRA) -> str:
+        for leaf in one.LEAVES:
+            setattr(one, leaf.name, nnx.LoRAParam(getattr(one, leaf.name)[...][LAYER]))
+        return str(jax.make_jaxpr(lambda x: type(one).apply([one], x, [linear.select_layer(LAYER)], [None]))(x))
+
+    settled = InferenceDoRA(adapter, linear.weight.get_value())
+    assert "dora_norms" not in program(settled) and "dora_norms" in program(adapter)

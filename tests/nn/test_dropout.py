@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.nn.dropout import apply_dropout, dropout, fold_in_each, fold_in_rows
+from qlora_jax.nn.dropout import apply_dropout, dropout
+from qlora_jax.nn.random_keys import fold_in_each, fold_in_rows
 from qlora_jax.sharding import ROWS, make_mesh
 from tests.nn.gradients import random_array
 

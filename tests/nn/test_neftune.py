@@ -12,8 +12,8 @@ import scipy.stats
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.neftune import add_noise
+from qlora_jax.nn.random_keys import fold_in_rows
 from tests.io.gguf_families import FAMILIES
 
 ORACLE = Path(__file__).parent.parent / "oracle/neftune.py"

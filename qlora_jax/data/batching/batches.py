@@ -187,7 +187,9 @@ def fill_batch(
       sequences: sequences of each row, which have slots in the batch; 0: no slots.
     """
     slots, is_tree = slot_count(length, packed=packed, sequences=sequences), rows.branching
-    filled = _padding((*chosen.shape[:2], length), pad_id)
+    shape = (*chosen.shape[:2], length)
+    ids = {name: np.full(shape, pad_id, np.int32) for name in ("inputs", "targets")}
+    filled = ids | {"weights": np.zeros(shape, np.float32)}
     structure = ["segments"] * (packed or is_tree) + ["parents", "depths"] * is_tree
     filled |= {name: np.zeros_like(filled["inputs"]) for name in structure}
     if sequences:
@@ -213,11 +215,6 @@ def fill_batch(
         sequences=filled.get("sequences"),
         slots=_slots(rows, chosen, sequences, slots) if sequences else {},
     )
-
-
-def _padding(shape: tuple[int, ...], pad_id: int) -> dict[str, np.ndarray]:
-    ids = {name: np.full(shape, pad_id, np.int32) for name in ("inputs", "targets")}
-    return ids | {"weights": np.zeros(shape, np.float32)}
 
 
 def _put_row(filled: dict[str, np.ndarray], at: tuple[int, ...], start: int, row: Positions, slot: int) -> None:

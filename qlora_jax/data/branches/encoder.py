@@ -140,7 +140,11 @@ class BranchEncoder:
         bos = self._bos(written, ids.texts[0])
         start = len(bos) + answer_start(ids.prompt, ids.texts)
         texts = [bos + text for text in ids.texts]
-        self._check_texts(texts, start)
+        for name, text in zip(TEXT_NAMES[self.use.kind], texts, strict=False):
+            if len(text) - max(start - 1, 0) + self.use.head < MIN_BRANCH or len(text) <= start:
+                raise ValueError(f"{name} has no token that the model could learn from")
+        if self.use.kind == "pair" and texts[0] == texts[1]:
+            raise ValueError(f"{EQUAL_ANSWERS} as tokens")
         depth = max(start - 1, 0)
         filler = [self.tokenizer.eos_id or 0] if self.use.head else []
         branches = [text[depth:] + filler for text in texts]
@@ -166,13 +170,6 @@ class BranchEncoder:
         """Returns bos if a text of a tokenizer that asks for it lacks it."""
         bos, asks = self.tokenizer.bos_id, self.tokenizer.add_bos_token
         return [bos] if written.is_plain and asks and bos is not None and ids[:1] != [bos] else []
-
-    def _check_texts(self, texts: Sequence[Sequence[int]], start: int) -> None:
-        for name, text in zip(TEXT_NAMES[self.use.kind], texts, strict=False):
-            if len(text) - max(start - 1, 0) + self.use.head < MIN_BRANCH or len(text) <= start:
-                raise ValueError(f"{name} has no token that the model could learn from")
-        if self.use.kind == "pair" and texts[0] == texts[1]:
-            raise ValueError(f"{EQUAL_ANSWERS} as tokens")
 
 
 def make_branch_encoder(

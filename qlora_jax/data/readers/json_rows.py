@@ -36,12 +36,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 _decoder = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _end_of_spaces(text: str, at: int) -> int:
-    found = _spaces.match(text, at)
-    assert found is not None
-    return found.end()
-
-
 def describe_json_error(error: json.JSONDecodeError) -> str:
     """Returns the problem of JSON text and its column. Some messages of the json library already end with "at"."""
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"
@@ -145,7 +139,9 @@ class _ArrayText:
     def peek(self) -> str:
         """Skips white space and returns the next character; empty at the end."""
         while True:
-            self._at = _end_of_spaces(self._text, self._at)
+            found = _spaces.match(self._text, self._at)
+            assert found is not None
+            self._at = found.end()
             if self._at < len(self._text) or self._ended:
                 return self._text[self._at : self._at + 1]
             self._read_more()

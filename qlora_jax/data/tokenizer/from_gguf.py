@@ -132,7 +132,13 @@ def _starting_with(bos: str, bos_id: int | None) -> processors.TemplateProcessin
 
 
 def _byte_level_bpe(metadata: Metadata) -> Tokenizer:
-    pre = _known_pre(metadata)
+    pre = metadata.get("pre")
+    if pre not in KNOWN_PRE:
+        raise ValueError(
+            f"GGUF: tokenizer.ggml.pre is unknown (found {pre!r}, expected one of {', '.join(KNOWN_PRE)}), so "
+            "the split before BPE would be a guess. Use the model's Hugging Face folder, which contains tokenizer.json."
+        )
+    pre = KNOWN_PRE[pre]
     vocabulary, merges = _vocabulary(metadata["tokens"]), _merges(metadata["merges"])
     try:
         bpe = models.BPE(vocabulary, merges, ignore_merges=pre.ignore_merges)
@@ -147,7 +153,11 @@ def _byte_level_bpe(metadata: Metadata) -> Tokenizer:
 
 def _sentencepiece_bpe(metadata: Metadata) -> Tokenizer:
     """Builds BPE over whole texts with SPACE for spaces. Characters that no piece covers become bytes."""
-    _check_lengths(metadata)
+    counts = {name: len(metadata[name]) for name in ("tokens", "token_type", "scores")}
+    if not counts["scores"]:  # Gemma's order of merges follows from that of its tokens
+        del counts["scores"]
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"GGUF: tokenizer.ggml lists have different lengths: {counts}. Use an undamaged file.")
     tokens, kinds = metadata["tokens"], metadata["token_type"]
     merges = _merges_of_pieces(tokens, kinds, metadata["scores"])
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
@@ -185,14 +195,6 @@ def _check_size(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
         )
 
 
-def _check_lengths(metadata: Metadata) -> None:
-    counts = {name: len(metadata[name]) for name in ("tokens", "token_type", "scores")}
-    if not counts["scores"]:  # Gemma's order of merges follows from that of its tokens
-        del counts["scores"]
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"GGUF: tokenizer.ggml lists have different lengths: {counts}. Use an undamaged file.")
-
-
 def _merges_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """Returns every pair of pieces that joins to a piece, highest score first: SentencePiece's merge order.
 
@@ -211,16 +213,6 @@ def _merges_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Seque
         if token[:cut] in pieces and token[cut:] in pieces
     ]
     return sorted(pairs, key=lambda pair: (rank[pair[0] + pair[1]], pieces[pair[0]], pieces[pair[1]]))
-
-
-def _known_pre(metadata: Metadata) -> Pre:
-    pre = metadata.get("pre")
-    if pre not in KNOWN_PRE:
-        raise ValueError(
-            f"GGUF: tokenizer.ggml.pre is unknown (found {pre!r}, expected one of {', '.join(KNOWN_PRE)}), so "
-            "the split before BPE would be a guess. Use the model's Hugging Face folder, which contains tokenizer.json."
-        )
-    return KNOWN_PRE[pre]
 
 
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:

@@ -206,7 +206,11 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
     if "tokenizer_json" in source:
         backend = _named(name, _from_json, source["tokenizer_json"], name)
     else:
-        backend = _from_gguf(source, bos)
+        if "missing" in source:
+            raise ValueError(source["missing"])
+        if "gguf" not in source:
+            raise ValueError(f"tokenizer source: found {sorted(source)}, expected 'tokenizer_json' or 'gguf' in it")
+        backend = rebuild(source["gguf"], bos)
     unknown = [f"{name} {token!r}" for name, token in special_tokens.items() if not _contains(backend, token)]
     if unknown:
         raise ValueError(
@@ -327,11 +331,3 @@ def _from_json(text: str, name: str) -> tokenizers.Tokenizer:
             f"{name} can't be read by tokenizers {tokenizers.__version__} ({error}). Update tokenizers, or use "
             "another file."
         ) from error
-
-
-def _from_gguf(source: Mapping[str, Any], bos: str | None) -> tokenizers.Tokenizer:
-    if "missing" in source:
-        raise ValueError(source["missing"])
-    if "gguf" not in source:
-        raise ValueError(f"tokenizer source: found {sorted(source)}, expected 'tokenizer_json' or 'gguf' in it")
-    return rebuild(source["gguf"], bos)

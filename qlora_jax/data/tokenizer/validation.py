@@ -51,7 +51,12 @@ def check_tokenizer(text: str, parts: Mapping[str, object], model: Mapping[str, 
       model: settings of its model.
     """
     steps = {key: [*_steps(part)] for key, part in parts.items()}
-    problems = _model_problems(model)
+    texts = {key: model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")}
+    problems = [f"model.{problem}" for problem in _text_problems(texts)]
+    if isinstance(longest := model.get("max_input_chars_per_word"), int) and longest > MAX_WORD:
+        problems.append(f"model.max_input_chars_per_word: found {longest}, expected at most {MAX_WORD}")
+    if dropout := model.get("dropout"):
+        problems.append(f"model.dropout: found {dropout}, expected null: it makes the ids of a text random")
     for key, own in steps.items():
         problems += [f"{key}: {problem}" for step in own for problem in _step_problems(step)]
         if len(own) > MAX_STEPS:
@@ -63,16 +68,6 @@ def check_tokenizer(text: str, parts: Mapping[str, object], model: Mapping[str, 
     if problems:
         listed = "\n  ".join(problems[:MAX_PROBLEMS])
         raise ValueError(f"{path}: unsafe. Correct it, or use the file of another source:\n  {listed}")
-
-
-def _model_problems(model: Mapping[str, object]) -> list[str]:
-    texts = {key: model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")}
-    problems = [f"model.{problem}" for problem in _text_problems(texts)]
-    if isinstance(longest := model.get("max_input_chars_per_word"), int) and longest > MAX_WORD:
-        problems.append(f"model.max_input_chars_per_word: found {longest}, expected at most {MAX_WORD}")
-    if dropout := model.get("dropout"):
-        problems.append(f"model.dropout: found {dropout}, expected null: it makes the ids of a text random")
-    return problems
 
 
 def _steps(part: object) -> Iterator[Step]:

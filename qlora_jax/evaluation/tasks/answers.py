@@ -207,50 +207,21 @@ class AnswersTask:
 
 
 def build(settings: QuestionArgs, context: TaskContext) -> AnswersTask:
-    """Builds the task that the settings describe."""
-    assert settings.answers is not None
-    return answers_task(
-        settings.answers,
-        context.tokenizer,
-        named_stop_ids=context.stop_ids,
-        pattern=settings.answer_pattern,
-        match=settings.answer_match,
-        max_new_tokens=settings.max_new_tokens,
-        max_rows=settings.max_rows,
-        max_positions=context.max_positions,
-        file_columns=settings.file_columns,
-    )
-
-
-def answers_task(
-    path: str,
-    tokenizer: Tokenizer,
-    *,
-    named_stop_ids: Collection[int],
-    pattern: str | None,
-    max_new_tokens: int,
-    max_rows: int | None,
-    max_positions: int,
-    match: AnswerMatch = "exact",
-    file_columns: Mapping[str, str] | None = None,
-) -> AnswersTask:
     """Reads rows with the columns question (or prompt) and answer: a text, or a list of texts that are all right.
-
-    Args:
-      named_stop_ids: ids that end a reply according to the model's files.
-      pattern: regular expression of `extract_answer`, or None.
-      match: how answers are compared.
-      file_columns: see `task_file.read_task_rows`.
 
     Raises:
       ValueError: rows that are not questions, are too long, or have an answer without a match of the pattern; the
         message lists them.
     """
+    assert settings.answers is not None
+    path, pattern, match = settings.answers, settings.answer_pattern, settings.answer_match
+    tokenizer = context.tokenizer
     chat = tokenizer.chat_template is not None
     prompter = Prompter(tokenizer=tokenizer, chat=chat, system=None)
-    rows = read_task_rows(path, "answers", file_columns, max_rows)
+    rows = read_task_rows(path, "answers", settings.file_columns, settings.max_rows)
     questions = read_each(path, rows, lambda row: _question(row.data, prompter, pattern, match))
-    check_reply_lengths(path, rows, [question.ids for question in questions], max_new_tokens, max_positions)
+    ids = [question.ids for question in questions]
+    check_reply_lengths(path, rows, ids, settings.max_new_tokens, context.max_positions)
     read_by = "" if pattern is None else f", read by {pattern}"
     compared = "" if match == "exact" else f", compared by {match}"
     return AnswersTask(
@@ -259,8 +230,8 @@ def answers_task(
         tokenizer=tokenizer,
         pattern=pattern,
         match=match,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids(tokenizer, named_stop_ids, chat=chat),
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=stop_ids(tokenizer, context.stop_ids, chat=chat),
         until=None if chat else NEXT_QUESTION,
     )
 

@@ -15,7 +15,6 @@ from qlora_jax.config import QuestionArgs
 from qlora_jax.config.question_settings import LabelScore
 from qlora_jax.data.formats.columns import list_columns
 from qlora_jax.data.readers.files import Place, raise_problems
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import check_lengths, read_each, read_task_rows, values_of, wrong_value
@@ -116,7 +115,11 @@ class LabelsTask:
         """
         scores = score_rows(parts, self._rows, progress, cache)
         likelihoods_RK = likelihoods(scores, len(self.labels), self.label_score)
-        check_are_numbers(self.path, self.places, likelihoods_RK)
+        problem = "labels: a likelihood is not a number, so no label is likeliest. Check the model's weights"
+        wrong = np.isnan(likelihoods_RK).any(axis=1)
+        raise_problems(
+            self.path, [(self.places[row], problem) for row in np.flatnonzero(wrong).tolist()], len(self.places)
+        )
         return predict(likelihoods_RK)
 
     def metrics(self, scores: Predicted) -> list[Metric]:
@@ -168,10 +171,13 @@ class LabelsTask:
 
 
 def build(settings: QuestionArgs, context: TaskContext) -> LabelsTask | HeadLabelsTask:
-    """Builds the task that the settings describe; a model with a sequence head is scored by the head.
+    """Reads rows with a label: a text, a whole number, or true or false.
+
+    A model with a sequence head is scored by the head, another by the likelihood of each label's text.
 
     Raises:
-      ValueError: as `labels_task`; or a model without a head, and no label_prompt and label_texts.
+      ValueError: a model without a head, and no label_prompt and label_texts; the prompt is malformed; or rows lack
+        columns, have other labels or are too long. The message lists them.
     """
     if context.head is not None:
         return head_labels.build(settings, context)
@@ -180,47 +186,13 @@ def build(settings: QuestionArgs, context: TaskContext) -> LabelsTask | HeadLabe
             "labels: requires label_prompt and label_texts, because the model has no sequence head. Set them too"
         )
     assert settings.labels is not None
-    return labels_task(
-        settings.labels,
-        context.tokenizer,
-        prompt=settings.label_prompt,
-        texts=settings.label_texts,
-        label_score=settings.label_score,
-        max_rows=settings.max_rows,
-        max_positions=context.max_positions,
-        file_columns=settings.file_columns,
-    )
-
-
-def labels_task(
-    path: str,
-    tokenizer: Tokenizer,
-    *,
-    prompt: str,
-    texts: Mapping[str, str],
-    label_score: LabelScore,
-    max_rows: int | None,
-    max_positions: int,
-    file_columns: Mapping[str, str] | None = None,
-) -> LabelsTask:
-    """Reads rows with a label: a text, a whole number, or true or false.
-
-    Args:
-      prompt: the question; {name} stands for the column `name` of the file.
-      texts: label as text -> the text that stands for it.
-      label_score: see `likelihoods`.
-      file_columns: see `task_file.read_task_rows`.
-
-    Raises:
-      ValueError: the prompt is malformed, or rows lack columns, have other labels or are too long; the message lists
-        them.
-    """
-    form, labels = parse_prompt(prompt), [*texts.values()]
-    rows = read_task_rows(path, "labels", file_columns, max_rows)
+    path, texts, tokenizer, label_score = settings.labels, settings.label_texts, context.tokenizer, settings.label_score
+    form, labels = parse_prompt(settings.label_prompt), [*texts.values()]
+    rows = read_task_rows(path, "labels", settings.file_columns, settings.max_rows)
     answers = read_each(path, rows, lambda row: _label_index(row.data, [*texts]))
     prompts = read_each(path, rows, lambda row: form.fill(row.data))
     options = [encode_continuations(text, text, labels, tokenizer) for text in prompts]
-    check_lengths(path, rows, options, max_positions)
+    check_lengths(path, rows, options, context.max_positions)
     empty = form.fill(dict.fromkeys(form.columns, WITHOUT_CONTENT))
     return LabelsTask(
         title=f"{path}: {len(rows)} rows, {len(labels)} labels, by {label_score}",
@@ -275,13 +247,6 @@ def likelihoods(scores: RowScores, labels: int, label_score: LabelScore) -> Floa
     log_p = -scores.nll / scores.tokens if label_score == "mean" else -scores.nll
     log_p_RK = log_p.reshape(-1, labels)
     return log_p_RK[:-1] - log_p_RK[-1] if label_score == "calibrated" else log_p_RK
-
-
-def check_are_numbers(path: str, places: Sequence[Place], likelihoods_RK: Float64[np.ndarray, "R K"]) -> None:
-    """Raises one ValueError that lists every row with a likelihood that is not a number."""
-    problem = "labels: a likelihood is not a number, so no label is likeliest. Check the model's weights"
-    wrong = np.isnan(likelihoods_RK).any(axis=1)
-    raise_problems(path, [(places[row], problem) for row in np.flatnonzero(wrong).tolist()], len(places))
 
 
 def predict(likelihoods_RK: Float64[np.ndarray, "R K"]) -> Predicted:

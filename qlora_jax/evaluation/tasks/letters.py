@@ -116,50 +116,25 @@ class LettersTask:
 
 
 def build(settings: QuestionArgs, context: TaskContext) -> LettersTask:
-    """Builds the task that the settings describe."""
-    assert settings.letters is not None
-    return letters_task(
-        settings.letters,
-        context.tokenizer,
-        shots=settings.shots,
-        num_shots=settings.num_shots,
-        max_rows=settings.max_rows,
-        max_positions=context.max_positions,
-        file_columns=settings.file_columns,
-    )
-
-
-def letters_task(
-    path: str,
-    tokenizer: Tokenizer,
-    *,
-    shots: str | None,
-    num_shots: int,
-    max_rows: int | None,
-    max_positions: int,
-    file_columns: Mapping[str, str] | None = None,
-) -> LettersTask:
     """Reads the questions of a file.
 
     A row is {input, output} with an optional {subject}: a complete prompt and its letter, as in QLoRA's MMLU files. Or
     it is {question, options, answer} with an optional {subject}, from which MMLU's prompt is made.
 
-    Args:
-      shots: file of example questions. The first `num_shots` with the same subject precede each question.
-      file_columns: see `task_file.read_task_rows`; for both files.
-
     Raises:
       ValueError: rows that are neither, are too long, or have too few examples of their subject; the message lists
         them.
     """
-    rows = read_task_rows(path, "letters", file_columns, max_rows)
-    examples = None if shots is None else _read_examples(shots, num_shots, file_columns)
+    path, shots, num_shots, columns = settings.letters, settings.shots, settings.num_shots, settings.file_columns
+    assert path is not None
+    rows = read_task_rows(path, "letters", columns, settings.max_rows)
+    examples = None if shots is None else _read_examples(shots, num_shots, columns)
     prompts = read_each(path, rows, lambda row: _prompt(row, examples, num_shots))
-    questions = read_each(path, rows, lambda row: _encode(_prompt(row, examples, num_shots), tokenizer))
+    questions = read_each(path, rows, lambda row: _encode(_prompt(row, examples, num_shots), context.tokenizer))
     problems = [
-        (row.place, f"too long (found {len(question.ids)} tokens; the model has {max_positions} positions)")
+        (row.place, f"too long (found {len(question.ids)} tokens; the model has {context.max_positions} positions)")
         for row, question in zip(rows, questions, strict=True)
-        if len(question.ids) > max_positions
+        if len(question.ids) > context.max_positions
     ]
     raise_problems(path, problems, len(rows))
     subjects = [prompt.subject for prompt in prompts if prompt.subject is not None]
@@ -269,7 +244,14 @@ def _prompt(row: Row, examples: Mapping[str | None, Sequence[str]] | None, num_s
     columns = row.data
     subject = columns.get("subject")
     if {"input", "output"} <= columns.keys():
-        return _complete_prompt(columns, subject, examples is not None)
+        prompt, letter = columns["input"], columns["output"]
+        if examples is not None:
+            raise ValueError("input: a complete prompt, to which no examples are added. Remove shots")
+        if not isinstance(prompt, str) or not isinstance(letter, str) or letter not in [*"ABCD"]:
+            raise ValueError(
+                f"input, output: found output {shorten(repr(letter))}, expected a prompt and one of A, B, C, D"
+            )
+        return _Prompt(prompt, 4, "ABCD".index(letter), subject)
     question = read_question(columns)
     if len(question.options) > len(string.ascii_uppercase):
         raise ValueError(
@@ -283,17 +265,6 @@ def _prompt(row: Row, examples: Mapping[str | None, Sequence[str]] | None, num_s
         )
     text = header(subject) + "".join(f"{example}\n\n" for example in shown) + with_options(question)
     return _Prompt(text, len(question.options), question.answer, subject)
-
-
-def _complete_prompt(columns: Mapping[str, object], subject: str | None, has_examples: bool) -> _Prompt:
-    prompt, letter = columns["input"], columns["output"]
-    if has_examples:
-        raise ValueError("input: a complete prompt, to which no examples are added. Remove shots")
-    if not isinstance(prompt, str) or not isinstance(letter, str) or letter not in [*"ABCD"]:
-        raise ValueError(
-            f"input, output: found output {shorten(repr(letter))}, expected a prompt and one of A, B, C, D"
-        )
-    return _Prompt(prompt, 4, "ABCD".index(letter), subject)
 
 
 def header(subject: str | None) -> str:

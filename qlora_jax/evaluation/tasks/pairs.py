@@ -19,7 +19,6 @@ from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.readers.files import Problem, raise_problems
 from qlora_jax.data.row_kinds import row_use
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.divergence import compare_rows
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.settings import TaskArgs
@@ -191,53 +190,29 @@ def _change(name: str, before: RowValues, after: RowValues) -> tuple[float, floa
 
 
 def build(settings: TaskArgs, context: TaskContext) -> PairsTask | RewardPairsTask:
-    """Builds the task that the settings describe; a model with a sequence head is scored by its rewards."""
-    if context.head is not None:
-        return reward_pairs.build(settings, context)
-    assert settings.pairs is not None
-    return pairs_task(
-        settings.pairs,
-        context.tokenizer,
-        beta=settings.pair_beta,
-        max_rows=settings.max_rows,
-        max_positions=context.max_positions,
-        by=settings.by,
-        file_columns=settings.file_columns,
-    )
-
-
-def pairs_task(
-    path: str,
-    tokenizer: Tokenizer,
-    *,
-    beta: float,
-    max_rows: int | None,
-    max_positions: int,
-    by: str | None = None,
-    file_columns: Mapping[str, str] | None = None,
-) -> PairsTask:
     """Reads preference pairs in a format of training data; the tokens that training would learn are scored.
 
-    Args:
-      beta: factor of rewards.
-      by: column whose values group the pairs; None: no groups.
-      file_columns: see `task_file.read_task_rows`.
+    A model with a sequence head is scored by its rewards.
 
     Raises:
       ValueError: rows that are not pairs, or are too long; the message lists them.
     """
-    rows = read_task_rows(path, "pairs", file_columns, max_rows, OPTIONAL_COLUMNS)
-    row_format = detect_format(path, rows, names=file_columns, setting="file_columns", objective=OBJECTIVE)
+    if context.head is not None:
+        return reward_pairs.build(settings, context)
+    assert settings.pairs is not None
+    path, names = settings.pairs, settings.file_columns
+    rows = read_task_rows(path, "pairs", names, settings.max_rows, OPTIONAL_COLUMNS)
+    row_format = detect_format(path, rows, names=names, setting="file_columns", objective=OBJECTIVE)
     check_rows(path, rows, row_format)
     problems: list[Problem] = []
-    encode = make_branch_encoder(row_format, tokenizer, row_use(OBJECTIVE)).begin(rows, problems)
+    encode = make_branch_encoder(row_format, context.tokenizer, row_use(OBJECTIVE)).begin(rows, problems)
     _, encoded = encode()(problems)
     raise_problems(path, problems, len(rows))
     pairs = [whole_texts(row.ids, row.supervised, row.branches) for row in encoded]
-    check_lengths(path, rows, pairs, max_positions)
+    check_lengths(path, rows, pairs, context.max_positions)
     return PairsTask(
-        title=f"{path}: {len(rows)} pairs, rewards with pair_beta {beta:g}",
+        title=f"{path}: {len(rows)} pairs, rewards with pair_beta {settings.pair_beta:g}",
         sequences=[sequence for pair in pairs for sequence in pair],
-        beta=beta,
-        groups={} if by is None else groups_by(path, rows, by),
+        beta=settings.pair_beta,
+        groups={} if settings.by is None else groups_by(path, rows, settings.by),
     )

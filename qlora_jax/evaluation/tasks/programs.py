@@ -187,68 +187,33 @@ class ProgramsTask:
 
 
 def build(settings: QuestionArgs, context: TaskContext) -> ProgramsTask:
-    """Builds the task that the settings describe."""
-    assert settings.programs is not None
-    return programs_task(
-        settings.programs,
-        context.tokenizer,
-        named_stop_ids=context.stop_ids,
-        pass_at=settings.pass_at,
-        samples=settings.program_samples,
-        sampling=Sampling(
-            temperature=settings.program_temperature, top_p=settings.program_top_p, seed=settings.program_seed
-        ),
-        limits=Limits(settings.program_seconds, settings.program_memory << 20, 5 * settings.program_seconds + 5),
-        sealed=settings.program_isolation == "sealed",
-        max_new_tokens=settings.max_new_tokens,
-        max_rows=settings.max_rows,
-        max_positions=context.max_positions,
-        file_columns=settings.file_columns,
-    )
-
-
-def programs_task(
-    path: str,
-    tokenizer: Tokenizer,
-    *,
-    named_stop_ids: Collection[int],
-    pass_at: Sequence[int],
-    samples: int,
-    sampling: Sampling,
-    limits: Limits,
-    sealed: bool,
-    max_new_tokens: int,
-    max_rows: int | None,
-    max_positions: int,
-    file_columns: Mapping[str, str] | None = None,
-) -> ProgramsTask:
     """Reads rows with the columns prompt, test and entry_point, as in HumanEval.
-
-    Args:
-      named_stop_ids: ids that end a reply according to the model's files.
-      sealed: see `run_programs`.
-      file_columns: see `task_file.read_task_rows`.
 
     Raises:
       ValueError: this system cannot seal a process, or rows are not problems or are too long; the message lists them.
     """
+    path, tokenizer, sealed = settings.programs, context.tokenizer, settings.program_isolation == "sealed"
+    assert path is not None
     if sealed:
         _check_can_seal(path)
     prompter = Prompter(tokenizer=tokenizer, chat=tokenizer.chat_template is not None, system=None)
-    rows = read_task_rows(path, "programs", file_columns, max_rows)
+    rows = read_task_rows(path, "programs", settings.file_columns, settings.max_rows)
     problems = read_each(path, rows, lambda row: _read_problem(row.data, prompter))
-    check_reply_lengths(path, rows, [problem.ids for problem in problems], max_new_tokens, max_positions)
-    replies = "greedy replies" if samples == 1 and not sampling.temperature else f"{samples} replies each"
+    ids, samples = [problem.ids for problem in problems], settings.program_samples
+    check_reply_lengths(path, rows, ids, settings.max_new_tokens, context.max_positions)
+    replies = "greedy replies" if samples == 1 and not settings.program_temperature else f"{samples} replies each"
     return ProgramsTask(
         title=f"{path}: {len(rows)} programs, {replies}{'' if sealed else ', not isolated'}",
         problems=problems,
         tokenizer=tokenizer,
         samples=samples,
-        pass_at=pass_at,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids(tokenizer, named_stop_ids, chat=prompter.chat),
-        limits=limits,
+        pass_at=settings.pass_at,
+        sampling=Sampling(
+            temperature=settings.program_temperature, top_p=settings.program_top_p, seed=settings.program_seed
+        ),
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=stop_ids(tokenizer, context.stop_ids, chat=prompter.chat),
+        limits=Limits(settings.program_seconds, settings.program_memory << 20, 5 * settings.program_seconds + 5),
         sealed=sealed,
     )
 

@@ -288,7 +288,8 @@ def config_from_metadata(
       ValueError: keys are missing, unknown, or have an unsupported value; all are named.
     """
     keys = _supported_keys(path, architecture, metadata)
-    variant = _variant(architecture, keys)
+    plain = Variant(model_type=architecture.model_type, class_name=architecture.class_name)
+    variant = next((variant for key, variant in architecture.variants.items() if key in keys), plain)
     config = {name: keys[key] for key, name in _required(architecture).items()}
     config["num_hidden_layers"] = number_of_layers(architecture, metadata)
     config |= architecture.absent
@@ -355,12 +356,6 @@ def _attention(architecture: Architecture, keys: Metadata, config: JsonObject) -
     if architecture.window_period:
         found |= _windows(architecture, keys, config | found)
     return found
-
-
-def _variant(architecture: Architecture, keys: Metadata) -> Variant:
-    """The model of a file, by the keys that it has."""
-    plain = Variant(model_type=architecture.model_type, class_name=architecture.class_name)
-    return next((variant for key, variant in architecture.variants.items() if key in keys), plain)
 
 
 def _windows(architecture: Architecture, keys: Metadata, config: JsonObject) -> JsonObject:

@@ -79,7 +79,16 @@ def parse_header(path: Path) -> GgufHeader:
         raise ValueError(f"{path}: not a GGUF file ({path.stat().st_size} bytes). Download it again.")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(path, data)
-        tensor_count, key_count = _read_preamble(cursor)
+        magic = cursor.take(4, "the magic number")
+        if magic != MAGIC:
+            raise ValueError(f"{cursor.path}: not a GGUF file (starts with {magic!r}, expected {MAGIC!r})")
+        version = cursor.number("<I", "the version")
+        if version not in VERSIONS:
+            kind = "big-endian" if version & 0xFFFF == 0 and version else f"version {version}"
+            raise ValueError(
+                f"{cursor.path}: not a supported GGUF file (found {kind}, expected little-endian, versions {VERSIONS})"
+            )
+        tensor_count, key_count = cursor.count("tensors", MAX_TENSORS), cursor.count("metadata keys", MAX_KEYS)
         metadata = _unique(path, [_read_key(cursor) for _ in range(key_count)])
         alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
@@ -163,20 +172,6 @@ class _Cursor:
 
     def corrupt(self, position: int, problem: str) -> ValueError:
         return ValueError(f"{self.path}: corrupt: byte {position}: {problem}. Download it again.")
-
-
-def _read_preamble(cursor: _Cursor) -> tuple[int, int]:
-    """(number of tensors, number of metadata keys)"""
-    magic = cursor.take(4, "the magic number")
-    if magic != MAGIC:
-        raise ValueError(f"{cursor.path}: not a GGUF file (starts with {magic!r}, expected {MAGIC!r})")
-    version = cursor.number("<I", "the version")
-    if version not in VERSIONS:
-        kind = "big-endian" if version & 0xFFFF == 0 and version else f"version {version}"
-        raise ValueError(
-            f"{cursor.path}: not a supported GGUF file (found {kind}, expected little-endian, versions {VERSIONS})"
-        )
-    return cursor.count("tensors", MAX_TENSORS), cursor.count("metadata keys", MAX_KEYS)
 
 
 def _read_key(cursor: _Cursor) -> tuple[str, object]:

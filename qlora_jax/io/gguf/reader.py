@@ -47,7 +47,14 @@ def open_gguf(path: Path) -> ModelSource:
     """
     header = parse_header(path)
     architecture = architecture_of(path, header.metadata)
-    _check_tensor_types(path, header.tensors)
+    odd = [info for info in header.tensors if info.type.name not in (*PLAIN, *BLOCKED)]
+    if odd:
+        kinds = sorted({info.type.name for info in odd})
+        raise ValueError(
+            f"{path}: {len(odd)} tensors have types that are not supported, such as {odd[0].name} (found "
+            f"{', '.join(kinds)}, expected {', '.join((*PLAIN, *BLOCKED))}). Get the model in another quantization; "
+            "the most exact are BF16 and Q8_0"
+        )
     infos = {info.name: info for info in header.tensors}
     tables = {name: _read_table(path, infos[name]) for name in TABLES & infos.keys()}
     config = config_from_metadata(path, architecture, header.metadata, frozenset(infos), tables)
@@ -99,17 +106,6 @@ def hugging_face_name(name: str, architecture: Architecture) -> str:
     """
     match = NAME.fullmatch(name)
     return (match and architecture.hugging_face_name(**match.groupdict())) or name
-
-
-def _check_tensor_types(path: Path, tensors: list[TensorInfo]) -> None:
-    odd = [info for info in tensors if info.type.name not in (*PLAIN, *BLOCKED)]
-    if odd:
-        kinds = sorted({info.type.name for info in odd})
-        raise ValueError(
-            f"{path}: {len(odd)} tensors have types that are not supported, such as {odd[0].name} (found "
-            f"{', '.join(kinds)}, expected {', '.join((*PLAIN, *BLOCKED))}). Get the model in another quantization; "
-            "the most exact are BF16 and Q8_0"
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_jax.data.tokenizer.from_gguf import (
@@ -19,7 +19,7 @@ from qlora_jax.data.tokenizer.from_gguf import (
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.metadata import JsonObject
-from qlora_jax.model_source import GgufVocabulary, TokenizerData
+from qlora_jax.model_source import TokenizerData
 
 PREFIX = "tokenizer.ggml."
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id")
@@ -58,19 +58,15 @@ def tokenizer_from_metadata(path: Path, metadata: Metadata) -> TokenizerData:
         "template_name": f"{path}: tokenizer.chat_template",
         "add_bos_token": keys.get("add_bos_token", with_bos),
         "stop_token_ids": [ids[key] for key in STOP_IDS if key in ids],
-        "gguf": _vocabulary(keys, ordered=metadata["general.architecture"] in ORDERED),
-    }
-
-
-def _vocabulary(keys: Metadata, *, ordered: bool) -> GgufVocabulary:
-    return {
-        "model": keys["model"],
-        "pre": keys.get("pre", "default"),
-        "tokens": keys["tokens"],
-        "token_type": keys.get("token_type", []),
-        "merges": keys.get("merges", []),
-        "scores": [] if ordered else keys.get("scores", []),
-        "add_space_prefix": keys.get("add_space_prefix", keys["model"] in MODELS_WITH_BOS),
+        "gguf": {
+            "model": keys["model"],
+            "pre": keys.get("pre", "default"),
+            "tokens": keys["tokens"],
+            "token_type": keys.get("token_type", []),
+            "merges": keys.get("merges", []),
+            "scores": [] if (metadata["general.architecture"] in ORDERED) else keys.get("scores", []),
+            "add_space_prefix": keys.get("add_space_prefix", keys["model"] in MODELS_WITH_BOS),
+        },
     }
 
 
@@ -111,7 +107,11 @@ def tokenizer_metadata(
     """
     parsed = json.loads(tokenizer.to_json())
     model, added = parsed["model"], {token["id"]: token for token in parsed.get("added_tokens", [])}
-    tokens, kinds = _tokens(tokenizer, added, size)
+    by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
+    kinds = [NORMAL if number in by_id else UNUSED for number in range(size)]
+    for number, token in added.items():
+        kinds[number] = CONTROL if token["special"] else USER_DEFINED
     if model["type"] != "BPE":
         raise ValueError(
             f"the tokenizer's model cannot be written to GGUF (found {model['type']}, expected BPE, byte-level or "
@@ -125,20 +125,17 @@ def tokenizer_metadata(
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     source = tokenizer_from_metadata(Path("tokenizer"), metadata | {"general.architecture": architecture})
     read = load_tokenizer(source)
-    _check_ids(tokenizer, read, keys["model"])
+    kind = keys["model"]
+    wrong = [text for text in PROBES if read.encode(text) != tokenizer.encode(text)]
+    if wrong:
+        raise ValueError(
+            f"the tokenizer cannot be written to GGUF metadata: a vocabulary of kind {kind!r} would give other ids for "
+            f"{len(wrong)} of {len(PROBES)} texts, such as {wrong[0]!r}. Export with --format hf"
+        )
     found = {token["content"] for token in added.values()} | ({model["unk_token"]} if model.get("unk_token") else set())
     return metadata, _notes(
         tokenizer, read, keys["pre"], sorted(found)[:MAX_ADDED], _stops(tokenizer, stop)[len(STOP_KEYS) :]
     )
-
-
-def _tokens(tokenizer: Tokenizer, added: Mapping[int, JsonObject], size: int) -> tuple[list[str], list[int]]:
-    by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
-    kinds = [NORMAL if number in by_id else UNUSED for number in range(size)]
-    for number, token in added.items():
-        kinds[number] = CONTROL if token["special"] else USER_DEFINED
-    return tokens, kinds
 
 
 def _byte_level(tokenizer: Tokenizer, model: JsonObject, tokens: list[str], kinds: list[int]) -> JsonObject:
@@ -188,15 +185,6 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 def _stops(tokenizer: Tokenizer, stop: Sequence[int]) -> list[int]:
     first = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     return list(dict.fromkeys([*first, *stop]))
-
-
-def _check_ids(tokenizer: Tokenizer, read: Tokenizer, kind: str) -> None:
-    wrong = [text for text in PROBES if read.encode(text) != tokenizer.encode(text)]
-    if wrong:
-        raise ValueError(
-            f"the tokenizer cannot be written to GGUF metadata: a vocabulary of kind {kind!r} would give other ids for "
-            f"{len(wrong)} of {len(PROBES)} texts, such as {wrong[0]!r}. Export with --format hf"
-        )
 
 
 def _notes(tokenizer: Tokenizer, read: Tokenizer, pre: str, added: Sequence[str], unlisted: Sequence[int]) -> list[str]:

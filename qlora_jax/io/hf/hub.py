@@ -15,6 +15,8 @@ from pathlib import Path
 
 from qlora_jax.io.hf.reader import INDEX, SINGLE, read_config, read_index
 from qlora_jax.io.hf.tokenizer import PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_jax.io.loading.draft_layers import without_drafts
+from qlora_jax.models.families import model_config
 from qlora_jax.terminal.visible import without_passwords
 
 # The grammar of hf:// addresses: the revision follows the name; a slash in a revision is written %2F.
@@ -83,7 +85,7 @@ def fetch_model(name: HubName, before_weights: Callable[[], object]) -> Fetched:
         return Fetched(path=folder / name.file, name=_at_commit(name, folder))
     folder = fetch_config(name).parent
     name = _at_commit(name, folder)
-    read_config(folder / CONFIG, f"{name}/{CONFIG}")
+    model_config(without_drafts(read_config(folder / CONFIG)), f"{name}/{CONFIG}")
     before_weights()
     _snapshot(name, DESCRIPTION)
     weights = sorted(set(read_index(folder / INDEX).values())) if (folder / INDEX).is_file() else [SINGLE]

@@ -115,13 +115,6 @@ def group_integers(folder: Path, tensors: Parts, method: IntegerMethod, settings
             problems.setdefault(str(error), []).append(stem)
     if not stems:
         problems = {f"no tensor is named .{next(iter(method.parts))}": ["model"]}
-    _raise(folder, method, problems)
-    used = {entry.name for parts in stems.values() for entry in parts.values()}
-    return {name: entry for name, entry in tensors.items() if name not in used} | found
-
-
-def _raise(folder: Path, method: IntegerMethod, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raises ValueError if there are problems, with one line for the same problem in several layers."""
     lines = [line for problem, stems in problems.items() for line in lines_by_layer(problem, stems)]
     if lines:
         more = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
@@ -129,6 +122,8 @@ def _raise(folder: Path, method: IntegerMethod, problems: Mapping[str, Sequence[
         raise ValueError(
             f"{folder}: {method.title} weights cannot be read. Use undamaged files, or the 16-bit model:\n  {text}"
         )
+    used = {entry.name for parts in stems.values() for entry in parts.values()}
+    return {name: entry for name, entry in tensors.items() if name not in used} | found
 
 
 def _entry(name: str, parts: Parts, method: IntegerMethod, settings: Settings, tensors: Parts) -> TensorEntry:

@@ -324,7 +324,17 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource, sto
       stop: ids that end a reply.
     """
     if source.multimodal is not None:
-        _copy_tokenizer(folder, tokenizer, source, stop)
+        for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
+            if (source.path / name).is_file():
+                write_bytes(folder / name, (source.path / name).read_bytes())
+        if tokenizer.new_ids:
+            write_text(folder / "tokenizer.json", tokenizer.to_json())
+        if tokenizer.chat_template not in (None, source.tokenizer["chat_template"]):
+            write_text(folder / "chat_template.jinja", tokenizer.chat_template)
+        if [*stop] != source.tokenizer["stop_token_ids"]:
+            path = folder / GENERATION_CONFIG
+            own = read_json(path, JsonObject) if path.exists() else {}
+            _write_json(path, {**own, "eos_token_id": [*stop]})
         return
     _write_json(folder / GENERATION_CONFIG, {"eos_token_id": [*stop], "bos_token_id": tokenizer.bos_id})
     write_text(folder / "tokenizer.json", tokenizer.to_json())
@@ -332,20 +342,6 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource, sto
     _write_json(folder / "tokenizer_config.json", named | dict(tokenizer.special_tokens))
     if tokenizer.chat_template is not None:
         write_text(folder / "chat_template.jinja", tokenizer.chat_template)
-
-
-def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource, stop: Sequence[int]) -> None:
-    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
-        if (source.path / name).is_file():
-            write_bytes(folder / name, (source.path / name).read_bytes())
-    if tokenizer.new_ids:
-        write_text(folder / "tokenizer.json", tokenizer.to_json())
-    if tokenizer.chat_template not in (None, source.tokenizer["chat_template"]):
-        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
-    if [*stop] != source.tokenizer["stop_token_ids"]:
-        path = folder / GENERATION_CONFIG
-        own = read_json(path, JsonObject) if path.exists() else {}
-        _write_json(path, {**own, "eos_token_id": [*stop]})
 
 
 def _dense(slot: Slot, index: int, compute_dtype: np.dtype) -> jax.Array:

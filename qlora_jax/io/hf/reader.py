@@ -86,6 +86,7 @@ def open_folder(folder: Path, before_weights: Callable[[], object]) -> ModelSour
             f"{folder}: not a Hugging Face model folder (config.json is missing). {_found_instead(folder)}"
         )
     config = read_config(config_path)
+    model_config(without_drafts(config), str(config_path))
     before_weights()
     form = _quantized_form(config_path, config)
     types = form.types
@@ -140,18 +141,10 @@ def _quantized_form(path: Path, config: JsonObject) -> _Form:
     return _Form(DTYPES | INTEGER_TYPES, grouped, method.title)
 
 
-def read_config(path: Path, name: str | None = None) -> JsonObject:
-    """Reads config.json.
-
-    Args:
-      name: the file, for messages about the model; None for its path.
-
-    Raises:
-      ValueError: not a JSON object, values of other types, or a model that is not supported.
-    """
+def read_config(path: Path) -> JsonObject:
+    """Reads config.json; raises ValueError if it is not a JSON object, or has values of other types."""
     config = read_json(path, JsonObject)
     check_value(config, FolderConfig, path)
-    model_config(without_drafts(config), name or str(path))
     return config
 
 
@@ -281,7 +274,14 @@ def _weight_files(folder: Path, types: Types) -> list[Path]:
             f"{folder}: {len(missing)} of the {len(shards)} shards in {INDEX} are missing: {', '.join(missing[:20])}. "
             "Download these files into the folder"
         )
-    _check_index(folder, shard_of, shards, types)
+    stored = {(entry.name, shard) for shard in shards for entry in read_header(folder / shard, types)}
+    wrong = sorted(set(shard_of.items()) ^ stored)
+    if wrong:
+        lines = "\n".join(
+            f"  {name}: {f'named, but not in {shard}' if (name, shard) not in stored else f'in {shard}, but not named'}"
+            for name, shard in wrong
+        )
+        raise ValueError(f"{folder / INDEX}: {len(wrong)} tensors do not match the shards. Download it again:\n{lines}")
     return [folder / shard for shard in shards]
 
 
@@ -299,17 +299,6 @@ def read_index(path: Path) -> dict[str, str]:
             "without a path"
         )
     return {name: shard for name, shard in shard_of.items() if not DERIVED.fullmatch(name)}
-
-
-def _check_index(folder: Path, shard_of: dict[str, str], shards: list[str], types: Types) -> None:
-    stored = {(entry.name, shard) for shard in shards for entry in read_header(folder / shard, types)}
-    wrong = sorted(set(shard_of.items()) ^ stored)
-    if wrong:
-        lines = "\n".join(
-            f"  {name}: {f'named, but not in {shard}' if (name, shard) not in stored else f'in {shard}, but not named'}"
-            for name, shard in wrong
-        )
-        raise ValueError(f"{folder / INDEX}: {len(wrong)} tensors do not match the shards. Download it again:\n{lines}")
 
 
 def _found_instead(folder: Path) -> str:

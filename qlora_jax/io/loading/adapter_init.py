@@ -20,7 +20,7 @@ from qlora_jax.methods.targets import ranks_and_scalings, target_layers
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.tensor_names import layer_name
-from qlora_jax.nn.linear import named_key
+from qlora_jax.nn.random_keys import named_key
 from qlora_jax.quant import dequantize, pissa_loftq, quantize
 
 

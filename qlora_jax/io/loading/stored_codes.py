@@ -1,7 +1,7 @@
 """Finds the format in which a model's files store each layer: codes that are kept as they are, or 16 bits."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, WITHOUT_KERNELS
 from qlora_jax.io.tensor_map import check_number_of_experts
@@ -27,8 +27,18 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
         name: [*layer_entries(name, source, config)] for name in (*config.linear_shapes(), *config.expert_shapes())
     }
     entries = [entry for each in layers.values() for layer in each for entry in layer]
-    _check_order(entries, source)
-    _check_kernels(entries, source)
+    if reordered := [entry.name for entry in entries if entry.file_type == ACT_ORDER]:
+        raise ValueError(
+            f"model.quant_type: found 'stored', but {source.path} has {len(reordered)} layers whose groups are not "
+            f"runs of columns, because calibration reordered them (act-order), such as {reordered[0]}. Set "
+            "model.quant_type=nf4, which dequantizes and quantizes again, or give files made with desc_act=false"
+        )
+    if found := [entry.name for entry in entries if entry.file_type in WITHOUT_KERNELS]:
+        raise ValueError(
+            f"model.quant_type: found 'stored', but {source.path} has {len(found)} layers in "
+            f"{', '.join(WITHOUT_KERNELS)}, with whose codes no kernel computes, such as {found[0]}. Set "
+            "model.quant_type=nf4, which dequantizes and quantizes again"
+        )
     stored = tuple((name, tuple(_format(each, source) for each in found)) for name, found in layers.items())
     if of_bnb := [entry.read_quantized for entry in entries if entry.read_quantized is not None]:
         first = of_bnb[0]()
@@ -68,24 +78,6 @@ def stored_types(source: ModelSource, config: ModelConfig) -> str:
     layers = [layer for name in names for layer in layer_entries(name, source, config)]
     counts = count_by_type(layer[0].file_type for layer in layers if layer and layer[0].read_stored)
     return f"{source.integer_method}, {counts}" if counts and source.integer_method else counts
-
-
-def _check_order(entries: Entries, source: ModelSource) -> None:
-    if reordered := [entry.name for entry in entries if entry.file_type == ACT_ORDER]:
-        raise ValueError(
-            f"model.quant_type: found 'stored', but {source.path} has {len(reordered)} layers whose groups are not "
-            f"runs of columns, because calibration reordered them (act-order), such as {reordered[0]}. Set "
-            "model.quant_type=nf4, which dequantizes and quantizes again, or give files made with desc_act=false"
-        )
-
-
-def _check_kernels(entries: Entries, source: ModelSource) -> None:
-    if found := [entry.name for entry in entries if entry.file_type in WITHOUT_KERNELS]:
-        raise ValueError(
-            f"model.quant_type: found 'stored', but {source.path} has {len(found)} layers in "
-            f"{', '.join(WITHOUT_KERNELS)}, with whose codes no kernel computes, such as {found[0]}. Set "
-            "model.quant_type=nf4, which dequantizes and quantizes again"
-        )
 
 
 def layer_entries(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Entries]:
@@ -128,16 +120,6 @@ def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelC
     dense = {name: _dense_layers(name, source, config) for name in names}
     if all(len(layers) == len(config.layers_with(name)) for name, layers in dense.items()):
         return weights
-    _check_16_bits_exist(weights, dense, source, config)
-    if not keeps_codes:
-        kept = dict(weights.dense)
-        dense |= {name: kept.get(name, ()) for name in config.expert_shapes()}
-    return dataclasses.replace(weights, dense=tuple((name, rows) for name, rows in dense.items() if rows))
-
-
-def _check_16_bits_exist(
-    weights: WeightFormat, dense: Mapping[str, tuple[int, ...]], source: ModelSource, config: ModelConfig
-) -> None:
     lost = {name: sorted(set(rows) - set(dense.get(name, rows))) for name, rows in weights.dense}
     layers_of = {name: [config.layers_with(name)[row] for row in rows] for name, rows in lost.items()}
     if texts := [f"{name} of layers {', '.join(map(str, layers))}" for name, layers in layers_of.items() if layers]:
@@ -145,6 +127,10 @@ def _check_16_bits_exist(
             f"model.keep_16bit: {source.path} stores {'; '.join(texts)} in 4 bits, so their 16-bit weights are not "
             "known. Remove these names, or give the 16-bit model"
         )
+    if not keeps_codes:
+        kept = dict(weights.dense)
+        dense |= {name: kept.get(name, ()) for name in config.expert_shapes()}
+    return dataclasses.replace(weights, dense=tuple((name, rows) for name, rows in dense.items() if rows))
 
 
 def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[int, ...]:

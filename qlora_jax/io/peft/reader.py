@@ -20,7 +20,7 @@ from qlora_jax.io.peft.head_adapters import head_modules, named_as_causal, read_
 from qlora_jax.io.peft.multimodal import with_current_names
 from qlora_jax.metadata import read_json, shorten, shorten_key
 from qlora_jax.methods.method import form_of
-from qlora_jax.methods.peft_form import CONFIG, NO_ARRAYS, WEIGHTS, PeftFile, PeftForm, PeftKeys
+from qlora_jax.methods.peft_form import CONFIG, NO_ARRAYS, WEIGHTS, PeftFile, PeftKeys
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.objectives.head_objective import TrainedHead
 
@@ -81,9 +81,26 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
       ValueError: the adapter's type or settings are not supported (all problems are named), or its tensors do not fit
         the model (all problems are named).
     """
-    form = _form(folder)
+    peft_type = read_json(folder / CONFIG, _Type).get("peft_type", LORA)
+    form = form_of(peft_type) if isinstance(peft_type, str) else None
+    if form is None:
+        expected = " or ".join(map(repr, peft_types()))
+        raise ValueError(f"{folder / CONFIG}:\n  peft_type: found {shorten(peft_type)}, expected {expected}")
     config: PeftKeys = read_json(folder / CONFIG, form.keys)
-    _check_settings(folder, config, form, model)
+    problems = []
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias: found {shorten(config.get('bias'))}, expected 'none'")
+    problems += [f"{name} is missing" for name in form.required if name not in config]
+    problems += form.problems(config)
+    known = {*PeftKeys.__annotations__, *HARMLESS, *form.unused, *form.settings(config, model)}
+    problems += [
+        f"{shorten_key(name)}: {shorten(value)} is not supported"
+        for name, value in sorted(config.items())
+        if name not in known and value not in (None, False, {}, [])
+    ]
+    problems += setting_problems(config, without_lm_head(config, model), head_modules(config))
+    if problems:
+        raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))
     if not (folder / WEIGHTS).is_file():
         raise ValueError(_no_weights(folder))
     entries = named_as_causal(config, with_current_names(list(read_header(folder / WEIGHTS)), model), model)
@@ -102,15 +119,6 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
     )
 
 
-def _form(folder: Path) -> PeftForm:
-    peft_type = read_json(folder / CONFIG, _Type).get("peft_type", LORA)
-    form = form_of(peft_type) if isinstance(peft_type, str) else None
-    if form is None:
-        expected = " or ".join(map(repr, peft_types()))
-        raise ValueError(f"{folder / CONFIG}:\n  peft_type: found {shorten(peft_type)}, expected {expected}")
-    return form
-
-
 def _no_weights(folder: Path) -> str:
     if (folder / PICKLE).is_file():
         return (
@@ -118,20 +126,3 @@ def _no_weights(folder: Path) -> str:
             "it with peft: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
         )
     return f"{folder}: {WEIGHTS} is missing (found {CONFIG}). Copy it from where the adapter was trained"
-
-
-def _check_settings(folder: Path, config: PeftKeys, form: PeftForm, model: ModelConfig) -> None:
-    problems = []
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias: found {shorten(config.get('bias'))}, expected 'none'")
-    problems += [f"{name} is missing" for name in form.required if name not in config]
-    problems += form.problems(config)
-    known = {*PeftKeys.__annotations__, *HARMLESS, *form.unused, *form.settings(config, model)}
-    problems += [
-        f"{shorten_key(name)}: {shorten(value)} is not supported"
-        for name, value in sorted(config.items())
-        if name not in known and value not in (None, False, {}, [])
-    ]
-    problems += setting_problems(config, without_lm_head(config, model), head_modules(config))
-    if problems:
-        raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))

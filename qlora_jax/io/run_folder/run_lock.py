@@ -99,7 +99,11 @@ def lock_run(folder: Path, warn: Warn) -> Iterator[RunLock]:
       ValueError: another process holds the lock (the message names it), or the folder cannot be created.
       OSError: the lock file cannot be written.
     """
-    _check_writable(folder)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"output {folder}: {nearest} is a file. Give another output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"output {folder}: no permission to write in {nearest}. Give another output")
     created = make_folder(folder)
     try:
         lock = _acquire(folder, warn)
@@ -150,14 +154,6 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _check_writable(folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"output {folder}: {nearest} is a file. Give another output")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"output {folder}: no permission to write in {nearest}. Give another output")
 
 
 def _acquire(folder: Path, warn: Warn) -> RunLock:

@@ -218,12 +218,6 @@ def experts_from_hf(
     )
     if experts.per_token > count:
         attributes.refuse(f"num_experts_per_tok: found {experts.per_token}, expected at most {count}, the experts")
-    _check_groups(attributes, experts)
-    return experts if layers else None
-
-
-def _check_groups(attributes: Attributes, experts: ExpertsConfig) -> None:
-    """Checks that groups are equal, and that the chosen ones have enough experts."""
     groups, best = experts.groups, experts.groups_per_token
     if not groups or experts.count % groups or (groups > 1 and experts.count // groups < BEST_OF_GROUP):
         attributes.refuse(
@@ -234,6 +228,7 @@ def _check_groups(attributes: Attributes, experts: ExpertsConfig) -> None:
         attributes.refuse(
             f"topk_group: found {best} of {groups} groups, expected enough for {experts.per_token} experts"
         )
+    return experts if layers else None
 
 
 def sparse_layers(attributes: Attributes) -> tuple[int, ...]:

@@ -26,19 +26,15 @@ def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     attributes.require_only(ONLY)
     attributes.ignore(UNUSED)
     bias, mlp_bias = attributes.boolean("attention_bias", False), attributes.boolean("mlp_bias", False)
-    rotates = _rotates(attributes)
+    layers, interval = attributes.integer("num_hidden_layers"), attributes.integer("no_rope_layer_interval", 4) or 1
+    default = [int((layer + 1) % interval != 0) for layer in range(layers)]
+    rotates = [bool(flag) for flag in attributes.by_layer("no_rope_layers", layers, default, (0, 1))]
     rope = functools.partial(rope_from_hf, attributes, theta=2e6)
     features = {"qkv_bias": bias, "o_bias": bias, "mlp_bias": mlp_bias, "windows": _windows(attributes, rotates)}
     model = decoder_from_hf(attributes, DEFAULTS, rope=rope, **features)
     attributes.finish()
     ropes = () if all(rotates) else tuple(model.rope if rotated else None for rotated in rotates)
     return dataclasses.replace(model, ropes=ropes)
-
-
-def _rotates(attributes: Attributes) -> list[bool]:
-    layers, interval = attributes.integer("num_hidden_layers"), attributes.integer("no_rope_layer_interval", 4) or 1
-    default = [int((layer + 1) % interval != 0) for layer in range(layers)]
-    return [bool(flag) for flag in attributes.by_layer("no_rope_layers", layers, default, (0, 1))]
 
 
 def _windows(attributes: Attributes, rotates: list[bool]) -> tuple[int | None, ...]:

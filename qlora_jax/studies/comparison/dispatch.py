@@ -234,7 +234,13 @@ def run_all(runs: Sequence[Run], launcher: Launcher, retries: int, report: Repor
             _collect(state, retries, report)
             time.sleep(POLL_SECONDS)
     except BaseException:
-        _cancel(state, report)
+        if state.active:
+            report(f"ending {len(state.active)} runs, which save checkpoints first; start the study again to continue")
+        for started in state.active.values():
+            started.cancel()
+        end = time.monotonic() + CANCEL_SECONDS
+        while time.monotonic() < end and not all(started.done() for started in state.active.values()):
+            time.sleep(POLL_SECONDS)
         raise
     return state.failed
 
@@ -277,13 +283,3 @@ def _restart_or_fail(state: _State, run: Run, reason: str, retries: int, report:
         state.waiting.append(run)
     else:
         state.failed[run] = f"lost {state.lost[run]} times; the last time: {reason}"
-
-
-def _cancel(state: _State, report: Report) -> None:
-    if state.active:
-        report(f"ending {len(state.active)} runs, which save checkpoints first; start the study again to continue")
-    for started in state.active.values():
-        started.cancel()
-    end = time.monotonic() + CANCEL_SECONDS
-    while time.monotonic() < end and not all(started.done() for started in state.active.values()):
-        time.sleep(POLL_SECONDS)

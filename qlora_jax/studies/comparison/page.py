@@ -284,7 +284,7 @@ def difference_row(one: MethodDifference) -> tuple[str, ...]:
         f"{one.method} - {one.reference}",
         figure(one.mean.value, sign=True),
         interval(one.mean.interval, sign=True),
-        p_value(one.p),
+        f"{one.p:.2g}" if one.p >= 1e-4 else "< 0.0001",
         one.verdict,
     )
 
@@ -312,8 +312,3 @@ def figure(value: float, *, sign: bool = False) -> str:
 def interval(ends: tuple[float, float], *, sign: bool = False) -> str:
     """Returns an interval as text."""
     return f"[{figure(ends[0], sign=sign)}, {figure(ends[1], sign=sign)}]"
-
-
-def p_value(p: float) -> str:
-    """Returns a p-value as text."""
-    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"

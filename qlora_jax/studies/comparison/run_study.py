@@ -164,7 +164,12 @@ def compare(args: CompareArgs, *, dry_run: bool = False) -> Results | None:
     with lock_run(output, warn=console.print) as lock, launcher_of(args, output) as launcher:
         runs = run_study(study, sizes, launcher, args.retries, console.print)
         results = summarize(study, runs, parameters)
-        _print(results, console)
+        for task in results.study.tasks.values():
+            title = f"{task.name}: {task.settings.measure} ({task.better} is better)"
+            console.print(_drawn(title, estimate_table(results, task)))
+        if results.differences:
+            rows = [(one.task, *difference_row(one)) for one in results.differences]
+            console.print(_drawn("differences, paired by seed and row", Table(("task", *DIFFERENCE), rows)))
         lock.check()
         page, table = write_page(results, output), write_table(results, output)
     console.print(f"page: {_near(page)}\ntable: {_near(table)}")
@@ -179,15 +184,6 @@ def _overview(study: Study, parameters: dict[tuple[str, str], str]) -> rich.tabl
     return _drawn(
         "runs", Table(("method", "task", "trainable parameters", "runs of the search", "runs that count"), rows)
     )
-
-
-def _print(results: Results, console: Console) -> None:
-    for task in results.study.tasks.values():
-        title = f"{task.name}: {task.settings.measure} ({task.better} is better)"
-        console.print(_drawn(title, estimate_table(results, task)))
-    if results.differences:
-        rows = [(one.task, *difference_row(one)) for one in results.differences]
-        console.print(_drawn("differences, paired by seed and row", Table(("task", *DIFFERENCE), rows)))
 
 
 def _drawn(title: str, table: Table) -> rich.table.Table:

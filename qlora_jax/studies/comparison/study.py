@@ -249,7 +249,8 @@ def _read_tasks(settings: StudySettings) -> tuple[dict[str, StudyTask], list[str
     for name, raw in settings.tasks.items():
         task = from_dict(TaskSettings, raw)
         found = [*_search_problems(task, search=settings.learning_rates is not None), *_evaluate_problems(task)]
-        training = _training_files(task, settings)
+        trains = [task.train, *(part[TRAIN] for part in settings.methods.values() if TRAIN in part)]
+        training = list(dict.fromkeys(path for train in trains for path in sources(train)))
         digests, missing = _digests(task, training)
         found += missing or ([] if found else shared_row_problems(task, training))
         problems += [f"tasks.{name}.{problem}" for problem in found]
@@ -303,12 +304,6 @@ def _measure_problems(task: TaskSettings) -> list[str]:
 def sources(train: object) -> list[str]:
     """Returns the files of a value of data.train."""
     return [str(path) for path in train] if isinstance(train, dict) else [str(train)]
-
-
-def _training_files(task: TaskSettings, settings: StudySettings) -> list[str]:
-    """Returns a task's files of training rows, and those of methods that have their own."""
-    trains = [task.train, *(part[TRAIN] for part in settings.methods.values() if TRAIN in part)]
-    return list(dict.fromkeys(path for train in trains for path in sources(train)))
 
 
 def _digests(task: TaskSettings, training: Sequence[str]) -> tuple[dict[str, str], list[str]]:

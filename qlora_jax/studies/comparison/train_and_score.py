@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -87,16 +87,39 @@ def _perform(folder: Path, job: Job, stop: threading.Event | None) -> RunOutcome
     except Diverged:
         if job["stage"] != "search":
             raise
-        return _diverged_outcome(folder, job)
+        metrics = folder / RUN_FOLDER / "metrics.jsonl"
+        records = read_metrics(metrics) if metrics.exists() else []
+        steps = [record for record in records if "loss" in record]
+        return {
+            "inputs": job["inputs"],
+            "steps": steps[-1]["step"] if steps else 0,
+            "seconds": _seconds(steps),
+            "seconds_per_step": seconds_per_step(records) if steps else 0.0,
+            "peak_bytes": None,
+            "search_loss": None,
+            "values": [],
+            "weights": [],
+        }
     if job["evaluate"] is not None:
-        _evaluate(folder, job, job["evaluate"], stop)
+        settings = job["evaluate"]
+        fixed = {
+            "run": str(folder / RUN_FOLDER),
+            "columns": ["checkpoint"],
+            "json": str(folder / SCORES_FILE),
+            "json_rows": True,
+            "keep": str(folder / CACHE_FOLDER),
+        }
+        words = [word for key, value in {**settings, **fixed}.items() for word in (f"--{key}", _word(value))]
+        _command(folder, job, ["-m", "qlora_jax.evaluate", *words], stop)
     return _outcome(folder, job)
 
 
 def _train(folder: Path, job: Job, stop: threading.Event | None) -> None:
     run = folder / RUN_FOLDER
     with _locked(run):
-        resume = _has_checkpoint(run)
+        from qlora_jax.io.run_folder.checkpoint import saved_steps  # importing orbax takes seconds
+
+        resume = bool(saved_steps(run))
         if not resume:
             shutil.rmtree(run)  # it was stopped before its first checkpoint
     words = ["--config", str(folder / SETTINGS_FILE), *(["--resume"] if resume else [])]
@@ -106,12 +129,6 @@ def _train(folder: Path, job: Job, stop: threading.Event | None) -> None:
         if NOT_FINITE in str(error):
             raise Diverged(str(error)) from None
         raise
-
-
-def _has_checkpoint(run: Path) -> bool:
-    from qlora_jax.io.run_folder.checkpoint import saved_steps  # importing orbax takes seconds
-
-    return bool(saved_steps(run))
 
 
 def _remove_checkpoints(run: Path) -> None:
@@ -137,18 +154,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _evaluate(folder: Path, job: Job, settings: Mapping[str, object], stop: threading.Event | None) -> None:
-    fixed = {
-        "run": str(folder / RUN_FOLDER),
-        "columns": ["checkpoint"],
-        "json": str(folder / SCORES_FILE),
-        "json_rows": True,
-        "keep": str(folder / CACHE_FOLDER),
-    }
-    words = [word for key, value in {**settings, **fixed}.items() for word in (f"--{key}", _word(value))]
-    _command(folder, job, ["-m", "qlora_jax.evaluate", *words], stop)
-
-
 def _word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -166,23 +171,17 @@ def _command(folder: Path, job: Job, words: list[str], stop: threading.Event | N
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=job["directory"], start_new_session=True
         )
-        code = _wait(process, stop)
+        try:
+            while process.poll() is None and not (stop is not None and stop.is_set()):
+                time.sleep(POLL_SECONDS)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            code = process.wait()
     if code < 0 or code > SIGNALLED:
         raise Lost(f"{words[1]} was killed or stopped (exit code {code})")
     if code:
         raise Failed(f"{words[1]} failed (exit code {code}):\n{_last_lines(folder / LOG_FILE, start)}")
-
-
-def _wait(process: subprocess.Popen, stop: threading.Event | None) -> int:
-    """Waits for a process, and ends it with SIGTERM when `stop` is set or this thread is interrupted."""
-    try:
-        while process.poll() is None and not (stop is not None and stop.is_set()):
-            time.sleep(POLL_SECONDS)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        code = process.wait()
-    return code
 
 
 def _last_lines(log: Path, start: int) -> str:
@@ -229,23 +228,6 @@ def _outcome(folder: Path, job: Job) -> RunOutcome:
         "peak_bytes": read_json(run / "report.json", _Report, MAX_BYTES)["memory_plan"]["peak_bytes"],
         "search_loss": losses[-1] if losses else None,
         **rows,
-    }
-
-
-def _diverged_outcome(folder: Path, job: Job) -> RunOutcome:
-    """Returns the outcome of a run that ended at a step that was not finite, and so wrote no report."""
-    metrics = folder / RUN_FOLDER / "metrics.jsonl"
-    records = read_metrics(metrics) if metrics.exists() else []
-    steps = [record for record in records if "loss" in record]
-    return {
-        "inputs": job["inputs"],
-        "steps": steps[-1]["step"] if steps else 0,
-        "seconds": _seconds(steps),
-        "seconds_per_step": seconds_per_step(records) if steps else 0.0,
-        "peak_bytes": None,
-        "search_loss": None,
-        "values": [],
-        "weights": [],
     }
 
 

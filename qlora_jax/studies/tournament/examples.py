@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from qlora_jax.studies.tournament.judges.judge import FIRST, SECOND, Judgement
 from qlora_jax.studies.tournament.judging import Judged
-from qlora_jax.studies.tournament.matches import Match
 
 RANDOM, EXTREME = 4, 3  # examples of each rule
 
@@ -69,9 +68,5 @@ def _lead(judgement: Judgement, ratings: Mapping[str, float]) -> float:
 def _one_per_pair(examples: Sequence[Example]) -> list[Example]:
     found: dict[frozenset[str], Example] = {}
     for example in examples:
-        found.setdefault(_pair(example.judgement.match), example)
+        found.setdefault(frozenset((example.judgement.match.first, example.judgement.match.second)), example)
     return [*found.values()][:EXTREME]
-
-
-def _pair(match: Match) -> frozenset[str]:
-    return frozenset((match.first, match.second))

@@ -97,7 +97,15 @@ def _read(path: str, args: VarianceArgs, *, answered: bool) -> list[Question]:
     seen: dict[str, str] = {}
     for row in rows:
         try:
-            question = _question(row, args, answered=answered)
+            prompt, answer = row.data.get(args.prompt_column), row.data.get(args.answer_column)
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(f"{args.prompt_column}: found {prompt!r}, expected a text. Set prompt_column")
+            given = answer if isinstance(answer, list) else [answer]
+            answers = [text for text in given if isinstance(text, str) and text.strip()]
+            if answered and (not answers or len(answers) < len(given)):
+                fix = "Set answer_column, or leave the measures answer and likelihood out"
+                raise ValueError(f"{args.answer_column}: found {answer!r}, expected a text or a list of texts. {fix}")
+            question = Question(row, prompt, answers if answered else [])
             if question.prompt in seen:
                 raise ValueError(f"the same prompt as row {seen[question.prompt]}. Remove one")
         except ValueError as error:
@@ -107,18 +115,6 @@ def _read(path: str, args: VarianceArgs, *, answered: bool) -> list[Question]:
         questions.append(question)
     raise_problems(path, problems, len(rows))
     return questions
-
-
-def _question(row: Row, args: VarianceArgs, *, answered: bool) -> Question:
-    prompt, answer = row.data.get(args.prompt_column), row.data.get(args.answer_column)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{args.prompt_column}: found {prompt!r}, expected a text. Set prompt_column")
-    given = answer if isinstance(answer, list) else [answer]
-    answers = [text for text in given if isinstance(text, str) and text.strip()]
-    if answered and (not answers or len(answers) < len(given)):
-        fix = "Set answer_column, or leave the measures answer and likelihood out"
-        raise ValueError(f"{args.answer_column}: found {answer!r}, expected a text or a list of texts. {fix}")
-    return Question(row, prompt, answers if answered else [])
 
 
 def _worded(question: Question, condition: ConditionArgs) -> str:

@@ -25,6 +25,7 @@ from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import NORM_PLACEMENTS, ROUTER, ExpertsConfig, ModelConfig, WeightFormat
 from qlora_jax.models.partition import ModelParts, is_table, lora_specs, module_of, parts_specs
 from qlora_jax.models.trainable_embeddings import trainable_table_names
+from qlora_jax.nn.frozen_weight import OPS
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.objectives.head_objective import head_spec
 from qlora_jax.objectives.objective import Objective
@@ -44,6 +45,7 @@ CODES, CONSTANTS, TABLES, ROUTERS, ADAPTERS, VECTORS = KINDS = (
     *("codes", "constants", "tables", "routers"),
     *("adapters", "vectors"),
 )
+CONSTANT_FIELDS = frozenset[str]().union(*(ops.constants for ops in OPS.values()))
 # Models whose trees are remembered.
 MOST_KEPT = 64
 # The schedule's length has no part in the state.
@@ -159,9 +161,7 @@ def _kind(path: jax.tree_util.KeyPath, projections: Collection[str]) -> str:
         return TABLES
     if inner not in projections or not is_weight:
         return VECTORS
-    # The leaves of a QTensor are constants but for its codes.
-    field = getattr(path[-1], "name", "")
-    return CONSTANTS if field.startswith(("absmax", "nested")) else CODES
+    return CONSTANTS if getattr(path[-1], "name", "") in CONSTANT_FIELDS else CODES
 
 
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"  # the last products of the MLP and of attention

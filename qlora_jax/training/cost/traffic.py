@@ -99,7 +99,12 @@ class Traffic:
             return [_Array(_nbytes(var), free=name == "new_ref") for var in eqn.outvars]
         is_rest = part[0] == self._rest
         if is_rest and name == "scan":
-            return self._scan(eqn, inputs, path, times)
+            self._cross(inputs, times)
+            body = eqn.params["jaxpr"].jaxpr
+            slices = [_Array(_nbytes(var), free=one.free) for var, one in zip(body.invars, inputs, strict=True)]
+            trips = times * eqn.params["length"]
+            self._cross(self._body(body, slices, path, trips), trips)
+            return [_Array(_nbytes(var)) for var in eqn.outvars]
         if is_rest and name in CALLS:
             inner = eqn.params[CALLS[name]]
             return self._body(getattr(inner, "jaxpr", inner), inputs, path, times)
@@ -108,14 +113,6 @@ class Traffic:
         large = [array for array, var in zip(inputs, eqn.invars, strict=True) if getattr(var.aval, "ndim", 0)]
         free = name in VIEWS and all(array.free for array in large) and bool(large)
         return [_Array(_nbytes(var), part, free) for var in eqn.outvars]
-
-    def _scan(self, eqn: JaxprEqn, inputs: list[_Array], path: str, times: int) -> list[_Array]:
-        self._cross(inputs, times)
-        body = eqn.params["jaxpr"].jaxpr
-        slices = [_Array(_nbytes(var), free=one.free) for var, one in zip(body.invars, inputs, strict=True)]
-        trips = times * eqn.params["length"]
-        self._cross(self._body(body, slices, path, trips), trips)
-        return [_Array(_nbytes(var)) for var in eqn.outvars]
 
 
 def _nbytes(var) -> int:

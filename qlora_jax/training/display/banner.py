@@ -69,7 +69,8 @@ def _facts(session: Session) -> Rows:
         **_new_tokens(session),
         **_router_losses(config.router),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
-        f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
+        f"warm-up {config.optim.warmup_ratio:.0%})"
+        + (f", gradient norm clipped to {config.optim.max_grad_norm:g}" if config.optim.max_grad_norm else ""),
         **rate_rows(config, session.run.total_steps),
         **({"optimizer state": paging} if (paging := session.state_manager.describe()) else {}),
         "batch": f"{config.train.micro_batch_size * config.train.accumulation} "
@@ -188,7 +189,7 @@ def _tables(session: Session) -> Iterator[tuple[str, jax.Array]]:
 def _trained(session: Session) -> str:
     lora, trained, frozen = (
         session.run.config.lora,
-        _count(session.parts.trained),
+        sum(leaf.size for leaf in jax.tree.leaves(session.parts.trained)),
         session.run.inputs.model.parameters(),
     )
     size = f"{_megabytes(session.parts.trained)} in {lora.dtype}"
@@ -215,10 +216,6 @@ def _new_tokens(session: Session) -> Rows:
     rows = {"new tokens": f"{', '.join(tokens)}; their rows in {where} are trained"} if tokens else {}
     modules = session.run.config.lora.modules_to_save
     return rows | ({"trained fully": ", ".join(modules)} if modules else {})
-
-
-def _count(tree: Lora) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _megabytes(tree: object) -> str:
@@ -290,10 +287,6 @@ def _attention(session: Session) -> str:
     choice = choose_attention(target_device(), step.weights.dtype, step.model.head_dim)
     names = {"cpu": f"C++ ({variant()})", "mma": "mma", "tiles": "XLA, tiled"}
     return "; ".join([names[str(choice.name)], *choice.refusals.values()])
-
-
-def _clip(config: Config) -> str:
-    return f", gradient norm clipped to {config.optim.max_grad_norm:g}" if config.optim.max_grad_norm else ""
 
 
 def _unused(config: Config) -> list[str]:

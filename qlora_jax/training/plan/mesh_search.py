@@ -161,7 +161,7 @@ def rows_of(inputs: RunInputs) -> PlannedRows:
 
 
 def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[StepSpec]:
-    """Returns the longest step on each mesh that the settings allow, the first to try first.
+    """Returns the longest step on each candidate mesh, in the order to try them.
 
     Raises:
       ValueError: an unknown model, rows longer than its maximum, or settings that no mesh allows.

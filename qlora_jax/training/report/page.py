@@ -122,12 +122,8 @@ def _histograms(data: DataReport) -> list[_Figure]:
 
 def _plan(plan: RunPlan, peak: int | None) -> dict[str, str]:
     name = "measured peak, including loading, without Python and its libraries"
-    measured = {} if peak is None else {name: _share(peak, plan.peak_bytes)}
+    measured = {} if peak is None else {name: f"{format_bytes(peak)}, {peak / plan.peak_bytes:.0%} of the plan"}
     return {name: text for name, text in plan.rows().items() if name != BREAKDOWN} | measured
-
-
-def _share(peak: int, planned: int) -> str:
-    return f"{format_bytes(peak)}, {peak / planned:.0%} of the plan"
 
 
 def _places(requirements: Requirements) -> Mapping[str, Mapping[str, int]]:

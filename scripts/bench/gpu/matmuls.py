@@ -144,7 +144,9 @@ def measure(bench: Bench, shape: Shape, rows: int) -> Record:
 
 
 def _measure_way(bench: Bench, shape: Shape, rows: int, way: Direction) -> Record:
-    repeats = _repeats(bench, shape, rows)
+    under = roofline(rows, shape.nk, LAYOUT, fused=True, peak=bench.peak, bandwidth=bench.bandwidth)
+    room = min(bench.memory // (2 * shape.n * shape.k), bench.memory // (2 * rows * max(shape.nk)))
+    repeats = max(1, min(MOST_REPEATS, math.ceil(TARGET_S / under.seconds), room))
     width, columns = (shape.k, shape.n) if way == "forward" else (shape.n, shape.k)
     given = synthetic_like(jax.ShapeDtypeStruct((rows, width), jnp.bfloat16))
     weights = [synthetic_like(abstract_weight(shape.nk, LAYOUT), seed=100 * i) for i in range(repeats)]
@@ -172,13 +174,6 @@ def _fused(bench: Bench, rows: int, way: Direction) -> Iterator[tuple[str, Tile 
 
 def _tile_name(tile: Tile | None) -> str:
     return "one" if tile is None else f"{tile.rows} rows, {tile.steps} steps"
-
-
-def _repeats(bench: Bench, shape: Shape, rows: int) -> int:
-    """Returns the number of products in a program: enough for TARGET_S, within memory and MOST_REPEATS."""
-    under = roofline(rows, shape.nk, LAYOUT, fused=True, peak=bench.peak, bandwidth=bench.bandwidth)
-    room = min(bench.memory // (2 * shape.n * shape.k), bench.memory // (2 * rows * max(shape.nk)))
-    return max(1, min(MOST_REPEATS, math.ceil(TARGET_S / under.seconds), room))
 
 
 def _seconds(

@@ -122,7 +122,12 @@ def main() -> int:
     card = card_of(device, args.card)
     result = about(device, card) | {"rehearsed": args.rehearse, "steps": steps, "products": [], "left out": []}
     print("\n".join([", ".join(f"{k} {v}" for k, v in about(device, card).items()), *_step_lines(result, card)]))
-    result["attention"] = _attention(bench_of(device, card, args.rehearse), args.rehearse)
+    bench = bench_of(device, card, args.rehearse)
+    records = []
+    for case in phases("attention of", attention.TINY if args.rehearse else attention.CASES):
+        records.append(attention.measure(bench.device, case, bench.warm_up, bench.samples))
+        print("\n".join(attention.lines(records[-1])), flush=True)
+    result["attention"] = records
     for m, shape in ((m, shape) for m in rows for shape in shapes):
         if time.perf_counter() - began > args.seconds:
             result["left out"].append(f"{shape.name} M={m}")
@@ -131,7 +136,11 @@ def main() -> int:
             result["products"].append(measure(bench_of(device, card, args.rehearse), shape, m))
             print("\n".join(tables.product_line(result["products"][-1])), flush=True)
         _write(args.output, result)
-    _summary(result, card)
+    products, steps, left_out = (result[part] for part in ("products", "steps", "left out"))
+    lines = [*tables.crossover_rows(products), *tables.tile_rows(products), *_step_lines(result, card)]
+    lines += tables.goals(products, steps, card.bf16_flops, card.bandwidth)
+    lines += [f"skipped, out of time: {', '.join(left_out)}"] if left_out else []
+    print("\n".join(["", *lines]), flush=True)
     return int(_has_failures(result))
 
 
@@ -146,27 +155,10 @@ def _step_lines(result: Record, card: Card) -> list[str]:
     return [tables.step_line(step, card.bf16_flops) for step in result["steps"]]
 
 
-def _attention(bench: Bench, rehearse: bool) -> list[Record]:
-    """Returns the times of attention, which it prints case by case."""
-    records = []
-    for case in phases("attention of", attention.TINY if rehearse else attention.CASES):
-        records.append(attention.measure(bench.device, case, bench.warm_up, bench.samples))
-        print("\n".join(attention.lines(records[-1])), flush=True)
-    return records
-
-
 def _write(path: Path | None, result: Record) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1))
-
-
-def _summary(result: Record, card: Card) -> None:
-    products, steps, left_out = (result[part] for part in ("products", "steps", "left out"))
-    lines = [*tables.crossover_rows(products), *tables.tile_rows(products), *_step_lines(result, card)]
-    lines += tables.goals(products, steps, card.bf16_flops, card.bandwidth)
-    lines += [f"skipped, out of time: {', '.join(left_out)}"] if left_out else []
-    print("\n".join(["", *lines]), flush=True)
 
 
 def _has_failures(result: Record) -> bool:

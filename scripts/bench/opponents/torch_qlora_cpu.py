@@ -64,10 +64,6 @@ def param_dtype(dtype: str) -> torch.dtype:
     return torch.bfloat16 if dtype in ("bf16", "mixed") else torch.float32
 
 
-def adapter_dtype(dtype: str) -> torch.dtype:
-    return torch.bfloat16 if dtype == "bf16" else torch.float32
-
-
 def matmul_dtype(dtype: str) -> torch.dtype:
     return torch.float32 if dtype == "fp32" else torch.bfloat16
 
@@ -137,7 +133,7 @@ def build(
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.to(adapter_dtype(dtype))
+            parameter.data = parameter.data.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     return model.train()
 
 

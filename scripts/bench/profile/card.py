@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from pallas_kernels import aot
-from pallas_kernels.gpu_specs import Card
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
@@ -131,12 +130,7 @@ def bytes_on(args: argparse.Namespace, console: Console) -> Row:
         "temporaries": temporary_rows(made["gradients"].largest_temporaries(ALL)),
         "fits": all(compiled.fits for compiled in made.values()),
     }
-    show_bytes(console, found, made["gradients"].card, args.top)
-    return found
-
-
-def show_bytes(console: Console, found: Row, card: Card, top: int) -> None:
-    """Prints three tables and whether the step fits."""
+    card = made["gradients"].card
     console.print(table(f"compiled for {card.description}, MiB", found["memory"], MEMORY_COLUMNS))
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     console.print(f"{verdict} {card.memory_bytes / GIB:,.1f} GiB", highlight=False)
@@ -144,4 +138,5 @@ def show_bytes(console: Console, found: Row, card: Card, top: int) -> None:
     traffic = f"{found['dequantized_traffic'] / GIB:,.2f} GiB"
     console.print(f"dequantized weights written and read per step, if any: {traffic}", highlight=False)
     title = "largest temporary buffers of the gradients (they share memory, so sizes do not add up), MiB"
-    console.print(table(title, found["temporaries"][:top], TEMPORARY_COLUMNS))
+    console.print(table(title, found["temporaries"][: args.top], TEMPORARY_COLUMNS))
+    return found

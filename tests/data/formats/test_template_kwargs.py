@@ -17,7 +17,9 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import row_use
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_template_kwargs
-from qlora_jax.evaluation.tasks.pairs import pairs_task
+from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.task import TaskContext
+from qlora_jax.evaluation.tasks.pairs import build
 from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.inference.prompts import prompter
 from tests.data.loss_mask.cases import as_lists
@@ -116,7 +118,7 @@ def test_rows_of_training_and_evaluation_have_their_variables(qwen3: Tokenizer, 
     limits = dict(max_rows=None, max_positions=999)
     scored = {
         "rows": rows_task(str(paths["rows"]), qwen3, **limits).rows,
-        "pairs": pairs_task(str(paths["pairs"]), qwen3, beta=0.1, **limits).sequences,
+        "pairs": build(TaskArgs(pairs=str(paths["pairs"])), TaskContext(tokenizer=qwen3, max_positions=999)).sequences,
     }
     learned = {name: [qwen3.decode(ids[mask].tolist()) for ids, mask in texts] for name, texts in scored.items()}
     thought = "<think>\nr\n</think>\n\na<|im_end|>"

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from qlora_jax.evaluation.tasks.answers import AnswerQuestion, AnswersTask, answers_task, extract_answer, grade_replies
+from qlora_jax.config.question_settings import QuestionArgs
+from qlora_jax.evaluation.task import TaskContext
+from qlora_jax.evaluation.tasks.answers import AnswerQuestion, AnswersTask, build, extract_answer, grade_replies
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
@@ -35,7 +37,7 @@ def test_replies_are_grade_replies():
 
 def test_words_are_compared_after_they_are_normalized(tmp_path):
     rows = [{"question": "?", "answer": ["The Eiffel Tower", "a tower"]}, {"question": "?", "answer": "42"}]
-    task = task_of(write(tmp_path / "q.jsonl", rows), match="words")
+    task = task_of(write(tmp_path / "q.jsonl", rows), answer_match="words")
     assert [asked.answers for asked in task.questions] == [{"eiffel tower", "tower"}, {"42"}]
     texts = {1: " the Eiffel tower!", 2: "It is 42, I think."}
     replies = [Reply([1], "stop"), Reply([2], "stop")]
@@ -47,7 +49,7 @@ def test_words_are_compared_after_they_are_normalized(tmp_path):
 
 
 def test_words_that_are_all_wrong_have_an_interval_with_a_width(tmp_path):
-    task = task_of(write(tmp_path / "q.jsonl", [{"question": "?", "answer": "42"}] * 3), match="words")
+    task = task_of(write(tmp_path / "q.jsonl", [{"question": "?", "answer": "42"}] * 3), answer_match="words")
     scores = grade_replies([Reply([1], "stop")] * 3, task.questions, lambda _: "no idea")
     metric = next(metric for metric in task.metrics(scores) if metric.name == "F1 of words")
     change = next(change for change in task.compare(scores, scores) if change.name == "F1 of words")
@@ -57,7 +59,7 @@ def test_words_that_are_all_wrong_have_an_interval_with_a_width(tmp_path):
 
 def test_numbers_are_compared_by_value(tmp_path):
     task = task_of(
-        write(tmp_path / "q.jsonl", [{"question": "?", "answer": "so #### 1,200"}]), r"####(.*)", match="number"
+        write(tmp_path / "q.jsonl", [{"question": "?", "answer": "so #### 1,200"}]), r"####(.*)", answer_match="number"
     )
     assert task.questions[0].answers == {"1200"}
     assert extract_answer("#### $1200.00.", r"####(.*)", "number") == "1200"
@@ -110,8 +112,8 @@ def test_a_pattern_of_a_stranger_takes_no_time(tmp_path):
 
 
 def task_of(path, pattern=None, **more):
-    how = dict(named_stop_ids=[], pattern=pattern, max_new_tokens=8, max_rows=None, max_positions=100) | more
-    return answers_task(path, byte_tokenizer(), **how)
+    settings = QuestionArgs(answers=path, answer_pattern=pattern, max_new_tokens=8, **more)
+    return build(settings, TaskContext(tokenizer=byte_tokenizer(), max_positions=100))
 
 
 def test_a_task_of_a_file(parts, tmp_path):

@@ -6,14 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.tasks.labels import labels_task, parse_prompt, predict
+from qlora_jax.config.question_settings import QuestionArgs
+from qlora_jax.evaluation.task import TaskContext
+from qlora_jax.evaluation.tasks.labels import LabelsTask, build, parse_prompt, predict
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from qlora_jax.measures.metrics import RowScores
 from tests.evaluation.reference import expected_scores
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 
 TOKENIZER = byte_tokenizer()
-SENTIMENT = dict(prompt="{sentence}\nMood:", texts={"0": "bad", "1": "fine"}, max_rows=None, max_positions=200)
+SENTIMENT = dict(label_prompt="{sentence}\nMood:", label_texts={"0": "bad", "1": "fine"})
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +23,9 @@ def parts():
     return tiny_parts()
 
 
-def task_of(path, label_score="sum", **changes):
-    return labels_task(str(path), TOKENIZER, label_score=label_score, **SENTIMENT | changes)
+def task_of(path, label_score="sum", *, max_positions=200, **changes) -> LabelsTask:
+    settings = QuestionArgs(labels=str(path), label_score=label_score, **SENTIMENT | changes)
+    return build(settings, TaskContext(tokenizer=TOKENIZER, max_positions=max_positions))
 
 
 def decoded(rows):
@@ -48,13 +51,13 @@ def test_only_the_label_is_scored(tmp_path):
 def test_the_likeliest_label_is_predicted(parts, tmp_path, label_score):
     rows = [{"sentence": text, "label": False} for text in ("a dog", "b", "see no sun", "rain", "it is fine")]
     texts = {"false": "no", "true": "certainly", "maybe": "a"}
-    task = task_of(write(tmp_path / "rows.jsonl", rows), label_score, texts=texts)
+    task = task_of(write(tmp_path / "rows.jsonl", rows), label_score, label_texts=texts)
     nll = np.array([[expected_scores(parts, *option)[0] for option in options] for options in task.options])
     if label_score == "mean":
         nll /= [len(" no"), len(" certainly"), len(" a")]
     if label_score == "calibrated":
         (empty,) = task_of(
-            write(tmp_path / "empty.jsonl", [{"sentence": "N/A", "label": "false"}]), texts=texts
+            write(tmp_path / "empty.jsonl", [{"sentence": "N/A", "label": "false"}]), label_texts=texts
         ).options
         nll -= [expected_scores(parts, *option)[0] for option in empty]
     predicted = nll.argmin(axis=1)
@@ -92,7 +95,7 @@ def test_the_scores_order_labels_differently(parts, tmp_path):
     path = write(tmp_path / "rows.jsonl", rows)
     texts = {"0": "no", "1": "certainly", "2": "a"}
     predicted = [
-        task_of(path, how, texts=texts).score(parts, lambda done: None, NO_CACHE).tolist()
+        task_of(path, how, label_texts=texts).score(parts, lambda done: None, NO_CACHE).tolist()
         for how in ("sum", "mean", "calibrated")
     ]
     assert len({str(one) for one in predicted}) == 3
@@ -120,8 +123,8 @@ def test_tab_separated_rows_keep_quotes_and_lose_the_byte_order_mark(tmp_path):
         file.write(text)
     task = task_of(
         tmp_path / "pairs.tsv.gz",
-        prompt="{#1 String} / {#2 String}",
-        texts={"0": "no", "1": "yes"},
+        label_prompt="{#1 String} / {#2 String}",
+        label_texts={"0": "no", "1": "yes"},
         file_columns={"label": "Quality"},
     )
     assert [decoded(options)[0][0] for options in task.options] == ['"So, he said. / He said "so". no', 'A " / B no']
@@ -158,5 +161,5 @@ def test_prompts_with_places_for_columns():
 )
 def test_real_files(local_data, tmp_path, name, tsv, columns, prompt, count, positive):
     (tmp_path / tsv).symlink_to(local_data(name))
-    task = task_of(tmp_path / tsv, prompt=prompt, file_columns=columns, max_positions=999)
+    task = task_of(tmp_path / tsv, label_prompt=prompt, file_columns=columns, max_positions=999)
     assert (len(task.answers), task.answers.sum()) == (count, positive)

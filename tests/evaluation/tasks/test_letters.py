@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.tasks.letters import LetterQuestion, letters_task, mean_over_subjects, score_letters
+from qlora_jax.config.question_settings import QuestionArgs
+from qlora_jax.evaluation.task import TaskContext
+from qlora_jax.evaluation.tasks.letters import LetterQuestion, build, mean_over_subjects, score_letters
 from qlora_jax.measures.statistics import stratified_bootstrap, stratified_paired_bootstrap, wilson_interval
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
 TOKENIZER = byte_tokenizer()
-LIMITS = {"shots": None, "num_shots": 2, "max_rows": None, "max_positions": 500}
 QUESTION = {"question": "2 + 2?", "options": ["3", "4"], "answer": "4", "subject": "high_school_math"}
 HEADER = "The following are multiple choice questions (with answers)"
 MADE = f"{HEADER} about  high school math.\n\n2 + 2?\nA. 3\nB. 4\nAnswer:"
@@ -20,6 +21,11 @@ MADE = f"{HEADER} about  high school math.\n\n2 + 2?\nA. 3\nB. 4\nAnswer:"
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def task_of(path, *, max_positions=500, **settings):
+    asked = QuestionArgs(letters=str(path), **{"num_shots": 2} | settings)
+    return build(asked, TaskContext(tokenizer=TOKENIZER, max_positions=max_positions))
 
 
 def text_of(question: LetterQuestion) -> str:
@@ -32,13 +38,13 @@ def letters_of(question: LetterQuestion) -> str:
 
 def test_prompts_are_mmlus(tmp_path):
     whole = {"subject": "anatomy", "input": "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer:", "output": "C"}
-    task = letters_task(write(tmp_path / "q.jsonl", [QUESTION, whole]), TOKENIZER, **LIMITS)
+    task = task_of(write(tmp_path / "q.jsonl", [QUESTION, whole]))
     made, given = task.questions
     assert text_of(made) == MADE + " " and letters_of(made) == "AB" and made.answer == 1  # the space is a token here
     assert text_of(given) == whole["input"] + " " and letters_of(given) == "ABCD" and given.answer == 2
     assert task.subjects == ["high_school_math", "anatomy"]
     nameless = {key: QUESTION[key] for key in ("question", "options", "answer")}
-    task = letters_task(write(tmp_path / "n.jsonl", [nameless, QUESTION]), TOKENIZER, **LIMITS)
+    task = task_of(write(tmp_path / "n.jsonl", [nameless, QUESTION]))
     assert text_of(task.questions[0]).startswith(f"{HEADER}.\n\n2") and task.subjects is None
 
 
@@ -46,7 +52,7 @@ def test_both_files_may_call_their_columns_otherwise(tmp_path):
     named = {"question": "problem", "subject": "topic"}
     row = {"problem": "2 + 2?", "topic": "high_school_math", "options": ["3", "4"], "answer": "4"}
     path = write(tmp_path / "q.jsonl", [row])
-    task = letters_task(path, TOKENIZER, **(LIMITS | {"file_columns": named, "shots": path, "num_shots": 1}))
+    task = task_of(path, file_columns=named, shots=path, num_shots=1)
     assert text_of(task.questions[0]) == MADE.replace("2 + 2?", "2 + 2?\nA. 3\nB. 4\nAnswer: B\n\n2 + 2?") + " "
 
 
@@ -55,23 +61,23 @@ def test_examples_are_the_first_of_the_subject(tmp_path):
         return {"question": f"{n}?", "options": ["x", "y"], "answer": n % 2, "subject": subject}
 
     shots = [shot("other", 9), shot("high_school_math", 1), shot("high_school_math", 2), shot("high_school_math", 3)]
-    how = LIMITS | {"shots": write(tmp_path / "s.jsonl", shots)}
-    (question,) = letters_task(write(tmp_path / "q.jsonl", [QUESTION]), TOKENIZER, **how).questions
+    how = {"shots": write(tmp_path / "s.jsonl", shots)}
+    (question,) = task_of(write(tmp_path / "q.jsonl", [QUESTION]), **how).questions
     exemplars = "1?\nA. x\nB. y\nAnswer: B\n\n2?\nA. x\nB. y\nAnswer: A\n\n"
     assert text_of(question) == MADE.replace("2 + 2?", exemplars + "2 + 2?") + " "
     with pytest.raises(
         ValueError,
         match=r"(?s)1 of 1 rows.*shots: too few examples of subject 'other' \(found 1, expected 2\)",
     ):
-        letters_task(write(tmp_path / "o.jsonl", [QUESTION | {"subject": "other"}]), TOKENIZER, **how)
+        task_of(write(tmp_path / "o.jsonl", [QUESTION | {"subject": "other"}]), **how)
     with pytest.raises(ValueError, match="to which no examples are added"):
-        letters_task(write(tmp_path / "w.jsonl", [{"input": "x", "output": "A"}]), TOKENIZER, **how)
+        task_of(write(tmp_path / "w.jsonl", [{"input": "x", "output": "A"}]), **how)
 
 
 def test_rows_that_can_not_be_asked_are_told(tmp_path):
     rows = [{"input": "x", "output": "E"}, {"question": "x"}, QUESTION | {"options": [*map(str, range(27))]}]
     with pytest.raises(ValueError, match="3 of 3 rows") as error:
-        letters_task(write(tmp_path / "q.jsonl", rows), TOKENIZER, **LIMITS)
+        task_of(write(tmp_path / "q.jsonl", rows))
     for words in (
         "found output 'E', expected a prompt and one of A, B, C, D",
         "no column 'options' or 'answer' (found 'question'",
@@ -79,7 +85,7 @@ def test_rows_that_can_not_be_asked_are_told(tmp_path):
     ):
         assert words in str(error.value)
     with pytest.raises(ValueError, match="tokens; the model has 50"):
-        letters_task(write(tmp_path / "q.jsonl", [QUESTION]), TOKENIZER, **(LIMITS | {"max_positions": 50}))
+        task_of(write(tmp_path / "q.jsonl", [QUESTION]), max_positions=50)
 
 
 def test_the_answer_is_the_letter_with_the_largest_logit():

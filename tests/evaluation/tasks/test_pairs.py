@@ -8,8 +8,10 @@ import pytest
 from qlora_jax.evaluation.divergence import compare_given_tokens
 from qlora_jax.evaluation.loglikelihood import batches_of, score_tokens, scoring_inputs
 from qlora_jax.evaluation.score import ScoredModel, score_models
+from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.shared_prefixes import pack_rows
-from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, pairs_task
+from qlora_jax.evaluation.task import TaskContext
+from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, build
 from qlora_jax.inference.result_cache import open_cache
 from qlora_jax.measures.statistics import mean_change_interval, wilson_interval
 from qlora_jax.progress_reporter import ProgressReporter
@@ -30,7 +32,8 @@ def write(path, rows):
 
 
 def task_of(path, *, max_rows=None, max_positions=99, by=None):
-    return pairs_task(path, TOKENIZER, beta=0.5, max_rows=max_rows, max_positions=max_positions, by=by)
+    settings = TaskArgs(pairs=path, pair_beta=0.5, max_rows=max_rows, by=by)
+    return build(settings, TaskContext(tokenizer=TOKENIZER, max_positions=max_positions))
 
 
 def test_both_answers_stand_behind_the_prompt(tmp_path):

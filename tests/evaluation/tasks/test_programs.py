@@ -5,23 +5,23 @@ import gzip
 import itertools
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 
+from qlora_jax.config.question_settings import QuestionArgs
 from qlora_jax.evaluation.compared_models import check_same_inputs
+from qlora_jax.evaluation.task import TaskContext
 from qlora_jax.evaluation.tasks import programs
 from qlora_jax.evaluation.tasks.programs import (
     ProgramScores,
+    build,
     pass_at_k,
-    programs_task,
     source_of_chat,
     source_of_continuation,
 )
 from qlora_jax.inference.decode import EndReason, Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
-from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.measures.statistics import mean_change_interval, mean_interval
 from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
 from qlora_jax.sandbox.runner import run_programs
@@ -43,19 +43,12 @@ def write(path, rows):
     return str(path)
 
 
-def task_of(path, tokenizer=None, **changes):
-    settings: dict[str, Any] = dict(
-        named_stop_ids=[],
-        pass_at=[1],
-        samples=1,
-        sampling=GREEDY,
-        limits=Limits(),
-        sealed=True,
-        max_new_tokens=20,
-        max_rows=None,
-        max_positions=500,
-    )
-    return programs_task(path, tokenizer or byte_tokenizer(), **settings | changes)
+OPEN = {"program_isolation": "none"}
+
+
+def task_of(path, tokenizer=None, *, max_positions=500, **changes):
+    settings = QuestionArgs(programs=path, **{"max_new_tokens": 20} | changes)
+    return build(settings, TaskContext(tokenizer=tokenizer or byte_tokenizer(), max_positions=max_positions))
 
 
 @pytest.mark.parametrize(("samples", "passed", "k"), [(5, 2, 1), (5, 2, 3), (5, 0, 2), (4, 4, 4), (6, 5, 2), (1, 1, 1)])
@@ -100,7 +93,7 @@ def answer_with(monkeypatch, *replies: str, ended: EndReason = "stop"):
 @needs_seal
 def test_replies_are_run(monkeypatch, tmp_path):
     path = write(tmp_path / "p.jsonl", [ADD, ADD | {"test": ADD["test"].replace("3", "-1")}])
-    sampled = dict(pass_at=[1, 3], samples=3, sampling=Sampling(temperature=1.0))
+    sampled = dict(pass_at=[1, 3], program_samples=3, program_temperature=1.0)
     task, cache = task_of(path, **sampled), open_cache(tmp_path / "cache", tiny_parts())
     answer_with(monkeypatch, RIGHT, WRONG, "    return 1 / 0\n")
     scores = task.score(tiny_parts(), lambda done: None, cache)
@@ -137,7 +130,9 @@ def test_replies_are_run(monkeypatch, tmp_path):
 )
 def test_only_programs_that_the_limit_ended_are_cut_off(monkeypatch, tmp_path, template, replies, cut_off):
     tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
-    task = task_of(write(tmp_path / "p.jsonl", [ADD]), tokenizer, samples=2, sealed=False, max_positions=900)
+    task = task_of(
+        write(tmp_path / "p.jsonl", [ADD]), tokenizer, program_samples=2, program_isolation="none", max_positions=900
+    )
     monkeypatch.setattr(programs, "run_programs", lambda found, *args, **how: [ProgramOutcome("passed")] * len(found))
     expected_by_end: dict[EndReason, int] = {"length": cut_off, "stop": 0}
     for ended, expected in expected_by_end.items():
@@ -150,17 +145,17 @@ def test_only_programs_that_the_limit_ended_are_cut_off(monkeypatch, tmp_path, t
     [
         {"rows": [ADD | {"entry_point": "plus"}]},
         {"rows": [ADD | {"test": "pass"}]},
-        {"samples": 2},
-        {"sampling": Sampling(temperature=0.5)},
+        {"program_samples": 2},
+        {"program_temperature": 0.5},
         {"max_new_tokens": 21},
-        {"limits": Limits(seconds=1)},
+        {"program_seconds": 1},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_runs_with_other_functions_or_replies_are_not_compared(tmp_path, changes):
     path, other = write(tmp_path / "a.jsonl", [ADD]), write(tmp_path / "b.jsonl", changes.get("rows", [ADD]))
-    settings = {name: value for name, value in changes.items() if name != "rows"} | {"sealed": False}
-    tasks, same = [task_of(path, sealed=False)], [task_of(path, sealed=False)]
+    settings = {name: value for name, value in changes.items() if name != "rows"} | OPEN
+    tasks, same = [task_of(path, **OPEN)], [task_of(path, **OPEN)]
     tokenizers = (byte_tokenizer(), byte_tokenizer())
     check_same_inputs(tasks, same, ("a", "b"), tokenizers)
     with pytest.raises(ValueError, match="not comparable"):
@@ -198,14 +193,14 @@ def test_without_isolation_nothing_runs_unless_the_user_says_so(monkeypatch, tmp
         ValueError, match=r"program_isolation: .* cannot seal .*Linux is required .*program_isolation=none"
     ):
         task_of(path)
-    task = task_of(path, sealed=False)
+    task = task_of(path, **OPEN)
     assert task.title.endswith("not isolated")
     answer_with(monkeypatch, RIGHT)
     assert task.score(tiny_parts(), lambda done: None, NO_CACHE).pass_at(1).tolist() == [1]
 
 
 def test_its_memory_is_that_of_a_full_batch_of_samples(tmp_path):
-    sampled = dict(samples=20, sampling=Sampling(temperature=1.0, top_p=0.9), sealed=False)
+    sampled = OPEN | dict(program_samples=20, program_temperature=1.0, program_top_p=0.9)
     programs_of_model = [*task_of(write(tmp_path / "p.jsonl", [ADD] * 3), **sampled).lower(tiny_parts())]
     assert [one.shape for one in programs_of_model] == [
         "prompts, 16 rows, 288 cache pages",

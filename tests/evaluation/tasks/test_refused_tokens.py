@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from qlora_jax.config.question_settings import QuestionArgs
+from qlora_jax.evaluation.task import TaskContext
+from qlora_jax.evaluation.tasks import letters
 from qlora_jax.evaluation.tasks.choices import choices_task
-from qlora_jax.evaluation.tasks.letters import letters_task
 from qlora_jax.evaluation.tasks.text import text_task
 from tests.inference.tiny import byte_tokenizer
 
 TOKENIZER = dataclasses.replace(byte_tokenizer(), refused=("<image>",))
 LIMITS = {"max_rows": None, "max_positions": 500}
+CONTEXT = TaskContext(tokenizer=TOKENIZER, max_positions=500)
 TASKS = {
     "choices": lambda path: choices_task(path, TOKENIZER, **LIMITS),
-    "letters": lambda path: letters_task(path, TOKENIZER, shots=None, num_shots=0, **LIMITS),
+    "letters": lambda path: letters.build(
+        QuestionArgs(letters=path), TaskContext(tokenizer=TOKENIZER, max_positions=500)
+    ),
 }
 
 

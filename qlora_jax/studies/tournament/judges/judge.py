@@ -166,7 +166,17 @@ def _prompt(row: Row) -> JudgePrompt:
         raise ValueError('defaults: found no instruction, expected {"prompt": "..."}. Add it')
     category = row.data.get("category")
     template = _text(row, "prompt_template", TEMPLATE)
-    _check_template(template)
+    try:
+        parts = [*string.Formatter().parse(template)]
+    except ValueError as error:
+        raise ValueError(f"prompt_template: {error}. Write a brace that is text twice: {{{{") from None
+    fields = [field for _, field, _, _ in parts if field is not None]
+    odd = sorted({*fields} - {*FIELDS}) + [field for _, field, spec, conversion in parts if spec or conversion]
+    missing = sorted({*FIELDS} - {*fields})
+    if odd or missing:
+        raise ValueError(
+            f"prompt_template: unknown fields {odd}, missing fields {missing}. Use {', '.join(FIELDS)} once"
+        )
     return JudgePrompt(
         category=category if isinstance(category, str) else None,
         system=_text(row, "system_prompt", SYSTEM),
@@ -180,18 +190,3 @@ def _text(row: Row, column: str, default: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{column}: found {value!r}, expected a text. Correct it")
     return value
-
-
-def _check_template(template: str) -> None:
-    """Raises ValueError unless each field of FIELDS occurs, and nothing else is in braces."""
-    try:
-        parts = [*string.Formatter().parse(template)]
-    except ValueError as error:
-        raise ValueError(f"prompt_template: {error}. Write a brace that is text twice: {{{{") from None
-    fields = [field for _, field, _, _ in parts if field is not None]
-    odd = sorted({*fields} - {*FIELDS}) + [field for _, field, spec, conversion in parts if spec or conversion]
-    missing = sorted({*FIELDS} - {*fields})
-    if odd or missing:
-        raise ValueError(
-            f"prompt_template: unknown fields {odd}, missing fields {missing}. Use {', '.join(FIELDS)} once"
-        )

@@ -275,16 +275,6 @@ SMALL_SHARE = (math.sqrt(5) + 1) / (2 * math.sqrt(5))  # probability of the smal
 _AT_ONCE = 100  # resamples, to bound memory
 
 
-def prompt_intervals(
-    model: Model, params_P: Float64[np.ndarray, " P"], quantities_QP: Float64[np.ndarray, "Q P"], seed: int
-) -> Float64[np.ndarray, "Q 2"]:
-    """95 % intervals of linear functions of the parameters."""
-    estimate_Q = quantities_QP @ params_P
-    error_Q = standard_errors(model, params_P, quantities_QP, seed)
-    half_Q = t_quantile(len(model.counts) - 1) * error_Q
-    return np.stack([estimate_Q - half_Q, estimate_Q + half_Q], axis=1)
-
-
 def standard_errors(
     model: Model, params_P: Float64[np.ndarray, " P"], quantities_QP: Float64[np.ndarray, "Q P"], seed: int
 ) -> Float64[np.ndarray, " Q"]:
@@ -350,7 +340,10 @@ def bradley_terry(
     best_first = [int(index) for index in np.argsort(-params_P[: model.systems], kind="stable")]
     pairs = list(itertools.combinations(best_first, 2))
     quantities_QP = np.concatenate([np.eye(len(model.names)), _differences(model, pairs)])
-    intervals_Q2 = prompt_intervals(model, params_P, quantities_QP, seed)
+    estimate_Q = quantities_QP @ params_P
+    error_Q = standard_errors(model, params_P, quantities_QP, seed)
+    half_Q = t_quantile(len(model.counts) - 1) * error_Q
+    intervals_Q2 = np.stack([estimate_Q - half_Q, estimate_Q + half_Q], axis=1)
     of_pairs_Q2 = intervals_Q2[len(model.names) :]
     return BradleyTerryRatings(
         systems=[_rating(model, params_P, intervals_Q2, index) for index in best_first],
