@@ -119,6 +119,7 @@ class Attention(nnx.Module):
                 texts = {"segments_BT": positions.segments_BT, "spans": positions.spans}
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen, sinks_N=sinks_N)
         else:
+            assert positions.rows_BT is not None, "`CausalLM.extend` sets it"
             places = positions.rows_BT, positions.index_BT
             cache = cache.write(layer, k, self._clipped(v), *places)
             out_BTNH = paged_attention(q, cache, layer, *places, scale, **seen, sinks_N=sinks_N)
