@@ -50,8 +50,9 @@ LAYERS = {
     "qlora_jax.training": 9,
     "qlora_jax.studies": 10,
     "qlora_jax.api": 10,
+    "qlora_jax.server": 11,
 }
-COMMANDS = 11  # every other top-level file: train.py, generate.py, ...
+COMMANDS = 12  # every other top-level file: train.py, generate.py, ...
 
 Graph = dict[str, set[str]]
 
