@@ -6,15 +6,31 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, runtime_checkable
 
 from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.server.errors import ApiError, bad_request
 
-if TYPE_CHECKING:
-    from qlora_jax.inference.engine.engine import Engine
-
 RETRY_SECONDS = 1  # after which a client whose request did not fit into the queue may send it again
+
+
+@runtime_checkable
+class EngineUsage(Protocol):
+    """The state of an engine as named numbers."""
+
+    def _asdict(self) -> dict[str, int]: ...
+
+
+@runtime_checkable
+class AnyEngine(Protocol):
+    """The methods of an engine that the thread calls."""
+
+    @property
+    def busy(self) -> bool: ...
+    def submit(self, request: Request) -> int: ...
+    def cancel(self, number: int) -> None: ...
+    def step(self) -> list[Step]: ...
+    def usage(self) -> EngineUsage: ...
 
 
 class Replies:
@@ -24,23 +40,31 @@ class Replies:
         self.left = set(range(count))
         self.numbers: list[int] = []
         self._items: asyncio.Queue[tuple[int, Step] | ApiError] = asyncio.Queue()
+        self._watch: Callable[[int, Step], None] = lambda index, step: None
 
-    def __aiter__(self) -> Self:
+    def watch(self, function: Callable[[int, Step], None]) -> None:
+        """Calls a function with each step when it arrives from the engine."""
+        self._watch = function
+
+    def __aiter__(self) -> "Replies":
         return self
 
     async def __anext__(self) -> tuple[int, Step]:
-        if not self.left:
-            raise StopAsyncIteration
-        item = await self._items.get()
-        if isinstance(item, ApiError):
-            raise item
-        index, step = item
-        if step.end is not None:
-            self.left.discard(index)
-        return item
+        while self.left:
+            item = await self._items.get()
+            if isinstance(item, ApiError):
+                raise item
+            index, step = item
+            if index in self.left:
+                if step.end is not None:
+                    self.left.remove(index)
+                return item
+        raise StopAsyncIteration
 
     def put(self, item: tuple[int, Step] | ApiError) -> None:
         """Adds a step, or the error that ends all replies."""
+        if not isinstance(item, ApiError):
+            self._watch(*item)
         self._items.put_nowait(item)
 
 
@@ -50,7 +74,7 @@ class EngineThread:
     A command is taken before each step of the engine, so a cancelled request runs for one step at most.
     """
 
-    def __init__(self, engine: "Engine", *, places: int, on_failure: Callable[[BaseException], None]):
+    def __init__(self, engine: AnyEngine, *, places: int, on_failure: Callable[[BaseException], None]):
         """Starts no thread yet.
 
         Args:
@@ -62,6 +86,7 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: dict[int, tuple[Replies, int]] = {}  # by the engine's number
+        self._calls: set[concurrent.futures.Future] = set()
         self._taken = 0
         self.failure: BaseException | None = None
 
@@ -91,9 +116,13 @@ class EngineThread:
                 except Exception as error:
                     done.set_exception(error)
 
-        self._check_runs()
+        self.check_runs()
+        self._calls.add(done)
         self._commands.put(command)
-        return await asyncio.wrap_future(done)
+        try:
+            return await asyncio.wrap_future(done)
+        finally:
+            self._calls.discard(done)
 
     @contextlib.asynccontextmanager
     async def replies(self, requests: Sequence[Request], seconds: float) -> AsyncIterator[Replies]:
@@ -102,7 +131,7 @@ class EngineThread:
         Raises:
           ApiError: a request cannot be answered, or too many wait; in the iteration: the time is over.
         """
-        self._check_runs()
+        self.check_runs()
         if self._taken + len(requests) > self._places:
             raise ApiError(
                 429,
@@ -116,16 +145,30 @@ class EngineThread:
         late = ApiError(504, f"the request took more than {seconds:g} s. Shorten it, or raise --timeout")
         timer = self._loop.call_later(seconds, replies.put, late)
         try:
-            await asyncio.shield(self.call(lambda: self._submit(replies, requests)))
+            await self._submitted(replies, requests)
             yield replies
-        except ValueError as error:
-            raise bad_request(str(error).split("\n")) from None
         finally:
             timer.cancel()
             self._taken -= len(requests)
             self._commands.put(lambda: self._cancel(replies))
 
-    def _check_runs(self) -> None:
+    async def _submitted(self, replies: Replies, requests: Sequence[Request]) -> None:
+        try:
+            await self.call(lambda: self._submit(replies, requests))
+        except ValueError as error:
+            raise bad_request(str(error).split("\n")) from None
+
+    def end(self, replies: Replies, index: int) -> None:
+        """Ends one of the replies."""
+        replies.left.discard(index)
+        self._commands.put(lambda: self._engine.cancel(replies.numbers[index]))
+
+    def usage(self) -> EngineUsage:
+        """Returns the engine's state; for `call`."""
+        return self._engine.usage()
+
+    def check_runs(self) -> None:
+        """Raises ApiError if the engine has failed."""
         if self.failure is not None:
             raise ApiError(503, "the engine has stopped. Start the server again")
 
@@ -179,4 +222,6 @@ class EngineThread:
         ended = ApiError(500, "the engine has failed. Its error is in the server's log")
         for replies in {id(replies): replies for replies, _ in self._open.values()}.values():
             replies.put(ended)
+        for call in [*self._calls]:
+            call.cancel() or call.set_exception(ended)
         self._on_failure(error)

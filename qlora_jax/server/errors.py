@@ -14,6 +14,7 @@ TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
+    409: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
     500: "api_error",
@@ -53,10 +54,10 @@ def bad_request(problems: Iterable[str]) -> ApiError:
     return ApiError(400, "\n".join(lines), param=param if colon and " " not in param else None)
 
 
-def too_long(prompt: int, positions: int) -> ApiError:
+def too_long(prompt: int, positions: int, param: str = "messages") -> ApiError:
     """Returns the error for a prompt that leaves no position for a reply."""
     message = f"the prompt has {prompt} tokens; the model has {positions} positions for prompt and reply. Shorten it"
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def openai_error(error: ApiError) -> dict[str, object]:

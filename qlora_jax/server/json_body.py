@@ -9,7 +9,7 @@ import collections
 import json
 import math
 from collections.abc import Collection, Mapping
-from typing import ClassVar, Never, Self
+from typing import ClassVar, Never
 
 from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
@@ -38,7 +38,7 @@ class Body(Fields):
     inert: ClassVar[Mapping[str, Collection[object]]] = {}
 
     @classmethod
-    def parse(cls, value: object) -> Self:
+    def parse[T: "Body"](cls: type[T], value: object) -> T:
         """Returns a decoded body; raises ApiError that lists everything that is wrong with it."""
         if not isinstance(value, dict):
             raise bad_request([f"the body is not a JSON object (found {shorten(value)})"])
