@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
         max_new_tokens=args.max_new_tokens,
         stop_ids=stop_ids(model, opened.tokenizer, chat=prompter.chat),
+        tokenizer=opened.tokenizer,
     )
     if args.prompts is not None:
         with _writer(args.output) as write:
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
         if args.output is not None:
             messages.print(f"{len(rows):,} replies: {args.output}", markup=False, highlight=False, soft_wrap=True)
     elif args.prompt is not None:
-        _, end = show_reply(reply_to(encoded), opened.tokenizer, Console())
+        _, end = show_reply(reply_to(encoded), Console())
         if end == "interrupted":
             raise KeyboardInterrupt
         if end in END_MESSAGES:

@@ -2,7 +2,7 @@
 
 For a model on a mesh, shapes have shardings, and bytes are those of one device.
 
-Dimension key: B batch, T positions of a call, D embed.
+Dimension key: B, T tokens of a call, R rows whose next token is wanted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,18 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
+from qlora_jax.inference.decode import pages_for
+from qlora_jax.inference.engine.programs import (
+    PROMPT_TOKENS,
+    ROW_COUNTS,
+    advance,
+    cache_shapes,
+    prompt_call,
+    round_up,
+    table_blocks,
+)
 from qlora_jax.inference.mesh_inference import row_shapes, row_shards
-from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import (
     ModelFunction,
     ModelParts,
@@ -60,29 +67,27 @@ def lower_program(
 
 
 def lower_decoding(
-    parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
+    parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Iterator[LoweredProgram]:
-    """Lowers the two largest programs of decoding: the longest prefill chunk, and one decode step.
+    """Lowers the two largest programs of decoding: the longest call for prompts, and the one for all rows' next tokens.
 
     Args:
       parts: arrays, or ShapeDtypeStructs.
       prompts: token ids of the prompts of one batch.
     """
-    size, longest = batch_size(len(prompts), row_shards(mesh_of(parts))), max(map(len, prompts))
+    devices, config = row_shards(mesh_of(parts)), config_of(parts)
+    positions = [min(len(prompt) + max_new_tokens, config.max_positions) for prompt in prompts]
+    of_device = sorted(map(len, prompts))[-min(-(-len(prompts) // devices), ROW_COUNTS[-1]) :]
+    rows, tokens = round_up(len(of_device), ROW_COUNTS), prompt_call(min(sum(of_device), PROMPT_TOKENS[-1]))
     decoding, added_bytes = _decoding_shapes(parts)
-
-    def start(parts: ModelParts) -> tuple[jax.Array, KVCache]:
-        model = combine(parts)
-        return empty_cache(model, size, slots_for(longest + max_new_tokens, model.config))
-
-    last_BD, cache = jax.eval_shape(start, decoding)
-    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    tokens_BT = np.zeros((size, max(length for _, length in chunks(longest))), np.int32)
-    start_B, shape = tokens_BT[:, 0], f"{size} x {cache.k.shape[3]} cache positions"
-    prefill = (tokens_BT, start_B, start_B, last_BD, cache)
-    yield lower_program(shape, prefill_chunk, decoding, prefill, added_bytes)
-    step = (start_B, start_B, cache, keys_B, np.int32(0))
-    yield lower_program(shape, decode_step, decoding, step, added_bytes, sampling=sampling)
+    dtype = jax.eval_shape(lambda parts: combine(parts).model.embed_tokens.weight[...], decoding).dtype
+    pages, blocks = devices * pages_for(config, positions, devices), table_blocks(max(positions), config)
+    calls = [("prompts", (devices, tokens), 1 if len(of_device) == 1 else ROW_COUNTS[-1])]
+    for name, size, each in [*calls, ("replies", (devices * rows, 1), rows)]:
+        tokens_BT, last_R = np.zeros(size, np.int32), np.zeros(devices * each, np.int32)
+        cache = cache_shapes(config, pages, dtype, devices * each, blocks)
+        shape = f"{name}, {devices * rows} rows, {pages:,} cache pages"
+        yield lower_program(shape, advance, decoding, (tokens_BT, tokens_BT, tokens_BT, last_R, cache), added_bytes)
 
 
 def _decoding_shapes(parts: ModelParts) -> tuple[ModelParts, int]:

@@ -6,17 +6,19 @@ callers of decoding and scoring do not.
 Dimension key: L layers, B rows.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from qlora_jax.models.kv_cache import KVCache
+from pallas_kernels.attention import KVPages
 from qlora_jax.models.partition import ModelParts, parts_specs
 from qlora_jax.sharding import ROWS, AnyMesh, axis_size, placed_shapes, shards_of
 
-CACHE = KVCache(k=P(None, ROWS), v=P(None, ROWS))
+# Each device has its own pages; numbers of pages are those of its part.
+CACHE = KVPages(k=P(ROWS), v=P(ROWS), k_scale=P(ROWS), v_scale=P(ROWS), pages_LRI=P(None, ROWS))
 
 
 def row_shards(mesh: AnyMesh | None) -> int:
@@ -27,15 +29,20 @@ def row_shards(mesh: AnyMesh | None) -> int:
 def row_specs(inputs: PyTree) -> PyTree:
     """Returns the PartitionSpecs of a program's inputs: arrays are cut over their rows, and numbers are whole.
 
-    Rows are axis 1 of a cache [L, B, ...], and axis 0 of all other arrays.
+    Rows, or the pages of a device, are axis 0 of arrays. `CACHE` says which axis of a cache they are.
     """
 
     def spec(leaf):
-        if isinstance(leaf, KVCache):
-            return CACHE
+        if isinstance(leaf, KVPages):
+            return cache_specs(leaf)
         return P(ROWS) if leaf.ndim else P()
 
-    return jax.tree.map(spec, inputs, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+    return jax.tree.map(spec, inputs, is_leaf=lambda leaf: isinstance(leaf, KVPages))
+
+
+def cache_specs(cache: KVPages) -> KVPages:
+    """Returns the PartitionSpecs of a cache, which has scales if its pages are int8."""
+    return CACHE if cache.k_scale is not None else dataclasses.replace(CACHE, k_scale=None, v_scale=None)
 
 
 def row_shapes(inputs: PyTree, mesh: AnyMesh | None) -> PyTree:

@@ -10,7 +10,9 @@ from rich.progress import Progress
 
 from qlora_jax.data.readers.files import Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.inference.decode import BATCHES, DecodeStep, EndReason, Reply, generate
+from qlora_jax.inference.decode import Reply, generate
+from qlora_jax.inference.engine.programs import ROW_COUNTS
+from qlora_jax.inference.engine.request import EndReason, Step
 from qlora_jax.inference.lowering import LoweredProgram, lower_decoding
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.inference.result_cache import ResultCache
@@ -18,6 +20,7 @@ from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.models.partition import ModelParts, prepare_for_decoding
 from qlora_jax.sharding import mesh_of
 
+CACHED_TOGETHER = 4 * ROW_COUNTS[-1]  # replies for each device; rows that end make room for others of them
 ENDS: tuple[EndReason, ...] = ("stop", "length", "context")
 
 
@@ -90,19 +93,18 @@ def lower_replies(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     samples: int = 1,
-    sampling: Sampling = GREEDY,
 ) -> Iterator[LoweredProgram]:
     """Lowers the programs of the largest batch of `sampled_replies`, which is its first."""
     devices = row_shards(mesh_of(parts))
     first = _batches(prompts, samples, devices)[0]
     batch = [prompts[row] for row in first for _ in range(samples)]
-    yield from lower_decoding(parts, batch[: BATCHES[-1] * devices], max_new_tokens, sampling)
+    yield from lower_decoding(parts, batch, max_new_tokens)
 
 
 def _batches(prompts: Sequence[Sequence[int]], samples: int, devices: int) -> list[tuple[int, ...]]:
     """Indices of the prompts of each batch, the longest prompts first; a batch has all replies to its prompts."""
     longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    return [*itertools.batched(longest_first, max(1, BATCHES[-1] * devices // samples))]
+    return [*itertools.batched(longest_first, max(1, CACHED_TOGETHER * devices // samples))]
 
 
 def _to_arrays(replies: Sequence[Reply]) -> tuple[np.ndarray, ...]:
@@ -119,14 +121,14 @@ def _from_arrays(ids: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> list
 
 def write_replies(
     rows: Sequence[Row],
-    steps: Iterator[DecodeStep],
+    steps: Iterator[Step],
     tokenizer: Tokenizer,
     write: Callable[[str], object],
     console: Console,
 ) -> None:
     """Writes one line per row, in order, as soon as its reply and all replies before it are complete.
 
-    A line has the row's columns, and `reply`, `end` (see DecodeStep) and `reply_tokens`.
+    A line has the row's columns, and `reply`, `end` (see Step) and `reply_tokens`.
 
     Args:
       write: called with each line, including its line break.
@@ -138,10 +140,10 @@ def write_replies(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("replies", total=len(rows))
         for step in steps:
-            ids[step.row] += [] if step.token is None else [step.token]
+            ids[step.request] += [] if step.token is None else [step.token]
             if step.end is None:
                 continue
-            ends[step.row] = step.end
+            ends[step.request] = step.end
             while written in ends:
                 write(_line(rows[written], tokenizer.decode(ids[written]), ends[written], len(ids[written])))
                 written += 1

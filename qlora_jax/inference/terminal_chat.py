@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.inference.decode import DecodeStep, TextStream
+from qlora_jax.inference.engine.request import Step
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.terminal.visible import visible
 
@@ -21,7 +20,7 @@ END_MESSAGES = {
     "interrupted": "stopped by Ctrl-C",
 }
 
-Stream = Callable[[list[int]], Iterator[DecodeStep]]
+Stream = Callable[[list[int]], Iterator[Step]]
 
 
 class Conversation:
@@ -76,19 +75,18 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def show_reply(steps: Iterator[DecodeStep], tokenizer: Tokenizer, console: Console) -> tuple[str, str]:
-    """Prints a reply as it is generated; returns (its text, why it ended: see DecodeStep, or "interrupted")."""
-    text, pieces, end, times = TextStream(tokenizer), [], "interrupted", []
+def show_reply(steps: Iterator[Step], console: Console) -> tuple[str, str]:
+    """Prints a reply as it is generated; returns (its text, why it ended: see Step, or "interrupted")."""
+    pieces, end, times = [], "interrupted", []
     with interruptible() as pressed:
         for step in _with_spinner(steps, console):
-            pieces.append("" if step.token is None else text.push(step.token))
+            pieces.append(step.text)
             _write(pieces[-1], console)
             times.append(time.perf_counter())
             end = step.end or end
             if pressed():
                 break
-    pieces.append(text.flush())
-    _write(f"{pieces[-1]}\n", console)
+    _write("\n", console)
     if console.is_terminal and len(times) > 1:  # the first token includes prefill, and perhaps compilation
         _note(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s", console)
     return "".join(pieces), end
@@ -112,18 +110,16 @@ def chat(prompter: Prompter, stream: Stream, max_positions: int, console: Consol
         elif line.startswith("/"):
             _note(f"unknown command: {line}; {HELP}", console)
         else:
-            _turn(line, prompter.tokenizer, stream, history, max_positions, console)
+            _turn(line, stream, history, max_positions, console)
 
 
-def _turn(
-    line: str, tokenizer: Tokenizer, stream: Stream, history: History, max_positions: int, console: Console
-) -> None:
+def _turn(line: str, stream: Stream, history: History, max_positions: int, console: Console) -> None:
     prompt = history.ask(line)
     if len(prompt) >= max_positions:
         found = f"the conversation is too long: {len(prompt)} tokens; the model has {max_positions} positions"
         _note(f"{found}. The message was dropped: shorten it, or start over with /reset", console)
         return
-    reply, end = show_reply(stream(prompt), tokenizer, console)
+    reply, end = show_reply(stream(prompt), console)
     history.add(line, reply)
     if end in END_MESSAGES:
         _note(END_MESSAGES[end] + ("; /reset starts over" if end == "context" else ""), console)
@@ -143,7 +139,7 @@ def _note(text: str, console: Console) -> None:
     console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _with_spinner(steps: Iterator[DecodeStep], console: Console) -> Iterator[DecodeStep]:
+def _with_spinner(steps: Iterator[Step], console: Console) -> Iterator[Step]:
     """The same steps; in a terminal, a spinner shows until the first, which may wait for compilation."""
     with console.status("reading"):
         first = next(steps)

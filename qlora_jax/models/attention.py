@@ -1,6 +1,6 @@
 """The decoder's attention: projections, norms and rotations of queries and keys, and an optional key-value cache.
 
-Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, J frequencies, L
+Dimension key: B batch, T positions, D embed, N q-heads, K kv-heads, H head_dim, J frequencies, L
 layers, R distinct rotations, M = B T.
 """
 
@@ -12,10 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from pallas_kernels.attention import cached_attention, causal_attention
+from pallas_kernels.attention import KVPages, causal_attention, paged_attention
 from pallas_kernels.attention.branching import Spans
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
@@ -28,11 +27,12 @@ class Positions:
     """Positions, texts and rotations of the tokens of a call.
 
     Attributes:
-      index_BT: position in its text, from 0.
+      index_BT: position in its text, from 0; -1 for padding of a call with a cache.
       segments_BT: id of the text of each token; None if each row is one text, or has `spans`.
       spans: positions that each token sees, if rows have branches.
       cos, sin: rotation of each position, [B, T, J], or [R, B, T, J] if layers differ.
       query_scale_BT: factor of the queries of each position; None: 1.
+      rows_BT: row of the cache of each token; None without a cache.
     """
 
     index_BT: jax.Array
@@ -41,6 +41,7 @@ class Positions:
     cos: jax.Array
     sin: jax.Array
     query_scale_BT: jax.Array | None = None
+    rows_BT: jax.Array | None = None
 
     @classmethod
     def of(
@@ -102,13 +103,13 @@ class Attention(nnx.Module):
         self.config = config
         self.adapter: ModuleAdapter | None = nnx.data(None)  # data: an adapter may be set later
 
-    def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
+    def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVPages | None):
         q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, keys_B)
         q, k = (
             self._normed_and_rotated("q_norm", "query", q, positions, layer),
             self._normed_and_rotated("k_norm", "key", k, positions, layer),
         )
-        length = q.shape[1] if cache is None else cache.k.shape[3]
+        length = q.shape[1] if cache is None else self.config.max_positions
         seen = {"window": _window(self.config, layer, length), "softcap": self.config.attention_softcap}
         sinks_N = None if self.sinks is None else select_layer(self.sinks.get_value(), layer)
         scale = self.config.query_scale or self.config.head_dim**-0.5
@@ -118,9 +119,9 @@ class Attention(nnx.Module):
                 texts = {"segments_BT": positions.segments_BT, "spans": positions.spans}
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen, sinks_N=sinks_N)
         else:
-            cache = cache.write(layer, k, self._clipped(v), positions.index_BT)
-            places = (layer, positions.index_BT)
-            out_BTNH = cached_attention(q, cache.k, cache.v, *places, scale, **seen, sinks_N=sinks_N)
+            places = positions.rows_BT, positions.index_BT
+            cache = cache.write(layer, k, self._clipped(v), *places)
+            out_BTNH = paged_attention(q, cache, layer, *places, scale, **seen, sinks_N=sinks_N)
         out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
         result_MD = self.o_proj(out_MD, layer, keys_B)
         return result_MD if self.adapter is None else self.adapter(result_MD), cache

@@ -4,10 +4,11 @@ Attribute paths equal the Hugging Face names of a Llama without the layer's inde
 the weights of all `model.layers.{i}.self_attn.q_proj`, stacked on a leading axis. Families with other names map them
 in ModelConfig.names.
 
-Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, F mlp, V vocab, L
+Dimension key: B batch, T positions, D embed, N q-heads, K kv-heads, H head_dim, F mlp, V vocab, L
 layers, M = B T.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.branching import Branching
 from qlora_jax.models.attention import Attention, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.mlp import MLP, TOKENS_AT_ONCE, MixtureMLP, RoutingSums, SparseMLP, by_chunks, qlinear
 from qlora_jax.models.prefetched_layers import fetch_layer, prefetching_scan, split_host
 from qlora_jax.models.remat import LAYER_INPUT, REMAT_POLICIES, remat_policy
@@ -168,7 +169,7 @@ class Block(nnx.Module):
         self.residual_scale = config.residual_scale
 
     def __call__(
-        self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None, counted_BT=None, *, recomputed=False
+        self, x_MD, positions: Positions, layer, keys_B, cache: KVPages | None, counted_BT=None, *, recomputed=False
     ):
         """Returns (residual stream, cache, sums of the router); no sums without a router or `counted_BT`.
 
@@ -282,7 +283,7 @@ class Decoder(nnx.Module):
         remat: str,
         keys_B=None,
         neftune_noise_alpha: float | None = None,
-        cache: KVCache | None = None,
+        cache: KVPages | None = None,
         counted_BT=None,
     ):
         """Returns (normalized hidden states, cache, sums of each run of sparse layers, stacked over its layers)."""
@@ -452,11 +453,22 @@ class CausalLM(nnx.Module):
         return Positions.of(self.config, index_BT, segments_BT, length, spans)
 
     def extend(
-        self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float[Array, "M D"], KVCache]:
-        """Returns hidden states of tokens that follow `start` earlier ones in each row, and the extended cache."""
-        index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-        positions = Positions.of(self.config, index_BT, None, cache.k.shape[3])
+        self,
+        tokens_BT: Int[Array, "B T"],
+        rows_BT: Int[Array, "B T"],
+        index_BT: Int[Array, "B T"],
+        cache: KVPages,
+        length: int | None = None,
+    ) -> tuple[Float[Array, "M D"], KVPages]:
+        """Returns hidden states of tokens that continue rows of a cache, and the cache with them.
+
+        Args:
+          rows_BT: row of the cache of each token.
+          index_BT: position of each token in its row; -1 is padding.
+          length: largest number of positions of these rows, for rotations that depend on it; None: the model's.
+        """
+        positions = Positions.of(self.config, index_BT, None, length or self.config.max_positions)
+        positions = dataclasses.replace(positions, rows_BT=rows_BT)
         hidden_MD, longer, _ = self.model(tokens_BT, positions, remat="none", cache=cache)
         assert longer is not None  # the model returns a cache if it gets one
         return hidden_MD, longer

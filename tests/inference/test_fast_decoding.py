@@ -12,11 +12,11 @@ from pallas_kernels.native import library
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.fast_decoding import for_fast_decoding
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine, partition, place_parts
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import make_mesh
 from tests.inference.tiny import tiny_parts
+from tests.models.cached import empty_cache, extend
 from tests.training.mesh_models import CUT_VOCABULARY, WHOLE_VOCABULARY, mesh_config, mesh_parts
 
 NEW = (7, 600)  # a row that new tokens replace, and one past the table
@@ -32,9 +32,8 @@ def parts() -> ModelParts:
 def _step(parts: ModelParts) -> tuple[jax.Array, jax.Array]:
     """Returns (hidden state, logits) of one token after three."""
     model = combine(parts)
-    cache = KVCache.empty(model.config, 1, 256, jnp.float32)
-    _, cache = model.extend(jnp.array([[3, 5, 7]]), jnp.array([0]), cache)
-    hidden_1D, _ = model.extend(jnp.array([[11]]), jnp.array([3]), cache)
+    _, cache = extend(model, jnp.array([[3, 5, 7]]), 0, empty_cache(model.config, 1, 256), 256)
+    hidden_1D, _ = extend(model, jnp.array([[11]]), 3, cache, 256)
     return hidden_1D, model.head.logits(hidden_1D)
 
 

@@ -7,7 +7,8 @@ import signal
 import pytest
 from rich.console import Console
 
-from qlora_jax.inference.decode import DecodeStep
+from qlora_jax.inference.engine.reply_text import TextStream
+from qlora_jax.inference.engine.request import Step
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.terminal_chat import HELP, chat, show_reply
 from tests.inference.tiny import byte_tokenizer
@@ -17,9 +18,10 @@ PROMPTER = Prompter(tokenizer=TOKENIZER, chat=False, system=None)
 
 
 def steps_of(text: str, end: str = "stop"):
+    shown = TextStream(TOKENIZER)
     for token in TOKENIZER.encode(text):
-        yield DecodeStep(0, token, None)
-    yield DecodeStep(0, None, end)
+        yield Step(0, token, shown.push(token), None)
+    yield Step(0, None, shown.flush(), end)
 
 
 def console() -> Console:
@@ -71,10 +73,10 @@ def test_ctrl_c_stops_the_answer_and_leaves_the_rest_alone():
         for token in TOKENIZER.encode("abcdef"):
             if token == TOKENIZER.encode("c")[0]:
                 os.kill(os.getpid(), signal.SIGINT)
-            yield DecodeStep(0, token, None)
+            yield Step(0, token, TOKENIZER.decode([token]), None)
 
     before, out = signal.getsignal(signal.SIGINT), console()
-    assert show_reply(steps(), TOKENIZER, out) == ("abc", "interrupted")
+    assert show_reply(steps(), out) == ("abc", "interrupted")
     assert out.file.getvalue() == "abc\n"
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -83,10 +85,10 @@ def test_a_second_ctrl_c_interrupts_as_ever():
     def steps():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        yield DecodeStep(0, 1, None)
+        yield Step(0, 1, "a", None)
 
     with pytest.raises(KeyboardInterrupt):
-        show_reply(steps(), TOKENIZER, console())
+        show_reply(steps(), console())
 
 
 def test_a_full_context_ends_the_answer_and_tells_the_way_out(monkeypatch):
@@ -98,4 +100,4 @@ def test_a_full_context_ends_the_answer_and_tells_the_way_out(monkeypatch):
 
 @pytest.mark.parametrize("end", ["stop", "length", "context"])
 def test_why_a_reply_ended(end):
-    assert show_reply(steps_of("x", end), TOKENIZER, console()) == ("x", end)
+    assert show_reply(steps_of("x", end), console()) == ("x", end)

@@ -9,10 +9,10 @@ import pytest
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.decoder import layer_runs
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine, place_parts
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.step import gradients
+from tests.models.cached import empty_cache, extend
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_batch, mesh_config, mesh_parts
 from tests.training.test_step import relative
 
@@ -82,8 +82,7 @@ def test_decoding_with_a_cache_equals_the_forward_pass():
     model = combine(mesh_parts(CONFIG, lora=SOME))
     tokens = mesh_batch(CONFIG, (1, 2, 16))["inputs"][0]
     expected = np.asarray(model.hidden(tokens)).reshape(2, 16, -1)
-    cache = KVCache.empty(model.config, 2, 16, "float32")
-    first, cache = model.extend(tokens[:, :10], jnp.zeros(2, jnp.int32), cache)
-    rest, _ = model.extend(tokens[:, 10:], jnp.full(2, 10, jnp.int32), cache)
+    first, cache = extend(model, tokens[:, :10], 0, empty_cache(model.config, 2, 16), 16)
+    rest, _ = extend(model, tokens[:, 10:], 10, cache, 16)
     found = np.concatenate([np.asarray(first).reshape(2, 10, -1), np.asarray(rest).reshape(2, 6, -1)], axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())

@@ -59,7 +59,7 @@ def test_a_card_and_its_host_memory_choose_the_options(monkeypatch):
 
 
 @pytest.mark.parametrize("card", [pytest.param("rtx4090", marks=EXHAUSTIVE)])  # XLA's own order is this on an H100
-@pytest.mark.parametrize("program", ["score_tokens", "prefill_chunk", "decode_step"])
+@pytest.mark.parametrize("program", ["score_tokens", "advance"])
 def test_copies_hide_behind_the_products_of_the_layer_before(card, program, monkeypatch):
     if problem := aot.problem():
         pytest.skip(f"no compiling for absent cards: {problem}")

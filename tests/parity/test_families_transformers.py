@@ -20,10 +20,10 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.training.step import row_nll
+from tests.models.cached import empty_cache, extend
 from tests.training.compiled_text import TO_READ
 
 ORACLE = Path(__file__).parent.parent / "oracle/family_rows.py"
@@ -138,18 +138,17 @@ def _logits(model, tokens_BT, segments_BT):
 
 
 @compiled
-def _extended(model, tokens_BT, start_B, cache):
-    hidden, cache = model.extend(tokens_BT, start_B, cache)
+def _extended(model, tokens_BT, start, cache):
+    hidden, cache = extend(model, tokens_BT, start, cache, LENGTH)
     return model.head.logits(hidden), cache
 
 
 def _decoded(model, tokens_BT):
     """Logits of rows that go through a cache in chunks of equal length."""
     batch, length = tokens_BT.shape
-    cache, found = KVCache.empty(model.config, batch, length, jnp.float32), []
+    cache, found = empty_cache(model.config, batch, length), []
     for start in range(0, length, CHUNK):
-        chunk = tokens_BT[:, start : start + CHUNK], np.full(batch, start, np.int32)
-        logits, cache = _extended(model, *chunk, cache)
+        logits, cache = _extended(model, tokens_BT[:, start : start + CHUNK], start, cache)
         found.append(np.asarray(logits).reshape(batch, CHUNK, -1))
     return np.concatenate(found, axis=1)
 

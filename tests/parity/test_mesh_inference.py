@@ -165,7 +165,8 @@ def test_a_decode_step_has_the_memory_of_one_device_and_gathers_packed_weights_o
     placed = on_mesh(parts, 2, 4)
     prompts = [[1] * 40] * 16  # two a device
     for alone, shared in zip(lower_decoding(parts, prompts, 6), lower_decoding(placed, prompts, 6), strict=True):
-        assert alone.live_bytes / 8 == pytest.approx(shared.live_bytes, rel=0.01)
+        # The numbers of pages are rounded, and each device has a page for padding.
+        assert alone.live_bytes / 8 == pytest.approx(shared.live_bytes, rel=0.03)
     compiled = shared.lowered.compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.attention import KVPages
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.families import model_config
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.nn.router import Routing
 from qlora_jax.training.step import row_nll
 from tests.marks import some_in_ci
+from tests.models.cached import empty_cache, extend
 from tests.models.mixtures import EXPERT_TARGETS, NARROW, SIZES, arrays_of, random_mixture
 
 pytestmark = pytest.mark.slow
@@ -93,17 +94,17 @@ def _balance(routing: Routing, experts: int) -> np.ndarray:
 
 
 @jax.jit
-def _extend(parts: ModelParts, tokens_BT: jax.Array, start_B: jax.Array, cache: KVCache):
+def _extend(parts: ModelParts, tokens_BT: jax.Array, start: int, cache: KVPages):
     model = combine(parts)
-    hidden, cache = model.extend(tokens_BT, start_B, cache)
+    hidden, cache = extend(model, tokens_BT, start, cache, LENGTH)
     return model.head.logits(hidden), cache
 
 
 def _decoded(parts: ModelParts, row: np.ndarray) -> np.ndarray:
     """Logits of a row that goes through a cache in chunks of equal length."""
-    cache, found = KVCache.empty(combine(parts).config, 1, LENGTH, jnp.float32), []
+    cache, found = empty_cache(combine(parts).config, 1, LENGTH), []
     for start in range(0, LENGTH, CHUNK):
-        logits, cache = _extend(parts, row[None, start : start + CHUNK], np.full(1, start, np.int32), cache)
+        logits, cache = _extend(parts, row[None, start : start + CHUNK], start, cache)
         found.append(np.asarray(logits))
     return np.concatenate(found)
 

@@ -14,10 +14,10 @@ from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.kv_cache import KVCache
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.trainable_embeddings import add_token_rows
 from qlora_jax.training.step import row_nll
+from tests.models.cached import empty_cache, extend
 from tests.parity.test_families_transformers import CONFIGS, LENGTH, VOCAB
 
 SCRIPT = Path(__file__).parent.parent / "oracle/token_rows.py"
@@ -51,8 +51,7 @@ def _ours(folder: Path, tokens: np.ndarray, rows: dict[str, np.ndarray]) -> dict
     model = combine(parts.with_lora(lora))
     logits = model.head.logits(model.hidden(tokens)).reshape(*tokens.shape, -1)
     of_rows = {short: gradients[name]["rows"] for short, name in TABLES.items() if name in gradients}
-    cache = KVCache.empty(model.config, 1, LENGTH, jnp.float32)
-    hidden, _ = model.extend(tokens[:1], jnp.zeros(1, jnp.int32), cache)
+    hidden, _ = extend(model, tokens[:1], 0, empty_cache(model.config, 1, LENGTH), LENGTH)
     decoded = model.head.logits(hidden)
     np.testing.assert_allclose(decoded, logits[0], atol=TOLERANCE * np.abs(logits[0]).max())
     return {"logits": logits, "nll": nll, **of_rows}

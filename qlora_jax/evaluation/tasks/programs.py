@@ -152,7 +152,7 @@ class ProgramsTask:
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batch."""
         prompts = [problem.ids for problem in self.problems]
-        return lower_replies(parts, prompts, self.max_new_tokens, self.samples, self.sampling)
+        return lower_replies(parts, prompts, self.max_new_tokens, self.samples)
 
     def _pass_at(self, scores: ProgramScores, k: int) -> Metric:
         values = scores.pass_at(k)

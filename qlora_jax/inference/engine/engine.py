@@ -1,0 +1,478 @@
+"""Decodes the replies to many requests together, in calls of static shapes: prompts in chunks, replies by token.
+
+What a request answers does not depend on what runs beside it, to the bit. A row's result in a call depends on that row
+alone, prompts are always computed by prompt calls, and replies by decode calls. docs/serve.md shows what that costs.
+
+Dimension key: D devices, R rows of a decode call, B, T tokens of a call, L layers, I pages of a row, V vocab.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from pallas_kernels.attention.pages import POSITIONS as PAGE
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.inference.engine.choose import (
+    MOST_LIKELIEST,
+    Choice,
+    Row,
+    RowSettings,
+    RowState,
+    choose,
+    row_settings,
+    row_state,
+)
+from qlora_jax.inference.engine.generation import Generation
+from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages
+from qlora_jax.inference.engine.programs import (
+    PROMPT_TOKENS,
+    ROW_COUNTS,
+    advance,
+    decode_inputs,
+    empty_cache,
+    page_bytes,
+    prompt_call,
+    round_up,
+    table_blocks,
+)
+from qlora_jax.inference.engine.reply_text import ReplyText
+from qlora_jax.inference.engine.request import Request, Scored, Step
+from qlora_jax.inference.mesh_inference import row_shards
+from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
+from qlora_jax.sharding import mesh_of
+
+BESIDE_REPLIES = 128  # tokens of prompts per call while replies wait for it
+PATIENCE = 64  # decode calls with half of their rows empty, after which they get a smaller shape
+FIRST_LENGTH = 256  # rotations that depend on a row's length take it from 256, 512, 1024, ...
+
+
+class Usage(NamedTuple):
+    """The state of an engine.
+
+    Fields:
+      waiting, running: numbers of requests.
+      pages, pages_held: pages of the cache, and those that requests hold.
+      prompt_tokens: tokens of prompts that were computed.
+      shared_tokens: tokens of prompts that were found in the cache.
+      generated_tokens: tokens of replies.
+      preemptions: requests that began again because the cache was full.
+    """
+
+    waiting: int
+    running: int
+    pages: int
+    pages_held: int
+    prompt_tokens: int
+    shared_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+type Rows = list[list[Generation]]  # per device
+
+
+@dataclasses.dataclass(eq=False)
+class _Flight:
+    """A decode call whose tokens have not been read.
+
+    Attributes:
+      rows: of the call.
+      indices: number of the token of its reply that each row gets.
+      choice: the tokens.
+      settings, state: of the rows, for the next call with the same ones.
+    """
+
+    rows: Rows
+    indices: dict[Generation, int]
+    choice: Choice
+    settings: RowSettings
+    state: RowState
+
+    def is_followed_by(self, rows: Rows) -> bool:
+        """Returns True if the next call can get these tokens without reading them."""
+        same = rows == self.rows and all(self.indices[each] == each.fed for each in self.indices)
+        return same and not any(each.request.grammar for own in rows for each in own)
+
+
+class Engine:
+    """A model that answers requests; one thread may call it."""
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        tokenizer: Tokenizer | None = None,
+        *,
+        cache_bytes: int,
+        cache_dtype: DTypeLike | None = None,
+        max_rows: int = ROW_COUNTS[-1],
+    ):
+        """Allocates the cache.
+
+        Args:
+          tokenizer: for the text of steps, and for stop texts; None: steps have ids only.
+          cache_bytes: limit of the cache's bytes on each device.
+          cache_dtype: dtype of keys and values; None: the compute dtype.
+          max_rows: number of replies that each device decodes together.
+
+        Raises:
+          ValueError: the limit is below one page per layer, or `max_rows` is not a size of decode calls.
+        """
+        self._parts = prepare_for_decoding(parts)
+        model = combine(self._parts)
+        self._tokenizer, self._config, self._mesh = tokenizer, model.config, mesh_of(parts)
+        self._num_ids = model.model.embed_tokens.num_ids
+        dtype = cache_dtype or model.model.embed_tokens.weight[...].dtype
+        pages = cache_bytes // page_bytes(self._config, dtype)
+        if pages <= self._config.num_layers:
+            least = (self._config.num_layers + 1) * page_bytes(self._config, dtype)
+            raise ValueError(f"cache: too small (found {cache_bytes:,} bytes, expected {least:,} or more). Raise it")
+        self._groups = groups_of(self._config)
+        self._pools = [PagePool(pages, self._groups) for _ in range(row_shards(self._mesh))]
+        self._cache = empty_cache(self._config, pages, dtype, self._mesh)
+        self._max_rows = max_rows
+        self._waiting: collections.deque[Generation] = collections.deque()
+        self._prompts: list[Generation] = []
+        self._running: list[Generation] = []
+        self._flights: dict[int | None, _Flight] = {}
+        self._rows: dict[int | None, tuple[int, int]] = {}  # per length: rows of its calls, calls that were half empty
+        self._tables: dict[object, jax.Array | np.ndarray] = {}
+        self._numbers = itertools.count()
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    @property
+    def busy(self) -> bool:
+        """True while requests wait or run."""
+        return bool(self._waiting or self._prompts or self._running)
+
+    def usage(self) -> Usage:
+        """Returns the engine's state."""
+        pages = sum(pool.pages for pool in self._pools)
+        counted = {name: self._counts[name] for name in Usage._fields[4:]}
+        held = pages - sum(pool.available for pool in self._pools)
+        return Usage(len(self._waiting), len(self._prompts) + len(self._running), pages, held, **counted)
+
+    def submit(self, request: Request) -> int:
+        """Adds a request; returns its number.
+
+        Raises:
+          ValueError: it cannot be answered; lists all problems.
+        """
+        if problems := self.problems(request):
+            raise ValueError("\n".join(problems))
+        prompt, length = np.asarray(request.prompt, np.int32), self._length(request)
+        root = repr((request.adapter, length)).encode()
+        keys = [] if request.score_prompt else block_keys(prompt[:-1], root)
+        text = None if self._tokenizer is None else ReplyText(self._tokenizer, request.stop_texts)
+        made = Generation(
+            number=next(self._numbers), request=request, prompt=prompt, keys=keys, length=length, text=text
+        )
+        self._waiting.append(made)
+        return made.number
+
+    def problems(self, request: Request) -> list[str]:
+        """Returns why a request cannot be answered, one line each."""
+        limit, problems = self._config.max_positions, []
+        if request.max_new_tokens < (0 if request.score_prompt else 1):
+            problems.append(f"max_new_tokens: found {request.max_new_tokens}, expected at least 1")
+        if not request.prompt:
+            return [*problems, "prompt: empty (expected at least one token)"]
+        if len(request.prompt) >= limit + (request.max_new_tokens == 0):
+            found = f"found {len(request.prompt)} tokens; the model has {limit} positions for prompt and reply"
+            problems.append(f"prompt: too long ({found}). Shorten it")
+        ids = np.asarray(request.prompt)
+        if ids.min() < 0 or ids.max() >= self._num_ids:
+            found = f"found ids {ids.min()} to {ids.max()}, expected 0 to {self._num_ids - 1}"
+            problems.append(f"prompt: an id has no row in the embedding ({found}). Use the model's tokenizer")
+        needed = most_pages(self._groups, self._most_positions(request), PROMPT_TOKENS[-1])
+        if not problems and needed > self._pools[0].pages:
+            found = f"the request takes up to {needed:,} pages, the cache has {self._pools[0].pages:,}"
+            problems.append(f"cache: too small ({found}). Raise it, or lower max_new_tokens")
+        return problems
+
+    def cancel(self, number: int) -> None:
+        """Drops a request; no further step has it."""
+        for queue in (self._waiting, self._prompts, self._running):
+            for each in [one for one in queue if one.number == number]:
+                queue.remove(each)
+                self._drop(each)
+
+    def step(self) -> list[Step]:
+        """Runs one call for prompts and one for the next token of each reply; returns the steps that they give."""
+        self._admit()
+        steps = self._prompt_call()
+        for length in list(dict.fromkeys([*self._flights, *(each.length for each in self._running)])):
+            steps += self._decode_call(length)
+        return steps
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Step]:
+        """Yields the steps of requests as they are generated; requests are numbered by their order here."""
+        numbers = {self.submit(request): index for index, request in enumerate(requests)}
+        try:
+            while self.busy:
+                yield from (step._replace(request=numbers[step.request]) for step in self.step())
+        finally:
+            for number in numbers:
+                self.cancel(number)
+
+    # ---- places and pages
+
+    def _most_positions(self, request: Request) -> int:
+        return min(len(request.prompt) + request.max_new_tokens, self._config.max_positions)
+
+    def _length(self, request: Request) -> int | None:
+        if not self._config.rotations_depend_on_length:
+            return None
+        length = FIRST_LENGTH
+        while length < self._most_positions(request):
+            length *= 2
+        return min(length, self._config.max_positions)
+
+    def _admit(self) -> None:
+        """Gives waiting requests a place, in their order, while pages for their prompts are left."""
+        while self._waiting:
+            placed = [each.device for each in (*self._prompts, *self._running)]
+            device = min(range(len(self._pools)), key=placed.count)
+            first, pool = self._waiting[0], self._pools[device]
+            if placed.count(device) >= self._max_rows:
+                return
+            first.device, first.blocks = device, [[] for _ in self._groups]
+            first.share(pool)
+            held = sum(len(block.pages) for own in first.blocks for block in own if block is not None)
+            needed = most_pages(self._groups, len(first.prompt) + 1, PROMPT_TOKENS[-1])
+            if placed and needed - held > pool.available:
+                first.release(pool)
+                return
+            self._counts["shared_tokens"] += first.computed
+            self._prompts.append(self._waiting.popleft())
+
+    def _take_pages(self, generation: Generation, positions: int) -> bool:
+        """Takes pages for further positions, from younger requests if need be; False if it has to wait itself."""
+        pool = self._pools[generation.device]
+        while not generation.extend(pool, positions):
+            others = [each for each in (*self._prompts, *self._running) if each.device == generation.device]
+            youngest = max(others, key=lambda each: each.number)
+            self._preempt(youngest)
+            if youngest is generation:
+                return False
+        return True
+
+    def _preempt(self, generation: Generation) -> None:
+        for queue in (self._prompts, self._running):
+            if generation in queue:
+                queue.remove(generation)
+        generation.release(self._pools[generation.device])
+        self._counts["preemptions"] += 1
+        at = sum(each.number < generation.number for each in self._waiting)
+        self._waiting.insert(at, generation)
+
+    def _drop(self, generation: Generation) -> None:
+        generation.ended = True
+        generation.release(self._pools[generation.device])
+
+    def _table(self, rows: Rows, count: int) -> np.ndarray:
+        """Returns the pages [L, D R, I] of rows of each device, of which each has `count`."""
+        positions = max(each.computed for own in rows for each in own)
+        table_LRI = np.zeros(
+            (self._config.num_layers, count * len(rows), table_blocks(positions, self._config)), np.int32
+        )
+        for device, own in enumerate(rows):
+            for row, each in enumerate(own):
+                each.write_table(table_LRI[:, device * count + row], self._pools[device])
+        return table_LRI
+
+    # ---- prompts
+
+    def _prompt_call(self) -> list[Step]:
+        """Runs the next chunk of prompts, in their order, and returns the first steps of those that it completes."""
+        if not self._prompts:
+            return []
+        length = self._prompts[0].length
+        limit = BESIDE_REPLIES if self._running else PROMPT_TOKENS[-1]
+        chosen = [self._next_prompts(device, length, limit) for device in range(len(self._pools))]
+        left = max(sum(min(each.prompt_left, limit) for each in own) for own in chosen)
+        size = prompt_call(min(left, limit))
+        counts = {each: count for own in chosen for each, count in self._shares(own, size).items()}
+        chosen = [[each for each in own if each in counts and each in self._prompts] for own in chosen]
+        if not any(chosen):
+            return []
+        return self._run_prompts(chosen, counts, size, length)
+
+    def _next_prompts(self, device: int, length: int | None, limit: int) -> list[Generation]:
+        """Returns the first prompts of a device with `limit` tokens; of those that begin alike, only the first."""
+        chosen, tokens, begun = [], 0, set()
+        for each in self._prompts:
+            if each.device != device or each.length != length:
+                continue
+            before = each.computed
+            each.share(self._pools[device])
+            self._counts["shared_tokens"] += each.computed - before
+            upcoming = each.keys[each.computed // PAGE : (each.computed + limit) // PAGE]
+            if begun.isdisjoint(upcoming):
+                chosen.append(each)
+                tokens += each.prompt_left
+                begun.update(upcoming)
+            if tokens >= limit or len(chosen) == ROW_COUNTS[-1]:
+                break
+        return chosen
+
+    def _shares(self, own: Sequence[Generation], size: int) -> dict[Generation, int]:
+        """Returns the tokens of each prompt in a call of `size` tokens, and takes pages for them."""
+        counts: dict[Generation, int] = {}
+        for each in own:
+            count = min(each.prompt_left, size - sum(counts.values()))
+            if count and each in self._prompts and self._take_pages(each, count):
+                counts[each] = count
+        return counts
+
+    def _run_prompts(
+        self, chosen: list[list[Generation]], counts: dict[Generation, int], size: int, length: int | None
+    ) -> list[Step]:
+        devices, most = len(chosen), max(map(len, chosen))
+        rows = round_up(most, (1, ROW_COUNTS[-1]))
+        tokens_BT = np.zeros((devices, size), np.int32)
+        rows_BT, positions_BT = np.zeros_like(tokens_BT), np.full_like(tokens_BT, -1)
+        last_DR = np.zeros((devices, rows), np.int32)
+        for device, own in enumerate(chosen):
+            end = 0
+            for row, each in enumerate(own):
+                here, at = slice(end, end + counts[each]), slice(each.computed, each.computed + counts[each])
+                tokens_BT[device, here], rows_BT[device, here] = each.prompt[at], row
+                positions_BT[device, here] = np.arange(at.start, at.stop)
+                end, each.computed = here.stop, at.stop
+                last_DR[device, row] = end - 1
+                self._counts["prompt_tokens"] += counts[each]
+        cache = dataclasses.replace(self._cache, pages_LRI=self._table(chosen, rows))
+        inputs = tokens_BT, rows_BT, positions_BT, last_DR.reshape(-1), cache
+        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        for each in counts:
+            each.publish(self._pools[each.device])
+        done = [each for each in counts if not each.prompt_left]
+        self._prompts = [each for each in self._prompts if each not in done]
+        self._running += done
+        new = [each for each in done if not each.generated]
+        if not new:
+            return []
+        choice = jax.tree.map(np.asarray, self._choose(logits_RV, chosen, rows, None)[0])
+        places = {each: device * rows + row for device, own in enumerate(chosen) for row, each in enumerate(own)}
+        return [self._add(each, choice, places[each]) for each in new]
+
+    # ---- replies
+
+    def _decode_call(self, length: int | None) -> list[Step]:
+        """Runs the next token of each reply of rows of a length; returns the steps of the call before it.
+
+        The call is dispatched before the tokens of the one before it are read, unless rows have changed.
+        """
+        flight, steps = self._flights.pop(length, None), []
+        rows = self._decode_rows(length, flight)
+        if flight is not None and not flight.is_followed_by(rows):
+            steps, flight = self._read(flight), None
+            rows = self._decode_rows(length, None)
+        if any(rows):
+            self._flights[length] = self._dispatch(rows, length, flight)
+        return steps + ([] if flight is None else self._read(flight))
+
+    def _decode_rows(self, length: int | None, flight: _Flight | None) -> list[list[Generation]]:
+        """Returns the rows of each device that take part in the next call, with pages for it."""
+        for each in sorted((one for one in self._running if one.length == length), key=lambda one: one.number):
+            if each in self._running and self._wants_more(each, flight):
+                self._take_pages(each, 1)
+        own = [each for each in self._running if each.length == length and self._wants_more(each, flight)]
+        return [[each for each in own if each.device == device] for device in range(len(self._pools))]
+
+    def _wants_more(self, each: Generation, flight: _Flight | None) -> bool:
+        """Returns False if a reply ends by its length with the token of the call that has not been read."""
+        expected = len(each.generated) + (flight is not None and flight.indices.get(each) == len(each.generated))
+        ends = expected >= each.request.max_new_tokens
+        return not ends and len(each.prompt) + expected < self._config.max_positions
+
+    def _dispatch(self, rows: list[list[Generation]], length: int | None, flight: _Flight | None) -> _Flight:
+        count = self._row_count(length, max(map(len, rows)))
+        known_R, positions_R = np.zeros(count * len(rows), np.int32), np.full(count * len(rows), -1)
+        indices: dict[Generation, int] = {}
+        for device, own in enumerate(rows):
+            for row, each in enumerate(own):
+                at = device * count + row
+                positions_R[at], indices[each] = each.computed, each.fed + 1
+                if each.fed < len(each.generated):
+                    known_R[at] = each.generated[each.fed]
+        follows = flight is not None and len(flight.choice.token_R) == len(known_R)
+        tokens_R = flight.choice.token_R if flight is not None and follows else known_R
+        for each in indices:
+            each.computed += 1
+        rows_BT, positions_BT, last_R = decode_inputs(count, positions_R, self._mesh)
+        cache = dataclasses.replace(self._cache, pages_LRI=self._table(rows, count))
+        inputs = tokens_R[:, None], rows_BT, positions_BT, last_R, cache
+        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        known = (flight.settings, flight.state) if flight is not None and follows else None
+        return _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
+
+    def _row_count(self, length: int | None, needed: int) -> int:
+        """Returns the rows of the next decode call; it shrinks only after a while, because each size is compiled."""
+        count, idle = self._rows.get(length, (0, 0))
+        idle = idle + 1 if 2 * needed <= count else 0
+        if needed > count or idle > PATIENCE:
+            count, idle = round_up(needed, ROW_COUNTS), 0
+        self._rows[length] = count, idle
+        return count
+
+    def _read(self, flight: _Flight) -> list[Step]:
+        choice = jax.tree.map(np.asarray, flight.choice)
+        count = len(choice.token_R) // len(flight.rows)
+        return [
+            self._add(each, choice, device * count + row)
+            for device, own in enumerate(flight.rows)
+            for row, each in enumerate(own)
+            if each in self._running and flight.indices[each] == len(each.generated)
+        ]
+
+    def _add(self, each: Generation, choice: Choice, row: int) -> Step:
+        step = each.add(int(choice.token_R[row]), _scored(each.request, choice, row), self._config.max_positions)
+        self._counts["generated_tokens"] += 1
+        if each.ended:
+            self._running.remove(each)
+            each.release(self._pools[each.device])
+        return step
+
+    def _choose(
+        self, logits_RV: jax.Array, rows: Rows, count: int, known: tuple[RowSettings, RowState] | None
+    ) -> tuple[Choice, RowSettings, RowState]:
+        """Chooses the next token of each row; masks of grammars are computed while the model runs.
+
+        Args:
+          known: settings and state that the call before left, if it had the same rows.
+        """
+        filled = [own + [None] * (count - len(own)) for own in rows]
+        each_R, vocab = [each for own in filled for each in own], logits_RV.shape[1]
+        if known is None:
+            described = [Row() if each is None else _described(each) for each in each_R]
+            known = row_settings(described, vocab), row_state(described, vocab)
+        asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
+        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 0
+        local_RV = logits_RV if self._mesh is None else logits_RV.addressable_data(0)
+        choice, state = choose(local_RV, *known, self._mask(each_R), likeliest=likeliest)
+        return choice, known[0], state
+
+    def _mask(self, each_R: Sequence[Generation | None]) -> np.ndarray | None:
+        return None
+
+
+def _described(each: Generation) -> Row:
+    """Returns what the next token depends on besides the logits."""
+    request = each.request
+    return Row(request.sampling, request.repeat, request.prompt, each.generated[: max(0, each.fed)])
+
+
+def _scored(request: Request, choice: Choice, row: int) -> Scored | None:
+    if request.likeliest is None:
+        return None
+    log_p_R, likeliest_RN, log_p_RN = choice[1:]
+    assert log_p_R is not None and likeliest_RN is not None and log_p_RN is not None
+    shown = [(int(token), float(log_p)) for token, log_p in zip(likeliest_RN[row], log_p_RN[row], strict=True)]
+    return Scored(int(choice.token_R[row]), float(log_p_R[row]), tuple(shown[: request.likeliest]))

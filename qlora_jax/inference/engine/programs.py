@@ -1,0 +1,105 @@
+"""The programs of an engine: one that runs the model on tokens of any rows, and the arrays of its cache.
+
+A decode call has one token of each of R rows, [R, 1]. A prompt call has M tokens of any rows, [1, M]. On a mesh each
+device has its own rows and its own pages, so a decode call is [D R, 1] and a prompt call [D, M].
+
+Dimension key: D devices, B, T tokens of a call, R rows, V vocab, M = B T, L layers, I pages of a row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import KVPages
+from pallas_kernels.attention.pages import POSITIONS as PAGE
+from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.partition import ModelFunction, ModelParts, combine
+from qlora_jax.sharding import AnyMesh, gather_rows
+
+ROW_COUNTS = (1, 2, 4, 8, 16)  # rows of a decode call on each device
+PROMPT_TOKENS = (32, 128, 512)  # tokens of a prompt call on each device
+FIRST_BLOCKS = 32  # a table has room for 32, 128, 512, ... pages of each row
+
+
+def round_up(number: int, sizes: tuple[int, ...]) -> int:
+    """Returns the first size that is at least `number`; `sizes` are ascending."""
+    return next(size for size in sizes if size >= number)
+
+
+def prompt_call(tokens: int) -> int:
+    """Returns the size of a call for so many waiting tokens: one that they nearly fill, or that fills with them."""
+    smaller = [size for size in PROMPT_TOKENS if size <= tokens]
+    larger = [size for size in PROMPT_TOKENS if size >= tokens]
+    return larger[0] if larger and (not smaller or 2 * tokens > larger[0]) else smaller[-1]
+
+
+def table_blocks(positions: int, config: ModelConfig) -> int:
+    """Returns the number of pages per row of a table for rows of so many positions."""
+    blocks = FIRST_BLOCKS
+    while blocks * PAGE < positions:
+        blocks *= 4
+    return min(blocks, -(-config.max_positions // PAGE))
+
+
+def page_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
+    """Returns the bytes of one page, with its scales."""
+    per_head = config.head_dim * jnp.dtype(dtype).itemsize + 4 * (jnp.dtype(dtype) == jnp.int8)
+    return 2 * config.num_kv_heads * PAGE * per_head
+
+
+def empty_cache(config: ModelConfig, pages: int, dtype: DTypeLike, mesh: AnyMesh | None) -> KVPages:
+    """Returns `pages` pages of zeros on each device, without a table."""
+    shapes = row_shapes(cache_shapes(config, pages * row_shards(mesh), dtype), mesh)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
+
+
+def cache_shapes(config: ModelConfig, pages: int, dtype: DTypeLike, rows: int = 0, blocks: int = 0) -> KVPages:
+    """Returns the shapes of a cache and its table."""
+    table_LRI, heads_KH = (config.num_layers, rows, blocks), (config.num_kv_heads, config.head_dim)
+    return jax.eval_shape(lambda: KVPages.empty(pages, table_LRI, heads_KH, dtype))
+
+
+@functools.partial(ModelFunction, static_argnames=("length", "mesh"), donate_argnames="cache")
+def advance(
+    parts: ModelParts,
+    tokens_BT: Int[Array, "B T"],
+    rows_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    last_R: Int[Array, " R"],
+    cache: KVPages,
+    *,
+    length: int | None = None,
+    mesh: AnyMesh | None = None,
+) -> tuple[Float[Array, "R V"], KVPages]:
+    """Runs the model on tokens and writes their keys and values.
+
+    Args:
+      rows_BT: row of the cache's table of each token; on a mesh, of its device's part of it.
+      positions_BT: position of each token; -1 is padding.
+      last_R: the tokens, as numbers within the call, after which the next one is wanted.
+      length: see `CausalLM.extend`.
+
+    Returns:
+      (logits after the tokens of `last_R` of all devices, in f32, on every device; the cache).
+    """
+    results = P(), cache_specs(cache)
+    program = functools.partial(_advance, length, mesh)
+    return run_on_mesh(program, parts, (tokens_BT, rows_BT, positions_BT, last_R, cache), mesh, results)
+
+
+def _advance(length, mesh, parts, tokens_BT, rows_BT, positions_BT, last_R, cache):
+    model = combine(parts)
+    hidden_MD, cache = model.extend(tokens_BT, rows_BT, positions_BT, cache, length)
+    return gather_rows(model.head.logits(hidden_MD[last_R]), mesh, axis=0), cache
+
+
+def decode_inputs(rows: int, positions: np.ndarray, mesh: AnyMesh | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (rows_BT, positions_BT, last_R) of a decode call; `positions` of all devices' rows."""
+    numbers_R = np.tile(np.arange(rows, dtype=np.int32), row_shards(mesh))
+    return numbers_R[:, None], positions.astype(np.int32)[:, None], numbers_R
