@@ -10,7 +10,19 @@ from qlora_jax.config import Command, run_main
 from qlora_jax.config.suggestions import suggest_key
 from qlora_jax.terminal.visible import visible
 
-COMMANDS = ("train", "generate", "predict", "evaluate", "compare", "arena", "variance", "export", "quantize", "plan")
+COMMANDS = (
+    "train",
+    "generate",
+    "predict",
+    "evaluate",
+    "compare",
+    "arena",
+    "variance",
+    "export",
+    "quantize",
+    "plan",
+    "serve",
+)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 

@@ -49,8 +49,8 @@ LAYERS = {
     "qlora_jax.evaluation": 8,
     "qlora_jax.training": 9,
     "qlora_jax.studies": 10,
-    "qlora_jax.api": 10,
-    "qlora_jax.server": 11,
+    "qlora_jax.server": 10,
+    "qlora_jax.api": 11,
 }
 COMMANDS = 12  # every other top-level file: train.py, generate.py, ...
 

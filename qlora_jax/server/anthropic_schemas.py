@@ -81,12 +81,12 @@ class MessagesBody(Body):
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     max_tokens: Count
     system: str | list[TextBlock] | None = None
-    stop_sequences: Annotated[list[Text], Field(max_length=16)] = []
+    stop_sequences: Annotated[list[Text], Field(max_length=16)] = Field(default_factory=list)
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    tools: Annotated[list[AnthropicTool], Field(max_length=128)] = []
+    tools: Annotated[list[AnthropicTool], Field(max_length=128)] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 

@@ -5,7 +5,6 @@ import contextlib
 import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from pathlib import Path
 
 from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
@@ -33,11 +32,10 @@ from qlora_jax.server.openai_schemas import (
 )
 from qlora_jax.server.service import Service
 
-PAGE = Path(__file__).parent / "page.html"
 # The page has its style and script inside, and calls nothing but this server.
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'; frame-src 'self'"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 OPEN_PATHS = ("/", "/health")  # without a key: they say nothing about models
 SEND_SECONDS = 60.0  # until a client that reads nothing loses its stream
@@ -63,12 +61,11 @@ def make_app(service: Service) -> ASGIApp:
         "/v1/unload_lora_adapter": lambda request: _unload(service, request),
     }
     gets: dict[str, Callable[[Request], Awaitable[Response]]] = {
-        "/": _page,
+        "/": lambda request: _page(service),
         "/health": lambda request: _health(service),
         "/metrics": lambda request: _metrics(service),
         "/v1/models": lambda request: _models(service),
         "/v1/models/{name:path}": lambda request: _model(service, request),
-        "/runs/{name:path}/report": lambda request: _report(service, request),
         "/runs/{name:path}": lambda request: _run(service, request),
     }
     routes = [Route(path, _endpoint(handler), methods=["POST"]) for path, handler in posts.items()]
@@ -121,7 +118,9 @@ class _Guard:
         if hmac.compare_digest(given.encode(), key.encode()):
             return None
         headers = {"WWW-Authenticate": "Bearer"}
-        return ApiError(401, "the API key is missing or wrong. Send it as a bearer token", code="invalid_api_key", headers=headers)
+        return ApiError(
+            401, "the API key is missing or wrong. Send it as a bearer token", code="invalid_api_key", headers=headers
+        )
 
 
 # ---- errors
@@ -210,7 +209,9 @@ async def _chat(service: Service, request: Request) -> Response:
     prepared = await run_in_threadpool(openai_chat.prepare, service, body)
     model, task, chat = prepared
     if body.stream:
-        return await _streamed(request, openai_chat.stream_chat(service, model, body, task, chat), openai_error, "[DONE]")
+        return await _streamed(
+            request, openai_chat.stream_chat(service, model, body, task, chat), openai_error, "[DONE]"
+        )
     found = await _while_connected(request, openai_chat.complete_chat(service, model, body, task, chat))
     return JSONResponse(found)
 
@@ -255,21 +256,15 @@ async def _model(service: Service, request: Request) -> Response:
 
 async def _run(service: Service, request: Request) -> Response:
     model = service.models.get(request.path_params["name"])
-    report = None if model.report is None else f"/runs/{model.name}/report"
-    return JSONResponse({**model.described(), "report": report, "summary": model.summary})
+    if model.status is None:
+        raise ApiError(404, f"{model.name}: has no run")
+    return JSONResponse(await run_in_threadpool(model.status))
 
 
-async def _report(service: Service, request: Request) -> Response:
-    model = service.models.get(request.path_params["name"])
-    if model.report is None:
-        raise ApiError(404, f"{model.name} has no report")
-    return HTMLResponse(model.report, headers={"Content-Security-Policy": PAGE_POLICY})
-
-
-async def _page(request: Request) -> Response:
-    if not PAGE.is_file():
-        raise ApiError(404, "this installation has no page. Send requests to /v1")
-    return HTMLResponse(PAGE.read_bytes(), headers={"Content-Security-Policy": PAGE_POLICY})
+async def _page(service: Service) -> Response:
+    if service.page is None:
+        raise ApiError(404, "this server has no page. Send requests to /v1")
+    return HTMLResponse(service.page, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 async def _health(service: Service) -> Response:

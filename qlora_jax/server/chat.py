@@ -10,12 +10,14 @@ from qlora_jax.data.formats.turn_fields import called_functions, check_template_
 from qlora_jax.data.loss_mask.turns import opened_reasoning
 from qlora_jax.data.tokenizer.chat_template import Rendering, text_of
 from qlora_jax.data.tokenizer.template_pipe import Message
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.inference.engine.grammar import Grammar
 from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.metadata import JsonObject
 from qlora_jax.server.engine_thread import EngineThread, Replies
 from qlora_jax.server.errors import ApiError, bad_request, too_long
-from qlora_jax.server.reply_grammar import Restriction, call_grammar, make_grammar
+from qlora_jax.server.reply_grammar import call_grammar
 from qlora_jax.server.reply_reader import Call, Part, ReplyReader
 from qlora_jax.server.served_models import ServedModel
 
@@ -35,7 +37,7 @@ class ChatTask:
       max_tokens: limit of the reply's tokens.
       choices: number of replies.
       likeliest: as in Request.
-      restriction: what the reply's text has to be; None: any text.
+      grammar: what the reply's text has to be; None: any text.
     """
 
     messages: Sequence[Message]
@@ -49,7 +51,7 @@ class ChatTask:
     max_tokens: int
     choices: int = 1
     likeliest: int | None = None
-    restriction: Restriction | None = None
+    grammar: Grammar | None = None
 
 
 class PreparedChat(NamedTuple):
@@ -89,9 +91,12 @@ def prepare_chat(model: ServedModel, task: ChatTask) -> PreparedChat:
     if task.tools and model.form.calls is None:
         raise bad_request(["tools: the model's chat template does not write calls in a known way. Remove tools"])
     try:
-        prompt = _render(model, task)
-        ids = model.tokenizer.encode(prompt)
-        grammar = _grammar(model, task, prompt)
+        tokenizer = with_row_kwargs(model.tokenizer, task.variables)
+    except ValueError as error:
+        raise bad_request([str(error)]) from None
+    try:
+        prompt = _render(tokenizer, task)
+        ids = tokenizer.encode(prompt)
     except ValueError as error:
         raise bad_request([f"messages: {error}"]) from None
     if len(ids) >= model.positions:
@@ -104,7 +109,7 @@ def prepare_chat(model: ServedModel, task: ChatTask) -> PreparedChat:
         stop_texts=task.stop_texts,
         adapter=model.adapter,
         likeliest=task.likeliest,
-        grammar=grammar,
+        grammar=_grammar(model, task, prompt),
     )
     requests = [dataclasses.replace(request, repeat=number) for number in range(task.choices)]
     return PreparedChat(requests, [ReplyReader(model.form, prompt, task.tools) for _ in requests])
@@ -129,8 +134,7 @@ async def chat_events(
         yield ChatEvent(index, parts, step, finish)
 
 
-def _render(model: ServedModel, task: ChatTask) -> str:
-    tokenizer = with_row_kwargs(model.tokenizer, task.variables)
+def _render(tokenizer: Tokenizer, task: ChatTask) -> str:
     group = [Rendering(task.messages, True, [*task.tools] or None)]
     if task.tools:
         group.append(Rendering(task.messages, True))
@@ -149,19 +153,17 @@ def _call_ends(model: ServedModel, task: ChatTask) -> frozenset[int]:
     return frozenset() if not task.tools or calls is None or calls.end_id is None else frozenset([calls.end_id])
 
 
-def _grammar(model: ServedModel, task: ChatTask, prompt: str) -> "Grammar | None":
+def _grammar(model: ServedModel, task: ChatTask, prompt: str) -> Grammar | None:
     calls = model.form.calls if model.form else None
-    restriction = task.restriction
+    grammar = task.grammar
     if task.required and calls is not None:
-        if restriction is not None:
+        if grammar is not None:
             raise bad_request(["response_format: cannot be kept together with a required call. Remove one of them"])
-        restriction = call_grammar(calls, task.tools, task.required, single=task.single_call, tokenizer=model.tokenizer)
-    if restriction is None:
-        return None
-    if opened_reasoning(prompt):
+        grammar = call_grammar(calls, task.tools, task.required, single=task.single_call, tokenizer=model.tokenizer)
+    if grammar is not None and opened_reasoning(prompt):
         raise ApiError(
             400,
             "the model's chat template opens a block of reasoning, which a restricted reply cannot have. Send "
             'chat_template_kwargs {"enable_thinking": false}, or remove the restriction',
         )
-    return make_grammar(restriction, model.tokenizer)
+    return grammar

@@ -1,7 +1,7 @@
 """Answers /v1/completions, also for harnesses that only score a text (`echo` with `logprobs`)."""
 
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.request import Request, Scored, Step
@@ -9,13 +9,12 @@ from qlora_jax.inference.prompts import Prompter
 from qlora_jax.server.errors import bad_request, too_long
 from qlora_jax.server.openai_chat import Json, token_text, usage
 from qlora_jax.server.openai_schemas import MOST_CHOICES, CompletionBody
-from qlora_jax.server.reply_grammar import make_grammar
 from qlora_jax.server.served_models import ServedModel
 from qlora_jax.server.service import (
     Service,
+    grammar_of,
     new_id,
     now,
-    restriction_of,
     sampling_of,
     sampling_problems,
     stop_texts,
@@ -49,11 +48,6 @@ def prepare_completion(service: Service, body: CompletionBody) -> tuple[ServedMo
     prompts = _prompts(body, model)
     if problems := _problems(body, model, len(prompts)):
         raise bad_request(problems)
-    restriction = restriction_of(body)
-    try:
-        grammar = None if restriction is None else make_grammar(restriction, model.tokenizer)
-    except ValueError as error:
-        raise bad_request([str(error)]) from None
     request = Request(
         prompt=(),
         max_new_tokens=body.max_tokens and service.tokens(body.max_tokens, "max_tokens"),
@@ -63,7 +57,7 @@ def prepare_completion(service: Service, body: CompletionBody) -> tuple[ServedMo
         adapter=model.adapter,
         likeliest=body.logprobs,
         score_prompt=body.echo and body.logprobs is not None,
-        grammar=grammar,
+        grammar=grammar_of(body),
     )
     return model, [
         _Choice(dataclasses.replace(request, prompt=ids, repeat=number), text)
@@ -74,11 +68,9 @@ def prepare_completion(service: Service, body: CompletionBody) -> tuple[ServedMo
 
 def _prompts(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], str]]:
     """Returns the ids and the text of each prompt."""
-    given = body.prompt
-    rows = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     prompter = Prompter(tokenizer=model.tokenizer, chat=False, system=None)
     found = []
-    for row in rows:
+    for row in _rows(body.prompt):
         try:
             ids = prompter.text(row) if isinstance(row, str) else [*row]
         except ValueError as error:
@@ -91,6 +83,13 @@ def _prompts(body: CompletionBody, model: ServedModel) -> list[tuple[list[int], 
             raise bad_request([f"prompt: {max(ids)} is not a token of {model.name}"])
         found.append((ids, row if isinstance(row, str) else model.tokenizer.decode(ids)))
     return found
+
+
+def _rows(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [one for one in prompt if isinstance(one, int)]
+    return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
 
 
 def _problems(body: CompletionBody, model: ServedModel, prompts: int) -> list[str]:
@@ -158,7 +157,7 @@ def _usage(body: CompletionBody, choices: Sequence[_Choice]) -> Json:
     return usage(prompts, sum(len(choice.ids) for choice in choices))
 
 
-def _logprobs(body: CompletionBody, choice: _Choice, tokenizer: Tokenizer) -> Json | None:
+def _logprobs(body: CompletionBody, choice: _Choice, tokenizer: Tokenizer) -> Mapping[str, object] | None:
     """Returns the log-probabilities of the reply, and with `echo` those of the prompt before it."""
     if body.logprobs is None:
         return None

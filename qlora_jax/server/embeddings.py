@@ -14,7 +14,9 @@ async def embeddings(service: Service, body: EmbeddingBody) -> Json:
     """Returns the embeddings of texts, which are computed between two steps of the engine."""
     model = service.models.get(body.model)
     if (embed := model.embed) is None:
-        message = f"model: {model.name} has no embedding head (expected a run of objective=embedding). Use another model"
+        message = (
+            f"model: {model.name} has no embedding head (expected a run of objective=embedding). Use another model"
+        )
         raise ApiError(400, message, param="model")
     texts = [body.input] if isinstance(body.input, str) else body.input
     try:

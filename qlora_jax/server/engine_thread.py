@@ -223,5 +223,6 @@ class EngineThread:
         for replies in {id(replies): replies for replies, _ in self._open.values()}.values():
             replies.put(ended)
         for call in [*self._calls]:
-            call.cancel() or call.set_exception(ended)
+            if not call.cancel():
+                call.set_exception(ended)
         self._on_failure(error)

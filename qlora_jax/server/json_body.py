@@ -84,7 +84,8 @@ async def read_body(request: Request, limit: int) -> bytes:
                 content += piece
                 if len(content) > limit:
                     raise ApiError(
-                        413, f"the body is too large (found more than {limit} bytes). Shorten it, or raise --max_body",
+                        413,
+                        f"the body is too large (found more than {limit} bytes). Shorten it, or raise --max_body",
                         headers={"Connection": "close"},
                     )
     except TimeoutError:

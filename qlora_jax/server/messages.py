@@ -22,7 +22,12 @@ _FIELDS = {
     "tool_result": ("tool_use_id",),
 }
 _OPTIONAL = {"text": ("citations",), "thinking": ("signature",), "tool_result": ("content", "is_error")}
-_ROLES = {"text": ("user", "assistant"), "thinking": ("assistant",), "tool_use": ("assistant",), "tool_result": ("user",)}
+_ROLES = {
+    "text": ("user", "assistant"),
+    "thinking": ("assistant",),
+    "tool_use": ("assistant",),
+    "tool_result": ("user",),
+}
 _SIGNATURE = ""  # reasoning is not signed
 _ERROR = "Error: "  # before the result of a tool that failed, because templates have no mark for it
 
@@ -75,7 +80,9 @@ def _problems(index: int, message: AnthropicMessage) -> list[str]:
         known = (*needed, *_OPTIONAL.get(block.type, ()), "type", "cache_control")
         given = {name for name in Block.model_fields if getattr(block, name) is not None}
         problems += [f"{place}.{name}: missing" for name in needed if name not in given]
-        problems += [f"{place}.{name}: not a field of the type {block.type!r}" for name in sorted(given.difference(known))]
+        problems += [
+            f"{place}.{name}: not a field of the type {block.type!r}" for name in sorted(given.difference(known))
+        ]
         if message.role not in _ROLES[block.type]:
             problems.append(f"{place}: found {block.type!r} in a message of the role {message.role!r}")
     return problems
@@ -103,7 +110,9 @@ def _template_messages(messages: Sequence[AnthropicMessage]) -> list[Message]:
         thought = "".join(block.thinking or "" for block in blocks if block.type == "thinking")
         if message.role == "assistant":
             fields = {"tool_calls": calls, REASONING: thought}
-            found.append({"role": "assistant", "content": text, **{name: item for name, item in fields.items() if item}})
+            found.append(
+                {"role": "assistant", "content": text, **{name: item for name, item in fields.items() if item}}
+            )
         elif text or not any(block.type == "tool_result" for block in blocks):
             found.append({"role": "user", "content": text})
     return found
@@ -111,7 +120,11 @@ def _template_messages(messages: Sequence[AnthropicMessage]) -> list[Message]:
 
 def _result(block: Block) -> Message:
     content = block.content if isinstance(block.content, str) else _joined(block.content or [])
-    return {"role": "tool", "tool_call_id": block.tool_use_id, "content": f"{_ERROR if block.is_error else ''}{content}"}
+    return {
+        "role": "tool",
+        "tool_call_id": block.tool_use_id,
+        "content": f"{_ERROR if block.is_error else ''}{content}",
+    }
 
 
 def _stop(finish: FinishReason | None, ids: Sequence[int], model: ServedModel, task: ChatTask) -> Json:
@@ -129,7 +142,11 @@ def _block(part: Text | Call) -> Json:
     """Returns the block that a part begins."""
     if isinstance(part, Call):
         return {"type": "tool_use", "id": new_id("toolu_"), "name": part.name, "input": {}}
-    return {"type": "text", "text": ""} if part.kind == "content" else {"type": "thinking", "thinking": "", "signature": _SIGNATURE}
+    return (
+        {"type": "text", "text": ""}
+        if part.kind == "content"
+        else {"type": "thinking", "thinking": "", "signature": _SIGNATURE}
+    )
 
 
 async def message_events(
@@ -178,10 +195,11 @@ def _delta(part: Text | Call) -> Json:
 async def complete_message(events: AsyncIterator[Json]) -> Json:
     """Returns the response that the events of a stream add up to."""
     message: Json = {}
+    prompt: object = 0
     blocks: list[Json] = []
     async for event in events:
         match event:
-            case {"type": "message_start", "message": dict(start)}:
+            case {"type": "message_start", "message": {"usage": {"input_tokens": prompt}, **start}}:
                 message = start
             case {"type": "content_block_start", "content_block": dict(block)}:
                 blocks.append(block)
@@ -191,5 +209,5 @@ async def complete_message(events: AsyncIterator[Json]) -> Json:
                 field = kind.removesuffix("_delta")
                 blocks[-1][field] = f"{blocks[-1][field]}{fields[field]}"
             case {"type": "message_delta", "delta": dict(delta), "usage": dict(usage)}:
-                message = {**message, **delta, "usage": {**message["usage"], **usage}}
+                message |= {**delta, "usage": {"input_tokens": prompt, **usage}}
     return {**message, "content": blocks}

@@ -16,7 +16,9 @@ class Metrics:
 
     def __init__(self):
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter("qlora_jax_requests", "Requests by route and status.", ["path", "status"], registry=registry)
+        self._requests = Counter(
+            "qlora_jax_requests", "Requests by route and status.", ["path", "status"], registry=registry
+        )
         self._prompt = Counter("qlora_jax_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry)
         self._reply = Counter("qlora_jax_reply_tokens", "Tokens of replies.", ["model"], registry=registry)
         self._first = Histogram(

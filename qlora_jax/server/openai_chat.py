@@ -14,9 +14,9 @@ from qlora_jax.server.reply_reader import Call, Part, Text
 from qlora_jax.server.served_models import ServedModel
 from qlora_jax.server.service import (
     Service,
+    grammar_of,
     new_id,
     now,
-    restriction_of,
     sampling_of,
     sampling_problems,
     stop_texts,
@@ -60,7 +60,7 @@ def chat_task(service: Service, model: ServedModel, body: ChatBody) -> ChatTask:
         max_tokens=service.tokens(body.max_completion_tokens or body.max_tokens, "max_completion_tokens"),
         choices=body.n,
         likeliest=(body.top_logprobs or 0) if body.logprobs else None,
-        restriction=restriction_of(body),
+        grammar=grammar_of(body),
     )
 
 
@@ -122,7 +122,9 @@ class _Reply:
         return found | ({"tool_calls": self.calls} if self.calls else {})
 
 
-async def complete_chat(service: Service, model: ServedModel, body: ChatBody, task: ChatTask, chat: PreparedChat) -> Json:
+async def complete_chat(
+    service: Service, model: ServedModel, body: ChatBody, task: ChatTask, chat: PreparedChat
+) -> Json:
     """Returns the response to a request that does not stream."""
     replies = [_Reply() for _ in chat.requests]
     async with service.replies(model, chat.requests) as running:

@@ -13,6 +13,7 @@ MOST_CHOICES = 64
 MOST_PROMPTS = 2048
 
 type Bias = Annotated[float, Field(ge=-100, le=100)]
+type Biases = Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)]
 type Penalty = Annotated[float, Field(ge=-2, le=2)]
 type Likeliest = Annotated[int, Field(ge=0, le=MOST_LIKELY)]
 type Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -69,7 +70,7 @@ class SampledBody(Body):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     stop: Stops | None = None
-    stop_token_ids: Annotated[list[Id], Field(max_length=64)] = []
+    stop_token_ids: Annotated[list[Id], Field(max_length=64)] = Field(default_factory=list)
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
@@ -77,7 +78,7 @@ class SampledBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)] = {}
+    logit_bias: Biases = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     return_token_ids: bool = False
     structured_outputs: StructuredOutputs | None = None
@@ -174,11 +175,11 @@ class ChatBody(SampledBody):
     max_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Likeliest | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] = []
+    tools: Annotated[list[Tool], Field(max_length=128)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str | list[str]] = {}
+    chat_template_kwargs: dict[str, bool | int | float | str | list[str]] = Field(default_factory=dict)
     reasoning_effort: str | None = None
 
     inert: ClassVar[Mapping[str, Collection[object]]] = {

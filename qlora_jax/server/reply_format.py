@@ -8,8 +8,8 @@ Llama 3), a name followed by the JSON of the arguments (Mistral, DeepSeek, gpt-o
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import os.path
 import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -178,7 +178,7 @@ def _tagged_call(text: str, end_id: int | None) -> CallFormat | None:
     if re.findall("|".join(parts), text) != parts:
         return None
     head, first, before_value, following, _, rest = re.split("|".join(parts), text)
-    before_key = os.path.commonprefix([first[::-1], following[::-1]])[::-1]
+    before_key = _common(first[::-1], following[::-1])[::-1]
     after_value = following.removesuffix(before_key)
     tags = Tags(first.removesuffix(before_key), before_key, before_value, after_value)
     if not rest.startswith(after_value) or not all(tag.strip() for tag in tags[1:]):
@@ -202,9 +202,15 @@ def _reasoning_format(tokenizer: Tokenizer, calls: CallFormat | None) -> Reasoni
     if calls is not None and calling is not None and f"{THOUGHT}" in calling and calls.head in calling:
         # gpt-oss continues with another channel after its reasoning.
         before_call = calling[calling.index(THOUGHT) + len(THOUGHT) : calling.index(calls.head + calls.before_name)]
-        closing = os.path.commonprefix([rest, before_call])
+        closing = _common(rest, before_call)
     opening = opening or _opened(tokenizer)
     return ReasoningFormat(opening.strip(), closing.strip(), rest.removeprefix(closing).strip())
+
+
+def _common(one: str, other: str) -> str:
+    """Returns the beginning that two texts share."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(letter for letter, _ in pairs)
 
 
 def _opened(tokenizer: Tokenizer) -> str:

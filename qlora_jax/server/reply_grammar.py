@@ -1,11 +1,11 @@
-"""Writes what a reply has to be as a grammar: a schema, a regular expression, or calls in a template's format."""
+"""Writes calls in a template's format as a grammar, so that a model has to call a function."""
 
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.inference.engine.grammar import Grammar
 from qlora_jax.metadata import JsonObject
 from qlora_jax.server.reply_format import CALL_ID, CallFormat
 
@@ -13,22 +13,10 @@ ANY_OBJECT: JsonObject = {"type": "object"}
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}  # as templates write arguments
 
 
-class Restriction(NamedTuple):
-    """Restricts a reply's text to a JSON schema, a regular expression, or a grammar of llguidance's Lark."""
-
-    kind: Literal["json_schema", "regex", "lark"]
-    value: str | JsonObject
-
-
-def choice_of(texts: Sequence[str]) -> Restriction:
-    """Returns the restriction to one of several texts."""
-    return Restriction("regex", "|".join(map(re.escape, texts)))
-
-
 def call_grammar(
     form: CallFormat, tools: Sequence[JsonObject], required: Collection[str], *, single: bool, tokenizer: Tokenizer
-) -> Restriction:
-    """Returns the restriction to calls of the `required` functions, in a template's format."""
+) -> Grammar:
+    """Returns the grammar of calls of the `required` functions, in a template's format."""
     functions = [tool["function"] for tool in tools if tool["function"]["name"] in required]
     several = "" if single or form.between is None else f" ({_literal(form.between, tokenizer)} call)*"
     lines = [f"start: {_literal(form.head, tokenizer)} call{several} {_literal(form.tail, tokenizer)}"]
@@ -39,15 +27,13 @@ def call_grammar(
             before = _literal(f"{form.before_name}{name}{form.before_arguments}", tokenizer)
             after = _literal(form.after_arguments, tokenizer)
             lines += [f"call_{number}: {before} arguments_{number} {after}"]
-            lines += [f"arguments_{number}: %json {json.dumps({**_COMPACT, **parameters})}"]
+            lines += [f"arguments_{number}: %json {json.dumps({**parameters, **_COMPACT})}"]
         else:
             lines += _tagged(number, name, parameters, form, tokenizer)
-    return Restriction("lark", "\n".join(lines))
+    return Grammar(kind="lark", text="\n".join(lines))
 
 
-def _tagged(
-    number: int, name: str, parameters: JsonObject, form: CallFormat, tokenizer: Tokenizer
-) -> Iterator[str]:
+def _tagged(number: int, name: str, parameters: JsonObject, form: CallFormat, tokenizer: Tokenizer) -> Iterator[str]:
     """Yields the rules of a call whose arguments are between tags, in the order of its schema."""
     assert form.tags is not None, "call_grammar asks"
     properties: Mapping[str, JsonObject] = parameters.get("properties") or {}
@@ -63,7 +49,7 @@ def _tagged(
 def _value(schema: JsonObject, end: str) -> str:
     """Returns the rule of an argument; text has no character with which its end begins."""
     if schema.get("type", "string") != "string":
-        return f"%json {json.dumps({**_COMPACT, **schema})}"
+        return f"%json {json.dumps({**schema, **_COMPACT})}"
     if isinstance(schema.get("enum"), list):
         return " | ".join(json.dumps(text, ensure_ascii=False) for text in schema["enum"])
     return f"/[^{re.escape(end.strip()[0])}]*/"
@@ -81,10 +67,3 @@ def _literal(text: str, tokenizer: Tokenizer) -> str:
 def _quoted(text: str) -> str:
     parts = [json.dumps(part, ensure_ascii=False) if part else "" for part in text.split(CALL_ID)]
     return " /[a-zA-Z0-9]{9}/ ".join(parts)
-
-
-def make_grammar(restriction: Restriction, tokenizer: Tokenizer) -> "Grammar":
-    """Returns the grammar for the engine; raises ValueError for one that llguidance does not accept."""
-    from qlora_jax.inference.engine.grammar import Grammar
-
-    return Grammar(restriction.kind, restriction.value, tokenizer)

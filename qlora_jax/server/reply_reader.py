@@ -185,7 +185,9 @@ class CallParser:
         if (tags := form.tags) is not None:
             key, end = _flexible(tags.before_key), _flexible(form.tail)
             self._tagged_name = re.compile(rf"\s*(\S+?){_flexible(tags.after_name)}(?={key}|{end})", re.DOTALL)
-            value = rf"{key}(\S+?){_flexible(tags.before_value).removesuffix(r'\s*')}(.*?){_flexible(tags.after_value)[3:]}"
+            value = (
+                rf"{key}(\S+?){_flexible(tags.before_value).removesuffix(r'\s*')}(.*?){_flexible(tags.after_value)[3:]}"
+            )
             self._argument = re.compile(value.removesuffix(r"\s*"), re.DOTALL)
 
     def parse(self, text: str, *, needs_head: bool) -> tuple[Call, int] | None:
@@ -224,7 +226,9 @@ class CallParser:
         at, arguments = name.end(), {}
         while (found := self._argument.match(text, at)) is not None:
             # The line breaks of the format do not belong to the value.
-            value = found[2].removeprefix(_spaces_after(tags.before_value)).removesuffix(_spaces_before(tags.after_value))
+            value = (
+                found[2].removeprefix(_spaces_after(tags.before_value)).removesuffix(_spaces_before(tags.after_value))
+            )
             arguments[found[1]] = _typed(value, self._parameters.get(name[1], {}), found[1])
             at = found.end()
         return (_made(name[1], arguments), at) if self._tail.match(text, at) else None

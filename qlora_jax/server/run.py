@@ -20,6 +20,7 @@ class Server:
 
     Attributes:
       url: address that clients use, without /v1.
+      models: names of the models at the start.
     """
 
     def __init__(self, app: ASGIApp, service: Service, host: str, port: int, stop_seconds: int):
@@ -31,6 +32,7 @@ class Server:
         # Streams end when their replies do; this library would end them at once.
         AppStatus.disable_automatic_graceful_drain()
         self._service = service
+        self.models = [model.name for model in service.models]
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
         shown = f"[{host}]" if family == socket.AF_INET6 else host
@@ -66,6 +68,12 @@ class Server:
                 raise RuntimeError("the server did not start. Its error is above")
             time.sleep(0.01)
         return self
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def fail(self) -> None:
         """Ends the server after its engine has failed."""

@@ -2,13 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.metadata import JsonObject, shorten
+from qlora_jax.metadata import shorten
 from qlora_jax.server.errors import ApiError
 from qlora_jax.server.reply_format import ReplyFormat, reply_format
 
@@ -26,8 +26,7 @@ class ServedModel:
       root: the path that it was loaded from.
       parent: name of its base; None for the base.
       embed: returns the embeddings of texts; None for a model that writes text.
-      summary: what the page shows next to a chat.
-      report: the HTML page of the run's report, if it has one.
+      status: returns the state of the run, which the page shows next to a chat; None for a model without a run.
     """
 
     name: str
@@ -40,8 +39,7 @@ class ServedModel:
     root: str
     parent: str | None = None
     embed: Callable[[Sequence[str]], tuple[Float64[np.ndarray, "texts width"], int]] | None = None
-    summary: JsonObject = dataclasses.field(default_factory=dict)
-    report: bytes | None = None
+    status: Callable[[], Mapping[str, object]] | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def described(self) -> dict[str, object]:
@@ -96,7 +94,9 @@ class ServedModels:
         """Returns a model that writes text, for a chat or not; raises ApiError for another."""
         model = self.get(name)
         if model.embed is not None:
-            raise ApiError(400, f"model: {name} gives embeddings, and writes no text. Use /v1/embeddings", param="model")
+            raise ApiError(
+                400, f"model: {name} gives embeddings, and writes no text. Use /v1/embeddings", param="model"
+            )
         if chat and model.form is None:
             message = f"model: {name} has no chat template. Use /v1/completions, or serve it with --chat_template"
             raise ApiError(400, message, param="model")

@@ -2,18 +2,19 @@
 
 import contextlib
 import dataclasses
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+from qlora_jax.inference.engine.grammar import Grammar, GrammarKind
 from qlora_jax.inference.engine.request import Request
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.server.engine_thread import EngineThread, Replies
 from qlora_jax.server.errors import bad_request
 from qlora_jax.server.metrics import Metrics
-from qlora_jax.server.openai_schemas import SampledBody
-from qlora_jax.server.reply_grammar import ANY_OBJECT, Restriction, choice_of
+from qlora_jax.server.openai_schemas import ChatBody, CompletionBody, SampledBody
 from qlora_jax.server.served_models import ServedModel, ServedModels
 
 
@@ -39,10 +40,11 @@ class Service:
     Attributes:
       key: what clients have to send; None if they need not.
       hosts: names in the Host header that are answered without a key; empty: any.
-      load: reads an adapter (its name, its folder), in any thread: (the model, a function that adds it to the engine, in
-        its thread); None if no folder of adapters was named.
+      load: reads an adapter (its name, its folder) in any thread; returns the model, and a function that adds it to the
+        engine in its thread. None if no folder of adapters was named.
       unload: removes an adapter from the engine, in its thread.
       adapters: the folder of adapters that may be loaded.
+      page: HTML of the page at /; None: there is none.
     """
 
     models: ServedModels
@@ -54,6 +56,7 @@ class Service:
     load: Callable[[str, Path], tuple[ServedModel, Callable[[], None]]] | None = None
     unload: Callable[[ServedModel], None] = lambda model: None
     adapters: Path | None = None
+    page: str | None = None
 
     @contextlib.asynccontextmanager
     async def replies(self, model: ServedModel, requests: Sequence[Request]) -> AsyncIterator[Replies]:
@@ -108,24 +111,29 @@ def stop_texts(body: SampledBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
 
-def restriction_of(body: SampledBody) -> Restriction | None:
+def grammar_of(body: ChatBody | CompletionBody) -> Grammar | None:
     """Returns what a reply's text has to be by `response_format` or `structured_outputs`; None for any text."""
-    given: list[Restriction] = []
-    chosen = getattr(body, "response_format", None)
-    if chosen is not None and chosen.type == "json_object":
-        given.append(Restriction("json_schema", ANY_OBJECT))
-    if chosen is not None and chosen.type == "json_schema":
-        if chosen.json_schema is None or chosen.json_schema.schema_ is None:
-            raise bad_request(["response_format.json_schema.schema: missing"])
-        given.append(Restriction("json_schema", chosen.json_schema.schema_))
-    elif chosen is not None and chosen.json_schema is not None:
-        raise bad_request([f"response_format.json_schema: not a field of type {chosen.type}. Remove it"])
-    if (outputs := body.structured_outputs) is not None:
-        given += [Restriction("json_schema", outputs.json_)] if outputs.json_ is not None else []
-        given += [Restriction("json_schema", ANY_OBJECT)] if outputs.json_object else []
-        given += [Restriction("regex", outputs.regex)] if outputs.regex is not None else []
-        given += [Restriction("lark", outputs.grammar)] if outputs.grammar is not None else []
-        given += [choice_of(outputs.choice)] if outputs.choice is not None else []
-    if len(given) > 1 or (body.structured_outputs is not None and not given):
-        raise bad_request([f"structured_outputs: found {len(given)} restrictions of the reply, expected one"])
+    given: list[Grammar] = []
+    chosen, outputs = body.response_format, body.structured_outputs
+    schema = None if chosen is None or chosen.json_schema is None else chosen.json_schema.schema_
+    if chosen is not None and (chosen.type == "json_schema") != (schema is not None):
+        raise bad_request(["response_format.json_schema.schema: expected for the type 'json_schema', and only there"])
+    if schema is not None:
+        given.append(Grammar(kind="json_schema", text=json.dumps(schema)))
+    elif chosen is not None and chosen.type == "json_object":
+        given.append(Grammar(kind="json_object"))
+    if outputs is not None:
+        texts: dict[GrammarKind, str | None] = {
+            "json_schema": None if outputs.json_ is None else json.dumps(outputs.json_),
+            "json_object": "" if outputs.json_object else None,
+            "regex": outputs.regex,
+            "lark": outputs.grammar,
+            "choice": None if outputs.choice is None else json.dumps(outputs.choice),
+        }
+        found = [Grammar(kind=kind, text=text) for kind, text in texts.items() if text is not None]
+        if len(found) != 1:
+            raise bad_request([f"structured_outputs: found {len(found)} restrictions of the reply, expected one"])
+        given += found
+    if len(given) > 1:
+        raise bad_request(["structured_outputs: found response_format too. Remove one of them"])
     return given[0] if given else None

@@ -37,7 +37,9 @@ class ServeArgs:
     adapters: str | None = setting(
         "folder of further runs and adapters, which clients may load and unload by their names", None, NOT_EMPTY
     )
-    host: str = setting("address to listen on; another than this machine's own requires api_key", "127.0.0.1", NOT_EMPTY)
+    host: str = setting(
+        "address to listen on; another than this machine's own requires api_key", "127.0.0.1", NOT_EMPTY
+    )
     port: int = setting("port to listen on; 0: one that is free", 8000, PORT, common="port to listen on")
     api_key: str | None = setting(
         f"key that clients have to send (null: the value of {KEY_VARIABLE}, if it is set)", None, NOT_EMPTY
@@ -50,7 +52,9 @@ class ServeArgs:
     queue: int = setting("requests that may wait; further ones get status 429", 64, NON_NEGATIVE)
     max_tokens: int = setting("limit and default of the tokens of a reply", 4096, AT_LEAST_ONE)
     max_body: str = setting("largest body of a request", "4MiB", NOT_EMPTY)
-    timeout: float = setting("seconds after which a request ends with an error, its time in the queue included", 600.0, POSITIVE)
+    timeout: float = setting(
+        "seconds after which a request ends with an error, its time in the queue included", 600.0, POSITIVE
+    )
     stop_timeout: int = setting("seconds that running requests have to finish when the server stops", 30, NON_NEGATIVE)
     chat_template: str | None = setting(
         f"{TEMPLATE_CHOICES}, to use instead of the models' chat templates", None, NOT_EMPTY

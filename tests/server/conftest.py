@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("uvicorn")
-pytest.importorskip("sse_starlette")
-
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.engine.request import Request
 from qlora_jax.inference.prompts import stop_ids
@@ -84,12 +81,17 @@ def serve(tokenizer: Tokenizer) -> Start:
 
     @contextlib.contextmanager
     def start(
-        script: Callable[[Request], str], *, seconds: float = 0, places: int = 100, limits: Limits | None = None, **given
+        script: Callable[[Request], str],
+        *,
+        seconds: float = 0,
+        places: int = 100,
+        limits: Limits | None = None,
+        **given,
     ) -> Iterator[Served]:
         engine = ScriptedEngine(tokenizer, script, POSITIONS, seconds)
         models = [
             model("base"),
-            model("a", adapter="a", parent="base", summary={"title": "a run"}),
+            model("a", adapter="a", parent="base", status=lambda: {"title": "a run"}),
             model("plain", form=None),
             model("vectors", embed=embed, parent="base"),
         ]

@@ -30,7 +30,9 @@ def scored(token: int, count: int) -> Scored:
 class ScriptedEngine:
     """Answers each request with the reply that `script` returns for it, a token per step."""
 
-    def __init__(self, tokenizer: Tokenizer, script: Callable[[Request], str], positions: int = 512, seconds: float = 0):
+    def __init__(
+        self, tokenizer: Tokenizer, script: Callable[[Request], str], positions: int = 512, seconds: float = 0
+    ):
         self._tokenizer, self._script, self._positions, self._seconds = tokenizer, script, positions, seconds
         self._numbers = itertools.count()
         self.running: dict[int, Running] = {}

@@ -1,8 +1,7 @@
 """OpenAI's own client against the server: chats, streams, choices, log-probabilities, errors."""
 
+import openai
 import pytest
-
-openai = pytest.importorskip("openai")
 
 from tests.server.conftest import Start, echo
 
@@ -27,7 +26,9 @@ def test_a_chat_is_answered_by_the_model_that_is_named(client, tokenizer):
 
 
 def test_a_stream_adds_up_to_the_reply(client):
-    chunks = [*client.chat.completions.create(model="a", messages=HI, stream=True, stream_options={"include_usage": True})]
+    chunks = [
+        *client.chat.completions.create(model="a", messages=HI, stream=True, stream_options={"include_usage": True})
+    ]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == REPLY
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
     assert chunks[-1].usage.completion_tokens > 10 and chunks[0].usage is None

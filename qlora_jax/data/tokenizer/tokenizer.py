@@ -11,7 +11,13 @@ from typing import Any
 import tokenizers
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES, TemplateValue
-from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips, make_token_bytes
+from qlora_jax.data.tokenizer.byte_lengths import (
+    ByteLengths,
+    byte_lengths,
+    is_byte_level,
+    make_round_trips,
+    make_token_bytes,
+)
 from qlora_jax.data.tokenizer.chat_template import Rendering, read_template, render, start_process, start_rendering
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 from qlora_jax.data.tokenizer.render_batches import check_variables
