@@ -101,7 +101,7 @@ class ReplyReader:
         if found:
             self._say("content", before.rstrip())
             self._buffer, self._state = rest, self._call
-            self._trigger, self._needs_head = trigger, True
+            self._trigger, self._needs_head = before[len(before.rstrip()) :] + trigger, True
             return True
         if self._last:
             self._say("content", before.rstrip() if self._called else before)
@@ -235,7 +235,8 @@ class CallParser:
 
     def is_over(self, text: str) -> bool:
         """Returns True if a text that is not a call cannot become one any more."""
-        return bool(self._form.tail.strip()) and self._tail.search(text) is not None
+        # A bracket alone may belong to the arguments.
+        return any(map(str.isalpha, self._form.tail)) and self._tail.search(text) is not None
 
     def match_between(self, text: str) -> int | None:
         """Returns the end of the text between two calls, if a text begins with it."""
