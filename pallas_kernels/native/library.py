@@ -25,6 +25,7 @@ HANDLERS = (
     "attention_backward",
     "attention_cached",
     "attention_paged",
+    "own_matrix",
 )
 SWITCH = "QLORA_JAX_BUILD_LOOPS"  # environment variable
 

@@ -7,12 +7,10 @@ import numpy as np
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.engine import Engine
-from qlora_jax.inference.engine.page_pool import groups_of, most_pages
-from qlora_jax.inference.engine.programs import PROMPT_TOKENS, ROW_COUNTS, page_bytes
+from qlora_jax.inference.engine.programs import page_bytes, pages_for
 from qlora_jax.inference.engine.request import EndReason, Request, Step
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import mesh_of
@@ -39,19 +37,6 @@ def id_problems(name: str, rows: Iterable[Sequence[int] | np.ndarray], model: Ca
         for index, (low, high) in enumerate(spans)
         if low < 0 or high >= limit
     ]
-
-
-def pages_for(config: ModelConfig, positions: Sequence[int], devices: int) -> int:
-    """Returns the pages on each device with which no row of so many positions waits for pages.
-
-    It is rounded up by at most a quarter, because another number of pages is another program.
-    """
-    groups, rows = groups_of(config), min(-(-len(positions) // devices), ROW_COUNTS[-1])
-    limited = [min(each, config.max_positions) for each in positions]
-    most = sorted(most_pages(groups, each, PROMPT_TOKENS[-1]) for each in limited)
-    pages = sum(most[-rows:]) + 1
-    unit = 1 << max(0, pages.bit_length() - 3)
-    return -(-pages // unit) * unit
 
 
 def stream(

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from qlora_jax.inference.decode import pages_for
 from qlora_jax.inference.engine.programs import (
     PROMPT_TOKENS,
     ROW_COUNTS,
     advance,
     cache_shapes,
+    pages_for,
     prompt_call,
     round_up,
     table_blocks,
@@ -87,7 +87,9 @@ def lower_decoding(
         tokens_BT, last_R = np.zeros(size, np.int32), np.zeros(devices * each, np.int32)
         cache = cache_shapes(config, pages, dtype, devices * each, blocks)
         shape = f"{name}, {devices * rows} rows, {pages:,} cache pages"
-        yield lower_program(shape, advance, decoding, (tokens_BT, tokens_BT, tokens_BT, last_R, cache), added_bytes)
+        yield lower_program(
+            shape, advance, decoding, (tokens_BT.reshape(-1), tokens_BT, tokens_BT, last_R, cache), added_bytes
+        )
 
 
 def _decoding_shapes(parts: ModelParts) -> tuple[ModelParts, int]:

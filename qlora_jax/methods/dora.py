@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -26,7 +27,7 @@ from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.frozen_weight import Part, dense_weight, gather_layer, ops_of, weight_specs
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight
-from qlora_jax.nn.lora import adapter_deltas, add_delta, low_rank_deltas
+from qlora_jax.nn.lora import BatchedLoRA, adapter_deltas, add_delta, low_rank_deltas
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh, gathered, lora_spec, shards_of
 
@@ -134,6 +135,11 @@ class DoRA(LinearAdapter):
         """Returns the adapter with its norms computed once."""
         return InferenceDoRA(self, weight, mesh)
 
+    @classmethod
+    def for_batch(cls, adapters: "Sequence[InferenceDoRA | None]", layers: int) -> "BatchedDoRA":
+        """Returns the adapters of several runs."""
+        return BatchedDoRA(adapters, layers)
+
 
 class InferenceDoRA(DoRA):
     """DoRA with norms computed once, for inference only. `scale` [L, N] is magnitude / norms.
@@ -202,6 +208,29 @@ def _stack_norms(arrays: tuple[PyTree, PyTree, Weight, jax.Array], scaling: floa
         return row_norms(a_KR, b_RN, weight_norms2[layer], frozen, scaling)
 
     return jax.lax.map(norms, jnp.arange(len(weight_norms2), dtype=jnp.int32))
+
+
+class BatchedDoRA(BatchedLoRA):
+    """DoRA of several runs: low-rank adapters, and `scale` [L, runs, N]."""
+
+    def __init__(self, adapters: Sequence[InferenceDoRA | None], layers: int):
+        super().__init__(adapters, layers)
+        ones_LN = np.ones((layers, self.lora_b[...].shape[3]), np.float32)
+        scales = [ones_LN if adapter is None else np.asarray(adapter.scale[...]) for adapter in adapters]
+        self.scale = Frozen(jnp.asarray(np.stack(scales, axis=1)))
+
+    def on_product(
+        self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array
+    ) -> jax.Array:
+        """Returns scale * (y + scaling * x A B)."""
+        scale_MN = select_layer(self.scale[...], layer)[own_M]
+        added_MN = y_MN + self.delta(x_MK, layer, own_M).astype(y_MN.dtype)
+        scaled_MN = (added_MN.astype(jnp.float32) * scale_MN).astype(y_MN.dtype)
+        return jnp.where(self.present[...][own_M][:, None], scaled_MN, y_MN)
+
+    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns y."""
+        return y_MN
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -57,6 +57,28 @@ class FrozenLayer:
         return y_MN + bias_N.astype(y_MN.dtype)[None]
 
 
+class BatchedAdapter(nnx.Module):
+    """Adapters of one method and several runs on one projection, for tokens that each have one of them or none.
+
+    Leaves are `Frozen` and have all layers. `own_M` is the number of each token's adapter. Other tokens, among them
+    those of other methods' adapters, keep their bits.
+    """
+
+    def on_input(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns what the frozen layer multiplies."""
+        return x_MK
+
+    def on_product(
+        self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array
+    ) -> jax.Array:
+        """Returns the layer's product, changed before the bias is added."""
+        return y_MN
+
+    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns the layer's result, changed after the bias is added."""
+        return y_MN
+
+
 class LinearAdapter(nnx.Module):
     """Trained module on top of a frozen linear layer, or in place of it.
 
@@ -96,6 +118,16 @@ class LinearAdapter(nnx.Module):
     def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "LinearAdapter":
         """Returns the adapter for many calls of few tokens, with what they share computed once."""
         return self
+
+    @classmethod
+    def for_batch(cls, adapters: "Sequence[LinearAdapter | None]", layers: int) -> BatchedAdapter | None:
+        """Returns the adapters of several runs on one projection; None: the method has no form of them.
+
+        Args:
+          adapters: results of `for_decoding`; None: the token keeps the base's result, as for number 0.
+          layers: number of layers of the projection's stack.
+        """
+        return None
 
 
 class ModuleAdapter(Protocol):

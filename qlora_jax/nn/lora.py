@@ -17,9 +17,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
+from pallas_kernels.own_matrix import own_matrix
 from qlora_jax.nn.dropout import apply_dropout
-from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
-from qlora_jax.nn.variables import TrainedLeaf
+from qlora_jax.nn.linear import BatchedAdapter, FrozenLayer, LinearAdapter
+from qlora_jax.nn.variables import Frozen, TrainedLeaf
+
+RANK_UNIT = 16  # ranks of adapters in a batch are padded to a multiple of it
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -169,6 +172,44 @@ class LoRA(LinearAdapter):
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """Returns weight + scaling * (A B)^T, in f32."""
         return add_delta(weight, self)
+
+    @classmethod
+    def for_batch(cls, adapters: "Sequence[LoRA | None]", layers: int) -> "BatchedLoRA":
+        """Returns the low-rank adapters of several runs."""
+        return BatchedLoRA(adapters, layers)
+
+
+class BatchedLoRA(BatchedAdapter):
+    """Low-rank adapters of several runs: A [L, runs, K, R] and B [L, runs, R, N], padded with zeros, and scalings."""
+
+    def __init__(self, adapters: "Sequence[LowRank | None]", layers: int):
+        """Stacks adapters; the layers that one lacks are zeros, which change nothing."""
+        first = next(adapter for adapter in adapters if adapter is not None)
+        dtype, inputs, outputs = first.lora_a[...].dtype, first.lora_a[...].shape[1], first.lora_b[...].shape[2]
+        rank = max(adapter.lora_a[...].shape[2] for adapter in adapters if adapter is not None)
+        rank = -(-rank // RANK_UNIT) * RANK_UNIT
+        lora_a = np.zeros((layers, len(adapters), inputs, rank), dtype)
+        lora_b = np.zeros((layers, len(adapters), rank, outputs), dtype)
+        for number, adapter in enumerate(adapters):
+            if adapter is not None:
+                own = getattr(adapter, "adapted_layers", None) or range(layers)
+                a, b = np.asarray(adapter.lora_a[...]), np.asarray(adapter.lora_b[...])
+                lora_a[[*own], number, :, : a.shape[2]], lora_b[[*own], number, : b.shape[1]] = a, b
+        scalings = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
+        self.lora_a, self.lora_b = Frozen(jnp.asarray(lora_a)), Frozen(jnp.asarray(lora_b))
+        self.scalings = Frozen(jnp.asarray(scalings, jnp.float32))
+        self.present = Frozen(jnp.asarray([adapter is not None for adapter in adapters]))
+
+    def delta(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns scaling * x A B of each token in f32; zeros without an adapter."""
+        place = 0 if layer is None else layer
+        xa_MR = own_matrix(x_MK, self.lora_a[...], place, own_M) * self.scalings[...][own_M][:, None]
+        return own_matrix(xa_MR.astype(x_MK.dtype), self.lora_b[...], place, own_M)
+
+    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns y + scaling * x A B."""
+        added_MN = y_MN + self.delta(x_MK, layer, own_M).astype(y_MN.dtype)
+        return jnp.where(self.present[...][own_M][:, None], added_MN, y_MN)
 
 
 def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:

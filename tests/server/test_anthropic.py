@@ -40,8 +40,8 @@ def test_a_message_is_answered(client, served):
         messages=HI,
         system="Be brief.",
         stop_sequences=["zz", " END"],
-        top_k=5,
         metadata={"user_id": "x"},
+        extra_body={"top_k": 5},
     )
     assert [block.text for block in found.content] == ["It rains."]
     assert (found.stop_reason, found.stop_sequence, found.role) == ("stop_sequence", " END", "assistant")
@@ -55,7 +55,7 @@ def test_a_message_is_answered(client, served):
 
 
 def test_a_stream_has_the_events_of_every_block(client):
-    with client.messages.stream(model="a", max_tokens=200, messages=HI, tools=TOOLS, temperature=0.5) as stream:
+    with client.messages.stream(model="a", max_tokens=200, messages=HI, tools=TOOLS, extra_body={"temperature": 0.5}) as stream:
         kinds = [event.type for event in stream]
         found = stream.get_final_message()
     assert kinds[0] == "message_start" and kinds[-1] == "message_stop"
@@ -64,7 +64,7 @@ def test_a_stream_has_the_events_of_every_block(client):
     assert found.content[0].thinking == "Hm." and found.content[1].text == "Let me see."
     assert found.content[2].input == {"city": "Ulm"} and found.content[2].id != found.content[3].id
     assert found.stop_reason == "tool_use"
-    whole = client.messages.create(model="a", max_tokens=200, messages=HI, tools=TOOLS, temperature=0.5)
+    whole = client.messages.create(model="a", max_tokens=200, messages=HI, tools=TOOLS, extra_body={"temperature": 0.5})
     same = {"id": None, "content": None}
     assert {**whole.model_dump(), **same} == {**found.model_dump(exclude={"parsed_output"}), **same}
     assert [block.type for block in whole.content] == [block.type for block in found.content]
@@ -73,7 +73,7 @@ def test_a_stream_has_the_events_of_every_block(client):
 def test_one_call_at_most(client):
     choice = {"type": "auto", "disable_parallel_tool_use": True}
     found = client.messages.create(
-        model="a", max_tokens=200, messages=HI, tools=TOOLS, temperature=0.5, tool_choice=choice
+        model="a", max_tokens=200, messages=HI, tools=TOOLS, extra_body={"temperature": 0.5}, tool_choice=choice
     )
     assert [block.type for block in found.content] == ["thinking", "text", "tool_use"]
 

@@ -37,7 +37,8 @@ CALLS = {
     "llama3": turns("{{- '{\"name\": \"' + f.name + '\", \"parameters\": ' + f.arguments | tojson + '}' }}"),
     "mistral": turns(
         "{{- '[TOOL_CALLS][' if loop.first else ', ' }}"
-        '{{- \'{"name": "\' + f.name + \'", "arguments": \' + f.arguments | tojson + \', "id": "\' + call.id + \'"}\' }}'
+        '{{- \'{"name": "\' + f.name + \'", "arguments": \' + f.arguments | tojson }}'
+        '{{- \', "id": "\' + call.id + \'"}\' }}'
         "{{- ']' if loop.last else '' }}"
     ),
     "mistral_named": turns("{{- '[TOOL_CALLS]' + f.name + '[ARGS]' + f.arguments | tojson }}"),
@@ -286,8 +287,8 @@ def test_a_reply_may_have_one_call_at_most(client, served):
 
 
 def test_without_tools_there_are_no_calls(client, served):
-    for settings in ({}, {"tools": TOOLS, "tool_choice": "none"}):
-        found = client.chat.completions.create(model="a", messages=HI, seed=0, **settings).choices[0]
+    for given_tools in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        found = client.chat.completions.create(model="a", messages=HI, seed=0, **given_tools).choices[0]
         assert found.message.tool_calls is None and "<tool_call>" in found.message.content
         assert found.finish_reason == "stop"
         prompt = served.engine.seen[-1].prompt

@@ -175,7 +175,7 @@ def choose(
     if settings.draws is not None:
         scores_RV = _with_noise(scores_RV, settings.draws, settings.filters, state.index_R)
     token_R = _first_largest(scores_RV)
-    scored = () if likeliest is None else _log_probabilities(logits_RV, token_R, likeliest)
+    scored = () if likeliest is None else log_probabilities(logits_RV, token_R, likeliest)
     history_RV = state.history_RV
     if history_RV is not None:
         history_RV = history_RV.at[jnp.arange(token_R.size), token_R].add(2)
@@ -321,8 +321,10 @@ def _first_largest(scores_RV: jax.Array) -> jax.Array:
     return jnp.min(at_RV, axis=-1)
 
 
-def _log_probabilities(logits_RV: jax.Array, token_R: jax.Array, likeliest: int) -> tuple[jax.Array, ...]:
-    """(log-probability of each row's token, ids of its likeliest tokens, their log-probabilities)."""
+def log_probabilities(
+    logits_RV: Float[Array, "R V"], token_R: Int32[Array, " R"], likeliest: int
+) -> tuple[jax.Array, ...]:
+    """Returns (log-probability of each row's token, ids of its likeliest tokens, their log-probabilities)."""
     largest_R1 = _apart(jnp.max(logits_RV, axis=-1, keepdims=True))
     limbs = _apart(_limbs(logits_RV, largest_R1[:, 0]))
     log_sum_R1 = _apart(jnp.log(_mass(limbs, jnp.full_like(limbs[0], True, jnp.bool)) / _LIMB**2))[:, None]

@@ -1,6 +1,6 @@
 """Decodes the replies to many requests together, in calls of static shapes: prompts in chunks, replies by token.
 
-What a request answers does not depend on what runs beside it, to the bit. A row's result in a call depends on that row
+The reply to a request does not depend on what runs beside it, to the bit. A row's result in a call depends on that row
 alone, prompts are always computed by prompt calls, and replies by decode calls. docs/serve.md shows what that costs.
 
 Dimension key: D devices, R rows of a decode call, B, T tokens of a call, L layers, I pages of a row, V vocab.
@@ -9,15 +9,18 @@ Dimension key: D devices, R rows of a decode call, B, T tokens of a call, L laye
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import POSITIONS as PAGE
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.inference.engine.adapters import ByProjection, adapters_of, with_adapters
 from qlora_jax.inference.engine.choose import (
     MOST_LIKELIEST,
     Choice,
@@ -29,11 +32,13 @@ from qlora_jax.inference.engine.choose import (
     row_state,
 )
 from qlora_jax.inference.engine.generation import Generation
+from qlora_jax.inference.engine.grammar import GrammarCompiler, Matcher
 from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages
 from qlora_jax.inference.engine.programs import (
     PROMPT_TOKENS,
     ROW_COUNTS,
     advance,
+    advance_and_score,
     decode_inputs,
     empty_cache,
     page_bytes,
@@ -108,6 +113,7 @@ class Engine:
         parts: ModelParts,
         tokenizer: Tokenizer | None = None,
         *,
+        adapters: Mapping[str, ModelParts] = MappingProxyType({}),
         cache_bytes: int,
         cache_dtype: DTypeLike | None = None,
         max_rows: int = ROW_COUNTS[-1],
@@ -116,6 +122,7 @@ class Engine:
 
         Args:
           tokenizer: for the text of steps, and for stop texts; None: steps have ids only.
+          adapters: models of runs on the same base, by the names that requests use; see `add_adapter`.
           cache_bytes: limit of the cache's bytes on each device.
           cache_dtype: dtype of keys and values; None: the compute dtype.
           max_rows: number of replies that each device decodes together.
@@ -123,7 +130,9 @@ class Engine:
         Raises:
           ValueError: the limit is below one page per layer, or `max_rows` is not a size of decode calls.
         """
-        self._parts = prepare_for_decoding(parts)
+        # `_alone` has no adapters of runs, `_parts` has those of all.
+        self._alone = self._parts = prepare_for_decoding(parts)
+        self._adapters: dict[str, tuple[int, ByProjection]] = {}
         model = combine(self._parts)
         self._tokenizer, self._config, self._mesh = tokenizer, model.config, mesh_of(parts)
         self._num_ids = model.model.embed_tokens.num_ids
@@ -141,9 +150,51 @@ class Engine:
         self._running: list[Generation] = []
         self._flights: dict[int | None, _Flight] = {}
         self._rows: dict[int | None, tuple[int, int]] = {}  # per length: rows of its calls, calls that were half empty
-        self._tables: dict[object, jax.Array | np.ndarray] = {}
+        self._table_of: tuple[int, list[list[tuple[int, int]]]] | None = None  # whose pages the cache's table has
+        self._grammars: GrammarCompiler | None = None
         self._numbers = itertools.count()
         self._counts: collections.Counter[str] = collections.Counter()
+        for name, own in adapters.items():
+            self.add_adapter(name, own)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the runs whose adapters requests may ask for."""
+        return tuple(self._adapters)
+
+    def add_adapter(self, name: str, parts: ModelParts) -> None:
+        """Adds the adapter of a run's model, whose base is that of the engine.
+
+        Raises:
+          ValueError: the name is taken, or its method cannot share a batch with other runs.
+        """
+        if name in self._adapters:
+            raise ValueError(f"{name}: the engine has an adapter of this name. Choose another one")
+        number = min(set(range(1, len(self._adapters) + 2)) - {number for number, _ in self._adapters.values()})
+        self._set_adapters(self._adapters | {name: (number, adapters_of(name, parts))})
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter.
+
+        Raises:
+          ValueError: there is none of this name, or requests use it.
+        """
+        if name not in self._adapters:
+            raise ValueError(f"{name}: the engine has no adapter of this name (found {list(self._adapters)})")
+        if any(each.request.adapter == name for each in (*self._waiting, *self._prompts, *self._running)):
+            raise ValueError(f"{name}: requests use this adapter. Wait for them, or cancel them")
+        self._set_adapters({other: own for other, own in self._adapters.items() if other != name})
+        for pool in self._pools:
+            pool.forget_idle()  # another adapter may get the name
+
+    def _set_adapters(self, adapters: dict[str, tuple[int, ByProjection]]) -> None:
+        numbers = dict(adapters.values())
+        count = 1 << max(numbers, default=0).bit_length()  # another number of matrices is another program
+        self._parts = with_adapters(self._alone, numbers, count) if numbers else self._alone
+        self._adapters = adapters
+
+    def _own(self, each: Generation) -> int:
+        return 0 if each.request.adapter is None else self._adapters[each.request.adapter][0]
 
     @property
     def busy(self) -> bool:
@@ -169,15 +220,28 @@ class Engine:
         root = repr((request.adapter, length)).encode()
         keys = [] if request.score_prompt else block_keys(prompt[:-1], root)
         text = None if self._tokenizer is None else ReplyText(self._tokenizer, request.stop_texts)
-        made = Generation(
-            number=next(self._numbers), request=request, prompt=prompt, keys=keys, length=length, text=text
+        matcher = self._matcher(request)
+        number = next(self._numbers)
+        self._waiting.append(
+            Generation(
+                number=number, request=request, prompt=prompt, keys=keys, length=length, text=text, matcher=matcher
+            )
         )
-        self._waiting.append(made)
-        return made.number
+        return number
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        if request.grammar is None:
+            return None
+        assert self._tokenizer is not None, "`problems` refuses it"
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._tokenizer, self._num_ids)
+        return self._grammars.matcher(request.grammar, request.stop_ids)
 
     def problems(self, request: Request) -> list[str]:
         """Returns why a request cannot be answered, one line each."""
         limit, problems = self._config.max_positions, []
+        if request.adapter is not None and request.adapter not in self._adapters:
+            problems.append(f"adapter: found {request.adapter!r}, expected one of {list(self._adapters)}")
         if request.max_new_tokens < (0 if request.score_prompt else 1):
             problems.append(f"max_new_tokens: found {request.max_new_tokens}, expected at least 1")
         if not request.prompt:
@@ -189,6 +253,10 @@ class Engine:
         if ids.min() < 0 or ids.max() >= self._num_ids:
             found = f"found ids {ids.min()} to {ids.max()}, expected 0 to {self._num_ids - 1}"
             problems.append(f"prompt: an id has no row in the embedding ({found}). Use the model's tokenizer")
+        if self._tokenizer is None and (request.grammar is not None or request.stop_texts):
+            problems.append("grammar, stop_texts: the engine has no tokenizer. Give it one")
+        if self._mesh is not None and request.score_prompt:
+            problems.append("score_prompt: several devices share the model. Score prompts with `evaluate`")
         needed = most_pages(self._groups, self._most_positions(request), PROMPT_TOKENS[-1])
         if not problems and needed > self._pools[0].pages:
             found = f"the request takes up to {needed:,} pages, the cache has {self._pools[0].pages:,}"
@@ -275,16 +343,19 @@ class Engine:
         generation.ended = True
         generation.release(self._pools[generation.device])
 
-    def _table(self, rows: Rows, count: int) -> np.ndarray:
-        """Returns the pages [L, D R, I] of rows of each device, of which each has `count`."""
+    def _with_table(self, rows: Rows, count: int) -> KVPages:
+        """Returns the cache with the pages [L, D R, I] of rows of each device, of which each has `count`."""
+        versions = [[(each.number, each.pages_version) for each in own] for own in rows]
+        if self._table_of == (count, versions):
+            return self._cache
+        self._table_of = count, versions
         positions = max(each.computed for own in rows for each in own)
-        table_LRI = np.zeros(
-            (self._config.num_layers, count * len(rows), table_blocks(positions, self._config)), np.int32
-        )
+        shape = self._config.num_layers, count * len(rows), table_blocks(positions, self._config)
+        table_LRI = np.zeros(shape, np.int32)
         for device, own in enumerate(rows):
             for row, each in enumerate(own):
                 each.write_table(table_LRI[:, device * count + row], self._pools[device])
-        return table_LRI
+        return dataclasses.replace(self._cache, pages_LRI=table_LRI)
 
     # ---- prompts
 
@@ -306,8 +377,10 @@ class Engine:
     def _next_prompts(self, device: int, length: int | None, limit: int) -> list[Generation]:
         """Returns the first prompts of a device with `limit` tokens; of those that begin alike, only the first."""
         chosen, tokens, begun = [], 0, set()
+        if self._prompts[0].request.score_prompt:
+            return [self._prompts[0]]
         for each in self._prompts:
-            if each.device != device or each.length != length:
+            if each.device != device or each.length != length or each.request.score_prompt:
                 continue
             before = each.computed
             each.share(self._pools[device])
@@ -336,26 +409,32 @@ class Engine:
         devices, most = len(chosen), max(map(len, chosen))
         rows = round_up(most, (1, ROW_COUNTS[-1]))
         tokens_BT = np.zeros((devices, size), np.int32)
-        rows_BT, positions_BT = np.zeros_like(tokens_BT), np.full_like(tokens_BT, -1)
+        rows_BT, own_BT, positions_BT = np.zeros_like(tokens_BT), np.zeros_like(tokens_BT), np.full_like(tokens_BT, -1)
         last_DR = np.zeros((devices, rows), np.int32)
         for device, own in enumerate(chosen):
             end = 0
             for row, each in enumerate(own):
                 here, at = slice(end, end + counts[each]), slice(each.computed, each.computed + counts[each])
                 tokens_BT[device, here], rows_BT[device, here] = each.prompt[at], row
-                positions_BT[device, here] = np.arange(at.start, at.stop)
+                positions_BT[device, here], own_BT[device, here] = np.arange(at.start, at.stop), self._own(each)
                 end, each.computed = here.stop, at.stop
                 last_DR[device, row] = end - 1
                 self._counts["prompt_tokens"] += counts[each]
-        cache = dataclasses.replace(self._cache, pages_LRI=self._table(chosen, rows))
-        inputs = tokens_BT, rows_BT, positions_BT, last_DR.reshape(-1), cache
-        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        cache = self._with_table(chosen, rows)
+        inputs = tokens_BT.reshape(-1), rows_BT, positions_BT, last_DR.reshape(-1), cache, own_BT
+        scoring = chosen[0][0] if chosen[0] and chosen[0][0].request.score_prompt else None
+        if scoring is None:
+            logits_RV = self._advance(*inputs, length)
+        else:
+            logits_RV = self._advance_and_score(scoring, counts[scoring], *inputs, length)
         for each in counts:
             each.publish(self._pools[each.device])
         done = [each for each in counts if not each.prompt_left]
         self._prompts = [each for each in self._prompts if each not in done]
         self._running += done
         new = [each for each in done if not each.generated]
+        if scoring in new and scoring.request.max_new_tokens == 0:
+            return [self._finish(scoring, scoring.without_reply())]
         if not new:
             return []
         choice = jax.tree.map(np.asarray, self._choose(logits_RV, chosen, rows, None)[0])
@@ -394,12 +473,13 @@ class Engine:
 
     def _dispatch(self, rows: list[list[Generation]], length: int | None, flight: _Flight | None) -> _Flight:
         count = self._row_count(length, max(map(len, rows)))
-        known_R, positions_R = np.zeros(count * len(rows), np.int32), np.full(count * len(rows), -1)
+        known_R, own_R = np.zeros((2, count * len(rows)), np.int32)
+        positions_R = np.full(count * len(rows), -1)
         indices: dict[Generation, int] = {}
         for device, own in enumerate(rows):
             for row, each in enumerate(own):
                 at = device * count + row
-                positions_R[at], indices[each] = each.computed, each.fed + 1
+                positions_R[at], own_R[at], indices[each] = each.computed, self._own(each), each.fed + 1
                 if each.fed < len(each.generated):
                     known_R[at] = each.generated[each.fed]
         follows = flight is not None and len(flight.choice.token_R) == len(known_R)
@@ -407,11 +487,34 @@ class Engine:
         for each in indices:
             each.computed += 1
         rows_BT, positions_BT, last_R = decode_inputs(count, positions_R, self._mesh)
-        cache = dataclasses.replace(self._cache, pages_LRI=self._table(rows, count))
-        inputs = tokens_R[:, None], rows_BT, positions_BT, last_R, cache
-        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        cache = self._with_table(rows, count)
+        inputs = tokens_R, rows_BT, positions_BT, last_R, cache, own_R[:, None]
+        logits_RV = self._advance(*inputs, length)
         known = (flight.settings, flight.state) if flight is not None and follows else None
         return _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
+
+    def _advance(
+        self, tokens_M, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length: int | None
+    ) -> jax.Array:
+        """Runs a call, whose results are the new cache and the returned logits."""
+        inputs = tokens_M, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None
+        logits_RV, self._cache = advance(self._parts, *inputs, length=length, mesh=self._mesh)
+        return logits_RV
+
+    def _advance_and_score(
+        self, each: Generation, count: int, tokens_M, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length
+    ) -> jax.Array:
+        """Runs a call for one prompt, and adds the scores of its tokens."""
+        start = each.computed - count
+        upcoming = each.prompt[start + 1 : start + 1 + count]
+        next_M = np.zeros(tokens_M.size, np.int32)
+        next_M[: len(upcoming)] = upcoming
+        likeliest = MOST_LIKELIEST if each.request.likeliest else 1
+        inputs = tokens_M, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None, next_M
+        logits_RV, self._cache, choice = advance_and_score(self._parts, *inputs, likeliest=likeliest, length=length)
+        choice = jax.tree.map(np.asarray, choice)
+        each.prompt_scores += [_scored(each.request, choice, row) for row in range(len(upcoming))]
+        return logits_RV
 
     def _row_count(self, length: int | None, needed: int) -> int:
         """Returns the rows of the next decode call; it shrinks only after a while, because each size is compiled."""
@@ -433,8 +536,15 @@ class Engine:
         ]
 
     def _add(self, each: Generation, choice: Choice, row: int) -> Step:
-        step = each.add(int(choice.token_R[row]), _scored(each.request, choice, row), self._config.max_positions)
+        scored = None if each.request.likeliest is None else _scored(each.request, choice, row)
+        step = each.add(int(choice.token_R[row]), scored, self._config.max_positions)
         self._counts["generated_tokens"] += 1
+        return self._finish(each, step)
+
+    def _finish(self, each: Generation, step: Step) -> Step:
+        """Returns a step with the scores of the prompt, if it is the first, and frees the pages after the last."""
+        if each.prompt_scores:
+            step, each.prompt_scores = step._replace(prompt=tuple(each.prompt_scores)), []
         if each.ended:
             self._running.remove(each)
             each.release(self._pools[each.device])
@@ -454,13 +564,15 @@ class Engine:
             described = [Row() if each is None else _described(each) for each in each_R]
             known = row_settings(described, vocab), row_state(described, vocab)
         asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
-        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 0
+        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 1
         local_RV = logits_RV if self._mesh is None else logits_RV.addressable_data(0)
         choice, state = choose(local_RV, *known, self._mask(each_R), likeliest=likeliest)
         return choice, known[0], state
 
     def _mask(self, each_R: Sequence[Generation | None]) -> np.ndarray | None:
-        return None
+        """Returns which tokens the grammars of rows allow next; None without grammars."""
+        matchers = [None if each is None or each.is_replaying else each.matcher for each in each_R]
+        return self._grammars.masks(matchers) if self._grammars is not None and any(matchers) else None
 
 
 def _described(each: Generation) -> Row:
@@ -469,9 +581,7 @@ def _described(each: Generation) -> Row:
     return Row(request.sampling, request.repeat, request.prompt, each.generated[: max(0, each.fed)])
 
 
-def _scored(request: Request, choice: Choice, row: int) -> Scored | None:
-    if request.likeliest is None:
-        return None
+def _scored(request: Request, choice: Choice, row: int) -> Scored:
     log_p_R, likeliest_RN, log_p_RN = choice[1:]
     assert log_p_R is not None and likeliest_RN is not None and log_p_RN is not None
     shown = [(int(token), float(log_p)) for token, log_p in zip(likeliest_RN[row], log_p_RN[row], strict=True)]

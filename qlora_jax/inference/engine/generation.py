@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pallas_kernels.attention.pages import POSITIONS as PAGE
+from qlora_jax.inference.engine.grammar import Matcher
 from qlora_jax.inference.engine.page_pool import Block, Key, PagePool
 from qlora_jax.inference.engine.reply_text import ReplyText
 from qlora_jax.inference.engine.request import EndReason, Request, Scored, Step
@@ -21,8 +22,10 @@ class Generation:
       keys: of the prompt's blocks that may be shared; its last token is always computed, because the reply follows it.
       length: largest number of positions of this row, for rotations that depend on it; None for others.
       text: of the reply; None without a tokenizer.
+      matcher: the reply's place in its grammar, if it has one.
       generated: ids of the reply. After a preemption they are fed again, by the same kind of call that computed them.
       computed: number of positions in the cache once the calls so far have run.
+      pages_version: changes whenever its pages do.
       device: number of the device whose pages it has.
       blocks: per group of layers, the block of each run of positions; None where no later query sees it.
     """
@@ -33,10 +36,13 @@ class Generation:
     keys: Sequence[Key]
     length: int | None
     text: ReplyText | None
+    matcher: Matcher | None
     generated: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
+    pages_version: int = 0
     device: int = 0
     blocks: list[list[Block | None]] = dataclasses.field(default_factory=list)
+    prompt_scores: list[Scored] = dataclasses.field(default_factory=list)
     ended: bool = False
 
     @property
@@ -60,6 +66,7 @@ class Generation:
             return
         start = self.computed // PAGE
         count = pool.shared(self.keys, start)
+        self.pages_version += 1
         for g, group in enumerate(pool.groups):
             first = group.first_seen(count * PAGE)
             self.blocks[g] += [pool.hold(g, self.keys[at]) if at >= first else None for at in range(start, count)]
@@ -76,11 +83,12 @@ class Generation:
             for at in range(min(group.first_seen(self.computed), len(own))):
                 if (block := own[at]) is not None:
                     pool.release(block)
-                    own[at] = None
+                    own[at], self.pages_version = None, self.pages_version + 1
             while len(own) < blocks:
                 if (taken := pool.take(g)) is None:
                     return False
                 own.append(taken)
+                self.pages_version += 1
         return True
 
     def publish(self, pool: PagePool) -> None:
@@ -95,7 +103,8 @@ class Generation:
         """Gives all pages back; the request can begin again."""
         for block in [block for own in self.blocks for block in own if block is not None]:
             pool.release(block)
-        self.blocks, self.computed = [], 0
+        self.blocks, self.computed, self.prompt_scores = [], 0, []
+        self.pages_version += 1
 
     def write_table(self, table_LI: np.ndarray, pool: PagePool) -> None:
         """Writes the pages of each layer and block."""
@@ -106,12 +115,19 @@ class Generation:
 
     def add(self, token: int, scored: Scored | None, max_positions: int) -> Step:
         """Adds a token to the reply and returns its step."""
-        request = self.request
-        if token in request.stop_ids:
+        request, matcher = self.request, self.matcher
+        if token in request.stop_ids or (matcher is not None and matcher.is_over):
             return self._end("stop", None, None)
+        if matcher is not None:
+            try:
+                matcher.accept(token)
+            except ValueError as error:
+                return self._end("error", None, None)._replace(problem=str(error))
         self.generated.append(token)
         text, stopped = ("", False) if self.text is None else self.text.push(token)
         if stopped:
+            return self._end("stop", token, scored, text)
+        if matcher is not None and matcher.is_over:
             return self._end("stop", token, scored, text)
         if len(self.prompt) + len(self.generated) == max_positions:
             return self._end("context", token, scored, text)
@@ -119,7 +135,11 @@ class Generation:
             return self._end("length", token, scored, text)
         return Step(self.number, token, text, None, scored)
 
+    def without_reply(self) -> Step:
+        """Returns the step of a request that only scores its prompt."""
+        return self._end("length", None, None)
+
     def _end(self, end: EndReason, token: int | None, scored: Scored | None, text: str = "") -> Step:
         self.ended = True
-        rest, stopped = ("", False) if self.text is None or (end == "stop" and token is not None) else self.text.flush()
+        rest, stopped = ("", False) if self.text is None else self.text.flush()
         return Step(self.number, token, text + rest, "stop" if stopped else end, scored)

@@ -124,6 +124,13 @@ class PagePool:
         self._idle.pop(block, None)
         return block
 
+    def forget_idle(self) -> None:
+        """Frees the pages that no request holds."""
+        for block in self._idle:
+            self._forget(block)
+            self._free = np.concatenate([self._free, block.pages])
+        self._idle.clear()
+
     def _forget(self, block: Block) -> None:
         assert block.key is not None
         del self._found[block.group, block.key]

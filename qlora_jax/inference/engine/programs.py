@@ -7,6 +7,7 @@ Dimension key: D devices, B, T tokens of a call, R rows, V vocab, M = B T, L lay
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import POSITIONS as PAGE
+from qlora_jax.inference.engine.choose import Choice, log_probabilities
+from qlora_jax.inference.engine.page_pool import groups_of, most_pages
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
+from qlora_jax.nn.request_adapters import set_own
 from qlora_jax.sharding import AnyMesh, gather_rows
 
 ROW_COUNTS = (1, 2, 4, 8, 16)  # rows of a decode call on each device
@@ -53,6 +57,19 @@ def page_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
     return 2 * config.num_kv_heads * PAGE * per_head
 
 
+def pages_for(config: ModelConfig, positions: Sequence[int], devices: int) -> int:
+    """Returns the pages on each device with which no row of so many positions waits for pages.
+
+    It is rounded up by at most a quarter, because another number of pages is another program.
+    """
+    groups, rows = groups_of(config), min(-(-len(positions) // devices), ROW_COUNTS[-1])
+    limited = [min(each, config.max_positions) for each in positions]
+    most = sorted(most_pages(groups, each, PROMPT_TOKENS[-1]) for each in limited)
+    pages = sum(most[-rows:]) + 1
+    unit = 1 << max(0, pages.bit_length() - 3)
+    return -(-pages // unit) * unit
+
+
 def empty_cache(config: ModelConfig, pages: int, dtype: DTypeLike, mesh: AnyMesh | None) -> KVPages:
     """Returns `pages` pages of zeros on each device, without a table."""
     shapes = row_shapes(cache_shapes(config, pages * row_shards(mesh), dtype), mesh)
@@ -68,11 +85,12 @@ def cache_shapes(config: ModelConfig, pages: int, dtype: DTypeLike, rows: int = 
 @functools.partial(ModelFunction, static_argnames=("length", "mesh"), donate_argnames="cache")
 def advance(
     parts: ModelParts,
-    tokens_BT: Int[Array, "B T"],
+    tokens_M: Int[Array, " M"],
     rows_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     last_R: Int[Array, " R"],
     cache: KVPages,
+    own_BT: Int[Array, "B T"] | None = None,
     *,
     length: int | None = None,
     mesh: AnyMesh | None = None,
@@ -83,6 +101,7 @@ def advance(
       rows_BT: row of the cache's table of each token; on a mesh, of its device's part of it.
       positions_BT: position of each token; -1 is padding.
       last_R: the tokens, as numbers within the call, after which the next one is wanted.
+      own_BT: number of the adapter of each token, if the model has adapters of several runs.
       length: see `CausalLM.extend`.
 
     Returns:
@@ -90,12 +109,46 @@ def advance(
     """
     results = P(), cache_specs(cache)
     program = functools.partial(_advance, length, mesh)
-    return run_on_mesh(program, parts, (tokens_BT, rows_BT, positions_BT, last_R, cache), mesh, results)
+    return run_on_mesh(program, parts, (tokens_M, rows_BT, positions_BT, last_R, cache, own_BT), mesh, results)
 
 
-def _advance(length, mesh, parts, tokens_BT, rows_BT, positions_BT, last_R, cache):
+SCORED_TOGETHER = 32  # tokens whose logits are in memory at once
+
+
+@functools.partial(ModelFunction, static_argnames=("likeliest", "length"), donate_argnames="cache")
+def advance_and_score(
+    parts: ModelParts,
+    tokens_M: Int[Array, " M"],
+    rows_BT: Int[Array, "1 M"],
+    positions_BT: Int[Array, "1 M"],
+    last_R: Int[Array, " R"],
+    cache: KVPages,
+    own_BT: Int[Array, "1 M"] | None,
+    next_M: Int[Array, " M"],
+    *,
+    likeliest: int,
+    length: int | None = None,
+) -> tuple[Float[Array, "R V"], KVPages, Choice]:
+    """Runs `advance` on one device, and scores the token after each one.
+
+    Returns:
+      (logits, cache, the tokens `next_M` with their log-probabilities and those of the likeliest ones).
+    """
     model = combine(parts)
-    hidden_MD, cache = model.extend(tokens_BT, rows_BT, positions_BT, cache, length)
+    if own_BT is not None:
+        set_own(model, own_BT.reshape(-1))
+    hidden_MD, cache = model.extend(tokens_M.reshape(rows_BT.shape), rows_BT, positions_BT, cache, length)
+    groups = hidden_MD.reshape(-1, SCORED_TOGETHER, hidden_MD.shape[1]), next_M.reshape(-1, SCORED_TOGETHER)
+    scores = jax.lax.map(lambda each: log_probabilities(model.head.logits(each[0]), each[1], likeliest), groups)
+    flat = [values.reshape(-1, *values.shape[2:]) for values in scores]
+    return model.head.logits(hidden_MD[last_R]), cache, Choice(next_M, *flat)
+
+
+def _advance(length, mesh, parts, tokens_M, rows_BT, positions_BT, last_R, cache, own_BT):
+    model = combine(parts)
+    if own_BT is not None:
+        set_own(model, own_BT.reshape(-1))
+    hidden_MD, cache = model.extend(tokens_M.reshape(rows_BT.shape), rows_BT, positions_BT, cache, length)
     return gather_rows(model.head.logits(hidden_MD[last_R]), mesh, axis=0), cache
 
 

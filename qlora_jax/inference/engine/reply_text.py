@@ -46,6 +46,7 @@ class ReplyText:
         self._stream = TextStream(tokenizer)
         self._stops = stops
         self._waiting = ""
+        self._ended = False
 
     def push(self, token: int) -> tuple[str, bool]:
         """Returns (text that can be shown, True if a stop text ends the reply)."""
@@ -53,6 +54,8 @@ class ReplyText:
 
     def flush(self) -> tuple[str, bool]:
         """Returns the same for the rest of the reply; call it after the last token."""
+        if self._ended:
+            return "", False
         text, stopped = self._add(self._stream.flush())
         if stopped:
             return text, True
@@ -63,6 +66,7 @@ class ReplyText:
         text = self._waiting + piece
         ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
+            self._ended = True
             return text[: min(ends)], True
         kept = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._waiting = text[len(text) - kept :]

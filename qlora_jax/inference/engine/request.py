@@ -9,7 +9,7 @@ from qlora_jax.inference.sampling import GREEDY, Sampling
 if TYPE_CHECKING:
     from qlora_jax.inference.engine.grammar import Grammar
 
-EndReason = Literal["stop", "length", "context"]
+EndReason = Literal["stop", "length", "context", "error"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,12 @@ class Step(NamedTuple):
       text: the text that this step adds to the reply. Characters wait for all of their bytes, and texts that may become
         a stop text wait until they cannot; so it may be empty, or have the text of several tokens.
       end: why the reply ends after this step: "stop" (a stop id or text, or the end of the grammar), "length"
-        (max_new_tokens), "context" (the model has no position left), or None if it continues.
+        (max_new_tokens), "context" (the model has no position left), "error" (the grammar cannot be followed any
+        further), or None if it continues.
       scored: of `token`, if the request asks for it.
       prompt: log-probabilities of the prompt's tokens after the first, in the first step of a request that asks for
         them.
+      problem: the reason of an error.
     """
 
     request: int
@@ -75,3 +77,4 @@ class Step(NamedTuple):
     end: EndReason | None
     scored: Scored | None = None
     prompt: tuple[Scored, ...] | None = None
+    problem: str | None = None
