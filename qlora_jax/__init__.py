@@ -20,6 +20,7 @@ _PUBLIC = {
     "register_export": ("qlora_jax.config.exports", "register_export"),
     "finetune": ("qlora_jax.api.finetune", "finetune"),
     "generate_text": ("qlora_jax.api.generate", "generate_text"),
+    "Engine": ("qlora_jax.api.engine", "Engine"),
     "logits": ("qlora_jax.api.logits", "logits"),
     "classify": ("qlora_jax.api.predict", "classify"),
     "score": ("qlora_jax.api.predict", "score"),

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.api.generate import stop_ids
     from qlora_jax.api.provenance import parts_of
     from qlora_jax.inference import prompts
-    from qlora_jax.inference.decode import stream
+    from qlora_jax.inference.decode import Conversation, stream
     from qlora_jax.inference.fast_decoding import for_fast_decoding
     from qlora_jax.inference.replies import write_replies
     from qlora_jax.inference.sampling import Sampling
@@ -62,14 +62,13 @@ def main(argv: list[str]) -> None:
     model = _load(opened, args, messages)
     automatic = 8 if args.fast else None
     head_bits = automatic if args.head_bits == "auto" else args.head_bits
-    reply_to = functools.partial(
-        stream,
-        for_fast_decoding(parts_of(model), integer=args.fast, head_bits=head_bits),
-        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
-        max_new_tokens=args.max_new_tokens,
-        stop_ids=stop_ids(model, opened.tokenizer, chat=prompter.chat),
-        tokenizer=opened.tokenizer,
-    )
+    parts = for_fast_decoding(parts_of(model), integer=args.fast, head_bits=head_bits)
+    settings = {
+        "sampling": Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
+        "max_new_tokens": args.max_new_tokens,
+        "stop_ids": stop_ids(model, opened.tokenizer, chat=prompter.chat),
+    }
+    reply_to = functools.partial(stream, parts, tokenizer=opened.tokenizer, **settings)
     if args.prompts is not None:
         with _writer(args.output) as write:
             write_replies(rows, reply_to(encoded), opened.tokenizer, write, messages)
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> None:
         if end in END_MESSAGES:
             messages.print(END_MESSAGES[end], style="dim", highlight=False)
     else:
-        chat(prompter, lambda ids: reply_to([ids]), limit, Console())
+        chat(prompter, Conversation(parts, opened.tokenizer, settings).reply, limit, Console())
 
 
 def _rows(args: GenerateArgs) -> list["Row"]:

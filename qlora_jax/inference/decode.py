@@ -1,7 +1,7 @@
 """Replies to prompts that are all known: an engine with a cache that is as large as they need."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,13 +63,42 @@ def stream(
     """
     model = combine(parts)
     _check(prompts, max_new_tokens, model)
-    config, repeats = model.config, _repeats(prompts)
-    pages = pages_for(config, [len(prompt) + max_new_tokens for prompt in prompts], row_shards(mesh_of(parts)))
-    dtype = model.model.embed_tokens.weight[...].dtype
-    engine = Engine(parts, tokenizer, cache_bytes=pages * page_bytes(config, dtype))
+    cache_bytes = _cache_bytes(parts, [len(prompt) + max_new_tokens for prompt in prompts])
     how = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop_ids": frozenset(stop_ids)}
-    requests = [Request(prompt=ids, repeat=repeat, **how) for ids, repeat in zip(prompts, repeats, strict=True)]
-    return engine.stream(requests)
+    each = zip(prompts, _repeats(prompts), strict=True)
+    return Engine(parts, tokenizer, cache_bytes=cache_bytes).stream(
+        Request(prompt=ids, repeat=repeat, **how) for ids, repeat in each
+    )
+
+
+class Conversation:
+    """Replies to prompts that continue each other: what the cache has of a prompt is not computed again."""
+
+    def __init__(self, parts: ModelParts, tokenizer: Tokenizer, settings: Mapping[str, Any]):
+        """Allocates nothing yet.
+
+        Args:
+          settings: of each Request, besides its prompt.
+        """
+        self._parts, self._tokenizer, self._settings = parts, tokenizer, settings
+        self._engine: Engine | None = None
+        self._positions = 0
+
+    def reply(self, prompt: Sequence[int]) -> Iterator[Step]:
+        """Yields the steps of the reply; the cache grows if the prompt needs more of it."""
+        request = Request(prompt=prompt, **self._settings)
+        needed = len(prompt) + request.max_new_tokens
+        if self._engine is None or needed > self._positions:
+            self._positions = 2 * needed
+            self._engine = Engine(self._parts, self._tokenizer, cache_bytes=_cache_bytes(self._parts, [2 * needed]))
+        return self._engine.stream([request])
+
+
+def _cache_bytes(parts: ModelParts, positions: Sequence[int]) -> int:
+    """Returns the bytes on each device with which no row of so many positions waits for pages."""
+    model = combine(parts)
+    pages = pages_for(model.config, positions, row_shards(mesh_of(parts)))
+    return pages * page_bytes(model.config, model.model.embed_tokens.weight[...].dtype)
 
 
 def generate(

@@ -119,10 +119,9 @@ class Generation:
         if token in request.stop_ids or (matcher is not None and matcher.is_over):
             return self._end("stop", None, None)
         if matcher is not None:
-            try:
-                matcher.accept(token)
-            except ValueError as error:
-                return self._end("error", None, None)._replace(problem=str(error))
+            matcher.accept(token)
+            if matcher.problem is not None:
+                return self._end("error", None, None)._replace(problem=matcher.problem)
         self.generated.append(token)
         text, stopped = ("", False) if self.text is None else self.text.push(token)
         if stopped:
