@@ -55,7 +55,9 @@ def test_a_message_is_answered(client, served):
 
 
 def test_a_stream_has_the_events_of_every_block(client):
-    with client.messages.stream(model="a", max_tokens=200, messages=HI, tools=TOOLS, extra_body={"temperature": 0.5}) as stream:
+    with client.messages.stream(
+        model="a", max_tokens=200, messages=HI, tools=TOOLS, extra_body={"temperature": 0.5}
+    ) as stream:
         kinds = [event.type for event in stream]
         found = stream.get_final_message()
     assert kinds[0] == "message_start" and kinds[-1] == "message_stop"
@@ -64,7 +66,7 @@ def test_a_stream_has_the_events_of_every_block(client):
     assert found.content[0].thinking == "Hm." and found.content[1].text == "Let me see."
     assert found.content[2].input == {"city": "Ulm"} and found.content[2].id != found.content[3].id
     assert found.stop_reason == "tool_use"
-    whole = client.messages.create(model="a", max_tokens=200, messages=HI, tools=TOOLS, extra_body={"temperature": 0.5})
+    whole = client.messages.create(**asked)
     same = {"id": None, "content": None}
     assert {**whole.model_dump(), **same} == {**found.model_dump(exclude={"parsed_output"}), **same}
     assert [block.type for block in whole.content] == [block.type for block in found.content]

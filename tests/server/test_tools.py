@@ -38,7 +38,7 @@ CALLS = {
     "mistral": turns(
         "{{- '[TOOL_CALLS][' if loop.first else ', ' }}"
         '{{- \'{"name": "\' + f.name + \'", "arguments": \' + f.arguments | tojson }}'
-        '{{- \', "id": "\' + call.id + \'"}\' }}'
+        "{{- ', \"id\": \"' + call.id + '\"}' }}"
         "{{- ']' if loop.last else '' }}"
     ),
     "mistral_named": turns("{{- '[TOOL_CALLS]' + f.name + '[ARGS]' + f.arguments | tojson }}"),
