@@ -20,7 +20,7 @@ from qlora_jax.server.metrics import Metrics
 from qlora_jax.server.run import Server
 from qlora_jax.server.served_models import ServedModel, ServedModels, chat_format
 from qlora_jax.server.service import Limits, Service
-from qlora_jax.server.settings import ServeArgs, is_loopback, model_name
+from qlora_jax.server.settings import ServeArgs, base_name, is_loopback, run_name
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -83,14 +83,14 @@ class _Loader:
 
     def __init__(self, args: ServeArgs, progress: Progress | None):
         self._args = args
-        runs = [(model_name(run), run, self._open(run)) for run in args.runs]
+        runs = [(run_name(run), run, self._open(run)) for run in args.runs]
         path = args.model or str(runs[0][2].source.path)
         self.base = open_pretrained(model=path, chat_template=args.chat_template)
         trained = runs[0][2] if runs else self.base
         self._settings = weight_settings(trained, args.quant_type, args.compute_dtype)
         loaded = load_checked(self.base, self._settings, progress)
         self.model, self._fingerprint = loaded.model, loaded.fingerprint
-        self._name = model_name(args.model or (trained.source.hub_name or path))
+        self._name = base_name(args.model or (trained.source.hub_name or path))
         if self._name in [name for name, *_ in runs]:
             raise ValueError(f"run: {self._name!r} is the name of the base too. Rename the run's folder")
         self.served = [self._served(self._name, path, self.base, None)]

@@ -73,10 +73,14 @@ class ServeArgs:
         return self.api_key or os.environ.get(KEY_VARIABLE) or None
 
 
-def model_name(path: str) -> str:
-    """Returns the name by which a folder or file is served: its own, without .gguf; that of a model on a Hub stays."""
-    local = Path(path).expanduser()
-    return local.absolute().name.removesuffix(".gguf") if local.exists() else path
+def run_name(path: str) -> str:
+    """Returns the name by which a run is served: that of its folder."""
+    return Path(path).expanduser().absolute().name
+
+
+def base_name(path: str) -> str:
+    """Returns the name by which a base is served: that of its folder or file, or its name on a Hub."""
+    return run_name(path).removesuffix(".gguf") if Path(path).expanduser().exists() else path
 
 
 def is_loopback(host: str) -> bool:
@@ -92,7 +96,7 @@ def check_serve(args: ServeArgs) -> None:
     problems = []
     if args.model is None and not args.runs:
         problems.append("model, run: found neither. Set model to a model's path, or run to a run's folder")
-    names = [model_name(path) for path in ([args.model] if args.model else []) + args.runs]
+    names = [*([base_name(args.model)] if args.model else []), *map(run_name, args.runs)]
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         problems.append(f"run: found {names.count(name)} models named {name!r}, expected one. Rename a folder")
     if not is_loopback(args.host) and args.key is None:

@@ -1,13 +1,11 @@
 """The server with the real engine, a tiny base and two runs on it: as a command, and from Python."""
 
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -53,6 +51,7 @@ def say(client: openai.OpenAI, model: str, **settings) -> str:
     return client.chat.completions.create(model=model, messages=SAY, **given).choices[0].message.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model", "first", "second"])
 def test_every_model_answers_as_it_does_alone(client, runs, name):
     alone = q.generate_text(*q.load(str(runs[name]), compute_dtype="float32"), SAY, max_new_tokens=12)
@@ -61,6 +60,7 @@ def test_every_model_answers_as_it_does_alone(client, runs, name):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == say(client, name)
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed_alone(client):
     replies = [say(client, "first", temperature=1, seed=seed) for seed in (1, 2, 1)]
     assert replies[0] == replies[2] != replies[1]
@@ -68,6 +68,7 @@ def test_draws_depend_on_the_seed_alone(client):
     assert drawn.choices[0].message.content == replies[0] != drawn.choices[1].message.content
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_model(client, runs):
     model, tokenizer = q.load(str(runs["first"]), compute_dtype="float32")
     ids = [256, *tokenizer.encode("say sun")]
@@ -80,6 +81,7 @@ def test_scores_are_those_of_the_model(client, runs):
     np.testing.assert_allclose(tops, log_p[:-1].max(axis=-1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_json_mode_gives_json(client):
     schema = {
         "type": "object",
@@ -99,9 +101,10 @@ def test_json_mode_gives_json(client):
     assert isinstance(json.loads(text)["a"], bool)
     with pytest.raises(openai.BadRequestError, match="grammar"):
         say(client, "first", extra_body={"structured_outputs": {"regex": "("}})
-    assert math.isfinite(len(say(client, "first")))
+    assert say(client, "first")
 
 
+@pytest.mark.slow
 def test_an_adapter_comes_and_goes_while_the_server_runs(client):
     post = client.with_options().post
     post("/load_lora_adapter", body={"lora_name": "third", "lora_path": "third"}, cast_to=str)
@@ -154,4 +157,4 @@ def test_the_command_ends_with_all_of_its_processes(runs, number):
     assert process.wait(30) == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     wait_until(lambda: ended(process.pid))
     with pytest.raises(httpx.ConnectError):
-        httpx.get(url, timeout=time.monotonic() and 5)
+        httpx.get(url, timeout=5)
