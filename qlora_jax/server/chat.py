@@ -37,7 +37,7 @@ class ChatTask:
       max_tokens: limit of the reply's tokens.
       choices: number of replies.
       likeliest: as in Request.
-      grammar: what the reply's text has to be; None: any text.
+      grammar: restricts the reply's text; None: any text.
     """
 
     messages: Sequence[Message]
@@ -66,7 +66,7 @@ class ChatEvent(NamedTuple):
 
     Fields:
       index: number of the reply.
-      parts: what it adds to the reply.
+      parts: additions to the reply.
       finish: why the reply ends here; None if it continues.
     """
 

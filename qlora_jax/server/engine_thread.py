@@ -74,14 +74,14 @@ class EngineThread:
     A command is taken before each step of the engine, so a cancelled request runs for one step at most.
     """
 
-    def __init__(self, engine: AnyEngine, *, places: int, on_failure: Callable[[BaseException], None]):
+    def __init__(self, engine: AnyEngine, *, places: int):
         """Starts no thread yet.
 
         Args:
           places: requests that may wait or run.
-          on_failure: called in the event loop if the engine fails.
         """
-        self._engine, self._places, self._on_failure = engine, places, on_failure
+        self._engine, self._places = engine, places
+        self.on_failure: Callable[[], None] = lambda: None  # called in the event loop if the engine fails
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -225,4 +225,4 @@ class EngineThread:
         for call in [*self._calls]:
             if not call.cancel():
                 call.set_exception(ended)
-        self._on_failure(error)
+        self.on_failure()

@@ -1,6 +1,6 @@
 """Takes a reply apart while it arrives: its reasoning, its content, and its calls of tools.
 
-Nothing is lost: what begins like a call and is none becomes content.
+Nothing is lost: a text that begins like a call and is none becomes content.
 """
 
 import json

@@ -47,6 +47,7 @@ class Server:
             timeout_graceful_shutdown=stop_seconds,
         )
         self._server = uvicorn.Server(config)
+        service.thread.on_failure = self._end
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
@@ -75,12 +76,11 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def fail(self) -> None:
-        """Ends the server after its engine has failed."""
+    def _end(self) -> None:
         self._server.should_exit = True
 
     def stop(self) -> None:
         """Ends the server that `start` started: running requests finish first, within their limit."""
-        self._server.should_exit = True
+        self._end()
         if self._thread is not None:
             self._thread.join()

@@ -35,10 +35,10 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Service:
-    """What routes need.
+    """Everything that routes share.
 
     Attributes:
-      key: what clients have to send; None if they need not.
+      key: a secret that clients have to send; None if they need not.
       hosts: names in the Host header that are answered without a key; empty: any.
       load: reads an adapter (its name, its folder) in any thread; returns the model, and a function that adds it to the
         engine in its thread. None if no folder of adapters was named.

@@ -95,8 +95,7 @@ def serve(tokenizer: Tokenizer) -> Start:
             model("plain", form=None),
             model("vectors", embed=embed, parent="base"),
         ]
-        failed: list[Server] = []
-        thread = EngineThread(engine, places=places, on_failure=lambda error: failed[0].fail())
+        thread = EngineThread(engine, places=places)
         service = Service(
             models=ServedModels(models),
             thread=thread,
@@ -105,7 +104,6 @@ def serve(tokenizer: Tokenizer) -> Start:
             **given,
         )
         server = Server(make_app(service), service, "127.0.0.1", 0, 5)
-        failed.append(server)
         server.start()
         try:
             yield Served(server.url, engine, service, server)

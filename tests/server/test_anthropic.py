@@ -55,9 +55,8 @@ def test_a_message_is_answered(client, served):
 
 
 def test_a_stream_has_the_events_of_every_block(client):
-    with client.messages.stream(
-        model="a", max_tokens=200, messages=HI, tools=TOOLS, extra_body={"temperature": 0.5}
-    ) as stream:
+    asked = {"model": "a", "max_tokens": 200, "messages": HI, "tools": TOOLS, "extra_body": {"temperature": 0.5}}
+    with client.messages.stream(**asked) as stream:
         kinds = [event.type for event in stream]
         found = stream.get_final_message()
     assert kinds[0] == "message_start" and kinds[-1] == "message_stop"

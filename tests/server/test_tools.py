@@ -95,7 +95,7 @@ def read(form: ReplyFormat, reply: str, prompt: str = "", pieces: int = 1, tools
 
 
 def written(tokenizer: Tokenizer, **turn) -> str:
-    """What the template writes for a turn, up to the token that ends it."""
+    """Returns the text that the template writes for a turn, up to the token that ends it."""
     user, end = {"role": "user", "content": "Hi"}, "<|im_end|>"
     prompt = tokenizer.render([user], add_generation_prompt=True, tools=TOOLS)
     whole = tokenizer.render([user, {"role": "assistant", "content": "", **turn}], tools=TOOLS)
