@@ -17,8 +17,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.native.library import handler, problem
 
-FEW_ROWS = 8  # up to this many, reading b takes the time, and packing it would cost as much again
-LEAST = 32  # columns and terms below which the loops are hardly faster
+# Up to this many rows are multiplied by loops that read each weight once and pack nothing: a token of each of the rows
+# that decode together. A row's result depends neither on the number of rows, nor on the other rows.
+FEW_ROWS = 16
+MANY_ROWS = 64  # XLA's products of at least as many f32 rows have the same bits for each row
+LEAST = 32  # columns and terms below which the loops for many rows are hardly faster
+LEAST_FEATURES = 9  # features below which XLA sums a gradient over tokens faster
 HANDLERS = {"float32": ("dense_rows", "product_f32"), "bfloat16": ("dense_rows", None)}  # for few rows, for many
 
 
@@ -30,17 +34,17 @@ def handler_for(
 ) -> str | None:
     """Returns the handler of C++ loops that multiplies these operands on a CPU, or None: XLA multiplies.
 
-    They take matrices of one dtype, for a result in it or in f32: a's rows by b's rows or columns, if `a` has few rows
-    only by b's rows.
+    They take matrices of one dtype, for a result in it or in f32: a's rows by b's rows or columns. For few rows, the
+    numbers of terms and columns may be small.
     """
     if a.ndim != 2 or b.ndim != 2 or contract[0] != 1 or a.dtype != b.dtype or a.dtype.name not in HANDLERS:
         return None
-    if jnp.dtype(dtype) not in (jnp.float32, a.dtype) or not a.shape[0]:
+    if jnp.dtype(dtype) not in (jnp.float32, a.dtype) or not a.size or not b.size:
         return None
-    rows, terms = a.shape
     few, many = HANDLERS[a.dtype.name]
-    name = (few if contract[1] == 1 else None) if rows <= FEW_ROWS else many
-    return name if min(b.shape[1 - contract[1]], terms) >= LEAST and problem() is None else None
+    if a.shape[0] <= FEW_ROWS:
+        return few if problem() is None else None
+    return many if min(b.shape[1 - contract[1]], a.shape[1]) >= LEAST and problem() is None else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -49,7 +53,8 @@ def _by_loops(
 ) -> Float[Array, "M N"]:
     result = jax.ShapeDtypeStruct((a_MK.shape[0], b.shape[1 - contracted]), dtype)
     if name == "dense_rows":
-        return jax.ffi.ffi_call(handler(name), result, vmap_method="sequential")(a_MK, b)
+        call = jax.ffi.ffi_call(handler(name), result, vmap_method="sequential")
+        return call(a_MK, b, transposed=contracted == 1)
     results = (
         jax.ShapeDtypeStruct(result.shape, jnp.float32),
         jax.ShapeDtypeStruct(a_MK.shape, jnp.float32),  # a packed, used only by the call
@@ -77,12 +82,19 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike)
     Leading axes beyond two are batch axes. XLA sums 16-bit products in f32 whatever the result's dtype, so a 16-bit
     result saves a pass over it.
     """
+    return _multiply(a, b, contract, dtype, handler_for(a, b, contract, dtype))
+
+
+def _multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike, name: str | None) -> jax.Array:
+    """Multiplies by the loops of a handler on CPUs, or by XLA."""
     batch = tuple(range(a.ndim - 2))
     dims = ((contract[:1], contract[1:]), (batch, batch))
     product = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=dtype)
-    if (name := handler_for(a, b, contract, dtype)) is not None:
+    if name is not None:
         loops = functools.partial(_by_loops, name=name, contracted=contract[1], dtype=dtype)
         return jax.lax.platform_dependent(a, b, cpu=loops, default=product)
+    if a.ndim == 2 and contract[0] == 1 and a.dtype == jnp.float32 and FEW_ROWS < a.shape[0] < MANY_ROWS:
+        return jax.lax.platform_dependent(a, b, cpu=_padded(product), default=product)
     if a.ndim == 2 and a.shape[1 - contract[0]] == 1 and a.dtype == jnp.bfloat16:
         return jax.lax.platform_dependent(a, b, cpu=_doubled(product, 1 - contract[0]), default=product)
     return product(a, b)
@@ -94,6 +106,11 @@ def _doubled(product, rows_axis: int):
     For one bf16 row and a head of 49152 x 576, XLA on CPUs takes 97 ms; for two rows it takes 3 ms.
     """
     return lambda a, b: product(jnp.repeat(a, 2, axis=rows_axis), b)[:1]
+
+
+def _padded(product):
+    """Multiplies MANY_ROWS rows and takes those of `a`, so that they have the bits that they have among more."""
+    return lambda a, b: product(jnp.pad(a, ((0, MANY_ROWS - len(a)), (0, 0))), b)[: len(a)]
 
 
 def row_major(x: jax.Array) -> jax.Array:
@@ -126,5 +143,12 @@ def _dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _dot_tn_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
     if a.shape[-1] <= b.shape[-1]:
-        return row_major(dot_nn(row_major(jnp.swapaxes(a, -1, -2)), b))
+        return row_major(_of_features(row_major(jnp.swapaxes(a, -1, -2)), b))
     return jnp.swapaxes(_dot_tn_cpu(b, a), -1, -2)
+
+
+def _of_features(a: Float[Array, "*Z K M"], b: Float[Array, "*Z M N"]) -> Float[Array, "*Z K N"]:
+    """Computes a b. Few rows are features here, not tokens that decode together: the loops for those would be slow."""
+    many = a.shape[-2] >= LEAST_FEATURES and min(a.shape[-1], b.shape[-1]) >= LEAST and problem() is None
+    name = "product_f32" if many and a.ndim == 2 and a.dtype == b.dtype == jnp.float32 else None
+    return _multiply(a, b, (a.ndim - 1, b.ndim - 2), jnp.float32, name)

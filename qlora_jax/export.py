@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax import runtime
     from qlora_jax.api.export import write_export
     from qlora_jax.api.model_card import write_model_card
-    from qlora_jax.io.hf.push import check_name, check_vacant, push_folder
+    from qlora_jax.io.hf.push import check_name, check_vacant, push_folder, upload_command
     from qlora_jax.io.pretrained import open_finetuned
     from qlora_jax.terminal.console import Console
 
@@ -98,6 +98,8 @@ def main(argv: list[str]) -> None:
     console.print(str(result), markup=False, highlight=False, soft_wrap=True)
     if args.push is not None:
         write_model_card(output, opened, result, args.format, args.dtype)
+        again = f"pushing; if it is interrupted, {upload_command(output, args.push)} continues"
+        console.print(again, markup=False, highlight=False, soft_wrap=True)
         console.print(f"pushed: {push_folder(output, args.push)}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -107,6 +107,18 @@ MUTATIONS = [
         "tests/pallas_kernels/formats/test_ggml_tensor.py",
     ),
     Mutation("qlora_jax/inference/sampling.py", "(before_BV < p)", "(before_BV <= p + 0.01)", "tests/inference"),
+    Mutation(
+        "qlora_jax/inference/engine/choose.py",
+        "mass, top_p_R * mass(lowest_R), least",
+        "mass, 0.999 * top_p_R * mass(lowest_R), least",
+        "tests/inference/engine/test_choose.py",
+    ),
+    Mutation(
+        "qlora_jax/inference/engine/grammar.py",
+        "never_W & ~matcher.ends_W",
+        "never_W",
+        "tests/inference/engine/test_grammar.py",
+    ),
     Mutation("qlora_jax/measures/statistics.py", "(0.025, 0.975)", "(0.05, 0.95)", "tests/measures/test_statistics.py"),
     Mutation(
         "qlora_jax/methods/lora.py", '"lora_A.weight", np.transpose', '"lora_A.weight", np.asarray', "tests/io/peft"

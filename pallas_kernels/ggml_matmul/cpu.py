@@ -11,14 +11,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.dense_matmul import dot
+from pallas_kernels.dense_matmul import FEW_ROWS, dot
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.frozen_product import Layer
 from pallas_kernels.native.library import handler
 
 DTYPES = ("bfloat16", "float32")  # supported by the handlers
-FEW_ROWS = 8  # up to this many, the product from the blocks is faster than dequantize + dot
 
 
 def forward(x_MK: Float[Array, "M K"], weights: GgmlTensor, layer: Layer) -> Float[Array, "M N"]:

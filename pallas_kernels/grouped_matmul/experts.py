@@ -11,14 +11,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dense_matmul import dot
+from pallas_kernels.dense_matmul import FEW_ROWS, dot
 from pallas_kernels.devices import target_device
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.frozen_product import Direction
 from pallas_kernels.ggml_matmul import api as ggml
-from pallas_kernels.ggml_matmul import cpu as ggml_cpu
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul import api as nf4
 from pallas_kernels.nf4_matmul import cpu
@@ -63,7 +62,7 @@ def _quantized_product(x_CK: Float[Array, "C K"], flat: QTensor, index: Index) -
 
 def _reads_codes(flat: QTensor, rows: int, dtype: DTypeLike) -> bool:
     chosen = _implementation("forward", flat, rows, dtype)
-    return chosen == "cpu" and rows <= cpu.FEW_ROWS
+    return chosen == "cpu" and rows <= FEW_ROWS
 
 
 def _implementation(direction: Direction, flat: QTensor, rows: int, dtype: DTypeLike) -> str | None:
@@ -78,7 +77,7 @@ def _ggml_expert(flat: GgmlTensor, index: Index, dtype: DTypeLike) -> Float[Arra
 
 def _reads_blocks(flat: GgmlTensor, rows: int, dtype: DTypeLike) -> bool:
     chosen = ggml.choose_implementation(target_device(), str(jnp.dtype(dtype)))
-    return chosen == "cpu" and rows <= ggml_cpu.FEW_ROWS
+    return chosen == "cpu" and rows <= FEW_ROWS
 
 
 def _ggml_product(x_CK: Float[Array, "C K"], flat: GgmlTensor, index: Index) -> Float[Array, "C N"]:

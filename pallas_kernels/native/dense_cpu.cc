@@ -1,8 +1,8 @@
 // Products of matrices: two XLA FFI handlers.
 //
 //   product_f32:  c[m, n] = sum_k a[m, k] b[k, n], or b[n, k] if transposed; in f32, for many rows
-//   dense_rows:   y[m, n] = sum_k x[m, k] w[n, k], of f32 or bf16 numbers, summed in f32, for few rows. w is read
-//                 from memory once and never packed, because reading it takes all the time
+//   dense_rows:   y[m, n] = sum_k x[m, k] w[n, k], or w[k, n] unless transposed; of f32 or bf16 numbers, summed in f32,
+//                 for few rows. w is read from memory once and never packed, because reading it takes all the time
 
 #include "product.h"
 
@@ -38,7 +38,8 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ff
 
 // ---- few rows
 
-constexpr int64_t kNeighbours = 4;  // rows of w that are read side by side
+constexpr int64_t kNeighbours = 4;            // rows of w that are read side by side
+constexpr int kMostSums = kLanes == 16 ? 4 : 2;  // rows of x whose sums with these fit the registers
 
 template <typename Element, typename Out>
 struct FewRows {
@@ -61,27 +62,81 @@ struct FewRows {
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) sums[p][m] = multiply_add(weights, load(x + (row + m) * k + i), sums[p][m]);
       }
-#pragma GCC unroll 4
+    float totals[P][M];
+    totals_of<P * M>(&sums[0][0], &totals[0][0]);
     for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        float total = sum(sums[p][m]);
+        float total = totals[p][m];
         for (int64_t i = whole; i < k; ++i) total += number(w[(first + p) * k + i]) * x[(row + m) * k + i];
         put(total, y + (row + m) * n + first + p);
       }
   }
-  template <int M>
-  void rows(int64_t row, int64_t first, int64_t last) const {
-    for (; first + kNeighbours <= last; first += kNeighbours) block<M, kNeighbours>(row, first);
-    for (; first < last; ++first) block<M, 1>(row, first);
+  // Computes y of all rows of x from `row` on, M rows at a time and then fewer, and P rows of w.
+  template <int M, int P>
+  void rows(int64_t row, int64_t m, int64_t first) const {
+    for (; row + M <= m; row += M) block<M, P>(row, first);
+    if constexpr (M > 1)
+      if (row < m) rows<M - 1, P>(row, m, first);
   }
   void run(ffi::ThreadPool& pool, int64_t m) const {
     const int64_t grain = (65536 / k + kNeighbours) / kNeighbours * kNeighbours;  // some microseconds
     in_parallel(pool, (n + grain - 1) / grain, [&](int64_t part) {
-      const int64_t first = part * grain, last = std::min(n, first + grain);
-      int64_t row = 0;
-      for (; row + 2 <= m; row += 2) rows<2>(row, first, last);
-      if (row < m) rows<1>(row, first, last);
+      const int64_t last = std::min(n, (part + 1) * grain);
+      int64_t first = part * grain;
+      for (; first + kNeighbours <= last; first += kNeighbours) rows<kMostSums, kNeighbours>(0, m, first);
+      for (; first < last; ++first) rows<kMostSums, 1>(0, m, first);
+    });
+  }
+};
+
+// The same for w [k, n]: vectors are along columns, and each column's terms are added in order.
+template <typename Element, typename Out>
+struct FewRowsOfColumns {
+  int64_t n, k;
+  const float* x;
+  const Element* w;
+  Out* y;
+
+  // Computes y of M rows of x and V vectors of columns, whose terms p are at[p * stride]; `count` columns are written.
+  template <int M, int V>
+  void block(int64_t row, int64_t first, const Element* at, int64_t stride, int64_t count) const {
+    Floats sums[M][V] = {};
+    for (int64_t p = 0; p < k; ++p) {
+      Floats columns[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) columns[v] = load(at + p * stride + v * kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const Floats x_m = all(x[(row + m) * k + p]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[m][v] = multiply_add(x_m, columns[v], sums[m][v]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      float totals[V * kLanes];
+      std::memcpy(totals, sums[m], sizeof totals);
+      for (int64_t i = 0; i < count; ++i) put(totals[i], y + (row + m) * n + first + i);
+    }
+  }
+  template <int M, int V>
+  void rows(int64_t row, int64_t m, int64_t first, const Element* at, int64_t stride, int64_t count) const {
+    for (; row + M <= m; row += M) block<M, V>(row, first, at, stride, count);
+    if constexpr (M > 1)
+      if (row < m) rows<M - 1, V>(row, m, first, at, stride, count);
+  }
+  void run(ffi::ThreadPool& pool, int64_t m) const {
+    constexpr int kMost = 4;  // vectors of columns per part
+    in_parallel(pool, (n + kMost * kLanes - 1) / (kMost * kLanes), [&](int64_t part) {
+      int64_t first = part * kMost * kLanes;
+      const int64_t last = std::min(n, first + kMost * kLanes);
+      if (last - first == kMost * kLanes) return rows<kMostSums, kMost>(0, m, first, w + first, n, last - first);
+      for (; first + kLanes <= last; first += kLanes) rows<4, 1>(0, m, first, w + first, n, kLanes);
+      if (first == last) return;
+      Buffer<Element> padded(k * kLanes);
+      std::memset(padded.get(), 0, k * kLanes * sizeof(Element));
+      for (int64_t p = 0; p < k; ++p)
+        std::memcpy(padded.get() + p * kLanes, w + p * n + first, (last - first) * sizeof(Element));
+      rows<4, 1>(0, m, first, padded.get(), kLanes, last - first);
     });
   }
 };
@@ -95,17 +150,21 @@ void with_numbers(const ffi::DataType type, const Work& work) {
     work(uint16_t());
 }
 
-// x [m, k], w [n, k], y [m, n]: each f32 or bf16.
-ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
+// x [m, k], w [n, k] or [k, n], y [m, n]: each f32 or bf16.
+ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
+                    bool transposed) {
   const Buffer<float> x_MK = in_f32(x);
-  const int64_t n = w.dimensions()[0], k = w.dimensions()[1];
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
   with_numbers(w.element_type(), [&](auto element) {
     with_numbers(y->element_type(), [&](auto out) {
       using Element = decltype(element);
       using Out = decltype(out);
-      FewRows<Element, Out>{n, k, x_MK.get(), reinterpret_cast<const Element*>(w.untyped_data()),
-                            reinterpret_cast<Out*>(y->untyped_data())}
-          .run(pool, x.dimensions()[0]);
+      const auto* from = reinterpret_cast<const Element*>(w.untyped_data());
+      auto* to = reinterpret_cast<Out*>(y->untyped_data());
+      if (transposed)
+        FewRows<Element, Out>{n, k, x_MK.get(), from, to}.run(pool, m);
+      else
+        FewRowsOfColumns<Element, Out>{n, k, x_MK.get(), from, to}.run(pool, m);
     });
   });
   return ffi::Error::Success();
@@ -122,6 +181,10 @@ QLORA_HANDLER(product_f32, qlora::product,
                   .Ret<ffi::Buffer<ffi::F32>>()
                   .Ret<ffi::Buffer<ffi::F32>>()
                   .Attr<bool>("transposed"));
-QLORA_HANDLER(
-    dense_rows, qlora::few_rows,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+QLORA_HANDLER(dense_rows, qlora::few_rows,
+              ffi::Ffi::Bind()
+                  .Ctx<ffi::ThreadPool>()
+                  .Arg<ffi::AnyBuffer>()
+                  .Arg<ffi::AnyBuffer>()
+                  .Ret<ffi::AnyBuffer>()
+                  .Attr<bool>("transposed"));

@@ -68,10 +68,13 @@ inline Buffer<float> in_f32(const xla::ffi::AnyBuffer& x) {
   const int64_t count = x.element_count();
   Buffer<float> out(count);
   const uint16_t* from = reinterpret_cast<const uint16_t*>(x.untyped_data());
-  if (x.element_type() == xla::ffi::F32)
+  if (x.element_type() == xla::ffi::F32) {
     std::memcpy(out.get(), x.untyped_data(), count * sizeof(float));
-  else
-    for (int64_t i = 0; i < count; ++i) out.get()[i] = number(from[i]);
+    return out;
+  }
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(load(from + i), out.get() + i);
+  for (; i < count; ++i) out.get()[i] = number(from[i]);
   return out;
 }
 

@@ -14,6 +14,7 @@
 #error "there are loops for x86-64 and 64-bit ARM"
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -94,6 +95,49 @@ inline float sum(Floats x) { return vaddvq_f32((float32x4_t)x); }
 inline float greatest(Floats x) { return vmaxvq_f32((float32x4_t)x); }
 inline void pause() { __asm__ __volatile__("yield"); }
 #endif
+
+// The same numbers, which the compiler then keeps in a register: it would rather load them again for every use.
+inline Floats in_register(Floats x) {
+#if defined(__AVX2__)
+  __asm__("" : "+v"(x));
+#endif
+  return x;
+}
+
+// to[i] = sum(x[i]) for i below C, with the same additions.
+template <int C>
+inline void totals_of(const Floats* x, float* to) {
+#if defined(__AVX512F__)
+  if constexpr (C >= 8) {
+    constexpr int kTo = C > 8 ? 16 : 8;  // one vector has the sums of 16, or 8 twice
+    __m512 halves[8], quarters[4], pairs[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTo / 2; ++i) {
+      const __m512 a = (__m512)x[std::min(2 * i, C - 1)], b = (__m512)x[std::min(2 * i + 1, C - 1)];
+      halves[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTo / 4; ++i) {
+      const __m512 a = halves[2 * i], b = halves[2 * i + 1];
+      quarters[i] = _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < kTo / 8; ++i) {
+      const __m512 a = quarters[2 * i], b = quarters[2 * i + 1];
+      pairs[i] = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);
+    }
+    const __m512 a = pairs[0], b = pairs[kTo / 8 - 1];
+    float mixed[16];  // the sum of vector 4 q + j is at 4 j + q
+    _mm512_storeu_ps(mixed, _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd));
+#pragma GCC unroll 16
+    for (int i = 0; i < C && i < 16; ++i) to[i] = mixed[i % 4 * 4 + i / 4];
+    if constexpr (C > 16) totals_of<C - 16>(x + 16, to + 16);
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < C; ++i) to[i] = sum(x[i]);
+}
 
 inline Integers load_bytes(const uint8_t* at) { return widened(load<Bytes>(at)); }
 

@@ -87,47 +87,51 @@ void dequantize_pairs(const Weight& w, Out* out, int64_t first, int64_t last) {
   }
 }
 
-// Multiplies M rows of x by P pairs of rows, so that 2 M P sums overlap. Each sum is in the order of k for all M and P:
-// of products with numbers of the table within a block, and of these times the constants.
+// Writes the totals of sums [pair, half, row] times a factor, from a pair's first column on.
 template <int M, int P, typename Out>
-void multiply_pairs(const Weight& w, const Buffer<float>& x_MK, int64_t row, Out* y, int64_t first, float* constants) {
+void write_pairs(const Floats (&sums)[P][2][M], float factor, int64_t n, Out* y) {
+  float totals[P][2][M];
+  totals_of<2 * M * P>(&sums[0][0][0], &totals[0][0][0]);
+  for (int p = 0; p < P; ++p)
+    for (int half = 0; half < 2; ++half)
+      for (int m = 0; m < M; ++m) put(totals[p][half][m] * factor, y + m * n + p + half * (n / 2));
+}
+
+// Multiplies M rows of x by P pairs of rows, so that 2 M P sums overlap. Each sum is in the order of k for all M and P:
+// of products with numbers of the table within a block, and of these times the constants [P, 2, blocks].
+template <int M, int P, typename Out>
+void multiply_pairs(const Weight& w, const Buffer<float>& x_MK, int64_t row, Out* y, int64_t first, const float* constants) {
   const float* x = x_MK.get() + row * w.k;
   const Table table(w.table);
-  for (int p = 0; p < P; ++p) {
-    w.constants(first + p, constants + 2 * p * w.blocks);
-    w.constants(first + p + w.n / 2, constants + (2 * p + 1) * w.blocks);
-  }
   Floats sums[P][2][M] = {};
   for (int64_t block = 0; block < w.blocks; ++block) {
     Floats of_block[P][2][M] = {};
-    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += 64)
+    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kGroup) {
       for (int p = 0; p < P; ++p) __builtin_prefetch(w.codes + (first + p) * w.k + k + kBytesAhead);
-    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kLanes)
-      for (int p = 0; p < P; ++p) {
-        const Integers codes = load_bytes(w.codes + (first + p) * w.k + k);
-        const Floats high = table[codes >> 4], low = table[codes];
-        for (int m = 0; m < M; ++m) {
-          const Floats x_m = load(x + m * w.k + k);
-          of_block[p][0][m] = multiply_add(high, x_m, of_block[p][0][m]);
-          of_block[p][1][m] = multiply_add(low, x_m, of_block[p][1][m]);
+#pragma GCC unroll 4
+      for (int64_t i = k; i < k + kGroup; i += kLanes)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p) {
+          const Integers codes = load_bytes(w.codes + (first + p) * w.k + i);
+          const Floats high = table[codes >> 4], low = table[codes];
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) {
+            const Floats x_m = in_register(load(x + m * w.k + i));  // one load for two products
+            of_block[p][0][m] = multiply_add(high, x_m, of_block[p][0][m]);
+            of_block[p][1][m] = multiply_add(low, x_m, of_block[p][1][m]);
+          }
         }
-      }
+    }
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         const Floats constant = all(constants[(2 * p + half) * w.blocks + block]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sums[p][half][m] = multiply_add(of_block[p][half][m], constant, sums[p][half][m]);
       }
   }
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      put(sum(sums[p][0][m]), y + m * w.n + first + p);
-      put(sum(sums[p][1][m]), y + m * w.n + first + p + w.n / 2);
-    }
+  write_pairs<M, P>(sums, 1.0f, w.n, y + first);
 }
 
 // Rows of x and the numbers of the table, as integers with scales.
@@ -146,13 +150,9 @@ struct Coded {
 
 // The same with integers.
 template <int M, int P, typename Out>
-void multiply_pairs(const Weight& w, const Coded& coded, int64_t row, Out* y, int64_t first, float* constants) {
+void multiply_pairs(const Weight& w, const Coded& coded, int64_t row, Out* y, int64_t first, const float* constants) {
   const CodedRows& x = coded.rows;
   const ByteTable table(coded.table);
-  for (int p = 0; p < P; ++p) {
-    w.constants(first + p, constants + 2 * p * w.blocks);
-    w.constants(first + p + w.n / 2, constants + (2 * p + 1) * w.blocks);
-  }
   Floats sums[P][2][M] = {};
   const int64_t groups = w.k / kGroup, per_block = w.block_size / kGroup;
   for (int64_t block = 0; block < w.blocks; ++block)
@@ -190,32 +190,40 @@ void multiply_pairs(const Weight& w, const Coded& coded, int64_t row, Out* y, in
           }
       }
     }
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p)
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      put(sum(sums[p][0][m]) * coded.table_scale, y + m * w.n + first + p);
-      put(sum(sums[p][1][m]) * coded.table_scale, y + m * w.n + first + p + w.n / 2);
-    }
+  write_pairs<M, P>(sums, coded.table_scale, w.n, y + first);
 }
 
-constexpr int64_t kMostRows = 4;  // rows whose sums fit the registers
 
-template <int M, typename X, typename Out>
-void multiply_rows(const Weight& w, const X& x, int64_t row, Out* y, int64_t first, int64_t last) {
-  constexpr int kPairs = M > 2 ? 1 : 2;
-  Buffer<float> constants(2 * kPairs * w.blocks);
-  for (; first + kPairs <= last; first += kPairs) multiply_pairs<M, kPairs>(w, x, row, y, first, constants.get());
-  for (; first < last; ++first) multiply_pairs<M, 1>(w, x, row, y, first, constants.get());
+// Rows of x that are multiplied together, so that their sums within a block fit the registers.
+template <typename X>
+constexpr int kMostRows = kLanes == 16 && std::is_same_v<X, Buffer<float>> ? 8 : 4;
+
+// Multiplies the rows of x from `row` on by P pairs of rows, M rows at a time and then fewer.
+template <int M, int P, typename X, typename Out>
+void multiply_rows(const Weight& w, const X& x, int64_t row, int64_t m, Out* y, int64_t first, const float* constants) {
+  for (; row + M <= m; row += M) multiply_pairs<M, P>(w, x, row, y + row * w.n, first, constants);
+  if constexpr (M > 1)
+    if (row < m) multiply_rows<M - 1, P>(w, x, row, m, y, first, constants);
+}
+
+// Multiplies all m rows by pairs of rows, P at a time.
+template <int M, int P, typename X, typename Out>
+int64_t multiply_all(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last, float* constants) {
+  for (; first + P <= last; first += P) {
+    for (int p = 0; p < P; ++p) {
+      w.constants(first + p, constants + 2 * p * w.blocks);
+      w.constants(first + p + w.n / 2, constants + (2 * p + 1) * w.blocks);
+    }
+    multiply_rows<M, P>(w, x, 0, m, y, first, constants);
+  }
+  return first;
 }
 
 template <typename X, typename Out>
 void multiply(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last) {
-  int64_t row = 0;
-  for (; row + kMostRows <= m; row += kMostRows) multiply_rows<kMostRows>(w, x, row, y + row * w.n, first, last);
-  if (m - row == 3) multiply_rows<3>(w, x, row, y + row * w.n, first, last);
-  if (m - row == 2) multiply_rows<2>(w, x, row, y + row * w.n, first, last);
-  if (m - row == 1) multiply_rows<1>(w, x, row, y + row * w.n, first, last);
+  Buffer<float> constants(4 * w.blocks);
+  if (m <= 2) first = multiply_all<2, 2>(w, m, x, y, first, last, constants.get());
+  multiply_all<kMostRows<X>, 1>(w, m, x, y, first, last, constants.get());
 }
 
 // ---- many rows

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.dense_matmul import FEW_ROWS
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from pallas_kernels.native.library import handler, multiplies_bfloat16
@@ -24,9 +25,7 @@ from pallas_kernels.nf4_matmul.dispatch import Capabilities, Layer
 CAPABILITIES = Capabilities(
     devices=("cpu",), layouts=("row_planar",), dtypes=("bfloat16", "float32"), block_sizes=(64, 128, 256, 512, 1024)
 )
-FEW_ROWS = 8  # up to this many, the product from the codes is fastest (docs/cpu.md)
-# One token of each of the 16 rows that decode together, so that a reply does not depend on how many there are.
-INTEGER_CAPABILITIES = dataclasses.replace(CAPABILITIES, directions=("forward",), rows=(1, 16))
+INTEGER_CAPABILITIES = dataclasses.replace(CAPABILITIES, directions=("forward",), rows=(1, FEW_ROWS))
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:

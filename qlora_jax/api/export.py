@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from qlora_jax.config.registry import load_implementation
 from qlora_jax.data.branch_tree import whole_texts
 from qlora_jax.data.dataset import load_held_out
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.evaluation.input_squares import mean_squares
 from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.result_cache import NO_CACHE
@@ -26,7 +27,7 @@ from qlora_jax.io.export.merged import QUANTIZED
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
-from qlora_jax.io.loading.progress import SCORING, StageProgress
+from qlora_jax.io.loading.progress import SCORING, WEIGHING, StageProgress
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
@@ -185,8 +186,10 @@ def write_export(
     dtype = options.dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
     task, note = _held_out(opened) if dtype in QUANTIZED else (None, [])
     with loading_bar(progress) as report:
-        score = None if task is None else functools.partial(_score, task, report)
-        whole = dataclasses.replace(options, dtype=dtype, progress=report, score=score)
+        whole = dataclasses.replace(options, dtype=dtype, progress=report)
+        if task is not None:
+            on_rows = {"score": functools.partial(_score, task, report), "importance": _importance(task, report)}
+            whole = dataclasses.replace(whole, **on_rows)
         result = run(_with_stop_ids(opened), folder, whole) if callable(run) else run
     if not isinstance(result, ExportResult):
         raise ValueError(
@@ -199,6 +202,11 @@ def write_export(
 
 def _score(task: RowsTask, report: StageProgress, parts: ModelParts) -> RowScores:
     return task.score(parts, lambda done: report(done, task.size, "", SCORING), NO_CACHE)
+
+
+def _importance(task: RowsTask, report: StageProgress) -> Callable[[ModelParts], dict[str, np.ndarray]]:
+    texts = [ids for ids, _ in task.rows]
+    return lambda parts: mean_squares(parts, texts, lambda done: report(done, len(texts), "", WEIGHING))
 
 
 def _held_out(opened: OpenedModel) -> tuple[RowsTask | None, list[str]]:

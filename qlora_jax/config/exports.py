@@ -25,6 +25,7 @@ class ExportOptions:
       base: a model in 16 bits or more whose weights take the adapter; None: the dequantized weights of training.
       progress: called while a base loads, as by `load_model`, and in later stages with the stage's name as well.
       score: from ModelParts to the RowScores of the run's held-out rows; None: they are not scored.
+      importance: from ModelParts to the importance of each column, on the same rows; None: columns count alike.
     """
 
     with_base: bool = False
@@ -33,6 +34,7 @@ class ExportOptions:
     base: str | None = None
     progress: Callable[..., None] | None = None
     score: Callable[..., Any] | None = None
+    importance: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

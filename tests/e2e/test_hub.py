@@ -141,7 +141,9 @@ def test_a_pushed_export_has_a_card_without_rows_or_paths(
         assert interval in card and "- train.steps: 2" in card
         assert str(tmp_path) not in card and "say sun" not in card
         assert not any(b"hf_written_nowhere" in body for body in files.values())
-    assert f"pushed: {hub.url}/me/hf" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"pushing; if it is interrupted, hf upload me/hf {config.output}/hf . --private continues\n" in shown
+    assert f"pushed: {hub.url}/me/hf" in shown
     with pytest.raises(ValueError, match=r"push: me/hf exists \(found README.md.*Choose another name"):
         export.main(["--run", config.output, "--format", "gguf", "--push", "me/hf"])
     assert not (Path(config.output) / "gguf").exists()

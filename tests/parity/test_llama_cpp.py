@@ -54,7 +54,7 @@ METHODS = {  # else LoRA
 }
 WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
 WITHIN |= dict.fromkeys(MIXED_TYPES, 4e-2)
-NEW_TOKENS = 24
+NEW_TOKENS = 40
 IN_Q8_0 = ("--with_base", "--base_dtype", "q8_0")
 WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
 WITH_LORA |= {"gemma2": "rslora", "smollm3": "all", "glm4v": "all"}

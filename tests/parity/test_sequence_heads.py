@@ -305,3 +305,20 @@ def test_an_exported_head_is_read_back(
         export_merged(run, tmp_path / "gguf", "gguf", dtype="float16")
     started = read_start_adapter(tmp_path / "adapter", run.features, LORA, (), case.head)
     assert ("score" in started) == (name == "classification")
+
+
+@pytest.mark.slow
+def test_sentence_transformers_computes_our_embeddings(
+    folder: Path, loaded: Loaded, body: ModelParts, tmp_path: Path, oracle
+) -> None:
+    """Both poolings, in padded batches, of a base that pads with the end of a text."""
+    names, folders = ["pairs of texts", "hard negatives"], {}
+    for name in names:
+        run = write_run(tmp_path / name, folder, loaded.fingerprint, parts_of(body, CASES[name].head), CASES[name].head)
+        export_merged(run, tmp_path / name / "hf", "hf", dtype="float32")
+        folders[name] = str(tmp_path / name / "hf")
+    theirs = oracle(SCRIPT.with_name("sentence_embeddings.py"), folders=folders, texts=TEXTS)
+    for name in names:
+        ours = q.embed(*q.load(str(tmp_path / name), compute_dtype="float32"), TEXTS)
+        np.testing.assert_allclose(theirs[name], ours, atol=1e-4, err_msg=name)
+        assert np.abs(ours[0] - ours[1]).max() > 1e-2

@@ -308,9 +308,12 @@ def _bisect(
             jnp.where(down_R, total_R, total_high_R),
         )
 
+    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:  # a row without a number is never decided
+        return jnp.any(undecided(*carry[1:])) & (carry[0] < _BY_VALUE + 32)
+
     low_R, high_R = ends
     start = jnp.int32(0), low_R, high_R, total(low_R), jnp.zeros_like(target_R)
-    return jax.lax.while_loop(lambda carry: jnp.any(undecided(*carry[1:])), step, start)[1]
+    return jax.lax.while_loop(goes_on, step, start)[1]
 
 
 def _first_largest(scores_RV: jax.Array) -> jax.Array:

@@ -193,7 +193,7 @@ def _choice(matcher: "type[llguidance.LLMatcher]", text: str) -> str:
     texts = json.loads(text)
     if not isinstance(texts, list) or not texts or not all(isinstance(each, str) for each in texts):
         raise ValueError("expected a list of texts with at least one")
-    return matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
+    return matcher.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, texts)))
 
 
 _WRITERS: dict[GrammarKind, Writer] = {

@@ -34,7 +34,7 @@ class Trial:
     def check(self, grammar: str) -> None:
         """Raises ValueError if compiling the grammar, in llguidance's own form, takes too long or ends the process."""
         with self._lock:
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:
                 self._process = subprocess.Popen(
                     [sys.executable, "-P", "-m", __name__],
                     stdin=subprocess.PIPE,
@@ -45,7 +45,6 @@ class Trial:
                 weakref.finalize(self, _end, self._process)
             if not _answers(self._process, grammar):
                 _end(self._process)
-                self._process = None
                 raise ValueError("too complex: compiling it takes too much time, memory or stack")
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_jax.config.exports import MIXTURES
-from qlora_jax.io.gguf.llama_quantizer import quantize_file
 from qlora_jax.measures.metrics import Comparison, RowScores, loss_change
 
 MAX_SHARE = 1 / 10  # a dtype that costs less than this share of the adapter's effect is suggested
@@ -62,23 +61,24 @@ def _change(change: Comparison) -> str:
 
 def suggest_dtype(
     found: HeldOutCost,
-    source: Path,
+    folder: Path,
     trained: TrainedScores,
+    quantize: Callable[[Path, str], None],
     score_file: Callable[[Path], RowScores],
-    progress: Callable[..., None],
 ) -> str:
     """Returns a line: the dtype is small enough, or the smallest larger one that is, measured.
 
     Args:
       found: the cost of a dtype in MIXTURES.
-      source: the GGUF file in 16 bits that was quantized.
+      folder: holds one larger file at a time.
+      quantize: writes the new file at a path in a dtype.
       score_file: scores the held-out rows with a GGUF file.
     """
     if found.is_small:
         return f"{found.dtype} costs less than a tenth of the adapter's effect"
     for dtype in LADDER[LADDER.index(found.dtype) + 1 :]:
-        trial = source.with_name(f"trial-{dtype}.gguf")
-        quantize_file(source, trial, dtype, progress)
+        trial = folder / f"trial-{dtype}.gguf"
+        quantize(trial, dtype)
         cost, size = HeldOutCost.of(dtype, trained, score_file(trial)), trial.stat().st_size
         trial.unlink()
         if cost.is_small:

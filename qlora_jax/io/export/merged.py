@@ -34,10 +34,12 @@ from qlora_jax.io.export.verify import (
     tokenize_prompts,
 )
 from qlora_jax.io.gguf.llama_quantizer import SOURCE_DTYPE, check_quantizer, quantize_file, types_note
+from qlora_jax.io.gguf.reader import stored_names
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
+from qlora_jax.io.hf.sentence_files import write_sentence_files
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.loading.progress import StageProgress
 from qlora_jax.io.open_model import open_model
@@ -126,6 +128,7 @@ def load_headed(source: ModelSource, head: TrainedHead, load: Callable[..., Caus
     return parts.with_lora(parts.lora | {SCORE: {"weight": weight_DC}})
 
 
+IMPORTANCE = "the quantizer weighted errors by the mean square of each input on the held-out rows"
 QUANTIZED = ("q8_0", "q4_0", *MIXTURES)  # the loss by rounding to these is reported; it is not an error
 
 
@@ -176,8 +179,16 @@ def run_gguf(opened: OpenedModel, output: Path, options: ExportOptions) -> Expor
 
 def _run(form: Literal["hf", "gguf"], opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
     assert options.dtype is not None, "write_export sets it"
-    more = {"base": options.base, "progress": options.progress, "score": options.score}
-    return export_merged(opened, output, form, dtype=options.dtype, **more)
+    return export_merged(
+        opened,
+        output,
+        form,
+        dtype=options.dtype,
+        base=options.base,
+        progress=options.progress,
+        score=options.score,
+        importance=options.importance,
+    )
 
 
 def export_merged(
@@ -189,6 +200,7 @@ def export_merged(
     base: str | None = None,
     progress: StageProgress | None = None,
     score: Callable[[ModelParts], RowScores] | None = None,
+    importance: Callable[[ModelParts], Mapping[str, np.ndarray]] | None = None,
 ) -> ExportResult:
     """Writes a run to the new folder `output` as one model with the adapter merged; prints nothing.
 
@@ -199,6 +211,7 @@ def export_merged(
       base: a model in 16 bits or more whose weights take the adapter; None for the dequantized weights of training.
       progress: called while the run's base loads, as by `load_model`, and while a mixture is quantized.
       score: scores held-out rows: for dtypes in QUANTIZED, with the base, with the adapter, and with the file.
+      importance: returns the importance of each column of a weight; a mixture's errors are weighted by it.
 
     Raises:
       ValueError: `output` exists, the base is not the one that the run was
@@ -215,13 +228,16 @@ def export_merged(
     if is_mixture := dtype in MIXTURES:
         check_quantizer(dtype)
     prompts, report = _prompts(opened), progress or (lambda *_: None)
+    columns: dict[str, np.ndarray] = {}
     measure = functools.partial(_measure, prompts, score if dtype in QUANTIZED else None)
     with staged_folder(output) as folder:
         first = SOURCE_DTYPE if is_mixture else dtype
         merge = _write_merge(folder, opened, file and file.spec, original, measure, first, progress)
         path = folder / f"model-{dtype}.gguf" if is_mixture else merge.path
+        quantize = functools.partial(quantize_file, merge.path, progress=report, importance=columns)
         if is_mixture:
-            quantize_file(merge.path, path, dtype, report)
+            columns |= _importance(merge, importance)
+            quantize(path, dtype)
         measured = measure(_load_written(path, merge.compute_dtype, run.head))
         expected = merge.trained
         if original is not None:
@@ -230,9 +246,9 @@ def export_merged(
         difference = expected.difference(measured)
         if not difference.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
-        notes = _held_out_lines(dtype, merge, measured, report, score)
+        notes = _held_out_lines(dtype, merge, measured, quantize, score)
         if is_mixture:
-            notes.append(types_note(path, dtype))
+            notes += [types_note(path, dtype), *([IMPORTANCE] if columns else [])]
             merge.path.unlink()
         if form == "gguf":
             notes += write_modelfile(folder, opened, f"./{path.name}")
@@ -257,11 +273,22 @@ def _load_written(path: Path, compute_dtype: np.dtype, head: TrainedHead | None)
     return partition(load(source)) if head is None else load_headed(source, head, load)
 
 
+def _importance(
+    merge: Merge, importance: Callable[[ModelParts], Mapping[str, np.ndarray]] | None
+) -> dict[str, np.ndarray]:
+    """Returns the importance of columns by the names of tensors in the merged GGUF file."""
+    if importance is None:
+        return {}
+    names = stored_names(merge.path)
+    found = importance(_load_written(merge.path, merge.compute_dtype, None))
+    return {names[name]: values for name, values in found.items()}
+
+
 def _held_out_lines(
     dtype: str,
     merge: Merge,
     measured: Measured,
-    report: StageProgress,
+    quantize: Callable[[Path, str], None],
     score: Callable[[ModelParts], RowScores] | None,
 ) -> list[str]:
     """Returns lines on the cost on held-out rows, with a suggestion for a mixture; none if rows are not scored."""
@@ -275,7 +302,7 @@ def _held_out_lines(
     def score_file(path: Path) -> RowScores:
         return score(_load_written(path, merge.compute_dtype, None))
 
-    return [*found.lines(), suggest_dtype(found, merge.path, trained, score_file, report)]
+    return [*found.lines(), suggest_dtype(found, merge.path.parent, trained, quantize, score_file)]
 
 
 def _notes(file: ExportSpec | None, dtype: str, is_small: bool) -> list[str]:
@@ -326,7 +353,9 @@ def _write_merge(
     if head is not None:
         padding = head_padding(tokenizer, opened.source.config, stop)
         slots, config = with_score(slots, config, head, padding, opened.run.lora, opened.features)
-        tokenizer = padded_tokenizer(tokenizer, padding) if head.outputs else tokenizer
+        if not head.outputs and padding.token is None:  # pooling of embeddings goes by the mask of a batch
+            padding = Padding(tokenizer.eos_id, tokenizer.special_tokens.get("eos_token"))
+        tokenizer = padded_tokenizer(tokenizer, padding)
     if spec is not None:
         path = folder / f"model-{dtype}.gguf"
         tensors = dense_tensors(slots, compute_dtype, adapters, originals)
@@ -343,6 +372,8 @@ def _write_merge(
         multimodal=(original or opened.source).multimodal,
     )
     write_tokenizer(folder, tokenizer, opened.source, stop)
+    if head is not None and not head.outputs and opened.source.multimodal is None:
+        write_sentence_files(folder, head.pooling, opened.features.embed_dim, opened.features.max_positions)
     return Merge(folder, compute_dtype, trained)
 
 

@@ -11,15 +11,20 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-from qlora_jax.atomic_files import sync_tree, write_error
+import numpy as np
+from safetensors.numpy import save
+
+from qlora_jax.atomic_files import sync_tree, write_bytes, write_error
 from qlora_jax.io.gguf.header import parse_header
 
 SOURCE_DTYPE = "float16"  # dtype of the file that is quantized
+NO_IMPORTANCE: Mapping[str, np.ndarray] = MappingProxyType({})
 BUFFER_BYTES = 256 << 20  # rows of a tensor in f32 that the quantizer holds at once
-SUPER_BLOCK = 256  # weights of a block of the K types
+SUPER_BLOCK, BLOCK = 256, 32  # weights of a block of the K types, and of iq4_nl
 STAGE = "quantizing"
 TENSOR = re.compile(r"\[ *\d+/ *\d+\] (?P<name>\S+) ")
 FULL_BYTES = 1 << 20  # a disk with less left is full
@@ -34,7 +39,13 @@ def check_quantizer(dtype: str) -> None:
         )
 
 
-def quantize_file(source: Path, target: Path, dtype: str, progress: Callable[..., None]) -> None:
+def quantize_file(
+    source: Path,
+    target: Path,
+    dtype: str,
+    progress: Callable[..., None],
+    importance: Mapping[str, np.ndarray] = NO_IMPORTANCE,
+) -> None:
     """Quantizes the GGUF file `source`, in 16 bits, to the new file `target`.
 
     llama.cpp maps `source` and holds at most BUFFER_BYTES of it in f32.
@@ -42,14 +53,27 @@ def quantize_file(source: Path, target: Path, dtype: str, progress: Callable[...
     Args:
       dtype: a name of llama.cpp's, such as `config.exports.MIXTURES`.
       progress: called for each tensor with (bytes done, bytes in all, its name, STAGE).
+      importance: f32, the importance of each column of some tensors, by their names in the file.
 
     Raises:
       ValueError: llama.cpp cannot quantize the file; has its last line.
       OSError: `target` cannot be written.
     """
-    sizes = {info.name: info.nbytes for info in parse_header(source).tensors}
+    columns = target.with_name("importance.safetensors")
+    write_bytes(columns, save({**importance}))
     worker = Path(__file__).with_name("llama_quantize_worker.py")
-    command = [sys.executable, "-P", str(worker), str(source), str(target), dtype, str(BUFFER_BYTES)]
+    command = [sys.executable, "-P", str(worker), str(source), str(target), dtype, str(BUFFER_BYTES), str(columns)]
+    try:
+        status, line = _run(command, {info.name: info.nbytes for info in parse_header(source).tensors}, progress)
+    finally:
+        columns.unlink()
+    if status:
+        raise _failure(target, dtype, line.strip())
+    sync_tree(target.parent)
+
+
+def _run(command: Sequence[str], sizes: Mapping[str, int], progress: Callable[..., None]) -> tuple[int, str]:
+    """Returns (exit status, last line of the log) of the quantizer."""
     done, line = 0, ""
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         try:
@@ -61,9 +85,7 @@ def quantize_file(source: Path, target: Path, dtype: str, progress: Callable[...
         except BaseException:
             process.kill()
             raise
-    if process.returncode:
-        raise _failure(target, dtype, line.strip())
-    sync_tree(target.parent)
+    return process.returncode, line
 
 
 def _failure(target: Path, dtype: str, line: str) -> Exception:
@@ -76,13 +98,12 @@ def _failure(target: Path, dtype: str, line: str) -> Exception:
 
 
 def types_note(path: Path, dtype: str) -> str:
-    """Returns a line on the size of a quantized file, the types in it, and rows that fit no block of 256 weights."""
+    """Returns a line on the size of a quantized file, the types in it, and rows that are not whole blocks."""
     matrices = [info for info in parse_header(path).tensors if len(info.shape) > 1]
     counts = Counter(info.type.name.lower() for info in matrices)
     types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     bits = 8 * sum(info.nbytes for info in matrices) / sum(math.prod(info.shape) for info in matrices)
     line = f"{dtype}: {path.stat().st_size / 1e6:,.0f} MB, {bits:.1f} bits per weight (matrices: {types})"
-    odd = sum(info.shape[-1] % SUPER_BLOCK > 0 for info in matrices)
-    if not odd or not any(name.endswith("_k") for name in (dtype, dtype.rpartition("_")[0])):
-        return line
-    return f"{line}; {odd} of them have rows that are not whole blocks of {SUPER_BLOCK}, and got a larger type"
+    block = SUPER_BLOCK if any(name.endswith("_k") for name in (dtype, dtype.rpartition("_")[0])) else BLOCK
+    odd = sum(info.shape[-1] % block > 0 for info in matrices)
+    return line + f"; {odd} of them have rows that are not whole blocks of {block}, and got a larger type" * (odd > 0)

@@ -64,6 +64,13 @@ def open_gguf(path: Path) -> ModelSource:
     )
 
 
+def stored_names(path: Path) -> dict[str, str]:
+    """Returns the name in a file of each tensor, by Hugging Face's name; see `weights_of`."""
+    header = parse_header(path)
+    architecture = architecture_of(path, header.metadata)
+    return {hugging_face_name(info.name, architecture): info.name for info in weights_of(header, architecture)}
+
+
 def weights_of(header: GgufHeader, architecture: Architecture) -> Iterator[TensorInfo]:
     """Yields the tensors of the model, those of experts one by one.
 

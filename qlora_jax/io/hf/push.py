@@ -5,6 +5,7 @@ After a failure, parts that the Hub has are not sent again.
 """
 
 import contextlib
+import shlex
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,11 +48,16 @@ def push_folder(folder: Path, repo: str) -> str:
       ValueError: the Hub refuses it or does not answer; says how to continue.
     """
     hub = load_library(f"push: {repo}")
-    api, again = hub.HfApi(), f"The export is complete: hf upload {repo} {folder} . --private continues"
-    with _translated(hub, f"push: {repo}: {{}}. {again}"):
+    api = hub.HfApi()
+    with _translated(hub, f"push: {repo}: {{}}. The export is complete: {upload_command(folder, repo)} continues"):
         api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload an export of qlora_jax")
     return f"{without_passwords(hub.constants.ENDPOINT)}/{repo}"
+
+
+def upload_command(folder: Path, repo: str) -> str:
+    """Returns the command that continues an upload; it sends no file again that the Hub has."""
+    return shlex.join(["hf", "upload", repo, str(folder), ".", "--private"])
 
 
 def _files_of(repo: str) -> list[str]:
@@ -73,9 +79,9 @@ def _translated(hub: types.ModuleType, text: str) -> Iterator[None]:
     try:
         yield
     except (hub.errors.HTTPError, OSError) as error:
-        raise ValueError(text.format(_problem(error))) from None
+        raise ValueError(text.replace("{}", _problem(error))) from None
     except RuntimeError as error:  # huggingface_hub's for a large file; the cause is the Hub's answer
-        raise ValueError(text.format(_problem(error.__cause__ or error))) from None
+        raise ValueError(text.replace("{}", _problem(error.__cause__ or error))) from None
 
 
 def _problem(error: BaseException) -> str:

@@ -12,10 +12,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dense_matmul import dot_nt
+from pallas_kernels.dense_matmul import FEW_ROWS, dot_nt
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import Leaf, QTensor
-from pallas_kernels.ggml_matmul.cpu import FEW_ROWS
 from qlora_jax.nn.frozen_weight import frozen_linear, is_packed
 from qlora_jax.nn.lm_head.new_token_rows import one_hot_ids, row_logits
 

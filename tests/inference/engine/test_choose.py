@@ -263,6 +263,16 @@ def test_a_row_does_not_depend_on_the_others(vocab, batches):
         assert answers([rows[index] for index in chosen], logits[chosen], masks[chosen]) == [alone[i] for i in chosen]
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_row_without_a_token_changes_no_other(value):
+    rows = [Row(Sampling(temperature=1.0, top_k=40, top_p=0.9, min_p=0.01, seed=seed)) for seed in range(3)]
+    logits = logits_of(13, 3)
+    alone = tokens_of(rows, logits)
+    logits[1] = value
+    found = tokens_of(rows, logits)
+    assert [found[0], found[2]] == [alone[0], alone[2]] and 0 <= found[1] < VOCAB
+
+
 def test_log_probabilities_equal_the_softmax_of_the_logits_that_nothing_changed():
     rows = [Row(sampling, 0, [1], [2]) for sampling in MANY]
     logits = logits_of(11, len(rows), 30_000)

@@ -158,6 +158,9 @@ def test_stop_ids_are_allowed_where_the_grammar_may_end(compiler, tokenizer):
     assert matcher.may_end and not matcher.is_over
     assert set(stops) <= set(allowed(compiler, matcher).tolist())
     assert ids_after(compiler, tokenizer, grammar, "a")[0] == tokenizer.eos_id
+    within = compiler.matcher(Grammar(kind="regex", text="a(b|c)d"), stops)
+    within.accept(a)
+    assert not stops & set(allowed(compiler, within).tolist())  # as text, b could come here
     without = compiler.matcher(grammar, frozenset())
     without.accept(a)
     assert tokenizer.eos_id not in allowed(compiler, without)
@@ -201,6 +204,14 @@ def test_requests_with_one_grammar_have_places_of_their_own(compiler, tokenizer)
     before = allowed(compiler, second).tolist()
     first.accept(ids_of(tokenizer, "a")[0])
     assert allowed(compiler, second).tolist() == before != allowed(compiler, first).tolist()
+
+
+def test_a_choice_of_thousands_is_made(compiler, tokenizer):
+    texts = ["", *(f"c{number}" for number in range(5000))]
+    grammar = Grammar(kind="choice", text=json.dumps(texts))
+    found = {drawn_reply(compiler, tokenizer, grammar, random.Random(seed)) for seed in range(20)}
+    assert len(found) > 5 and found <= set(texts)
+    assert compiler.matcher(grammar, frozenset()).may_end  # the empty text is one of them
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -13,12 +15,13 @@ from qlora_jax.api.export import write_export
 from qlora_jax.config import DataArgs, read_config, write_config
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.export import main
-from qlora_jax.io.export import held_out_cost
+from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.held_out_cost import LADDER, HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.gguf import llama_quantizer
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.llama_quantizer import quantize_file, types_note
-from qlora_jax.io.pretrained import open_finetuned
+from qlora_jax.io.gguf.writer import write_gguf
+from qlora_jax.io.pretrained import open_finetuned, open_pretrained
 from qlora_jax.measures.metrics import RowScores
 from tests.e2e.project import write_rows
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
@@ -33,9 +36,9 @@ NO_PROGRESS = lambda *_: None  # noqa: E731
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with held-out rows; its adapter is random."""
-    config = tiny_config(vocab_size=460, max_position_embeddings=512)
+    config = tiny_config(vocab_size=460, max_position_embeddings=512, tie_word_embeddings=True)
     special = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
-    files = {"tokenizer.json": byte_level(), "tokenizer_config.json": special}
+    files: dict[str, Any] = {"tokenizer.json": byte_level(), "tokenizer_config.json": special}
     model = write_folder(tmp_path / "model", config, random_weights(config), **files)
     run, rows = tmp_path / "run", write_rows(tmp_path / "held_out.jsonl", ROWS)
     _write_run(run, model, LORAS["all"])
@@ -71,19 +74,18 @@ def test_the_cost_is_a_paired_difference() -> None:
     ],
 )
 def test_the_smallest_dtype_that_costs_little_is_suggested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], line: str, tried: list[str]
+    tmp_path: Path, losses: dict[str, float], line: str, tried: list[str]
 ) -> None:
     done = []
 
-    def quantize(source: Path, target: Path, dtype: str, progress: object) -> None:
+    def quantize(target: Path, dtype: str) -> None:
         done.append(dtype)
         target.write_text(dtype)
 
-    monkeypatch.setattr(held_out_cost, "quantize_file", quantize)
     trained = TrainedScores(_scores(1.0), _scores(3.0))
     found = HeldOutCost.of("q4_k_s", trained, _scores(losses["q4_k_s"]))
     score_file = lambda path: _scores(losses[path.read_text()])  # noqa: E731
-    assert line in suggest_dtype(found, tmp_path / "model.gguf", trained, score_file, NO_PROGRESS)
+    assert line in suggest_dtype(found, tmp_path, trained, quantize, score_file)
     assert done == tried and not list(tmp_path.iterdir())
 
 
@@ -127,6 +129,8 @@ def test_mixtures_of_a_run(run: Path, quantizer: None, capfd: pytest.CaptureFixt
     shown = capfd.readouterr()
     assert {path.name for path in (run / "gguf").iterdir()} == {"model-q5_k_m.gguf", "Modelfile"}
     assert "quantizing: 100% of" in shown.err and "by q5_k_m" in shown.out and "not whole blocks of 256" in shown.out
+    assert "measuring importance: 100% of 12 rows" in shown.err
+    assert "the quantizer weighted errors by the mean square of each input on the held-out rows" in shown.out
     kinds = {info.type.name for info in parse_header(run / "gguf/model-q5_k_m.gguf").tensors}
     assert kinds == {"F32", "Q5_1", "Q8_0"}
 
@@ -140,16 +144,60 @@ def source(run: Path) -> Path:
 def test_a_full_disk_and_a_failure_are_one_error_each(
     source: Path, small_disk: Path, quantizer: None, monkeypatch: pytest.MonkeyPatch, llama_cpp
 ) -> None:
-    """And a small buffer changes no bit of the file."""
+    """A small buffer changes no bit of the file, and the command leaves nothing on a disk that holds one file only."""
     monkeypatch.setattr(llama_quantizer, "BUFFER_BYTES", 1 << 12)
     target, theirs = source.with_name("ours.gguf"), source.with_name("theirs.gguf")
     quantize_file(source, target, "q6_k", NO_PROGRESS)
     llama_cpp(ORACLE, files=[(str(source), str(theirs), "Q6_K")])
     assert target.read_bytes() == theirs.read_bytes()
     assert types_note(target, "q6_k").startswith(f"q6_k: {target.stat().st_size / 1e6:,.0f} MB, 8.5 bits per weight")
+    with pytest.raises(OSError, match=r"cannot be written: No space left on device .*Free space on this disk") as error:
+        main(
+            ["--run", str(source.parents[1]), "--format", "gguf", "--dtype", "q4_k_m", "--output", f"{small_disk}/out"]
+        )
+    assert error.value.filename == f"{small_disk}/out/model-q4_k_m.gguf" and not list(small_disk.iterdir())
     (small_disk / "other").write_bytes(bytes(200 << 10))
     with pytest.raises(OSError, match=r"cannot be written: No space left on device .*Free space on this disk") as error:
         quantize_file(source, small_disk / "model.gguf", "q6_k", NO_PROGRESS)
     assert error.value.filename == str(small_disk / "model.gguf")
     with pytest.raises(ValueError, match=r"dtype: llama.cpp cannot quantize the model to q4_k_m \(.*requantizing from"):
         quantize_file(target, theirs, "q4_k_m", NO_PROGRESS)
+
+
+def test_importance_moves_errors_to_other_columns(source: Path, quantizer: None) -> None:
+    """Errors of a layer fall as it weights them; tensors without importance, or in Q8_0, keep all bits."""
+    rng = np.random.default_rng(0)
+    matrices = {info.name: info for info in parse_header(source).tensors if len(info.shape) == 2}
+    given = {name: info for name, info in matrices.items() if name.startswith("blk.0.")}
+    importance = {name: rng.lognormal(sigma=3.0, size=info.shape[1]).astype(np.float32) for name, info in given.items()}
+    plain, weighted = source.with_name("plain.gguf"), source.with_name("weighted.gguf")
+    quantize_file(source, plain, "q4_k_m", NO_PROGRESS)
+    quantize_file(source, weighted, "q4_k_m", NO_PROGRESS, importance)
+    assert {path.name for path in source.parent.iterdir()} == {source.name, plain.name, weighted.name, "Modelfile"}
+    exact, before, after = (
+        {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (source, plain, weighted)
+    )
+    moved = {name for name in given if before[name].tensor_type.name != "Q8_0"}
+    assert len(moved) > 3
+    for name in matrices:
+        if name not in moved:
+            assert np.array_equal(before[name].data, after[name].data), name
+            continue
+        rounded = [gguf.dequantize(each[name].data, each[name].tensor_type) for each in (before, after)]
+        errors = [np.sum(np.square(one - exact[name].data.astype(np.float32)) * importance[name]) for one in rounded]
+        assert errors[1] < 0.8 * errors[0], (name, errors)
+    with pytest.raises(ValueError, match=r"dtype: llama.cpp cannot quantize the model .*imatrix size 3"):
+        quantize_file(source, plain, "q4_k_m", NO_PROGRESS, {"blk.0.attn_q.weight": np.ones(3, np.float32)})
+
+
+def test_rows_that_are_not_whole_blocks_get_larger_types(tmp_path: Path, quantizer: None) -> None:
+    """Rows of 64 fill blocks of 32 but not of 256, and rows of 72 neither."""
+    config = tiny_config(vocab_size=460, intermediate_size=72, tie_word_embeddings=True)
+    files: dict[str, Any] = {"tokenizer.json": byte_level(), "tokenizer_config.json": '{"bos_token": "<|im_start|>"}'}
+    opened = open_pretrained(model=str(write_folder(tmp_path / "model", config, random_weights(config), **files)))
+    spec, path = export_spec(opened).spec, tmp_path / "model.gguf"
+    write_gguf(path, spec, list(spec.tensors), (opened.source.tensors[name].read() for name in spec.tensors), "float16")
+    for dtype, kind, odd in (("q4_k_m", "q5_0", "15 of them .* blocks of 256"), ("iq4_nl", "iq4_nl", "2 .* of 32")):
+        target = tmp_path / f"{dtype}.gguf"
+        quantize_file(path, target, dtype, NO_PROGRESS)
+        assert re.search(rf"matrices: 1\d {kind}, .*2 f16.*; {odd}, and got a larger type$", types_note(target, dtype))

@@ -1,5 +1,12 @@
 """Uploads of exports to a local stand-in for the Hub: files, failures, and names that exist."""
 
+import hashlib
+import importlib
+import logging
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +95,38 @@ def test_a_hub_that_does_not_answer(hub: Hub, folder: Path, monkeypatch: pytest.
         with pytest.raises(ValueError, match="push: me/mine: the Hub does not answer") as error:
             call()
         assert "password" not in str(error.value)
+
+
+def test_an_interrupted_upload_continues_by_the_command_in_the_error(hub: Hub, folder: Path) -> None:
+    """The Hub fails at one of two large files. The command sends that file alone, and nothing was in the repository."""
+    (folder / "other.gguf").write_bytes(b"GGUF" + bytes(9000))
+    failing = hashlib.sha256((folder / "other.gguf").read_bytes()).hexdigest()
+    hub.failures[f"/lfs/{failing}"] = [500] * 20
+    with pytest.raises(ValueError, match=f"push: {REPO}: the Hub answers 500 ") as error:
+        push_folder(folder, REPO)
+    assert hub.puts == 1 and failing not in hub.stored and _files(hub).keys() == {".gitattributes"}
+    hub.failures.clear()
+    found = re.search(r"(hf upload .* --private) continues", str(error.value))
+    assert found is not None
+    program, *arguments = found[1].split()
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(folder.parent / "cache")}
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert hub.puts == 2 and {"model.gguf", "other.gguf"} <= _files(hub).keys() and hub.private == {REPO}
+
+
+def test_progress_is_shown_and_the_token_is_not_logged(
+    hub: Hub,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bars = importlib.import_module("huggingface_hub.utils.tqdm")  # the package's attribute of this name is a class
+    monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    with caplog.at_level(logging.DEBUG):
+        push_folder(folder, REPO)
+    shown = capfd.readouterr()
+    assert "model.gguf" in shown.err and "100%" in shown.err and hub.tokens == {f"Bearer {TOKEN}"}
+    assert caplog.records and TOKEN not in shown.out + shown.err + caplog.text

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import KVPages, paged_attention
-from pallas_kernels.attention.pages import POSITIONS, dequantize, quantize
+from pallas_kernels.attention.pages import PAGE, dequantize, quantize
 from tests.pallas_kernels.attention.loops import TILES, loops  # noqa: F401
 from tests.pallas_kernels.attention.test_contract import SCALE, _random
 
-LAYERS, LAYER, SLOTS = 2, 1, 10 * POSITIONS
+LAYERS, LAYER, SLOTS = 2, 1, 10 * PAGE
 LENGTHS = (300, 70, 1)  # positions that are written, per row
 CALL = 360  # tokens
 FEATURES = [
@@ -24,15 +24,15 @@ FEATURES = [
 ]
 
 
-def _written(heads, dtype, stored=None, seed=0, order=0):
+def _written(heads, dtype, stored=None, order=0):
     """Returns pages with keys and values of each row, and these as [L, R, S, K, H]; unused pages have NaN."""
     table = np.random.default_rng(order).permutation(LAYERS * len(LENGTHS) * 10) + 1
-    pages = KVPages.empty(len(table) + 1, (LAYERS, len(LENGTHS), 10), heads, stored or dtype)
+    table_LRI = jnp.asarray(table.reshape(LAYERS, len(LENGTHS), 10), jnp.int32)
+    pages = KVPages.empty(len(table) + 1, heads[0], heads[1], stored or dtype, table_LRI)
     if pages.k_scale is None:
-        pages = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), pages)
-    table_LRI = jnp.asarray(table.reshape(pages.pages_LRI.shape), jnp.int32)
-    pages = dataclasses.replace(pages, pages_LRI=table_LRI)
-    k, v = (_random(LAYERS, len(LENGTHS), SLOTS, *heads, seed=seed + i, dtype=dtype) for i in (1, 2))
+        nan = jnp.full_like(pages.k, jnp.nan)
+        pages = dataclasses.replace(pages, k=nan, v=nan)
+    k, v = (_random(LAYERS, len(LENGTHS), SLOTS, *heads, seed=i, dtype=dtype) for i in (1, 2))
     at_RS = np.broadcast_to(np.arange(SLOTS), (len(LENGTHS), SLOTS))
     rows_RS = jnp.broadcast_to(jnp.arange(len(LENGTHS))[:, None], at_RS.shape)
     positions_RS = jnp.asarray(np.where(at_RS < np.asarray(LENGTHS)[:, None], at_RS, -1))
@@ -90,14 +90,14 @@ def test_equals_the_definition(dtype, heads, head_dim, how):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_codes_are_attended_as_the_numbers_that_they_stand_for(dtype):
     pages, k, _ = _written((2, 24), dtype, stored=jnp.int8)
-    numbers = KVPages(
-        k=dequantize(pages.k, pages.k_scale), v=dequantize(pages.v, pages.v_scale), pages_LRI=pages.pages_LRI
-    )
+    assert pages.k_scale is not None and pages.v_scale is not None
+    k_PKSH, v_PKSH = dequantize(pages.k, pages.k_scale), dequantize(pages.v, pages.v_scale)
+    numbers = dataclasses.replace(pages, k=k_PKSH, v=v_PKSH, k_scale=None, v_scale=None)
     for q, rows, positions in _calls(6, 24, dtype):
         attend = jax.jit(functools.partial(paged_attention, scale=SCALE))
         np.testing.assert_array_equal(*(attend(q, x, LAYER, rows, positions) for x in (pages, numbers)))
     page, slot = int(pages.pages_LRI[LAYER, 0, 3]), 5
-    written = np.asarray(k[LAYER, 0, 3 * POSITIONS + slot], np.float32)
+    written = np.asarray(k[LAYER, 0, 3 * PAGE + slot], np.float32)
     steps = np.abs(written).max(axis=1) / 127
     np.testing.assert_allclose((numbers.k[page, :, slot] - written) / steps[:, None], 0, atol=0.5001)
 
@@ -112,9 +112,9 @@ def test_tokens_without_a_position_write_to_the_scratch_page():
     pages, k, v = _written((2, 8), jnp.float32)
     new = pages.write(LAYER, k[:1, 0, :3], v[:1, 0, :3], jnp.asarray([[1, 1, 1]]), jnp.asarray([[70, -1, -1]]))
     changed = np.unique(np.nonzero(np.asarray(new.k != pages.k) & ~np.isnan(new.k))[0])
-    assert set(changed) <= {0, int(pages.pages_LRI[LAYER, 1, 70 // POSITIONS])}
-    page = int(pages.pages_LRI[LAYER, 1, 70 // POSITIONS])
-    np.testing.assert_array_equal(new.k[page, :, 70 % POSITIONS], k[0, 0, 0])
+    assert set(changed) <= {0, int(pages.pages_LRI[LAYER, 1, 70 // PAGE])}
+    page = int(pages.pages_LRI[LAYER, 1, 70 // PAGE])
+    np.testing.assert_array_equal(new.k[page, :, 70 % PAGE], k[0, 0, 0])
 
 
 def test_a_window_that_is_traced():
