@@ -1,7 +1,7 @@
 """Finds how a model writes calls of tools and reasoning, from its chat template.
 
-The template renders a turn with a known call, and the texts around the call's name and arguments are the format. No
-table of models is needed. Three forms of calls are known: one JSON object with the name and the arguments (Hermes, Qwen,
+The template renders a turn with a known call, and the texts around its name and arguments are the format. No table of
+models is needed. Three forms of calls are known: one JSON object with the name and the arguments (Hermes, Qwen,
 Llama 3), a name followed by the JSON of the arguments (Mistral, DeepSeek, gpt-oss), and arguments between tags
 (Qwen3-Coder, GLM-4.5).
 """
