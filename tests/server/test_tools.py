@@ -53,7 +53,11 @@ CALLS = {
         "''",
     ),
 }
-WEATHER = {"city": {"type": "string"}, "days": {"type": "integer"}, "flags": {"type": "array"}}
+WEATHER = {
+    "city": {"type": "string"},
+    "days": {"type": "integer"},
+    "flags": {"type": "array", "items": {"type": "boolean"}},
+}
 TOOLS = [
     {
         "type": "function",
@@ -204,7 +208,7 @@ def test_gpt_oss_calls_after_its_reasoning(tokenizer):
 
 def random_reply(compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: Grammar, seed: int) -> str | None:
     """A reply that a grammar allows, with random tokens; None if it does not end soon."""
-    closing = [tokenizer.backend.token_to_id(letter) for letter in '"}<Ċ']
+    closing = [tokenizer.backend.token_to_id(letter) for letter in '"}]<Ċ']
     matcher, rng, ids = compiler.matcher(grammar, frozenset([tokenizer.eos_id])), np.random.default_rng(seed), []
     while not matcher.is_over and len(ids) < 200:
         bits = np.unpackbits(compiler.masks([matcher]).view(np.uint8), bitorder="little")[: tokenizer.vocab_size]
