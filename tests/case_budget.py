@@ -209,7 +209,6 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/training/test_corrected_state.py::test_pages_change_no_bit": (0, 2),
     "tests/scripts/campaign/test_isolation.py::test_each_planted_fault_gets_its_verdict": (0, 1),
     "tests/data/readers/test_hub_rows.py::test_a_local_folder_through_the_library": (0, 1),
-    "tests/inference/test_sampling.py::test_kept_tokens_and_probabilities_equal_those_of_transformers": (0, 1),
     "tests/parity/test_merged.py::test_what_is_told": (0, 1),
     "tests/io/hf/test_reader.py::test_reads_what_transformers_wrote": (0, 1),
     "tests/test_generate.py::test_a_prompt_is_answered_on_standard_output": (0, 1),

@@ -106,7 +106,6 @@ MUTATIONS = [
         "jnp.round(jnp.abs(scaled))",
         "tests/pallas_kernels/formats/test_ggml_tensor.py",
     ),
-    Mutation("qlora_jax/inference/sampling.py", "(before_BV < p)", "(before_BV <= p + 0.01)", "tests/inference"),
     Mutation(
         "qlora_jax/inference/engine/choose.py",
         "mass, top_p_R * mass(lowest_R), least",

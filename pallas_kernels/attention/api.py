@@ -1,6 +1,6 @@
 """Causal attention for training, and attention over a key-value cache for decoding, by the best loops of each device.
 
-Dimension key: L layers, B batch, T query, S cache slot, N q-heads, K kv-heads, H head_dim.
+Dimension key: B batch, T query, N q-heads, K kv-heads, H head_dim.
 """
 
 import jax
@@ -59,34 +59,6 @@ def causal_attention(
 def _check(scale: float, window: int | jax.Array | None, softcap: float | None) -> None:
     if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
         raise ValueError(f"attention: found {scale=}, {window=}, {softcap=}, expected numbers above zero.")
-
-
-def cached_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_LBKSH: Float[Array, "L B K S H"],
-    v_LBKSH: Float[Array, "L B K S H"],
-    layer: Int[Array, ""] | int,
-    positions_BT: Int[Array, "B T"],
-    scale: float,
-    *,
-    window: int | Int[Array, ""] | None = None,
-    softcap: float | None = None,
-    sinks_N: Float[Array, " N"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(scale q k^T, over visible cache slots) v of a layer in q's dtype.
-
-    Args:
-      positions_BT: position of each query in its row; slots up to it are visible, and later ones are not.
-      scale, window, softcap, sinks_N: as in `causal_attention`.
-
-    Raises:
-      ValueError: as `causal_attention`.
-    """
-    _check(scale, window, softcap)
-    few = q_BTNH.shape[1] <= cpu.FEW_QUERIES
-    loops = cpu if few and cpu.unsupported_reason(target_device().platform, k_LBKSH.dtype) is None else reference
-    scores = ScoreScaling(scale, softcap)
-    return loops.cached_attention(q_BTNH, k_LBKSH, v_LBKSH, layer, positions_BT, window, scores, sinks_N)
 
 
 def paged_attention(

@@ -5,7 +5,7 @@ one core. Packed operands and sums are results of the handlers, so that XLA coun
 8 bytes per feature of a key head forward, and 12 per feature of a query head backward; 4 and 8 if numbers are
 multiplied in pairs.
 
-Dimension key: L layers, B batch, T positions, S cache slots, N q-heads, K kv-heads, H head_dim, I blocks of 64
+Dimension key: L layers, B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks of 64
 positions, P = 64 I.
 """
 
@@ -27,7 +27,6 @@ from pallas_kernels.native.library import handler, multiplies_bfloat16, problem
 
 BLOCK = 64  # positions, as in attention_cpu.cc
 WIDTH = 16  # packed rows are padded to a multiple of as many features
-FEW_QUERIES = 8  # up to this many per row, the loop over a cache is faster than products with all slots
 DTYPES = ("bfloat16", "float32")
 
 
@@ -98,26 +97,6 @@ def _backward(scores, residuals, do_BTNH):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def cached_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_LBKSH: Float[Array, "L B K S H"],
-    v_LBKSH: Float[Array, "L B K S H"],
-    layer: Int[Array, ""] | int,
-    positions_BT: Int[Array, "B T"],
-    window: int | Int[Array, ""] | None,
-    scores: ScoreScaling,
-    sinks_N: Float[Array, " N"] | None,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(scores, over visible cache slots) v; arguments as in `api.cached_attention`.
-
-    The loop receives the whole cache, so that no slice is copied, and reads only the slots that are visible.
-    """
-    sinks = jnp.zeros(0) if sinks_N is None else sinks_N.astype(jnp.float32)
-    limits = (positions_BT.astype(jnp.int32), _window(window))
-    call = _call("attention_cached", [jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32)], scores)
-    return call(q_BTNH, k_LBKSH, v_LBKSH, jnp.asarray(layer, jnp.int32), *limits, sinks)[0].astype(q_BTNH.dtype)
 
 
 def unsupported_pages(platform: str, dtype: DTypeLike, pages: KVPages) -> str | None:

@@ -55,13 +55,6 @@ class KVPages:
         table_LRI = jnp.arange(1, math.prod(shape) + 1, dtype=jnp.int32).reshape(shape)
         return cls.empty(math.prod(shape) + 1, *heads, dtype, table_LRI)
 
-    @classmethod
-    def for_rows(cls, layers: int, rows: int, positions: int, heads_KH: tuple[int, int], dtype: DTypeLike) -> "KVPages":
-        """Returns empty pages in which each row has room for so many positions."""
-        shape = layers, rows, -(-positions // POSITIONS)
-        pages = cls.empty(math.prod(shape) + 1, shape, heads_KH, dtype)
-        return dataclasses.replace(pages, pages_LRI=jnp.arange(1, math.prod(shape) + 1, dtype=jnp.int32).reshape(shape))
-
     def write(
         self,
         layer: jax.Array | int,

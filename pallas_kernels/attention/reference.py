@@ -18,21 +18,6 @@ from pallas_kernels.dense_matmul import dot_nn, dot_nt
 CHUNK = 64  # queries whose scores exist at a time
 
 
-def cached_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_LBKSH: Float[Array, "L B K S H"],
-    v_LBKSH: Float[Array, "L B K S H"],
-    layer: Int[Array, ""] | int,
-    positions_BT: Int[Array, "B T"],
-    window: int | Int[Array, ""] | None,
-    scores: ScoreScaling,
-    sinks_N: Float[Array, " N"] | None,
-) -> Float[Array, "B T N H"]:
-    """Returns softmax(scores, over visible cache slots) v; arguments as in `api.cached_attention`."""
-    k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k_LBKSH, v_LBKSH))
-    return _attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, window, scores, sinks_N)
-
-
 def _attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BKSH: Float[Array, "B K S H"],

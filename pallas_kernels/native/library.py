@@ -23,7 +23,6 @@ HANDLERS = (
     "dense_rows",
     "attention_forward",
     "attention_backward",
-    "attention_cached",
     "attention_paged",
     "own_matrix",
 )

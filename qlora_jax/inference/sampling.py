@@ -1,16 +1,9 @@
-"""Chooses the next token from logits: greedy, or drawn after temperature, top-k and top-p, in that order.
-
-Dimension key: B batch, V vocab.
-"""
+"""Settings by which the next token is chosen; `engine.choose` chooses it."""
 
 import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,40 +69,3 @@ def _bias_problems(biases: Sequence[tuple[int, float]]) -> list[str]:
 
 
 GREEDY = Sampling()
-
-
-def keep_top_k(logits_BV: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Sets all but the k largest logits of each row to -inf; logits equal to the k-th stay."""
-    largest_BK, _ = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))
-    return jnp.where(logits_BV >= largest_BK[:, -1:], logits_BV, -jnp.inf)
-
-
-def keep_top_p(logits_BV: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Sets all logits to -inf except the fewest largest whose probabilities sum to at least p.
-
-    Equal logits stay together, and at least one token stays.
-    """
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    # The likeliest token stays, whatever the rounding of `before`.
-    kept_BV = (before_BV < p).at[:, 0].set(True)
-    threshold_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
-
-
-def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """The logits that tokens are drawn from: divided by the temperature, then filtered by top-k, then by top-p."""
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k:
-        logits_BV = keep_top_k(logits_BV, sampling.top_k)
-    if sampling.top_p < 1:
-        logits_BV = keep_top_p(logits_BV, sampling.top_p)
-    return logits_BV
-
-
-def choose(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
-    """Chooses the next token of each row; a row's draw depends only on its key and logits."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BV, sampling)).astype(jnp.int32)

@@ -1,15 +1,14 @@
 """Decoding with a cache equals decoding by the full forward pass, whatever the lengths, neighbours and chunks."""
 
 import dataclasses
-import functools
 
-import jax
 import numpy as np
 import pytest
 
 from qlora_jax.inference.decode import generate, stream
+from qlora_jax.inference.engine.choose import Row, choose, row_settings, row_state
 from qlora_jax.inference.engine.programs import ROW_COUNTS, advance
-from qlora_jax.inference.sampling import Sampling, choose
+from qlora_jax.inference.sampling import Sampling
 from tests.inference.tiny import VOCAB, full_logits, tiny_parts
 
 GREEDY = Sampling()
@@ -26,17 +25,14 @@ def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
 
 
-@functools.partial(jax.jit, static_argnames="sampling")
-def chosen(logits_1V, row_key, index, sampling: Sampling):
-    return choose(logits_1V, jax.random.fold_in(row_key, index)[None], sampling)[0]
-
-
 def naive(parts, prompt: list[int], count: int, sampling: Sampling) -> list[int]:
     """Token by token, the whole text through the model each time."""
     ids = list(prompt)
-    row_key = jax.random.fold_in(jax.random.key(sampling.seed), 0)
-    for index in range(count):
-        ids.append(int(chosen(full_logits(parts, ids)[-1:], row_key, index, sampling)))
+    for _ in range(count):
+        rows = [Row(sampling, 0, prompt, ids[len(prompt) :])]
+        logits_1V = full_logits(parts, ids)[-1:]
+        choice, _ = choose(logits_1V, row_settings(rows, VOCAB), row_state(rows, VOCAB))
+        ids.append(int(choice.token_R[0]))
     return ids[len(prompt) :]
 
 

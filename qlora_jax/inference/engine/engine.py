@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention import KVPages
-from pallas_kernels.attention.pages import POSITIONS as PAGE
+from pallas_kernels.attention.pages import PAGE
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.adapters import ByProjection, adapters_of, with_adapters
 from qlora_jax.inference.engine.choose import (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_kernels.attention.pages import POSITIONS as PAGE
+from pallas_kernels.attention.pages import PAGE
 from qlora_jax.inference.engine.grammar import Matcher
 from qlora_jax.inference.engine.page_pool import Block, Key, PagePool
 from qlora_jax.inference.engine.reply_text import ReplyText

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_kernels.attention.pages import POSITIONS as PAGE
+from pallas_kernels.attention.pages import PAGE
 from qlora_jax.models.config import ModelConfig
 
 type Key = bytes  # digest of all tokens up to the end of a run of positions, and of what else their values depend on

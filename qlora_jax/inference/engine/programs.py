@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import KVPages
-from pallas_kernels.attention.pages import POSITIONS as PAGE
+from pallas_kernels.attention.pages import PAGE
 from qlora_jax.inference.engine.choose import Choice, log_probabilities
 from qlora_jax.inference.engine.page_pool import groups_of, most_pages
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
@@ -78,8 +78,8 @@ def empty_cache(config: ModelConfig, pages: int, dtype: DTypeLike, mesh: AnyMesh
 
 def cache_shapes(config: ModelConfig, pages: int, dtype: DTypeLike, rows: int = 0, blocks: int = 0) -> KVPages:
     """Returns the shapes of a cache and its table."""
-    table_LRI, heads_KH = (config.num_layers, rows, blocks), (config.num_kv_heads, config.head_dim)
-    return jax.eval_shape(lambda: KVPages.empty(pages, table_LRI, heads_KH, dtype))
+    sizes = pages, config.num_kv_heads, config.head_dim, dtype
+    return jax.eval_shape(lambda: KVPages.empty(*sizes, jnp.zeros((config.num_layers, rows, blocks), jnp.int32)))
 
 
 @functools.partial(ModelFunction, static_argnames=("length", "mesh"), donate_argnames="cache")

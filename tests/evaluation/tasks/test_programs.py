@@ -207,7 +207,10 @@ def test_without_isolation_nothing_runs_unless_the_user_says_so(monkeypatch, tmp
 def test_its_memory_is_that_of_a_full_batch_of_samples(tmp_path):
     sampled = dict(samples=20, sampling=Sampling(temperature=1.0, top_p=0.9), sealed=False)
     programs_of_model = [*task_of(write(tmp_path / "p.jsonl", [ADD] * 3), **sampled).lower(tiny_parts())]
-    assert [one.shape for one in programs_of_model] == ["prompts, 16 rows, 288 cache pages", "replies, 16 rows, 288 cache pages"]
+    assert [one.shape for one in programs_of_model] == [
+        "prompts, 16 rows, 288 cache pages",
+        "replies, 16 rows, 288 cache pages",
+    ]
 
 
 def humaneval(rows) -> dict[str, list[Program]]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_jax.inference import sampling as whole_batch
 from qlora_jax.inference.engine.choose import Row, RowState, adjusted, choose, kept_tokens, row_settings, row_state
 from qlora_jax.inference.sampling import GREEDY, Sampling
 
@@ -177,18 +176,6 @@ def test_the_state_follows_the_reply():
 def test_greedy_takes_the_first_of_equals():
     logits = np.array([[1, 3, 3], [5, 3, 4], [-0.0, 0.0, -1], [-np.inf, -2, -np.inf]], np.float32)
     assert tokens_of([Row()] * 4, logits) == [1, 0, 0, 1]
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (50, 1.0), (0, 0.9), (40, 0.8)])
-def test_draws_equal_those_of_a_batch_with_one_setting(top_k, top_p):
-    sampling = Sampling(temperature=1.3, top_k=top_k, top_p=top_p, seed=7)
-    one = jax.jit(whole_batch.choose, static_argnums=2)
-    for index in range(12):
-        logits, repeats = logits_of(index, 4), range(index, index + 4)
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(7), repeat) for repeat in repeats])
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, jnp.int32(index))
-        rows = [Row(sampling, repeat, (), [0] * index) for repeat in repeats]
-        assert tokens_of(rows, logits) == one(jnp.asarray(logits), keys, sampling).tolist()
 
 
 @pytest.mark.parametrize(
