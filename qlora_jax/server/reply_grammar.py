@@ -40,19 +40,24 @@ def _tagged(number: int, name: str, parameters: JsonObject, form: CallFormat, to
     rules = []
     for place, (key, schema) in enumerate(properties.items()):
         before = _literal(form.tags.before_key + key + form.tags.before_value, tokenizer)
-        rule = f"{before} value_{number}_{place} {_literal(form.tags.after_value, tokenizer)}"
+        rule = f"{before} value_{number}_{place}"
         rules.append(rule if key in parameters.get("required", ()) else f"({rule})?")
-        yield f"value_{number}_{place}: {_value(schema, form.tags.after_value)}"
+        yield f"value_{number}_{place}: {_value(schema, form.tags.after_value, tokenizer)}"
     yield f"call_{number}: {_literal(name + form.tags.after_name, tokenizer)} {' '.join(rules)}"
 
 
-def _value(schema: JsonObject, end: str) -> str:
-    """Returns the rule of an argument; text has no character with which its end begins."""
+def _value(schema: JsonObject, end: str, tokenizer: Tokenizer) -> str:
+    """Returns the rule of an argument and its end; text has no character with which the end's words begin."""
     if schema.get("type", "string") != "string":
-        return f"%json {json.dumps({**schema, **_COMPACT})}"
+        return f"%json {json.dumps({**schema, **_COMPACT})} {_literal(end, tokenizer)}"
     if isinstance(schema.get("enum"), list):
-        return " | ".join(json.dumps(text, ensure_ascii=False) for text in schema["enum"])
-    return f"/[^{re.escape(end.strip()[0])}]*/"
+        choice = " | ".join(json.dumps(text, ensure_ascii=False) for text in schema["enum"])
+        return f"({choice}) {_literal(end, tokenizer)}"
+    text = f"[^{re.escape(end.strip()[0])}]*"
+    if tokenizer.special_text.search(end):
+        return f"/{text}/ {_literal(end, tokenizer)}"
+    # One pattern with the end, because a text by itself would take the end's line break, too.
+    return f"/{text}{re.escape(end)}/".replace("\\\n", "\\n").replace("</", "<\\/")
 
 
 def _literal(text: str, tokenizer: Tokenizer) -> str:

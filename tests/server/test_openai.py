@@ -18,7 +18,8 @@ def served(serve: Start):
 
 @pytest.fixture(scope="module")
 def client(served):
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def test_a_chat_is_answered_by_the_model_that_is_named(client, tokenizer):
