@@ -12,7 +12,9 @@ from qlora_jax.terminal.visible import visible
 
 COMMANDS = (
     "train",
+    "watch",
     "generate",
+    "serve",
     "predict",
     "evaluate",
     "compare",
@@ -21,7 +23,6 @@ COMMANDS = (
     "export",
     "quantize",
     "plan",
-    "serve",
 )
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -34,7 +35,7 @@ def main() -> None:
     elif name == "--version":
         print(versions())
     elif name in COMMANDS:
-        if name != "plan":  # it computes nothing
+        if name not in ("plan", "watch"):  # these compute nothing
             allocator.tune()
         run_main(lambda arguments: importlib.import_module(f"qlora_jax.{name}").main(arguments), arguments)
     else:

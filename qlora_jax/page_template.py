@@ -4,7 +4,9 @@ jinja2 escapes all values. `page_style` is the style sheet that all pages share 
 replaces control characters that an HTML parser would drop or change.
 """
 
+import base64
 import functools
+import hashlib
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -25,9 +27,16 @@ def page_template(package: str, name: str) -> "jinja2.Template":
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["visible"] = visible
-    environment.globals["page_style"] = Markup(_text("qlora_jax", "page.css"))
-    return environment.from_string(_text(package, name))
+    environment.globals["page_style"] = Markup(package_text("qlora_jax", "page.css"))
+    return environment.from_string(package_text(package, name))
 
 
-def _text(package: str, name: str) -> str:
+def script_source(script: str) -> str:
+    """Returns the source expression that allows exactly this script in a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+@functools.cache
+def package_text(package: str, name: str) -> str:
+    """Returns the text of the file `name` of a package."""
     return resources.files(package).joinpath(name).read_text("utf-8")

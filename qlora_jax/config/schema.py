@@ -1,6 +1,7 @@
 """Declares every setting of a training run: type, default, bounds and help. Imports neither arrays nor devices."""
 
 import dataclasses
+import math
 from typing import Annotated, Literal, NamedTuple
 
 from qlora_jax.config.fields import (
@@ -396,6 +397,10 @@ class TrainArgs:
     seed: int = setting(
         "random seed of adapter initialization, shuffling, dropout and noise", 0, NON_NEGATIVE, common="random seed"
     )
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns the number of optimizer steps of a run."""
+        return self.steps or math.ceil(self.epochs * steps_per_epoch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

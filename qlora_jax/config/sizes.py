@@ -1,4 +1,4 @@
-"""Parses and formats memory sizes such as 2GiB."""
+"""Parses and formats memory sizes such as 2GiB, and formats durations."""
 
 import re
 
@@ -25,3 +25,10 @@ def format_bytes(size: int) -> str:
         if size >= UNITS[name]:
             return f"{size / UNITS[name]:,.2f} {name}"
     return f"{size} B"
+
+
+def format_duration(seconds: float) -> str:
+    """Formats a duration: `75.2` -> `1:15`, `3675` -> `1:01:15`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

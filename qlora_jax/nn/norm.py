@@ -4,6 +4,8 @@ Dimension key: D normalized width; `...` any leading axes.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.dense_matmul import FEW_ROWS
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 
 
@@ -22,10 +25,26 @@ def rms_norm(
     return _rms_forward(x, weight_D, eps, offset)[0]
 
 
+TOGETHER = 8  # vectors that XLA sums together on CPUs; fewer of them it sums in another order
+
+
 def _by_rms(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
-    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    rstd = jax.lax.rsqrt(_mean(x32, jnp.square) + eps)
     return x32 * rstd, rstd
+
+
+def _mean(x: jax.Array, of: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+    """Returns the mean of a function of each vector.
+
+    Its bits do not depend on the number of tokens up to FEW_ROWS, so that a reply does not depend on other rows.
+    """
+    vectors = math.prod(x.shape[:-1])
+    if math.prod(x.shape[: x.ndim // 2]) > FEW_ROWS:  # tokens of [M, D] or [B, T, N, H]
+        return jnp.mean(of(x), axis=-1, keepdims=True)
+    padded = jnp.pad(x.reshape(vectors, -1), ((0, max(0, TOGETHER - vectors)), (0, 0)))
+    means = jnp.mean(of(jax.lax.optimization_barrier(padded)), axis=-1, keepdims=True)
+    return jax.lax.optimization_barrier(means)[:vectors].reshape(*x.shape[:-1], 1)
 
 
 def _scale(weight_D: jax.Array, ndim: int, offset: float = 0.0) -> jax.Array:
@@ -65,7 +84,7 @@ def _layer_norm(x, weight_D, bias_D, eps, has_bias):
 
 def _by_variance(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
-    return _by_rms(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps)
+    return _by_rms(x32 - _mean(x32), eps)
 
 
 def _layer_forward(x, weight_D, bias_D, eps, has_bias):

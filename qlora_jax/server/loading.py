@@ -1,6 +1,6 @@
 """Loads a base and the runs on it into one engine, and makes the server of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,12 @@ from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.server.app import make_app
 from qlora_jax.server.engine_thread import EngineThread
 from qlora_jax.server.metrics import Metrics
+from qlora_jax.server.page import chat_page
 from qlora_jax.server.run import Server
 from qlora_jax.server.served_models import ServedModel, ServedModels, chat_format
 from qlora_jax.server.service import Limits, Service
 from qlora_jax.server.settings import ServeArgs, base_name, is_loopback, run_name
+from qlora_jax.training.live.run_status import RunReader
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
@@ -65,6 +67,7 @@ def make_server(args: ServeArgs, progress: Progress | None = None) -> Server:
         load=load,
         unload=unload,
         adapters=adapters,
+        page=chat_page(),
     )
     return Server(make_app(service), service, args.host, args.port, args.stop_timeout)
 
@@ -139,7 +142,13 @@ class _Loader:
             root=root,
             parent=self._name if is_adapter else None,
             embed=embed,
+            status=_status_reader(Path(root)) if opened.run is not None and opened.run.step is not None else None,
         )
+
+
+def _status_reader(folder: Path) -> Callable[[], Mapping[str, object]]:
+    reader = RunReader(folder)
+    return lambda: reader.read().to_json()
 
 
 Embed = Callable[[Sequence[str]], tuple[Float64[np.ndarray, "texts width"], int]]

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32
 
 from qlora_jax.config import Config
+from qlora_jax.config.sizes import format_duration
 from qlora_jax.data.batching.packing import Batch
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.hosts.group import Group
@@ -29,7 +30,6 @@ from qlora_jax.io.run_folder.start_parameters import NO_CHANGE, read_start, star
 from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts
 from qlora_jax.objectives.objective import REFERENCE, needs_reference, read_by_outputs
 from qlora_jax.training.device_mesh import is_row, place_batch, rows_of_batch
-from qlora_jax.training.display.run_display import format_duration
 from qlora_jax.training.programs import ForwardBatch
 from qlora_jax.training.resume import TrainState
 from qlora_jax.training.session import ReferenceParameters, Session

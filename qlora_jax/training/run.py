@@ -31,14 +31,21 @@ from qlora_jax.training.display.banner import next_commands, rate_rows, resume_b
 from qlora_jax.training.display.run_display import Display, print_banner
 from qlora_jax.training.loop import initial_state, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
-from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE, Record, read_metrics
+from qlora_jax.training.metrics.metrics_file import (
+    JSON_FILE,
+    METRICS_FILE,
+    PAGE_FILE,
+    SAMPLES_FILE,
+    Record,
+    read_metrics,
+)
 from qlora_jax.training.metrics.trackers import Log, trackers
 from qlora_jax.training.plan.mesh_search import PlannedRun, plan_before_weights
 from qlora_jax.training.plan.records import RunPlan
 from qlora_jax.training.plan.text import explain_out_of_memory, nearest_fix
 from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.reference import ReferenceStopped, record_start, with_initial, with_reference
-from qlora_jax.training.report.page import JSON_FILE, PAGE_FILE, write_report
+from qlora_jax.training.report.page import write_json, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows
 from qlora_jax.training.reporters import Listener, file_reporter
@@ -227,6 +234,8 @@ def run_training(
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
+            if is_first and not resume:
+                write_json(_report_of(planned, run, None), run)
             if model is not None and not resume:
                 record_start(session, run)
             # Closed after the report is written, because a tracker may upload for a long time.

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 
 import optax
 from jax.sharding import Mesh
 
 from pallas_kernels.devices import target_device
-from qlora_jax.config import Config, ModelArgs, TrainArgs
+from qlora_jax.config import Config, ModelArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.labels import check_format
@@ -150,11 +149,6 @@ def weights_for(args: ModelArgs, source: ModelSource, features: ModelConfig) -> 
     return with_dense_layers(weight_format(args, features), source, features)
 
 
-def steps_of_run(train: TrainArgs, steps_per_epoch: int) -> int:
-    """Returns the number of optimizer steps of a run."""
-    return train.steps or math.ceil(train.epochs * steps_per_epoch)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """A run before it reads weights.
@@ -180,7 +174,7 @@ class RunSpec:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return steps_of_run(self.config.train, self.inputs.dataset.steps_per_epoch)
+        return self.config.train.total_steps(self.inputs.dataset.steps_per_epoch)
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:

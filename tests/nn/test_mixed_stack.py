@@ -11,7 +11,7 @@ from qlora_jax.nn.linear import frozen_linear
 from qlora_jax.quant import quantize
 from tests.ggml_codes import dequantized, random_ggml
 
-LAYERS, N, K, M = 7, 128, 256, 16
+LAYERS, N, K, M = 7, 128, 256, 24
 EXPERTS = 3
 LAYERS_OF_PARTS = (0, 3), (2,), (5, 6), (1, 4)
 

@@ -17,8 +17,8 @@ from tests.pallas_kernels.nf4_matmul.contract import weight
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"the C++ library {library.problem()}")
 
-DECODED = (1, 2, 7, 11, FEW_ROWS)  # tokens of rows that decode together
-PROMPT = (32, 64, 512)  # of parts of prompts
+DECODED = (1, 2, 7, 11, FEW_ROWS)  # tokens, one of each row that decodes
+PROMPT = (32, 64, 512)  # tokens of prompts
 K = 320
 
 

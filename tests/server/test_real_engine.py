@@ -69,6 +69,19 @@ def test_draws_depend_on_the_seed_alone(client):
 
 
 @pytest.mark.slow
+def test_the_page_and_the_state_of_a_run_come_from_the_server(client):
+    address = str(client.base_url).removesuffix("v1/")
+    page = httpx.get(address)
+    assert (
+        page.status_code == 200
+        and "<html" in page.text
+        and "default-src 'none'" in page.headers["content-security-policy"]
+    )
+    assert httpx.get(f"{address}runs/first").json()["name"] == "first"
+    assert httpx.get(f"{address}runs/model").status_code == 404
+
+
+@pytest.mark.slow
 def test_scores_are_those_of_the_model(client, runs):
     model, tokenizer = q.load(str(runs["first"]), compute_dtype="float32")
     ids = [256, *tokenizer.encode("say sun")]

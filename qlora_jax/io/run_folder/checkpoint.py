@@ -51,14 +51,14 @@ from qlora_jax.io.run_folder.checkpoint_reader import (
     silence_threads,
     with_digests,
 )
-from qlora_jax.io.run_folder.run_lock import RunLock
+from qlora_jax.io.run_folder.run_lock import CONFIG_FILE, RunLock
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY, read_start
 from qlora_jax.line_digests import warn_without_digests
 from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.peft_form import NO_ARRAYS
 from qlora_jax.objectives.head_objective import TrainedHead
 
-CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
+CHECKPOINT_FOLDER = "checkpoints"
 REMOVED = "removed"  # in the folder of checkpoints; an old one moves there at once, and is deleted file by file
 TEMPLATE_KEY = "chat_template"  # key of the digest of the text of data.chat_template, in a checkpoint's JSON
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in errors of tensorstore

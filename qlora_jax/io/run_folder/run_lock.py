@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from qlora_jax.atomic_files import make_folder
 
-LOCK_FILE = "run.lock"
+CONFIG_FILE, LOCK_FILE = "config.yaml", "run.lock"  # in a run's folder
+_HOLDER = re.compile(r"process (\d{1,9}) on (.*), since ")
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _HOLDER_BYTES = 300  # at most this much of a lock file appears in a message
 _ATTEMPTS = 100
@@ -126,6 +128,28 @@ def follow_lock(folder: Path) -> Iterator[RunLock]:
     finally:
         if lock.descriptor is not None:
             lock.close()
+
+
+def read_holder(folder: Path) -> tuple[str, bool] | None:
+    """Returns the text of a folder's lock file, and True unless its process ran on this machine and has ended.
+
+    None without a lock file. It takes no lock, which could stop a run that starts in this moment.
+    """
+    if not (folder / LOCK_FILE).is_file():
+        return None
+    text = (folder / LOCK_FILE).read_bytes()[:_HOLDER_BYTES].decode(errors="replace").strip()
+    found = _HOLDER.match(text)
+    return text, found is None or found[2] != socket.gethostname() or _is_running(int(found[1]))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends no signal
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _check_writable(folder: Path) -> None:

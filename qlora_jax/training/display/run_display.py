@@ -12,10 +12,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora_jax.config import QUESTION_KINDS
-from qlora_jax.config.sizes import format_bytes
+from qlora_jax.config.sizes import format_bytes, format_duration
 from qlora_jax.training.loss_scale import LOSS_SCALE, SKIPPED
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.step_metrics import (
+from qlora_jax.training.metrics.record_summaries import (
     ACCURACY,
     DEAD,
     EVAL,
@@ -45,13 +45,6 @@ def print_banner(title: str, rows: Mapping[str, str], console: Console) -> None:
         table.add_row(Text(f"  {name}", style="cyan"), Text(value))
     console.print(Text(title, style="bold"))
     console.print(table)
-
-
-def format_duration(seconds: float) -> str:
-    """Formats a duration: `75.2` -> `1:15`, `3675` -> `1:01:15`."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class Throughput:

@@ -21,7 +21,10 @@ from qlora_jax.hosts.messages import ranges
 from qlora_jax.line_digests import LinesDigest, warn_without_digests, with_digest, without_digest
 from qlora_jax.metadata import JsonObject, MetadataError, decode_json, find_problems
 
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"  # in a run's folder
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"  # in a run's folder, with its report:
+PAGE_FILE, JSON_FILE = "report.html", "report.json"
+
+_OVERLAP = 200  # bytes before the end of the lines read so far; if they change, the file was replaced
 
 Record = JsonObject  # docs/training.md lists the keys
 
@@ -162,6 +165,59 @@ def _lost(records: Collection[Record], step: int, saved: LinesDigest) -> str:
         return "none, but some are others or in another order"
     missing = sorted(set(range(1, step + 1)) - steps) if steps else []  # samples.jsonl has no steps
     return f"{lost}" + (f" (steps without a record: {ranges(missing)})" if missing else "")
+
+
+class RecordTail:
+    """The records of a file to which another process appends, perhaps on another machine.
+
+    Attributes:
+      records: those of all complete, sound lines, in order.
+      damaged: the number of other complete lines.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._begin(None)
+
+    def _begin(self, identity: tuple[int, int] | None) -> None:
+        self.records: list[Record] = []
+        self.damaged = 0
+        self._identity, self._end, self._last, self._has_digests = identity, 0, b"", False
+
+    def read(self) -> bool:
+        """Reads the lines that were added, or all lines of a file that was replaced; returns True if there are any.
+
+        Raises:
+          OSError: the file exists and cannot be read.
+        """
+        if not self._path.is_file():
+            was_there = self._identity is not None
+            self._begin(None)
+            return was_there
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(self._end - len(self._last))
+            content = file.read()
+            replaced = self._identity != (status.st_dev, status.st_ino) or not content.startswith(self._last)
+            if replaced:  # a resumed run writes a new file, without the records that it computes again
+                self._begin((status.st_dev, status.st_ino))
+                file.seek(0)
+                content = file.read()
+        added = content[len(self._last) : content.rfind(b"\n") + 1]
+        for line in added.split(b"\n")[:-1]:
+            self._add(line)
+        self._end += len(added)
+        self._last = (self._last + added)[-_OVERLAP:]
+        return replaced or bool(added)
+
+    def _add(self, line: bytes) -> None:
+        try:
+            text = without_digest(line.decode(), "", required=self._has_digests)
+            self.records.append(_decode(text, ""))
+        except ValueError:
+            self.damaged += 1
+        else:
+            self._has_digests = text != line.decode()
 
 
 class MetricsFile:

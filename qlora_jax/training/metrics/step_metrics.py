@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +22,29 @@ from qlora_jax.nn.router import SIGMOID
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
 from qlora_jax.objectives.router_losses import RoutedOutputs
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
-from qlora_jax.training.metrics.metrics_file import Record
-
-LOW, HIGH = "_low", "_high"  # suffixes of an interval's ends
-LOSS = "eval_loss"
-OBJECTIVE_ROWS = "eval_rows"  # in records whose loss is a mean over rows, not over tokens
-
-
-class TaskMetric(NamedTuple):
-    """A task's metric from 0 to 1, such as its share of right answers, with its 95 % confidence interval.
-
-    Fields:
-      name: its key in records.
-      label: its name for readers.
-      low, high: the ends of the interval.
-    """
-
-    name: str
-    label: str
-    value: float
-    low: float
-    high: float
+from qlora_jax.training.metrics.record_summaries import (
+    ACCURACY,
+    AUX_LOSS,
+    BY_LAYER,
+    CHOSEN,
+    DEAD,
+    ENTROPY,
+    EVAL,
+    HIGH,
+    KL_CHOSEN,
+    KL_REJECTED,
+    KTO_KL,
+    LOG_RATIO,
+    LOGP_CHOSEN,
+    LOGP_REJECTED,
+    LOSS,
+    LOW,
+    MARGIN,
+    MAX_LOAD,
+    OBJECTIVE_ROWS,
+    REJECTED,
+    Z_LOSS,
+)
 
 
 def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
@@ -81,29 +83,8 @@ def objective_loss_metrics(losses: Float64[np.ndarray, " rows"]) -> dict[str, fl
     return found
 
 
-def loss_interval(record: Record) -> tuple[float, float] | None:
-    """Returns the interval of a record's held-out loss; None if it has none."""
-    return (record[LOSS + LOW], record[LOSS + HIGH]) if LOSS + LOW in record else None
-
-
 def _key(name: str) -> str:
     return re.sub(r"\W+", "_", name.partition(" (")[0])
-
-
-def task_metrics(record: Record, task: str) -> list[TaskMetric]:
-    """Returns the metrics of a task in a record, in order; the inverse of `flatten_metrics`."""
-    names = [name for name in record if name.startswith(f"{task}_") and name + LOW in record]
-    return [
-        TaskMetric(
-            name, name.removeprefix(f"{task}_").replace("_", " "), *(record[name + end] for end in ("", LOW, HIGH))
-        )
-        for name in names
-    ]
-
-
-AUX_LOSS, Z_LOSS = "router_aux_loss", "router_z_loss"
-MAX_LOAD, ENTROPY, DEAD = "router_max_load", "router_entropy", "router_dead_experts"
-BY_LAYER = "_by_layer"
 
 
 def router_metrics(outputs: PyTree, experts: ExpertsConfig | None) -> dict[str, float | list[float]]:
@@ -164,23 +145,6 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
 # `kl_chosen` and `kl_rejected` are held-out metrics: KL(model || reference) over the whole vocabulary, averaged over
 # the tokens of the answers. `log_ratio_per_token` is the mean of log p - log p of the reference over the tokens of the
 # data's answers. It is not the KL divergence, and it may be negative.
-
-EVAL = "eval_"  # prefix of the held-out metrics
-CHOSEN, REJECTED, MARGIN, ACCURACY = "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"
-LOG_RATIO, KTO_KL, LOGP_CHOSEN, LOGP_REJECTED = "log_ratio_per_token", "kto_kl", "logp_chosen", "logp_rejected"
-KL_CHOSEN, KL_REJECTED = "kl_chosen", "kl_rejected"
-PREFERENCE_LABELS = {
-    ACCURACY: "right by reward",
-    MARGIN: "reward margin",
-    CHOSEN: "reward of chosen",
-    REJECTED: "reward of rejected",
-    KL_CHOSEN: "KL to the reference per token of chosen",
-    KL_REJECTED: "KL to the reference per token of rejected",
-    LOGP_CHOSEN: "log p per token of chosen",
-    LOGP_REJECTED: "log p per token of rejected",
-    LOG_RATIO: "log ratio to the reference per token",
-    KTO_KL: "KL of KTO",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

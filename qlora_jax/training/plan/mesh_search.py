@@ -48,7 +48,7 @@ from qlora_jax.training.plan.requirements import (
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
 from qlora_jax.training.programs import CompiledGradients
-from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec, open_inputs, steps_of_run, weights_of
+from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec, open_inputs, weights_of
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
 from qlora_jax.training.step_spec import StepSpec
 
@@ -379,7 +379,7 @@ def plan_before_weights(
     steps = usable_meshes([longest_step(config, inputs, run_mesh(size)) for size in sizes])
     if full:
         print_report(inputs.dataset.report, console)
-        total_steps = steps_of_run(config.train, inputs.dataset.steps_per_epoch)
+        total_steps = config.train.total_steps(inputs.dataset.steps_per_epoch)
         if text := short_run_warning(config.optim, total_steps):
             console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
     with console.status("compiling the training step"):

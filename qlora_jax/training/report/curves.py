@@ -1,11 +1,12 @@
 """The curves of a run besides the loss, as numbers; plot.py draws them."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.step_metrics import (
+from qlora_jax.training.metrics.record_summaries import (
     AUX_LOSS,
     BY_LAYER,
     DEAD,
@@ -59,27 +60,55 @@ class Chart(NamedTuple):
         return ", ".join(filter(None, (self.caption, self.unit)))
 
 
-def charts(records: Sequence[Record], planned: int) -> list[Chart]:
+def charts(records: Sequence[Record], planned: int | None) -> list[Chart]:
     """Returns the charts of right answers, learning rate, speed, MFU and memory for which there are records.
 
     Speed and MFU omit the first step of each length, which compiles.
 
     Args:
-      planned: the planned bytes on the device; drawn next to the measured ones.
+      planned: the planned bytes on the device, drawn next to the measured ones; None if they are not known.
     """
     steps = [record for record in records if "loss" in record]
-    warm = _warm(steps)
+    evaluations = [record for record in records if "loss" not in record]
+    warmed = warm(steps)
     found = [
         *_preference_charts(records, steps),
-        *(Chart(kind.caption, "% right", _question_lines(records, name)) for name, kind in QUESTION_KINDS.items()),
+        *(Chart(kind.caption, "% right", _question_lines(evaluations, name)) for name, kind in QUESTION_KINDS.items()),
         *_router_charts(steps),
         Chart("Learning rate", "", [_line("", steps, lambda r: r["learning_rate"])]),
-        Chart("Speed", "tokens per second, without padding", [_line("", warm, lambda r: r["tokens"] / r["seconds"])]),
-        Chart("MFU", "% of the device's peak", [_line("", _with(warm, "mfu"), lambda r: 100 * r["mfu"])]),
+        Chart("Speed", "tokens per second, without padding", [_line("", warmed, lambda r: r["tokens"] / r["seconds"])]),
+        Chart("MFU", "% of the device's peak", [_line("", _with(warmed, "mfu"), lambda r: 100 * r["mfu"])]),
         Chart("Memory in use", "GiB", _memory(steps, planned)),
     ]
     drawn = [chart._replace(lines=[line for line in chart.lines if line.steps]) for chart in found]
     return [chart for chart in drawn if chart.lines]
+
+
+def loss_chart(records: Sequence[Record], title: str) -> Chart | None:
+    """Returns the losses of all steps and of the held-out rows; None before the first step."""
+    training = _metric_line(_with(records, "loss"), "loss", "training")
+    held_out = _metric_line(_with(records, "eval_loss"), "eval_loss", "held out")._replace(main=False)
+    lines = [line for line in (training, held_out) if line.steps]
+    return Chart(title, "", lines, from_zero=False) if lines else None
+
+
+def thinned(line: Line, most: int) -> Line:
+    """Returns a line of at most `most` points: means of equal numbers of values, with their range as the interval."""
+    size = -(-len(line.steps) // most)
+    if size <= 1:
+        return line
+    groups = [slice(start, start + size) for start in range(0, len(line.steps), size)]
+
+    def means(values: Sequence[float]) -> list[float]:
+        return [statistics.fmean(values[group]) for group in groups]
+
+    has_intervals = len(line.low) == len(line.steps)
+    return line._replace(
+        steps=[line.steps[group][-1] for group in groups],
+        values=means(line.values),
+        low=means(line.low) if has_intervals else [min(line.values[group]) for group in groups],
+        high=means(line.high) if has_intervals else [max(line.values[group]) for group in groups],
+    )
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
@@ -140,7 +169,7 @@ def _router_charts(steps: Sequence[Record]) -> list[Chart]:
     ]
 
 
-def _metric_line(records: Sequence[Record], key: str, label: str, scale: float) -> Line:
+def _metric_line(records: Sequence[Record], key: str, label: str, scale: float = 1.0) -> Line:
     """Returns a metric, with its intervals if the records have them."""
     steps = [record["step"] for record in records]
     values, low, high = ([scale * record[key + end] for record in records if key + end in record] for end in ENDS)
@@ -166,12 +195,12 @@ def _question_lines(records: Sequence[Record], kind: str) -> list[Line]:
     ]
 
 
-def _memory(steps: Sequence[Record], planned: int) -> list[Line]:
+def _memory(steps: Sequence[Record], planned: int | None) -> list[Line]:
     device = _with(steps, "device_bytes")
     return [
         _line("device", device, lambda r: r["device_bytes"] / GIB),
         _line("peak so far", _with(steps, "device_peak_bytes"), lambda r: r["device_peak_bytes"] / GIB, dash=":"),
-        _line("planned", device, lambda r: planned / GIB, dash="--"),
+        _line("planned", device if planned else [], lambda r: (planned or 0) / GIB, dash="--"),
         _line("host", _with(steps, "host_bytes"), lambda r: r["host_bytes"] / GIB, main=False),
     ]
 
@@ -187,6 +216,7 @@ def _with(records: Sequence[Record], key: str) -> list[Record]:
     return [record for record in records if record.get(key) is not None]
 
 
-def _warm(steps: Sequence[Record]) -> list[Record]:
+def warm(steps: Sequence[Record]) -> list[Record]:
+    """Returns the steps without the first of each length, which compiles."""
     firsts = {record["length"]: record["step"] for record in reversed(steps)}
     return [record for record in steps if record["step"] != firsts[record["length"]]]

@@ -19,32 +19,26 @@ from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import report_lines
 from qlora_jax.page_template import page_template
 from qlora_jax.training.display.banner import rate_rows
-from qlora_jax.training.display.run_display import format_duration
-from qlora_jax.training.metrics.step_metrics import ACCURACY, PREFERENCE_LABELS
+from qlora_jax.training.metrics.metrics_file import JSON_FILE, PAGE_FILE
+from qlora_jax.training.metrics.record_summaries import before_and_after, training_summary
 from qlora_jax.training.plan.records import BREAKDOWN, KINDS, Requirements, RunPlan
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_label, loss_svg
-from qlora_jax.training.report.report_json import (
-    RunReport,
-    TrainingSummary,
-    before_and_after,
-    preference_summary,
-    question_summary,
-    report_json,
-    training_summary,
-)
-from qlora_jax.training.run_spec import steps_of_run
-
-PAGE_FILE, JSON_FILE = "report.html", "report.json"
+from qlora_jax.training.report.report_json import RunReport, report_json
+from qlora_jax.training.report.tiles import result_tiles
 
 
 def write_report(report: RunReport, run: Path) -> Path:
     """Writes both files into the folder `run`, which it creates if necessary; returns the page's path."""
     run.mkdir(parents=True, exist_ok=True)
-    texts = {JSON_FILE: json.dumps(report_json(report), indent=2) + "\n", PAGE_FILE: page(report)}
-    for name, text in texts.items():
-        write_text(run / name, text)
+    write_json(report, run)
+    write_text(run / PAGE_FILE, page(report))
     return run / PAGE_FILE
+
+
+def write_json(report: RunReport, run: Path) -> None:
+    """Writes report.json alone, from which `watch` takes the length and the memory plan of a run that trains."""
+    write_text(run / JSON_FILE, json.dumps(report_json(report), indent=2) + "\n")
 
 
 def page(report: RunReport) -> str:
@@ -112,7 +106,7 @@ def _curves(report: RunReport) -> list[_Figure]:
 
 
 def _learning_rate(report: RunReport) -> dict[str, str]:
-    return rate_rows(report.config, steps_of_run(report.config.train, report.data.steps_per_epoch))
+    return rate_rows(report.config, report.config.train.total_steps(report.data.steps_per_epoch))
 
 
 def _histograms(data: DataReport) -> list[_Figure]:
@@ -156,59 +150,10 @@ def _kinds(requirements: Requirements) -> list[tuple[str, list[str]]]:
 
 def _tiles(report: RunReport) -> list[tuple[str, str]]:
     """Returns the figures at the top of the page."""
-    done = training_summary(report.records)
-    if not done:
-        data = report.data
-        return [
-            ("rows", f"{data.train.kept:,} of {data.train.rows:,}"),
-            ("steps per epoch", f"{data.steps_per_epoch:,}"),
-            ("supervised targets", f"{data.train.supervised:,}"),
-            ("positions used", f"{1 - data.padding_share:.1%}"),
-        ]
-    return [
-        ("steps", f"{done['steps']:,}"),
-        *_held_out(done),
-        *_preferences(report),
-        *_questions(report),
-        ("last training loss", "not finite" if done["last_loss"] is None else f"{done['last_loss']:.3f}"),
-        ("tokens per second", f"{done['tokens_per_second']:,.0f}"),
-        *([] if done["mfu"] is None else [("MFU", f"{done['mfu']:.1%}")]),
-        ("time in steps", format_duration(done["seconds"])),
-        ("training tokens", f"{done['tokens']:,}"),
-        ("supervised of them", f"{done['supervised_tokens']:,}"),
+    data = report.data
+    return result_tiles(report.records) or [
+        ("rows", f"{data.train.kept:,} of {data.train.rows:,}"),
+        ("steps per epoch", f"{data.steps_per_epoch:,}"),
+        ("supervised targets", f"{data.train.supervised:,}"),
+        ("positions used", f"{1 - data.padding_share:.1%}"),
     ]
-
-
-def _questions(report: RunReport) -> list[tuple[str, str]]:
-    return [
-        (one["share"], f"{one['first']['value']:.1%} → {one['last']['value']:.1%}")
-        for one in question_summary(report.records)
-    ]
-
-
-def _preferences(report: RunReport) -> list[tuple[str, str]]:
-    """Returns the held-out metrics of preferences before and after, the last with its interval."""
-    found = []
-    for name, (first, last) in preference_summary(report.records).items():
-        form = "{:.1%}" if name == ACCURACY else "{:.3f}"
-        change = f"{form.format(first['value'])} → {form.format(last['value'])}"
-        found.append((f"held out: {PREFERENCE_LABELS[name]}", f"{change} {_interval(last['interval'], form)}"))
-    return found
-
-
-def _interval(ends: Sequence[float], form: str) -> str:
-    """Returns an interval as text without a place where a line may break."""
-    return "[{}]".format(",\N{NO-BREAK SPACE}".join(form.format(value) for value in ends))
-
-
-def _held_out(done: TrainingSummary) -> list[tuple[str, str]]:
-    first, last, best = done["first_eval"], done["last_eval"], done["best_eval"]
-    if first is None or last is None or best is None:
-        return []
-    interval = f" {_interval(last['interval'], '{:.3f}')}" if last["interval"] else ""
-    tiles = [("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}{interval}")]
-    if first["perplexity"] is not None and last["perplexity"] is not None:
-        tiles.append(("perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"))
-    if best["step"] == last["step"]:
-        return tiles
-    return [*tiles, (f"lowest held-out loss, at step {best['step']:,}", f"{best['loss']:.3f}")]

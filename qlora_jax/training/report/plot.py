@@ -10,7 +10,7 @@ import numpy as np
 from qlora_jax.atomic_files import write_bytes
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.step_metrics import loss_interval
+from qlora_jax.training.metrics.record_summaries import loss_interval
 from qlora_jax.training.report.curves import Chart, moving_average
 
 if TYPE_CHECKING:

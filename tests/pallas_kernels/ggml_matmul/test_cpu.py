@@ -33,9 +33,9 @@ def test_rounds_once_to_bfloat16():
 def test_few_rows_are_the_rows_of_many(ggml_type):
     """Each number of rows has a separate loop: it must compute every row, independent of the other rows."""
     weight = random_ggml(ggml_type, (), (N, K))
-    x_MK = np.random.default_rng(0).standard_normal((7, K)).astype(np.float32)
+    x_MK = np.random.default_rng(0).standard_normal((16, K)).astype(np.float32)
     many = x_MK @ dequantized(weight).T
-    for rows in range(1, 8) if ggml_type == "Q4_1" else (3,):
+    for rows in range(1, 17) if ggml_type == "Q4_1" else (3, 16):
         found = cpu.forward(jnp.asarray(x_MK[:rows]), weight, None)
         np.testing.assert_allclose(found, many[:rows], rtol=1e-5, atol=1e-5)
 

@@ -8,7 +8,7 @@ from pallas_kernels.grouped_matmul import experts, group_rows, grouped_matmul
 from pallas_kernels.native import library
 from tests.pallas_kernels.grouped_matmul.experts import choices, quantized, random_rows
 
-SHAPE, EXPERTS, LAYERS, TILE = (256, 256), 6, 2, 16
+SHAPE, EXPERTS, LAYERS, TILE = (256, 256), 6, 2, 32
 needs_handlers = pytest.mark.skipif(bool(library.problem()), reason=f"implementation cpu {library.problem()}")
 
 

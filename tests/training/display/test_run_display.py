@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qlora_jax.training.display.run_display import Display, Throughput, evaluation_lines, format_duration, print_banner
+from qlora_jax.config.sizes import format_duration
+from qlora_jax.training.display.run_display import Display, Throughput, evaluation_lines, print_banner
 from qlora_jax.training.metrics.step_metrics import eval_loss_metrics
 
 

@@ -5,15 +5,10 @@ import math
 
 import numpy as np
 
-from qlora_jax.measures.metrics import Metric, share
+from qlora_jax.measures.metrics import Metric, perplexity, share
 from qlora_jax.measures.statistics import wilson_interval
-from qlora_jax.training.metrics.step_metrics import (
-    eval_loss_metrics,
-    flatten_metrics,
-    loss_interval,
-    perplexity,
-    task_metrics,
-)
+from qlora_jax.training.metrics.record_summaries import loss_interval, task_metrics
+from qlora_jax.training.metrics.step_metrics import eval_loss_metrics, flatten_metrics
 from qlora_jax.training.metrics.trackers import scalars
 
 

@@ -10,15 +10,15 @@ from matplotlib.figure import Figure
 
 from qlora_jax.measures.metrics import Metric
 from qlora_jax.measures.statistics import wilson_interval
-from qlora_jax.training.metrics.step_metrics import flatten_metrics
-from qlora_jax.training.report.curves import GIB, Chart, Line, charts
-from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, draw_chart, lengths_svg, loss_svg
-from qlora_jax.training.report.report_json import (
+from qlora_jax.training.metrics.record_summaries import (
     before_and_after,
     preference_summary,
     question_summary,
     training_summary,
 )
+from qlora_jax.training.metrics.step_metrics import flatten_metrics
+from qlora_jax.training.report.curves import GIB, Chart, Line, charts
+from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, draw_chart, lengths_svg, loss_svg
 
 
 def step(number: int, loss: float | None = 1.0, tokens: int = 100, seconds: float = 1.0) -> dict:

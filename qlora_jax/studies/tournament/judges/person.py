@@ -7,13 +7,10 @@ Prompts and replies are untrusted text. jinja2 escapes all of it, and the page's
 from running any script but the page's own.
 """
 
-import base64
-import hashlib
 import json
 import random
 import secrets
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -21,7 +18,7 @@ from markupsafe import Markup
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.metadata import read_json
-from qlora_jax.page_template import page_template
+from qlora_jax.page_template import package_text, page_template, script_source
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.tournament.judges.judge import Judgement, Record, Verdict
 from qlora_jax.studies.tournament.matches import Match, Transcripts, unordered
@@ -85,7 +82,7 @@ def draw_key(matches: Sequence[Match], transcripts: Transcripts, *, limit: int |
 def person_page(key: PageKey, transcripts: Transcripts) -> str:
     """Returns the page as HTML."""
     items = [_item(name, match_of(keyed), transcripts) for name, keyed in key["matches"].items()]
-    script = resources.files(__package__).joinpath("person.js").read_text("utf-8")
+    script = package_text(__package__, "person.js")
     return page_template(__package__, "person.html.jinja").render(
         data=embedded_json({"page": key["page"], "items": items}),
         script=Markup(script),
@@ -102,11 +99,6 @@ def _item(name: str, match: Match, transcripts: Transcripts) -> Mapping[str, str
     first, second = transcripts.answers(match)
     texts = {"question": transcripts.question(match), "left": first, "right": second}
     return {"id": name} | {part: visible(text) for part, text in texts.items()}
-
-
-def script_source(script: str) -> str:
-    """Returns the source expression that allows exactly this script in a Content-Security-Policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def embedded_json(value: object) -> Markup:
