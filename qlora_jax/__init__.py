@@ -25,6 +25,7 @@ _PUBLIC = {
     "classify": ("qlora_jax.api.predict", "classify"),
     "score": ("qlora_jax.api.predict", "score"),
     "embed": ("qlora_jax.api.predict", "embed"),
+    "serve_models": ("qlora_jax.api.serve", "serve_models"),
     "evaluate_model": ("qlora_jax.api.evaluate", "evaluate_model"),
     "save_peft": ("qlora_jax.api.export", "save_peft"),
     "merge": ("qlora_jax.api.export", "merge"),

@@ -14,6 +14,7 @@ COMMANDS = (
     "train",
     "watch",
     "generate",
+    "serve",
     "predict",
     "evaluate",
     "compare",

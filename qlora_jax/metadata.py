@@ -35,6 +35,7 @@ FileName = str | os.PathLike
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "an object",
+    "extra_forbidden": "no such field",
     "float_type": "a number",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
@@ -44,6 +45,7 @@ _EXPECTED = {
     "less_than_equal": "at most {le}",
     "list_type": "a list",
     "literal_error": "{expected}",
+    "model_type": "an object",
     "none_required": "null",
     "string_too_long": "at most {max_length} characters",
     "string_type": "text",

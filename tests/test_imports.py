@@ -48,11 +48,11 @@ LAYERS = {
     "qlora_jax.progress_reporter": 7,
     "qlora_jax.evaluation": 8,
     "qlora_jax.training": 9,
-    "qlora_jax.server": 10,
     "qlora_jax.studies": 10,
-    "qlora_jax.api": 10,
+    "qlora_jax.server": 10,
+    "qlora_jax.api": 11,
 }
-COMMANDS = 11  # every other top-level file: train.py, generate.py, ...
+COMMANDS = 12  # every other top-level file: train.py, generate.py, ...
 
 Graph = dict[str, set[str]]
 

@@ -113,10 +113,12 @@ def read_settings[T](
       ConfigError: a malformed argument, an unknown setting, or a wrong value.
     """
     hints = {key: hint for key, _, hint in walk_settings(schema)}
-    words = _split(argv, _Names(settings=hints, flags=[*flags], required=_required(schema)))
+    repeated = [key for key, field, _ in walk_settings(schema) if field.metadata.get("repeated")]
+    words = _split(argv, _Names(hints, [*flags], _required(schema), repeated))
     raw, sources = read_yaml(words.settings.pop("config")) if "config" in words.settings else ({}, {})
-    for key, text in words.settings.items():
-        _set_nested(raw, key, _parse_value(hints.get(key, str), text))
+    given = {key: _parse_value(hints.get(key, str), text) for key, text in words.settings.items()}
+    for key, value in {**given, **words.lists}.items():
+        _set_nested(raw, key, value)
         sources[key] = "command line"
     if words.problems:  # a setting without its value would be missing, too
         raise ConfigError([*words.problems, *given_problems(schema, raw, sources)])
@@ -135,11 +137,12 @@ def read_arguments(argv: Sequence[str]) -> Config:
 
 
 class _Names(NamedTuple):
-    """The names that a command line may use."""
+    """The names that a command line may use; `repeated` are those of lists whose elements are given one by one."""
 
     settings: Mapping[str, Hint]
     flags: list[str]
     required: list[str]
+    repeated: list[str]
 
     def full(self, name: str) -> str:
         """The setting that `name` stands for."""
@@ -164,9 +167,10 @@ class _Names(NamedTuple):
 
 
 class _Words(NamedTuple):
-    """A command line, split: settings as text, flags, and problems."""
+    """A command line, split: settings as text, lists of texts by their setting, flags, and problems."""
 
     settings: dict[str, str]
+    lists: dict[str, list[str]]
     flags: set[str]
     problems: list[str]
 
@@ -177,7 +181,7 @@ def _required(schema: type) -> list[str]:
 
 def _split(argv: Sequence[str], names: _Names) -> _Words:
     """Splits `--key value`, `--key=value` and `--flag`."""
-    found = _Words({}, set(), [])
+    found = _Words({}, {}, set(), [])
     words, before = list(reversed(argv)), None
     while words:
         word = words.pop()
@@ -199,6 +203,8 @@ def _split(argv: Sequence[str], names: _Names) -> _Words:
                 words.pop()
         elif is_alone and (example := names.example(key)):
             found.problems.append(f"--{name}: its value is missing; write --{name} {example}")
+        elif key in names.repeated:
+            found.lists.setdefault(key, []).append(value if equals else words.pop())
         else:  # an unknown name without a value may be a flag of another trainer
             found.settings[key] = value if equals else "" if is_alone else words.pop()
         before = key

@@ -50,6 +50,7 @@ def setting(
     *,
     common: str | None = None,
     later: bool = False,
+    repeated: bool = False,
 ) -> Any:
     """Declares a field with its help text and bound; without a default the setting is required.
 
@@ -59,8 +60,9 @@ def setting(
       common: a help text of one line, for a setting that `--help` lists; `--help all` shows `help`.
       later: the setting is younger than runs whose records have its section's text; files and texts leave it out where
         it has its default.
+      repeated: a list whose elements the command line gives one by one: `--run a --run b`.
     """
-    metadata = {"help": help, "bound": bound, "common": common, "later": later}
+    metadata = {"help": help, "bound": bound, "common": common, "later": later, "repeated": repeated}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

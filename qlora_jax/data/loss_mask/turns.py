@@ -133,6 +133,14 @@ def closes_reasoning(prompt: str) -> bool:
     return block is not None and any(closing in block.group() for _, closing in TAGS)
 
 
+def opened_reasoning(prompt: str) -> tuple[str, str] | None:
+    """Returns the tags of the block of reasoning that a prompt opens and leaves open; None if there is none."""
+    block = _BLOCK.search(prompt)
+    if block is None or closes_reasoning(prompt):
+        return None
+    return next(pair for pair in TAGS if block.group().startswith(pair[0]))
+
+
 def _without_other_reasoning(earlier: Sequence[Message], turns: Sequence[Message], prompt: str) -> list[Message]:
     """Returns messages that end with turns of the same text, if they are not to depend on reasoning in their prompt.
 

@@ -149,13 +149,33 @@ def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
     return ByteLengths(lengths, np.isin(np.arange(len(lengths)), list(added)), prefix or "never")
 
 
+def make_token_bytes(backend: tokenizers.Tokenizer) -> Callable[[int], bytes]:
+    """Returns a function of an id: the bytes of text that it stands for, which may be a part of a character."""
+    added, bytes_of = backend.get_added_tokens_decoder(), {letter: byte for byte, letter in _all_letters()}
+    byte_level, sentencepiece = is_byte_level(backend), space_prefix(backend) is not None
+
+    def token_bytes(token: int) -> bytes:
+        text = backend.id_to_token(token) or ""
+        if token in added:
+            return text.encode()
+        if byte_level:
+            return bytes(bytes_of[letter] for letter in text)
+        if sentencepiece:
+            return bytes([int(text[3:5], 16)]) if text in _BYTES else text.replace(SPACE, " ").encode()
+        return backend.decode([token], skip_special_tokens=False).encode()
+
+    return token_bytes
+
+
 def _letters() -> Iterator[tuple[int, str]]:
     """Yields (byte, its letter) of each byte that UTF-8 uses."""
+    return ((byte, letter) for byte, letter in _all_letters() if byte not in (0xC0, 0xC1) and byte < 0xF5)
+
+
+def _all_letters() -> Iterator[tuple[int, str]]:
+    """Yields (byte, its letter) of each byte."""
     others = iter(range(256, 512))
-    for byte in range(256):
-        letter = chr(byte if byte in _PRINTABLE else next(others))
-        if byte not in (0xC0, 0xC1) and byte < 0xF5:
-            yield byte, letter
+    return ((byte, chr(byte if byte in _PRINTABLE else next(others))) for byte in range(256))
 
 
 def _characters(byte: int) -> tuple[int, int]:

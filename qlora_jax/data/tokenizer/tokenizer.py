@@ -11,7 +11,13 @@ from typing import Any
 import tokenizers
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES, TemplateValue
-from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
+from qlora_jax.data.tokenizer.byte_lengths import (
+    ByteLengths,
+    byte_lengths,
+    is_byte_level,
+    make_round_trips,
+    make_token_bytes,
+)
 from qlora_jax.data.tokenizer.chat_template import Rendering, read_template, render, start_process, start_rendering
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 from qlora_jax.data.tokenizer.render_batches import check_variables
@@ -178,6 +184,11 @@ class Tokenizer:
     def byte_lengths(self) -> ByteLengths | None:
         """Bytes that each id stands for in a text that round-trips, or None if unknown (see byte_lengths.py)."""
         return byte_lengths(self.backend)
+
+    @functools.cached_property
+    def token_bytes(self) -> Callable[[int], bytes]:
+        """Function of an id: the bytes of text that it stands for (see byte_lengths.py)."""
+        return make_token_bytes(self.backend)
 
     @functools.cached_property
     def is_byte_level(self) -> bool:

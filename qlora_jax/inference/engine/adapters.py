@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition, prepare_for_decoding
+from qlora_jax.nn.frozen_weight import MixedStack, Weight
 from qlora_jax.nn.linear import BatchedAdapter, LinearAdapter, QLinear
 from qlora_jax.nn.request_adapters import RequestAdapters
 
@@ -50,9 +52,14 @@ def with_adapters(parts: ModelParts, runs: Mapping[int, ByProjection], count: in
     for path, linear in _linears(model):
         own = {number: adapters[path] for number, adapters in runs.items() if path in adapters}
         if own:
-            layers = linear.weight.get_value().shape[0]
+            layers = _layers(linear.weight.get_value())
             linear.adapter = RequestAdapters(_batched(own, count, layers), jnp.zeros(1, jnp.int32))
     return partition(model)
+
+
+def _layers(stack: Weight) -> int:
+    """Returns the number of layers of a stack of any format; a quantized one has the shape of a single layer."""
+    return stack.num_layers if isinstance(stack, MixedStack) else jax.tree.leaves(stack)[0].shape[0]
 
 
 def _batched(own: Mapping[int, LinearAdapter], count: int, layers: int) -> list[BatchedAdapter]:
