@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs by the Mosaic kernels of `mosaic`, in bf16 and f16.
+"""Attention by the Mosaic kernels of `mosaic` on NVIDIA GPUs, in bf16 and f16: of whole rows, and of pages.
 
 Definition and residuals are those of `tiles`. Rows are padded to whole blocks. No query of a row sees its padding.
 
@@ -69,6 +69,28 @@ def _backward(scores, residuals, do_BTNH):
 _attention.defvjp(_forward, _backward)
 
 
+def decode_attention(
+    q_RNH: Float[Array, "R N H"],
+    pages: KVPages,
+    layer: Int[Array, ""] | int,
+    rows_R: Int[Array, " R"],
+    positions_R: Int[Array, " R"],
+    window: int | Int[Array, ""] | None,
+    scores: ScoreScaling,
+    sinks_N: Float[Array, " N"] | None,
+) -> Float[Array, "R N H"]:
+    """Returns softmax(scores, over visible positions of pages) v of one token per row; `mosaic.decode` says how.
+
+    A query's result depends on nothing but its row's keys and values up to its position, to the bit.
+
+    Args:
+      rows_R: the row of the pages' table that each query belongs to.
+      positions_R: its position there; -1: it sees nothing and gets zeros.
+    """
+    decode = _module("decode").decode
+    return decode(q_RNH, pages, layer, rows_R, positions_R, window, scores, sinks_N, decoding_instructions())
+
+
 def _padded(x: jax.Array, axis: int) -> jax.Array:
     """Returns an array whose positions, along `axis`, fill whole blocks; those at the end are zeros."""
     more = -x.shape[axis] % BLOCK
@@ -85,3 +107,8 @@ def instructions(dtype: DTypeLike) -> object:
     kinds = _module("instructions")
     capability = target_device().compute_capability or (0, 0)
     return (kinds.Tma if capability >= (9, 0) else kinds.CpAsync)(dtype)
+
+
+def decoding_instructions() -> object:
+    """Returns the maker of a decoding kernel's instructions, which are those of every card."""
+    return _module("decode_instructions").Machine

@@ -1,4 +1,4 @@
-"""Attention of one new token per row over a key-value cache in pages, split over keys (flash-decoding; Dao et al., 2023).
+"""Attention of one new token per row over a key-value cache in pages, split over keys (flash-decoding, Dao et al.).
 
 A split is 512 positions from a multiple of 512 on, of one row and key head. `_splits` computes its sums, largest score
 and total; `_merge` adds those of a row in their order. So the result of a row depends on that row alone, to the bit,
@@ -6,9 +6,10 @@ and no sum is atomic. A program has the query heads of one key head, up to 16 of
 reads their keys and values once. It computes every PROGRAMS-th split, so that a cache for long rows launches few
 programs when rows are short. Splits that no query sees are neither computed nor read.
 
-Per step of two pages: start loading values; scores; start loading the next keys; softmax; weights times values. Pages
-of the next but one step are looked up a step ahead, so no load waits for another.
+Per step of two pages: start loading values; scores; start loading the next keys; softmax; weights times values. At
+wide heads, the next keys are loaded last. Pages are looked up two steps ahead, so no load waits for another.
 
+Values that a query does not see are replaced by zeros: they may be another row's, and infinite or NaN.
 Weights are up to 2^HEADROOM: times the scale of a code they would otherwise vanish in float16.
 
 Dimension key: R rows, N q-heads, K kv-heads, G = N / K, Z tiles of query heads, H head_dim, P pages, S = 32 positions
@@ -28,7 +29,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.attention.bounds import IN_REGISTERS
-from pallas_kernels.attention.mosaic.decode_instructions import COLUMNS, EIGHT, PAGE, ROWS, WARPS, Instructions, Tile
+from pallas_kernels.attention.mosaic.decode_instructions import Instructions
+from pallas_kernels.attention.mosaic.decode_registers import COLUMNS, EIGHT, PAGE, ROWS, WARPS, Tile
 from pallas_kernels.attention.mosaic.forward import HIDDEN, LOWEST
 from pallas_kernels.attention.mosaic.instructions import rem_div
 from pallas_kernels.attention.tiles import ScoreScaling
@@ -42,31 +44,32 @@ HEADROOM = 6
 SMALLEST = 1e-30  # total of a row that sees nothing, whose sums are 0
 
 
-class Cache(NamedTuple):
+class KVPages(NamedTuple):
     """Keys and values in pages, 16-bit numbers or codes of 8 bits with a scale per position and head."""
 
-    k_PKSH: Shaped[Array, "P K S H"]
-    v_PKSH: Shaped[Array, "P K S H"]
-    k_scales_PKS: Float[Array, "P K S"] | None
-    v_scales_PKS: Float[Array, "P K S"] | None
+    k: Shaped[Array, "P K S H"]
+    v: Shaped[Array, "P K S H"]
+    k_scale: Float[Array, "P K S"] | None
+    v_scale: Float[Array, "P K S"] | None
     pages_LRI: Int[Array, "L R I"]
 
 
 class Seen(NamedTuple):
-    """The positions that each row sees: those up to its own, within the window."""
+    """What each query sees: the positions up to its own in one row of a layer, within the window."""
 
     layer_1: Int[Array, " 1"]
+    rows_R: Int[Array, " R"]
     positions_R: Int[Array, " R"]
     window_1: Int[Array, " 1"] | None
 
     def interval(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns, inside a kernel, the first and the last position that a row sees."""
+        """Returns, inside a kernel, the first and the last position that a query sees."""
         last = self.positions_R[row]
         first = jnp.int32(0) if self.window_1 is None else jnp.maximum(last - self.window_1[0] + 1, 0)
         return first, last
 
     def splits(self, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns, inside a kernel, the first split of a row, and how many it has; none if its position is -1."""
+        """Returns, inside a kernel, the first split of a query, and how many it has; none if its position is -1."""
         first, last = self.interval(row)
         start = _divided(first, SPLIT)
         return start, lax.select(last < 0, jnp.int32(0), _divided(jnp.maximum(last, 0), SPLIT) + 1 - start)
@@ -84,18 +87,23 @@ def tile_of(group: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype)
 
 def decode(
     q_RNH: Float[Array, "R N H"],
-    cache: Cache,
+    pages: KVPages,
     layer: Int[Array, ""] | int,
+    rows_R: Int[Array, " R"],
     positions_R: Int[Array, " R"],
     window: int | Int[Array, ""] | None,
     scores: ScoreScaling,
     sinks_N: Float[Array, " N"] | None,
     instructions: Callable[[Tile], Instructions],
 ) -> Float[Array, "R N H"]:
-    """Returns softmax(scores, over visible positions) v of a layer in q's dtype; zeros for rows at position -1."""
-    (rows, heads, width), kv_heads = q_RNH.shape, cache.k_PKSH.shape[1]
+    """Returns softmax(scores, over visible positions) v of a layer in q's dtype; zeros for queries at position -1.
+
+    Args:
+      rows_R: the row of the pages' table that each query belongs to.
+    """
+    (rows, heads, width), kv_heads = q_RNH.shape, pages.k.shape[1]
     group = heads // kv_heads
-    do = instructions(tile_of(group, width, q_RNH.dtype, cache.k_PKSH.dtype))
+    do = instructions(tile_of(group, width, q_RNH.dtype, pages.k.dtype))
     of_tile = do.tile.heads
     tiles = -(-group // of_tile)
 
@@ -106,9 +114,9 @@ def decode(
         more = [(0, tiles * of_tile - group if at == head_axis + 1 else 0) for at in range(x.ndim)]
         return jnp.pad(x, more).reshape(*before, kv_heads * tiles, of_tile, *after)
 
-    seen = Seen(_one(layer), positions_R.astype(jnp.int32), None if window is None else _one(window))
+    seen = Seen(_one(layer), _whole(rows_R), _whole(positions_R), None if window is None else _one(window))
     sinks_ZE = None if sinks_N is None else tiled(sinks_N.astype(jnp.float32) * math.log2(math.e), 0)
-    parts = _splits(tiled(q_RNH, 1), cache, seen, scores, do)
+    parts = _splits(tiled(q_RNH, 1), pages, seen, scores, do)
     out_RZHE = _merge(*parts, seen, sinks_ZE, do)
     out_RKEH = jnp.swapaxes(out_RZHE, 2, 3).reshape(rows, kv_heads, tiles * of_tile, width)
     return out_RKEH[:, :, :group].reshape(q_RNH.shape)
@@ -118,21 +126,26 @@ def _one(number: jax.Array | int) -> Int[Array, " 1"]:
     return jnp.asarray(number, jnp.int32).reshape(1)
 
 
-def _splits(q_RZEH: jax.Array, cache: Cache, seen: Seen, scores: ScoreScaling, do: Instructions):
-    """Returns, for each split that a row sees, (sums [R, Z, C, H, E], log2 of their factor and total [R, Z, C, 2, E])."""
-    rows, tiles, heads, width = q_RZEH.shape
-    kv_heads, splits = cache.k_PKSH.shape[1], -(-cache.pages_LRI.shape[2] * PAGE // SPLIT)
+def _whole(numbers_R: jax.Array) -> Int[Array, " R"]:
+    return numbers_R.astype(jnp.int32)
 
-    def kernel(q_g, cache_g, seen_g, sums_g, tops_g, sums_s, rows_s):
+
+def _splits(q_RZEH: jax.Array, pages: KVPages, seen: Seen, scores: ScoreScaling, do: Instructions):
+    """Returns the sums [R, Z, C, H, E] of splits and [R, Z, C, 2, E]: log2 of their factor, and their total."""
+    rows, tiles, heads, width = q_RZEH.shape
+    kv_heads, splits = pages.k.shape[1], -(-pages.pages_LRI.shape[2] * PAGE // SPLIT)
+
+    def kernel(q_g, pages_g, seen_g, sums_g, tops_g, sums_s, rows_s):
         program, z, row = (lax.axis_index(name) for name in ("program", "tile", "row"))
-        pages = _Pages(do, cache_g, seen_g.layer_1[0], row, _divided(z, tiles // kv_heads), *seen_g.interval(row))
+        kv, (first, last) = _divided(z, tiles // kv_heads), seen_g.interval(row)
+        of_query = _Pages(do, pages_g, seen_g.layer_1[0], seen_g.rows_R[row], kv, first, last)
         q = do.queries(q_g.at[row, z])
         start, count = seen_g.splits(row)
 
         @pl.loop(0, _divided(count - program + PROGRAMS - 1, PROGRAMS))
         def _(n):
             split = start + program + n * PROGRAMS
-            sums, top, total = _sums_of_split(do, q, pages, split, scores)
+            sums, top, total = _sums_of_split(do, q, of_query, split, scores)
             do.show(sums, (top - HEADROOM, total), sums_s, rows_s)
             do.sync()
             part = _Part.none(do)
@@ -158,14 +171,14 @@ def _splits(q_RZEH: jax.Array, cache: Cache, seen: Seen, scores: ScoreScaling, d
         ],
         kernel_name="attention_decode",
         **do.options,
-    )(q_RZEH, cache, seen)
+    )(q_RZEH, pages, seen)
 
 
 class _Pages(NamedTuple):
     """Inside a kernel: the pages of a row's key head in one layer, from its first position to its last."""
 
     do: Instructions
-    cache_g: Cache
+    pages_g: KVPages
     layer: jax.Array
     row: jax.Array
     kv: jax.Array
@@ -176,15 +189,15 @@ class _Pages(NamedTuple):
         """Looks up the two pages of a step; those that the row does not see are replaced by one that it sees."""
         low, high = _divided(self.first, PAGE), _divided(self.last, PAGE)
         blocks = [jnp.clip(2 * step + at, low, high) for at in range(2)]
-        return [self.cache_g.pages_LRI[self.layer, self.row, block] for block in blocks]
+        return [self.pages_g.pages_LRI[self.layer, self.row, block] for block in blocks]
 
     def keys(self, numbers: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Loads (keys, their scales) of two pages."""
-        return self._load(self.do.keys, self.cache_g.k_PKSH, self.cache_g.k_scales_PKS, numbers)
+        return self._load(self.do.keys, self.pages_g.k, self.pages_g.k_scale, numbers)
 
     def values(self, numbers: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Loads (values, their scales) of two pages."""
-        return self._load(self.do.values, self.cache_g.v_PKSH, self.cache_g.v_scales_PKS, numbers)
+        return self._load(self.do.values, self.pages_g.v, self.pages_g.v_scale, numbers)
 
     def _load(self, load, of_pages, of_scales, numbers):
         scales = [] if of_scales is None else [self.do.scales(of_scales.at[page, self.kv]) for page in numbers]
@@ -200,19 +213,24 @@ def _sums_of_split(do: Instructions, q: jax.Array, pages: _Pages, split: jax.Arr
     def later(step):
         return jnp.minimum(step, high)
 
+    def ahead_of(at, then):
+        return pages.keys(then), then, pages.numbers(later(at + 2))
+
     def step(at, carry):
         sums, top, total, (k, k_scales), here, then = carry
         v, v_scales = pages.values(here)
         s = do.scores(q, k)
         s = do.scaled(s, k_scales) if k_scales else s
-        ahead = pages.keys(then), then, pages.numbers(later(at + 2))
-        s = jnp.where(_is_seen(do, at, pages), scores.capped_by_exp2(s), HIDDEN)
+        ahead = ahead_of(at, then) if do.tile.head_dim <= IN_REGISTERS else ()
+        seen = _is_seen(do, at, pages)
+        s = jnp.where(seen, scores.capped_by_exp2(s), HIDDEN)
         new = jnp.maximum(top, jnp.max(s, axis=1) * scores.to_log2)
         fade = jnp.exp2(top - new)
         weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(new - HEADROOM, s.shape, (0,)))
         total = total * fade + jnp.sum(weights, axis=1)
-        weights = do.scaled(weights, v_scales) if v_scales else weights
-        return do.add(sums, fade, weights, v), new, total, *ahead
+        weights = jnp.where(seen, do.scaled(weights, v_scales), 0.0) if v_scales else weights
+        sums = do.add(sums, fade, weights, v, jnp.where(seen, -1, 0))
+        return sums, new, total, *(ahead or ahead_of(at, then))
 
     here, then = pages.numbers(low), pages.numbers(later(low + 1))
     start = do.zeros(), do.full_rows(LOWEST), do.full_rows(0.0), pages.keys(here), here, then

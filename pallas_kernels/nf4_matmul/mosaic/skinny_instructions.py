@@ -206,8 +206,7 @@ def _machine(table: np.ndarray, dtype: DTypeLike, constants: Sequence[MosaicValu
     def add(sums, scales, q, found):
         scale = arith.extf(f32, value(scales, q))
         new = [
-            assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], value(sums, v)])[0]
-            for v in range(2)
+            assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], value(sums, v)])[0] for v in range(2)
         ]
         return vector.from_elements(ir.VectorType.get((2,), f32), new)
 
