@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import cpu, reference
 from pallas_kernels.attention.branching import Spans
 from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.tiles import ScoreScaling
 from pallas_kernels.devices import target_device
 
@@ -86,3 +87,35 @@ def cached_attention(
     loops = cpu if few and cpu.unsupported_reason(target_device().platform, k_LBKSH.dtype) is None else reference
     scores = ScoreScaling(scale, softcap)
     return loops.cached_attention(q_BTNH, k_LBKSH, v_LBKSH, layer, positions_BT, window, scores, sinks_N)
+
+
+def paged_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    pages: KVPages,
+    layer: Int[Array, ""] | int,
+    rows_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    scale: float,
+    *,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    sinks_N: Float[Array, " N"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scale q k^T, over visible positions) v of a layer in q's dtype.
+
+    By the C++ loops, a query's result depends only on its keys and values, to the bit: not on other queries or page
+    numbers. This holds among calls of one token per row, and among calls of several tokens per row. Codes of pages are
+    multiplied by their factors in f32, and attention is then that of pages in f32.
+
+    Args:
+      rows_BT: the row of the pages' table that each query belongs to.
+      positions_BT: its position there. It sees that position and those before it. -1: it sees nothing and gets zeros.
+      scale, window, softcap, sinks_N: as in `causal_attention`.
+
+    Raises:
+      ValueError: as `causal_attention`.
+    """
+    _check(scale, window, softcap)
+    loops = cpu if cpu.unsupported_pages(target_device().platform, q_BTNH.dtype, pages) is None else reference
+    scores = ScoreScaling(scale, softcap)
+    return loops.paged_attention(q_BTNH, pages, layer, rows_BT, positions_BT, window, scores, sinks_N)

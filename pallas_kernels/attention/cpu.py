@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.branching import Spans
+from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.sinks import add_sinks, sinks_gradient
 from pallas_kernels.attention.tiles import ScoreScaling, Texts
 from pallas_kernels.native.library import handler, multiplies_bfloat16, problem
@@ -117,6 +118,36 @@ def cached_attention(
     limits = (positions_BT.astype(jnp.int32), _window(window))
     call = _call("attention_cached", [jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32)], scores)
     return call(q_BTNH, k_LBKSH, v_LBKSH, jnp.asarray(layer, jnp.int32), *limits, sinks)[0].astype(q_BTNH.dtype)
+
+
+def unsupported_pages(platform: str, dtype: DTypeLike, pages: KVPages) -> str | None:
+    """Returns the reason why the loops cannot attend over these pages with queries of a dtype, or None."""
+    reason = unsupported_reason(platform, dtype)
+    if reason is None and pages.k_scale is None:
+        return unsupported_reason(platform, pages.k.dtype)
+    return reason
+
+
+def paged_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    pages: KVPages,
+    layer: Int[Array, ""] | int,
+    rows_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    window: int | Int[Array, ""] | None,
+    scores: ScoreScaling,
+    sinks_N: Float[Array, " N"] | None,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(scores, over visible positions) v; arguments as in `api.paged_attention`.
+
+    The loop receives all pages, so that no slice is copied, and reads only the positions that are visible.
+    """
+    none = jnp.zeros(0)
+    scales = [none if x is None else x for x in (pages.k_scale, pages.v_scale)]
+    sinks = none if sinks_N is None else sinks_N.astype(jnp.float32)
+    places = (jnp.asarray(x, jnp.int32) for x in (pages.pages_LRI, layer, rows_BT, positions_BT))
+    call = _call("attention_paged", [jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32)], scores)
+    return call(q_BTNH, pages.k, pages.v, *scales, *places, _window(window), sinks)[0].astype(q_BTNH.dtype)
 
 
 def _call(

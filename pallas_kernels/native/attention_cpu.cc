@@ -18,131 +18,11 @@
 
 #include "attention.h"
 #include "handler.h"
-#include "terms.h"
 
 namespace ffi = xla::ffi;
 
 namespace qlora {
 namespace {
-
-constexpr int64_t kMostKeys = 2 * kBlock;  // keys per tile of the forward pass
-constexpr int64_t kWidth = 16;             // packed rows are padded to a multiple of as many features
-constexpr int64_t kRows = 4;               // result rows in registers, by kVectors vectors of columns
-constexpr int64_t kVectors = kLanes == 8 ? 2 : 4;
-
-enum class Start { kZero, kSum, kFaded };  // the value to which a product is added
-
-// ---- products
-
-// A left operand: term p of row r is at[r * row + p * term].
-template <typename Word>
-struct Left {
-  const Word* at;
-  int64_t row, term;
-};
-
-// c[R, C vectors] (+)= a[R, terms] b[terms, C vectors]; with Start::kFaded, rows of c are first multiplied by fade[r].
-template <typename T, int R, int C, Start S>
-__attribute__((always_inline))  // a call costs 5 % of heads of 64 features
-inline void product(Left<typename T::Word> a, const typename T::Word* b, int64_t b_stride, int64_t terms, float* c,
-                    int64_t c_stride, const float* fade) {
-  Floats sums[R][C];
-#pragma GCC unroll 4  // else GCC keeps sums in memory
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) {
-      sums[r][j] = S == Start::kZero ? Floats{} : load(c + r * c_stride + kLanes * j);
-      if constexpr (S == Start::kFaded) sums[r][j] *= fade[r];
-    }
-  for (int64_t p = 0; p < terms; ++p) {
-    typename T::Words columns[C];
-    for (int j = 0; j < C; ++j) columns[j] = load<typename T::Words>(b + p * b_stride + kLanes * j);
-    for (int r = 0; r < R; ++r) {
-      const typename T::Words row = T::broadcast(a.at[r * a.row + p * a.term]);
-      for (int j = 0; j < C; ++j) sums[r][j] = T::add_product(row, columns[j], sums[r][j]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < C; ++j) store(sums[r][j], c + r * c_stride + kLanes * j);
-}
-
-// The same for 64 rows and any multiple of kWidth columns.
-template <typename T, Start S>
-void block_product(Left<typename T::Word> a, const typename T::Word* b, int64_t b_stride, int64_t terms,
-                   int64_t columns, float* c, int64_t c_stride, const float* fade = nullptr) {
-  for (int64_t j = 0; j < columns; j += kVectors * kLanes)
-    for (int64_t r = 0; r < kBlock; r += kRows) {
-      const Left<typename T::Word> rows{a.at + r * a.row, a.row, a.term};
-      float* to = c + r * c_stride + j;
-      const float* fades = S == Start::kFaded ? fade + r : nullptr;
-      switch (std::min(columns - j, kVectors * kLanes) / kLanes) {
-        case 4: product<T, kRows, 4, S>(rows, b + j, b_stride, terms, to, c_stride, fades); break;
-        case 3: product<T, kRows, 3, S>(rows, b + j, b_stride, terms, to, c_stride, fades); break;
-        case 2: product<T, kRows, 2, S>(rows, b + j, b_stride, terms, to, c_stride, fades); break;
-        default: product<T, kRows, 1, S>(rows, b + j, b_stride, terms, to, c_stride, fades);
-      }
-    }
-}
-
-// ---- arrays
-
-// One head of an array [B, T, heads, H].
-template <typename Element>
-struct Head {
-  Element* at;
-  int64_t stride, rows, width;  // between rows; number of rows; H
-
-  static Head of(Element* data, const Sizes& s, int64_t heads, int64_t b, int64_t head) {
-    return {data + (b * s.t * heads + head) * s.h, heads * s.h, s.t, s.h};
-  }
-  int64_t rows_of(int64_t block) const { return std::min(kBlock, rows - block * kBlock); }
-  Element* row(int64_t t) const { return at + t * stride; }
-  // Term p of a row; numbers past the row's end are zeros.
-  typename Terms<Element>::Word word(const Element* row, int64_t p) const {
-    constexpr int64_t kNumbers = Terms<Element>::kNumbers;
-    if (kNumbers * (p + 1) <= width) return Terms<Element>::word(row + kNumbers * p);
-    Element both[2] = {row[kNumbers * p], 0};
-    return Terms<Element>::word(both);
-  }
-  int64_t terms() const { return (width + Terms<Element>::kNumbers - 1) / Terms<Element>::kNumbers; }
-  int64_t padded() const { return (width + kWidth - 1) / kWidth * kWidth; }
-};
-
-// The bits of numbers [h, h + kLanes) of a row, as they are in the low part of a word; 0 past the row's end.
-inline Integers lanes_of(const float* row, int64_t h, int64_t width) {
-  if (h + kLanes <= width) return load<Integers>(row + h);
-  Integers lanes{};
-  for (int64_t i = 0; h + i < width; ++i) lanes[i] = load<int32_t>(row + h + i);
-  return lanes;
-}
-inline Integers lanes_of(const uint16_t* row, int64_t h, int64_t width) {
-  if (h + kLanes <= width) return widened(load<Shorts>(row + h));
-  Integers lanes{};
-  for (int64_t i = 0; h + i < width; ++i) lanes[i] = row[h + i];
-  return lanes;
-}
-
-// A block's rows as a left operand: in place, or copied if the block is partial or its numbers are converted.
-template <typename Element, typename Word>
-Left<Word> rows_of(const Head<Element>& head, int64_t block, Word* copy) {
-  using T = Terms<Element>;
-  const int64_t there = head.rows_of(block), terms = head.padded() / T::kNumbers;
-  if (T::kInPlace && there == kBlock && head.width % T::kNumbers == 0)
-    return {reinterpret_cast<const Word*>(head.row(block * kBlock)), head.stride / T::kNumbers, 1};
-  std::memset(copy, 0, kBlock * terms * sizeof(Word));
-  for (int64_t r = 0; r < there; ++r) {
-    const Element* row = head.row(block * kBlock + r);
-    if constexpr (T::kInPlace) {
-      std::memcpy(copy + r * terms, row, head.width * sizeof(Element));
-    } else {
-      for (int64_t h = 0; h < head.width; h += kLanes)
-        store(floats_of(lanes_of(row, h, head.width) << 16), copy + r * terms + h);
-    }
-  }
-  return {copy, terms, 1};
-}
 
 // Packs a block's rows as the columns of a right operand: to[terms, 64].
 template <typename Element, typename Word>
@@ -151,36 +31,6 @@ void pack_columns(const Head<Element>& head, int64_t block, Word* to) {
   if (there < kBlock) std::memset(to, 0, terms * kBlock * sizeof(Word));
   for (int64_t r = 0; r < there; ++r)
     for (int64_t p = 0; p < terms; ++p) to[p * kBlock + r] = head.word(head.row(block * kBlock + r), p);
-}
-
-// Packs a block's rows as the rows of a right operand: to[64 / numbers per term, padded width].
-template <typename Element, typename Word>
-void pack_rows(const Head<Element>& head, int64_t block, Word* to) {
-  constexpr int64_t kNumbers = Terms<Element>::kNumbers;
-  const int64_t there = head.rows_of(block);
-  const auto lanes = [&](int64_t r, int64_t h) {
-    return r < there ? lanes_of(head.row(block * kBlock + r), h, head.width) : Integers{};
-  };
-  for (int64_t p = 0; p < kBlock / kNumbers; ++p)
-    for (int64_t h = 0; h < head.padded(); h += kLanes) {
-      Integers words = lanes(kNumbers * p, h);
-      if constexpr (kNumbers == 2) words |= lanes(2 * p + 1, h) << 16;
-      if constexpr (sizeof(Element) < sizeof(Word) && kNumbers == 1) words <<= 16;
-      std::memcpy(to + p * head.padded() + h, &words, sizeof words);
-    }
-}
-
-// Writes a block's f32 rows [64, padded width], each multiplied by a factor.
-template <typename Element, typename Factor>
-void write_rows(const float* from, const Head<Element>& head, int64_t block, const Factor& factor) {
-  for (int64_t r = 0; r < head.rows_of(block); ++r) {
-    const float by = factor(r);
-    Element* row = head.row(block * kBlock + r);
-    const float* sums = from + r * head.padded();
-    int64_t h = 0;
-    for (; h + kLanes <= head.width; h += kLanes) store(load(sums + h) * by, row + h);
-    for (; h < head.width; ++h) put(sums[h] * by, row + h);
-  }
 }
 
 // ---- forward
@@ -274,19 +124,8 @@ struct Forward {
       if (masked) store(visibility.of(b, t, first + at) ? load(scores + at) : all(kMasked), scores + at);
       most = max(most, load(scores + at));
     }
-    const float now = greatest(most);  // constants before the loop: what it stores might alias them
-    const Floats above = all(now), by = all(scaling.to_log2());
-    auto* weights = reinterpret_cast<typename T::Number*>(words);
-    Floats total{};
-    for (int64_t at = 0; at < keys; at += kLanes * T::kNumbers) {
-      for (int64_t i = 0; i < T::kNumbers; ++i) {
-        const int64_t next = at + i * kLanes;
-        T::store(exp2((load(scores + next) - above) * by), weights + next);
-      }
-      const auto stored = load<typename T::Words>(words + at / T::kNumbers);
-      total = T::add_product(stored, T::broadcast(T::kOne), total);
-    }
-    scratch.added[r] = sum(total);
+    const float now = greatest(most);
+    scratch.added[r] = weigh<T>(scores, keys, now, scaling.to_log2(), words);
     scratch.fade[r] = (scratch.top[r] - now) * scaling.to_log2();
     scratch.top[r] = now;
   }

@@ -25,7 +25,9 @@ from typing import NamedTuple
 import jax
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "ggml", "dense", "attention", "cached_attention"))
+SOURCES = tuple(
+    _HERE / f"{name}_cpu.cc" for name in ("nf4", "ggml", "dense", "attention", "cached_attention", "paged_attention")
+)
 HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "handler", "integers", "lanes", "product", "terms"))
 BUILD = "python -m pallas_kernels.native.build"
 COMPILERS = ("c++", "g++", "clang++")

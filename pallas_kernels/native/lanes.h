@@ -122,10 +122,13 @@ struct Table {
 #endif
 };
 
-// ---- numbers in memory: f32, or bf16 as 16 bits
+// ---- numbers in memory: f32, bf16 as 16 bits, or 8-bit integers
 
 inline Floats load(const uint16_t* at) {
   return floats_of(widened(load<Shorts>(at)) << 16);
+}
+inline Floats load(const int8_t* at) {
+  return converted((load_bytes(reinterpret_cast<const uint8_t*>(at)) ^ 128) - 128);
 }
 inline float number(float x) { return x; }
 inline float number(uint16_t x) {

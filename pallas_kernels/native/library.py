@@ -24,6 +24,7 @@ HANDLERS = (
     "attention_forward",
     "attention_backward",
     "attention_cached",
+    "attention_paged",
 )
 SWITCH = "QLORA_JAX_BUILD_LOOPS"  # environment variable
 
