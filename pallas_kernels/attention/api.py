@@ -6,9 +6,9 @@ Dimension key: L layers, B batch, T query, S cache slot, N q-heads, K kv-heads, 
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import cpu, reference
+from pallas_kernels.attention import cpu, mma, reference
 from pallas_kernels.attention.branching import Spans
-from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose, choose_decoding
 from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.tiles import ScoreScaling
 from pallas_kernels.devices import target_device
@@ -106,6 +106,7 @@ def paged_attention(
     By the C++ loops, a query's result depends only on its keys and values, to the bit: not on other queries or page
     numbers. This holds among calls of one token per row, and among calls of several tokens per row. Codes of pages are
     multiplied by their factors in f32, and attention is then that of pages in f32.
+    The kernel of NVIDIA cards computes calls of one token per row, and the same holds.
 
     Args:
       rows_BT: the row of the pages' table that each query belongs to.
@@ -116,6 +117,8 @@ def paged_attention(
       ValueError: as `causal_attention`.
     """
     _check(scale, window, softcap)
-    loops = cpu if cpu.unsupported_pages(target_device().platform, q_BTNH.dtype, pages) is None else reference
-    scores = ScoreScaling(scale, softcap)
+    device, scores = target_device(), ScoreScaling(scale, softcap)
+    loops = cpu if cpu.unsupported_pages(device.platform, q_BTNH.dtype, pages) is None else reference
+    if q_BTNH.shape[1] == 1 and choose_decoding(device, q_BTNH.dtype, q_BTNH.shape[3], pages.k.dtype).name == "mma":
+        loops = mma
     return loops.paged_attention(q_BTNH, pages, layer, rows_BT, positions_BT, window, scores, sinks_N)

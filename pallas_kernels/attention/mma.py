@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.bounds import Visible
+from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.sinks import sinks_gradient
 from pallas_kernels.attention.tiles import ScoreScaling, Texts
 from pallas_kernels.devices import target_device
@@ -69,26 +70,22 @@ def _backward(scores, residuals, do_BTNH):
 _attention.defvjp(_forward, _backward)
 
 
-def decode_attention(
-    q_RNH: Float[Array, "R N H"],
+def paged_attention(
+    q_BTNH: Float[Array, "B 1 N H"],
     pages: KVPages,
     layer: Int[Array, ""] | int,
-    rows_R: Int[Array, " R"],
-    positions_R: Int[Array, " R"],
+    rows_BT: Int[Array, "B 1"],
+    positions_BT: Int[Array, "B 1"],
     window: int | Int[Array, ""] | None,
     scores: ScoreScaling,
     sinks_N: Float[Array, " N"] | None,
-) -> Float[Array, "R N H"]:
-    """Returns softmax(scores, over visible positions of pages) v of one token per row; `mosaic.decode` says how.
+) -> Float[Array, "B 1 N H"]:
+    """Returns softmax(scores, over visible positions) v of one token per row; arguments as in `api.paged_attention`.
 
-    A query's result depends on nothing but its row's keys and values up to its position, to the bit.
-
-    Args:
-      rows_R: the row of the pages' table that each query belongs to.
-      positions_R: its position there; -1: it sees nothing and gets zeros.
+    A query's result depends only on its keys and values, to the bit.
     """
-    decode = _module("decode").decode
-    return decode(q_RNH, pages, layer, rows_R, positions_R, window, scores, sinks_N, decoding_instructions())
+    decode, how = _module("decode").decode, (window, scores, sinks_N, decoding_instructions())
+    return decode(q_BTNH[:, 0], pages, layer, rows_BT[:, 0], positions_BT[:, 0], *how)[:, None]
 
 
 def _padded(x: jax.Array, axis: int) -> jax.Array:

@@ -13,7 +13,6 @@ WITH_CP_ASYNC = ("sm_80", "sm_86", "sm_89")
 MOST_NUMBERS = 2**31  # that a signed 32-bit offset reaches; TMA, on newer cards, has coordinates along each axis
 
 
-PAGE = 32  # positions; a warp takes eight
 CODES = "int8"
 
 
@@ -29,20 +28,15 @@ def unsupported_reason(device: Device, dtype: DTypeLike, head_dim: int, numbers:
     return "; ".join(problems) or _missing("mma")
 
 
-def undecodable_reason(
-    device: Device, dtype: DTypeLike, head_dim: int, cache_dtype: DTypeLike, page: int = PAGE
-) -> str | None:
+def undecodable_reason(device: Device, dtype: DTypeLike, head_dim: int, cache_dtype: DTypeLike) -> str | None:
     """Returns all reasons why the kernel of one token per row cannot read pages on a device, or None if it can.
 
     Args:
       cache_dtype: that of keys and values in pages, or of their codes.
-      page: positions of a page.
     """
     problems = _problems("decode", device, dtype, head_dim)
     if str(cache_dtype) not in (str(dtype), CODES):
         problems.append(f"decode kernels with {dtype} take pages of {dtype} and {CODES}, not {cache_dtype}")
-    if page != PAGE:
-        problems.append(f"decode kernels take pages of {PAGE} positions, not {page}")
     return "; ".join(problems) or _missing("decode")
 
 

@@ -26,13 +26,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.bounds import IN_REGISTERS
 from pallas_kernels.attention.mosaic.decode_instructions import Instructions
-from pallas_kernels.attention.mosaic.decode_registers import COLUMNS, EIGHT, PAGE, ROWS, WARPS, Tile
+from pallas_kernels.attention.mosaic.decode_registers import COLUMNS, EIGHT, ROWS, WARPS, Tile
 from pallas_kernels.attention.mosaic.forward import HIDDEN, LOWEST
 from pallas_kernels.attention.mosaic.instructions import rem_div
+from pallas_kernels.attention.pages import PAGE, KVPages
 from pallas_kernels.attention.tiles import ScoreScaling
 from pallas_kernels.mosaic.registers import MosaicValue
 
@@ -42,16 +43,6 @@ PROGRAMS = 32  # for the splits of one row and key head: 16,384 positions at onc
 TOGETHER = 4  # splits that `_merge` loads at once
 HEADROOM = 6
 SMALLEST = 1e-30  # total of a row that sees nothing, whose sums are 0
-
-
-class KVPages(NamedTuple):
-    """Keys and values in pages, 16-bit numbers or codes of 8 bits with a scale per position and head."""
-
-    k: Shaped[Array, "P K S H"]
-    v: Shaped[Array, "P K S H"]
-    k_scale: Float[Array, "P K S"] | None
-    v_scale: Float[Array, "P K S"] | None
-    pages_LRI: Int[Array, "L R I"]
 
 
 class Seen(NamedTuple):

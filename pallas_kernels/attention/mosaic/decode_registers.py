@@ -21,10 +21,10 @@ from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, Replicate
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels.attention.pages import PAGE
 from pallas_kernels.mosaic.registers import MosaicValue, assembly, value
 
 WARPS, EIGHT = 4, 8
-PAGE = 32  # positions
 ROWS, COLUMNS = 64, 16  # of scores: heads of four warps, positions of a warp
 LOADS = (16, 8, 4, 2)  # bytes
 

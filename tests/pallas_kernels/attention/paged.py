@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention.mosaic.decode import KVPages
+from pallas_kernels.attention.pages import PAGE, KVPages
 
 SCALE = 0.3
-LAYERS, LAYER, PAGE = 2, 1, 32
+LAYERS, LAYER = 2, 1
 
 
 class Call(NamedTuple):
@@ -53,7 +53,8 @@ def call(positions, heads, kv_heads, head_dim, dtype=jnp.float32, *, coded=False
         scales.append(_in_pages(np.where(seen, factors, np.nan), table, jnp.float32) if coded else None)
         exact.append(codes * factors[..., None].astype(np.float64) if coded else x)
     k, v = ([np.repeat(row, heads // kv_heads, axis=0) for row in x] for x in exact)
-    pages = KVPages(*held, *scales, jnp.asarray(table, jnp.int32))
+    names = ("k", "v", "k_scale", "v_scale")
+    pages = KVPages(**dict(zip(names, [*held, *scales], strict=True)), pages_LRI=jnp.asarray(table, jnp.int32))
     return Call(q, pages, tuple(positions), k, v)
 
 

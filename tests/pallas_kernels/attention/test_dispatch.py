@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels.attention import costs
 from pallas_kernels.attention.bounds import DQ, Block, Visible, dkv_block, forward_block, key_visits, query_visits
 from pallas_kernels.attention.dispatch import choose, choose_decoding
-from pallas_kernels.attention.mosaic.capabilities import DEVICES, DTYPES, HEAD_DIMS, undecodable_reason
+from pallas_kernels.attention.mosaic.capabilities import DEVICES, DTYPES, HEAD_DIMS
 from pallas_kernels.devices import Device
 from pallas_kernels.mosaic import installation
 from tests.nn.trees import random_trees, row_of_trees, visible_keys
@@ -66,10 +66,6 @@ def test_decoding_takes_its_kernel_or_says_why_not(device, dtype, cache_dtype, r
     choice = choose_decoding(device, dtype, 128, cache_dtype)
     assert choice.name == ("mma" if reason is None else "reference")
     assert reason is None or reason in choice.refusals["mma"]
-
-
-def test_pages_of_other_sizes_are_refused():
-    assert "take pages of 32 positions, not 16" in str(undecodable_reason(gpu(8, 0), "bfloat16", 64, "int8", 16))
 
 
 # Blocks that are visited, against the mask by definition

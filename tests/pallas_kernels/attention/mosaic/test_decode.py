@@ -1,5 +1,6 @@
 """Attention of one token per row over pages: the interpreted twin, the registers of 128 threads, and broken copies."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,7 +14,8 @@ from pallas_kernels.attention import mma
 from pallas_kernels.attention.mosaic import decode, decode_registers
 from pallas_kernels.attention.mosaic.capabilities import HEAD_DIMS
 from pallas_kernels.attention.mosaic.decode_instructions import Interpreted
-from pallas_kernels.attention.mosaic.decode_registers import COLUMNS, OF_SCORES, PAGE, ROWS, WARPS, Alu, Layouts, Tile
+from pallas_kernels.attention.mosaic.decode_registers import COLUMNS, OF_SCORES, ROWS, WARPS, Alu, Layouts, Tile
+from pallas_kernels.attention.pages import PAGE
 from pallas_kernels.attention.tiles import ScoreScaling
 from tests.marks import some_in_ci
 from tests.pallas_kernels.attention.loops import DETECTING
@@ -42,8 +44,9 @@ def no_race():
 def attend(one, rows=None, window=None, softcap=None, sinks_N=None):
     rows = jnp.arange(len(one.positions)) if rows is None else rows
     positions, scores = jnp.asarray(one.positions), ScoreScaling(SCALE, softcap)
-    run = functools.partial(mma.decode_attention, window=window, scores=scores, sinks_N=sinks_N)
-    return np.asarray(jax.jit(run)(one.q, one.pages, LAYER, rows, positions), np.float64)
+    run = functools.partial(mma.paged_attention, window=window, scores=scores, sinks_N=sinks_N)
+    found = jax.jit(run)(one.q[:, None], one.pages, LAYER, rows[:, None], positions[:, None])
+    return np.asarray(found[:, 0], np.float64)
 
 
 def error(one, **how):
@@ -95,13 +98,18 @@ def test_a_row_depends_on_nothing_else_to_the_bit():
     table = np.asarray(together.pages.pages_LRI)
     moved = np.random.default_rng(1).permutation(len(together.pages.k))  # page p moves to moved[p]
     back = np.argsort(moved)
-    pages = together.pages._replace(
-        k=together.pages.k[back], v=together.pages.v[back], pages_LRI=jnp.asarray(moved[table][:, [1, 0]], jnp.int32)
+    pages = dataclasses.replace(
+        together.pages,
+        k=together.pages.k[back],
+        v=together.pages.v[back],
+        pages_LRI=jnp.asarray(moved[table][:, [1, 0]], jnp.int32),
     )
     alone = together._replace(q=together.q[1:2], pages=pages, positions=(520,))
     np.testing.assert_array_equal(attend(alone, rows=jnp.asarray([0])), found[1:2])
     longer = together._replace(
-        pages=together.pages._replace(pages_LRI=jnp.pad(together.pages.pages_LRI, ((0, 0), (0, 0), (0, 20))))
+        pages=dataclasses.replace(
+            together.pages, pages_LRI=jnp.pad(together.pages.pages_LRI, ((0, 0), (0, 0), (0, 20)))
+        )
     )
     np.testing.assert_array_equal(attend(longer), found)
 
