@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.bounds import IN_REGISTERS
@@ -70,7 +71,7 @@ def _divided(x: jax.Array, n: int) -> jax.Array:
     return lax.div(x, jnp.int32(n))
 
 
-def tile_of(group: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype) -> Tile:
+def tile_of(group: int, head_dim: int, dtype: DTypeLike, cache_dtype: DTypeLike) -> Tile:
     """Returns the query heads that a program computes, of so many that share a key head."""
     heads = EIGHT if group <= EIGHT or head_dim > IN_REGISTERS else 2 * EIGHT
     return Tile(head_dim, heads, jnp.dtype(dtype), jnp.dtype(cache_dtype))
@@ -107,8 +108,8 @@ def decode(
 
     seen = Seen(_one(layer), _whole(rows_R), _whole(positions_R), None if window is None else _one(window))
     sinks_ZE = None if sinks_N is None else tiled(sinks_N.astype(jnp.float32) * math.log2(math.e), 0)
-    parts = _splits(tiled(q_RNH, 1), pages, seen, scores, do)
-    out_RZHE = _merge(*parts, seen, sinks_ZE, do)
+    sums_RZCHE, tops_RZC2E = _splits(tiled(q_RNH, 1), pages, seen, scores, do)
+    out_RZHE = _merge(sums_RZCHE, tops_RZC2E, seen, sinks_ZE, do)
     out_RKEH = jnp.swapaxes(out_RZHE, 2, 3).reshape(rows, kv_heads, tiles * of_tile, width)
     return out_RKEH[:, :, :group].reshape(q_RNH.shape)
 
