@@ -3,10 +3,14 @@
 Dimension key: L layers, B batch, T query, S cache slot, N q-heads, K kv-heads, H head_dim.
 """
 
+import math
+
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import cpu, mma, reference
+from pallas_kernels.attention.bounds import Bounds
 from pallas_kernels.attention.branching import Spans
 from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose, choose_decoding
 from pallas_kernels.attention.pages import KVPages
@@ -25,6 +29,7 @@ def causal_attention(
     spans: Spans | None = None,
     softcap: float | None = None,
     sinks_N: Float[Array, " N"] | None = None,
+    bounds: Bounds | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
 
@@ -44,6 +49,7 @@ def causal_attention(
       spans: positions that each query sees, for packed rows with branches, in place of `segments_BT`.
       softcap: cap of the scores; None: no cap.
       sinks_N: logit per head that takes part in each softmax and has no value; None: no sinks.
+      bounds: of `shared_bounds` for the same keys, which layers share; None: computed here.
 
     Raises:
       ValueError: `scale`, `window` or `softcap` is not above zero; or `spans` with `segments_BT`.
@@ -52,8 +58,32 @@ def causal_attention(
     if spans is not None and segments_BT is not None:
         raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
     chosen = IMPLEMENTATIONS[str(choose(target_device(), q_BTNH.dtype, q_BTNH.shape[3], q_BTNH.size).name)]
-    texts = segments_BT if spans is None else spans
+    texts = bounds or (segments_BT if spans is None else spans)
     return chosen.attention(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
+
+
+def shared_bounds(
+    shape_BTNH: tuple[int, int, int, int],
+    dtype: DTypeLike,
+    *,
+    window: int | None,
+    segments_BT: Int[Array, "B T"] | None,
+    spans: Spans | None,
+    softcap: float | None,
+) -> Bounds | None:
+    """Returns what `causal_attention` would compute in every layer of equal windows; None if that is nothing.
+
+    A layer that is rematerialized would compute it again, because nothing that it computes leaves the loop.
+
+    Args:
+      shape_BTNH: of the queries.
+      dtype: of the queries.
+    """
+    batch, length, _, head_dim = shape_BTNH
+    if choose(target_device(), dtype, head_dim, math.prod(shape_BTNH)).name != "mma":
+        return None
+    texts = segments_BT if spans is None else spans
+    return mma.bounds_of(batch, length, texts, window, head_dim, softcap)
 
 
 def _check(scale: float, window: int | jax.Array | None, softcap: float | None) -> None:

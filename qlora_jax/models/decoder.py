@@ -449,7 +449,8 @@ class CausalLM(nnx.Module):
             if segments_BT is None:
                 raise ValueError("hidden: found branching without segments_BT. Pass the ids of segments too.")
             index_BT, spans, segments_BT = index_BT + branching.depths_BT, branching.spans(segments_BT), None
-        return Positions.of(self.config, index_BT, segments_BT, length, spans)
+        positions = Positions.of(self.config, index_BT, segments_BT, length, spans)
+        return positions.with_bounds(self.config, self.model.embed_tokens.weight[...].dtype)
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache

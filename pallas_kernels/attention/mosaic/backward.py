@@ -18,16 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import (
-    DQ,
-    IN_REGISTERS,
-    Block,
-    Visible,
-    dkv_block,
-    key_visits,
-    query_visits,
-    whole_from,
-)
+from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Block, Bounds, dkv_block
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, rem_div, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, hide_unless_whole
 from pallas_kernels.attention.tiles import ScoreScaling
@@ -40,7 +31,7 @@ def dq(
     out_BTNH: Float[Array, "B T N H"],
     do_BTNH: Float[Array, "B T N H"],
     lse_BNT: Float[Array, "B N T"],
-    visible: Visible,
+    bounds: Bounds,
     scores: ScoreScaling,
     do: Instructions,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
@@ -65,7 +56,7 @@ def dq(
         **do.options,
     )
     arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, do_BTNH))
-    d_q, mean_BNT = call(*arrays, lse_BNT, visible, key_visits(visible, DQ), whole_from(visible, rows))
+    d_q, mean_BNT = call(*arrays, lse_BNT, bounds.visible, bounds.dq, bounds.whole)
     return d_q.reshape(q_BTNH.shape), mean_BNT
 
 
@@ -155,19 +146,19 @@ def dkv(
     do_BTNH: Float[Array, "B T N H"],
     lse_BNT: Float[Array, "B N T"],
     mean_BNT: Float[Array, "B N T"],
-    visible: Visible,
+    bounds: Bounds,
     scores: ScoreScaling,
     do: Instructions,
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Returns (dk, dv): from one kernel, or from two if the sums of both do not fit the registers."""
-    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, visible, scores=scores, do=do)
+    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, bounds, scores=scores, do=do)
     if k_BTKH.shape[3] <= IN_REGISTERS:
         dk, dv = run(("dk", "dv"))
         return dk, dv
     return *run(("dk",)), *run(("dv",))
 
 
-def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str, ...], *, scores, do):
+def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, bounds: Bounds, names: tuple[str, ...], *, scores, do):
     (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
     queries, keys = block = dkv_block(width, capped=scores.softcap is not None)
     task = _Dkv(do, scores, names, block, length // keys, kv_heads, heads // kv_heads, width)
@@ -185,8 +176,8 @@ def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str
         **do.options,
     )
     arrays = (flat(x) for x in (q, k, v, do_BTNH))
-    bounds = query_visits(visible, block), whole_from(visible, queries)
-    return [x.reshape(k.shape) for x in call(*arrays, lse_BNT, mean_BNT, visible, *bounds)]
+    results = call(*arrays, lse_BNT, mean_BNT, bounds.visible, bounds.dkv, bounds.dkv_whole)
+    return [x.reshape(k.shape) for x in results]
 
 
 class _Dkv(NamedTuple):

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import IN_REGISTERS, Block, Visible, forward_block, key_visits, whole_from
+from pallas_kernels.attention.bounds import IN_REGISTERS, Block, Bounds, forward_block
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, hide_unless_whole
 from pallas_kernels.attention.tiles import ScoreScaling
@@ -31,7 +31,7 @@ def forward(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    visible: Visible,
+    bounds: Bounds,
     sinks_N: Float[Array, " N"] | None,
     scores: ScoreScaling,
     do: Instructions,
@@ -58,7 +58,7 @@ def forward(
         **do.options,
     )
     arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH))
-    out, lse_BNT = call(*arrays, visible, key_visits(visible, block), whole_from(visible, rows), sinks_log2)
+    out, lse_BNT = call(*arrays, bounds.visible, bounds.forward, bounds.whole, sinks_log2)
     return out.reshape(q_BTNH.shape), lse_BNT
 
 
