@@ -170,7 +170,7 @@ def _two_ranges(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Ar
 
 
 class Bounds(NamedTuple):
-    """What the kernels of `mma` read about rows of whole blocks; layers with equal windows can share it.
+    """Visible keys and visits of rows of whole blocks, for the kernels of `mma`; layers of equal windows share them.
 
     Attributes:
       visible: the keys that each query sees.

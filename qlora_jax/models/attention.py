@@ -34,7 +34,7 @@ class Positions:
       spans: positions that each token sees, if rows have branches.
       cos, sin: rotation of each position, [B, T, J], or [R, B, T, J] if layers differ.
       query_scale_BT: factor of the queries of each position; None: 1.
-      bounds: what attention computes once for all layers; None: nothing, or layers differ.
+      bounds: of attention, if it computes them once for all layers.
     """
 
     index_BT: jax.Array

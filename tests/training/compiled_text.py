@@ -72,7 +72,7 @@ def _operations(computations, name: str, enclosing: int) -> Fraction:
     found = Fraction(0)
     for instruction in computations[name].values():
         is_product = any(word in instruction.rest for word in ("__cublas$", "__triton_nested_gemm", "mosaic_gpu"))
-        is_end = instruction.op.endswith("-done")  # of an operation that was counted at its start
+        is_end = instruction.op.endswith("-done")  # its start was counted
         found += instruction.op not in {*PASSES_ON, "constant"} and not is_product and not is_end
         if instruction.op in ("while", "conditional", "call"):
             trips = _trips(instruction, enclosing)

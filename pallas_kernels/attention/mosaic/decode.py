@@ -47,7 +47,7 @@ SMALLEST = 1e-30  # total of a row that sees nothing, whose sums are 0
 
 
 class Seen(NamedTuple):
-    """What each query sees: the positions up to its own in one row of a layer, within the window."""
+    """The positions that queries see: those up to their own in one row of a layer, within the window."""
 
     layer_1: Int[Array, " 1"]
     rows_R: Int[Array, " R"]
@@ -263,7 +263,7 @@ class _Part(NamedTuple):
         return _Part(self.do, sums, top, self.total * factor + other.total * its_factor)
 
     def mean(self) -> jax.Array:
-        """Returns the sums over the total; 0 if there are no positions."""
+        """Returns the sums over the total; 0 without positions."""
         return self.sums * self._spread(1 / jnp.maximum(self.total, SMALLEST))
 
     def _spread(self, numbers: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from pallas_kernels.attention.pages import PAGE
 from pallas_kernels.mosaic.registers import MosaicValue, assembly, value
 
 WARPS, EIGHT = 4, 8
-ROWS, COLUMNS = 64, 16  # of scores: heads of four warps, positions of a warp
+ROWS, COLUMNS = 64, 16  # scores have heads of four warps, and positions of a warp
 LOADS = (16, 8, 4, 2)  # bytes
 
 OF_SCORES = WGMMA_LAYOUT  # [64, 16]: registers (page, block of eight heads), each of two positions

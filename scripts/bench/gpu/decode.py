@@ -44,7 +44,7 @@ from scripts.bench.gpu.matmuls import Record
 from scripts.bench.support.progress import phases
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-LAYERS = 8  # of one program
+LAYERS = 8  # one program has so many
 DTYPE = jnp.bfloat16
 WARM_UP, SAMPLES = 3, 10
 BATCHES, PROMPT, NEW_TOKENS = (1, 8, 16), 512, 64

@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 
 def call(positions, heads, kv_heads, head_dim, dtype=jnp.float32, *, coded=False, seed=0, size=1.0, blocks=None):
-    """Draws a call; what no row sees is NaN, as another row may have left it."""
+    """Draws a call; positions that no row sees are NaN, as another row may have left them."""
     rng = np.random.default_rng([seed, head_dim])
     blocks = blocks or max(positions) // PAGE + 1
     shape = (len(positions), kv_heads, blocks * PAGE, head_dim)
