@@ -289,6 +289,7 @@ class Decoder(nnx.Module):
         x_MD = self._embedded(tokens_BT.reshape(-1))
         if keys_B is not None and neftune_noise_alpha is not None:
             x_MD = add_noise(x_MD, neftune_noise_alpha, fold_in_each(keys_B, NEFTUNE))
+        positions = positions.with_bounds(self.config, x_MD.dtype) if cache is None else positions
         carry, sums = (x_MD, cache), []
         for run in layer_runs(self.layers, self.config):
             carry, of_run = self._scan(run, carry, positions, remat, keys_B, counted_BT)
@@ -449,8 +450,7 @@ class CausalLM(nnx.Module):
             if segments_BT is None:
                 raise ValueError("hidden: found branching without segments_BT. Pass the ids of segments too.")
             index_BT, spans, segments_BT = index_BT + branching.depths_BT, branching.spans(segments_BT), None
-        positions = Positions.of(self.config, index_BT, segments_BT, length, spans)
-        return positions.with_bounds(self.config, self.model.embed_tokens.weight[...].dtype)
+        return Positions.of(self.config, index_BT, segments_BT, length, spans)
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache
