@@ -1,6 +1,6 @@
 """`python -m pallas_kernels.kernel_report`: the kernel that would run each product on each card, and its cost.
 
-It also reports which implementation would compute attention, by head dim.
+It also reports which implementation would compute attention, and attention over pages when decoding, by head dim.
 
 No card has to be present: the report uses the op's own dispatch. Dimension key: M rows, N out, K in.
 """
@@ -8,9 +8,10 @@ No card has to be present: the report uses the op's own dispatch. Dimension key:
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,14 @@ from rich.table import Table
 
 from pallas_kernels import aot
 from pallas_kernels.attention.dispatch import choose as choose_attention
+from pallas_kernels.attention.dispatch import choose_decoding
 from pallas_kernels.devices import Device
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation, nf4_matmul, preference
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, roofline, weight_bytes
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Direction
+from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Choice, Direction
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
@@ -33,6 +35,7 @@ from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 DESCRIPTION = "Prints which kernel would run each product on each card, why, and its cost by arithmetic."
 CPU = "cpu"
 ROWS = (1, 16, 512, 2048)
+PAGE_DTYPES = ("bfloat16", "int8")
 HEAD_DIMS = (64, 80, 96, 100, 128, 256)  # 100: OpenLLaMA 3B
 BLOCK, NESTED = 64, 256
 MIB = 2**20
@@ -159,14 +162,27 @@ def compile_product(card: str, weight: QTensor, m: int, direction: Direction) ->
 
 
 def attention_texts(name: str) -> list[str]:
-    """Returns which implementation computes attention in bfloat16 on a card, and why others do not, by head dim."""
+    """Returns which implementation computes attention in bfloat16 on a card, and why others do not, by head dim.
+
+    Then the same of decoding over pages, by their dtype.
+    """
     device, _ = device_of_card(name)
+    found = _by_head_dim("attention", lambda head_dim: choose_attention(device, "bfloat16", head_dim))
+    if device.platform != "gpu":
+        return found
+    for pages in PAGE_DTYPES:
+        choose = functools.partial(choose_decoding, device, "bfloat16", cache_dtype=pages)
+        found += _by_head_dim(f"decoding over pages in {pages}", lambda head_dim, choose=choose: choose(head_dim))
+    return found
+
+
+def _by_head_dim(what: str, choose: Callable[[int], Choice]) -> list[str]:
     dims: dict[str, list[str]] = {}
     for head_dim in HEAD_DIMS:
-        choice = choose_attention(device, "bfloat16", head_dim)
+        choice = choose(head_dim)
         text = "; ".join([str(choice.name), *choice.refusals.values()])
         dims.setdefault(text, []).append(str(head_dim))
-    return [f"attention, head dim {', '.join(those)}: {text}" for text, those in dims.items()]
+    return [f"{what}, head dim {', '.join(those)}: {text}" for text, those in dims.items()]
 
 
 # Output

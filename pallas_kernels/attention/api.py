@@ -3,12 +3,16 @@
 Dimension key: B batch, T query, N q-heads, K kv-heads, H head_dim.
 """
 
+import math
+
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import cpu, reference
+from pallas_kernels.attention import cpu, mma, reference
+from pallas_kernels.attention.bounds import Bounds
 from pallas_kernels.attention.branching import Spans
-from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose
+from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose, choose_decoding
 from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.tiles import ScoreScaling
 from pallas_kernels.devices import target_device
@@ -25,6 +29,7 @@ def causal_attention(
     spans: Spans | None = None,
     softcap: float | None = None,
     sinks_N: Float[Array, " N"] | None = None,
+    bounds: Bounds | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
 
@@ -44,6 +49,7 @@ def causal_attention(
       spans: positions that each query sees, for packed rows with branches, in place of `segments_BT`.
       softcap: cap of the scores; None: no cap.
       sinks_N: logit per head that takes part in each softmax and has no value; None: no sinks.
+      bounds: of `shared_bounds` for the same keys, which layers share; None: computed here.
 
     Raises:
       ValueError: `scale`, `window` or `softcap` is not above zero; or `spans` with `segments_BT`.
@@ -52,8 +58,32 @@ def causal_attention(
     if spans is not None and segments_BT is not None:
         raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
     chosen = IMPLEMENTATIONS[str(choose(target_device(), q_BTNH.dtype, q_BTNH.shape[3], q_BTNH.size).name)]
-    texts = segments_BT if spans is None else spans
+    texts = bounds or (segments_BT if spans is None else spans)
     return chosen.attention(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
+
+
+def shared_bounds(
+    shape_BTNH: tuple[int, int, int, int],
+    dtype: DTypeLike,
+    *,
+    window: int | None,
+    segments_BT: Int[Array, "B T"] | None,
+    spans: Spans | None,
+    softcap: float | None,
+) -> Bounds | None:
+    """Returns what `causal_attention` would compute in every layer of equal windows; None if that is nothing.
+
+    A layer that is rematerialized would compute it again, because nothing that it computes leaves the loop.
+
+    Args:
+      shape_BTNH: of the queries.
+      dtype: of the queries.
+    """
+    batch, length, _, head_dim = shape_BTNH
+    if choose(target_device(), dtype, head_dim, math.prod(shape_BTNH)).name != "mma":
+        return None
+    texts = segments_BT if spans is None else spans
+    return mma.bounds_of(batch, length, texts, window, head_dim, softcap)
 
 
 def _check(scale: float, window: int | jax.Array | None, softcap: float | None) -> None:
@@ -78,6 +108,7 @@ def paged_attention(
     By the C++ loops, a query's result depends only on its keys and values, to the bit: not on other queries or page
     numbers. This holds among calls of one token per row, and among calls of several tokens per row. Codes of pages are
     multiplied by their factors in f32, and attention is then that of pages in f32.
+    The kernel of NVIDIA cards computes calls of one token per row, and the same holds.
 
     Args:
       rows_BT: the row of the pages' table that each query belongs to.
@@ -88,6 +119,8 @@ def paged_attention(
       ValueError: as `causal_attention`.
     """
     _check(scale, window, softcap)
-    loops = cpu if cpu.unsupported_pages(target_device().platform, q_BTNH.dtype, pages) is None else reference
-    scores = ScoreScaling(scale, softcap)
+    device, scores = target_device(), ScoreScaling(scale, softcap)
+    loops = cpu if cpu.unsupported_pages(device.platform, q_BTNH.dtype, pages) is None else reference
+    if q_BTNH.shape[1] == 1 and choose_decoding(device, q_BTNH.dtype, q_BTNH.shape[3], pages.k.dtype).name == "mma":
+        loops = mma
     return loops.paged_attention(q_BTNH, pages, layer, rows_BT, positions_BT, window, scores, sinks_N)

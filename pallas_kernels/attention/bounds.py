@@ -167,3 +167,35 @@ def _two_ranges(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Ar
     count = jnp.maximum(one[1] - one[0], 0)
     more = jnp.maximum(other[1] - other[0], 0)
     return jnp.stack([count + more, count, one[0], other[0] - count], axis=-1).astype(jnp.int32)
+
+
+class Bounds(NamedTuple):
+    """Visible keys and visits of rows of whole blocks, for the kernels of `mma`; layers of equal windows share them.
+
+    Attributes:
+      visible: the keys that each query sees.
+      whole: `whole_from` of the tiles of queries of forward and dq.
+      forward, dq: `key_visits` of these kernels.
+      dkv, dkv_whole: `query_visits` of dk and dv, and `whole_from` of their steps.
+    """
+
+    visible: Visible
+    whole: Int[Array, "B I 3"]
+    forward: Int[Array, "B I 4"]
+    dq: Int[Array, "B I 4"]
+    dkv: Int[Array, "B J 4"]
+    dkv_whole: Int[Array, "B Q 3"]
+
+    @classmethod
+    def of(cls, visible: Visible, head_dim: int, *, capped: bool) -> "Bounds":
+        """Returns the bounds of queries that see these keys; arguments as in `dkv_block`."""
+        own, dkv = forward_block(head_dim), dkv_block(head_dim, capped=capped)
+        assert own.queries == DQ.queries
+        return cls(
+            visible,
+            whole_from(visible, own.queries),
+            key_visits(visible, own),
+            key_visits(visible, DQ),
+            query_visits(visible, dkv),
+            whole_from(visible, dkv.queries),
+        )

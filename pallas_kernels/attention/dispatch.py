@@ -1,4 +1,4 @@
-"""Chooses the implementation of causal attention for a device.
+"""Chooses the implementation of causal attention, and of attention over pages, for a device.
 
 The choice is a function of (device, dtype, sizes), so a report for an absent card uses the same code.
 """
@@ -29,3 +29,15 @@ def choose(device: Device, dtype: DTypeLike, head_dim: int, numbers: int = 0) ->
         case _:
             return Choice("tiles", {})
     return Choice(name, {}) if reason is None else Choice("tiles", {name: reason})
+
+
+def choose_decoding(device: Device, dtype: DTypeLike, head_dim: int, cache_dtype: DTypeLike) -> Choice:
+    """Returns what computes attention of one token per row over pages; if it is `reference`, why `mma` does not.
+
+    Args:
+      cache_dtype: that of keys and values in pages, or of their codes.
+    """
+    if device.platform != "gpu":
+        return Choice("reference", {})
+    reason = capabilities.undecodable_reason(device, dtype, head_dim, cache_dtype)
+    return Choice("mma", {}) if reason is None else Choice("reference", {"mma": reason})

@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs by the Mosaic kernels of `mosaic`, in bf16 and f16.
+"""Attention by the Mosaic kernels of `mosaic` on NVIDIA GPUs, in bf16 and f16: of whole rows, and of pages.
 
 Definition and residuals are those of `tiles`. Rows are padded to whole blocks. No query of a row sees its padding.
 
@@ -15,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.bounds import Visible
+from pallas_kernels.attention.bounds import Bounds, Visible
+from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.sinks import sinks_gradient
 from pallas_kernels.attention.tiles import ScoreScaling, Texts
 from pallas_kernels.devices import target_device
@@ -27,39 +28,52 @@ def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    texts: Texts,
+    texts: Texts | Bounds,
     window: int | Int[Array, ""] | None,
     scores: ScoreScaling,
     sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(scores, over visible keys) v; arguments as in `causal_attention`."""
-    batch, length = q_BTNH.shape[:2]
+    """Returns softmax(scores, over visible keys) v; arguments as in `causal_attention`; bounds include the window."""
+    batch, length, _, head_dim = q_BTNH.shape
+    bounds = texts if isinstance(texts, Bounds) else bounds_of(batch, length, texts, window, head_dim, scores.softcap)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, bounds, scores, sinks_N)
+
+
+def bounds_of(
+    batch: int,
+    length: int,
+    texts: Texts,
+    window: int | Int[Array, ""] | None,
+    head_dim: int,
+    softcap: float | None,
+) -> Bounds:
+    """Returns what the kernels read about rows of `length` positions."""
     visible = Visible.of(batch, length, texts, window).padded(length + -length % BLOCK)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N)
+    return Bounds.of(visible, head_dim, capped=softcap is not None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N)[0]
+def _attention(q_BTNH, k_BTKH, v_BTKH, bounds, scores, sinks_N):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, bounds, scores, sinks_N)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, visible, scores, sinks_N):
+def _forward(q_BTNH, k_BTKH, v_BTKH, bounds, scores, sinks_N):
     length = q_BTNH.shape[1]
     arrays = (_padded(x, 1) for x in (q_BTNH, k_BTKH, v_BTKH))
-    out_BTNH, lse_BNT = _module("forward").forward(*arrays, visible, sinks_N, scores, instructions(q_BTNH.dtype))
+    out_BTNH, lse_BNT = _module("forward").forward(*arrays, bounds, sinks_N, scores, instructions(q_BTNH.dtype))
     # Named here, because a remat policy has to save what the backward pass reads.
     out_BTNH = checkpoint_name(out_BTNH[:, :length], "attention_out")
     lse_BNT = checkpoint_name(lse_BNT[..., :length], "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, visible, out_BTNH, lse_BNT, sinks_N)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, bounds, out_BTNH, lse_BNT, sinks_N)
 
 
 def _backward(scores, residuals, do_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, visible, out_BTNH, lse_BNT, sinks_N = residuals
+    q_BTNH, k_BTKH, v_BTKH, bounds, out_BTNH, lse_BNT, sinks_N = residuals
     length, kernels, do = q_BTNH.shape[1], _module("backward"), instructions(q_BTNH.dtype)
     qkv = [_padded(x, 1) for x in (q_BTNH, k_BTKH, v_BTKH)]
     padded_out, padded_do, padded_lse = _padded(out_BTNH, 1), _padded(do_BTNH, 1), _padded(lse_BNT, 2)
-    dq_BTNH, mean_BNT = kernels.dq(*qkv, padded_out, padded_do, padded_lse, visible, scores, do)
-    dk_BTKH, dv_BTKH = kernels.dkv(*qkv, padded_do, padded_lse, mean_BNT, visible, scores, do)
+    dq_BTNH, mean_BNT = kernels.dq(*qkv, padded_out, padded_do, padded_lse, bounds, scores, do)
+    dk_BTKH, dv_BTKH = kernels.dkv(*qkv, padded_do, padded_lse, mean_BNT, bounds, scores, do)
     d_sinks_N = None
     if sinks_N is not None:
         d_sinks_N = sinks_gradient(sinks_N, *(jnp.swapaxes(x, 1, 2) for x in (mean_BNT[..., :length], lse_BNT)))
@@ -67,6 +81,24 @@ def _backward(scores, residuals, do_BTNH):
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def paged_attention(
+    q_BTNH: Float[Array, "B 1 N H"],
+    pages: KVPages,
+    layer: Int[Array, ""] | int,
+    rows_BT: Int[Array, "B 1"],
+    positions_BT: Int[Array, "B 1"],
+    window: int | Int[Array, ""] | None,
+    scores: ScoreScaling,
+    sinks_N: Float[Array, " N"] | None,
+) -> Float[Array, "B 1 N H"]:
+    """Returns softmax(scores, over visible positions) v of one token per row; arguments as in `api.paged_attention`.
+
+    A query's result depends only on its keys and values, to the bit.
+    """
+    decode, how = _module("decode").decode, (window, scores, sinks_N, decoding_instructions())
+    return decode(q_BTNH[:, 0], pages, layer, rows_BT[:, 0], positions_BT[:, 0], *how)[:, None]
 
 
 def _padded(x: jax.Array, axis: int) -> jax.Array:
@@ -85,3 +117,8 @@ def instructions(dtype: DTypeLike) -> object:
     kinds = _module("instructions")
     capability = target_device().compute_capability or (0, 0)
     return (kinds.Tma if capability >= (9, 0) else kinds.CpAsync)(dtype)
+
+
+def decoding_instructions() -> object:
+    """Returns the maker of a decoding kernel's instructions, which are those of every card."""
+    return _module("decode_instructions").Machine

@@ -1,5 +1,6 @@
-"""Arrays in registers below Pallas: their layouts, and their values."""
+"""Arrays in registers below Pallas: their layouts, their values, and inline PTX on them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir.dialects import llvm, vector
 
 # A Pallas ref, an MLIR value, a register or a layout: Mosaic has no public types for these.
 type MosaicValue = Any
@@ -29,3 +30,14 @@ def fragmented(registers: np.ndarray, layout: MosaicValue, shape: tuple[int, ...
 def value(register: MosaicValue, i: int) -> MosaicValue:
     """Extracts element i of a register of several values."""
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
+def assembly(
+    ptx: str, result: MosaicValue, outputs: int, words: Sequence[MosaicValue], floats: Sequence[MosaicValue] = ()
+) -> list[MosaicValue]:
+    """Emits inline PTX and returns its outputs, all i32 or all f32; its operands are words, then f32s."""
+    constraint = "=r" if isinstance(result, ir.IntegerType) else "=f"
+    constraints = [constraint] * outputs + ["r"] * len(words) + ["f"] * len(floats)
+    of_all = result if outputs == 1 else ir.Type.parse(f"!llvm.struct<({','.join([str(result)] * outputs)})>")
+    found = llvm.inline_asm(of_all, [*words, *floats], ptx, ",".join(constraints))
+    return [found] if outputs == 1 else [llvm.extractvalue(result, found, [at]) for at in range(outputs)]

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from pallas_kernels.attention import KVPages, causal_attention, paged_attention
+from pallas_kernels.attention import KVPages, causal_attention, paged_attention, shared_bounds
+from pallas_kernels.attention.bounds import Bounds
 from pallas_kernels.attention.branching import Spans
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
@@ -33,6 +34,7 @@ class Positions:
       cos, sin: rotation of each position, [B, T, J], or [R, B, T, J] if layers differ.
       query_scale_BT: factor of the queries of each position; None: 1.
       rows_BT: row of the cache of each token; None without a cache.
+      bounds: of attention, if it computes them once for all layers.
     """
 
     index_BT: jax.Array
@@ -42,6 +44,7 @@ class Positions:
     sin: jax.Array
     query_scale_BT: jax.Array | None = None
     rows_BT: jax.Array | None = None
+    bounds: Bounds | None = None
 
     @classmethod
     def of(
@@ -58,6 +61,26 @@ class Positions:
         cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
         growth = config.query_position_scale
         return cls(index_BT, segments_BT, spans, cos, sin, None if growth is None else growth.factors(index_BT))
+
+    def with_bounds(self, config: ModelConfig, dtype: DTypeLike) -> "Positions":
+        """Returns positions with what the attention of whole rows shares among layers.
+
+        Args:
+          dtype: of the queries.
+        """
+        batch, length = self.index_BT.shape
+        counts = set(config.visible_counts(length))
+        if len(counts) > 1:
+            return self
+        bounds = shared_bounds(
+            (batch, length, config.num_heads, config.head_dim),
+            dtype,
+            window=_one_window(counts.pop(), length),
+            segments_BT=self.segments_BT,
+            spans=self.spans,
+            softcap=config.attention_softcap,
+        )
+        return dataclasses.replace(self, bounds=bounds)
 
     def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
         """Returns the index of a layer's rotation, or None if all layers share one."""
@@ -77,7 +100,11 @@ def _window(config: ModelConfig, layer: jax.Array, length: int) -> jax.Array | i
     seen = config.visible_counts(length)
     if len(set(seen)) > 1:
         return jnp.asarray(seen, jnp.int32)[layer]
-    return seen[0] if seen[0] < length else None
+    return _one_window(seen[0], length)
+
+
+def _one_window(seen: int, length: int) -> int | None:
+    return seen if seen < length else None
 
 
 class Attention(nnx.Module):
@@ -116,7 +143,7 @@ class Attention(nnx.Module):
         if cache is None:
             v = self._clipped(checkpoint_name(v, "value"))
             with jax.named_scope("attention"):
-                texts = {"segments_BT": positions.segments_BT, "spans": positions.spans}
+                texts = {"segments_BT": positions.segments_BT, "spans": positions.spans, "bounds": positions.bounds}
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen, sinks_N=sinks_N)
         else:
             assert positions.rows_BT is not None, "`CausalLM.extend` sets it"

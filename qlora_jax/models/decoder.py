@@ -290,6 +290,7 @@ class Decoder(nnx.Module):
         x_MD = self._embedded(tokens_BT.reshape(-1))
         if keys_B is not None and neftune_noise_alpha is not None:
             x_MD = add_noise(x_MD, neftune_noise_alpha, fold_in_each(keys_B, NEFTUNE))
+        positions = positions.with_bounds(self.config, x_MD.dtype) if cache is None else positions
         carry, sums = (x_MD, cache), []
         for run in layer_runs(self.layers, self.config):
             carry, of_run = self._scan(run, carry, positions, remat, keys_B, counted_BT)

@@ -6,8 +6,9 @@
 A round computes the gradients of one batch, as training does. It then updates four copies of parameters and state in
 turns, in one process: plain optax (training.step.update); a paged run whose budget holds the whole state (resident);
 pages that all stay on the device, as after a batch that left no room for some (pages); and pages that are all evicted
-after their update (away). Parameters must be bit-identical. The last line is JSON: medians in milliseconds, and the
-median over rounds of (paged - plain) / plain update, and / (gradients + plain update).
+after their update (away). Parameters must be bit-identical. The last line is JSON: medians in milliseconds, the bytes
+that `away` moves per update, and the median over rounds of (paged - plain) / plain update, and / (gradients + plain
+update).
 """
 
 import argparse
@@ -154,7 +155,9 @@ def main() -> None:
     updates["away"] = away = Paged(loaded, optim, 0.0)
     facts = {"model": args.model, "optim": args.optim, "pages": away.layout.count, "state_bytes": state_bytes}
     facts["adapter_elements"] = sum(leaf.size for leaf in jax.tree.leaves(loaded.parts.lora))
-    print(json.dumps(facts | summary(measure(loaded, updates, batch, args.rounds))))
+    found = summary(measure(loaded, updates, batch, args.rounds))
+    facts |= {"moved_bytes": away.moved.bytes_in + away.moved.bytes_out, "problems": away.moved.problems}
+    print(json.dumps(facts | found))
 
 
 if __name__ == "__main__":

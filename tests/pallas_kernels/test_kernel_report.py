@@ -28,7 +28,7 @@ def lines_of(capsys, *argv: str) -> list[str]:
 
 
 def test_every_card_and_shape_has_a_line(capsys):
-    lines = [line for line in lines_of(capsys, "--m", "1", "512") if ": attention" not in line]
+    lines = [line for line in lines_of(capsys, "--m", "1", "512") if "head dim" not in line]
     assert len(lines) == (1 + len(CARDS)) * len(SHAPES) * 2 + 1
     assert "nothing here was measured" in lines[-1] and "M = 4096 (hopper, by reasoning), 2048 (ampere, by" in lines[-1]
     found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
@@ -51,6 +51,19 @@ def test_attention_of_every_card_has_a_reason(capsys):
         kernels, tiles = [line for line in lines if line.startswith(f"{card}:")]
         assert kernels == f"{card}: attention, head dim 64, 80, 96, 128, 256: mma"
         assert tiles.endswith("head dim 100: tiles; mma kernels take head dims 64, 80, 96, 128, 256, not 100")
+
+
+def test_decoding_on_every_card_has_a_reason(capsys):
+    lines = [line for line in lines_of(capsys, "--m", "1", "--shape", DOWN.name) if ": decoding" in line]
+    assert not any(line.startswith("cpu") for line in lines)
+    old = [line for line in lines if line.startswith("t4:")]
+    assert all("reference; decode kernels run on sm_80" in line for line in old) and len(old) == 4
+    for card in CARDS.keys() - {"t4"}:
+        of_card = [line for line in lines if line.startswith(f"{card}:")]
+        for pages, lines_of_dtype in (("bfloat16", of_card[:2]), ("int8", of_card[2:])):
+            begin = f"{card}: decoding over pages in {pages}, head dim "
+            assert lines_of_dtype[0] == f"{begin}64, 80, 96, 128, 256: mma"
+            assert lines_of_dtype[1].startswith(f"{begin}100: reference; decode kernels take head dims 64, 80")
 
 
 def test_numbers_of_one_line():

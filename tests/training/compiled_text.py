@@ -61,8 +61,8 @@ def nbytes(kind: str) -> int:
 
 
 def operations(text: str) -> int:
-    """The number of operations that a program for a GPU runs outside products with frozen weights, each a launch or a
-    copy; all branches of a conditional."""
+    """The number of operations that a program for a GPU runs outside products, each a launch or a copy; all branches of
+    a conditional. Products are calls of cuBLAS and of our kernels, and fusions around a `dot`."""
     computations, entry = parse(text)
     return int(_operations(computations, entry, 1))
 
@@ -71,8 +71,9 @@ def _operations(computations, name: str, enclosing: int) -> Fraction:
     """The operations of one computation that runs once; `enclosing`: trips of the loop around it."""
     found = Fraction(0)
     for instruction in computations[name].values():
-        is_product = any(word in instruction.rest for word in ("__cublas$", "mosaic_gpu"))
-        found += instruction.op not in {*PASSES_ON, "constant"} and not is_product
+        is_product = any(word in instruction.rest for word in ("__cublas$", "__triton_nested_gemm", "mosaic_gpu"))
+        is_end = instruction.op.endswith("-done")  # its start was counted
+        found += instruction.op not in {*PASSES_ON, "constant"} and not is_product and not is_end
         if instruction.op in ("while", "conditional", "call"):
             trips = _trips(instruction, enclosing)
             inner = int(trips) if instruction.op == "while" else enclosing

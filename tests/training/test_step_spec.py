@@ -73,7 +73,7 @@ def test_the_compiled_program_takes_a_runs_arrays():
     parts = partition(model)
     tokens = jnp.ones((1, 2, 16), jnp.int32)
     batch = {"inputs": tokens, "targets": tokens, "weights": jnp.ones((1, 2, 16))}
-    grads, told = compiled(parts, batch, None)
+    grads, told = compiled(parts, batch, None, None)
     assert _described(grads) == _described(parts.lora) and told.count == 32
 
 

@@ -9,6 +9,7 @@ Dimension key: as in `forward`; J blocks of keys.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Visible, dkv_block, key_visits, query_visits, whole_from
+from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Block, Bounds, dkv_block
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, rem_div, swizzled
-from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
+from pallas_kernels.attention.mosaic.mask import Visits, hide_unless_whole
 from pallas_kernels.attention.tiles import ScoreScaling
 
 
@@ -30,20 +31,52 @@ def dq(
     out_BTNH: Float[Array, "B T N H"],
     do_BTNH: Float[Array, "B T N H"],
     lse_BNT: Float[Array, "B N T"],
-    visible: Visible,
+    bounds: Bounds,
     scores: ScoreScaling,
     do: Instructions,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns (dq, the sum over features of out * d_out in f32)."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     rows, keys = DQ
-    blocks, group = length // rows, heads // kv_heads
+    task = _Dq(do, scores, length // rows, kv_heads, heads // kv_heads, width)
+    call = plgpu.kernel(
+        task.kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, length, heads * width), q_BTNH.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+        grid=(batch * task.blocks * heads,),
+        grid_names=("tile",),
+        scratch_types=[
+            *[swizzled(rows, width, q_BTNH.dtype)] * 2,
+            *[swizzled(keys, width, q_BTNH.dtype)] * 2,
+            *do.barriers(4),
+        ],
+        kernel_name="attention_dq",
+        **do.options,
+    )
+    arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, do_BTNH))
+    d_q, mean_BNT = call(*arrays, lse_BNT, bounds.visible, bounds.dq, bounds.whole)
+    return d_q.reshape(q_BTNH.shape), mean_BNT
+
+
+class _Dq(NamedTuple):
+    """The kernel of dq: its instructions, scores and sizes, with so many `blocks` of queries per row."""
+
+    do: Instructions
+    scores: ScoreScaling
+    blocks: int
+    kv_heads: int
+    group: int
+    width: int
 
     def kernel(
-        q_g, k_g, v_g, out_g, do_g, lse_g, visible_g, visits_g, whole_g, dq_g, mean_g, q_s, do_s, k_s, v_s, *arrived
+        self, q_g, k_g, v_g, out_g, do_g, lse_g, visible_g, visits_g, whole_g, dq_g, mean_g, q_s, do_s, k_s, v_s, *here
     ):
-        q_here, do_here, k_here, v_here = arrived
-        b, i, n, kv = query_tile(blocks, kv_heads, group)
+        """Computes dq of a block of queries of one head."""
+        do, (rows, keys), width = self.do, DQ, self.width
+        q_here, do_here, k_here, v_here = here
+        b, i, n, kv = query_tile(self.blocks, self.kv_heads, self.group)
         row, visits = i * rows, Visits.load(visits_g.at[b, i], visible_g)
 
         def queries_of(source_g):
@@ -66,17 +99,12 @@ def dq(
             column = visits.block(visited) * keys
             do.wait(k_here)
             copy_keys(v_g, visited, v_s, v_here)
-            s = scores.capped_by_exp2(do.multiply_transposed(do.left(q_s) if q_kept is None else q_kept, k_s))
-            weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(lse, s.shape, (0,)))
-
-            def masked(weights):
-                return hide(do, visible_g, b, row, column, 0, weights, 0.0)
-
-            weights = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
+            product = do.multiply_transposed(do.left(q_s) if q_kept is None else q_kept, k_s)
+            s, weights = _weights(self.scores, product, lse, 0)
+            weights = hide_unless_whole(do, visible_g, whole_g.at[b, i], b, row, column, 0, weights, 0.0)
             do.wait(v_here)
             d_weights = do.multiply_transposed(do.left(do_s) if do_kept is None else do_kept, v_s)
-            d_s = scores.uncapped(weights * (d_weights - lax.broadcast_in_dim(mean, s.shape, (0,))), s)
-            sums = do.multiply_add(sums, d_s, k_s)
+            sums = do.multiply_add(sums, _d_scores(self.scores, s, weights, d_weights, mean, 0), k_s)
             do.sync()
 
             @pl.when(visited + 1 < visits.count)
@@ -86,27 +114,20 @@ def dq(
             return sums
 
         sums = lax.fori_loop(0, visits.count, step, do.full((rows, width), 0.0))
-        do.store(sums * scores.scale, q_s, queries_of(dq_g))
+        do.store(sums * self.scores.scale, q_s, queries_of(dq_g))
 
-    call = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((batch, length, heads * width), q_BTNH.dtype),
-            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
-        ),
-        grid=(batch * blocks * heads,),
-        grid_names=("tile",),
-        scratch_types=[
-            *[swizzled(rows, width, q_BTNH.dtype)] * 2,
-            *[swizzled(keys, width, q_BTNH.dtype)] * 2,
-            *do.barriers(4),
-        ],
-        kernel_name="attention_dq",
-        **do.options,
-    )
-    arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, do_BTNH))
-    d_q, mean_BNT = call(*arrays, lse_BNT, visible, key_visits(visible, DQ), whole_from(visible, rows))
-    return d_q.reshape(q_BTNH.shape), mean_BNT
+
+def _weights(scores: ScoreScaling, product: jax.Array, lse: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (scores, weights) of a tile whose queries lie along an axis."""
+    s = scores.capped_by_exp2(product)
+    return s, jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(lse, s.shape, (axis,)))
+
+
+def _d_scores(
+    scores: ScoreScaling, s: jax.Array, weights: jax.Array, d_weights: jax.Array, mean: jax.Array, axis: int
+) -> jax.Array:
+    """Returns the gradient of a tile of scores before the cap and the scale."""
+    return scores.uncapped(weights * (d_weights - lax.broadcast_in_dim(mean, s.shape, (axis,))), s)
 
 
 def _mean(do, out_g, do_s):
@@ -125,27 +146,61 @@ def dkv(
     do_BTNH: Float[Array, "B T N H"],
     lse_BNT: Float[Array, "B N T"],
     mean_BNT: Float[Array, "B N T"],
-    visible: Visible,
+    bounds: Bounds,
     scores: ScoreScaling,
     do: Instructions,
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Returns (dk, dv): from one kernel, or from two if the sums of both do not fit the registers."""
-    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, visible, scores=scores, do=do)
+    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, bounds, scores=scores, do=do)
     if k_BTKH.shape[3] <= IN_REGISTERS:
         dk, dv = run(("dk", "dv"))
         return dk, dv
     return *run(("dk",)), *run(("dv",))
 
 
-def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str, ...], *, scores, do):
+def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, bounds: Bounds, names: tuple[str, ...], *, scores, do):
     (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
     queries, keys = block = dkv_block(width, capped=scores.softcap is not None)
-    blocks, group = length // keys, heads // kv_heads
+    task = _Dkv(do, scores, names, block, length // keys, kv_heads, heads // kv_heads, width)
+    call = plgpu.kernel(
+        task.kernel,
+        out_type=[jax.ShapeDtypeStruct((batch, length, kv_heads * width), k.dtype)] * len(names),
+        grid=(batch * task.blocks * kv_heads,),
+        grid_names=("tile",),
+        scratch_types=[
+            *[swizzled(queries, width, q.dtype)] * 2,
+            *[swizzled(keys, width, q.dtype)] * 2,
+            *do.barriers(4),
+        ],
+        kernel_name="attention_" + "_".join(names),
+        **do.options,
+    )
+    arrays = (flat(x) for x in (q, k, v, do_BTNH))
+    results = call(*arrays, lse_BNT, mean_BNT, bounds.visible, bounds.dkv, bounds.dkv_whole)
+    return [x.reshape(k.shape) for x in results]
 
-    def kernel(q_g, k_g, v_g, do_g, lse_g, mean_g, visible_g, visits_g, whole_g, *refs):
-        results_g, (q_s, do_s, k_s, v_s, q_here, do_here, k_here, v_here) = refs[: len(names)], refs[len(names) :]
-        kv, rest = rem_div(lax.axis_index("tile"), kv_heads)
-        j, b = rem_div(rest, blocks)  # early keys, which most queries see, first
+
+class _Dkv(NamedTuple):
+    """The kernel of dk and dv, or of one of them: instructions, scores, sizes, and `blocks` of keys per row."""
+
+    do: Instructions
+    scores: ScoreScaling
+    names: tuple[str, ...]
+    block: Block
+    blocks: int
+    kv_heads: int
+    group: int
+    width: int
+
+    def kernel(self, q_g, k_g, v_g, do_g, lse_g, mean_g, visible_g, visits_g, whole_g, *refs):
+        """Computes the gradients of a block of keys of one key head."""
+        do, (queries, keys), width = self.do, self.block, self.width
+        results_g, (q_s, do_s, k_s, v_s, q_here, do_here, k_here, v_here) = (
+            refs[: len(self.names)],
+            refs[len(self.names) :],
+        )
+        kv, rest = rem_div(lax.axis_index("tile"), self.kv_heads)
+        j, b = rem_div(rest, self.blocks)  # early keys, which most queries see, first
         column, visits = j * keys, Visits.load(visits_g.at[b, j], visible_g)
 
         def keys_of(source_g):
@@ -153,8 +208,8 @@ def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str
 
         def place(visited):
             """Returns (block of queries, head)."""
-            member, at = rem_div(visited, group)
-            return visits.block(at), kv * group + member
+            member, at = rem_div(visited, self.group)
+            return visits.block(at), kv * self.group + member
 
         def copy_queries(source_g, visited, target_s, here):
             i, n = place(visited)
@@ -172,50 +227,32 @@ def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, visible: Visible, names: tuple[str
             of_row = pl.ds(pl.multiple_of(row, queries), queries)
             do.wait(q_here)
             copy_queries(do_g, visited, do_s, do_here)
-            s = scores.capped_by_exp2(do.multiply_transposed(do.left(k_s), q_s))
-            lse = do.along(lse_g.at[b, n, of_row], 1)
-            weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(lse, s.shape, (1,)))
-
-            def masked(weights):
-                return hide(do, visible_g, b, row, column, 1, weights, 0.0)
-
-            weights = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda w: w, masked, weights)
+            product = do.multiply_transposed(do.left(k_s), q_s)
+            s, weights = _weights(self.scores, product, do.along(lse_g.at[b, n, of_row], 1), 1)
+            weights = hide_unless_whole(do, visible_g, whole_g.at[b, i], b, row, column, 1, weights, 0.0)
             do.wait(do_here)
-            added = dict(sums)
-            if "dv" in sums:
-                added["dv"] = do.multiply_add(sums["dv"], weights, do_s)
-            if "dk" in sums:
-                mean = do.along(mean_g.at[b, n, of_row], 1)
-                d_weights = do.multiply_transposed(do.left(v_s), do_s)
-                d_s = scores.uncapped(weights * (d_weights - lax.broadcast_in_dim(mean, s.shape, (1,))), s)
-                added["dk"] = do.multiply_add(sums["dk"], d_s, q_s)
+            added = self.add(sums, s, weights, mean_g.at[b, n, of_row], q_s, do_s, v_s)
             do.sync()
 
-            @pl.when(visited + 1 < visits.count * group)
+            @pl.when(visited + 1 < visits.count * self.group)
             def _():
                 copy_queries(q_g, visited + 1, q_s, q_here)
 
             return added
 
-        zeros = {name: do.full((keys, width), 0.0) for name in names}
-        sums = lax.fori_loop(0, visits.count * group, step, zeros)
-        for name, result_g in zip(names, results_g, strict=True):
-            factor, through_s = {"dk": (scores.scale, k_s), "dv": (1.0, v_s)}[name]
+        zeros = {name: do.full((keys, width), 0.0) for name in self.names}
+        sums = lax.fori_loop(0, visits.count * self.group, step, zeros)
+        for name, result_g in zip(self.names, results_g, strict=True):
+            factor, through_s = {"dk": (self.scores.scale, k_s), "dv": (1.0, v_s)}[name]
             do.store(sums[name] * factor, through_s, keys_of(result_g))
 
-    call = plgpu.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct((batch, length, kv_heads * width), k.dtype)] * len(names),
-        grid=(batch * blocks * kv_heads,),
-        grid_names=("tile",),
-        scratch_types=[
-            *[swizzled(queries, width, q.dtype)] * 2,
-            *[swizzled(keys, width, q.dtype)] * 2,
-            *do.barriers(4),
-        ],
-        kernel_name="attention_" + "_".join(names),
-        **do.options,
-    )
-    arrays = (flat(x) for x in (q, k, v, do_BTNH))
-    bounds = query_visits(visible, block), whole_from(visible, queries)
-    return [x.reshape(k.shape) for x in call(*arrays, lse_BNT, mean_BNT, visible, *bounds)]
+    def add(self, sums, s, weights, mean_g, q_s, do_s, v_s):
+        """Adds the products of one block of queries."""
+        do, added = self.do, dict(sums)
+        if "dv" in sums:
+            added["dv"] = do.multiply_add(sums["dv"], weights, do_s)
+        if "dk" in sums:
+            mean = do.along(mean_g, 1)
+            d_weights = do.multiply_transposed(do.left(v_s), do_s)
+            added["dk"] = do.multiply_add(sums["dk"], _d_scores(self.scores, s, weights, d_weights, mean, 1), q_s)
+        return added

@@ -9,6 +9,7 @@ H head_dim, I blocks of queries; _g device memory, _s shared memory.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import IN_REGISTERS, Visible, forward_block, key_visits, whole_from
+from pallas_kernels.attention.bounds import IN_REGISTERS, Block, Bounds, forward_block
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, swizzled
-from pallas_kernels.attention.mosaic.mask import Visits, hide, is_whole
+from pallas_kernels.attention.mosaic.mask import Visits, hide_unless_whole
 from pallas_kernels.attention.tiles import ScoreScaling
 
 HIDDEN = float("-inf")  # a finite one would give NaN if a multiply-add made the exponent infinite
@@ -30,7 +31,7 @@ def forward(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    visible: Visible,
+    bounds: Bounds,
     sinks_N: Float[Array, " N"] | None,
     scores: ScoreScaling,
     do: Instructions,
@@ -38,62 +39,15 @@ def forward(
     """Returns (out, log2-sum-exp2 in f32, of scores and sink)."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     rows, keys = block = forward_block(width)
-    blocks, group = length // rows, heads // kv_heads
+    task = _Task(do, scores, block, length // rows, kv_heads, heads // kv_heads, width)
     sinks_log2 = () if sinks_N is None else (sinks_N.astype(jnp.float32) * math.log2(math.e),)
-
-    def kernel(q_g, k_g, v_g, visible_g, visits_g, whole_g, sinks_g, out_g, lse_g, q_s, k_s, v_s, *arrived):
-        q_here, k_here, v_here = arrived
-        b, i, n, kv = query_tile(blocks, kv_heads, group)
-        row, visits = i * rows, Visits.load(visits_g.at[b, i], visible_g)
-
-        def queries_of(source_g):
-            return part(source_g, b, row, rows, n, width)
-
-        def copy_keys(source_g, visited, target_s, here):
-            do.copy(part(source_g, b, visits.block(visited) * keys, keys, kv, width), target_s, here)
-
-        do.copy(queries_of(q_g), q_s, q_here)
-        copy_keys(k_g, jnp.int32(0), k_s, k_here)
-        do.wait(q_here)
-        kept = list(do.left(q_s)) if width <= IN_REGISTERS else None
-
-        def step(visited, carry):
-            sums, top, total = carry
-            column = visits.block(visited) * keys
-            do.wait(k_here)
-            copy_keys(v_g, visited, v_s, v_here)
-            s = scores.capped_by_exp2(do.multiply_transposed(do.left(q_s) if kept is None else kept, k_s))
-            do.wait(v_here)
-
-            @pl.when(visited + 1 < visits.count)
-            def _():
-                copy_keys(k_g, visited + 1, k_s, k_here)
-
-            def masked(s):
-                return hide(do, visible_g, b, row, column, 0, s, HIDDEN)
-
-            s = lax.cond(is_whole(visible_g, whole_g.at[b, i], row, column, keys), lambda s: s, masked, s)
-            new = jnp.maximum(top, jnp.max(s, axis=1) * scores.to_log2)
-            fade = jnp.exp2(top - new)
-            weights = jnp.exp2(s * scores.to_log2 - lax.broadcast_in_dim(new, s.shape, (0,)))
-            total = total * fade + jnp.sum(weights, axis=1)
-            sums = sums * lax.broadcast_in_dim(fade, sums.shape, (0,))
-            return do.multiply_add(sums, weights, v_s), new, total
-
-        # A sink is a key that has a score and no value.
-        top, total = (sinks_g[0][n], 1.0) if sinks_g else (LOWEST, 0.0)
-        start = do.full((rows, width), 0.0), do.full_rows(rows, top), do.full_rows(rows, total)
-        sums, top, total = lax.fori_loop(0, visits.count, step, start)
-        do.store_rows(top + jnp.log2(total), lse_g.at[b, n, pl.ds(row, rows)])
-        do.store(sums * lax.broadcast_in_dim(1 / total, sums.shape, (0,)), q_s, queries_of(out_g))
-
     call = plgpu.kernel(
-        kernel,
+        task.kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads * width), q_BTNH.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
-        grid=(batch * blocks * heads,),
+        grid=(batch * task.blocks * heads,),
         grid_names=("tile",),
         scratch_types=[
             swizzled(rows, width, q_BTNH.dtype),
@@ -104,5 +58,63 @@ def forward(
         **do.options,
     )
     arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH))
-    out, lse_BNT = call(*arrays, visible, key_visits(visible, block), whole_from(visible, rows), sinks_log2)
+    out, lse_BNT = call(*arrays, bounds.visible, bounds.forward, bounds.whole, sinks_log2)
     return out.reshape(q_BTNH.shape), lse_BNT
+
+
+class _Task(NamedTuple):
+    """One forward pass: its instructions, scores and sizes; `blocks` of queries per row, `group` heads per key head."""
+
+    do: Instructions
+    scores: ScoreScaling
+    block: Block
+    blocks: int
+    kv_heads: int
+    group: int
+    width: int
+
+    def kernel(self, q_g, k_g, v_g, visible_g, visits_g, whole_g, sinks_g, out_g, lse_g, q_s, k_s, v_s, *arrived):
+        """Computes a block of queries of one head."""
+        do, (rows, keys), width = self.do, self.block, self.width
+        q_here, k_here, v_here = arrived
+        b, i, n, kv = query_tile(self.blocks, self.kv_heads, self.group)
+        row, visits = i * rows, Visits.load(visits_g.at[b, i], visible_g)
+
+        def copy_keys(source_g, visited, target_s, here):
+            do.copy(part(source_g, b, visits.block(visited) * keys, keys, kv, width), target_s, here)
+
+        do.copy(part(q_g, b, row, rows, n, width), q_s, q_here)
+        copy_keys(k_g, jnp.int32(0), k_s, k_here)
+        do.wait(q_here)
+        kept = list(do.left(q_s)) if width <= IN_REGISTERS else None
+
+        def step(visited, carry):
+            column = visits.block(visited) * keys
+            do.wait(k_here)
+            copy_keys(v_g, visited, v_s, v_here)
+            s = self.scores.capped_by_exp2(do.multiply_transposed(do.left(q_s) if kept is None else kept, k_s))
+            do.wait(v_here)
+
+            @pl.when(visited + 1 < visits.count)
+            def _():
+                copy_keys(k_g, visited + 1, k_s, k_here)
+
+            s = hide_unless_whole(do, visible_g, whole_g.at[b, i], b, row, column, 0, s, HIDDEN)
+            return self.add(carry, s, v_s)
+
+        # A sink is a key that has a score and no value.
+        top, total = (sinks_g[0][n], 1.0) if sinks_g else (LOWEST, 0.0)
+        start = do.full((rows, width), 0.0), do.full_rows(rows, top), do.full_rows(rows, total)
+        sums, top, total = lax.fori_loop(0, visits.count, step, start)
+        do.store_rows(top + jnp.log2(total), lse_g.at[b, n, pl.ds(row, rows)])
+        do.store(sums * lax.broadcast_in_dim(1 / total, sums.shape, (0,)), q_s, part(out_g, b, row, rows, n, width))
+
+    def add(self, carry, s, v_s):
+        """Adds weights times values of one block of keys to (sums, largest score, total of weights)."""
+        sums, top, total = carry
+        new = jnp.maximum(top, jnp.max(s, axis=1) * self.scores.to_log2)
+        fade = jnp.exp2(top - new)
+        weights = jnp.exp2(s * self.scores.to_log2 - lax.broadcast_in_dim(new, s.shape, (0,)))
+        total = total * fade + jnp.sum(weights, axis=1)
+        sums = sums * lax.broadcast_in_dim(fade, sums.shape, (0,))
+        return self.do.multiply_add(sums, weights, v_s), new, total

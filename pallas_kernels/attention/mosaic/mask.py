@@ -67,3 +67,23 @@ def hide(
     if visible_g.id_BT is not None:
         seen &= spread(visible_g.id_BT, row, q) == spread(visible_g.id_BT, column, 1 - q)
     return jnp.where(seen, tile, hidden)
+
+
+def hide_unless_whole(
+    do: Instructions,
+    visible_g: Visible,
+    whole_g: MosaicValue,
+    b: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    q: int,
+    tile: jax.Array,
+    hidden: float,
+) -> jax.Array:
+    """Returns the tile of `hide`, or the tile itself if `is_whole`."""
+
+    def masked(tile):
+        return hide(do, visible_g, b, row, column, q, tile, hidden)
+
+    keys = tile.shape[1 - q]
+    return lax.cond(is_whole(visible_g, whole_g, row, column, keys), lambda tile: tile, masked, tile)

@@ -32,10 +32,10 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.mosaic.registers import MosaicValue, fragmented, tiled, value
+from pallas_kernels.mosaic.registers import MosaicValue, assembly, fragmented, tiled, value
 from pallas_kernels.nf4_matmul.dispatch import Direction
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
-from pallas_kernels.nf4_matmul.mosaic.inline_ptx import THREADS, assembly
+from pallas_kernels.nf4_matmul.mosaic.inline_ptx import THREADS
 
 RUN = 64
 TILE_COLUMNS = 2 * RUN

@@ -1,4 +1,4 @@
-"""Inline PTX, and look-ups of packed codes in PTX.
+"""Look-ups of packed codes in PTX.
 
 The look-ups are those of pallas_kernels.nf4_matmul.mosaic.decode, for kernels that run them in the innermost loop: half
 of the constants are operands, and a word of eight codes shares its masks.
@@ -10,8 +10,6 @@ import jax
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.mosaic.registers import MosaicValue
 from pallas_kernels.nf4_matmul.mosaic.decode import table_words
@@ -76,14 +74,3 @@ def _hexadecimal(table: np.ndarray, dtype: DTypeLike) -> list[str]:
 def constants(words_g: MosaicValue) -> list[jax.Array]:
     """Loads constant_words from device memory into registers."""
     return [plgpu.load(words_g.at[i], layout=THREADS, optimized=False) for i in range(words_g.shape[0])]
-
-
-def assembly(
-    ptx: str, result: MosaicValue, outputs: int, words: Sequence[MosaicValue], floats: Sequence[MosaicValue] = ()
-) -> list[MosaicValue]:
-    """Emits inline PTX and returns its outputs, all i32 or all f32; its operands are words, then f32s."""
-    constraint = "=r" if isinstance(result, ir.IntegerType) else "=f"
-    constraints = [constraint] * outputs + ["r"] * len(words) + ["f"] * len(floats)
-    of_all = result if outputs == 1 else ir.Type.parse(f"!llvm.struct<({','.join([str(result)] * outputs)})>")
-    found = llvm.inline_asm(of_all, [*words, *floats], ptx, ",".join(constraints))
-    return [found] if outputs == 1 else [llvm.extractvalue(result, found, [at]) for at in range(outputs)]

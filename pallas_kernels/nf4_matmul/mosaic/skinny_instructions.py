@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.mosaic.registers import MosaicValue, fragmented, tiled, value
+from pallas_kernels.mosaic.registers import MosaicValue, assembly, fragmented, tiled, value
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
 
@@ -201,18 +201,17 @@ def _machine(table: np.ndarray, dtype: DTypeLike, constants: Sequence[MosaicValu
 
     def multiply(weights, values, sums):
         start = [mgpu.utils.c(0.0, f32)] * 4 if sums[0] is None else list(sums)
-        return inline_ptx.assembly(multiply_ptx, f32, 4, [*weights, *values], start)
+        return assembly(multiply_ptx, f32, 4, [*weights, *values], start)
 
     def add(sums, scales, q, found):
         scale = arith.extf(f32, value(scales, q))
         new = [
-            inline_ptx.assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], value(sums, v)])[0]
-            for v in range(2)
+            assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], value(sums, v)])[0] for v in range(2)
         ]
         return vector.from_elements(ir.VectorType.get((2,), f32), new)
 
     return Alu(
-        look_up=lambda register, s: inline_ptx.assembly(ptx, i32, 4, [word(register, s, 4), *constants], []),
+        look_up=lambda register, s: assembly(ptx, i32, 4, [word(register, s, 4), *constants], []),
         values=lambda register, s: [word(register, 2 * s + half, 8) for half in range(2)],
         multiply=multiply,
         add=add,

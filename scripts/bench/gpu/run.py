@@ -35,6 +35,7 @@ from scripts.bench.support.progress import phase, phases
 
 STEP_TIMEOUT_S = 120
 UNFILTERED = {"JAX_TRACEBACK_FILTERING": "off"}  # otherwise the last lines of an error do not show its cause
+TRACED = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="}  # see train_step
 STEPS = ((2048, "full"), (2048, "names"), (2048, "none"), (512, "names"), (8192, "attention"))  # (tokens, remat)
 ROWS = (1, 16, 2048, 4096, 8192, 512, 128, 1024)  # the goals and the crossover come first
 PATTERNS = ("llama-3-8b/*", "llama-3-70b/gate,up", "llama-2-7b/down")
@@ -43,15 +44,14 @@ SHARE = 10  # weights may take 1 / SHARE of a card's memory, and so may results
 
 
 def run_steps(rehearse: bool) -> list[Record]:
-    """Returns one record per length and remat policy: its step, or its failure."""
+    """Returns one record per length and remat policy, and a traced one: its step, or its failure."""
     records = []
-    for length, remat in phases("training step of", STEPS):
+    for length, remat, *trace in phases("training step of", (*STEPS, (*STEPS[1], "--trace"))):
         command = [sys.executable, "-m", "scripts.bench.gpu.train_step", "--length", str(length), "--remat", remat]
-        command += ["--rehearse"] if rehearse else []
+        command += [*trace, *(["--rehearse"] if rehearse else [])]
+        how = os.environ | UNFILTERED | (TRACED if trace and not rehearse else {})
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=STEP_TIMEOUT_S, env=os.environ | UNFILTERED
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_TIMEOUT_S, env=how)
             failed = done.returncode != 0
             record = {"failure": done.stderr.strip()[-600:]} if failed else json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
@@ -102,7 +102,7 @@ def arguments() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
-    parser.add_argument("--seconds", type=float, default=400.0, help="start no product after this time")
+    parser.add_argument("--seconds", type=float, default=330.0, help="start no product after this time")
     parser.add_argument("--shape", nargs="+", default=list(PATTERNS), help="names or patterns of shapes")
     parser.add_argument("--card", choices=CARDS, help="card whose peaks shares refer to (default: the device's)")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes and interpreted kernels")
@@ -152,7 +152,7 @@ def about(device: Device, card: Card) -> Record:
 
 
 def _step_lines(result: Record, card: Card) -> list[str]:
-    return [tables.step_line(step, card.bf16_flops) for step in result["steps"]]
+    return [line for step in result["steps"] for line in tables.step_lines(step, card.bf16_flops)]
 
 
 def _write(path: Path | None, result: Record) -> None:

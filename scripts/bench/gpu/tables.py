@@ -94,6 +94,14 @@ def _tile_row(record: Record, way: str, kernel: str, timed: dict[str, float]) ->
     )
 
 
+def step_lines(step: Record, peak: float) -> Iterator[str]:
+    """Yields tokens/s, shares of the card's peak, and memory; then the parts of a traced step."""
+    yield step_line(step, peak)
+    for part in step.get("parts", ()):
+        share = f", {part['flop'] / part['ms'] * 1e3 / peak:.1%} of the peak" if part["flop"] and part["ms"] else ""
+        yield f"  {part['part']}: {part['ms']:,.1f} ms{share}"
+
+
 def step_line(step: Record, peak: float) -> str:
     """Returns tokens/s, shares of the card's peak, and memory as measured and as compiled, in MiB."""
     if "failure" in step:

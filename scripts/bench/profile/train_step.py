@@ -99,7 +99,7 @@ def stepper(
     def step() -> Seconds:
         nonlocal parts, state
         began = time.perf_counter()
-        grads, _ = jax.block_until_ready(programs["gradients"](parts, batch, None))
+        grads, _ = jax.block_until_ready(programs["gradients"](parts, batch, None, None))
         between = time.perf_counter()
         lora, state, _ = jax.block_until_ready(programs[OPTIMIZER](parts.lora, state, grads))
         parts = parts.with_lora(lora)
@@ -126,7 +126,7 @@ def events_of(profile: "jax.profiler.ProfileData") -> Iterator[Event]:  # pyrigh
             for event in line.events:
                 stats = dict(event.stats)
                 if "hlo_op" in stats:
-                    module = MODULES.get(str(stats["hlo_module"]), "")
+                    module = MODULES.get(str(stats["hlo_module"]).partition("(")[0], "")  # GPUs append a number
                     yield Event(module, str(stats["hlo_op"]), event.start_ns, event.start_ns + event.duration_ns)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.attention import costs
 from pallas_kernels.attention.bounds import DQ, Block, Visible, dkv_block, forward_block, key_visits, query_visits
-from pallas_kernels.attention.dispatch import choose
+from pallas_kernels.attention.dispatch import choose, choose_decoding
 from pallas_kernels.attention.mosaic.capabilities import DEVICES, DTYPES, HEAD_DIMS
 from pallas_kernels.devices import Device
 from pallas_kernels.mosaic import installation
@@ -50,6 +50,22 @@ def test_an_old_jax_takes_tiles(monkeypatch):
     monkeypatch.setattr(installation, "LEAST_JAX", (99, 0))
     choice = choose(gpu(8, 9), "bfloat16", 128)
     assert choice.name == "tiles" and choice.refusals["mma"].startswith("mma kernels: requires jax 99.0")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "cache_dtype", "reason"),
+    [
+        (gpu(8, 0), "bfloat16", "bfloat16", None),
+        (gpu(12, 0), "float16", "int8", None),
+        (gpu(7, 5), "float16", "int8", "decode kernels run on sm_80, sm_86"),
+        (gpu(8, 6), "bfloat16", "float16", "with bfloat16 take pages of bfloat16 and int8, not float16"),
+        (gpu(9, 0), "float32", "float32", "take bfloat16, float16, not float32"),
+    ],
+)
+def test_decoding_takes_its_kernel_or_says_why_not(device, dtype, cache_dtype, reason):
+    choice = choose_decoding(device, dtype, 128, cache_dtype)
+    assert choice.name == ("mma" if reason is None else "reference")
+    assert reason is None or reason in choice.refusals["mma"]
 
 
 # Blocks that are visited, against the mask by definition

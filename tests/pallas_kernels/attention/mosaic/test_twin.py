@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # has th
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import causal_attention, mma
-from pallas_kernels.attention.bounds import Visible
+from pallas_kernels.attention.bounds import Bounds, Visible
 from pallas_kernels.attention.mosaic import backward, forward, mask
 from pallas_kernels.attention.mosaic.instructions import Interpreted, Tma
 from pallas_kernels.attention.tiles import ScoreScaling
@@ -192,15 +192,16 @@ class WithoutSync(Interpreted):
 def _errors_of(kernel, do):
     """Returns the largest relative error of one kernel's results; of 192 positions, each query sees at most 100."""
     q, k, v, cotangent = inputs = _inputs(192, 2, 1, 1)
-    visible, scores = Visible.of(1, 192, None, 100), ScoreScaling(SCALE, None)
+    bounds = Bounds.of(Visible.of(1, 192, None, 100), q.shape[3], capped=False)
+    scores = ScoreScaling(SCALE, None)
     value, *gradients = _plain_value_and_gradients(*inputs, _visible(192, 100)[:1], softcap=None)
     products = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, axis=2)) * SCALE
     lse_BNT = jax.scipy.special.logsumexp(products, axis=-1, where=_visible(192, 100)) / np.log(2)
     mean_BNT = jnp.swapaxes(jnp.sum(value * cotangent, axis=3), 1, 2)
     runs = {
-        "forward": lambda: (forward.forward(q, k, v, visible, None, scores, do)[:1], [value]),
-        "dq": lambda: (backward.dq(q, k, v, value, cotangent, lse_BNT, visible, scores, do)[:1], gradients[:1]),
-        "dkv": lambda: (backward.dkv(q, k, v, cotangent, lse_BNT, mean_BNT, visible, scores, do), gradients[1:]),
+        "forward": lambda: (forward.forward(q, k, v, bounds, None, scores, do)[:1], [value]),
+        "dq": lambda: (backward.dq(q, k, v, value, cotangent, lse_BNT, bounds, scores, do)[:1], gradients[:1]),
+        "dkv": lambda: (backward.dkv(q, k, v, cotangent, lse_BNT, mean_BNT, bounds, scores, do), gradients[1:]),
     }
     return _largest_errors(*runs[kernel]())
 
@@ -250,6 +251,5 @@ def test_a_wrong_block_is_caught(monkeypatch, kernel):
 
 @pytest.mark.parametrize("kernel", some_in_ci([(kernel,) for kernel in KERNELS], lambda i: False))
 def test_a_tile_that_is_taken_for_whole_is_caught(monkeypatch, kernel):
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "is_whole", lambda *tile: jnp.bool_(True))
+    monkeypatch.setattr(mask, "is_whole", lambda *tile: jnp.bool_(True))
     assert caught(kernel)

@@ -16,7 +16,9 @@ def test_the_benchmark_rehearses_all_that_it_does_on_a_card(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "bench.json").read_text())
-    assert [step["remat"] for step in result["steps"]] == ["full", "names", "none", "names", "attention"]
+    assert [step["remat"] for step in result["steps"]] == ["full", "names", "none", "names", "attention", "names"]
+    parts = {part["part"]: part for part in result["steps"][-1]["parts"]}
+    assert parts["frozen"]["ms"] > 0 and parts["frozen"]["flop"] > 0 and "nothing ran" in parts
     (attention,) = result["attention"]
     assert attention["backward"]["tiles"] > 0 and not attention["failures"]
     assert all(math.isfinite(step["loss"]) and step["step_s"] > 0 for step in result["steps"])
@@ -30,5 +32,17 @@ def test_the_benchmark_rehearses_all_that_it_does_on_a_card(tmp_path):
         "goal M = 1",
         "step of 2048 tokens, remat none",
         "attention tiny",
+        "  frozen: ",
     ):
         assert line in done.stdout
+
+
+@pytest.mark.slow
+def test_decoding_rehearses_all_that_it_does_on_a_card(tmp_path):
+    command = [sys.executable, "-m", "scripts.bench.gpu.decode", "--rehearse", "--output", tmp_path / "decode.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "decode.json").read_text())
+    (attention,), (tokens,) = result["attention"], result["tokens"]
+    assert min(attention["seconds"]["mma"], attention["seconds"]["reference"]) > 0 and not attention["failures"]
+    assert tokens["tokens_per_s"] > 0 and "attention over pages, 1 rows of 70 positions in int8" in done.stdout

@@ -58,3 +58,9 @@ def test_the_goals_name_the_worst():
     assert lines[0].endswith("worst 0.50 (tiny, M = 512)")
     assert lines[1].endswith("worst 2.00 (tiny, M = 2048)")
     assert lines[2].endswith("not measured") and lines[3].endswith("best 0.60")
+
+
+def test_parts_of_a_traced_step_have_a_share_of_the_peak_if_they_have_products():
+    parts = [{"part": "frozen", "ms": 200.0, "flop": 1e14}, {"part": "norm", "ms": 50.0, "flop": 0}]
+    step = {"length": 8, "remat": "none", "failure": "none", "parts": parts}
+    assert list(tables.step_lines(step, 1e15))[1:] == ["  frozen: 200.0 ms, 50.0% of the peak", "  norm: 50.0 ms"]
