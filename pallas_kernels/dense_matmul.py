@@ -20,8 +20,8 @@ from pallas_kernels.native.library import handler, problem
 # Up to this many rows are multiplied by loops that read each weight once and pack nothing: a token of each of the rows
 # that decode together. A row's result depends neither on the number of rows, nor on the other rows.
 FEW_ROWS = 16
-MANY_ROWS = 64  # XLA's products of at least as many f32 rows have the same bits for each row
-LEAST = 32  # columns and terms below which the loops for many rows are hardly faster
+PROMPT_ROWS = 512  # up to so many rows of a prompt are multiplied together, always by the loops if they are in f32
+LEAST = 32  # columns and terms below which the loops are slower for more rows
 LEAST_FEATURES = 9  # features below which XLA sums a gradient over tokens faster
 HANDLERS = {"float32": ("dense_rows", "product_f32"), "bfloat16": ("dense_rows", None)}  # for few rows, for many
 
@@ -44,7 +44,8 @@ def handler_for(
     few, many = HANDLERS[a.dtype.name]
     if a.shape[0] <= FEW_ROWS:
         return few if problem() is None else None
-    return many if min(b.shape[1 - contract[1]], a.shape[1]) >= LEAST and problem() is None else None
+    wide = a.shape[0] <= PROMPT_ROWS or min(b.shape[1 - contract[1]], a.shape[1]) >= LEAST
+    return many if wide and problem() is None else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -93,8 +94,6 @@ def _multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTyp
     if name is not None:
         loops = functools.partial(_by_loops, name=name, contracted=contract[1], dtype=dtype)
         return jax.lax.platform_dependent(a, b, cpu=loops, default=product)
-    if a.ndim == 2 and contract[0] == 1 and a.dtype == jnp.float32 and FEW_ROWS < a.shape[0] < MANY_ROWS:
-        return jax.lax.platform_dependent(a, b, cpu=_padded(product), default=product)
     if a.ndim == 2 and a.shape[1 - contract[0]] == 1 and a.dtype == jnp.bfloat16:
         return jax.lax.platform_dependent(a, b, cpu=_doubled(product, 1 - contract[0]), default=product)
     return product(a, b)
@@ -106,11 +105,6 @@ def _doubled(product, rows_axis: int):
     For one bf16 row and a head of 49152 x 576, XLA on CPUs takes 97 ms; for two rows it takes 3 ms.
     """
     return lambda a, b: product(jnp.repeat(a, 2, axis=rows_axis), b)[:1]
-
-
-def _padded(product):
-    """Multiplies MANY_ROWS rows and takes those of `a`, so that they have the bits that they have among more."""
-    return lambda a, b: product(jnp.pad(a, ((0, MANY_ROWS - len(a)), (0, 0))), b)[: len(a)]
 
 
 def row_major(x: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ HANDLERS = (
     "attention_backward",
     "attention_paged",
     "own_matrix",
+    "row_moments",
 )
 SWITCH = "QLORA_JAX_BUILD_LOOPS"  # environment variable
 

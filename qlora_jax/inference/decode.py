@@ -72,7 +72,7 @@ def stream(
 
 
 class Conversation:
-    """Replies to prompts that continue each other: what the cache has of a prompt is not computed again."""
+    """Replies to prompts that continue each other; the part of a prompt that the cache has is not computed again."""
 
     def __init__(self, parts: ModelParts, tokenizer: Tokenizer, settings: Mapping[str, Any]):
         """Allocates nothing yet.

@@ -4,8 +4,6 @@ Dimension key: D normalized width; `...` any leading axes.
 """
 
 import functools
-import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.dense_matmul import FEW_ROWS
+from pallas_kernels.row_moments import row_moments
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 
 
@@ -25,26 +23,10 @@ def rms_norm(
     return _rms_forward(x, weight_D, eps, offset)[0]
 
 
-TOGETHER = 8  # vectors that XLA sums together on CPUs; fewer of them it sums in another order
-
-
 def _by_rms(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
-    rstd = jax.lax.rsqrt(_mean(x32, jnp.square) + eps)
+    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return x32 * rstd, rstd
-
-
-def _mean(x: jax.Array, of: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
-    """Returns the mean of a function of each vector.
-
-    Its bits do not depend on the number of tokens up to FEW_ROWS, so that a reply does not depend on other rows.
-    """
-    vectors = math.prod(x.shape[:-1])
-    if math.prod(x.shape[: x.ndim // 2]) > FEW_ROWS:  # tokens of [M, D] or [B, T, N, H]
-        return jnp.mean(of(x), axis=-1, keepdims=True)
-    padded = jnp.pad(x.reshape(vectors, -1), ((0, max(0, TOGETHER - vectors)), (0, 0)))
-    means = jnp.mean(of(jax.lax.optimization_barrier(padded)), axis=-1, keepdims=True)
-    return jax.lax.optimization_barrier(means)[:vectors].reshape(*x.shape[:-1], 1)
 
 
 def _scale(weight_D: jax.Array, ndim: int, offset: float = 0.0) -> jax.Array:
@@ -84,7 +66,7 @@ def _layer_norm(x, weight_D, bias_D, eps, has_bias):
 
 def _by_variance(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
-    return _by_rms(x32 - _mean(x32), eps)
+    return _by_rms(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps)
 
 
 def _layer_forward(x, weight_D, bias_D, eps, has_bias):
@@ -108,6 +90,24 @@ def _layer_backward(eps, has_bias, residuals, dy):
 
 
 _layer_norm.defvjp(_layer_forward, _layer_backward)
+
+
+def norm_by_row(
+    x: Float[Array, "... D"],
+    weight_D: Float[Array, " D"],
+    bias_D: Float[Array, " D"] | None,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    centered: bool = False,
+) -> Float[Array, "... D"]:
+    """Returns `layer_norm` if `centered`, else `rms_norm`, for inference: a row's bits depend on that row alone."""
+    mean, square = row_moments(x, centered)
+    # Barriers keep XLA from fusing a product with a sum, which rounds once instead of twice in some shapes.
+    normalized = jax.lax.optimization_barrier((x.astype(jnp.float32) - mean) * jax.lax.rsqrt(square + eps))
+    scaled = normalized * _scale(weight_D, x.ndim, offset)
+    y = scaled if bias_D is None else jax.lax.optimization_barrier(scaled) + _scale(bias_D, x.ndim)
+    return y.astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -162,6 +162,7 @@ class RMSNorm(nnx.Module):
         self.weight = Frozen(weight)
         self.eps = eps
         self.offset = offset
+        self.by_row = False  # decoding sets it
         self.adapter: TrainableNorm | None = nnx.data(None)  # data: it may be set later
 
     def make_trainable(self) -> None:
@@ -174,6 +175,8 @@ class RMSNorm(nnx.Module):
         if weight is None:
             weight = select_layer(self.weight[...], layer)
         with jax.named_scope("norm"):
+            if self.by_row:
+                return norm_by_row(x, weight, None, self.eps, offset=self.offset)
             return rms_norm(x, weight, self.eps, self.offset)
 
 
@@ -184,6 +187,7 @@ class LayerNorm(nnx.Module):
         self.weight = Frozen(weight)
         self.bias = None if bias is None else Frozen(bias)
         self.eps = eps
+        self.by_row = False  # decoding sets it
         self.adapter: TrainableNorm | None = nnx.data(None)  # data: it may be set later
 
     def make_trainable(self) -> None:
@@ -208,4 +212,6 @@ class LayerNorm(nnx.Module):
             if weight is None:  # in f32, because the bias's gradient has the weight's dtype
                 weight = select_layer(self.weight[...], layer).astype(jnp.float32)
         with jax.named_scope("norm"):
+            if self.by_row:
+                return norm_by_row(x, weight, bias, self.eps, centered=True)
             return layer_norm(x, weight, bias, self.eps)

@@ -130,8 +130,8 @@ class Engine:
         Raises:
           ValueError: the limit is below one page per layer, or `max_rows` is not a size of decode calls.
         """
-        # `_alone` has no adapters of runs, `_parts` has those of all.
-        self._alone = self._parts = prepare_for_decoding(parts)
+        self._alone = prepare_for_decoding(parts)
+        self._parts = self._alone
         self._adapters: dict[str, tuple[int, ByProjection]] = {}
         model = combine(self._parts)
         self._tokenizer, self._config, self._mesh = tokenizer, model.config, mesh_of(parts)
