@@ -150,7 +150,7 @@ class Engine:
         self._running: list[Generation] = []
         self._flights: dict[int | None, _Flight] = {}
         self._rows: dict[int | None, tuple[int, int]] = {}  # per length: rows of its calls, calls that were half empty
-        self._table_of: tuple[int, list[list[tuple[int, int]]]] | None = None  # whose pages the cache's table has
+        self._table_of: tuple[int, list[list[tuple[int, int]]]] | None = None  # rows whose pages the cache's table has
         self._grammars: GrammarCompiler | None = None
         self._numbers = itertools.count()
         self._counts: collections.Counter[str] = collections.Counter()
@@ -257,6 +257,10 @@ class Engine:
             problems.append("grammar, stop_texts: the engine has no tokenizer. Give it one")
         if self._mesh is not None and request.score_prompt:
             problems.append("score_prompt: several devices share the model. Score prompts with `evaluate`")
+        if request.likeliest is not None and not 0 <= request.likeliest <= MOST_LIKELIEST:
+            problems.append(f"likeliest: found {request.likeliest}, expected 0 to {MOST_LIKELIEST}")
+        if wrong := [token for token, _ in request.sampling.logit_bias if token >= self._num_ids]:
+            problems.append(f"logit_bias: found id {wrong[0]}, expected 0 to {self._num_ids - 1}")
         needed = most_pages(self._groups, self._most_positions(request), PROMPT_TOKENS[-1])
         if not problems and needed > self._pools[0].pages:
             found = f"the request takes up to {needed:,} pages, the cache has {self._pools[0].pages:,}"
