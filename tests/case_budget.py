@@ -89,7 +89,6 @@ BUDGET: dict[str, tuple[int, int]] = {
     f"{ATTENTION}/test_branching.py::test_random_trees": (4, 8),
     f"{ATTENTION}/test_branching.py::test_windows_count_positions_of_the_text": (4, 4),
     f"{ATTENTION}/test_sinks.py::test_bfloat16": (2, 4),
-    f"{ATTENTION}/test_cached.py::test_equals_the_definition": (8, 16),
     f"{ATTENTION}/test_cpu.py::test_vmap_and_checkpoint": (0, 1),
     f"{ATTENTION}/test_tiles.py::test_absent_cards_visit_chunks_and_store_no_square": (0, 1),
     # Shapes of adapters and of the head.

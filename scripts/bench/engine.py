@@ -24,7 +24,7 @@ from qlora_jax.inference.engine.request import Request
 from qlora_jax.models.partition import ModelParts, partition
 from scripts.fetch_smollm2 import fetch_smollm2
 
-TOKENS = 64  # of each reply
+TOKENS = 64  # per reply
 RUNS = 8
 
 

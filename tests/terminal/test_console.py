@@ -22,7 +22,7 @@ from qlora_jax.io.loading.progress import loading
 from qlora_jax.progress_reporter import ConsoleReporter
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.display.run_display import Display, print_banner
-from tests.inference.test_terminal_chat import TOKENIZER, steps_of
+from tests.inference.test_terminal_chat import steps_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOSTILE = "a\x1b[2Jb\x1b]52;c;eA==\x07c\rd\x08e\x9b1mf\u202eg[red]h[/red]:warning:"
@@ -68,7 +68,7 @@ def evaluation_tables(console: Console) -> None:
 
 
 def replies(console: Console) -> None:
-    show_reply(steps_of(SHOWN.replace("␛", "\x1b")), TOKENIZER, console)
+    show_reply(steps_of(SHOWN.replace("␛", "\x1b")), console)
 
 
 WAYS = [lines, tables, banner, run_display, tensor_names, progress_labels, evaluation_tables, replies]
@@ -92,7 +92,7 @@ def test_nor_does_it_reach_a_file_that_is_shown_in_a_terminal_later(print_with):
 
 def test_a_reply_that_is_piped_is_exact():
     out = io.StringIO()
-    show_reply(steps_of("a\x1b[2Jb\rc"), TOKENIZER, Console(file=out))
+    show_reply(steps_of("a\x1b[2Jb\rc"), Console(file=out))
     assert out.getvalue() == "a\x1b[2Jb\rc\n"
 
 

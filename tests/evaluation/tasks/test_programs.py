@@ -203,8 +203,8 @@ def test_its_memory_is_that_of_a_full_batch_of_samples(tmp_path):
     sampled = OPEN | dict(program_samples=20, program_temperature=1.0, program_top_p=0.9)
     programs_of_model = [*task_of(write(tmp_path / "p.jsonl", [ADD] * 3), **sampled).lower(tiny_parts())]
     assert [one.shape for one in programs_of_model] == [
-        "prompts, 16 rows, 288 cache pages",
-        "replies, 16 rows, 288 cache pages",
+        "prompts, 16 rows, 80 cache pages",
+        "replies, 16 rows, 80 cache pages",
     ]
 
 

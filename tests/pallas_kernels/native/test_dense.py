@@ -104,8 +104,9 @@ def test_what_the_handler_does_not_take_is_multiplied_by_xla():
     assert taken(((8, 3), f32), ((3, 5), f32)) == "dense_rows"
     assert not taken(((17, 32), bf16), ((32, 32), bf16), contract=(1, 1))
     assert not taken(((1, 32), f32), ((32, 32), bf16), contract=(1, 1))
-    assert not taken(((17, 31), f32), ((31, 32), f32))
-    assert not taken(((17, 32), f32), ((32, 31), f32))
+    assert taken(((512, 31), f32), ((31, 32), f32)) == "product_f32"
+    assert not taken(((513, 31), f32), ((31, 32), f32))
+    assert not taken(((513, 32), f32), ((32, 31), f32))
     assert not taken(((17, 32), bf16), ((32, 32), f32))
     assert not taken(((32, 9), f32), ((32, 32), f32), contract=(0, 0))
     assert not taken(((2, 9, 32), f32), ((2, 32, 32), f32), contract=(2, 1))
