@@ -488,6 +488,8 @@ class Engine:
                     known_R[at] = each.generated[each.fed]
         follows = flight is not None and len(flight.choice.token_R) == len(known_R)
         tokens_R = flight.choice.token_R if flight is not None and follows else known_R
+        if self._mesh is not None:  # tokens are chosen on one device
+            tokens_R = np.asarray(tokens_R)
         for each in indices:
             each.computed += 1
         rows_BT, positions_BT, last_R = decode_inputs(count, positions_R, self._mesh)

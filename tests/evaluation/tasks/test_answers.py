@@ -74,7 +74,7 @@ def greedy(parts, prompt, count: int) -> list[int]:
 
 def test_replies_are_those_of_a_plain_loop_and_are_cached(parts, tmp_path):
     rng, tokenizer = np.random.default_rng(0), byte_tokenizer()
-    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (5, 40, 9, *[12] * 16)]
+    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (5, 40, 9, *[12] * 64)]
     written = [greedy(parts, prompt, 4) for prompt in prompts]
     texts = [tokenizer.decode(ids).strip() for ids in written]
     texts[1] = "something else"
@@ -93,9 +93,9 @@ def test_replies_are_those_of_a_plain_loop_and_are_cached(parts, tmp_path):
         cache = open_cache(tmp_path, parts)
         scores = task.score(parts, done.append, cache)
         assert (cache.misses, cache.hits) == (misses, 2 - misses)
-        assert scores.right.tolist() == [place != 1 for place in range(19)]
+        assert scores.right.tolist() == [place != 1 for place in range(67)]
         assert scores.cut_off.all()
-    assert done == [16, 19] * 2
+    assert done == [64, 67] * 2
 
 
 def write(path, rows):
