@@ -90,7 +90,7 @@ def _dots(computations, name: str, times: Fraction, enclosing: int) -> Iterator[
             yield Dot(_dot_flops(instruction, instructions), times, instruction.op_name, batched)
         elif '"__cublas$' in instruction.rest:
             yield Dot(_cublas_flops(instruction, instructions), times, instruction.op_name)
-        elif 'custom_call_target="nf4_product' in instruction.rest:
+        elif re.search(r'custom_call_target="(nf4_product|nf4_rows|dense_rows|product_f32)', instruction.rest):
             yield Dot(_flops(instruction, instructions, [1]), times, instruction.op_name)
         trips = _trips(instruction, enclosing)
         for called in instruction.called:
