@@ -161,6 +161,7 @@ def test_a_run_that_is_stopped_in_its_reference_pass_continues_there(finished, t
     assert [r["step"] for r in read_metrics(Path(config.output) / "metrics.jsonl") if "loss" in r][-1] == 6
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_mesh_has_the_same_reference_and_metrics_up_to_rounding(finished, tmp_path):
     config, _ = finished

@@ -11,6 +11,7 @@ from tests.e2e.project import project
 from tests.e2e.tiny_runs import run
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_is_seen_at_every_step_across_a_stop(tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"

@@ -188,6 +188,7 @@ def make_groups() -> dict[str, tuple[np.ndarray, dict, str, bool]]:
     return groups
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_equals_bitsandbytes_on_thousands_of_weights(oracle) -> None:
     groups = make_groups()

@@ -30,6 +30,7 @@ def test_the_tokens_are_those_of_the_reference(smollm2_gguf, local_data):
     assert hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest() == SHA256_OF_IDS
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_smollm2(smollm2_gguf, local_data, tmp_path):
     words = ["--model", str(smollm2_gguf), "--text", str(local_data("wikitext2_valid.txt.gz")), "--max_tokens", "4096"]

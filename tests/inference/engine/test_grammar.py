@@ -105,6 +105,7 @@ def test_replies_satisfy_random_schemas(compiler, tokenizer):
     check_schemas(compiler, tokenizer, range(60))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_replies_satisfy_a_thousand_random_schemas(compiler, tokenizer):
     check_schemas(compiler, tokenizer, range(60, 1060))
