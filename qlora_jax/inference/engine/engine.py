@@ -1,7 +1,7 @@
 """Decodes the replies to many requests together, in calls of static shapes: prompts in chunks, replies by token.
 
 The reply to a request does not depend on what runs beside it, to the bit. A row's result in a call depends on that row
-alone, prompts are always computed by prompt calls, and replies by decode calls. docs/serve.md shows what that costs.
+alone, prompts are always computed by prompt calls, and replies by decode calls.
 
 Dimension key: D devices, R rows of a decode call, B, T tokens of a call, L layers, I pages of a row, V vocab.
 """
@@ -99,10 +99,15 @@ class _Flight:
     settings: RowSettings
     state: RowState
 
-    def is_followed_by(self, rows: Rows) -> bool:
-        """Returns True if the next call can get these tokens without reading them."""
-        same = rows == self.rows and all(self.indices[each] == each.fed for each in self.indices)
-        return same and not any(each.request.grammar for own in rows for each in own)
+    @property
+    def is_restricted(self) -> bool:
+        """True if a grammar has to know these tokens before the next ones are chosen."""
+        return any(each.matcher is not None for each in self.indices)
+
+    def has(self, rows: Rows, count: int) -> bool:
+        """Returns True if the rows of a call of `count` rows per device are fed these tokens, in their places."""
+        same = rows == self.rows and len(self.choice.token_R) == count * len(rows)
+        return same and all(self.indices[each] == each.fed for each in self.indices)
 
 
 class Engine:
@@ -125,11 +130,13 @@ class Engine:
           adapters: models of runs on the same base, by the names that requests use; see `add_adapter`.
           cache_bytes: limit of the cache's bytes on each device.
           cache_dtype: dtype of keys and values; None: the compute dtype.
-          max_rows: number of replies that each device decodes together.
+          max_rows: number of replies that each device decodes together, at most 16.
 
         Raises:
-          ValueError: the limit is below one page per layer, or `max_rows` is not a size of decode calls.
+          ValueError: the limit is below one page per layer, or `max_rows` is out of bounds.
         """
+        if not 1 <= max_rows <= ROW_COUNTS[-1]:
+            raise ValueError(f"max_rows: found {max_rows}, expected 1 to {ROW_COUNTS[-1]}")
         self._alone = prepare_for_decoding(parts)
         self._parts = self._alone
         self._adapters: dict[str, tuple[int, ByProjection]] = {}
@@ -283,7 +290,10 @@ class Engine:
         return steps
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Step]:
-        """Yields the steps of requests as they are generated; requests are numbered by their order here."""
+        """Yields the steps of requests as they are generated; requests are numbered by their order here.
+
+        No other requests may run meanwhile.
+        """
         numbers = {self.submit(request): index for index, request in enumerate(requests)}
         try:
             while self.busy:
@@ -372,8 +382,9 @@ class Engine:
         chosen = [self._next_prompts(device, length, limit) for device in range(len(self._pools))]
         left = max(sum(min(each.prompt_left, limit) for each in own) for own in chosen)
         size = prompt_call(min(left, limit))
-        counts = {each: count for own in chosen for each, count in self._shares(own, size).items()}
-        chosen = [[each for each in own if each in counts and each in self._prompts] for own in chosen]
+        shares = {each: count for own in chosen for each, count in self._shares(own, size).items()}
+        counts = {each: count for each, count in shares.items() if each in self._prompts}  # others had to give way
+        chosen = [[each for each in own if each in counts] for own in chosen]
         if not any(chosen):
             return []
         return self._run_prompts(chosen, counts, size, length)
@@ -407,9 +418,7 @@ class Engine:
                 counts[each] = count
         return counts
 
-    def _run_prompts(
-        self, chosen: list[list[Generation]], counts: dict[Generation, int], size: int, length: int | None
-    ) -> list[Step]:
+    def _run_prompts(self, chosen: Rows, counts: dict[Generation, int], size: int, length: int | None) -> list[Step]:
         devices, most = len(chosen), max(map(len, chosen))
         rows = round_up(most, (1, ROW_COUNTS[-1]))
         tokens_BT = np.zeros((devices, size), np.int32)
@@ -426,7 +435,7 @@ class Engine:
                 self._counts["prompt_tokens"] += counts[each]
         cache = self._with_table(chosen, rows)
         inputs = tokens_BT.reshape(-1), rows_BT, positions_BT, last_DR.reshape(-1), cache, own_BT
-        scoring = chosen[0][0] if chosen[0] and chosen[0][0].request.score_prompt else None
+        scoring = next((each for each in counts if each.request.score_prompt and not each.generated), None)
         if scoring is None:
             logits_RV = self._advance(*inputs, length)
         else:
@@ -450,18 +459,23 @@ class Engine:
     def _decode_call(self, length: int | None) -> list[Step]:
         """Runs the next token of each reply of rows of a length; returns the steps of the call before it.
 
-        The call is dispatched before the tokens of the one before it are read, unless rows have changed.
+        The call is dispatched before the tokens of the one before it are read, unless rows have changed, or a grammar
+        has to know them.
         """
-        flight, steps = self._flights.pop(length, None), []
+        flight = self._flights.pop(length, None)
+        unread, steps = flight, []
         rows = self._decode_rows(length, flight)
-        if flight is not None and not flight.is_followed_by(rows):
-            steps, flight = self._read(flight), None
-            rows = self._decode_rows(length, None)
+        count = self._row_count(length, max(map(len, rows)))
+        if flight is not None and (flight.is_restricted or not flight.has(rows, count)):
+            steps, unread = self._read(flight), None
+            rows = self._decode_rows(length, None)  # some of these rows
         if any(rows):
-            self._flights[length] = self._dispatch(rows, length, flight)
-        return steps + ([] if flight is None else self._read(flight))
+            before = flight if flight is not None and flight.has(rows, count) else None
+            tokens = None if unread is None else unread.choice
+            self._flights[length] = self._dispatch(rows, count, length, before, tokens)
+        return steps + ([] if unread is None else self._read(unread))
 
-    def _decode_rows(self, length: int | None, flight: _Flight | None) -> list[list[Generation]]:
+    def _decode_rows(self, length: int | None, flight: _Flight | None) -> Rows:
         """Returns the rows of each device that take part in the next call, with pages for it."""
         for each in sorted((one for one in self._running if one.length == length), key=lambda one: one.number):
             if each in self._running and self._wants_more(each, flight):
@@ -475,8 +489,16 @@ class Engine:
         ends = expected >= each.request.max_new_tokens
         return not ends and len(each.prompt) + expected < self._config.max_positions
 
-    def _dispatch(self, rows: list[list[Generation]], length: int | None, flight: _Flight | None) -> _Flight:
-        count = self._row_count(length, max(map(len, rows)))
+    def _dispatch(
+        self, rows: Rows, count: int, length: int | None, before: _Flight | None, unread: Choice | None
+    ) -> _Flight:
+        """Starts a decode call.
+
+        Args:
+          count: rows of the call on each device.
+          before: the call before it, if it had the same rows.
+          unread: the tokens of these rows, if they have not been read.
+        """
         known_R, own_R = np.zeros((2, count * len(rows)), np.int32)
         positions_R = np.full(count * len(rows), -1)
         indices: dict[Generation, int] = {}
@@ -486,8 +508,7 @@ class Engine:
                 positions_R[at], own_R[at], indices[each] = each.computed, self._own(each), each.fed + 1
                 if each.fed < len(each.generated):
                     known_R[at] = each.generated[each.fed]
-        follows = flight is not None and len(flight.choice.token_R) == len(known_R)
-        tokens_R = flight.choice.token_R if flight is not None and follows else known_R
+        tokens_R = known_R if unread is None else unread.token_R
         if self._mesh is not None:  # tokens are chosen on one device
             tokens_R = np.asarray(tokens_R)
         for each in indices:
@@ -496,7 +517,7 @@ class Engine:
         cache = self._with_table(rows, count)
         inputs = tokens_R, rows_BT, positions_BT, last_R, cache, own_R[:, None]
         logits_RV = self._advance(*inputs, length)
-        known = (flight.settings, flight.state) if flight is not None and follows else None
+        known = None if before is None else (before.settings, before.state)
         return _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
 
     def _advance(
@@ -519,15 +540,16 @@ class Engine:
         inputs = tokens_M, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None, next_M
         logits_RV, self._cache, choice = advance_and_score(self._parts, *inputs, likeliest=likeliest, length=length)
         choice = jax.tree.map(np.asarray, choice)
-        each.prompt_scores += [_scored(each.request, choice, row) for row in range(len(upcoming))]
+        scored = [_scored(each.request, choice, row) for row in range(len(upcoming))]
+        each.prompt_scores = (each.prompt_scores or []) + scored
         return logits_RV
 
     def _row_count(self, length: int | None, needed: int) -> int:
-        """Returns the rows of the next decode call; it shrinks only after a while, because each size is compiled."""
+        """Returns the rows per device of the next decode call; they shrink after a while, as each size is compiled."""
         count, idle = self._rows.get(length, (0, 0))
         idle = idle + 1 if 2 * needed <= count else 0
         if needed > count or idle > PATIENCE:
-            count, idle = round_up(needed, ROW_COUNTS), 0
+            count, idle = round_up(max(1, needed), ROW_COUNTS), 0
         self._rows[length] = count, idle
         return count
 
@@ -549,8 +571,8 @@ class Engine:
 
     def _finish(self, each: Generation, step: Step) -> Step:
         """Returns a step with the scores of the prompt, if it is the first, and frees the pages after the last."""
-        if each.prompt_scores:
-            step, each.prompt_scores = step._replace(prompt=tuple(each.prompt_scores)), []
+        if each.prompt_scores is not None:
+            step, each.prompt_scores = step._replace(prompt=tuple(each.prompt_scores)), None
         if each.ended:
             self._running.remove(each)
             each.release(self._pools[each.device])

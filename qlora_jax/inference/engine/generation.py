@@ -28,6 +28,7 @@ class Generation:
       pages_version: changes whenever its pages do.
       device: number of the device whose pages it has.
       blocks: per group of layers, the block of each run of positions; None where no later query sees it.
+      prompt_scores: of the prompt's tokens so far, until a step reports them; None if no step has to.
     """
 
     number: int
@@ -42,7 +43,7 @@ class Generation:
     pages_version: int = 0
     device: int = 0
     blocks: list[list[Block | None]] = dataclasses.field(default_factory=list)
-    prompt_scores: list[Scored] = dataclasses.field(default_factory=list)
+    prompt_scores: list[Scored] | None = None
     ended: bool = False
 
     @property
@@ -57,8 +58,8 @@ class Generation:
 
     @property
     def is_replaying(self) -> bool:
-        """True while the next call gets a token that is known, and chooses one that is known too."""
-        return self.fed + 1 < len(self.generated)
+        """True if the call that was fed last chooses a token that is known."""
+        return self.fed < len(self.generated)
 
     def share(self, pool: PagePool) -> None:
         """Takes over blocks that other prompts with the same beginning filled, from its next position on."""
@@ -103,7 +104,7 @@ class Generation:
         """Gives all pages back; the request can begin again."""
         for block in [block for own in self.blocks for block in own if block is not None]:
             pool.release(block)
-        self.blocks, self.computed, self.prompt_scores = [], 0, []
+        self.blocks, self.computed, self.prompt_scores = [], 0, None
         self.pages_version += 1
 
     def write_table(self, table_LI: np.ndarray, pool: PagePool) -> None:

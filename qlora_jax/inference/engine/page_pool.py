@@ -64,20 +64,21 @@ def block_keys(tokens: np.ndarray, root: Key) -> list[Key]:
 
 
 class PagePool:
-    """The pages of one device."""
+    """The pages of one device.
+
+    Attributes:
+      pages: number of pages that rows can have.
+      available: number of them that no request holds.
+    """
 
     def __init__(self, pages: int, groups: Sequence[Group]):
         """Creates a pool of pages 1 to `pages` - 1; page 0 belongs to no row."""
         self.groups = groups
         self.pages = pages - 1
-        self._free = np.arange(pages - 1, 0, -1, dtype=np.int32)
+        self._free = [*range(pages - 1, 0, -1)]
         self._found: dict[tuple[int, Key], Block] = {}
         self._idle: collections.OrderedDict[Block, None] = collections.OrderedDict()  # the longest unused first
-
-    @property
-    def available(self) -> int:
-        """Number of pages that no request holds."""
-        return len(self._free) + sum(len(block.pages) for block in self._idle)
+        self.available = pages - 1
 
     def take(self, group: int) -> Block | None:
         """Returns a block of unused pages, or None if requests hold the others."""
@@ -85,10 +86,10 @@ class PagePool:
         while len(self._free) < count:
             if not self._idle:
                 return None
-            block, _ = self._idle.popitem(last=False)
-            self._forget(block)
-            self._free = np.concatenate([self._free, block.pages])
-        pages, self._free = self._free[-count:].copy(), self._free[:-count]
+            self._forget(self._idle.popitem(last=False)[0])
+        pages = np.array(self._free[-count:], np.int32)
+        del self._free[-count:]
+        self.available -= count
         return Block(group, pages)
 
     def release(self, block: Block) -> None:
@@ -96,8 +97,9 @@ class PagePool:
         block.holders -= 1
         if block.holders:
             return
+        self.available += len(block.pages)
         if block.key is None:
-            self._free = np.concatenate([self._free, block.pages])
+            self._free += block.pages.tolist()
         else:
             self._idle[block] = None
 
@@ -120,20 +122,21 @@ class PagePool:
     def hold(self, group: int, key: Key) -> Block:
         """Returns the block of a key, with one more holder."""
         block = self._found[group, key]
+        if not block.holders:
+            del self._idle[block]
+            self.available -= len(block.pages)
         block.holders += 1
-        self._idle.pop(block, None)
         return block
 
     def forget_idle(self) -> None:
         """Frees the pages that no request holds."""
-        for block in self._idle:
-            self._forget(block)
-            self._free = np.concatenate([self._free, block.pages])
-        self._idle.clear()
+        while self._idle:
+            self._forget(self._idle.popitem()[0])
 
     def _forget(self, block: Block) -> None:
         assert block.key is not None
         del self._found[block.group, block.key]
+        self._free += block.pages.tolist()
 
 
 def most_pages(groups: Sequence[Group], positions: int, chunk: int) -> int:

@@ -22,6 +22,7 @@ from qlora_jax.inference.engine.choose import Choice, log_probabilities
 from qlora_jax.inference.engine.page_pool import groups_of, most_pages
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
 from qlora_jax.nn.request_adapters import set_own
 from qlora_jax.sharding import AnyMesh, gather_rows
@@ -134,10 +135,7 @@ def advance_and_score(
     Returns:
       (logits, cache, the tokens `next_M` with their log-probabilities and those of the likeliest ones).
     """
-    model = combine(parts)
-    if own_BT is not None:
-        set_own(model, own_BT.reshape(-1))
-    hidden_MD, cache = model.extend(tokens_M.reshape(rows_BT.shape), rows_BT, positions_BT, cache, length)
+    model, hidden_MD, cache = _extended(parts, tokens_M, rows_BT, positions_BT, cache, own_BT, length)
     groups = hidden_MD.reshape(-1, SCORED_TOGETHER, hidden_MD.shape[1]), next_M.reshape(-1, SCORED_TOGETHER)
     scores = jax.lax.map(lambda each: log_probabilities(model.head.logits(each[0]), each[1], likeliest), groups)
     flat = [values.reshape(-1, *values.shape[2:]) for values in scores]
@@ -145,11 +143,16 @@ def advance_and_score(
 
 
 def _advance(length, mesh, parts, tokens_M, rows_BT, positions_BT, last_R, cache, own_BT):
+    model, hidden_MD, cache = _extended(parts, tokens_M, rows_BT, positions_BT, cache, own_BT, length)
+    return gather_rows(model.head.logits(hidden_MD[last_R]), mesh, axis=0), cache
+
+
+def _extended(parts, tokens_M, rows_BT, positions_BT, cache, own_BT, length) -> tuple[CausalLM, jax.Array, KVPages]:
+    """Returns (the model, hidden states of the tokens, the cache with them)."""
     model = combine(parts)
     if own_BT is not None:
         set_own(model, own_BT.reshape(-1))
-    hidden_MD, cache = model.extend(tokens_M.reshape(rows_BT.shape), rows_BT, positions_BT, cache, length)
-    return gather_rows(model.head.logits(hidden_MD[last_R]), mesh, axis=0), cache
+    return model, *model.extend(tokens_M.reshape(rows_BT.shape), rows_BT, positions_BT, cache, length)
 
 
 def decode_inputs(rows: int, positions: np.ndarray, mesh: AnyMesh | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
