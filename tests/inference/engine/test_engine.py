@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.inference.engine.engine import BESIDE_REPLIES, Engine
+from qlora_jax.inference.engine.engine import BESIDE_REPLIES, PATIENCE, Engine
 from qlora_jax.inference.engine.programs import advance
 from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.inference.sampling import Sampling
@@ -147,6 +147,23 @@ def test_log_probabilities_are_those_of_the_forward_pass(parts):
         np.testing.assert_allclose(one.log_p, expected[row, ids[row + 1]], atol=2e-5)
         assert [token for token, _ in one.likeliest] == best.tolist()
         np.testing.assert_allclose([log_p for _, log_p in one.likeliest], expected[row, best], atol=2e-5)
+
+
+def test_calls_shrink_while_a_reply_goes_on_and_it_stays_the_same(parts):
+    requests = requests_of(9, 20, 12, count=4, likeliest=1)
+    requests[0] = dataclasses.replace(requests[0], max_new_tokens=PATIENCE + 20)
+    alone = answers(Engine(parts, cache_bytes=CACHE), requests[:1])
+    assert answers(Engine(parts, cache_bytes=CACHE), requests)[:1] == alone
+
+
+def test_scores_of_a_prompt_come_once_although_its_request_begins_again(parts):
+    requests = requests_of(60, 60, 60, 60, count=40, score_prompt=True, likeliest=1)
+    engine = Engine(parts, cache_bytes=24 * 4096)
+    found = answers(engine, requests)
+    assert engine.usage().preemptions > 0
+    for steps in found:
+        assert [step.prompt is not None for step in steps] == [True] + [False] * (len(steps) - 1)
+        assert len(steps[0].prompt) == 59
 
 
 def test_a_prompt_can_be_scored_without_a_reply(parts):
