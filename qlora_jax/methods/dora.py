@@ -34,6 +34,29 @@ from qlora_jax.sharding import AnyMesh, gathered, lora_spec, shards_of
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
+class BatchedDoRA(BatchedLoRA):
+    """DoRA of several runs: low-rank adapters, and `scale` [L, runs, N]."""
+
+    def __init__(self, adapters: "Sequence[InferenceDoRA | None]", layers: int):
+        super().__init__(adapters, layers)
+        ones_LN = np.ones((layers, self.lora_b[...].shape[3]), np.float32)
+        scales = [ones_LN if adapter is None else np.asarray(adapter.scale[...]) for adapter in adapters]
+        self.scale = Frozen(jnp.asarray(np.stack(scales, axis=1)))
+
+    def on_product(
+        self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array
+    ) -> jax.Array:
+        """Returns scale * (y + scaling * x A B)."""
+        scale_MN = select_layer(self.scale[...], layer)[own_M]
+        added_MN = y_MN + self.delta(x_MK, layer, own_M).astype(y_MN.dtype)
+        scaled_MN = (added_MN.astype(jnp.float32) * scale_MN).astype(y_MN.dtype)
+        return jnp.where(self.present[...][own_M][:, None], scaled_MN, y_MN)
+
+    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns y."""
+        return y_MN
+
+
 class DoRA(LinearAdapter):
     """y = magnitude / ||W + scaling (A B)^T|| * (x W^T + scaling x A B) + b, with norms of rows, as PEFT computes it.
 
@@ -54,6 +77,7 @@ class DoRA(LinearAdapter):
 
     LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"), TrainedLeaf("magnitude", vector=True))
     SAVED = ("lora_xa", "unscaled", "dora_norms")
+    for_batch = BatchedDoRA
 
     def __init__(
         self,
@@ -135,11 +159,6 @@ class DoRA(LinearAdapter):
         """Returns the adapter with its norms computed once."""
         return InferenceDoRA(self, weight, mesh)
 
-    @classmethod
-    def for_batch(cls, adapters: "Sequence[InferenceDoRA | None]", layers: int) -> "BatchedDoRA":
-        """Returns the adapters of several runs."""
-        return BatchedDoRA(adapters, layers)
-
 
 class InferenceDoRA(DoRA):
     """DoRA with norms computed once, for inference only. `scale` [L, N] is magnitude / norms.
@@ -208,29 +227,6 @@ def _stack_norms(arrays: tuple[PyTree, PyTree, Weight, jax.Array], scaling: floa
         return row_norms(a_KR, b_RN, weight_norms2[layer], frozen, scaling)
 
     return jax.lax.map(norms, jnp.arange(len(weight_norms2), dtype=jnp.int32))
-
-
-class BatchedDoRA(BatchedLoRA):
-    """DoRA of several runs: low-rank adapters, and `scale` [L, runs, N]."""
-
-    def __init__(self, adapters: Sequence[InferenceDoRA | None], layers: int):
-        super().__init__(adapters, layers)
-        ones_LN = np.ones((layers, self.lora_b[...].shape[3]), np.float32)
-        scales = [ones_LN if adapter is None else np.asarray(adapter.scale[...]) for adapter in adapters]
-        self.scale = Frozen(jnp.asarray(np.stack(scales, axis=1)))
-
-    def on_product(
-        self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array
-    ) -> jax.Array:
-        """Returns scale * (y + scaling * x A B)."""
-        scale_MN = select_layer(self.scale[...], layer)[own_M]
-        added_MN = y_MN + self.delta(x_MK, layer, own_M).astype(y_MN.dtype)
-        scaled_MN = (added_MN.astype(jnp.float32) * scale_MN).astype(y_MN.dtype)
-        return jnp.where(self.present[...][own_M][:, None], scaled_MN, y_MN)
-
-    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
-        """Returns y."""
-        return y_MN
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

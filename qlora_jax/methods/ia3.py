@@ -38,6 +38,40 @@ from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.regex import matches_end
 
 
+class BatchedIA3(BatchedAdapter):
+    """(IA)^3 of several runs: a vector of ones, which changes nothing, where a run does not scale."""
+
+    def __init__(self, adapters: "Sequence[IA3 | None]", layers: int):
+        self.vectors = nnx.Dict(
+            {
+                f"{on_input}": Frozen(_stacked([one if one and one.on_input == on_input else None for one in adapters]))
+                for on_input in (False, True)
+                if any(one is not None and one.on_input == on_input for one in adapters)
+            }
+        )
+
+    def _scaled(self, x_MK: jax.Array, on_input: bool, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        if f"{on_input}" not in self.vectors:
+            return x_MK
+        own_MK = select_layer(self.vectors[f"{on_input}"][...], layer)[own_M]
+        return (x_MK.astype(jnp.float32) * own_MK).astype(x_MK.dtype)
+
+    def on_input(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns x * vector."""
+        return self._scaled(x_MK, True, layer, own_M)
+
+    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns y * vector."""
+        return self._scaled(y_MN, False, layer, own_M)
+
+
+def _stacked(adapters: "Sequence[IA3 | None]") -> jax.Array:
+    """Returns the vectors [L, adapters, _], of ones for None."""
+    shape = next(one.vector[...].shape for one in adapters if one is not None)
+    vectors = [np.ones(shape, np.float32) if one is None else np.asarray(one.vector[...]) for one in adapters]
+    return jnp.asarray(np.stack(vectors, axis=1))
+
+
 class IA3(LinearAdapter):
     """y = (x W^T + b) * vector, or (x * vector) W^T + b if `on_input`; PEFT's IA3.
 
@@ -47,6 +81,7 @@ class IA3(LinearAdapter):
 
     LEAVES = (TrainedLeaf("vector", vector=True),)
     SAVED = ("unscaled",)
+    for_batch = BatchedIA3
 
     def __init__(self, vector: Float[Array, "*L _"], on_input: bool):
         self.vector = nnx.LoRAParam(vector)
@@ -77,11 +112,6 @@ class IA3(LinearAdapter):
         """Returns the adapter of one layer of the stack."""
         return IA3(self.vector[...][layer], self.on_input)
 
-    @classmethod
-    def for_batch(cls, adapters: "Sequence[IA3 | None]", layers: int) -> "BatchedIA3":
-        """Returns the vectors of several runs."""
-        return BatchedIA3(adapters, layers)
-
     def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
         """Returns the weight in f32, its rows (or its columns if `on_input`) multiplied by the vector."""
         vector = self.vector[...]
@@ -90,40 +120,6 @@ class IA3(LinearAdapter):
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
         """Returns bias * vector in f32, or the bias unchanged if `on_input`."""
         return bias if self.on_input else bias.astype(jnp.float32) * self.vector[...]
-
-
-class BatchedIA3(BatchedAdapter):
-    """(IA)^3 of several runs: a vector of ones, which changes nothing, where a run does not scale."""
-
-    def __init__(self, adapters: Sequence[IA3 | None], layers: int):
-        self.vectors = nnx.Dict(
-            {
-                f"{on_input}": Frozen(_stacked([one if one and one.on_input == on_input else None for one in adapters]))
-                for on_input in (False, True)
-                if any(one is not None and one.on_input == on_input for one in adapters)
-            }
-        )
-
-    def _scaled(self, x_MK: jax.Array, on_input: bool, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
-        if f"{on_input}" not in self.vectors:
-            return x_MK
-        own_MK = select_layer(self.vectors[f"{on_input}"][...], layer)[own_M]
-        return (x_MK.astype(jnp.float32) * own_MK).astype(x_MK.dtype)
-
-    def on_input(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
-        """Returns x * vector."""
-        return self._scaled(x_MK, True, layer, own_M)
-
-    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
-        """Returns y * vector."""
-        return self._scaled(y_MN, False, layer, own_M)
-
-
-def _stacked(adapters: Sequence[IA3 | None]) -> jax.Array:
-    """Returns the vectors [L, adapters, _], of ones for None."""
-    shape = next(one.vector[...].shape for one in adapters if one is not None)
-    vectors = [np.ones(shape, np.float32) if one is None else np.asarray(one.vector[...]) for one in adapters]
-    return jnp.asarray(np.stack(vectors, axis=1))
 
 
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.

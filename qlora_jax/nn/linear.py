@@ -5,7 +5,7 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import jax
@@ -86,10 +86,13 @@ class LinearAdapter(nnx.Module):
     Attributes:
       LEAVES: its trained arrays.
       SAVED: its names of `checkpoint_name`, whose values the remat policy `names` saves for the backward pass.
+      for_batch: makes one module of the adapters of several runs on a projection. It gets results of `for_decoding`, or
+        None for runs without one, and the number of layers of the stack. None: the method has no such form.
     """
 
     LEAVES: ClassVar[tuple[TrainedLeaf, ...]]
     SAVED: ClassVar[tuple[str, ...]] = ()
+    for_batch: ClassVar[Callable[[Sequence, int], BatchedAdapter] | None] = None
 
     @staticmethod
     @abc.abstractmethod
@@ -117,16 +120,6 @@ class LinearAdapter(nnx.Module):
     def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "LinearAdapter":
         """Returns the adapter for many calls of few tokens, with what they share computed once."""
         return self
-
-    @classmethod
-    def for_batch(cls, adapters: "Sequence[LinearAdapter | None]", layers: int) -> BatchedAdapter | None:
-        """Returns the adapters of several runs on one projection; None: the method has no form of them.
-
-        Args:
-          adapters: results of `for_decoding`; None: the token keeps the base's result, as for number 0.
-          layers: number of layers of the projection's stack.
-        """
-        return None
 
 
 class ModuleAdapter(Protocol):

@@ -107,6 +107,39 @@ class LowRank(HasDropout, Protocol):
     scaling: float
 
 
+class BatchedLoRA(BatchedAdapter):
+    """Low-rank adapters of several runs: A [L, runs, K, R] and B [L, runs, R, N], padded with zeros, and scalings."""
+
+    def __init__(self, adapters: "Sequence[LowRank | None]", layers: int):
+        """Stacks adapters; the layers that one lacks are zeros, which change nothing."""
+        first = next(adapter for adapter in adapters if adapter is not None)
+        dtype, inputs, outputs = first.lora_a[...].dtype, first.lora_a[...].shape[1], first.lora_b[...].shape[2]
+        rank = max(adapter.lora_a[...].shape[2] for adapter in adapters if adapter is not None)
+        rank = -(-rank // RANK_UNIT) * RANK_UNIT
+        lora_a = np.zeros((layers, len(adapters), inputs, rank), dtype)
+        lora_b = np.zeros((layers, len(adapters), rank, outputs), dtype)
+        for number, adapter in enumerate(adapters):
+            if adapter is not None:
+                own = getattr(adapter, "adapted_layers", None) or range(layers)
+                a, b = np.asarray(adapter.lora_a[...]), np.asarray(adapter.lora_b[...])
+                lora_a[[*own], number, :, : a.shape[2]], lora_b[[*own], number, : b.shape[1]] = a, b
+        scalings = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
+        self.lora_a, self.lora_b = Frozen(jnp.asarray(lora_a)), Frozen(jnp.asarray(lora_b))
+        self.scalings = Frozen(jnp.asarray(scalings, jnp.float32))
+        self.present = Frozen(jnp.asarray([adapter is not None for adapter in adapters]))
+
+    def delta(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns scaling * x A B of each token in f32; zeros without an adapter."""
+        place = 0 if layer is None else layer
+        xa_MR = own_matrix(x_MK, self.lora_a[...], place, own_M) * self.scalings[...][own_M][:, None]
+        return own_matrix(xa_MR.astype(x_MK.dtype), self.lora_b[...], place, own_M)
+
+    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
+        """Returns y + scaling * x A B."""
+        added_MN = y_MN + self.delta(x_MK, layer, own_M).astype(y_MN.dtype)
+        return jnp.where(self.present[...][own_M][:, None], added_MN, y_MN)
+
+
 class LoRA(LinearAdapter):
     """LoRA or rsLoRA on one projection (Hu et al., 2021): `scaling` is alpha / rank, or alpha / sqrt(rank).
 
@@ -118,6 +151,7 @@ class LoRA(LinearAdapter):
 
     LEAVES = (TrainedLeaf("lora_a"), TrainedLeaf("lora_b"))
     SAVED = ("lora_xa",)
+    for_batch = BatchedLoRA
 
     DELTAS = staticmethod(lora_deltas)
 
@@ -172,44 +206,6 @@ class LoRA(LinearAdapter):
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """Returns weight + scaling * (A B)^T, in f32."""
         return add_delta(weight, self)
-
-    @classmethod
-    def for_batch(cls, adapters: "Sequence[LoRA | None]", layers: int) -> "BatchedLoRA":
-        """Returns the low-rank adapters of several runs."""
-        return BatchedLoRA(adapters, layers)
-
-
-class BatchedLoRA(BatchedAdapter):
-    """Low-rank adapters of several runs: A [L, runs, K, R] and B [L, runs, R, N], padded with zeros, and scalings."""
-
-    def __init__(self, adapters: "Sequence[LowRank | None]", layers: int):
-        """Stacks adapters; the layers that one lacks are zeros, which change nothing."""
-        first = next(adapter for adapter in adapters if adapter is not None)
-        dtype, inputs, outputs = first.lora_a[...].dtype, first.lora_a[...].shape[1], first.lora_b[...].shape[2]
-        rank = max(adapter.lora_a[...].shape[2] for adapter in adapters if adapter is not None)
-        rank = -(-rank // RANK_UNIT) * RANK_UNIT
-        lora_a = np.zeros((layers, len(adapters), inputs, rank), dtype)
-        lora_b = np.zeros((layers, len(adapters), rank, outputs), dtype)
-        for number, adapter in enumerate(adapters):
-            if adapter is not None:
-                own = getattr(adapter, "adapted_layers", None) or range(layers)
-                a, b = np.asarray(adapter.lora_a[...]), np.asarray(adapter.lora_b[...])
-                lora_a[[*own], number, :, : a.shape[2]], lora_b[[*own], number, : b.shape[1]] = a, b
-        scalings = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
-        self.lora_a, self.lora_b = Frozen(jnp.asarray(lora_a)), Frozen(jnp.asarray(lora_b))
-        self.scalings = Frozen(jnp.asarray(scalings, jnp.float32))
-        self.present = Frozen(jnp.asarray([adapter is not None for adapter in adapters]))
-
-    def delta(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
-        """Returns scaling * x A B of each token in f32; zeros without an adapter."""
-        place = 0 if layer is None else layer
-        xa_MR = own_matrix(x_MK, self.lora_a[...], place, own_M) * self.scalings[...][own_M][:, None]
-        return own_matrix(xa_MR.astype(x_MK.dtype), self.lora_b[...], place, own_M)
-
-    def on_result(self, y_MN: jax.Array, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
-        """Returns y + scaling * x A B."""
-        added_MN = y_MN + self.delta(x_MK, layer, own_M).astype(y_MN.dtype)
-        return jnp.where(self.present[...][own_M][:, None], added_MN, y_MN)
 
 
 def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:

@@ -24,7 +24,7 @@ def adapters_of(name: str, parts: ModelParts) -> ByProjection:
     model = combine(prepare_for_decoding(parts))
     found = {path: linear.adapter for path, linear in _linears(model) if linear.adapter is not None}
     alone = sorted({name for name in parts.lora if name not in found})
-    alone += [path for path, adapter in found.items() if not _has_batch(adapter)]
+    alone += [path for path, adapter in found.items() if type(adapter).for_batch is None]
     if alone:
         shown = f"{alone[0]}" + (f" and {len(alone) - 1} more" if len(alone) > 1 else "")
         raise ValueError(
@@ -32,10 +32,6 @@ def adapters_of(name: str, parts: ModelParts) -> ByProjection:
             "projections whose method has for_batch). Serve it alone, or export it merged"
         )
     return {path: adapter for path, adapter in found.items() if adapter is not None}
-
-
-def _has_batch(adapter: LinearAdapter | None) -> bool:
-    return adapter is not None and type(adapter).for_batch.__func__ is not LinearAdapter.for_batch.__func__
 
 
 def with_adapters(parts: ModelParts, runs: Mapping[int, ByProjection], count: int) -> ModelParts:
@@ -66,10 +62,9 @@ def _batched(own: Mapping[int, LinearAdapter], count: int, layers: int) -> list[
     """Returns the adapters of a projection, those of each method together."""
     batched = []
     for kind in dict.fromkeys(map(type, own.values())):
+        assert kind.for_batch is not None, "`adapters_of` refuses other methods"
         adapters = [own.get(number) if type(own.get(number)) is kind else None for number in range(count)]
-        made = kind.for_batch(adapters, layers)
-        assert made is not None, "`adapters_of` refuses other methods"
-        batched.append(made)
+        batched.append(kind.for_batch(adapters, layers))
     return batched
 
 
