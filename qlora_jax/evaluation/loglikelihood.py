@@ -19,7 +19,7 @@ from jaxtyping import Array, Int, Int32
 from pallas_kernels.attention.branching import Branching
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.shared_prefixes import PackedRow, ScoredIds, pack_rows
-from qlora_jax.inference.decode import id_problems
+from qlora_jax.inference.engine.request import id_problems
 from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
@@ -139,7 +139,8 @@ def check_scorable(rows: Sequence[ScoredIds], model: CausalLM) -> None:
         for index, (ids, _) in enumerate(rows)
         if len(ids) > max_positions + 1
     ]
-    problems += id_problems("row", (ids for ids, _ in rows), model)
+    num_ids = model.model.embed_tokens.num_ids
+    problems += [each for index, (ids, _) in enumerate(rows) for each in id_problems(f"row {index}", ids, num_ids)]
     problems += [f"row {index}: no token to score" for index, (_, scored) in enumerate(rows) if not scored[1:].any()]
     if problems:
         raise ValueError("\n  ".join(["cannot score:", *problems]))

@@ -3,12 +3,10 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.engine import Engine
 from qlora_jax.inference.engine.programs import page_bytes, pages_for
-from qlora_jax.inference.engine.request import EndReason, Request, Step
+from qlora_jax.inference.engine.request import EndReason, Request, Step, prompt_problems
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.decoder import CausalLM
@@ -21,22 +19,6 @@ class Reply(NamedTuple):
 
     ids: list[int]
     end: EndReason
-
-
-def id_problems(name: str, rows: Iterable[Sequence[int] | np.ndarray], model: CausalLM) -> list[str]:
-    """Returns a message for each row with an id that the model's embedding has no row for.
-
-    Args:
-      name: of one row, such as "prompt".
-    """
-    limit = model.model.embed_tokens.num_ids
-    spans = [(int(ids.min()), int(ids.max())) if ids.size else (0, 0) for ids in map(np.asarray, rows)]
-    return [
-        f"{name} {index}: an id has no row in the embedding (found ids {low} to {high}, expected 0 to {limit - 1}). "
-        "Use the tokenizer that was loaded with the model"
-        for index, (low, high) in enumerate(spans)
-        if low < 0 or high >= limit
-    ]
 
 
 def stream(
@@ -125,17 +107,10 @@ def complete(steps: Iterable[Step]) -> Iterator[tuple[int, Reply]]:
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: CausalLM) -> None:
-    max_positions = model.config.max_positions
+    limits = model.config.max_positions, model.model.embed_tokens.num_ids
     problems = [] if max_new_tokens >= 1 else [f"max_new_tokens: found {max_new_tokens}, expected at least 1"]
     for row, prompt in enumerate(prompts):
-        if not prompt:
-            problems.append(f"prompt {row}: empty (expected at least one token)")
-        elif len(prompt) >= max_positions:
-            problems.append(
-                f"prompt {row}: too long (found {len(prompt)} tokens; the model has {max_positions} positions "
-                "for prompt and reply). Shorten it"
-            )
-    problems += id_problems("prompt", prompts, model)
+        problems += prompt_problems(f"prompt {row}", prompt, *limits)
     if problems:
         raise ValueError("\n  ".join(["cannot generate:", *problems]))
 

@@ -24,7 +24,7 @@ from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.task_file import read_each, read_task_rows
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
-from qlora_jax.inference.decode import id_problems
+from qlora_jax.inference.engine.request import id_problems
 from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
@@ -157,7 +157,9 @@ def score_letters(
     Raises:
       ValueError: a question has an id that the model's embedding has no row for.
     """
-    if problems := id_problems("question", [question.ids for question in questions], combine(parts)):
+    num_ids = combine(parts).model.embed_tokens.num_ids
+    asked = enumerate(questions)
+    if problems := [each for row, one in asked for each in id_problems(f"question {row}", one.ids, num_ids)]:
         raise ValueError("\n  ".join(["cannot score:", *problems]))
     right, tied, done = np.zeros(len(questions), bool), np.zeros(len(questions), bool), 0
     mesh = mesh_of(parts)

@@ -47,7 +47,7 @@ from qlora_jax.inference.engine.programs import (
     table_blocks,
 )
 from qlora_jax.inference.engine.reply_text import ReplyText
-from qlora_jax.inference.engine.request import Request, Scored, Step
+from qlora_jax.inference.engine.request import Request, Scored, Step, prompt_problems
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
 from qlora_jax.sharding import mesh_of
@@ -246,20 +246,13 @@ class Engine:
 
     def problems(self, request: Request) -> list[str]:
         """Returns why a request cannot be answered, one line each."""
-        limit, problems = self._config.max_positions, []
+        problems = []
         if request.adapter is not None and request.adapter not in self._adapters:
             problems.append(f"adapter: found {request.adapter!r}, expected one of {list(self._adapters)}")
         if request.max_new_tokens < (0 if request.score_prompt else 1):
             problems.append(f"max_new_tokens: found {request.max_new_tokens}, expected at least 1")
-        if not request.prompt:
-            return [*problems, "prompt: empty (expected at least one token)"]
-        if len(request.prompt) >= limit + (request.max_new_tokens == 0):
-            found = f"found {len(request.prompt)} tokens; the model has {limit} positions for prompt and reply"
-            problems.append(f"prompt: too long ({found}). Shorten it")
-        ids = np.asarray(request.prompt)
-        if ids.min() < 0 or ids.max() >= self._num_ids:
-            found = f"found ids {ids.min()} to {ids.max()}, expected 0 to {self._num_ids - 1}"
-            problems.append(f"prompt: an id has no row in the embedding ({found}). Use the model's tokenizer")
+        least = min(1, request.max_new_tokens)
+        problems += prompt_problems("prompt", request.prompt, self._config.max_positions, self._num_ids, least)
         if self._tokenizer is None and (request.grammar is not None or request.stop_texts):
             problems.append("grammar, stop_texts: the engine has no tokenizer. Give it one")
         if self._mesh is not None and request.score_prompt:

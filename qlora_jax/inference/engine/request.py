@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
+
 from qlora_jax.inference.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -78,3 +80,30 @@ class Step(NamedTuple):
     scored: Scored | None = None
     prompt: tuple[Scored, ...] | None = None
     problem: str | None = None
+
+
+def prompt_problems(name: str, prompt: Sequence[int], max_positions: int, num_ids: int, least: int = 1) -> list[str]:
+    """Returns why a prompt cannot be continued, one line each.
+
+    Args:
+      max_positions, num_ids: of the model.
+      least: number of tokens for which the prompt has to leave positions.
+    """
+    if not prompt:
+        return [f"{name}: empty (expected at least one token)"]
+    problems = []
+    if len(prompt) + least > max_positions:
+        found = f"found {len(prompt)} tokens; the model has {max_positions} positions for prompt and reply"
+        problems.append(f"{name}: too long ({found}). Shorten it")
+    return problems + id_problems(name, prompt, num_ids)
+
+
+def id_problems(name: str, ids: Sequence[int] | np.ndarray, num_ids: int) -> list[str]:
+    """Returns a message if the model's embedding has no row for an id."""
+    if not len(ids):
+        return []
+    low, high = int(np.min(ids)), int(np.max(ids))
+    if low >= 0 and high < num_ids:
+        return []
+    found = f"found ids {low} to {high}, expected 0 to {num_ids - 1}"
+    return [f"{name}: an id has no row in the embedding ({found}). Use the tokenizer that was loaded with the model"]
