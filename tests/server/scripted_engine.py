@@ -93,3 +93,11 @@ class ScriptedEngine:
             del self.running[number]
             return Step(number, token, text, "length", own, prompt)
         return Step(number, token, text, None, own, prompt)
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 10) -> None:
+    """The server's thread takes commands after it has answered."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

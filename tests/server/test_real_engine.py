@@ -17,7 +17,7 @@ import pytest
 import qlora_jax as q
 from qlora_jax.config import ConfigError
 from tests.inference.small_run import STEPS, write_run
-from tests.server.test_server import wait_until
+from tests.server.scripted_engine import wait_until
 
 SAY = [{"role": "user", "content": "say sun 1"}]
 

@@ -7,7 +7,6 @@ import json
 import random
 import socket
 import threading
-import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ from qlora_jax.server.anthropic_schemas import MessagesBody
 from qlora_jax.server.openai_schemas import ChatBody, CompletionBody, EmbeddingBody
 from qlora_jax.server.service import Limits
 from tests.server.conftest import KEY, Served, Start, echo, make_model
+from tests.server.scripted_engine import wait_until
 
 HI = [{"role": "user", "content": "Hi"}]
 BODIES = {
@@ -152,7 +152,8 @@ def send_damaged(served: Served, count: int) -> None:
                 path, content=damaged(draw, json.dumps(body).encode()), headers={"Content-Type": "application/json"}
             )
             assert response.status_code in (200, 400, 404) and (response.status_code == 200 or is_error(response))
-    assert not served.engine.running and chat(served).status_code == 200
+    wait_until(lambda: not served.engine.running)
+    assert chat(served).status_code == 200
 
 
 def test_damaged_bodies_get_one_error_and_disturb_nothing(served):
@@ -227,11 +228,10 @@ def test_a_large_body_is_refused_whatever_its_headers_say(serve):
 
 
 def test_a_full_queue_says_when_to_come_back(serve):
-    with serve(lambda request: "one two three four " * 20, seconds=0.02, places=2) as served:
+    with serve(lambda request: "one two three four " * 200, seconds=0.02, places=2) as served:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            running = [pool.submit(chat, served, max_tokens=60) for _ in range(2)]
-            while len(served.engine.running) < 2:
-                time.sleep(0.01)
+            running = [pool.submit(chat, served, max_tokens=150) for _ in range(2)]
+            wait_until(lambda: len(served.engine.running) == 2)
             refused = chat(served)
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1" and is_error(refused)
             assert chat(served, n=3).status_code == 429
@@ -283,16 +283,9 @@ def test_the_page_may_load_nothing(serve):
 # ---- clients
 
 
-def wait_until(holds, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(serve, stream):
-    with serve(lambda request: "one two three " * 60, seconds=0.02) as served:
+    with serve(lambda request: "one two three " * 600, seconds=0.02) as served:
         address = urlsplit(served.url)
         connection = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
         body = json.dumps({"model": "a", "messages": HI, "stream": stream})
@@ -301,8 +294,8 @@ def test_a_client_that_leaves_frees_its_place(serve, stream):
         if stream:
             connection.getresponse().read(10)
         connection.close()
-        wait_until(lambda: served.engine.cancelled)
-        assert served.engine.steps < 60 and not served.engine.running
+        wait_until(lambda: served.engine.cancelled and not served.engine.running)
+        assert served.engine.steps < 290  # of the 300 that the reply has
         assert chat(served, max_tokens=2).status_code == 200
 
 
@@ -325,7 +318,8 @@ def test_several_clients_get_their_own_replies(served):
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         found = [*pool.map(ask, range(32))]
-    assert all(found) and not served.engine.running
+    assert all(found)
+    wait_until(lambda: not served.engine.running)
 
 
 def test_a_failing_engine_ends_the_server_with_its_error(serve, caplog):

@@ -16,6 +16,7 @@ from qlora_jax.server.reply_grammar import call_grammar
 from qlora_jax.server.reply_reader import Call, Part, ReplyReader, Text
 from tests.data.loss_mask.reasoning_templates import HARMONY, QWEN3, R1, THINKING
 from tests.server.conftest import Start
+from tests.server.scripted_engine import wait_until
 
 _TURNS = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' + (message.content or '') }}
@@ -288,7 +289,7 @@ def test_a_reply_may_have_one_call_at_most(client, served):
     ):
         found = client.chat.completions.create(model="a", messages=HI, tools=TOOLS, seed=0, **tools).choices[0]
         assert len(found.message.tool_calls) == 1 and found.finish_reason == "tool_calls"
-    assert not served.engine.running
+    wait_until(lambda: not served.engine.running)
 
 
 def test_without_tools_there_are_no_calls(client, served):
