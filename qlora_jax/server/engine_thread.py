@@ -23,10 +23,11 @@ class EngineUsage(Protocol):
 
 @runtime_checkable
 class AnyEngine(Protocol):
-    """The methods of an engine that the thread calls."""
+    """The methods of an engine that the thread calls; `prepare` is called by others."""
 
     @property
     def busy(self) -> bool: ...
+    def prepare(self, request: Request) -> None: ...
     def submit(self, request: Request) -> int: ...
     def cancel(self, number: int) -> None: ...
     def step(self) -> list[Step]: ...
@@ -55,6 +56,8 @@ class Replies:
             if isinstance(item, ApiError):
                 raise item
             index, step = item
+            if step.end == "error":
+                raise bad_request([f"{step.problem}"])
             if index in self.left:
                 if step.end is not None:
                     self.left.remove(index)
@@ -154,6 +157,8 @@ class EngineThread:
 
     async def _submitted(self, replies: Replies, requests: Sequence[Request]) -> None:
         try:
+            if any(request.grammar for request in requests):  # compiling one must not stop other replies
+                await asyncio.to_thread(lambda: [self._engine.prepare(request) for request in requests])
             await self.call(lambda: self._submit(replies, requests))
         except ValueError as error:
             raise bad_request(str(error).split("\n")) from None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from qlora_jax.data.loss_mask.turns import opened_reasoning
+from qlora_jax.inference.engine.reply_text import overlap
 from qlora_jax.metadata import JsonObject
 from qlora_jax.server.reply_format import CallFormat, ReasoningFormat, ReplyFormat
 
@@ -155,8 +156,7 @@ class ReplyReader:
     def _emit_up_to(self, kind: Literal["reasoning", "content"], mark: str) -> None:
         """Emits the buffer, but not spaces at its end, nor what may become the mark."""
         text = self._buffer
-        kept = next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-size:])), 0)
-        shown = text[: len(text) - kept].rstrip()
+        shown = text[: len(text) - overlap(text, mark)].rstrip()
         self._say(kind, shown)
         self._buffer = text[len(shown) :]
 

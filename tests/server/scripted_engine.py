@@ -40,6 +40,7 @@ class ScriptedEngine:
         self.cancelled: list[int] = []
         self.steps = 0
         self.fail = False
+        self.problem: str | None = None  # with which replies end
 
     @property
     def busy(self) -> bool:
@@ -47,6 +48,9 @@ class ScriptedEngine:
 
     def usage(self) -> Usage:
         return Usage(0, len(self.running))
+
+    def prepare(self, request: Request) -> None:
+        """Grammars are the real engine's."""
 
     def submit(self, request: Request) -> int:
         if len(request.prompt) >= self._positions:
@@ -70,6 +74,9 @@ class ScriptedEngine:
 
     def _step(self, number: int, running: Running) -> Step:
         request, first = running.request, running.sent == 0
+        if self.problem is not None:
+            del self.running[number]
+            return Step(number, None, "", "error", problem=self.problem)
         prompt = None
         if request.score_prompt and first:
             prompt = tuple(scored(token, request.likeliest or 0) for token in request.prompt[1:])

@@ -227,6 +227,17 @@ def test_a_large_body_is_refused_whatever_its_headers_say(serve):
         assert response.status_code == 413 and is_error(response)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_its_grammar_ends_is_an_error(serve, stream):
+    with serve(echo) as served:
+        served.engine.problem = "grammar: too complex here"
+        response = chat(served, stream=stream)
+        last = response.text.strip().splitlines()[-1].removeprefix("data: ")
+        assert json.loads(last)["error"]["message"] == served.engine.problem and "[DONE]" not in response.text
+        served.engine.problem = None
+        assert chat(served).status_code == 200
+
+
 def test_a_full_queue_says_when_to_come_back(serve):
     with serve(lambda request: "one two three four " * 200, seconds=0.02, places=2) as served:
         with concurrent.futures.ThreadPoolExecutor() as pool:

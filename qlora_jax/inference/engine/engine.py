@@ -236,10 +236,17 @@ class Engine:
         )
         return number
 
+    def prepare(self, request: Request) -> None:
+        """Compiles the grammar of a request, so that `submit` takes little time; any thread may call it.
+
+        Raises:
+          ValueError: the grammar cannot be followed.
+        """
+        self._matcher(request)
+
     def _matcher(self, request: Request) -> Matcher | None:
-        if request.grammar is None:
+        if request.grammar is None or self._tokenizer is None:  # `problems` refuses one without a tokenizer
             return None
-        assert self._tokenizer is not None, "`problems` refuses it"
         if self._grammars is None:
             self._grammars = GrammarCompiler(self._tokenizer, self._num_ids)
         return self._grammars.matcher(request.grammar, request.stop_ids)

@@ -68,12 +68,12 @@ class ReplyText:
         if ends:
             self._ended = True
             return text[: min(ends)], True
-        kept = max((_overlap(text, stop) for stop in self._stops), default=0)
+        kept = max((overlap(text, stop) for stop in self._stops), default=0)
         self._waiting = text[len(text) - kept :]
         return text[: len(text) - kept], False
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of a text with which the stop text begins."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
+def overlap(text: str, mark: str) -> int:
+    """Returns the length of the longest end of a text with which a mark begins, which the text does not have."""
+    longest = min(len(text), len(mark) - 1)
+    return next((size for size in range(longest, 0, -1) if mark.startswith(text[-size:])), 0)
