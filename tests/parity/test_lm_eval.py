@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import qlora_jax as q
 from qlora_jax import evaluate
 from tests.e2e.project import write_model
+from tests.inference.small_run import write_run
 
 ORACLE = Path(__file__).parent.parent / "oracle/lm_eval_hf.py"
 WORDS = ["sun", "moon", "star", "tree", "river", "stone", "cloud", "light", "water", "fire", "earth", "wind"]
@@ -101,3 +103,24 @@ def test_what_is_not_there_is_told(tmp_path):
     model = write_model(tmp_path / "model")
     with pytest.raises(ValueError, match=r"unknown task .found nothing_like_it"):
         evaluate.main(["--model", str(model), "--harness", "[nothing_like_it]", "--columns", "[unquantized]"])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_the_harness_on_a_server_gives_the_numbers_of_the_adapter(tmp_path, oracle):
+    run, tasks = write_run(tmp_path), write_tasks(tmp_path / "tasks")
+    names = ["tiny_choice", "tiny_words", "tiny_reply"]
+    words = ["--run", str(run), "--columns", "[checkpoint]", "--harness", json.dumps(names)]
+    evaluate.main([*words, "--harness_folder", str(tasks), "--json", str(tmp_path / "scores.json")])
+    (told,) = json.loads((tmp_path / "scores.json").read_text())["tasks"]["harness"]["columns"].values()
+    settings = {"port": 0, "cache": "16MiB", "background": True, "compute_dtype": "float32"}
+    with q.serve_models(str(tmp_path / "model"), runs=[str(run)], **settings) as server:
+        given = {"url": f"{server.url}/v1/completions", "model": "run", "folder": str(tmp_path / "model")}
+        script = ORACLE.with_name("lm_eval_completions.py")
+        found = oracle(script, **given, positions=256, tasks=names, task_folder=str(tasks))
+    for task, metrics in json.loads(str(found["results"])).items():
+        for key, value in metrics.items():
+            metric, _, kept = key.partition(",")
+            if kept and not metric.endswith("_stderr"):
+                assert told[f"{task}: {metric}"]["value"] == pytest.approx(value, rel=1e-3), (task, metric)

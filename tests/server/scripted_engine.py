@@ -40,7 +40,7 @@ class ScriptedEngine:
         self.cancelled: list[int] = []
         self.steps = 0
         self.fail = False
-        self.problem: str | None = None  # with which replies end
+        self.problem: str | None = None  # replies end with it
 
     @property
     def busy(self) -> bool:

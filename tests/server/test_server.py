@@ -306,7 +306,7 @@ def test_a_client_that_leaves_frees_its_place(serve, stream):
             connection.getresponse().read(10)
         connection.close()
         wait_until(lambda: served.engine.cancelled and not served.engine.running)
-        assert served.engine.steps < 290  # of the 300 that the reply has
+        assert served.engine.steps < 290  # the reply has 300
         assert chat(served, max_tokens=2).status_code == 200
 
 
