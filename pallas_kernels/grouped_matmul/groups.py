@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dense_matmul import FEW_ROWS
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.qtensor import Leaf
 
@@ -39,13 +40,16 @@ class Groups:
     tile: int = dataclasses.field(metadata={"static": True})
 
 
-def group_rows(experts_Mk: Int[Array, "M k"], num_experts: int, tile: int | None = None) -> Groups:
+def group_rows(
+    experts_Mk: Int[Array, "M k"], num_experts: int, tile: int | None = None, by_row: bool = False
+) -> Groups:
     """Sorts pairs by expert, in stable order, and pads each expert's rows to whole tiles.
 
     Args:
       experts_Mk: the experts that each token chose, in [0, num_experts).
       num_experts: E.
       tile: C; None: chosen from the numbers of pairs and experts, for the target device.
+      by_row: see `choose_tile`.
 
     Raises:
       ValueError: a size is not positive.
@@ -53,7 +57,7 @@ def group_rows(experts_Mk: Int[Array, "M k"], num_experts: int, tile: int | None
     if min(*experts_Mk.shape, num_experts) < 1 or (tile is not None and tile < 1):
         found = f"experts {list(experts_Mk.shape)}, {num_experts=}, {tile=}"
         raise ValueError(f"group_rows: a size is not positive (found {found}). Pass tokens, choices and experts.")
-    chosen = choose_tile(target_device(), experts_Mk.size, num_experts) if tile is None else tile
+    chosen = choose_tile(target_device(), experts_Mk.size, num_experts, by_row) if tile is None else tile
     return _group_rows(experts_Mk, num_experts, chosen)
 
 
@@ -99,10 +103,15 @@ TILES = {
 }
 
 
-def choose_tile(device: Device, pairs: int, num_experts: int) -> int:
-    """Returns the rows per tile for this many pairs."""
+def choose_tile(device: Device, pairs: int, num_experts: int, by_row: bool = False) -> int:
+    """Returns the rows per tile for this many pairs.
+
+    Args:
+      by_row: a row's product may not depend on the other rows. On CPUs, only loops for few rows promise that.
+    """
     tiles = TILES.get(device.platform, TILES["gpu"])
-    return max(tile for tile, least in tiles if pairs >= least * num_experts)
+    most = FEW_ROWS if by_row and device.platform == "cpu" else tiles[-1][0]
+    return max(tile for tile, least in tiles if pairs >= least * num_experts and tile <= most)
 
 
 @jax.custom_vjp
@@ -162,7 +171,8 @@ def combine_rows(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "M N
 
 def _combined(y_PN: jax.Array, groups: Groups) -> jax.Array:
     y_MkN = rows_of_pairs(y_PN, groups).reshape(*groups.slot_of_pair_Mk.shape, -1)
-    return jnp.sum(y_MkN.astype(jnp.float32), axis=1).astype(y_PN.dtype)
+    # The order of jnp.sum depends on the number of tokens.
+    return sum(y_MkN[:, choice].astype(jnp.float32) for choice in range(y_MkN.shape[1])).astype(y_PN.dtype)
 
 
 def _combine_forward(y_PN, groups):

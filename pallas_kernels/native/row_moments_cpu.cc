@@ -1,7 +1,9 @@
 // Moments of rows, for norms whose bits do not depend on the number of rows: one XLA FFI handler.
 //
-//   row_moments:  y[m] = (mean, mean of (x - mean)^2) of x[m, :], of f32 or bf16 numbers, in f32; the mean is 0 unless
-//                 rows are centered
+//   row_moments:  y[m] = (mean, 1 / sqrt(mean of (x - mean)^2 + eps)) of x[m, :], of f32 or bf16 numbers, in f32; the
+//                 mean is 0 unless rows are centered
+
+#include <cmath>
 
 #include "handler.h"
 
@@ -30,7 +32,8 @@ float row_sum(const Element* x, int64_t count, float mean, bool squared) {
   return total;
 }
 
-ffi::Error row_moments(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::Buffer<ffi::F32>> y, bool centered) {
+ffi::Error row_moments(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::Buffer<ffi::F32>> y, bool centered,
+                       float eps) {
   const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
   const int64_t each = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
   in_parallel(pool, (rows + each - 1) / each, [&](int64_t part) {
@@ -38,7 +41,7 @@ ffi::Error row_moments(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::
       const auto moments = [&](const auto* from) {
         float* to = y->typed_data() + 2 * row;
         to[0] = centered ? row_sum(from, width, 0, false) / width : 0;
-        to[1] = row_sum(from, width, to[0], true) / width;
+        to[1] = 1 / std::sqrt(row_sum(from, width, to[0], true) / width + eps);
       };
       if (x.element_type() == ffi::F32)
         moments(reinterpret_cast<const float*>(x.untyped_data()) + row * width);
@@ -57,4 +60,5 @@ QLORA_HANDLER(row_moments, qlora::row_moments,
                   .Ctx<ffi::ThreadPool>()
                   .Arg<ffi::AnyBuffer>()
                   .Ret<ffi::Buffer<ffi::F32>>()
-                  .Attr<bool>("centered"));
+                  .Attr<bool>("centered")
+                  .Attr<float>("eps"));

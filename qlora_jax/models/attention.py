@@ -18,7 +18,7 @@ from pallas_kernels.attention.branching import Spans
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.rope import Rope, rotate, rotations
+from qlora_jax.nn.rope import Rope, rotate, rotate_by_row, rotations
 from qlora_jax.nn.variables import Frozen, select_layer
 
 
@@ -180,7 +180,8 @@ class Attention(nnx.Module):
         x_BTNH = self._clipped(x_BTNH)
         with jax.named_scope("rope"):
             kind = positions.kind_of(self.config, layer)
-            x_BTNH = rotate(x_BTNH, positions.cos, positions.sin, kind, self.config.rope_interleaved)
+            turn = rotate if positions.rows_BT is None else rotate_by_row
+            x_BTNH = turn(x_BTNH, positions.cos, positions.sin, kind, self.config.rope_interleaved)
             if norm == "q_norm" and positions.query_scale_BT is not None:
                 x_BTNH *= positions.query_scale_BT[:, :, None, None].astype(x_BTNH.dtype)
         return checkpoint_name(x_BTNH, kept_as) if self.config.qk_norm is None else x_BTNH

@@ -137,7 +137,7 @@ class SparseMLP(nnx.Module):
         """Returns the result, and the sums of the router if `counted_BT` says which tokens count."""
         with jax.named_scope("router"):
             logits_ME = checkpoint_name(self.gate.logits(x_MD, layer, keys_B), "router_logits")
-            experts_Mk, weights_Mk = route(logits_ME, self.rule, self.gate.selection_bias(layer))
+            experts_Mk, weights_Mk = route(logits_ME, self.rule, self.gate.selection_bias(layer), self.experts.by_row)
         result_MD = self.experts(x_MD, experts_Mk, weights_Mk, layer)
         if self.shared_experts is not None:
             result_MD = result_MD + self._shared(x_MD, layer, keys_B)

@@ -16,6 +16,7 @@ from pallas_kernels.devices import target_device
 from qlora_jax.models.config import DENSE, ROUTER, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.prefetched_layers import COPIES_AT_ONCE
+from qlora_jax.nn.experts import Experts
 from qlora_jax.nn.frozen_weight import is_packed, weight_specs
 from qlora_jax.nn.linear import QLinear, in_host_memory
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
@@ -112,7 +113,7 @@ def _to_dict(state: nnx.State) -> Lora:
 
 
 def prepare_for_decoding(parts: ModelParts) -> ModelParts:
-    """Returns the model for many calls of few tokens, with the shared parts computed once, and norms by row.
+    """Returns the model for many calls of few tokens, with shared parts computed once, and norms and experts by row.
 
     Shared parts are what adapters compute from weights alone, and the cast of matrices to the compute dtype. Those of
     routers, which compute in f32, are not cast.
@@ -121,8 +122,8 @@ def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     for linear in [node for _, node in nnx.iter_graph(model) if isinstance(node, QLinear)]:
         if linear.adapter is not None:
             linear.adapter = linear.adapter.for_decoding(linear.weight.get_value(), mesh)
-    for norm in [node for _, node in nnx.iter_graph(model) if isinstance(node, RMSNorm | LayerNorm)]:
-        norm.by_row = True
+    for node in [node for _, node in nnx.iter_graph(model) if isinstance(node, RMSNorm | LayerNorm | Experts)]:
+        node.by_row = True
     dtype = model.model.embed_tokens.weight[...].dtype
     settled, vectors = partition(model), {leaf.name for leaf in trained_leaves(model) if leaf.vector}
     cast = {

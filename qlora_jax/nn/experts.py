@@ -173,6 +173,7 @@ class Experts(nnx.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.gate_up_proj = ExpertAdapter()
         self.activation, self.count = activation, count
+        self.by_row = False  # decoding sets it
 
     def __call__(
         self,
@@ -182,7 +183,7 @@ class Experts(nnx.Module):
         layer: jax.Array,
     ) -> Float[Array, "M D"]:
         """Returns each token's sum of weight * expert(x). No token is dropped, however many choose one expert."""
-        groups = group_rows(experts_Mk, self.count)
+        groups = group_rows(experts_Mk, self.count, by_row=self.by_row)
         x_PD = gather_rows(x_MD, groups)
         gate_PF, up_PF = self._gate_and_up(x_PD, layer, groups)
         weight_P = weights_of_slots(weights_Mk, groups)

@@ -102,11 +102,12 @@ def norm_by_row(
     centered: bool = False,
 ) -> Float[Array, "... D"]:
     """Returns `layer_norm` if `centered`, else `rms_norm`, for inference: a row's bits depend on that row alone."""
-    mean, square = row_moments(x, centered)
-    # Barriers keep XLA from fusing a product with a sum, which rounds once instead of twice in some shapes.
-    normalized = jax.lax.optimization_barrier((x.astype(jnp.float32) - mean) * jax.lax.rsqrt(square + eps))
-    scaled = normalized * _scale(weight_D, x.ndim, offset)
-    y = scaled if bias_D is None else jax.lax.optimization_barrier(scaled) + _scale(bias_D, x.ndim)
+    mean, scale = row_moments(x, centered=centered, eps=eps)
+    # Barriers keep XLA from fusing a product with a sum, which rounds once instead of twice in some shapes. Rotations
+    # of normalized queries have such sums, too.
+    normalized = jax.lax.optimization_barrier((x.astype(jnp.float32) - mean) * scale)
+    scaled = jax.lax.optimization_barrier(normalized * _scale(weight_D, x.ndim, offset))
+    y = scaled if bias_D is None else scaled + _scale(bias_D, x.ndim)
     return y.astype(x.dtype)
 
 

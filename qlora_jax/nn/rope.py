@@ -203,7 +203,22 @@ def rotate(
     return _turn(x_BTNH, cos, sin, kind, interleaved)
 
 
-def _turn(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array | None, interleaved: bool) -> jax.Array:
+def rotate_by_row(
+    x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array | None, interleaved: bool
+) -> jax.Array:
+    """Returns `rotate`, for inference: a row's bits depend on that row alone."""
+    # The barriers keep XLA from fusing a product with a sum, which rounds once instead of twice in some shapes.
+    return _turn(x_BTNH, cos, sin, kind, interleaved, jax.lax.optimization_barrier)
+
+
+def _turn(
+    x_BTNH: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    kind: jax.Array | None,
+    interleaved: bool,
+    hold: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
     if kind is not None:
         cos, sin = (jax.lax.dynamic_index_in_dim(x, kind, keepdims=False) for x in (cos, sin))
     half = cos.shape[-1]
@@ -212,7 +227,7 @@ def _turn(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array | N
         halves = slice(0, half), slice(half, 2 * half)
     x1, x2 = (x_BTNH[..., part].astype(jnp.float32) for part in halves)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    turned = [hold(x1 * cos) - hold(x2 * sin), hold(x2 * cos) + hold(x1 * sin)]
     # Cast before the concatenation, which XLA does not fuse, so that it copies half as many bytes.
     parts = [part.astype(x_BTNH.dtype) for part in turned]
     if interleaved:

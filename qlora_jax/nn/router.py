@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.row_moments import row_moments
+
 SOFTMAX, SOFTMAX_OF_CHOSEN, SIGMOID = "softmax", "softmax of chosen", "sigmoid"
 SMALLEST_SUM = 1e-20  # added to a sum of sigmoids, as transformers does
 BEST_OF_GROUP = 2  # the experts whose scores, summed, are the score of a group
@@ -38,7 +40,10 @@ class RoutingRule:
 
 
 def route(
-    logits_ME: Float[Array, "M E"], rule: RoutingRule, selection_bias_E: Float[Array, " E"] | None = None
+    logits_ME: Float[Array, "M E"],
+    rule: RoutingRule,
+    selection_bias_E: Float[Array, " E"] | None = None,
+    by_row: bool = False,
 ) -> tuple[Int[Array, "M k"], Float[Array, "M k"]]:
     """Returns (chosen experts, their weights in f32), in descending order of the scores.
 
@@ -48,26 +53,40 @@ def route(
     Args:
       logits_ME: f32.
       selection_bias_E: added to the scores for the choice, not to the weights.
+      by_row: a token's bits may not depend on the other tokens; without a gradient.
     """
-    scores_ME = router_probabilities(logits_ME, rule.score)
+    scores_ME = router_probabilities(logits_ME, rule.score, by_row)
     ranked_ME = logits_ME if rule.score == SOFTMAX_OF_CHOSEN else scores_ME
     if selection_bias_E is not None:
         ranked_ME = ranked_ME + selection_bias_E[None]
     ranked_ME = _within_best_groups(jax.lax.stop_gradient(ranked_ME), rule)
     experts_Mk = jax.lax.top_k(ranked_ME, rule.per_token)[1]
     if rule.score == SOFTMAX_OF_CHOSEN:
-        weights_Mk = jax.nn.softmax(jnp.take_along_axis(logits_ME, experts_Mk, axis=1), axis=1)
+        weights_Mk = _softmax(jnp.take_along_axis(logits_ME, experts_Mk, axis=1), by_row)
     else:
         weights_Mk = jnp.take_along_axis(scores_ME, experts_Mk, axis=1)
     if rule.normalize:
         least = SMALLEST_SUM if rule.score == SIGMOID else 0.0
-        weights_Mk = weights_Mk / (weights_Mk.sum(axis=1, keepdims=True) + least)
+        weights_Mk = weights_Mk / (_sum(weights_Mk, by_row) + least)
     return experts_Mk, weights_Mk * rule.scale
 
 
-def router_probabilities(logits_ME: Float[Array, "M E"], score: str) -> Float[Array, "M E"]:
-    """Returns the score of every expert, between 0 and 1."""
-    return jax.nn.sigmoid(logits_ME) if score == SIGMOID else jax.nn.softmax(logits_ME, axis=1)
+def router_probabilities(logits_ME: Float[Array, "M E"], score: str, by_row: bool = False) -> Float[Array, "M E"]:
+    """Returns the score of every expert, between 0 and 1; for `by_row` see `route`."""
+    return jax.nn.sigmoid(logits_ME) if score == SIGMOID else _softmax(logits_ME, by_row)
+
+
+def _softmax(x_ME: Float[Array, "M E"], by_row: bool) -> Float[Array, "M E"]:
+    if not by_row:
+        return jax.nn.softmax(x_ME, axis=1)
+    # In one loop with a reduction, XLA computes some exponentials as scalars, which round otherwise.
+    below_ME = jax.lax.optimization_barrier(x_ME - x_ME.max(axis=1, keepdims=True))
+    shares_ME = jax.lax.optimization_barrier(jnp.exp(below_ME))
+    return shares_ME / _sum(shares_ME, by_row)
+
+
+def _sum(x_ME: Float[Array, "M E"], by_row: bool) -> Float[Array, "M 1"]:
+    return row_moments(x_ME, centered=True)[0] * x_ME.shape[1] if by_row else x_ME.sum(axis=1, keepdims=True)
 
 
 def _within_best_groups(scores_ME: jax.Array, rule: RoutingRule) -> jax.Array:

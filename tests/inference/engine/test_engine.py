@@ -10,12 +10,14 @@ from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.inference.engine.engine import BESIDE_REPLIES, PATIENCE, Engine
-from qlora_jax.inference.engine.programs import advance
+from qlora_jax.inference.engine.programs import advance, page_bytes
 from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.methods.attach import add_lora
+from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.partition import ModelParts, combine, partition
-from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
+from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_config, tiny_parts
+from tests.models.mixtures import NARROW, random_mixture
 
 CACHE = 1 << 20
 GREEDY = Sampling()
@@ -70,24 +72,36 @@ def test_replies_are_those_of_the_full_forward_pass(parts):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"qk_norm": "head", "head_dim": 16},
         pytest.param({"windows": (None, 40)}, marks=pytest.mark.slow),
         pytest.param({"windows": (20, 20), "attention_softcap": 5.0}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "one window", "windows"],
+    ids=["norms of heads", "one window", "windows"],
 )
 def test_a_reply_does_not_depend_on_what_runs_beside_it(changes):
     """Not on neighbours, on shared beginnings, or on beginning again: to the bit, log-probabilities included."""
-    parts = tiny_parts(**changes)
+    parts, page = tiny_parts(**changes), page_bytes(dataclasses.replace(tiny_config(), **changes), "float32")
     requests = requests_of(9, 130, 41, 70, 33, 200, samplings=MIXED, count=12, likeliest=3)
     requests += [dataclasses.replace(one, prompt=[*one.prompt[:64], 7, 8, 9]) for one in requests[1:4]]
     alone = [answers(Engine(parts, cache_bytes=CACHE), [one])[0] for one in requests[:4]]
-    together, full = Engine(parts, cache_bytes=CACHE), Engine(parts, cache_bytes=40 * 2048)
+    together, full = Engine(parts, cache_bytes=CACHE), Engine(parts, cache_bytes=20 * page)
     assert answers(together, requests)[:4] == alone
     assert together.usage().shared_tokens == 64 + 32 + 64
     assert answers(together, requests[::-1])[::-1][:4] == alone
     assert answers(full, requests)[:4] == alone
     assert full.usage().preemptions > 0 and full.usage().pages_held == 0
+
+
+@pytest.mark.parametrize(
+    "weights", [WeightFormat(), pytest.param(WeightFormat(dtype="float32", quant_type=None), marks=pytest.mark.slow)]
+)
+def test_a_mixture_s_reply_does_not_depend_on_what_runs_beside_it(weights):
+    sizes = NARROW | dict(vocab_size=VOCAB, max_position_embeddings=600, num_experts_per_tok=3)
+    config = sizes | dict(model_type="qwen3_moe", num_experts=8, moe_intermediate_size=64)
+    parts = random_mixture(config, LoraArgs(rank=4), weights)
+    requests = requests_of(9, 130, 300, 41, samplings=MIXED, count=12, likeliest=3)
+    alone = [answers(Engine(parts, cache_bytes=CACHE), [one])[0] for one in requests[:3]]
+    assert answers(Engine(parts, cache_bytes=CACHE), requests[::-1])[::-1][:3] == alone
 
 
 def test_pages_out_of_a_window_are_given_back():
