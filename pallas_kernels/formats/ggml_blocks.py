@@ -91,18 +91,6 @@ def _q8_0(block: jax.Array) -> jax.Array:
     return _half(block, 0) * _signed(block[..., 2:])
 
 
-def encode_q8_0(weights: jax.Array) -> jax.Array:
-    """Returns f32 weights [..., N, K] in blocks of Q8_0, uint8 [..., N, 34 K / 32], as ggml encodes them."""
-    blocks = weights.reshape(*weights.shape[:-1], -1, 32)
-    scales = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / 127
-    inverse = jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales, 1), 0)
-    scaled = blocks * inverse
-    nearest = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)  # halves away from zero
-    codes = jax.lax.bitcast_convert_type(nearest.astype(jnp.int8), jnp.uint8)
-    halves = jax.lax.bitcast_convert_type(scales.astype(jnp.float16), jnp.uint8).reshape(*scales.shape[:-1], 2)
-    return jnp.concatenate([halves, codes], axis=-1).reshape(*weights.shape[:-1], -1)
-
-
 def _scales_and_minima(block: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (scales, minima) of a Q4_K or Q5_K block, f32 [..., 8, 1]: eight 6-bit integers each, in 12 bytes.
 
