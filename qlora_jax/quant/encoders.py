@@ -21,10 +21,12 @@ from qlora_jax.quant.settings import QuantSettings
 type Encoder = Callable[[Float32[Array, "... N K"]], GgmlTensor | QTensor]
 
 
-def _block_encoder(ggml_type: str) -> Encoder:
+def _block_encoder(name: str) -> Encoder:
+    ggml_type = BLOCK_ENCODERS[name].ggml_type
+
     def encode(weight: Float32[Array, "... N K"]) -> GgmlTensor:
         row_bytes(ggml_type, weight.shape[-1])  # raises ValueError if a row is not whole blocks
-        codes = encode_blocks(weight, ggml_type)
+        codes = encode_blocks(weight, name)
         return GgmlTensor(codes=codes, ggml_type=ggml_type, shape=weight.shape[-2:], dtype="float32")
 
     return encode
@@ -42,16 +44,16 @@ def table_encoder(settings: QuantSettings) -> Encoder:
     return encode
 
 
-# By the names of GGUF's types, and of the table of bitsandbytes.
+# By the names of GGUF's types and of groups of integers, and nf4 with QLoRA's settings.
 ENCODERS: Mapping[str, Encoder] = {
     "nf4": table_encoder(QuantSettings()),
-    **{ggml_type: _block_encoder(ggml_type) for ggml_type in BLOCK_ENCODERS},
+    **{name: _block_encoder(name) for name in BLOCK_ENCODERS},
 }
 
 
 def round_trip(weight: Float32[Array, "... N K"], encoder: Encoder) -> Float32[Array, "... N K"]:
     """Returns the weights that the codes stand for."""
-    packed = encoder(weight)
+    packed = jax.lax.optimization_barrier(encoder(weight))  # or XLA encodes a block for each weight that it decodes
     if isinstance(packed, GgmlTensor):
         return dequantize_ggml(packed, jnp.float32)
     return dequantize(packed, jnp.float32)
