@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Integer, Shaped, UInt8
 
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, int4_type
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, int_type
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.metadata import check_value, shorten
 from qlora_jax.model_source import ACT_ORDER, TensorEntry
@@ -139,7 +139,7 @@ def _entry(name: str, parts: Parts, method: IntegerMethod, settings: Settings, t
     return TensorEntry(
         name=name,
         shape=weight.shape,
-        file_type=int4_type(weight.group_size, weight.scale_type) if packed else ACT_ORDER,
+        file_type=int_type(4, weight.group_size, weight.scale_type) if packed else ACT_ORDER,
         nbytes=sum(entry.nbytes for entry in parts.values()),
         read_rows=lambda first, end: dequantized(weight.read(first, end), weight.order),
         ranges_of=lambda first, end: tuple(each for entry in parts.values() for each in entry.ranges_of(0, entry.rows)),
@@ -162,7 +162,7 @@ def dequantized(groups: Groups, order: Integer[np.ndarray, "K"] | None = None) -
 def as_blocks(groups: Groups) -> GgmlTensor:
     """Returns the same integers and scales in blocks of INT4; a group larger than a block is several."""
     rows, columns = groups.codes.shape
-    ggml_type = int4_type(columns // groups.zeros.shape[1], groups.scales.dtype)
+    ggml_type = int_type(4, columns // groups.zeros.shape[1], groups.scales.dtype)
     blocks = columns // BLOCK_FORMATS[ggml_type].weights
     each = blocks // groups.zeros.shape[1]
     scales_NBb = np.ascontiguousarray(np.repeat(groups.scales, each, 1)).view(np.uint8).reshape(rows, blocks, 2)
