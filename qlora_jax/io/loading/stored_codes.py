@@ -70,7 +70,7 @@ def stored_types(source: ModelSource, config: ModelConfig) -> str:
     names = (*config.linear_shapes(), *config.expert_shapes())
     layers = [layer for name in names for layer in layer_entries(name, source, config)]
     counts = count_by_type(layer[0].file_type for layer in layers if layer and layer[0].read_stored)
-    return f"{source.integer_method}, {counts}" if counts and source.integer_method else counts
+    return f"{source.coded_by}, {counts}" if counts and source.coded_by else counts
 
 
 def layer_entries(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Entries]:
