@@ -255,6 +255,20 @@ def nvfp4_type(columns: int, inverse: bool) -> str:
     return f"NVFP4_{_largest(NVFP4_SIZES, columns)}{'_INV' if inverse else ''}"
 
 
+def packed_parts(codes: np.ndarray) -> np.ndarray:
+    """Packs uint8 codes of 4 bits [..., K] as blocks have them, PART in 16 bytes, the first 16 in the low bits."""
+    low, high = np.moveaxis(codes.reshape(*codes.shape[:-1], -1, 2, PART // 2), -2, 0)
+    return (low | high << 4).reshape(*codes.shape[:-1], -1)
+
+
+def nvfp4_blocks(codes: np.ndarray, scales: np.ndarray, of_tensor: np.float32, ggml_type: str) -> np.ndarray:
+    """Returns codes of E2M1 [N, K], their scales in e4m3 [N, K / 16], and the scale of the tensor as blocks."""
+    rows, blocks = len(codes), codes.shape[1] // BLOCK_FORMATS[ggml_type].weights
+    header = np.broadcast_to(np.frombuffer(of_tensor.tobytes(), np.uint8), (rows, blocks, FLOAT_HEADER))
+    of_groups = np.ascontiguousarray(scales).view(np.uint8).reshape(rows, blocks, -1)
+    return np.concatenate([header, of_groups, packed_parts(codes).reshape(rows, blocks, -1)], -1).reshape(rows, -1)
+
+
 def _fp8(block: jax.Array) -> jax.Array:
     return _float(block) * _e4m3(block[..., FLOAT_HEADER:])
 

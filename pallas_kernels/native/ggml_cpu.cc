@@ -235,16 +235,17 @@ struct Iq4Xs {
   }
 };
 
-// Numbers of e4m3. Those below 2^-6 are integers times 2^-9; NaN are not expected.
+// Numbers of e4m3. Those below 2^-6 are integers times 2^-9; 127 is not a number.
 inline Floats e4m3(Integers codes) {
-  const Integers magnitude = codes & 127;
-  const Integers large = bits_of(floats_of((magnitude << 20) + (120 << 23))), small = bits_of(converted(magnitude) * 0x1p-9f);
-  return floats_of((magnitude < 8 ? small : large) | (codes & 128) << 24);
+  const Integers size = codes & 127;
+  const Integers large = size == 127 ? all(0x7fc00000) : (size << 20) + (120 << 23);
+  return floats_of((size < 8 ? bits_of(converted(size) * 0x1p-9f) : large) | (codes & 128) << 24);
 }
 inline float e4m3(uint8_t code) {
-  const int magnitude = code & 127;
-  const float size = magnitude < 8 ? static_cast<float>(magnitude) * 0x1p-9f : float_of((magnitude << 20) + (120 << 23));
-  return code & 128 ? -size : size;
+  const int size = code & 127;
+  const float large = float_of(size == 127 ? 0x7fc00000 : (size << 20) + (120 << 23));
+  const float magnitude = size < 8 ? static_cast<float>(size) * 0x1p-9f : large;
+  return code & 128 ? -magnitude : magnitude;
 }
 
 // The f32 scale of the tensor, scales of e4m3 for 16 weights each, and values of E2M1. kInverse: the first divides.

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, NVFP4_GROUP, PART, fp8_type, nvfp4_type
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, NVFP4_GROUP, PART, fp8_type, nvfp4_blocks, nvfp4_type
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.ggml_matmul import cpu, reference
 from pallas_kernels.native.library import problem as loops_problem
 from qlora_jax.io.hf.coded_weights import CodedWeight, Parts, tensor_problems
-from qlora_jax.io.hf.integer_groups import integers, packed_parts
+from qlora_jax.io.hf.integer_groups import integers
 from qlora_jax.model_source import TensorEntry
 
 FLOATS = ("F32", "BF16", "F16")  # types of scales
@@ -53,20 +53,10 @@ def nvfp4_weight(parts: Parts, codes: str, of_tensor: str, inverse: bool) -> Cod
 
     def read(first: int, end: int) -> UInt8[np.ndarray, "N _"]:
         packed = np.ascontiguousarray(parts[codes].read_rows(first, end))
-        scales = np.ascontiguousarray(parts["weight_scale"].read_rows(first, end)).view(np.uint8)
+        scales = parts["weight_scale"].read_rows(first, end)
         return nvfp4_blocks(integers(packed), scales, scale, kind)
 
     return _coded((n, k), kind, read)
-
-
-def nvfp4_blocks(
-    codes_NK: UInt8[np.ndarray, "N K"], scales_NG: UInt8[np.ndarray, "N G"], of_tensor: np.float32, ggml_type: str
-) -> UInt8[np.ndarray, "N _"]:
-    """Returns codes of E2M1, the bytes of their scales, and the scale of the tensor as blocks."""
-    rows, blocks = len(codes_NK), codes_NK.shape[1] // BLOCK_FORMATS[ggml_type].weights
-    first = np.broadcast_to(np.frombuffer(of_tensor.tobytes(), np.uint8), (rows, blocks, 4))
-    packed = packed_parts(codes_NK).reshape(rows, blocks, -1)
-    return np.concatenate([first, scales_NG.reshape(rows, blocks, -1), packed], -1).reshape(rows, -1)
 
 
 def fp8_weight(parts: Parts, scale: str, rectangles: Sequence[Rectangle]) -> CodedWeight:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Integer, Shaped, UInt8
 
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, PART, int_type
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, PART, int_type, packed_parts
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.hf.coded_weights import CodedWeight, Settings
 from qlora_jax.model_source import ACT_ORDER, TensorEntry
@@ -92,12 +92,6 @@ def as_blocks(groups: Groups, ggml_type: str) -> GgmlTensor:
     codes = groups.codes if ggml_type.startswith("INT8") else packed_parts(groups.codes)
     codes = np.concatenate([scales_NBb, zeros_NBb, codes.reshape(rows, blocks, -1)], -1).reshape(rows, -1)
     return GgmlTensor(codes=codes, ggml_type=ggml_type, shape=(rows, columns), dtype="float32")
-
-
-def packed_parts(codes: UInt8[np.ndarray, "N K"]) -> UInt8[np.ndarray, "N _"]:
-    """Packs codes of 4 bits as blocks have them: 32 in 16 bytes, the first 16 in the low bits."""
-    low, high = np.moveaxis(codes.reshape(len(codes), -1, 2, PART // 2), 2, 0)
-    return (low | high << 4).reshape(len(codes), -1)
 
 
 def integers(words: Integer[np.ndarray, "rows words"], bits: int = 4) -> UInt8[np.ndarray, "rows _"]:
