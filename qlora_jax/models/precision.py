@@ -183,6 +183,17 @@ def compute_dtype(asked: str, on: str | None = None, capability: tuple[int, int]
     return "float16" if capability is not None and capability < BFLOAT16_CAPABILITY else "bfloat16"
 
 
+def check_whole_blocks(weights: WeightFormat, config: ModelConfig) -> None:
+    """Raises ValueError if rows of linear layers are not whole blocks of NVFP4, which they are quantized to."""
+    columns = {inputs for (_, inputs), _ in config.linear_shapes().values()}
+    columns |= {inputs for _, inputs in config.expert_shapes().values()}
+    if weights.quant_type == NVFP4 and (odd := sorted(each for each in columns if each % PART)):
+        raise ValueError(
+            f"quant_type: found 'nvfp4', but linear layers have {', '.join(map(str, odd))} inputs (expected multiples "
+            f"of {PART}). Set nf4"
+        )
+
+
 def weight_format(
     args: ModelArgs, config: ModelConfig, on: str | None = None, capability: tuple[int, int] | None = None
 ) -> WeightFormat:
@@ -202,11 +213,5 @@ def weight_format(
         dtype=compute_dtype(args.compute_dtype, on, capability),
         experts_on_host=args.experts == "offload",
     )
-    columns = {inputs for (_, inputs), _ in config.linear_shapes().values()}
-    columns |= {inputs for _, inputs in config.expert_shapes().values()}
-    if weights.quant_type == NVFP4 and (odd := sorted(each for each in columns if each % PART)):
-        raise ValueError(
-            f"model.quant_type: found 'nvfp4', but linear layers have {', '.join(map(str, odd))} inputs (expected "
-            f"multiples of {PART}). Set model.quant_type=nf4"
-        )
+    check_whole_blocks(weights, config)
     return weights if weights.quant_type is None else keep_in_16_bits(weights, args.keep_16bit, config)

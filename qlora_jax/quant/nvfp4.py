@@ -12,8 +12,8 @@ from jaxtyping import Float, Float32, UInt8
 from pallas_kernels.formats.ggml_blocks import NVFP4_GROUP, nvfp4_blocks
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-GREATEST_SCALE, GREATEST_VALUE = np.float32(448), np.float32(6)  # of e4m3, and of E2M1
-SMALLEST_SCALE = np.float32(0.125)  # in place of 0, so that nothing is divided by 0
+GREATEST_SCALE, GREATEST_VALUE = np.float32(448), np.float32(6)  # the largest numbers of e4m3 and of E2M1
+SMALLEST_SCALE = np.float32(0.125)  # replaces 0, so that nothing is divided by 0
 ABOVE, FROM = (0.25, 1.25, 2.5, 5), (0.75, 1.75, 3.5)  # a magnitude's code counts those that it exceeds, or reaches
 SLICE_WEIGHTS = 1 << 20  # weights that are quantized together, which takes several temporaries of their size
 

@@ -24,7 +24,7 @@ from qlora_jax.model_source import TensorEntry
 
 FLOATS = ("F32", "BF16", "F16")  # types of scales
 Rectangle = tuple[int | None, int | None]  # rows and columns that share a scale; None: all
-GREATEST = 448 * 6  # of a product of a scale of e4m3 and a value of E2M1
+GREATEST = 448 * 6  # the largest scale of e4m3 times the largest value of E2M1
 
 
 def nvfp4_weight(parts: Parts, codes: str, of_tensor: str, inverse: bool) -> CodedWeight:

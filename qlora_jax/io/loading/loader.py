@@ -227,7 +227,7 @@ class _Reader:
         """The weight in blocks, the file's own or made here; the type of the blocks is part of the fingerprint."""
         rows, read = self.rows(slot, index), functools.partial(_stored_blocks, self.source, entry)
         if entry.file_type != spec.ggml_type:
-            whole = self.transform(entry.name, _finite_rows(self.source, entry, 0, entry.rows))
+            whole = self.transform(entry.name, read_finite(self.source, entry))
             read = functools.partial(_rows_of, nvfp4_blocks_of(whole, spec.ggml_type))
         own = read_own(read, rows)
         self.digest.name(spec.ggml_type)
@@ -335,6 +335,11 @@ def _stored_blocks(source: ModelSource, entry: TensorEntry, first: int, end: int
             "saved by a run that diverged. Use an undamaged file"
         )
     return weight.codes
+
+
+def read_finite(source: ModelSource, entry: TensorEntry) -> np.ndarray:
+    """Returns a tensor; raises ValueError if it is not finite."""
+    return _finite_rows(source, entry, 0, entry.rows)
 
 
 def _finite_rows(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:
