@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.exact_steps import extreme, first_of, nearest, quotient, reciprocal, separate
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, NVFP4_GROUP, nvfp4_type
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.scale_search import iq4_nl_codes, scale_search
 
 
@@ -161,7 +162,7 @@ def _q6_k(blocks: jax.Array) -> jax.Array:
 
 
 def _iq4_nl(blocks: jax.Array) -> jax.Array:
-    scales = scale_search(blocks, "IQ4_NL", 20).scale
+    scales = scale_search(blocks, "IQ4_NL", BLOCK_FORMATS["IQ4_NL"].number).scale
     return jnp.concatenate([_half_bytes(scales), _nibbles(iq4_nl_codes(blocks * reciprocal(scales)))], axis=-1)
 
 
@@ -242,6 +243,7 @@ BLOCK_ENCODERS: Mapping[str, BlockEncoder] = {
         "Q4_K": _q4_k,
         "Q5_K": _q5_k,
         "Q6_K": _q6_k,
+        "IQ4_NL": _iq4_nl,
         "MXFP4": _mxfp4,
     }.items()
 } | _int4_encoders()
@@ -257,3 +259,33 @@ def encode_blocks(weights: jax.Array, name: str) -> jax.Array:
     encoder = BLOCK_ENCODERS[name]
     blocks = _groups(jax.lax.optimization_barrier(weights), BLOCK_FORMATS[encoder.ggml_type].weights)
     return encoder.encode(blocks).reshape(*weights.shape[:-1], -1)
+
+
+_EVEN_AT = ((operator.gt, (0.25, 1.25, 2.5, 5)), (operator.ge, (0.75, 1.75, 3.5)))  # E2M1's middles, ties to even
+
+
+def encode_nvfp4(weights: jax.Array) -> GgmlTensor:
+    """Returns f32 weights [..., N, K] in NVFP4, as `qlora_jax.quant.nvfp4` and compressed-tensors quantize each."""
+    weights = jax.lax.optimization_barrier(weights)
+    ggml_type = nvfp4_type(weights.shape[-1], inverse=True)
+    largest = jnp.max(jnp.abs(weights), axis=(-2, -1), keepdims=True)
+    of_tensor = 1 / jnp.maximum(largest, np.finfo(np.float32).tiny) * np.float32(448 * 6)
+    of_tensor = jnp.where(jnp.isfinite(of_tensor), of_tensor, 1)[..., None]
+    groups = _groups(weights, NVFP4_GROUP)
+    exact = quotient(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), 6) * of_tensor
+    scales = jnp.minimum(exact, 448).astype(jnp.float8_e4m3fn)
+    scales = jnp.where(scales == 0, jnp.asarray(0.125, scales.dtype), scales)
+    scaled = quotient(groups, quotient(scales.astype(jnp.float32), of_tensor))
+    counted = [
+        compare(jnp.abs(scaled), np.float32(middle)).astype(jnp.uint8) for compare, all_ in _EVEN_AT for middle in all_
+    ]
+    codes = _once(functools.reduce(operator.add, counted) | (scaled < 0).astype(jnp.uint8) << 3)
+    blocks = (*weights.shape[:-1], weights.shape[-1] // BLOCK_FORMATS[ggml_type].weights, -1)
+    first = jax.lax.bitcast_convert_type(jnp.broadcast_to(of_tensor, (*blocks[:-1], 1)), jnp.uint8)
+    parts = [
+        first,
+        jax.lax.bitcast_convert_type(scales, jnp.uint8),
+        _nibbles(_groups(codes.reshape(weights.shape), 32)),
+    ]
+    stored = jnp.concatenate([part.reshape(blocks) for part in parts], axis=-1).reshape(*weights.shape[:-1], -1)
+    return GgmlTensor(codes=stored, ggml_type=ggml_type, shape=weights.shape[-2:], dtype="float32")

@@ -16,9 +16,9 @@ import numpy as np
 
 from pallas_kernels.devices import target_device
 from pallas_kernels.formats.exact_steps import extreme, nearest, quotient, reciprocal, separate
+from pallas_kernels.formats.ggml_blocks import IQ4_VALUES
 from pallas_kernels.native.library import handler, problem
 
-IQ4_NL_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _SMALLEST = np.float32(1e-15)  # a group of smaller weights has scale 0
 
 
@@ -174,13 +174,13 @@ def _symmetric(
 
 
 def iq4_nl_codes(values: jax.Array) -> jax.Array:
-    """Returns the codes 0 to 15 of the nearest of IQ4_NL_VALUES."""
-    middles = (IQ4_NL_VALUES[:-1] + IQ4_NL_VALUES[1:]) / 2
+    """Returns the codes 0 to 15 of the nearest of IQ4_VALUES."""
+    middles = (IQ4_VALUES[:-1] + IQ4_VALUES[1:]) / 2
     return sum(((values >= middle).astype(jnp.uint8) for middle in middles), start=jnp.uint8(0))
 
 
 def _iq4_nl_value(values: jax.Array) -> jax.Array:
-    return jnp.asarray(IQ4_NL_VALUES).at[iq4_nl_codes(values)].get(mode="promise_in_bounds")
+    return jnp.asarray(IQ4_VALUES).at[iq4_nl_codes(values)].get(mode="promise_in_bounds")
 
 
 SEARCHES: dict[str, Callable[[jax.Array], tuple[jax.Array, ...]]] = {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from pallas_kernels.formats.block_encoders import BLOCK_ENCODERS, encode_blocks
+from pallas_kernels.formats.block_encoders import BLOCK_ENCODERS, encode_blocks, encode_nvfp4
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
@@ -44,9 +44,10 @@ def table_encoder(settings: QuantSettings) -> Encoder:
     return encode
 
 
-# By the names of GGUF's types and of groups of integers, and nf4 with QLoRA's settings.
+# By the names of GGUF's types and of groups of integers, nf4 with QLoRA's settings, and nvfp4.
 ENCODERS: Mapping[str, Encoder] = {
     "nf4": table_encoder(QuantSettings()),
+    "nvfp4": encode_nvfp4,
     **{name: _block_encoder(name) for name in BLOCK_ENCODERS},
 }
 
