@@ -19,7 +19,7 @@ from qlora_jax.metadata import JsonObject
 PREFETCH_DEPTH = 4  # tensors
 CHUNK = 1 << 20  # bytes per read
 ALIGNMENT = 64  # bytes
-ACT_ORDER = "INT4 in act-order"  # file_type of weights whose groups are not runs of neighbouring columns
+ACT_ORDER = "integers in act-order"  # file_type of weights whose groups are not runs of neighbouring columns
 NUMBERED = re.compile(r".*?\.\d+(?=\.)")  # a tensor's name up to the number of its layer
 
 
@@ -151,7 +151,7 @@ class ModelSource:
       hub_name: "org/name@commit" for a model from the Hub, which identifies these files for good.
       multimodal: the rest of a multimodal checkpoint, if the model is the text half of one.
       drafts: bytes of the tensors of layers that predict further tokens, by their names in the files; not loaded.
-      integer_method: GPTQ, AWQ or compressed-tensors, if the files have its 4-bit integers; otherwise empty.
+      coded_by: the method that made codes which no GGUF file holds, such as GPTQ; otherwise empty.
     """
 
     path: Path
@@ -161,7 +161,7 @@ class ModelSource:
     hub_name: str | None = None
     multimodal: MultimodalParts | None = None
     drafts: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    integer_method: str = ""
+    coded_by: str = ""
 
     @property
     def draft_text(self) -> str:

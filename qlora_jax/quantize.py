@@ -17,7 +17,9 @@ class QuantizeArgs:
 
     model: str = setting("a Hugging Face folder in 16 or 4 bits, a GGUF file, or org/name on the Hub", bound=NOT_EMPTY)
     output: str = setting("a new folder", bound=NOT_EMPTY)
-    quant_type: Literal["nf4", "fp4", "none"] = setting("4-bit data type; none: back to 16 bits", "nf4")
+    quant_type: Literal["nf4", "fp4", "nvfp4", "none"] = setting(
+        "4-bit data type: nf4 and fp4 for bitsandbytes, nvfp4 for compressed-tensors; none: back to 16 bits", "nf4"
+    )
     double_quant: bool = setting("quantize the scales too", True)
     dtype: Literal["bfloat16", "float16", "float32"] = setting("dtype of the unquantized tensors", "bfloat16")
     keep_16bit: str | list[str] = setting(
@@ -48,8 +50,10 @@ def check_quantize(args: QuantizeArgs) -> None:
             for name in ("budget", "max_rows", "compute_dtype")
             if (value := getattr(args, name)) != getattr(plain, name)
         ]
-    elif args.quant_type == "none":
-        problems.append("quant_type: found 'none' with measure, expected nf4 or fp4. Remove one of these settings")
+    elif args.quant_type in ("none", "nvfp4"):
+        problems.append(
+            f"quant_type: found {args.quant_type!r} with measure, expected nf4 or fp4. Remove one of these settings"
+        )
     if args.keep_16bit and (args.measure is not None or args.quant_type == "none"):
         other = "quant_type=none" if args.measure is None else "measure"
         problems.append(f"keep_16bit: found {args.keep_16bit!r} with {other}. Remove one of these settings")
@@ -63,7 +67,7 @@ def check_quantize(args: QuantizeArgs) -> None:
 
 COMMAND = Command(
     name="quantize",
-    summary="Writes a model in bitsandbytes' 4-bit format for transformers, or a 4-bit model back in 16 bits; or "
+    summary="Writes a model in 4 bits of bitsandbytes or in NVFP4 for transformers, or back in 16 bits; or "
     "measures what 4 bits cost each layer.",
     example="--model ~/models/Llama-3.2-1B-Instruct --output llama-nf4",
     schema=QuantizeArgs,

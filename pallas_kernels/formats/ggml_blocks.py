@@ -1,12 +1,17 @@
-"""The block formats of ggml, in which GGUF files store weights, MXFP4, and INT4: bytes of a block to f32 weights.
+"""The block formats of ggml, in which GGUF files store weights, and of other files' codes: bytes to f32 weights.
 
 Each format of ggml follows its `dequantize_row_*`. A half-precision scale times an integer scale times a code has at
 most 23 significant bits, so every product is exact in f32. Only the addition of a minimum rounds, once, so a fused
 multiply-add computes the same bits.
 
-The INT4 formats are not ggml's. A block is a group of GPTQ, AWQ or compressed-tensors, w = scale (code - zero), with a
-16-bit scale, the zero in a byte, and the codes. So groups of 128 take 4.19 bits per weight, where blocks of 32 that
-repeat scale and zero would take 4.75.
+The INT4 and INT8 formats are not ggml's. A block is a group of GPTQ, AWQ or compressed-tensors, w = scale (code -
+zero), with a 16-bit scale, the zero in a byte, and the codes. So groups of 128 take 4.19 bits per weight, where blocks
+of 32 that repeat scale and zero would take 4.75.
+
+NVFP4 has an f32 scale per tensor, and an e4m3 scale for 16 codes of E2M1. A block of up to 256 weights repeats the
+scale of its tensor, so that layers and parts of fused projections may have different ones: 4.63 bits per weight.
+Writers disagree whether it multiplies the scale of 16 codes or divides it (`_INV`), which rounds otherwise. A block of
+FP8 is an f32 scale and as many codes of e4m3 as share it.
 """
 
 import dataclasses
@@ -20,7 +25,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 SUPER_BLOCK = 256  # weights per block of the K-quants
-_FLOAT16 = np.dtype(np.float16)
+_FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
+_E4M3, _E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +34,13 @@ class BlockFormat:
     """A block format.
 
     Attributes:
-      number: its number in ggml's enumeration; those of INT4 are beyond it.
+      number: its number in ggml's enumeration; those of other formats are beyond it.
       weights: weights per block.
       nbytes: bytes per block.
       decode: uint8 [..., nbytes] -> f32 [..., weights].
       halves: offsets of the 16-bit numbers in a block.
       half_type: the type of these numbers.
+      floats: (offset, type, count) of runs of other floating-point numbers in a block.
     """
 
     number: int
@@ -42,12 +49,22 @@ class BlockFormat:
     decode: Callable[[jax.Array], jax.Array]
     halves: tuple[int, ...]
     half_type: np.dtype = _FLOAT16
+    floats: tuple[tuple[int, np.dtype, int], ...] = ()
 
 
 def _half(block: jax.Array, offset: int, dtype: DTypeLike = jnp.float16) -> jax.Array:
     """Returns the 16-bit number at a byte offset, as f32 [..., 1]."""
     pair = block[..., offset : offset + 2]
     return jax.lax.bitcast_convert_type(pair, dtype).astype(jnp.float32)[..., None]
+
+
+def _float(block: jax.Array) -> jax.Array:
+    """Returns the f32 number in the first four bytes, [..., 1]."""
+    return jax.lax.bitcast_convert_type(block[..., :4], jnp.float32)[..., None]
+
+
+def _e4m3(codes: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 def _nibbles(packed: jax.Array) -> jax.Array:
@@ -89,18 +106,6 @@ def _q5_1(block: jax.Array) -> jax.Array:
 
 def _q8_0(block: jax.Array) -> jax.Array:
     return _half(block, 0) * _signed(block[..., 2:])
-
-
-def encode_q8_0(weights: jax.Array) -> jax.Array:
-    """Returns f32 weights [..., N, K] in blocks of Q8_0, uint8 [..., N, 34 K / 32], as ggml encodes them."""
-    blocks = weights.reshape(*weights.shape[:-1], -1, 32)
-    scales = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / 127
-    inverse = jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales, 1), 0)
-    scaled = blocks * inverse
-    nearest = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)  # halves away from zero
-    codes = jax.lax.bitcast_convert_type(nearest.astype(jnp.int8), jnp.uint8)
-    halves = jax.lax.bitcast_convert_type(scales.astype(jnp.float16), jnp.uint8).reshape(*scales.shape[:-1], 2)
-    return jnp.concatenate([halves, codes], axis=-1).reshape(*weights.shape[:-1], -1)
 
 
 def _scales_and_minima(block: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -166,6 +171,28 @@ def _q6_k(block: jax.Array) -> jax.Array:
     return (scales * ((low | (high << 4)).astype(jnp.float32) - 32)).reshape(*lead, SUPER_BLOCK)
 
 
+# The values of ggml's non-linear codes.
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
+
+def _looked_up(codes: jax.Array, values: np.ndarray) -> jax.Array:
+    return jnp.asarray(values).at[codes].get(mode="promise_in_bounds")
+
+
+def _iq4_nl(block: jax.Array) -> jax.Array:
+    return _half(block, 0) * _looked_up(_nibbles(block[..., 2:]), IQ4_VALUES)
+
+
+def _iq4_xs(block: jax.Array) -> jax.Array:
+    """Decodes eight groups of 32 codes, each with a scale of 6 bits, whose two high bits are in bytes 2 and 3."""
+    lead = block.shape[:-1]
+    low = jnp.stack([block[..., 4:8] & 15, block[..., 4:8] >> 4], axis=-1).reshape(*lead, 8)
+    high = _bits(block[..., 2:4], 2).swapaxes(-1, -2).reshape(*lead, 8)
+    scales = _half(block, 0) * ((low | (high << 4)).astype(jnp.float32) - 32)
+    values = _looked_up(_nibbles(block[..., 8:].reshape(*lead, 8, 16)), IQ4_VALUES)
+    return (scales[..., None] * values).reshape(*lead, SUPER_BLOCK)
+
+
 # E2M1 times 2, so that all values are integers; the scale is halved in return.
 MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
@@ -175,41 +202,121 @@ def _mxfp4(block: jax.Array) -> jax.Array:
     exponent = block[..., :1].astype(jnp.uint32)
     bits = jnp.where(exponent < 2, jnp.uint32(0x00200000) << exponent, (exponent - 1) << 23)
     scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return scale * jnp.asarray(MXFP4_VALUES).at[_nibbles(block[..., 1:])].get(mode="promise_in_bounds")
+    return scale * _looked_up(_nibbles(block[..., 1:]), MXFP4_VALUES)
 
 
-INT4_HEADER = 3  # bytes of scale and zero before the codes of a block
-INT4_SIZES = (128, 64, 32)  # weights per block
-INT4_SCALES = {"": _FLOAT16, "_BF16": np.dtype(ml_dtypes.bfloat16)}  # by the end of the format's name
+PART = 32  # weights: every block is a multiple of them, and 4-bit codes are 16 bytes for each, low nibbles first
+NVFP4_GROUP = 16  # weights that share a scale of e4m3
+NVFP4_SIZES = (256, 64, PART)  # weights per block
+FLOAT_HEADER = 4  # bytes of the f32 scale at the start of a block of NVFP4 or FP8
+
+
+def _parts_of_nibbles(packed: jax.Array) -> jax.Array:
+    return _nibbles(packed.reshape(*packed.shape[:-1], -1, PART // 2)).reshape(*packed.shape[:-1], -1)
+
+
+def _nvfp4(block: jax.Array, weights: int, inverse: bool) -> jax.Array:
+    codes_at = FLOAT_HEADER + weights // NVFP4_GROUP
+    of_tensor, of_groups = _float(block), _e4m3(block[..., FLOAT_HEADER:codes_at])
+    if inverse:  # XLA would turn a quotient by one number into a product with its reciprocal, which rounds otherwise
+        scales = of_groups / jax.lax.optimization_barrier(jnp.broadcast_to(of_tensor, of_groups.shape))
+    else:
+        scales = of_groups * of_tensor
+    values = _looked_up(_parts_of_nibbles(block[..., codes_at:]), MXFP4_VALUES / 2)
+    return (scales[..., None] * values.reshape(*scales.shape, NVFP4_GROUP)).reshape(*block.shape[:-1], weights)
+
+
+def _nvfp4_format(weights: int, inverse: bool) -> BlockFormat:
+    groups = weights // NVFP4_GROUP
+    return BlockFormat(
+        number=(6000 if inverse else 5000) + weights,
+        weights=weights,
+        nbytes=FLOAT_HEADER + groups + weights // 2,
+        decode=functools.partial(_nvfp4, weights=weights, inverse=inverse),
+        halves=(),
+        floats=((0, _FLOAT32, 1), (FLOAT_HEADER, _E4M3, groups)),
+    )
+
+
+def nvfp4_type(columns: int, inverse: bool) -> str:
+    """Returns the format of NVFP4 with the largest blocks of which rows of some columns, whole parts, are multiples."""
+    return f"NVFP4_{_largest(NVFP4_SIZES, columns)}{'_INV' if inverse else ''}"
+
+
+def packed_parts(codes: np.ndarray) -> np.ndarray:
+    """Packs uint8 codes of 4 bits [..., K] as blocks have them, PART in 16 bytes, the first 16 in the low bits."""
+    low, high = np.moveaxis(codes.reshape(*codes.shape[:-1], -1, 2, PART // 2), -2, 0)
+    return (low | high << 4).reshape(*codes.shape[:-1], -1)
+
+
+def nvfp4_blocks(codes: np.ndarray, scales: np.ndarray, of_tensor: np.float32, ggml_type: str) -> np.ndarray:
+    """Returns codes of E2M1 [N, K], their scales in e4m3 [N, K / 16], and the scale of the tensor as blocks."""
+    rows, blocks = len(codes), codes.shape[1] // BLOCK_FORMATS[ggml_type].weights
+    header = np.broadcast_to(np.frombuffer(of_tensor.tobytes(), np.uint8), (rows, blocks, FLOAT_HEADER))
+    of_groups = np.ascontiguousarray(scales).view(np.uint8).reshape(rows, blocks, -1)
+    return np.concatenate([header, of_groups, packed_parts(codes).reshape(rows, blocks, -1)], -1).reshape(rows, -1)
+
+
+def _fp8(block: jax.Array) -> jax.Array:
+    return _float(block) * _e4m3(block[..., FLOAT_HEADER:])
+
+
+def _fp8_format(weights: int) -> BlockFormat:
+    floats = ((0, _FLOAT32, 1), (FLOAT_HEADER, _E4M3, weights))
+    nbytes = FLOAT_HEADER + weights
+    return BlockFormat(number=7000 + weights, weights=weights, nbytes=nbytes, decode=_fp8, halves=(), floats=floats)
+
+
+def fp8_type(columns: int) -> str:
+    """Returns the format of FP8 with the largest blocks that divide some columns, whole parts, with one scale."""
+    return f"FP8_{_largest(INT_SIZES, columns)}"
+
+
+def _largest(sizes: tuple[int, ...], columns: int) -> int:
+    return next(size for size in sizes if columns % size == 0)
+
+
+INT_HEADER = 3  # bytes of scale and zero before the codes of a block
+INT_SIZES = (128, 64, PART)  # weights per block
+INT_SCALES = {"": _FLOAT16, "_BF16": np.dtype(ml_dtypes.bfloat16)}  # by the end of the format's name
 
 
 def _int4(block: jax.Array, scale_type: np.dtype) -> jax.Array:
-    """Decodes a group of integers; every 16 bytes of codes are 32 weights, the low nibbles first."""
-    packed = block[..., INT4_HEADER:]
-    codes = _nibbles(packed.reshape(*packed.shape[:-1], -1, 16)).reshape(*packed.shape[:-1], -1)
-    return _half(block, 0, scale_type) * (codes.astype(jnp.float32) - block[..., 2:INT4_HEADER].astype(jnp.float32))
+    """Decodes a group of integers of 4 bits."""
+    return _of_integers(block, _parts_of_nibbles(block[..., INT_HEADER:]), scale_type)
 
 
-def _int4_format(weights: int, scale_type: np.dtype) -> BlockFormat:
+def _int8(block: jax.Array, scale_type: np.dtype) -> jax.Array:
+    return _of_integers(block, block[..., INT_HEADER:], scale_type)
+
+
+def _of_integers(block: jax.Array, codes: jax.Array, scale_type: np.dtype) -> jax.Array:
+    zero = block[..., INT_HEADER - 1 : INT_HEADER].astype(jnp.float32)
+    return _half(block, 0, scale_type) * (codes.astype(jnp.float32) - zero)
+
+
+def _int_format(bits: int, weights: int, scale_type: np.dtype) -> BlockFormat:
+    number = (1000 if scale_type == _FLOAT16 else 2000) + (2000 if bits == 8 else 0)
     return BlockFormat(
-        number=(1000 if scale_type == _FLOAT16 else 2000) + weights,
+        number=number + weights,
         weights=weights,
-        nbytes=INT4_HEADER + weights // 2,
-        decode=functools.partial(_int4, scale_type=scale_type),
+        nbytes=INT_HEADER + weights * bits // 8,
+        decode=functools.partial(_int4 if bits == 4 else _int8, scale_type=scale_type),
         halves=(0,),
         half_type=scale_type,
     )
 
 
-def int4_type(group_size: int, scale_type: np.dtype) -> str:
+def int_type(bits: int, group_size: int, scale_type: np.dtype) -> str:
     """Returns the format whose blocks are groups, or the largest parts of them.
 
     Args:
-      group_size: weights per group, a multiple of 32.
+      bits: 4 or 8.
+      group_size: weights per group, a multiple of PART.
       scale_type: float16 or bfloat16.
     """
-    weights = next(size for size in INT4_SIZES if group_size % size == 0)
-    return f"INT4_{weights}{next(end for end, dtype in INT4_SCALES.items() if dtype == scale_type)}"
+    end = next(end for end, dtype in INT_SCALES.items() if dtype == scale_type)
+    return f"INT{bits}_{_largest(INT_SIZES, group_size)}{end}"
 
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {
@@ -223,14 +330,18 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
     "Q4_K": BlockFormat(number=12, weights=SUPER_BLOCK, nbytes=144, decode=_q4_k, halves=(0, 2)),
     "Q5_K": BlockFormat(number=13, weights=SUPER_BLOCK, nbytes=176, decode=_q5_k, halves=(0, 2)),
     "Q6_K": BlockFormat(number=14, weights=SUPER_BLOCK, nbytes=210, decode=_q6_k, halves=(208,)),
-    "MXFP4": BlockFormat(number=39, weights=32, nbytes=17, decode=_mxfp4, halves=()),
-} | {
-    f"INT4_{weights}{end}": _int4_format(weights, scale_type)
-    for weights in INT4_SIZES
-    for end, scale_type in INT4_SCALES.items()
+    "IQ4_NL": BlockFormat(number=20, weights=32, nbytes=18, decode=_iq4_nl, halves=(0,)),
+    "IQ4_XS": BlockFormat(number=23, weights=SUPER_BLOCK, nbytes=136, decode=_iq4_xs, halves=(0,)),
+    "MXFP4": BlockFormat(number=39, weights=32, nbytes=17, decode=_mxfp4, halves=(), floats=((0, _E8M0, 1),)),
 }
-
-WITHOUT_KERNELS = ("IQ4_NL",)  # types of GGUF files that are dequantized, but with whose codes no kernel computes
+BLOCK_FORMATS |= {
+    f"INT{bits}_{weights}{end}": _int_format(bits, weights, scale_type)
+    for bits in (4, 8)
+    for weights in INT_SIZES
+    for end, scale_type in INT_SCALES.items()
+}
+BLOCK_FORMATS |= {nvfp4_type(size, inv): _nvfp4_format(size, inv) for inv in (False, True) for size in NVFP4_SIZES}
+BLOCK_FORMATS |= {fp8_type(size): _fp8_format(size) for size in INT_SIZES}
 
 
 def row_bytes(ggml_type: str, columns: int) -> int:

@@ -1,4 +1,4 @@
-"""GgmlTensor: a weight in the bytes of blocks, of ggml or of INT4 groups, as a pytree, and its dequantization.
+"""GgmlTensor: a weight in the bytes of blocks, of ggml or of other files' codes, as a pytree, and its dequantization.
 
 Dimension key: N out, K in; `...` stacked layers.
 """
@@ -18,7 +18,7 @@ from pallas_kernels.formats.qtensor import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GgmlTensor:
-    """A weight in codes that a file stores (GGUF, MXFP4, groups of integers): the bytes of its blocks, along K.
+    """A weight in codes that a file stores (GGUF, NVFP4, FP8, groups of integers): the bytes of its blocks, along K.
 
     Leaf:
       codes: uint8 [..., N, bytes per row], rows in the order of Hugging Face; leading axes are stacked layers, or
@@ -65,14 +65,13 @@ def dequantize_ggml(weight: GgmlTensor, dtype: DTypeLike | None = None) -> jax.A
 
 
 def finite_scales(codes: np.ndarray, ggml_type: str) -> bool:
-    """True if the scales of all blocks are finite, so that all weights are.
+    """True if the scales of all blocks, and codes that may be none, are finite, so that all weights are.
 
     Args:
       codes: uint8 [..., bytes per row].
     """
     block = BLOCK_FORMATS[ggml_type]
     blocks = codes.reshape(-1, block.nbytes)
-    if ggml_type == "MXFP4":
-        return not (blocks[:, 0] == 255).any()  # not a number, in E8M0
-    halves = (np.ascontiguousarray(blocks[:, at : at + 2]).view(block.half_type) for at in block.halves)
-    return all(np.isfinite(each).all() for each in halves)
+    runs = [*((at, block.half_type, 1) for at in block.halves), *block.floats]
+    numbers = (np.ascontiguousarray(blocks[:, at : at + count * kind.itemsize]).view(kind) for at, kind, count in runs)
+    return all(np.isfinite(each).all() for each in numbers)

@@ -1,4 +1,4 @@
-// Products with frozen weights in blocks of ggml or of INT4 groups: two XLA FFI handlers.
+// Products with frozen weights in blocks of ggml or of other files' codes: two XLA FFI handlers.
 //
 //   ggml_dequantize:  w[n, k] of one weight, in f32, rounded once if the result is bf16
 //   ggml_rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; one block of w exists at a time
@@ -197,10 +197,95 @@ struct Mxfp4 {
   }
 };
 
-// A group of 4-bit integers with one scale and one zero. Every 16 bytes of codes are 32 weights, low nibbles first.
-template <int64_t kGroup, bool kBfloat16>
-struct Int4 {
-  static constexpr int64_t kWeights = kGroup, kBytes = 3 + kGroup / 2;
+// ggml's non-linear codes.
+constexpr float kIq4Values[] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+// Emits 32 weights, whose codes are the low nibbles of 16 bytes, then the high ones.
+template <typename Emit>
+inline void decode_iq4(const uint8_t* codes, float scale, int begin, const Emit& emit) {
+  const Table values(kIq4Values);
+#pragma GCC unroll 8
+  for (int at = 0; at < 32; at += kLanes) {
+    const Integers packed = load_bytes(codes + at % 16);
+    emit(begin + at, scale * values[at < 16 ? packed & 15 : packed >> 4]);
+  }
+}
+
+struct Iq4Nl {
+  static constexpr int64_t kWeights = 32, kBytes = 18;
+
+  template <typename Emit>
+  static void decode(const uint8_t* block, const Emit& emit) {
+    decode_iq4(block + 2, half(block), 0, emit);
+  }
+};
+
+// Eight groups of 32 weights, each with a scale of 6 bits.
+struct Iq4Xs {
+  static constexpr int64_t kWeights = 256, kBytes = 136;
+
+  template <typename Emit>
+  static void decode(const uint8_t* block, const Emit& emit) {
+    const float of_all = half(block);
+    const int high = load<uint16_t>(block + 2);
+    for (int j = 0; j < 8; ++j) {
+      const int scale = ((block[4 + j / 2] >> 4 * (j % 2)) & 15) | ((high >> 2 * j) & 3) << 4;
+      decode_iq4(block + 8 + 16 * j, of_all * static_cast<float>(scale - 32), 32 * j, emit);
+    }
+  }
+};
+
+// Numbers of e4m3. Those below 2^-6 are integers times 2^-9; 127 is not a number.
+inline Floats e4m3(Integers codes) {
+  const Integers size = codes & 127;
+  const Integers large = size == 127 ? all(0x7fc00000) : (size << 20) + (120 << 23);
+  return floats_of((size < 8 ? bits_of(converted(size) * 0x1p-9f) : large) | (codes & 128) << 24);
+}
+inline float e4m3(uint8_t code) {
+  const int size = code & 127;
+  const float large = float_of(size == 127 ? 0x7fc00000 : (size << 20) + (120 << 23));
+  const float magnitude = size < 8 ? static_cast<float>(size) * 0x1p-9f : large;
+  return code & 128 ? -magnitude : magnitude;
+}
+
+// The f32 scale of the tensor, scales of e4m3 for 16 weights each, and values of E2M1. kInverse: the first divides.
+template <int64_t kSize, bool kInverse>
+struct Nvfp4 {
+  static constexpr int64_t kWeights = kSize, kCodesAt = 4 + kSize / 16, kBytes = kCodesAt + kSize / 2;
+
+  template <typename Emit>
+  static void decode(const uint8_t* block, const Emit& emit) {
+    const float of_tensor = load<float>(block);
+#pragma GCC unroll 2
+    for (int group = 0; group < kSize / 16; ++group) {
+      const float of_group = e4m3(block[4 + group]);
+      const float scale = kInverse ? of_group / of_tensor : of_group * of_tensor;
+#pragma GCC unroll 4
+      for (int at = 0; at < 16; at += kLanes) {
+        const Integers packed = load_bytes(block + kCodesAt + group / 2 * 16 + at);
+        emit(16 * group + at, scale * (Mxfp4::values(group % 2 ? packed >> 4 : packed & 15) * 0.5f));
+      }
+    }
+  }
+};
+
+// An f32 scale, and numbers of e4m3.
+template <int64_t kSize>
+struct Fp8 {
+  static constexpr int64_t kWeights = kSize, kBytes = 4 + kSize;
+
+  template <typename Emit>
+  static void decode(const uint8_t* block, const Emit& emit) {
+    const float scale = load<float>(block);
+#pragma GCC unroll 8
+    for (int at = 0; at < kWeights; at += kLanes) emit(at, scale * e4m3(load_bytes(block + 4 + at)));
+  }
+};
+
+// A group of integers with one scale and one zero. Every 16 bytes of 4-bit codes are 32 weights, low nibbles first.
+template <int kBits, int64_t kGroup, bool kBfloat16>
+struct Group {
+  static constexpr int64_t kWeights = kGroup, kBytes = 3 + kGroup * kBits / 8;
 
   template <typename Emit>
   static void decode(const uint8_t* block, const Emit& emit) {
@@ -208,8 +293,9 @@ struct Int4 {
     const int32_t zero = block[2];
 #pragma GCC unroll 32
     for (int at = 0; at < kWeights; at += kLanes) {
-      const Integers packed = load_bytes(block + 3 + at / 32 * 16 + at % 16);
-      emit(at, scale * converted((at % 32 < 16 ? packed & 15 : packed >> 4) - zero));
+      const Integers packed = load_bytes(block + 3 + (kBits == 8 ? at : at / 32 * 16 + at % 16));
+      const Integers codes = kBits == 8 ? packed : at % 32 < 16 ? packed & 15 : packed >> 4;
+      emit(at, scale * converted(codes - zero));
     }
   }
 };
@@ -228,13 +314,30 @@ ffi::Error with_format(int64_t number, const Work& work) {
     case 12: return work(Q4_K());
     case 13: return work(Q5_K());
     case 14: return work(Q6_K());
+    case 20: return work(Iq4Nl());
+    case 23: return work(Iq4Xs());
     case 39: return work(Mxfp4());
-    case 1032: return work(Int4<32, false>());
-    case 1064: return work(Int4<64, false>());
-    case 1128: return work(Int4<128, false>());
-    case 2032: return work(Int4<32, true>());
-    case 2064: return work(Int4<64, true>());
-    case 2128: return work(Int4<128, true>());
+    case 1032: return work(Group<4, 32, false>());
+    case 1064: return work(Group<4, 64, false>());
+    case 1128: return work(Group<4, 128, false>());
+    case 2032: return work(Group<4, 32, true>());
+    case 2064: return work(Group<4, 64, true>());
+    case 2128: return work(Group<4, 128, true>());
+    case 3032: return work(Group<8, 32, false>());
+    case 3064: return work(Group<8, 64, false>());
+    case 3128: return work(Group<8, 128, false>());
+    case 4032: return work(Group<8, 32, true>());
+    case 4064: return work(Group<8, 64, true>());
+    case 4128: return work(Group<8, 128, true>());
+    case 5032: return work(Nvfp4<32, false>());
+    case 5064: return work(Nvfp4<64, false>());
+    case 5256: return work(Nvfp4<256, false>());
+    case 6032: return work(Nvfp4<32, true>());
+    case 6064: return work(Nvfp4<64, true>());
+    case 6256: return work(Nvfp4<256, true>());
+    case 7032: return work(Fp8<32>());
+    case 7064: return work(Fp8<64>());
+    case 7128: return work(Fp8<128>());
   }
   return ffi::Error::InvalidArgument("unknown number of a block format");
 }

@@ -26,6 +26,7 @@ HANDLERS = (
     "attention_paged",
     "own_matrix",
     "row_moments",
+    "scale_search",
 )
 SWITCH = "QLORA_JAX_BUILD_LOOPS"  # environment variable
 

@@ -118,13 +118,13 @@ def save_quantized(
     path: str,
     folder: str | Path,
     *,
-    quant_type: Literal["nf4", "fp4", "none"] = "nf4",
+    quant_type: Literal["nf4", "fp4", "nvfp4", "none"] = "nf4",
     double_quant: bool = True,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     keep_16bit: str | Sequence[str] = (),
     progress: bool = False,
 ) -> Path:
-    """Writes the model at `path` in bitsandbytes' 4-bit format for transformers, or back in 16 bits.
+    """Writes the model at `path` for transformers: in 4 bits of bitsandbytes, in NVFP4, or back in 16 bits.
 
     >>> folder = q.save_quantized("model", "model-4bit", quant_type="nf4")
     >>> q.load(str(folder))[0].config == model.config
@@ -133,7 +133,7 @@ def save_quantized(
     Args:
       path: a Hugging Face folder in 16 or 4 bits, a GGUF file, or org/name on the Hub.
       folder: a new folder.
-      quant_type: 4-bit data type; "none" for 16 bits.
+      quant_type: 4-bit data type, "nvfp4" in the form of compressed-tensors; "none" for 16 bits.
       double_quant: quantize the scales too.
       dtype: dtype of the unquantized tensors.
       keep_16bit: linear layers that stay in `dtype`, by name or as one regular expression, as for `load`.

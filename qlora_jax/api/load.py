@@ -15,7 +15,7 @@ from qlora_jax.io.pretrained import OpenedModel, apply_adapter, is_finetuned, lo
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine
 
-QuantType = Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
+QuantType = Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "nvfp4", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 
 

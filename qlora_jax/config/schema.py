@@ -136,11 +136,11 @@ class ModelArgs:
         bound=NOT_EMPTY,
         common="the base model: a Hugging Face folder, a GGUF file, or org/name on the Hub",
     )
-    quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"] = setting(
-        "4-bit data type of the linear layers; stored: the files' codes, unchanged (GGUF, MXFP4, GPTQ, "
+    quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "nvfp4", "stored", "none"] = setting(
+        "4-bit data type of the linear layers; stored: the files' codes, unchanged (GGUF, MXFP4, NVFP4, FP8, GPTQ, "
         "AWQ, compressed-tensors, 4-bit bitsandbytes); none: 16 bits (plain LoRA)",
         "nf4",
-        common="4-bit type of the linear layers: nf4, fp4, int4, e2m1, e3m0; stored: the files' codes; none: 16 bits",
+        common="4-bit type of linear layers: nf4, fp4, int4, e2m1, e3m0, nvfp4; stored: files' codes; none: 16 bits",
     )
     block_size: int = setting("number of weights that share one scale (absmax)", 64, BLOCK_SIZE)
     double_quant: bool = setting("quantize the scales to 8 bits too; saves 0.37 bits per weight", True)

@@ -235,6 +235,11 @@ def _init_problems(config: Config) -> list[str]:
             f"lora.init: found {init!r} with model.quant_type=stored, expected default. Set lora.init=default, since "
             f"{init} changes the weights, and stored codes stay as they are"
         )
+    if init == "loftq" and config.model.quant_type == "nvfp4":
+        problems.append(
+            "lora.init: found 'loftq' with model.quant_type=nvfp4, whose error it does not correct. Set "
+            "lora.init=pissa or default"
+        )
     if init == "loftq" and config.model.keep_16bit:
         problems.append(
             "lora.init: found 'loftq' with model.keep_16bit, but loftq corrects the quantization error, and these "

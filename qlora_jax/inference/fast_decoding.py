@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.ggml_blocks import encode_q8_0
+from pallas_kernels.formats.block_encoders import encode_blocks
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
 from pallas_kernels.formats.layouts import layout_problem, repack
 from pallas_kernels.formats.qtensor import QTensor
@@ -127,5 +127,5 @@ def _encoded_head(model: CausalLM, bits: int) -> QTensor | GgmlTensor:
 def _encode(weight_VD: jax.Array, bits: int) -> QTensor | GgmlTensor:
     if bits == 4:
         return repack(quantize_traceable(weight_VD, QuantSettings()), LAYOUT)
-    codes = encode_q8_0(weight_VD.astype(jnp.float32))
+    codes = encode_blocks(weight_VD.astype(jnp.float32), "Q8_0")
     return GgmlTensor(codes=codes, ggml_type="Q8_0", shape=weight_VD.shape, dtype=str(weight_VD.dtype))

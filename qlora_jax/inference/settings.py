@@ -15,7 +15,7 @@ from qlora_jax.config.fields import (
     setting,
 )
 
-QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "stored", "none"]
+QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "nvfp4", "stored", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
 ExpertPlace = Literal["auto", "device", "offload"]
 HeadBits = Literal["auto", 16, 8, 4]

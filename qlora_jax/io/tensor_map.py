@@ -11,7 +11,7 @@ from flax import nnx
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.metadata import JsonObject
-from qlora_jax.model_source import ModelSource
+from qlora_jax.model_source import ACT_ORDER, ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families.multimodal import with_text_attributes
@@ -28,7 +28,7 @@ def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], 
     """Checks that a source contains exactly the expected tensors, in their shapes.
 
     If the model ties its head to the embedding, a head tensor that equals the embedding is accepted. So are biases of
-    zeros of layers in INT4, which AutoGPTQ adds to all layers.
+    zeros of layers in integers, which AutoGPTQ adds to all layers.
 
     Raises:
       ValueError: names all missing, unexpected and mis-shaped tensors.
@@ -55,7 +55,7 @@ def _is_bias_of_zeros(source: ModelSource, name: str) -> bool:
     """True for the bias of a layer in integers whose values are all zero."""
     module, _, leaf = name.rpartition(".")
     weight = source.tensors.get(f"{module}.weight")
-    if leaf != "bias" or weight is None or not weight.file_type.startswith("INT4"):
+    if leaf != "bias" or weight is None or not weight.file_type.startswith(("INT", ACT_ORDER)):
         return False
     return not source.tensors[name].read().any()
 

@@ -5,11 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats.ggml_blocks import row_bytes
+from pallas_kernels.formats.ggml_blocks import nvfp4_type, row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.models.config import DENSE, QUANTIZED, WeightFormat
+from qlora_jax.models.config import DENSE, NVFP4, QUANTIZED, WeightFormat
 from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack, Part
 from qlora_jax.nn.linear import Weight
 
@@ -58,7 +58,9 @@ def _empty(kind: str, stack: tuple[int, ...], shape: tuple[int, int], weights: W
     """Returns zeros of a stack of one format."""
     if kind == DENSE:
         return jnp.zeros((*stack, *shape), weights.dtype)
-    if kind == QUANTIZED:
+    if kind == QUANTIZED and weights.quant_type == NVFP4:
+        kind = nvfp4_type(shape[1], inverse=True)
+    elif kind == QUANTIZED:
         return _empty_qtensor(stack, shape, weights)
     codes = jnp.zeros((*stack, shape[0], row_bytes(kind, shape[1])), jnp.uint8)
     return GgmlTensor(codes=codes, ggml_type=kind, shape=shape, dtype=weights.dtype)

@@ -313,6 +313,8 @@ class ModelConfig:
 
 
 STORED = "stored"  # quant_type: linear layers keep the codes that the files have
+NVFP4 = "nvfp4"  # quant_type: linear layers in blocks of NVFP4
+IN_BLOCKS = (STORED, NVFP4)  # values of quant_type that meshes do not cut
 QUANTIZED, DENSE = "4-bit", "dense"  # formats of layers; others are types of blocks
 
 
@@ -327,7 +329,7 @@ class WeightFormat:
     """The format of the frozen weights in memory.
 
     Attributes:
-      quant_type: a key of CODE_TABLES for the linear layers; None: dense, in `dtype`; STORED: as `stored` says.
+      quant_type: NVFP4 or a key of CODE_TABLES, for the linear layers; None: dense, in `dtype`; STORED: see `stored`.
       block_size: weights that share one scale.
       double_quant: True if scales are quantized to 8 bits.
       nested_block_size: scales that share one scale.

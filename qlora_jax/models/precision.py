@@ -10,12 +10,13 @@ import jax
 from jaxtyping import PyTree
 
 from pallas_kernels.devices import target_device
+from pallas_kernels.formats.ggml_blocks import PART
 from pallas_kernels.native.library import fast_bfloat16
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
-from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.config import NVFP4, ModelConfig, WeightFormat
 from qlora_jax.regex import matches_end, matches_whole, pattern_problems
 
 # Selects the projections and layers that `model.keep_16bit` leaves in 16 bits, and counts the bytes that they add.
@@ -182,14 +183,25 @@ def compute_dtype(asked: str, on: str | None = None, capability: tuple[int, int]
     return "float16" if capability is not None and capability < BFLOAT16_CAPABILITY else "bfloat16"
 
 
+def check_whole_blocks(weights: WeightFormat, config: ModelConfig) -> None:
+    """Raises ValueError if rows of linear layers are not whole blocks of NVFP4, which they are quantized to."""
+    columns = {inputs for (_, inputs), _ in config.linear_shapes().values()}
+    columns |= {inputs for _, inputs in config.expert_shapes().values()}
+    if weights.quant_type == NVFP4 and (odd := sorted(each for each in columns if each % PART)):
+        raise ValueError(
+            f"quant_type: found 'nvfp4', but linear layers have {', '.join(map(str, odd))} inputs (expected multiples "
+            f"of {PART}). Set nf4"
+        )
+
+
 def weight_format(
     args: ModelArgs, config: ModelConfig, on: str | None = None, capability: tuple[int, int] | None = None
 ) -> WeightFormat:
     """Returns the configured quantization of a model, with layout and dtype for a device; see `compute_dtype`.
 
     Raises:
-      ValueError: `model.keep_16bit` names a layer that the model does not have, or `model.experts` is offload and it
-        has no experts.
+      ValueError: `model.keep_16bit` names a layer that the model does not have, `model.experts` is offload and it has
+        no experts, or rows are not whole blocks of NVFP4.
     """
     if args.experts == "offload" and config.experts is None:
         raise ValueError("model.experts: found 'offload', but the model has no routed experts. Remove this setting")
@@ -201,4 +213,5 @@ def weight_format(
         dtype=compute_dtype(args.compute_dtype, on, capability),
         experts_on_host=args.experts == "offload",
     )
+    check_whole_blocks(weights, config)
     return weights if weights.quant_type is None else keep_in_16_bits(weights, args.keep_16bit, config)

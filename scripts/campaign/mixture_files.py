@@ -1,5 +1,6 @@
 """Kinds of damaged files whose weights are stored codes, fused experts, or the text half of a larger model."""
 
+import functools
 import json
 import random
 from collections.abc import Mapping
@@ -27,8 +28,9 @@ from scripts.campaign.model_files import (
 )
 from scripts.campaign.mutations import damage_bytes
 from tests.ggml_codes import random_codes
+from tests.io.float_folders import FLOAT_FORMS
 from tests.io.gguf_families import FAMILIES, random_tensors
-from tests.io.integer_folders import FORMS, write_integer_folder
+from tests.io.integer_folders import FORMS, Form, write_integer_folder
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
 
 STORED_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # rows of 64 weights have whole blocks of these
@@ -81,18 +83,18 @@ def _damage_mixture(chance: random.Random, folder: Path) -> str:
     return f"{path.name}: bytes of tensors"
 
 
-# GPTQ, AWQ and compressed-tensors
+# Codes of GPTQ, AWQ, compressed-tensors, ModelOpt and FP8
 
 
-def _write_integers(folder: Path) -> None:
+def _write_coded(forms: Mapping[str, Form], folder: Path) -> None:
     config = tiny_config()
-    for name, form in FORMS.items():
+    for name, form in forms.items():
         target = variant(folder, name) / MODEL
         write_integer_folder(target, form, config, random_weights(config))
         add_tokenizer(target)
 
 
-def _damage_integers(chance: random.Random, folder: Path) -> str:
+def _damage_coded(chance: random.Random, folder: Path) -> str:
     """Removes, cuts or retypes a tensor, or damages as in mixtures."""
     if chance.random() < 0.5:
         return _damage_mixture(chance, folder)
@@ -153,14 +155,26 @@ def _damage_multimodal(chance: random.Random, folder: Path) -> str:
     return f"other names, {kind}"
 
 
-MIXTURE_KINDS: Mapping[str, FileKind] = {
-    "stored_gguf": FileKind(
-        write=_write_stored_gguf, variants=True, damage=damage_gguf_file, read=lambda f: _read_stored(f / GGUF)
-    ),
-    "mxfp4": FileKind(write=_write_mxfp4, damage=_damage_mixture, read=lambda f: _read_stored(f / MODEL)),
-    "integers": FileKind(
-        write=_write_integers, variants=True, damage=_damage_integers, read=lambda f: _read_stored(f / MODEL)
-    ),
-    "fused_experts": FileKind(write=_write_fused, damage=_damage_mixture, read=lambda f: read_model(f / MODEL)),
-    "multimodal": FileKind(write=_write_multimodal, damage=_damage_multimodal, read=lambda f: read_model(f / MODEL)),
-}
+MIXTURE_KINDS: Mapping[str, FileKind] = (
+    {
+        "stored_gguf": FileKind(
+            write=_write_stored_gguf, variants=True, damage=damage_gguf_file, read=lambda f: _read_stored(f / GGUF)
+        ),
+        "mxfp4": FileKind(write=_write_mxfp4, damage=_damage_mixture, read=lambda f: _read_stored(f / MODEL)),
+    }
+    | {
+        name: FileKind(
+            write=functools.partial(_write_coded, forms),
+            variants=True,
+            damage=_damage_coded,
+            read=lambda f: _read_stored(f / MODEL),
+        )
+        for name, forms in {"integers": FORMS, "floats": FLOAT_FORMS}.items()
+    }
+    | {
+        "fused_experts": FileKind(write=_write_fused, damage=_damage_mixture, read=lambda f: read_model(f / MODEL)),
+        "multimodal": FileKind(
+            write=_write_multimodal, damage=_damage_multimodal, read=lambda f: read_model(f / MODEL)
+        ),
+    }
+)

@@ -1,4 +1,4 @@
-"""Folders in 4-bit integers of GPTQ, AWQ and compressed-tensors, packed one integer at a time from the formulas.
+"""Folders in integers of GPTQ, AWQ and compressed-tensors, packed one integer at a time from the formulas.
 
 A weight is w[n, k] = scale[n, g] (code[n, k] - zero[n, g]), with g the group of column k.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.io.tiny_models import write_folder
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ_ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 
 
 class Integers(NamedTuple):
@@ -36,6 +36,7 @@ def random_integers(
     symmetric: bool = False,
     act_order: bool = False,
     seed: int = 0,
+    bits: int = 4,
 ) -> Integers:
     """Draws codes, zeros and scales; dense values are about those of a layer of K inputs.
 
@@ -43,18 +44,18 @@ def random_integers(
     """
     rng, (n, k) = np.random.default_rng(seed), shape
     size = k if group_size == -1 else group_size
-    zeros = np.full((n, k // size), 8, np.uint8) if symmetric else _zeros(rng, (n, k // size))
-    exponents = rng.integers(-1, 2, (n, k // size)) - int(np.log2(5 * k**0.5))
+    zeros = np.full((n, k // size), 1 << (bits - 1), np.uint8) if symmetric else _zeros(rng, (n, k // size), bits)
+    exponents = rng.integers(-1, 2, (n, k // size)) - int(np.log2(5 / 16 * 2**bits * k**0.5))
     scales = np.ldexp(rng.integers(8, 16, (n, k // size)) / 8, exponents).astype(dtype)
     groups = np.arange(k) // size
     return Integers(
-        rng.integers(0, 16, (n, k), np.uint8), zeros, scales, rng.permutation(groups) if act_order else groups
+        rng.integers(0, 2**bits, (n, k), np.uint8), zeros, scales, rng.permutation(groups) if act_order else groups
     )
 
 
-def _zeros(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Draws zeros from 1 to 15, most of them near 8: far from it, all weights of a group would have one sign."""
-    return (1 + rng.binomial(14, 0.5, shape)).astype(np.uint8)
+def _zeros(rng: np.random.Generator, shape: tuple[int, int], bits: int) -> np.ndarray:
+    """Draws zeros of 4 bits from 1 to 15, most near 8: far from it, all weights of a group would have one sign."""
+    return (1 + rng.binomial(2**bits - 2, 0.5, shape)).astype(np.uint8)
 
 
 def rounded(weight: np.ndarray, group_size: int) -> Integers:
@@ -68,38 +69,40 @@ def rounded(weight: np.ndarray, group_size: int) -> Integers:
     return Integers(codes.reshape(weight.shape).astype(np.uint8), zeros.astype(np.uint8), scales, groups)
 
 
-def words(integers: np.ndarray) -> np.ndarray:
-    """Packs [R, 8 C] into I32 [R, C], the first of eight integers in the lowest bits."""
-    packed = np.zeros((len(integers), integers.shape[1] // 8), np.uint32)
-    for place in range(8):
-        packed |= integers[:, place::8].astype(np.uint32) << np.uint32(4 * place)
+def words(integers: np.ndarray, bits: int = 4) -> np.ndarray:
+    """Packs [R, 8 C] of 4 bits into I32 [R, C], the first of eight integers in the lowest bits."""
+    each = 32 // bits
+    packed = np.zeros((len(integers), integers.shape[1] // each), np.uint32)
+    for place in range(each):
+        packed |= integers[:, place::each].astype(np.uint32) << np.uint32(bits * place)
     return packed.view(np.int32)
 
 
-def gptq(weight: Integers, version: int = 1, with_order: bool = True) -> dict[str, np.ndarray]:
+def gptq(weight: Integers, version: int = 1, with_order: bool = True, bits: int = 4) -> dict[str, np.ndarray]:
     """The tensors of a weight of GPTQ; the first version stores each zero less one."""
     stored = weight.zeros.T - (version == 1)
-    tensors = {"qweight": words(weight.codes).T, "qzeros": words(stored), "scales": weight.scales.T}
+    tensors = {"qweight": words(weight.codes, bits).T, "qzeros": words(stored, bits), "scales": weight.scales.T}
     return tensors | ({"g_idx": weight.groups.astype(np.int32)} if with_order else {})
 
 
-def awq(weight: Integers) -> dict[str, np.ndarray]:
-    """The tensors of a weight of AWQ (gemm): place i of a word has output AWQ_ORDER[i] of eight."""
+def awq(weight: Integers, bits: int = 4) -> dict[str, np.ndarray]:
+    """The tensors of a weight of AWQ (gemm): place i of a word has output AWQ_ORDER[bits][i] of its outputs."""
 
     def interleaved(rows: np.ndarray) -> np.ndarray:
         moved = np.empty_like(rows)
-        for place, output in enumerate(AWQ_ORDER):
-            moved[:, place::8] = rows[:, output::8]
-        return words(moved)
+        each = 32 // bits
+        for place, output in enumerate(AWQ_ORDER[bits]):
+            moved[:, place::each] = rows[:, output::each]
+        return words(moved, bits)
 
     return {"qweight": interleaved(weight.codes.T), "qzeros": interleaved(weight.zeros.T), "scales": weight.scales.T}
 
 
-def compressed(weight: Integers, symmetric: bool = True) -> dict[str, np.ndarray]:
+def compressed(weight: Integers, symmetric: bool = True, bits: int = 4) -> dict[str, np.ndarray]:
     """The tensors of a weight of compressed-tensors (pack-quantized)."""
     shape = np.array(weight.codes.shape, np.int64)
-    tensors = {"weight_packed": words(weight.codes), "weight_scale": weight.scales, "weight_shape": shape}
-    return tensors | ({} if symmetric else {"weight_zero_point": words(weight.zeros.T).T})
+    tensors = {"weight_packed": words(weight.codes, bits), "weight_scale": weight.scales, "weight_shape": shape}
+    return tensors | ({} if symmetric else {"weight_zero_point": words(weight.zeros.T, bits).T})
 
 
 def gptq_config(group_size: int = 32, **settings: Any) -> dict[str, Any]:
@@ -114,10 +117,10 @@ def awq_config(group_size: int = 32, **settings: Any) -> dict[str, Any]:
     return common | settings
 
 
-def compressed_config(group_size: int = 32, symmetric: bool = True, **settings: Any) -> dict[str, Any]:
+def compressed_config(group_size: int = 32, symmetric: bool = True, bits: int = 4, **settings: Any) -> dict[str, Any]:
     """A quantization_config of compressed-tensors; group_size -1 is one scale per output."""
     whole = group_size == -1
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "dynamic": False, "actorder": None}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "dynamic": False, "actorder": None}
     weights |= {"strategy": "channel" if whole else "group", "group_size": None if whole else group_size}
     layers = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     common = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
@@ -125,11 +128,12 @@ def compressed_config(group_size: int = 32, symmetric: bool = True, **settings: 
 
 
 class Form(NamedTuple):
-    """A form of integer weights: how they are drawn, packed and described."""
+    """A form of weights in codes: how they are drawn, packed and described."""
 
     drawn: Mapping[str, Any]
-    pack: Callable[[Integers], dict[str, np.ndarray]]
+    pack: Callable[[Any], dict[str, np.ndarray]]
     config: Mapping[str, Any]
+    draw: Callable[..., Any] = random_integers
 
 
 FORMS = {
@@ -142,6 +146,12 @@ FORMS = {
     "compressed, asymmetric": Form(
         {"group_size": 64}, lambda w: compressed(w, symmetric=False), compressed_config(64, symmetric=False)
     ),
+    "gptq, 8 bits": Form({"bits": 8, "group_size": 64}, lambda w: gptq(w, bits=8), gptq_config(64, bits=8)),
+    "gptq, 2 bits": Form({"bits": 2}, lambda w: gptq(w, bits=2), gptq_config(bits=2)),
+    "awq, 8 bits": Form({"bits": 8}, lambda w: awq(w, bits=8), awq_config(bits=8)),
+    "compressed, 8 bits": Form(
+        {"bits": 8, "dtype": ml_dtypes.bfloat16}, lambda w: compressed(w, False, 8), compressed_config(32, False, 8)
+    ),
     "compressed, a group per row": Form({"group_size": -1, "symmetric": True}, compressed, compressed_config(-1)),
 }
 
@@ -149,15 +159,15 @@ FORMS = {
 def write_integer_folder(
     folder: Path, form: Form, config: dict[str, Any], weights: Mapping[str, np.ndarray], **files: str
 ) -> dict[str, np.ndarray]:
-    """Writes a folder whose linear layers within the layers are random integers; returns the dense weights."""
+    """Writes a folder whose linear layers within the layers are random codes; returns the dense weights."""
     dense, tensors = dict(weights), {}
     for seed, (name, values) in enumerate(weights.items()):
         if not name.endswith("_proj.weight"):
             tensors[name] = values
             continue
-        integers = random_integers((values.shape[0], values.shape[1]), seed=seed, **form.drawn)
-        dense[name] = integers.dense()
+        drawn = form.draw((values.shape[0], values.shape[1]), seed=seed, **form.drawn)
+        dense[name] = drawn.dense()
         stem = name.removesuffix(".weight")
-        tensors |= {f"{stem}.{part}": np.ascontiguousarray(each) for part, each in form.pack(integers).items()}
+        tensors |= {f"{stem}.{part}": np.ascontiguousarray(each) for part, each in form.pack(drawn).items()}
     write_folder(folder, config | {"quantization_config": dict(form.config)}, tensors, 1, **files)
     return dense

@@ -62,7 +62,15 @@ def test_the_same_file_and_a_lora_in_llama_cpp(tmp_path: Path, llama_cpp) -> Non
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("types", "stored"), [("Q2_K", {"Q2_K", "Q3_K"}), ("Q3_K_M", {"Q3_K", "Q4_K", "Q5_K"})])
+@pytest.mark.parametrize(
+    ("types", "stored"),
+    [
+        ("Q2_K", {"Q2_K", "Q3_K"}),
+        ("Q3_K_M", {"Q3_K", "Q4_K", "Q5_K"}),
+        ("IQ4_XS", {"IQ4_XS"}),
+        ("IQ4_NL", {"IQ4_NL"}),
+    ],
+)
 def test_files_of_few_bits_that_llama_cpp_made(tmp_path: Path, llama_cpp, types: str, stored: set[str]) -> None:
     """llama.cpp rounds 256 activations at a time to 8 bits for these types, where it rounds 32 for Q4_0."""
     config = FAMILIES["llama"][1] | {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512}

@@ -114,14 +114,14 @@ def _unlisted(opened: OpenedModel) -> list[str]:
 
 
 def _check_gguf_exists(opened: OpenedModel) -> None:
-    """Checks that the weights that a run was trained on are not integers of GPTQ, AWQ or compressed-tensors.
+    """Checks that the weights that a run was trained on have codes that a GGUF file can hold.
 
     Raises:
-      ValueError: they are.
+      ValueError: they do not.
     """
-    if opened.args.quant_type == STORED and (method := opened.source.integer_method):
+    if opened.args.quant_type == STORED and (method := opened.source.coded_by):
         raise ValueError(
-            f"--format gguf-lora: {opened.source.path} has the integers of {method}, which the run was trained on and "
+            f"--format gguf-lora: {opened.source.path} has the codes of {method}, which the run was trained on and "
             "no GGUF file holds. Add --with_base, which writes these weights dequantized, or use --format gguf, merged"
         )
 

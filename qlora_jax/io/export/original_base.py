@@ -5,12 +5,13 @@ Dimension key: L layers, K in, R rank, N out.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
+from pallas_kernels.formats.ggml_blocks import nvfp4_type
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.layouts import repack
-from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.initial_file import InitialAdapter
@@ -24,8 +25,9 @@ from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import config_differences
 from qlora_jax.models.families import model_config
 from qlora_jax.models.tensor_names import lines_by_layer
-from qlora_jax.nn.frozen_weight import ops_of
+from qlora_jax.nn.frozen_weight import dense_weight
 from qlora_jax.quant import dequantize
+from qlora_jax.quant.nvfp4 import nvfp4_blocks_of
 
 
 def open_original(path: str, opened: OpenedModel) -> ModelSource:
@@ -57,7 +59,8 @@ def check_original(source: ModelSource, slots: Sequence[Slot], compute_dtype: np
     Raises:
       ValueError: names the tensors that differ, or the run's base has codes that this program did not make.
     """
-    if any(ops_of(slot.quantization_of(index)).of_file for slot in slots for index in range(len(slot.names))):
+    specs = [slot.quantization_of(index) for slot in slots for index in range(len(slot.names))]
+    if any(isinstance(spec, GgmlTensor) and spec.ggml_type != nvfp4_type(spec.shape[1], True) for spec in specs):
         raise ValueError(
             f"{source.path}: --base cannot be compared with the run's base, which keeps the codes of a file "
             "(model.quant_type=stored). Export without --base; for a GGUF file, --format gguf-lora needs none"
@@ -80,7 +83,11 @@ def _as_trained(
     for slot in slots:
         for index, name in enumerate(slot.names):
             entry = source.tensors[name]
-            if (spec := cast(QTensor | None, slot.quantization_of(index))) is not None:
+            spec = slot.quantization_of(index)
+            if isinstance(spec, GgmlTensor):
+                blocks = nvfp4_blocks_of(entry.read(), spec.ggml_type)
+                yield name, np.asarray(dense_weight(dataclasses.replace(spec, codes=blocks), compute_dtype))
+            elif spec is not None:
                 layer = dataclasses.replace(read_quantized(source, entry, spec), dtype=spec.dtype)
                 yield name, np.asarray(dequantize(repack(layer, spec.layout), compute_dtype))
             else:

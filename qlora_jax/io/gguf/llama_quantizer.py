@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from qlora_jax.atomic_files import sync_tree, write_bytes, write_error
+from qlora_jax.io.gguf.expert_stacks import stack_name
 from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.gguf.writer import GgufSpec, write_outline
 
 SOURCE_DTYPE = "float16"  # dtype of the file that is quantized
 NO_IMPORTANCE: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -27,6 +30,8 @@ BUFFER_BYTES = 256 << 20  # rows of a tensor in f32 that the quantizer holds at 
 SUPER_BLOCK, BLOCK = 256, 32  # weights of a block of the K types, and of iq4_nl
 STAGE = "quantizing"
 TENSOR = re.compile(r"\[ *\d+/ *\d+\] (?P<name>\S+) ")
+PLANNED = re.compile(TENSOR.pattern + r".* type = +(?P<stored>\w+),.*?(?:\((?P<planned>\w+)\))?$", re.MULTILINE)
+WORKER = Path(__file__).with_name("llama_quantize_worker.py")
 FULL_BYTES = 1 << 20  # a disk with less left is full
 
 
@@ -61,8 +66,7 @@ def quantize_file(
     """
     columns = target.with_name("importance.safetensors")
     write_bytes(columns, save({**importance}))
-    worker = Path(__file__).with_name("llama_quantize_worker.py")
-    command = [sys.executable, "-P", str(worker), str(source), str(target), dtype, str(BUFFER_BYTES), str(columns)]
+    command = [sys.executable, "-P", str(WORKER), str(source), str(target), dtype, str(BUFFER_BYTES), str(columns)]
     try:
         status, line = _run(command, {info.name: info.nbytes for info in parse_header(source).tensors}, progress)
     finally:
@@ -70,6 +74,29 @@ def quantize_file(
     if status:
         raise _failure(target, dtype, line.strip())
     sync_tree(target.parent)
+
+
+def mixture_types(spec: GgufSpec, dtype: str) -> dict[str, str]:
+    """Returns the type that llama.cpp's quantizer gives each tensor of a model, by Hugging Face's name.
+
+    llama.cpp itself says so, for a file without weights, which needs no space on the disk.
+
+    Args:
+      dtype: a name of llama.cpp's, such as `config.exports.MIXTURES`.
+
+    Raises:
+      ValueError: the quantizer is not installed, or refuses the model.
+    """
+    check_quantizer(dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "outline.gguf")
+        write_outline(source, spec, SOURCE_DTYPE)
+        command = [sys.executable, "-P", str(WORKER), str(source), "", dtype, str(BUFFER_BYTES), ""]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise _failure(source, dtype, done.stderr.strip().rpartition("\n")[2])
+    found = {match["name"]: match["planned"] or match["stored"] for match in PLANNED.finditer(done.stderr)}
+    return {name: found[stack_name(tensor.name)].upper() for name, tensor in spec.tensors.items()}
 
 
 def _run(command: Sequence[str], sizes: Mapping[str, int], progress: Callable[..., None]) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, WITHOUT_KERNELS
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.ggml_matmul.cpu import dequantize_layer
 from pallas_kernels.native.library import problem as loops_problem
@@ -29,7 +29,7 @@ from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, aligned_
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-BLOCKED = (*(name for name in BLOCK_FORMATS if name in GGMLQuantizationType.__members__), *WITHOUT_KERNELS)
+BLOCKED = tuple(name for name in BLOCK_FORMATS if name in GGMLQuantizationType.__members__)
 
 EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config

@@ -3,7 +3,7 @@
 import io
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -155,7 +155,7 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
     """
     wanted, file_type = TYPES[dtype]
     tensors = [spec.tensors[name] for name in names]
-    rows = [*_rows(tensors, wanted), *(_Row(name, table.shape, F32) for name, table in spec.tables.items())]
+    rows = _rows(spec, tensors, wanted)
     stored = itertools.chain(
         (_stored(tensor, _kind(tensor, wanted), value) for tensor, value in zip(tensors, values, strict=True)),
         (np.asarray(table, np.float32) for table in spec.tables.values()),
@@ -163,7 +163,7 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
     header, written = _header(spec, file_type, rows), dict[str, StoredTensor]()
     with staged_file(
         path,
-        len(header) + sum(row.nbytes + _padding(row.nbytes) for row in rows),
+        len(header) + _data_bytes(rows),
         check=lambda stage: check_read_back(stage, header, written, _read_back),
     ) as file:
         file.write(header)
@@ -176,6 +176,20 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
             file.write(bytes(_padding(row.nbytes)))
             written[row.name] = digest.stored(row.kind.name, row.shape)
         assert next(stored, None) is None, "a tensor without a row in the table"
+
+
+def tensor_types(spec: GgufSpec, dtype: str) -> dict[str, str]:
+    """Returns the type that `write_gguf` gives each tensor, by Hugging Face's name."""
+    return {name: _kind(tensor, TYPES[dtype][0]).name for name, tensor in spec.tensors.items()}
+
+
+def write_outline(path: Path, spec: GgufSpec, dtype: str) -> None:
+    """Writes a file whose weights are a hole, for readers of the header."""
+    wanted, file_type = TYPES[dtype]
+    rows = _rows(spec, sorted(spec.tensors.values(), key=lambda tensor: stack_name(tensor.name)), wanted)
+    with path.open("wb") as file:
+        file.write(_header(spec, file_type, rows))
+        file.truncate(file.tell() + _data_bytes(rows))
 
 
 def typed_keys(values: Mapping[str, object]) -> list[Key]:
@@ -201,12 +215,18 @@ def _keys_of(path: Path, chat_template: str | None) -> list[Key]:
     return list(keys.values())
 
 
-def _rows(tensors: Sequence[OutputTensor], wanted: GGMLQuantizationType) -> Iterator[_Row]:
-    """Yields the rows of the tensor table; consecutive experts of one projection share one."""
+def _rows(spec: GgufSpec, tensors: Sequence[OutputTensor], wanted: GGMLQuantizationType) -> list[_Row]:
+    """Returns the rows of the tensor table; consecutive experts of one projection share one."""
+    rows = []
     for name, group in itertools.groupby(tensors, key=lambda tensor: stack_name(tensor.name)):
         first, *others = group
         stack = () if name == first.name else (1 + len(others),)
-        yield _Row(name, (*stack, *first.shape), _kind(first, wanted), 1 + len(others))
+        rows.append(_Row(name, (*stack, *first.shape), _kind(first, wanted), 1 + len(others)))
+    return rows + [_Row(name, table.shape, F32) for name, table in spec.tables.items()]
+
+
+def _data_bytes(rows: Sequence[_Row]) -> int:
+    return sum(row.nbytes + _padding(row.nbytes) for row in rows)
 
 
 def _kind(tensor: OutputTensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:

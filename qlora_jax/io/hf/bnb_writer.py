@@ -1,16 +1,17 @@
-"""Writes a model as a folder for transformers, in 4 bits of bitsandbytes or in 16 bits, one tensor at a time."""
+"""Writes a model as a folder for transformers, one tensor at a time: in 4 bits of bitsandbytes, NVFP4, or 16 bits."""
 
 import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
 import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.formats.ggml_blocks import NVFP4_GROUP
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from qlora_jax.io.hf.fused_experts import name_in_files
@@ -25,22 +26,40 @@ from qlora_jax.io.hf.model_writer import (
     written_dtype,
 )
 from qlora_jax.io.hf.reader import SINGLE
-from qlora_jax.io.loading.loader import Progress, check_stored_quantization, read_quantized
+from qlora_jax.io.loading.loader import Progress, check_stored_quantization, read_finite, read_quantized
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Slot, check_tensors, slots_of
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource, prefetch
-from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.config import NVFP4, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
+from qlora_jax.models.precision import check_whole_blocks
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.nn.frozen_weight import ops_of
+from qlora_jax.quant.nvfp4 import E4M3, quantize_nvfp4
 
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
 STATE_BYTES = 512  # size of a quant_state: spaces pad its JSON, because the header is written first
+_NVFP4_WEIGHTS: JsonObject = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": NVFP4_GROUP,
+    "symmetric": True,
+    "dynamic": False,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "zp_dtype": "torch.float8_e4m3fn",
+}
+_NVFP4_CONFIG: JsonObject = {
+    "quant_method": "compressed-tensors",
+    "format": "nvfp4-pack-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _NVFP4_WEIGHTS, "input_activations": None}},
+}
 
 
 def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress) -> None:
@@ -51,9 +70,15 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
     keeps its tensors' names, and the tensors of its other parts unchanged.
 
     Raises:
-      ValueError: as `load_model`.
+      ValueError: as `load_model`, or the files are in NVFP4 already.
     """
     features = model_config(source.config, source.config_name)
+    check_whole_blocks(weights, features)
+    if weights.quant_type == NVFP4 and any(each.file_type.startswith("NVFP4") for each in source.tensors.values()):
+        raise ValueError(
+            f"{source.path}: already in NVFP4, and weights are never quantized twice. Use this folder, or the model in "
+            "16 bits"
+        )
     weights = with_dense_layers(weights, source, features)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, features)
@@ -96,16 +121,24 @@ def _name(name: str, config: JsonObject, names_in_file: Mapping[str, str]) -> st
     return name_in_files(config, names_in_file.get(name, name))
 
 
-def _quantization_of(slot: Slot, index: int) -> QTensor | None:
+def _quantization_of(slot: Slot, index: int, weights: WeightFormat) -> QTensor | GgmlTensor | None:
     """Returns the leaf that describes a weight's codes; None if the folder gets it dense."""
     spec = slot.quantization_of(index)
-    return None if ops_of(spec).of_file or len(slot.stack) != 1 else cast(QTensor | None, spec)
+    is_kept = ops_of(spec).of_file and weights.quant_type != NVFP4
+    return None if is_kept or len(slot.stack) != 1 else spec
 
 
 def _tensor_specs(slot: Slot, index: int, weights: WeightFormat, name: str) -> Iterator[TensorSpec]:
     """The tensors of one weight, in the order of `_parts`; `name` is the weight's name in the file."""
-    if _quantization_of(slot, index) is None:
+    spec = _quantization_of(slot, index, weights)
+    if spec is None:
         yield TensorSpec(name, written_dtype(slot, DTYPES[weights.dtype]), slot.shape)
+        return
+    if isinstance(spec, GgmlTensor):
+        stem, (rows, columns) = name.removesuffix(".weight"), slot.shape
+        yield TensorSpec(f"{stem}.weight_packed", BYTES, (rows, columns // 2))
+        yield TensorSpec(f"{stem}.weight_scale", E4M3, (rows, columns // NVFP4_GROUP))
+        yield TensorSpec(f"{stem}.weight_global_scale", F32, (1,))
         return
     blocks = -(-math.prod(slot.shape) // weights.block_size)
     yield TensorSpec(name, BYTES, (-(-math.prod(slot.shape) // 2), 1))
@@ -123,7 +156,13 @@ def _values(
     total, done = sum(source.tensors[slot.names[index]].nbytes for slot, index in names), 0
     entries = prefetch([source.tensors[slot.names[index]] for slot, index in names])
     for (slot, index), entry in zip(names, entries, strict=True):
-        if spec := _quantization_of(slot, index):
+        spec = _quantization_of(slot, index, weights)
+        if isinstance(spec, GgmlTensor):
+            made = quantize_nvfp4(read_finite(source, entry))
+            yield made.codes[:, ::2] | made.codes[:, 1::2] << 4
+            yield made.scales
+            yield made.of_tensor[None]
+        elif spec is not None:
             yield from _parts(read_quantized(source, entry, spec), weights.dtype)
         else:
             yield rounded(entry.name, entry.read(), written_dtype(slot, DTYPES[weights.dtype]))
@@ -155,6 +194,8 @@ def _parts(weight: QTensor, dtype: str) -> Iterator[np.ndarray]:
 def _quantization_config(weights: WeightFormat, skipped: list[str]) -> JsonObject:
     if weights.quant_type is None:
         return {}
+    if weights.quant_type == NVFP4:
+        return {"quantization_config": _NVFP4_CONFIG | {"ignore": skipped}}
     config = {
         "quant_method": "bitsandbytes",
         "_load_in_4bit": True,

@@ -1,36 +1,49 @@
-"""Reads 4-bit integers of compressed-tensors in its `pack-quantized` format, as llm-compressor writes them.
+"""Reads integers, NVFP4 and FP8 of compressed-tensors, as llm-compressor writes them.
 
-A weight of N x K is `weight_packed` I32 [N, K / 8], `weight_scale` [N, G] and `weight_shape` I64 [2]; if it is not
-symmetric, also `weight_zero_point` I32 [N / 8, G]. A word has eight integers plus 8, the first in the lowest bits.
-`weight_g_idx` I32 [K] is the group of each column, if calibration reordered them.
+In `pack-quantized`, a weight of N x K in 4 bits is `weight_packed` I32 [N, K / 8], `weight_scale` [N, G] and
+`weight_shape` I64 [2]; if it is not symmetric, also `weight_zero_point` I32 [N / 8, G]. A word has eight integers plus
+8, the first in the lowest bits; of 8 bits four, plus 128. `weight_g_idx` I32 [K] is the group of each column, if
+calibration reordered them.
+
+In `nvfp4-pack-quantized` it is `weight_packed` U8 [N, K / 2], `weight_scale` F8_E4M3 [N, K / 16] and
+`weight_global_scale` F32 [1], by which the scales are divided. In `float-quantized` it is `weight` F8_E4M3 [N, K] and
+`weight_scale`, of the tensor, of each row or of each block. Scales of activations are left out, because these stay in
+16 bits here.
 
 Dimension key: N out, K in, G groups per row.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from qlora_jax.io.hf.coded_weights import CodedMethod, CodedWeight, Parts, Settings, setting_problems, tensor_problems
+from qlora_jax.io.hf.float_codes import fp8_weight, nvfp4_weight
+from qlora_jax.io.hf.fp8_reader import block_size_problems
 from qlora_jax.io.hf.integer_groups import (
     SCALE_TYPES,
     WHOLE_ROW,
     Groups,
-    IntegerMethod,
     IntegerWeight,
-    Parts,
-    Settings,
     column_order,
     group_size_problems,
+    integers,
     matrix_of_words,
-    nibbles,
-    setting_problems,
-    tensor_problems,
 )
+from qlora_jax.model_source import TensorEntry
 
-SYMMETRIC_ZERO = 8
-FORMAT = "pack-quantized"
+INTEGERS, NVFP4 = "pack-quantized", "nvfp4-pack-quantized"
+# Settings of the weights of each format; FP8 whose activations stay in 16 bits is `naive-quantized`.
+_COMMON: Mapping[str, tuple[object, ...]] = {"dynamic": (False,)}
+_FP8 = {**_COMMON, "num_bits": (8,), "type": ("float",), "strategy": ("tensor", "channel", "block")}
+FORMATS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
+    INTEGERS: {"num_bits": (4, 8), "type": ("int",), "strategy": ("group", "channel"), **_COMMON},
+    NVFP4: {"num_bits": (4,), "type": ("float",), "strategy": ("tensor_group",), "group_size": (16,), **_COMMON},
+    "float-quantized": _FP8,
+    "naive-quantized": _FP8,
+}
 BY_GROUP = ("group", "dynamic", True)  # values of actorder whose groups are not runs of columns
 
 
@@ -44,6 +57,7 @@ class WeightSettings(TypedDict):
     group_size: NotRequired[int | None]
     dynamic: NotRequired[bool | str]
     actorder: NotRequired[bool | str | None]
+    block_structure: NotRequired[list[int] | None]
 
 
 class LayerSettings(TypedDict):
@@ -72,49 +86,84 @@ def _settings_problems(settings: Settings) -> list[str]:
     if not settings["config_groups"]:
         problems.append("config_groups: found none, expected at least one")
     for name, layers in settings["config_groups"].items():
-        found = layers.get("format") or settings.get("format")
-        if found != FORMAT:
-            problems.append(f"format of {name}: found {found}, expected {FORMAT}")
-        problems += [f"config_groups.{name}.{problem}" for problem in _layer_problems(layers)]
+        found = _format(layers, settings)
+        if found not in FORMATS:
+            problems.append(f"format of {name}: found {found}, expected {' or '.join(FORMATS)}")
+        problems += [f"config_groups.{name}.{problem}" for problem in _layer_problems(layers, found)]
     return problems
 
 
-def _layer_problems(layers: LayerSettings) -> list[str]:
-    activations = {"input_activations": (None,), "output_activations": (None,)}
-    problems = setting_problems(layers, activations)
+def _format(layers: LayerSettings, settings: Settings) -> str | None:
+    return layers.get("format") or settings.get("format")
+
+
+def _layer_problems(layers: LayerSettings, found: str | None) -> list[str]:
+    problems = setting_problems(layers, {"output_activations": (None,)})
+    if found == INTEGERS:
+        problems = setting_problems(layers, {"input_activations": (None,)}) + problems
     if (weights := layers["weights"]) is None:
-        return [*problems, "weights: found None, expected those of integers"]
-    expected = {"num_bits": (4,), "type": ("int",), "strategy": ("group", "channel"), "dynamic": (False,)}
-    return problems + [f"weights.{problem}" for problem in setting_problems(weights, expected)]
+        return [*problems, "weights: found None, expected settings"]
+    of_weights = setting_problems(weights, FORMATS.get(found or "", {}))
+    of_weights += block_size_problems("block_structure", weights.get("block_structure"))
+    return problems + [f"weights.{problem}" for problem in of_weights]
 
 
-def _weight(parts: Parts, settings: Settings) -> IntegerWeight:
+def _weight(parts: Parts, settings: Settings) -> CodedWeight:
+    """Returns a weight, whose tensors show its format."""
+    codes = [name for name in ("weight_packed", "weight") if name in parts]
+    if len(codes) != 1:
+        raise ValueError(f"found {' and '.join(codes) or 'no codes'}, expected weight_packed or weight")
+    if codes == ["weight"]:
+        sizes = [each.get("block_structure") for each in _weights(settings)]
+        blocks = [(size[0], size[1]) for size in sizes if size is not None]
+        return fp8_weight(parts, "weight_scale", [(None, None), (1, None), *blocks])
+    if parts["weight_packed"].file_type == "U8" and any(
+        _format(layers, settings) == NVFP4 for layers in settings["config_groups"].values()
+    ):
+        if "weight_global_scale" not in parts:
+            raise ValueError("missing weight_global_scale")
+        return nvfp4_weight(parts, "weight_packed", "weight_global_scale", inverse=True)
+    return _integer_weight(parts, settings)
+
+
+def _integer_weight(parts: Parts, settings: Settings) -> CodedWeight:
+    if "weight_shape" not in parts:
+        raise ValueError("missing weight_shape")
     n, words = matrix_of_words(parts["weight_packed"])
-    k, scales = words * 8, parts["weight_scale"]
+    bits = _bits(parts["weight_shape"], words, settings)
+    k, scales = words * 32 // bits, parts["weight_scale"]
     groups = scales.shape[1] if len(scales.shape) == 2 else 0
     size = k // groups if groups else 0
     problems = list(group_size_problems(size, k)) or _size_problems(settings, size, k)
-    expected = _expected(n, k, k // size if size else 0)
-    problems += [*tensor_problems(parts, expected), *_missing(parts, _weights(settings))]
+    expected = _expected(n, k, bits, k // size if size else 0)
+    problems += [*tensor_problems(parts, expected), *_missing(parts, _weights(settings, INTEGERS))]
     if problems:
         raise ValueError("; ".join(problems))
     if (shape := parts["weight_shape"].read().tolist()) != [n, k]:
         raise ValueError(f"weight_shape: found {shape}, expected {[n, k]}")
     return IntegerWeight(
         shape=(n, k),
+        bits=bits,
         group_size=size,
         scale_type=SCALE_TYPES[scales.file_type],
-        read=functools.partial(_read, parts),
+        read=functools.partial(_read, parts, bits),
         order=column_order(parts.get("weight_g_idx"), k, size),
-    )
+    ).coded()
 
 
-def _expected(n: int, k: int, groups: int) -> dict[str, tuple[list[str], tuple[int, ...]]]:
+def _bits(shape: TensorEntry, words: int, settings: Settings) -> int:
+    """Returns the bits per integer, with which rows of words have as many columns as `weight_shape` says."""
+    allowed = dict.fromkeys(each["num_bits"] for each in _weights(settings, INTEGERS))
+    columns = int(shape.read()[-1]) if shape.file_type == "I64" and shape.shape == (2,) else 0
+    return next((bits for bits in allowed if words * 32 // bits == columns), next(iter(allowed)))
+
+
+def _expected(n: int, k: int, bits: int, groups: int) -> dict[str, tuple[list[str], tuple[int, ...]]]:
     """Returns the types and the shape that each tensor of a weight may have."""
     return {
         "weight_scale": ([*SCALE_TYPES], (n, groups)),
         "weight_shape": (["I64"], (2,)),
-        "weight_zero_point": (["I32"], (-(-n // 8), groups)),
+        "weight_zero_point": (["I32"], (-(-n * bits // 32), groups)),
         "weight_g_idx": (["I32"], (k,)),
     }
 
@@ -127,38 +176,39 @@ def _missing(parts: Parts, settings: Sequence[WeightSettings]) -> Iterator[str]:
         yield "missing weight_g_idx, the group of each column with actorder"
 
 
-def _weights(settings: Settings) -> list[WeightSettings]:
-    return [layers["weights"] for layers in settings["config_groups"].values()]
+def _weights(settings: Settings, form: str | None = None) -> list[WeightSettings]:
+    """Returns the settings of the weights of all groups of layers, or of those in a format."""
+    groups = settings["config_groups"].values()
+    return [layers["weights"] for layers in groups if form in (None, _format(layers, settings))]
 
 
 def _size_problems(settings: Settings, size: int, columns: int) -> list[str]:
     """Returns a line if no group of layers has this number of columns per scale."""
-    allowed = {each.get("group_size") or columns for each in _weights(settings)}
+    allowed = {each.get("group_size") or columns for each in _weights(settings, INTEGERS)}
     if size in {columns if each == WHOLE_ROW else each for each in allowed}:
         return []
     return [f"group_size: found {size} by the shape of weight_scale, expected {' or '.join(map(str, sorted(allowed)))}"]
 
 
-def _read(parts: Parts, first: int, end: int) -> Groups:
+def _read(parts: Parts, bits: int, first: int, end: int) -> Groups:
+    per_word = 32 // bits
     scales_NG = np.ascontiguousarray(parts["weight_scale"].read_rows(first, end))
-    zeros_NG = np.full(scales_NG.shape, SYMMETRIC_ZERO, np.uint8)
+    zeros_NG = np.full(scales_NG.shape, 1 << (bits - 1), np.uint8)
     if (packed := parts.get("weight_zero_point")) is not None:
-        start = first // 8
-        words = packed.read_rows(start, -(-end // 8))
-        zeros_NG = np.ascontiguousarray(nibbles(words.T).T[first - start * 8 : end - start * 8])
-    return Groups(codes=nibbles(parts["weight_packed"].read_rows(first, end)), zeros=zeros_NG, scales=scales_NG)
+        start = first // per_word
+        words = packed.read_rows(start, -(-end // per_word))
+        own = slice(first - start * per_word, end - start * per_word)
+        zeros_NG = np.ascontiguousarray(integers(words.T, bits).T[own])
+    codes_NK = integers(parts["weight_packed"].read_rows(first, end), bits)
+    return Groups(codes=codes_NK, zeros=zeros_NG, scales=scales_NG)
 
 
-COMPRESSED_TENSORS = IntegerMethod(
+COMPRESSED_TENSORS = CodedMethod(
     title="compressed-tensors",
     settings=CompressedTensorsSettings,
     problems=_settings_problems,
-    parts={
-        "weight_packed": True,
-        "weight_scale": True,
-        "weight_shape": True,
-        "weight_zero_point": False,
-        "weight_g_idx": False,
-    },
+    parts={"weight_scale": True}
+    | dict.fromkeys(("weight_packed", "weight", "weight_global_scale", "weight_shape"), False)
+    | dict.fromkeys(("weight_zero_point", "weight_g_idx", "input_global_scale", "input_scale"), False),
     weight=_weight,
 )

@@ -22,7 +22,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.hf.fused_experts import TRANSPOSED, name_in_files
 from qlora_jax.io.hf.gpt_oss_experts import MODEL_TYPE
 from qlora_jax.io.hf.merging import Mergeables, merge
-from qlora_jax.io.hf.reader import DTYPES, FLOAT_TYPES, HEADER_LENGTH_BYTES, INDEX, SINGLE, read_header
+from qlora_jax.io.hf.reader import CODE_TYPES, DTYPES, FLOAT_TYPES, HEADER_LENGTH_BYTES, INDEX, SINGLE, read_header
 from qlora_jax.io.hf.tokenizer import GENERATION_CONFIG, PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_jax.io.read_back import StoredTensor, check_read_back
 from qlora_jax.io.rounding import rounded
@@ -33,7 +33,8 @@ from qlora_jax.models.config import FUSED_PROJECTIONS
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, text_config
 from qlora_jax.nn.frozen_weight import Part, dense_weight, ops_of
 
-FILE_TYPES = {dtype: file_type for file_type, dtype in DTYPES.items()}
+TYPES = DTYPES | CODE_TYPES
+FILE_TYPES = {dtype: file_type for file_type, dtype in TYPES.items()}
 
 
 class TensorSpec(NamedTuple):
@@ -110,7 +111,7 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
     """Reads the tensors of a file."""
     return {
         entry.name: StoredTensor.of(entry.file_type, entry.shape, map_bytes(*entry.ranges_of(0, entry.rows)[0]))
-        for entry in read_header(path)
+        for entry in read_header(path, TYPES)
     }
 
 

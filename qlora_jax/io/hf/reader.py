@@ -14,11 +14,13 @@ from pydantic import Field
 
 from qlora_jax.io.hf.awq_reader import AWQ
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
+from qlora_jax.io.hf.coded_weights import GIVE_16_BITS, check_settings, group_codes
 from qlora_jax.io.hf.compressed_tensors_reader import COMPRESSED_TENSORS
+from qlora_jax.io.hf.fp8_reader import FP8
 from qlora_jax.io.hf.fused_experts import expert_by_expert
 from qlora_jax.io.hf.gpt_oss_experts import is_mxfp4
 from qlora_jax.io.hf.gptq_reader import GPTQ
-from qlora_jax.io.hf.integer_groups import GIVE_16_BITS, check_settings, group_integers
+from qlora_jax.io.hf.modelopt_reader import MODELOPT
 from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loading.draft_layers import draft_layers, split_drafts, without_drafts
@@ -29,6 +31,7 @@ from qlora_jax.models.families import model_config
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}  # U8: codes of quantized weights
 INTEGER_TYPES = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # words of codes, and shapes
+CODE_TYPES = INTEGER_TYPES | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 HEADER_LENGTH_BYTES = 8
 # Bytes of a header that is read: of any file (60,000 tensors); per byte of a larger file, whose decoded header then
 # takes less memory than the file has bytes; and of the format.
@@ -38,10 +41,16 @@ MAX_AXES = 8
 MAX_FILE_NAME = 255  # characters; the limit of file systems
 # Rotary frequencies and attention masks, which old checkpoints store although the config determines them.
 DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
-INTEGER_METHODS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": COMPRESSED_TENSORS}  # by quant_method
+CODED_METHODS = {  # by quant_method
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "compressed-tensors": COMPRESSED_TENSORS,
+    "fp8": FP8,
+    "modelopt": MODELOPT,
+}
 DESCRIBE = (
-    "If it belongs to codes of GPTQ or AWQ, add quantization_config to config.json: quant_method, and the settings in "
-    "quantize_config.json. Convert other models to one of these types"
+    "If it belongs to codes of GPTQ, AWQ or another method, add quantization_config to config.json: quant_method, and "
+    "the settings in quantize_config.json or hf_quant_config.json. Convert other models to one of these types"
 )
 CONVERT = "Convert the model to one of these types"
 SINGLE = "model.safetensors"
@@ -99,7 +108,7 @@ def open_folder(folder: Path, before_weights: Callable[[], object]) -> ModelSour
         tokenizer=read_tokenizer(folder),
         tensors=tensors,
         drafts={name: entry.nbytes for name, entry in drafts.items()},
-        integer_method=form.integer_method,
+        coded_by=form.coded_by,
     )
     if (half := split_multimodal(folder, config, tensors)) is None:
         return source
@@ -112,12 +121,12 @@ class _Form(NamedTuple):
     Attributes:
       types: those that tensors may have.
       grouped: (folder, tensors) -> one entry for the tensors of each quantized weight; other entries unchanged.
-      integer_method: the name of the method of 4-bit integers, or empty.
+      coded_by: the method that made codes which no GGUF file holds, or empty.
     """
 
     types: Types
     grouped: Callable[[Path, Mapping[str, TensorEntry]], Mapping[str, TensorEntry]]
-    integer_method: str = ""
+    coded_by: str = ""
 
 
 def _quantized_form(path: Path, config: JsonObject) -> _Form:
@@ -131,14 +140,15 @@ def _quantized_form(path: Path, config: JsonObject) -> _Form:
         return _Form(DTYPES, lambda _, tensors: tensors)
     if is_bnb_4bit(quantization):
         return _Form(DTYPES, group_quantized)
-    if (method := INTEGER_METHODS.get(quantization.get("quant_method", ""))) is None:
+    if (method := CODED_METHODS.get(quantization.get("quant_method", ""))) is None:
+        titles = ", ".join(each.title for each in CODED_METHODS.values())
         raise ValueError(
-            f"{path}: quantization_config is not supported (found {shorten(quantization)}, expected 4 bits of "
-            f"bitsandbytes, GPTQ, AWQ or compressed-tensors, or mxfp4 of gpt_oss). {GIVE_16_BITS}"
+            f"{path}: quantization_config is not supported (found {shorten(quantization)}, expected {titles}, "
+            f"4 bits of bitsandbytes, or mxfp4 of gpt_oss). {GIVE_16_BITS}"
         )
     settings = check_settings(path, quantization, method)
-    grouped = functools.partial(group_integers, method=method, settings=settings)
-    return _Form(DTYPES | INTEGER_TYPES, grouped, method.title)
+    grouped = functools.partial(group_codes, method=method, settings=settings)
+    return _Form(DTYPES | CODE_TYPES, grouped, method.title)
 
 
 def read_config(path: Path) -> JsonObject:
@@ -154,7 +164,7 @@ def _check_types(folder: Path, tensors: Mapping[str, TensorEntry]) -> Mapping[st
     Raises:
       ValueError: names a tensor that is not.
     """
-    types = DTYPES.keys() - FLOAT_TYPES.keys() | INTEGER_TYPES.keys()
+    types = DTYPES.keys() - FLOAT_TYPES.keys() | CODE_TYPES.keys()
     if odd := [name for name, entry in tensors.items() if entry.file_type in types]:
         raise ValueError(
             f"{folder}: {len(odd)} tensors have types that are not supported, such as {odd[0]} (found "
@@ -249,7 +259,7 @@ def _check_type(path: Path, name: str, info: TensorHeader, types: Types) -> None
     if info["dtype"] not in types:
         raise MetadataError(
             f"{path}: tensor {name} has a type that is not supported (found {shorten(info['dtype'])}, expected "
-            f"{', '.join(types)}). {DESCRIBE if info['dtype'] in INTEGER_TYPES else CONVERT}"
+            f"{', '.join(types)}). {DESCRIBE if info['dtype'] in CODE_TYPES else CONVERT}"
         )
     begin, end = info["data_offsets"]
     expected = math.prod(info["shape"]) * types[info["dtype"]].itemsize

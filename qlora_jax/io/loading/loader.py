@@ -44,6 +44,7 @@ from qlora_jax.models.partition import check_fetchable, is_on_host
 from qlora_jax.nn.frozen_weight import Part
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import QuantSettings, double_quantize, quantize
+from qlora_jax.quant.nvfp4 import nvfp4_blocks_of
 
 SLICE = 1 << 22  # weights that are read, or checked for non-finite values, at once
 QUANTIZATION_FIELDS = ("quant_type", "block_size", "double_quant", "nested_block_size")
@@ -150,6 +151,8 @@ def check_stored_quantization(source: ModelSource, slots: Sequence[Slot]) -> Non
 
 
 def _differing_settings(weight: QTensor, spec: QTensor | GgmlTensor) -> list[str]:
+    if isinstance(spec, GgmlTensor):
+        return [f"quant_type={weight.quant_type}, expected {spec.ggml_type}"]
     pairs = [(name, getattr(weight, name), getattr(spec, name)) for name in QUANTIZATION_FIELDS]
     return [f"{name}={found}, expected {wanted}" for name, found, wanted in pairs if found != wanted]
 
@@ -221,9 +224,12 @@ class _Reader:
     def _blocks(
         self, slot: Slot, index: int, entry: TensorEntry, spec: GgmlTensor, place: PlacedWeight | PlacedArray | None
     ) -> GgmlTensor:
-        """The weight in the file's own blocks; the type of its blocks is part of the fingerprint."""
-        rows = self.rows(slot, index)
-        own = read_own(functools.partial(_stored_blocks, self.source, entry), rows)
+        """The weight in blocks, the file's own or made here; the type of the blocks is part of the fingerprint."""
+        rows, read = self.rows(slot, index), functools.partial(_stored_blocks, self.source, entry)
+        if entry.file_type != spec.ggml_type:
+            whole = self.transform(entry.name, read_finite(self.source, entry))
+            read = functools.partial(_rows_of, nvfp4_blocks_of(whole, spec.ggml_type))
+        own = read_own(read, rows)
         self.digest.name(spec.ggml_type)
         self.digest.add(own, rows)
         codes = place.put(own, rows) if isinstance(place, PlacedArray) else jnp.array(own, copy=True)
@@ -316,6 +322,10 @@ def _settings_of(spec: QTensor) -> QuantSettings:
     return QuantSettings(**{name: getattr(spec, name) for name in QUANTIZATION_FIELDS})
 
 
+def _rows_of(array: np.ndarray, first: int, end: int) -> np.ndarray:
+    return array[first:end]
+
+
 def _stored_blocks(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:
     assert entry.read_stored is not None
     weight = entry.read_stored(first, end)
@@ -325,6 +335,11 @@ def _stored_blocks(source: ModelSource, entry: TensorEntry, first: int, end: int
             "saved by a run that diverged. Use an undamaged file"
         )
     return weight.codes
+
+
+def read_finite(source: ModelSource, entry: TensorEntry) -> np.ndarray:
+    """Returns a tensor; raises ValueError if it is not finite."""
+    return _finite_rows(source, entry, 0, entry.rows)
 
 
 def _finite_rows(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, WITHOUT_KERNELS
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from qlora_jax.io.tensor_map import check_number_of_experts
 from qlora_jax.model_source import ACT_ORDER, ModelSource, TensorEntry
 from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat, count_by_type
@@ -19,9 +19,8 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
     in 16 or 32 bits stay dense.
 
     Raises:
-      ValueError: no linear layer is stored in codes, no kernel computes with the codes of one, GPTQ has reordered the
-        columns of one, or the experts of a layer differ in their types; or the config gives rows that are not whole
-        blocks.
+      ValueError: no linear layer is stored in codes, GPTQ has reordered the columns of one, or the experts of a layer
+        differ in their types; or the config gives rows that are not whole blocks.
     """
     layers = {
         name: [*layer_entries(name, source, config)] for name in (*config.linear_shapes(), *config.expert_shapes())
@@ -33,12 +32,6 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
             f"runs of columns, because calibration reordered them (act-order), such as {reordered[0]}. Set "
             "model.quant_type=nf4, which dequantizes and quantizes again, or give files made with desc_act=false"
         )
-    if found := [entry.name for entry in entries if entry.file_type in WITHOUT_KERNELS]:
-        raise ValueError(
-            f"model.quant_type: found 'stored', but {source.path} has {len(found)} layers in "
-            f"{', '.join(WITHOUT_KERNELS)}, with whose codes no kernel computes, such as {found[0]}. Set "
-            "model.quant_type=nf4, which dequantizes and quantizes again"
-        )
     stored = tuple((name, tuple(_format(each, source) for each in found)) for name, found in layers.items())
     if of_bnb := [entry.read_quantized for entry in entries if entry.read_quantized is not None]:
         first = of_bnb[0]()
@@ -48,8 +41,8 @@ def with_stored_codes(weights: WeightFormat, source: ModelSource, config: ModelC
         kinds = ", ".join(sorted({entry.file_type for entry in entries}))
         raise ValueError(
             f"model.quant_type: found 'stored', but {source.path} has no codes to keep (found linear layers in "
-            f"{kinds}, expected a quantized GGUF file, MXFP4, or 4 bits of GPTQ, AWQ, compressed-tensors or "
-            "bitsandbytes). Set model.quant_type=nf4, which quantizes while loading"
+            f"{kinds}, expected a quantized GGUF file, MXFP4, NVFP4, FP8, or the codes of GPTQ, AWQ, "
+            "compressed-tensors or bitsandbytes). Set model.quant_type=nf4, which quantizes while loading"
         )
     _check_whole_blocks(stored, source, config)
     return dataclasses.replace(weights, quant_type=STORED, stored=stored)
@@ -77,7 +70,7 @@ def stored_types(source: ModelSource, config: ModelConfig) -> str:
     names = (*config.linear_shapes(), *config.expert_shapes())
     layers = [layer for name in names for layer in layer_entries(name, source, config)]
     counts = count_by_type(layer[0].file_type for layer in layers if layer and layer[0].read_stored)
-    return f"{source.integer_method}, {counts}" if counts and source.integer_method else counts
+    return f"{source.coded_by}, {counts}" if counts and source.coded_by else counts
 
 
 def layer_entries(name: str, source: ModelSource, config: ModelConfig) -> Iterator[Entries]:

@@ -9,6 +9,7 @@ import jax
 
 from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.devices import target_device
+from pallas_kernels.formats.ggml_blocks import NVFP4_GROUP
 from pallas_kernels.grouped_matmul import api as grouped_api
 from pallas_kernels.grouped_matmul.groups import choose_tile
 from pallas_kernels.native.library import variant
@@ -22,7 +23,7 @@ from qlora_jax.io.export.methods import head_refusal, refusal
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
 from qlora_jax.metadata import JsonObject
-from qlora_jax.models.config import DENSE, STORED, ModelConfig
+from qlora_jax.models.config import DENSE, NVFP4, STORED, ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import Lora, is_table, module_of
 from qlora_jax.models.precision import kept_text
@@ -241,10 +242,13 @@ def _weight_format(session: Session) -> str:
         return f"{weights.dtype}, not quantized"
     if weights.quant_type == STORED:
         return f"the codes of the file: {session.run.stored_types}; {rest}"
-    double = "double-quantized scales" if weights.double_quant else "float32 scales"
+    scales = "double-quantized scales" if weights.double_quant else "float32 scales"
+    block = f"blocks of {args.block_size}, {scales}"
+    if weights.quant_type == NVFP4:
+        block = f"blocks of {NVFP4_GROUP}, e4m3 scales"
     again = f" (quantized again, from {session.run.stored_types}; model.quant_type=stored keeps these codes)"
     twice = again if session.run.stored_types else ""
-    return f"{weights.quant_type} in blocks of {args.block_size}, {double}{twice}; {rest}"
+    return f"{weights.quant_type} in {block}{twice}; {rest}"
 
 
 def _matmuls(session: Session) -> str:
@@ -259,7 +263,7 @@ def _matmuls(session: Session) -> str:
         ops = OPS[kind]
         assert ops.choice is not None, "only such weights were collected"
         chosen = _chosen([ops.choice(device, rows, dtype, leaf) for leaf in plain if type(leaf) is kind])
-        found.append(f"{chosen}, from the blocks of the file" if ops.of_file else chosen)
+        found.append(f"{chosen}, from the weights' blocks" if ops.of_file else chosen)
     if grouped := [leaf for leaf in packed if len(leaf.stack_shape) == 2]:
         experts = session.run.inputs.model.experts
         assert experts is not None, "weights with two leading axes are experts"

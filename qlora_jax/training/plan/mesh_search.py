@@ -22,7 +22,7 @@ from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
-from qlora_jax.models.config import QUANTIZED, STORED, ModelConfig, WeightFormat
+from qlora_jax.models.config import IN_BLOCKS, QUANTIZED, ModelConfig, WeightFormat
 from qlora_jax.objectives.make_objective import make_objective
 from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.optim.page_pool import memory_of
@@ -84,7 +84,7 @@ def width_problems(step: StepSpec) -> list[str]:
 def _whole_weights(step: StepSpec) -> list[str]:
     """Describes the 4-bit projections of which each device would hold all codes, with their outputs x inputs."""
     shape, weights = step.sizes, step.weights
-    if weights.quant_type == STORED:
+    if weights.quant_type in IN_BLOCKS:
         return []
     whole = {leaf.name for kind, leaf in shape.trees.frozen(step.mesh) if kind == CODES and not leaf.is_cut}
     names = [name for name in whole if {*weights.formats(name, shape.layers(name))} == {QUANTIZED}]

@@ -1,4 +1,4 @@
-"""Tests weights in 4-bit integers of GPTQ, AWQ and compressed-tensors: values and blocks to the bit, and errors."""
+"""Tests weights in integers of GPTQ, AWQ and compressed-tensors: values and blocks to the bit, and errors."""
 
 import operator
 import re
@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.hf import integer_groups
-from qlora_jax.io.hf.integer_groups import check_settings
-from qlora_jax.io.hf.reader import INTEGER_METHODS
+from qlora_jax.io.hf.coded_weights import check_settings
+from qlora_jax.io.hf.reader import CODED_METHODS
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.model_source import ACT_ORDER, TensorEntry
@@ -159,8 +159,11 @@ def test_integers_of_experts(tmp_path: Path) -> None:
 
 
 SETTINGS = [
-    (gptq_config(bits=3), "bits: found 3, expected 4"),
-    (gptq_config(bits=8, group_size=48), "bits: found 8, expected 4; group_size: found 48, expected -1 or a multiple"),
+    (gptq_config(bits=3), "bits: found 3, expected 2 or 4 or 8"),
+    (
+        gptq_config(bits=5, group_size=48),
+        "bits: found 5, expected 2.*; group_size: found 48, expected -1 or a multiple",
+    ),
     (gptq_config(checkpoint_format="marlin"), "checkpoint_format: found marlin, expected gptq or gptq_v2"),
     (gptq_config(is_marlin_format=True), "is_marlin_format: found True"),
     (gptq_config(dynamic={"-:.*gate": {}, "+:.*down": {"bits": 8}}), r"dynamic: found the rule \+:\.\*down"),
@@ -171,7 +174,7 @@ SETTINGS = [
     (compressed_config(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config.format: found sparse-24"),
     (compressed_config(config_groups={}), "config_groups: found none"),
     ({"quant_method": "gptq", "bits": "4", "sym": 3}, "(?s)bits: found '4', expected a whole.*group_size: missing"),
-    ({"quant_method": "exl2"}, "expected 4 bits of bitsandbytes, GPTQ, AWQ or compressed-tensors"),
+    ({"quant_method": "exl2"}, "expected GPTQ, AWQ, compressed-tensors, FP8, ModelOpt, 4 bits of bitsandbytes"),
 ]
 
 
@@ -186,10 +189,10 @@ def test_other_settings_are_refused_together(quantization: dict[str, Any], probl
 def test_settings_of_layers_are_refused_together(tmp_path: Path) -> None:
     quantization = compressed_config()
     layers = quantization["config_groups"]["group_0"]
-    layers["weights"] |= {"num_bits": 8, "strategy": "tensor"}
+    layers["weights"] |= {"num_bits": 6, "strategy": "tensor"}
     layers["input_activations"] = {"num_bits": 8}
     write_folder(tmp_path, CONFIG | {"quantization_config": quantization}, WEIGHTS)
-    with pytest.raises(ValueError, match=r"input_activations: .*num_bits: found 8.*strategy: found 'tensor'"):
+    with pytest.raises(ValueError, match=r"input_activations: .*num_bits: found 6.*strategy: found 'tensor'"):
         open_model(tmp_path)
 
 
@@ -206,7 +209,7 @@ WRITTEN = [
 
 @pytest.mark.parametrize("quantization", WRITTEN, ids=lambda each: each["quant_method"])
 def test_settings_that_writers_write_are_accepted(quantization: dict[str, Any], tmp_path: Path) -> None:
-    method = INTEGER_METHODS[quantization["quant_method"]]
+    method = CODED_METHODS[quantization["quant_method"]]
     settings = check_settings(tmp_path, quantization, method)
     assert settings and all(quantization[key] == value or key == "config_groups" for key, value in settings.items())
 
