@@ -11,6 +11,8 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import ModelArgs
+from qlora_jax.io.hf.model_writer import TYPES
+from qlora_jax.io.hf.reader import read_header
 from qlora_jax.io.pretrained import open_base
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.model_files import (
@@ -99,7 +101,7 @@ def _damage_coded(chance: random.Random, folder: Path) -> str:
     if chance.random() < 0.5:
         return _damage_mixture(chance, folder)
     path = folder / MODEL / "model.safetensors"
-    tensors = load_file(path)
+    tensors = {entry.name: np.array(entry.read()) for entry in read_header(path, TYPES)}
     name = chance.choice([name for name in tensors if "_proj." in name])
     values = tensors.pop(name)
     changes = (None, values[1:], values.T, values[..., None], values.view(np.uint8), values * 0, values[:0])
