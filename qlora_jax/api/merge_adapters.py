@@ -63,16 +63,17 @@ def merge_adapters(
     settings = from_dict(AdapterMergeArgs, given)
     check_adapter_merge(settings)
     adapters, output = _open(settings), Path(folder)
-    mean = 1.0 if method.endswith("ties") else 1 / len(adapters)
+    first, mean = adapters[0], 1.0 if method.endswith("ties") else 1 / len(adapters)
     factors = settings.weights or [mean] * len(adapters)
-    merged, first = merge(adapters, factors, settings), adapters[0]
     with loading_bar(progress) as report:
         base = load_base(first, first.args, report)
-    prompts = tokenize_prompts(first.tokenizer, PROMPTS)
-    without, whole = prompt_logits(partition(base), prompts), prompt_logits(apply_adapter(base, merged.whole), prompts)
+        merged = merge(adapters, factors, settings, report)
     result = write_export(dataclasses.replace(first, run=merged.run), output, "peft", ExportOptions())
     written = run_of(open_finetuned(output, base=str(first.source.path)))
-    difference = compare_logits(prompt_logits(apply_adapter(base, written), prompts), whole, without)
+    prompts = tokenize_prompts(first.tokenizer, PROMPTS)
+    without = prompt_logits(partition(base), prompts)
+    found, whole = (prompt_logits(apply_adapter(base, run), prompts) for run in (written, merged.whole))
+    difference = compare_logits(found, whole, without)
     if merged.kept == 1 and not difference.is_small:
         shutil.rmtree(output)
         raise ValueError(f"{output}: the written adapter is not the merge: {difference}")

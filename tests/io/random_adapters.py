@@ -53,7 +53,7 @@ def write_random_adapter(folder: Path, base: Path, args: LoraArgs, seed: int) ->
 def write_merge(folder: Path, adapters: list[Path], weights: list[float], **settings: Any) -> MergedAdapter:
     """Merges adapters and writes the result, without its logits."""
     opened = [open_finetuned(each) for each in adapters]
-    merged = merge(opened, weights, AdapterMergeArgs(run=["unused"], output="unused", **settings))
+    merged = merge(opened, weights, AdapterMergeArgs(run=["unused"], output="unused", **settings), lambda *done: None)
     export_peft(dataclasses.replace(opened[0], run=merged.run), folder)
     return merged
 

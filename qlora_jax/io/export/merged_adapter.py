@@ -16,6 +16,7 @@ from qlora_jax.config.adapter_merges import AdapterMergeArgs
 from qlora_jax.config.methods import METHODS
 from qlora_jax.io.export.adapter_arithmetic import Product, Truncated, add, merge_sparse, truncate, truncate_matrices
 from qlora_jax.io.loading.base_fingerprint import same_form
+from qlora_jax.io.loading.progress import MERGING, StageProgress
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.methods.peft_experts import entries_of
@@ -79,7 +80,9 @@ def _base_problems(opened: OpenedModel, first: OpenedModel) -> list[str]:
     ]
 
 
-def merge(adapters: Sequence[OpenedModel], weights: Sequence[float], settings: AdapterMergeArgs) -> MergedAdapter:
+def merge(
+    adapters: Sequence[OpenedModel], weights: Sequence[float], settings: AdapterMergeArgs, progress: StageProgress
+) -> MergedAdapter:
     """Merges adapters; modules and layers that some of them lack are zero there.
 
     Args:
@@ -90,7 +93,9 @@ def merge(adapters: Sequence[OpenedModel], weights: Sequence[float], settings: A
     layers_of: dict[str, Layers] = {}
     whole: dict[str, Product] = {}
     found: dict[str, Truncated] = {}
-    for name in dict.fromkeys(name for one in terms for name in one):
+    names = list(dict.fromkeys(name for one in terms for name in one))
+    for done, name in enumerate(names):
+        progress(done, len(names), name, MERGING)
         layered = [one[name] for one in terms if name in one]
         layers_of[name] = tuple(sorted({layer for layers, _ in layered for layer in layers}))
         products = _aligned(layered, layers_of[name])

@@ -9,8 +9,10 @@ import pytest
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.export.merged_adapter import merge_problems
+from qlora_jax.io.initial_file import InitialAdapter
 from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.pretrained import OpenedModel, open_finetuned
+from qlora_jax.objectives.head_objective import TrainedHead
 from tests.e2e.project import write_model
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.random_adapters import (
@@ -101,17 +103,24 @@ def test_adapters_on_experts(tmp_path: Path, rank: int | None):
 
 
 REFUSED = {
-    "dora": (dict(method="dora"), ["lora.method=dora is not only a product", "a trained norm per weight row"]),
-    "ia3": (dict(method="ia3"), ["lora.method=ia3", "scaling vectors"]),
+    "dora": (
+        dict(lora_args=LoraArgs(method="dora")),
+        ["lora.method=dora is not only", "a trained norm per weight"],
+    ),
+    "ia3": (dict(lora_args=LoraArgs(method="ia3")), ["lora.method=ia3", "scaling vectors", "--format hf"]),
+    "pissa": (
+        dict(lora_args=LoraArgs(init="pissa"), initial=InitialAdapter(factors={}, subtracted={})),
+        ["lora.init=pissa moved a part of the base's weights into the adapter. Export it with --format peft"],
+    ),
+    "head": (dict(head=TrainedHead(objective="regression", described=False)), ["a sequence head cannot be merged"]),
 }
 
 
 @pytest.mark.parametrize(("changes", "parts"), REFUSED.values(), ids=REFUSED)
-def test_methods_that_are_not_products(folders: list[Path], changes: dict, parts: list[str]):
+def test_adapters_that_are_not_products(folders: list[Path], changes: dict, parts: list[str]):
     good = open_finetuned(folders[0])
-    assert good.run is not None
-    args = LoraArgs(**changes)
-    (problem,) = merge_problems([good, with_run(good, lora_args=args)])
+    assert merge_problems([good, with_run(good, lora_args=LoraArgs(method="lora_fa"))]) == []
+    (problem,) = merge_problems([good, with_run(good, **changes)])
     assert all(part in problem for part in parts)
 
 
