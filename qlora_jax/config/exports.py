@@ -37,7 +37,7 @@ class ExportOptions:
     importance: Callable[..., Any] | None = None
 
 
-DEFAULT = ExportOptions()
+DEFAULT_OPTIONS = ExportOptions()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

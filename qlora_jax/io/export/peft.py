@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from qlora_jax.atomic_files import staged_folder
-from qlora_jax.config.exports import DEFAULT, ExportOptions
+from qlora_jax.config.exports import DEFAULT_OPTIONS, ExportOptions
 from qlora_jax.config.methods import METHODS, method_with_peft_type
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_base import adapter_for_export
@@ -83,7 +83,7 @@ def _pattern_note(config: JsonObject) -> str | None:
 BASE_FOLDER = "base"
 
 
-def export_peft(opened: OpenedModel, output: Path, options: ExportOptions = DEFAULT) -> ExportResult:
+def export_peft(opened: OpenedModel, output: Path, options: ExportOptions = DEFAULT_OPTIONS) -> ExportResult:
     """Writes a run's adapter to the new folder `output` in PEFT's format; prints nothing.
 
     Args:
