@@ -62,6 +62,16 @@ def test_a_merge_computes_base_and_changes(base: Path, folders: list[Path], tmp_
     assert "rank 6, alpha 6: it keeps all of the Frobenius norm" in str(result)
 
 
+def test_a_folder_that_computes_something_else_is_removed(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    logits = iter([0.0, 10.0, 1.0])  # of the base, the written adapter, and the merge
+    monkeypatch.setattr("qlora_jax.api.merge_adapters.prompt_logits", lambda *given: np.full((4, 5), next(logits)))
+    with pytest.raises(ValueError, match=r"wrong: the written adapter is not the merge: largest difference .* 9 "):
+        q.merge_adapters(folders, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.slow
 def test_a_rank_that_cuts_too_much_is_noted(folders: list[Path], tmp_path: Path):
     result = q.merge_adapters(folders, tmp_path / "cut", method="dare_ties", density=0.3, rank=1)

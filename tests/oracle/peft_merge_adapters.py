@@ -1,6 +1,7 @@
 """Merges of peft's adapters: their changes of weights, and its functions on given changes with given masks.
 
-`adapters`: {name: folder} over `base`. `cases`: {name: arguments of add_weighted_adapter}. `elements`: {name: [function
+`adapters`: {name: folder} over `base`. `cases`: {name: arguments of add_weighted_adapter}. `merged`: {name: folder} of
+merged adapters, whose logits on `tokens` are returned, too. `elements`: {name: [function
 of merge_utils, arguments]}, on `changes` [M, N, K] with the random masks `masks` [M, N, K].
 """
 
@@ -27,6 +28,11 @@ for case, arguments in given["cases"].items():
         for key, module in model.base_model.model.named_modules():
             if isinstance(module, LoraLayer) and case in module.lora_A:
                 found[f"{case}/{key}"] = module.get_delta_weight(case).numpy()
+for name, folder in given["merged"].items():
+    model.load_adapter(folder, f"merged {name}")
+    model.set_adapter(f"merged {name}")
+    with torch.no_grad():
+        found[f"merged/{name}"] = model(tokens).logits.numpy()
 changes, masks = torch.from_numpy(given["changes"]), torch.from_numpy(given["masks"])
 for name, (function, weights, density) in given["elements"].items():
     left = iter(masks)
