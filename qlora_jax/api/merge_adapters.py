@@ -66,7 +66,7 @@ def merge_adapters(
     first, mean = adapters[0], 1.0 if method.endswith("ties") else 1 / len(adapters)
     factors = settings.weights or [mean] * len(adapters)
     with loading_bar(progress) as report:
-        base = load_base(first, first.args, report)
+        base = load_base(first, dataclasses.replace(first.args, compute_dtype="float32"), report)
         merged = merge(adapters, factors, settings, report)
     result = write_export(dataclasses.replace(first, run=merged.run), output, "peft", ExportOptions())
     written = run_of(open_finetuned(output, base=str(first.source.path)))

@@ -60,13 +60,16 @@ def truncate_matrices(changes: Float[np.ndarray, "*L K N"], rank: int) -> Trunca
 def _closest(change_KN: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns A and B of the closest product, with orthogonal columns and rows of equal norms.
 
-    The singular vectors of the shorter side are the eigenvectors of its Gram matrix.
+    The singular vectors of the shorter side are the eigenvectors of its Gram matrix, of which only R are computed: that
+    takes a tenth of the time of all.
     """
     if change_KN.shape[0] > change_KN.shape[1]:
         b_NR, a_RK = _closest(change_KN.T, rank)
         return a_RK.T, b_NR.T
-    _, vectors = np.linalg.eigh(change_KN @ change_KN.T)  # ascending
-    a_KR = vectors[:, ::-1][:, :rank]
+    from scipy import linalg  # takes as long to import as JAX
+
+    size = len(change_KN)
+    _, a_KR = linalg.eigh(change_KN @ change_KN.T, subset_by_index=[max(0, size - rank), size - 1])
     b_RN = a_KR.T @ change_KN
     norms_R = np.linalg.norm(b_RN, axis=1)
     root_R = np.sqrt(np.where(norms_R > 0, norms_R, 1))
