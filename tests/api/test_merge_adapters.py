@@ -65,7 +65,8 @@ def test_a_merge_computes_base_and_changes(base: Path, folders: list[Path], tmp_
 def test_a_folder_that_computes_something_else_is_removed(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    logits = iter([0.0, 10.0, 1.0])  # of the base, the written adapter, and the merge
+    base, written, merge = 0.0, 10.0, 1.0
+    logits = iter([base, written, merge])
     monkeypatch.setattr("qlora_jax.api.merge_adapters.prompt_logits", lambda *given: np.full((4, 5), next(logits)))
     with pytest.raises(ValueError, match=r"wrong: the written adapter is not the merge: largest difference .* 9 "):
         q.merge_adapters(folders, tmp_path / "wrong")
