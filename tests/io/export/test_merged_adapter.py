@@ -85,7 +85,7 @@ def test_ties_at_full_rank_has_the_elements_that_are_kept(base: Path, folders: l
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate"]
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rank", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_adapters_on_experts(tmp_path: Path, rank: int | None):
     """One adapter has a pair of matrices for each expert, the other a pair that all experts of a layer share."""
     config = FAMILIES["mixtral"][1]
