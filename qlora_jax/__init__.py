@@ -29,6 +29,7 @@ _PUBLIC = {
     "evaluate_model": ("qlora_jax.api.evaluate", "evaluate_model"),
     "save_peft": ("qlora_jax.api.export", "save_peft"),
     "merge": ("qlora_jax.api.export", "merge"),
+    "merge_adapters": ("qlora_jax.api.merge_adapters", "merge_adapters"),
     "save_quantized": ("qlora_jax.api.export", "save_quantized"),
     "make_plan": ("qlora_jax.api.plan", "make_plan"),
     "Config": ("qlora_jax.config", "Config"),

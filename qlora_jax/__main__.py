@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import platform
 import sys
+from types import ModuleType
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
@@ -21,9 +22,12 @@ COMMANDS = (
     "arena",
     "variance",
     "export",
+    "merge-adapters",
     "quantize",
     "plan",
 )
+# The modules of commands whose names are not those of modules.
+OTHER_MODULES = {"merge-adapters": "adapter_merge"}
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -37,19 +41,24 @@ def main() -> None:
     elif name in COMMANDS:
         if name not in ("plan", "watch"):  # these compute nothing
             allocator.tune()
-        run_main(lambda arguments: importlib.import_module(f"qlora_jax.{name}").main(arguments), arguments)
+        run_main(lambda arguments: module_of(name).main(arguments), arguments)
     else:
         suggestion = suggest_key(name, COMMANDS, otherwise="")
         print(f"error: {visible(name)}: unknown command{suggestion}\n\n{overview()}", file=sys.stderr)
         sys.exit(2)
 
 
+def module_of(command: str) -> ModuleType:
+    """Imports the module of a command."""
+    return importlib.import_module(f"qlora_jax.{OTHER_MODULES.get(command, command)}")
+
+
 def overview() -> str:
     """The list of commands, one line each."""
     lines = ["usage: qlora-jax COMMAND [--config FILE] [--key value ...]", ""]
     for name in COMMANDS:
-        command: Command = importlib.import_module(f"qlora_jax.{name}").COMMAND
-        lines.append(f"  {name:<10}{command.summary}")
+        command: Command = module_of(name).COMMAND
+        lines.append(f"  {name:<16}{command.summary}")
     ends = ["qlora-jax COMMAND --help shows a command's settings.", "qlora-jax --version shows the versions."]
     return "\n".join([*lines, "", *ends])
 

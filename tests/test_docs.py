@@ -1,6 +1,5 @@
 """The documentation names files, modules, commands and options that exist."""
 
-import importlib
 import importlib.util
 import re
 import shlex
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.__main__ import COMMANDS
+from qlora_jax.__main__ import COMMANDS, module_of
 from qlora_jax.config.command_line import ALL, SHORT_NAMES
 from qlora_jax.config.parse import walk_settings
 
@@ -72,7 +71,7 @@ def test_modules_of_commands_exist(page):
 def commands(path: Path) -> Iterator[list[str]]:
     """Yields the words of each `qlora-jax` command of a page, without `qlora-jax`."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in re.findall(r"qlora-jax ([a-z]+ --?[^`\n]*)", text):
+    for line in re.findall(r"qlora-jax ([a-z-]+ --?[^`\n]*)", text):
         yield shlex.split(line, comments=True)
 
 
@@ -81,7 +80,7 @@ def test_options_of_commands_exist(path):
     unknown = []
     for command, *words in commands(path):
         assert command in COMMANDS
-        schema = importlib.import_module(f"qlora_jax.{command}").COMMAND
+        schema = module_of(command).COMMAND
         names = {name for name, *_ in walk_settings(schema.schema)} | {
             *schema.flags,
             *SHORT_NAMES,

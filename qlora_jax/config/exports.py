@@ -37,6 +37,9 @@ class ExportOptions:
     importance: Callable[..., Any] | None = None
 
 
+DEFAULT_OPTIONS = ExportOptions()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportDeclaration:
     """The facts about a format that settings and messages read.
@@ -60,7 +63,7 @@ EXPORTS: Registry[ExportDeclaration] = Registry(
     ExportDeclaration,
     {
         "peft": ExportDeclaration(
-            implementation="qlora_jax.io.export.peft:run",
+            implementation="qlora_jax.io.export.peft:export_peft",
             merged=False,
             dtypes=_FOLDER,
             other_parts="PEFT loads the adapter on the whole model, and leaves these parts as they are: {}",
@@ -78,7 +81,10 @@ EXPORTS: Registry[ExportDeclaration] = Registry(
             other_parts=_NOT_IN_GGUF,
         ),
         "gguf-lora": ExportDeclaration(
-            implementation="qlora_jax.io.export.gguf_lora:run", merged=False, dtypes=_GGUF, other_parts=_NOT_IN_GGUF
+            implementation="qlora_jax.io.export.gguf_lora:export_gguf_lora",
+            merged=False,
+            dtypes=_GGUF,
+            other_parts=_NOT_IN_GGUF,
         ),
     },
 )

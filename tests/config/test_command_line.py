@@ -20,7 +20,7 @@ import pytest
 
 import qlora_jax
 from qlora_jax import evaluate, export, plan, quantize, train
-from qlora_jax.__main__ import COMMANDS, main
+from qlora_jax.__main__ import COMMANDS, main, module_of
 from qlora_jax.config import Command, ConfigError, read_arguments, run_main
 from qlora_jax.config.parse import walk_settings
 from qlora_jax.config.schema import Config
@@ -171,7 +171,7 @@ def test_help_all_lists_every_setting(capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_starts_with_usage_and_an_example_that_reads(name, capsys):
-    command = importlib.import_module(f"qlora_jax.{name}").COMMAND
+    command = module_of(name).COMMAND
     text = printed_help(command, ["--help"], capsys)
     assert text.startswith(f"usage: qlora-jax {name} ") and command.example in text
     command.read(shlex.split(command.example))

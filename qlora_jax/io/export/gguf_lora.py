@@ -22,7 +22,6 @@ from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
-from qlora_jax.io.loading.loader import Progress
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
@@ -38,33 +37,18 @@ FILE, TEMPLATE_FILE = "adapter.gguf", "chat_template.jinja"
 PLAIN_LEAVES = {"lora_a", "lora_b"}
 
 
-def run(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
-    """Writes the format `gguf-lora`; see `export_gguf_lora`."""
-    base = {"with_base": options.with_base, "base_dtype": options.base_dtype}
-    return export_gguf_lora(opened, output, **base, progress=options.progress)
-
-
-def export_gguf_lora(
-    opened: OpenedModel,
-    output: Path,
-    *,
-    with_base: bool = False,
-    base_dtype: str | None = None,
-    progress: Progress | None = None,
-) -> ExportResult:
+def export_gguf_lora(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
     """Writes a run's adapter to the new folder `output` as a GGUF file for llama.cpp; prints nothing.
 
     Args:
       opened: a run or an adapter, with its base; see `open_finetuned`.
-      with_base: also write the dequantized base that the adapter was trained on, as a GGUF file next to it.
-      base_dtype: dtype of that base; None: the dtype in which training computed.
-      progress: called while that base loads, as by `load_model`.
+      options: `with_base` writes the base as a GGUF file next to it.
 
     Raises:
       ValueError: `output` exists, the adapter is not a plain LoRA, a GGUF file cannot hold the model or (without
         `with_base`) its weights, or (with `with_base`) the base is not the one that the run was trained on.
     """
-    run = opened.run
+    run, with_base = opened.run, options.with_base
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, "gguf-lora")
@@ -85,7 +69,7 @@ def export_gguf_lora(
         write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(layers), "float32")
         weights = str(opened.source.path.absolute()) if is_gguf(str(opened.source.path)) else None
         if base:
-            notes += base.notes + _write_base(folder, base.spec, opened, base_dtype, progress)
+            notes += base.notes + _write_base(folder, base.spec, opened, options)
             (weights,) = (f"./{path.name}" for path in folder.glob("base-*.gguf"))
         else:
             notes += _write_template(folder, output, opened) + _unlisted(opened)
@@ -236,13 +220,11 @@ def lora_tensors(layers: Iterable[LayerFactors]) -> Iterator[np.ndarray]:
         yield from b_ERN.swapaxes(1, 2)
 
 
-def _write_base(
-    folder: Path, spec: GgufSpec, opened: OpenedModel, dtype: str | None, progress: Progress | None
-) -> list[str]:
+def _write_base(folder: Path, spec: GgufSpec, opened: OpenedModel, options: ExportOptions) -> list[str]:
     """Writes the base that training saw: quantized and dequantized again; returns notes about its rounding."""
-    model = load_base(opened, opened.args, progress)
+    model = load_base(opened, opened.args, options.progress)
     slots, computed = slots_of(model), model.model.embed_tokens.weight[...].dtype
-    dtype = dtype or computed.name
+    dtype = options.base_dtype or computed.name
     names = [name for slot in slots for name in slot.names]
     values = (np.asarray(tensor) for tensor in dense_tensors(slots, computed, {}))
     write_gguf(folder / f"base-{dtype}.gguf", spec, names, values, dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from qlora_jax.atomic_files import staged_folder
-from qlora_jax.config.exports import ExportOptions
+from qlora_jax.config.exports import DEFAULT_OPTIONS, ExportOptions
 from qlora_jax.config.methods import METHODS, method_with_peft_type
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_base import adapter_for_export
@@ -83,33 +83,18 @@ def _pattern_note(config: JsonObject) -> str | None:
 BASE_FOLDER = "base"
 
 
-def run(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
-    """Writes the format `peft`; see `export_peft`."""
-    base = {"with_base": options.with_base, "base_dtype": options.base_dtype}
-    return export_peft(opened, output, **base, progress=options.progress)
-
-
-def export_peft(
-    opened: OpenedModel,
-    output: Path,
-    *,
-    with_base: bool = False,
-    base_dtype: str | None = None,
-    progress: Progress | None = None,
-) -> ExportResult:
+def export_peft(opened: OpenedModel, output: Path, options: ExportOptions = DEFAULT_OPTIONS) -> ExportResult:
     """Writes a run's adapter to the new folder `output` in PEFT's format; prints nothing.
 
     Args:
       opened: a run or an adapter, with its base; see `open_finetuned`.
-      with_base: also write the dequantized base that the adapter was trained on, to output/base.
-      base_dtype: dtype of that base; None: the dtype in which training computed.
-      progress: called while that base loads, as by `load_model`.
+      options: `with_base` writes the base to output/base.
 
     Raises:
       ValueError: `output` exists, PEFT cannot hold the adapter, or (with
         `with_base`) the base is not the one that the run was trained on.
     """
-    run = opened.run
+    run, with_base = opened.run, options.with_base
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, "peft")
@@ -144,7 +129,7 @@ def export_peft(
         if tables or opened.replaces_template:
             write_tokenizer(folder, tokenizer, opened.source, opened.stop_ids)
         if with_base:
-            notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
+            notes += _write_base(folder / BASE_FOLDER, opened, options.base_dtype, options.progress)
         elif opened.unlisted_stop_ids:
             notes.append(f"its base does not list the end of a turn: pass eos_token_id={opened.stop_ids} to generate")
     lines = _lines(output, run, base, resized_rows, notes)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from rich import progress as bars
 from rich.console import Console
 
-StageProgress = Callable[..., None]  # (bytes or rows done, bytes or rows in all, name of the tensor, stage)
-SCORING, WEIGHING = "scoring held-out rows", "measuring importance"
-COUNT_ROWS = (SCORING, WEIGHING)  # stages that count rows
+StageProgress = Callable[..., None]  # (bytes, rows or modules done, those in all, name of the tensor, stage)
+SCORING, WEIGHING, MERGING = "scoring held-out rows", "measuring importance", "merging adapters"
+COUNTED = {SCORING: "rows", WEIGHING: "rows", MERGING: "modules"}  # other stages count bytes
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def loading(console: Console) -> Iterator[StageProgress]:
         def report(done: int, total: int, name: str, stage: str = "loading") -> None:
             if bar.tasks[task].description != stage:
                 bar.reset(task, description=stage)
-            size = f"{done}/{total} rows" if stage in COUNT_ROWS else f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
+            size = f"{done}/{total} {COUNTED[stage]}" if stage in COUNTED else f"{done / 1e6:.1f}/{total / 1e6:.1f} MB"
             bar.update(task, completed=done, total=total, tensor=name, size=size)
 
         yield report
@@ -46,7 +46,7 @@ def _print_quarters(console: Console) -> StageProgress:
         quarter, last = 4 * done // total, printed.get(stage, 0)
         printed[stage] = quarter
         if quarter not in (0, last):
-            size = f"{total} rows" if stage in COUNT_ROWS else f"{total / 1e6:.0f} MB"
+            size = f"{total} {COUNTED[stage]}" if stage in COUNTED else f"{total / 1e6:.0f} MB"
             console.print(f"{stage}: {25 * quarter}% of {size}", markup=False, highlight=False)
 
     return report
