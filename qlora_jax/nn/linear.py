@@ -5,7 +5,7 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import jax
@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.nn.frozen_weight import OneLayer, Weight, frozen_linear
+from qlora_jax.nn.merged_linear import Kinds, coded_stack, merged_linear
 from qlora_jax.nn.random_keys import fold_in_each, name_number
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh
@@ -117,6 +118,10 @@ class LinearAdapter(nnx.Module):
         """Returns the bias that belongs to the merged weight."""
         return bias
 
+    def straight_through(self, x_MK: jax.Array, dy_MN: jax.Array) -> Mapping[str, jax.Array] | None:
+        """Returns its gradients in products with codes of the merged weight; None: those of `merge` from dW."""
+        return None
+
     def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "LinearAdapter":
         """Returns the adapter for many calls of few tokens, with what they share computed once."""
         return self
@@ -145,6 +150,7 @@ class QLinear(nnx.Module):
         self.bias = None if bias is None else Frozen(bias)
         self.adapter: LinearAdapter | None = nnx.data(None)  # data: an adapter may be set later
         self.fast = False  # decoding may set it (inference.fast_decoding)
+        self.merge_into: Kinds = ()  # formats of the merged weight's codes by layer; empty: the adapter stays apart
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,6 +167,23 @@ class QLinear(nnx.Module):
         """Returns the layer's result, with the adapter if one is set."""
         return project([self], x_MK, layer, keys_B)[0]
 
+    def merged(self, x_MK: Float[Array, "M K"], layer: jax.Array) -> Float[Array, "M N"]:
+        """Returns the layer's result, computed with the codes of the merged weight."""
+        assert self.adapter is not None, "layers without an adapter have these codes as their weight"
+        y_MN = merged_linear(x_MK, self.adapter, self.weight.get_value(), layer, self.merge_into)
+        if self.bias is None:
+            return y_MN
+        bias_N = self.adapter.merge_bias(select_layer(self.bias[...], layer))
+        return y_MN + bias_N.astype(y_MN.dtype)[None]
+
+    def replace_by_codes(self) -> None:
+        """Replaces weight and adapter by the codes of the merged weight."""
+        assert self.merge_into
+        self.weight = Frozen(coded_stack(self.weight.get_value(), self.merge_into, self.adapter))
+        if self.adapter is not None and self.bias is not None:
+            self.bias = Frozen(jax.vmap(lambda one, bias: one.merge_bias(bias))(self.adapter, self.bias[...]))
+        self.adapter, self.merge_into = None, ()
+
 
 def project(
     linears: Sequence[QLinear], x_MK: Float[Array, "M K"], layer: jax.Array, keys_B: jax.Array | None
@@ -172,6 +195,8 @@ def project(
         frozen = [linear.select_layer(layer) for linear in alike]
         if kind is type(None):
             ys = [one(x_MK) for one in frozen]
+        elif alike[0].merge_into:
+            ys = [linear.merged(x_MK, layer) for linear in alike]
         else:
             keys = [None if keys_B is None else fold_in_each(keys_B, name_number(linear.name)) for linear in alike]
             ys = kind.apply([linear.adapter for linear in alike], x_MK, frozen, keys)
