@@ -6,14 +6,13 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.nn.frozen_weight import OneLayer, Weight, frozen_linear
-from qlora_jax.nn.merged_linear import Kinds, coded_stack, merged_linear
 from qlora_jax.nn.random_keys import fold_in_each, name_number
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.sharding import AnyMesh
@@ -127,6 +126,21 @@ class LinearAdapter(nnx.Module):
         return self
 
 
+@runtime_checkable
+class Merging(Protocol):
+    """Computes with codes of merged weights in place of weight and adapter (nn/merged_linear.py)."""
+
+    def product(
+        self, x_MK: jax.Array, adapter: LinearAdapter, weight: Weight | OneLayer, layer: jax.Array | int
+    ) -> jax.Array:
+        """Returns the product of x with the codes of one layer's merged weight."""
+        ...
+
+    def stack(self, weight: Weight, adapter: LinearAdapter | None) -> Weight:
+        """Returns the codes of all layers."""
+        ...
+
+
 class ModuleAdapter(Protocol):
     """Adapter behind a whole module, such as attention."""
 
@@ -150,7 +164,7 @@ class QLinear(nnx.Module):
         self.bias = None if bias is None else Frozen(bias)
         self.adapter: LinearAdapter | None = nnx.data(None)  # data: an adapter may be set later
         self.fast = False  # decoding may set it (inference.fast_decoding)
-        self.merge_into: Kinds = ()  # formats of the merged weight's codes by layer; empty: the adapter stays apart
+        self.merging: Merging | None = None  # with lora.merge_into (methods/merge_into.py)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -169,8 +183,8 @@ class QLinear(nnx.Module):
 
     def merged(self, x_MK: Float[Array, "M K"], layer: jax.Array) -> Float[Array, "M N"]:
         """Returns the layer's result, computed with the codes of the merged weight."""
-        assert self.adapter is not None, "layers without an adapter have these codes as their weight"
-        y_MN = merged_linear(x_MK, self.adapter, self.weight.get_value(), layer, self.merge_into)
+        assert self.merging is not None and self.adapter is not None
+        y_MN = self.merging.product(x_MK, self.adapter, self.weight.get_value(), layer)
         if self.bias is None:
             return y_MN
         bias_N = self.adapter.merge_bias(select_layer(self.bias[...], layer))
@@ -178,11 +192,13 @@ class QLinear(nnx.Module):
 
     def replace_by_codes(self) -> None:
         """Replaces weight and adapter by the codes of the merged weight."""
-        assert self.merge_into
-        self.weight = Frozen(coded_stack(self.weight.get_value(), self.merge_into, self.adapter))
+        assert self.merging is not None
+        self.weight = Frozen(self.merging.stack(self.weight.get_value(), self.adapter))
         if self.adapter is not None and self.bias is not None:
-            self.bias = Frozen(jax.vmap(lambda one, bias: one.merge_bias(bias))(self.adapter, self.bias[...]))
-        self.adapter, self.merge_into = None, ()
+            graphdef, trained, fixed = nnx.split(self.adapter, nnx.LoRAParam, ...)
+            of_layer = jax.vmap(lambda own, bias_N: nnx.merge(graphdef, own, fixed).merge_bias(bias_N))
+            self.bias = Frozen(of_layer(trained, self.bias[...]))
+        self.adapter, self.merging = None, None
 
 
 def project(
@@ -195,7 +211,7 @@ def project(
         frozen = [linear.select_layer(layer) for linear in alike]
         if kind is type(None):
             ys = [one(x_MK) for one in frozen]
-        elif alike[0].merge_into:
+        elif alike[0].merging:
             ys = [linear.merged(x_MK, layer) for linear in alike]
         else:
             keys = [None if keys_B is None else fold_in_each(keys_B, name_number(linear.name)) for linear in alike]

@@ -212,6 +212,7 @@ class LoRA(LinearAdapter):
         a_KR, b_RN, dtype = self.lora_a[...], self.lora_b[...], x_MK.dtype
         xa_MR = _scaled(dot_nn(x_MK, a_KR.astype(dtype)), (self.scaling,), (b_RN,), dtype)
         _, d_a_KR, (d_b_RN,), _ = backward((self.scaling,), 0.0, (x_MK, a_KR, (b_RN,), xa_MR, None), (dy_MN,))
+        assert d_a_KR is not None
         return {"lora_a": d_a_KR, "lora_b": d_b_RN}
 
 

@@ -27,7 +27,7 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.frozen_product import Direction
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
-from qlora_jax.nn.frozen_weight import MixedStack, OneLayer, Part, Weight, dense_weight, is_packed, ops_of
+from qlora_jax.nn.frozen_weight import MixedStack, OneLayer, PaddedStack, Part, Weight, dense_weight, ops_of
 from qlora_jax.nn.variables import select_layer
 from qlora_jax.quant.encoders import ENCODERS
 
@@ -61,24 +61,48 @@ class _Unchanged(nnx.Module):
         return weight
 
 
-def merged_linear(
-    x_MK: Float[Array, "M K"], adapter: MergesInTraining, weight: Weight | OneLayer, layer: Position, kinds: Kinds
-) -> Float[Array, "M N"]:
-    """Returns x Q(merge(W))^T in x's dtype, differentiable in x and in the adapter's trained arrays.
+@dataclasses.dataclass(frozen=True)
+class MergedCodes:
+    """The products of a projection with the codes of its merged weights.
 
-    Args:
-      adapter: of this layer; its frozen arrays may be stacked.
+    Attributes:
       kinds: the format of each layer of the stack.
     """
-    graphdef, trained, fixed = nnx.split(adapter, nnx.LoRAParam, ...)
-    with jax.named_scope("merged"):
-        return _product(x_MK, trained, (fixed, weight, layer), graphdef, kinds)
+
+    kinds: Kinds
+
+    def product(
+        self, x_MK: Float[Array, "M K"], adapter: MergesInTraining, weight: Weight | OneLayer, layer: Position
+    ) -> Float[Array, "M N"]:
+        """Returns x Q(merge(W))^T in x's dtype, differentiable in x and in the adapter's trained arrays.
+
+        Args:
+          adapter: of this layer; its frozen arrays may be stacked.
+        """
+        graphdef, trained, fixed = nnx.split(adapter, nnx.LoRAParam, ...)
+        with jax.named_scope("merged"):
+            return _product(x_MK, trained, (fixed, weight, layer), graphdef, self.kinds)
+
+    def stack(self, weight: Weight, adapter: nnx.Module | None) -> Weight:
+        """Returns the codes of a whole stack, with an adapter of all layers merged if there is one.
+
+        Args:
+          weight: with one leading axis of layers, or with axes of layers and experts.
+        """
+        graphdef, trained, fixed = nnx.split(_Unchanged() if adapter is None else adapter, nnx.LoRAParam, ...)
+        of = {kind: tuple(at for at, each in enumerate(self.kinds) if each == kind) for kind in self.kinds}
+        parts = tuple(
+            _coded_layers(trained, fixed, weight, np.asarray(layers, np.int32), graphdef=graphdef, kind=kind)
+            for kind, layers in of.items()
+        )
+        return parts[0] if len(parts) == 1 else MixedStack(parts=parts, layers=tuple(of.values()))
+
+
+Frozen = tuple[nnx.State, PyTree, Position]  # (the adapter's frozen arrays, the stack or one layer of it, the layer)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(
-    x_MK: jax.Array, trained: nnx.State, frozen: tuple[nnx.State, PyTree, Position], graphdef: nnx.GraphDef, kinds: Kinds
-) -> jax.Array:
+def _product(x_MK: jax.Array, trained: nnx.State, frozen: Frozen, graphdef: nnx.GraphDef, kinds: Kinds) -> jax.Array:
     return _one_way("forward", x_MK, trained, frozen, graphdef, kinds)
 
 
@@ -103,12 +127,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _one_way(
-    direction: Direction,
-    rows: jax.Array,
-    trained: nnx.State,
-    frozen: tuple[nnx.State, PyTree, Position],
-    graphdef: nnx.GraphDef,
-    kinds: Kinds,
+    direction: Direction, rows: jax.Array, trained: nnx.State, frozen: Frozen, graphdef: nnx.GraphDef, kinds: Kinds
 ) -> jax.Array:
     """Returns x Q^T forward, dy Q backward."""
     fixed, weight, layer = frozen
@@ -131,7 +150,10 @@ def _dense_layer(weight: Weight | OneLayer, layer: Position) -> jax.Array:
     if isinstance(weight, MixedStack):
         part, index = weight.locate_traced(layer)
         return jax.lax.switch(part, [functools.partial(_dense_layer, each) for each in weight.parts], index)
-    return _in_f32(weight.layer(layer) if is_packed(weight) else select_layer(weight, layer))
+    if isinstance(weight, QTensor | GgmlTensor):
+        return _in_f32(weight.layer(layer))
+    assert not isinstance(weight, PaddedStack), "experts in host memory are refused"
+    return _in_f32(select_layer(weight, layer))
 
 
 def _in_f32(weight: Part) -> jax.Array:
@@ -144,26 +166,15 @@ def _codes(kind: str, adapter: Merges, weight_NK: jax.Array, dtype: str) -> QTen
     return dataclasses.replace(ENCODERS[kind](merged_NK), dtype=dtype)
 
 
-def coded_stack(weight: Weight, kinds: Kinds, adapter: nnx.Module | None = None) -> Weight:
-    """Returns the codes of a whole stack, with an adapter merged if there is one.
-
-    Args:
-      weight: with one leading axis of layers, or with axes of layers and experts.
-      kinds: the format of each layer.
-      adapter: has all layers.
-    """
-    graphdef, trained, fixed = nnx.split(_Unchanged() if adapter is None else adapter, nnx.LoRAParam, ...)
-    layers_of = {kind: tuple(at for at, each in enumerate(kinds) if each == kind) for kind in dict.fromkeys(kinds)}
-    parts = tuple(
-        _coded_layers(trained, fixed, weight, np.asarray(layers, np.int32), graphdef=graphdef, kind=kind)
-        for kind, layers in layers_of.items()
-    )
-    return parts[0] if len(parts) == 1 else MixedStack(parts=parts, layers=tuple(layers_of.values()))
-
-
 @functools.partial(jax.jit, static_argnames=("graphdef", "kind"))
 def _coded_layers(
-    trained: nnx.State, fixed: nnx.State, weight: Weight, layers: jax.Array | np.ndarray, *, graphdef: nnx.GraphDef, kind: str
+    trained: nnx.State,
+    fixed: nnx.State,
+    weight: Weight,
+    layers: jax.Array | np.ndarray,
+    *,
+    graphdef: nnx.GraphDef,
+    kind: str,
 ) -> Part:
     dtype = str(weight.dtype)
 

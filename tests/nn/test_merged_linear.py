@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from qlora_jax.nn.frozen_weight import MixedStack, dense_weight
 from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.lora import LoRA
-from qlora_jax.nn.merged_linear import merged_linear
+from qlora_jax.nn.merged_linear import MergedCodes
 from qlora_jax.quant.encoders import ENCODERS, round_trip
 from tests.nn.frozen_linears import LAYER, K, M, N, R, dequantized_layer, random_linear
 from tests.nn.gradients import check_vjp, random_array
@@ -24,7 +23,7 @@ SCALING = 2.0
 def _linear(kinds: tuple[str, ...], a, b, *, quantized: bool = True) -> QLinear:
     """Layer 1 has the adapter (a, b), as a scan over layers gives it to the product."""
     linear = random_linear(quantized=quantized)
-    linear.merge_into, linear.adapter = kinds, LoRA(a, b, SCALING, 0.0)
+    linear.merging, linear.adapter = MergedCodes(kinds), LoRA(a, b, SCALING, 0.0)
     return linear
 
 
@@ -60,7 +59,7 @@ def test_equals_its_equation_with_the_codes_of_the_whole_stack(quantized, kind):
     check_vjp(lambda x: linear(x, LAYER, None), lambda x: x @ merged.T + linear.bias[...][1][None], random_array(M, K))
     whole = _linear((kind, kind), jnp.stack([a, a]), jnp.stack([b, b]), quantized=quantized)
     whole.replace_by_codes()
-    assert whole.adapter is None and not whole.merge_into
+    assert whole.adapter is None and whole.merging is None
     np.testing.assert_array_equal(dense_weight(whole.weight.get_value(), jnp.float32)[1], merged)
 
 
@@ -79,6 +78,6 @@ def test_the_backward_pass_keeps_no_weight():
     """Beside x and the adapter's arrays it keeps the stack as it was given, and no layer of it."""
     linear = _linear(("Q4_0", "Q4_0"), *_factors(), quantized=False)
     x, stack = random_array(M, K), linear.weight.get_value()
-    _, gradient = jax.vjp(lambda x, weight: merged_linear(x, linear.adapter, weight, LAYER, ("Q4_0",) * 2), x, stack)
+    _, gradient = jax.vjp(lambda x, weight: linear.merging.product(x, linear.adapter, weight, LAYER), x, stack)
     kept = [leaf.shape for leaf in jax.tree.leaves(gradient)]
     assert stack.shape in kept and (N, K) not in kept
