@@ -33,7 +33,7 @@ LOW_RANK = MERGED | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"
 BOTTLENECK = frozenset({"rank", "dtype", "bottleneck_activation", "modules_to_save"})
 
 type Refusals = Mapping[str, tuple[str, str]]  # export format -> (the reason, what to do)
-type MergeInto = Literal["q4_0", "q8_0", "nf4"]
+MergeInto = Literal["q4_0", "q8_0", "nf4"]
 MERGE_IT = "Export one model instead: --format hf or gguf"
 IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
 
