@@ -67,6 +67,14 @@ def train_merged(model: CausalLM, merge_into: str) -> None:
             table.weight = Frozen(rounded_table(table.weight.get_value(), found.kind))
 
 
+def replace_by_codes(model: CausalLM) -> None:
+    """Replaces weights and adapters by the codes of merged weights, in place."""
+    for name in model.config.linear_shapes():
+        linear: QLinear = operator.attrgetter(name)(model.model.layers)
+        if linear.merging:
+            linear.replace_by_codes()
+
+
 def tables(model: CausalLM) -> dict[str, Embedding]:
     """Returns embedding and head by name."""
     head = {"lm_head": model.lm_head} if model.has_lm_head else {}

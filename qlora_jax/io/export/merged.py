@@ -21,6 +21,7 @@ from qlora_jax.config import ModelArgs
 from qlora_jax.config.exports import MIXTURES, ExportOptions
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.held_out_cost import HeldOutCost, TrainedScores, suggest_dtype
+from qlora_jax.io.export.merged_codes import TrainedCodes
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.modelfile import write_modelfile
 from qlora_jax.io.export.original_base import check_original, open_original
@@ -160,11 +161,16 @@ class Trained(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """A merged model that was written, the dtype that training computed in, and the measures of what was trained."""
+    """A merged model that was written, the dtype that training computed in, and the measures of what was trained.
+
+    Fields:
+      codes: those that a run with lora.merge_into computed with.
+    """
 
     path: Path
     compute_dtype: np.dtype
     trained: Trained
+    codes: TrainedCodes | None
 
 
 def run_hf(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
@@ -244,9 +250,11 @@ def export_merged(
             logits_only = functools.partial(_measure, prompts, None)
             expected = _measure_trained(_load_dense(original, merge.compute_dtype), run, logits_only)[0]
         difference = expected.difference(measured)
-        if not difference.is_small and dtype not in QUANTIZED:
+        if not difference.is_small and (dtype not in QUANTIZED or merge.codes is not None):
             raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
         notes = _held_out_lines(dtype, merge, measured, quantize, score)
+        if merge.codes is not None and form == "gguf":
+            notes += [f"all codes of {merge.codes.check(path):,} weights are those that training computed with"]
         if is_mixture:
             notes += [types_note(path, dtype), *([IMPORTANCE] if columns else [])]
             merge.path.unlink()
@@ -344,6 +352,9 @@ def _write_merge(
     if original is not None:
         check_original(original, slots, compute_dtype)
     trained, model = _measure_trained(base, opened.run, measure)
+    merge_into = opened.run.lora_args.merge_into
+    codes = None if merge_into is None else TrainedCodes(model, slots, merge_into)
+    slots = slots if codes is None else codes.slots
     tables = merged_tables(model, opened.run.tables)
     slots, config = with_tables(slots, opened.source.config, tables)
     names = set(map(opened.features.hugging_face_name, tables))
@@ -358,9 +369,9 @@ def _write_merge(
         tokenizer = padded_tokenizer(tokenizer, padding)
     if spec is not None:
         path = folder / f"model-{dtype}.gguf"
-        tensors = dense_tensors(slots, compute_dtype, adapters, originals)
-        write_gguf(path, spec, _names(slots), map(np.asarray, tensors), dtype)
-        return Merge(path, compute_dtype, trained)
+        tensors = map(np.asarray, dense_tensors(slots, compute_dtype, adapters, originals))
+        write_gguf(path, spec, _names(slots), tensors if codes is None else codes.tensors(compute_dtype), dtype)
+        return Merge(path, compute_dtype, trained, codes)
     write_dense_folder(
         folder,
         slots,
@@ -374,7 +385,7 @@ def _write_merge(
     write_tokenizer(folder, tokenizer, opened.source, stop)
     if head is not None and not head.outputs and opened.source.multimodal is None:
         write_sentence_files(folder, head.pooling, opened.features.embed_dim, opened.features.max_positions)
-    return Merge(folder, compute_dtype, trained)
+    return Merge(folder, compute_dtype, trained, codes)
 
 
 def _measure_trained(model: CausalLM, run: Run, measure: Measure) -> tuple[Trained, CausalLM]:
