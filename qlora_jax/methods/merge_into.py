@@ -7,9 +7,15 @@ The rule is that of io/gguf/writer.py: matrices are rounded, and routers and vec
 blocks stay in 16 bits. An export reads its file back and compares the tensors that it finds rounded.
 """
 
+import math
 import operator
 from typing import NamedTuple
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, within_layers
+from qlora_jax.methods.low_rank_cost import ranked_projections
+from qlora_jax.methods.targets import target_layers
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM, Embedding
 from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.merged_linear import MergedCodes, rounded_table
@@ -73,6 +79,35 @@ def replace_by_codes(model: CausalLM) -> None:
         linear: QLinear = operator.attrgetter(name)(model.model.layers)
         if linear.merging:
             linear.replace_by_codes()
+
+
+def merged_shape(config: ModelConfig, spec: LoraArgs) -> AdapterShape:
+    """Returns the facts about adapters that are merged in each pass: their gradients read the inputs."""
+    layers = within_layers(config, target_layers(config, spec))
+    return AdapterShape(layers=layers, reads=layers)
+
+
+# Methods with A and B, and the products of M rows with each of them in the backward pass; 0: through the weight's.
+LOW_RANK = {"lora": 2, "lora_fa": 1, "dora": 0}
+
+
+def merged_work(sizes: StepSizes) -> tuple[Work, ...]:
+    """Returns the FLOP of A B for each product, forward and backward, and those of gradients.
+
+    The gradients of LoRA's A and B take 2 M R (2 K + 2 N), and of LoRA-FA's B half of that. Other methods need the
+    gradient of the weight, 2 M N K, and DoRA three times A B to pass it on; of the others this is not counted.
+    """
+    lora, shapes, merges, gradients = sizes.lora, dict(sizes.shapes()), 0, 0
+    ranked = ranked_projections(sizes.model, lora) if lora.method in LOW_RANK else {}
+    for name, layers in merged_shape(sizes.model, lora).layers.items():
+        rank = ranked[name].rank if name in ranked else 0
+        merge = 2 * rank * math.prod(shapes[name]) * len(layers)
+        merges += merge
+        if products := LOW_RANK.get(lora.method):
+            gradients += products * 2 * sizes.rows * rank * sum(shapes[name]) * len(layers)
+        else:
+            gradients += 2 * sizes.rows * math.prod(shapes[name]) * len(layers) + 3 * merge
+    return Work("merge", merges, merges, per_micro_batch=True), Work("lora", 0, gradients)
 
 
 def tables(model: CausalLM) -> dict[str, Embedding]:

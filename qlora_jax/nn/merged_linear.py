@@ -80,8 +80,7 @@ class MergedCodes:
           adapter: of this layer; its frozen arrays may be stacked.
         """
         graphdef, trained, fixed = nnx.split(adapter, nnx.LoRAParam, ...)
-        with jax.named_scope("merged"):
-            return _product(x_MK, trained, (fixed, weight, layer), graphdef, self.kinds)
+        return _product(x_MK, trained, (fixed, weight, layer), graphdef, self.kinds)
 
     def stack(self, weight: Weight, adapter: nnx.Module | None) -> Weight:
         """Returns the codes of a whole stack, with an adapter of all layers merged if there is one.
@@ -114,13 +113,14 @@ def _backward(graphdef, kinds, residuals, dy_MN):
     x_MK, trained, frozen = residuals
     dx_MK = _one_way("backward", dy_MN, trained, frozen, graphdef, kinds)
     fixed, weight, layer = frozen
-    given = nnx.merge(graphdef, trained, fixed).straight_through(x_MK, dy_MN)
-    if given is not None:
-        pairs = [(path, leaf.replace(given[path[-1]])) for path, leaf in nnx.to_flat_state(trained)]
-        return dx_MK, nnx.from_flat_state(pairs), None
-    weight_NK = _dense_layer(weight, layer)
-    _, gradient = jax.vjp(lambda leaves: nnx.merge(graphdef, leaves, fixed).merge(weight_NK), trained)
-    return dx_MK, *gradient(dot_tn(dy_MN, x_MK)), None
+    with jax.named_scope("lora"):
+        given = nnx.merge(graphdef, trained, fixed).straight_through(x_MK, dy_MN)
+        if given is not None:
+            pairs = [(path, leaf.replace(given[path[-1]])) for path, leaf in nnx.to_flat_state(trained)]
+            return dx_MK, nnx.from_flat_state(pairs), None
+        weight_NK = _dense_layer(weight, layer)
+        _, gradient = jax.vjp(lambda leaves: nnx.merge(graphdef, leaves, fixed).merge(weight_NK), trained)
+        return dx_MK, *gradient(dot_tn(dy_MN, x_MK)), None
 
 
 _product.defvjp(_forward, _backward)
@@ -133,8 +133,10 @@ def _one_way(
     fixed, weight, layer = frozen
 
     def product(kind: str) -> jax.Array:
-        codes = _codes(kind, nnx.merge(graphdef, trained, fixed), _dense_layer(weight, layer), str(rows.dtype))
-        return ops_of(codes).product(direction, rows, codes, None, None)
+        with jax.named_scope("merge"):
+            codes = _codes(kind, nnx.merge(graphdef, trained, fixed), _dense_layer(weight, layer), str(rows.dtype))
+        with jax.named_scope("frozen"):
+            return ops_of(codes).product(direction, rows, codes, None, None)
 
     used = [*dict.fromkeys(kinds)]
     if len(used) == 1:

@@ -85,8 +85,9 @@ def test_exports_that_are_not_the_trained_model_are_refused(run, tmp_path):
     problems = {
         "--format peft: the adapter alone is not the model": ["--format", "peft"],
         "--format gguf-lora: the adapter alone": ["--format", "gguf-lora"],
-        f"--dtype: found bfloat16 for a run with lora.merge_into={lora.merge_into}": ["--format", "gguf"]
-        + ["--dtype", "bfloat16"],
+        f"--dtype: found bfloat16 for a run with lora.merge_into={lora.merge_into}": (
+            ["--format", "gguf", "--dtype", "bfloat16"]
+        ),
         "--base: found 'x' for a run": ["--format", "hf", "--base", "x"],
     }
     for message, arguments in problems.items():
