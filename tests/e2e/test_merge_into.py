@@ -1,4 +1,4 @@
-"""Whole runs with `lora.merge_into`: what trains, decodes, resumes and is exported are the same codes."""
+"""Whole runs with `lora.merge_into`: training and decoding compute with the same codes, and runs resume to the bit."""
 
 import dataclasses
 
