@@ -54,7 +54,7 @@ def train_merged(model: CausalLM, merge_into: str) -> None:
         name: (operator.attrgetter(name)(model.model.layers), len(config.layers_with(name)))
         for name in config.linear_shapes()
     }
-    if problems := [each for linear, layers in chosen.values() for each in _problems(linear, layers, found.block)]:
+    if problems := [each for linear, layers in chosen.values() for each in _problems(linear, layers, found)]:
         raise ValueError("\n  ".join([f"lora.merge_into: {merge_into} cannot hold this model's adapters:", *problems]))
     for linear, layers in chosen.values():
         if linear.shape[1] % found.block == 0:
@@ -87,23 +87,22 @@ def merged_shape(config: ModelConfig, spec: LoraArgs) -> AdapterShape:
     return AdapterShape(layers=layers, reads=layers)
 
 
-# Methods with A and B, and the products of M rows with each of them in the backward pass; 0: through the weight's.
-LOW_RANK = {"lora": 2, "lora_fa": 1, "dora": 0}
-
-
-def merged_work(sizes: StepSizes) -> tuple[Work, ...]:
+def merged_work(sizes: StepSizes, products: int | None) -> tuple[Work, ...]:
     """Returns the FLOP of A B for each product, forward and backward, and those of gradients.
 
-    The gradients of LoRA's A and B take 2 M R (2 K + 2 N), and of LoRA-FA's B half of that. Other methods need the
-    gradient of the weight, 2 M N K, and DoRA three times A B to pass it on; of the others this is not counted.
+    The gradients of A and B take 2 M R (2 K + 2 N), and of B alone half of that. Other methods need the gradient of the
+    weight, 2 M N K; passing it on to A and B takes three times A B, and to other arrays is not counted.
+
+    Args:
+      products: `Method.merged_products`.
     """
     lora, shapes, merges, gradients = sizes.lora, dict(sizes.shapes()), 0, 0
-    ranked = ranked_projections(sizes.model, lora) if lora.method in LOW_RANK else {}
+    ranked = {} if products is None else ranked_projections(sizes.model, lora)
     for name, layers in merged_shape(sizes.model, lora).layers.items():
         rank = ranked[name].rank if name in ranked else 0
         merge = 2 * rank * math.prod(shapes[name]) * len(layers)
         merges += merge
-        if products := LOW_RANK.get(lora.method):
+        if products:
             gradients += products * 2 * sizes.rows * rank * sum(shapes[name]) * len(layers)
         else:
             gradients += 2 * sizes.rows * math.prod(shapes[name]) * len(layers) + 3 * merge
@@ -116,12 +115,11 @@ def tables(model: CausalLM) -> dict[str, Embedding]:
     return {"model.embed_tokens": model.model.embed_tokens, **head}
 
 
-def _problems(linear: QLinear, layers: int, block: int) -> list[str]:
-    if linear.adapter is None:
-        return []
+def _problems(linear: QLinear, layers: int, of: MergeFormat) -> list[str]:
     problems = []
-    if linear.shape[1] % block:
-        problems.append(f"{linear.name}: found {linear.shape[1]} inputs, expected a multiple of {block}. Leave it out")
+    if linear.shape[1] % of.block and (linear.adapter is not None or of.projections_only):
+        found = f"found {linear.shape[1]} inputs, expected a multiple of {of.block}"
+        problems.append(f"{linear.name}: {found}. Leave it out of lora.target_modules, or choose another format")
     adapted = getattr(linear.adapter, "adapted_layers", None)
     if adapted is not None and len(adapted) < layers:
         problems.append(f"{linear.name}: found adapters in {len(adapted)} layers, expected all {layers}. Choose all")

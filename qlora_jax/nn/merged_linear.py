@@ -165,7 +165,8 @@ def _in_f32(weight: Part) -> jax.Array:
 def _codes(kind: str, adapter: Merges, weight_NK: jax.Array, dtype: str) -> QTensor | GgmlTensor:
     adapter, weight_NK = jax.lax.optimization_barrier((adapter, weight_NK))
     merged_NK = jax.lax.optimization_barrier(adapter.merge(weight_NK))
-    return dataclasses.replace(ENCODERS[kind](merged_NK), dtype=dtype)
+    # Without the last barrier, XLA would encode a block again for each weight that it decodes.
+    return jax.lax.optimization_barrier(dataclasses.replace(ENCODERS[kind](merged_NK), dtype=dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "kind"))

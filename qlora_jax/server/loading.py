@@ -123,7 +123,7 @@ class _Loader:
             )
         if found.lora_args.merge_into is not None:
             raise ValueError(
-                f"{run}: its model is not this base with an adapter, but has its weights merged and rounded (lora.merge_into="
+                f"{run}: its model is not this base with an adapter, but the two merged and rounded (lora.merge_into="
                 f"{found.lora_args.merge_into}). Export it with qlora-jax export, and serve that model"
             )
         if found.head is not None and found.head.objective != "embedding":

@@ -3,6 +3,7 @@
 Dimension key: N out, K in.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -12,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.layouts import repack
+from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.exports import EXPORTS, Dtype, ExportOptions
 from qlora_jax.io.hf.model_writer import dense_tensor
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import Slot, slots_of
 from qlora_jax.methods.merge_into import FORMATS, replace_by_codes, tables
+from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.frozen_weight import ops_of
 from qlora_jax.quant.encoders import ENCODERS
@@ -33,6 +37,11 @@ def merged_dtype(lora: LoraArgs, form: str, options: ExportOptions) -> Dtype | N
       ValueError: the export would not be the model that was trained; with all reasons.
     """
     merge_into, declared = lora.merge_into, EXPORTS[form]
+    if options.dtype == "nf4" != merge_into:
+        raise ValueError(
+            f"--dtype: found nf4 for a run with lora.merge_into={merge_into}. Export in bfloat16, and use `qlora-jax "
+            "quantize`"
+        )
     if merge_into is None:
         return options.dtype
     problems, trained = [], f"a run with lora.merge_into={merge_into}"
@@ -49,11 +58,21 @@ def merged_dtype(lora: LoraArgs, form: str, options: ExportOptions) -> Dtype | N
         problems.append(f"--dtype: found {options.dtype} for {trained}. Remove it, since only {merge_into} is exact")
     if problems:
         raise ValueError("; ".join(problems))
-    return cast(Dtype, merge_into) if form == "gguf" else options.dtype
+    return options.dtype or (merge_into if declared.merged and merge_into in declared.dtypes else None)
 
 
 def _whole(merge_into: str) -> str:
     return "--format hf" if FORMATS[merge_into].projections_only else "--format gguf"
+
+
+def _stored_code(entry: TensorEntry) -> GgmlTensor | QTensor | None:
+    if entry.read_quantized is not None:
+        return entry.read_quantized()
+    return None if entry.read_stored is None else entry.read_stored(0, entry.rows)
+
+
+def _kind(code: GgmlTensor | QTensor) -> str:
+    return code.ggml_type if isinstance(code, GgmlTensor) else code.quant_type
 
 
 class TrainedCodes:
@@ -67,50 +86,52 @@ class TrainedCodes:
     def __init__(self, model: CausalLM, base: Sequence[Slot], merge_into: str):
         replace_by_codes(model)
         self.slots = slots_of(model)
-        self._format = FORMATS[merge_into]
+        self._format, self._dtype = FORMATS[merge_into], model.model.embed_tokens.weight[...].dtype
+        self._places = {name: (slot, at) for slot in self.slots for at, name in enumerate(slot.names)}
         names = {f"{name}.weight" for name in tables(model)}
         self._tables = {slot.names[0]: slot for slot in base if ".".join(map(str, slot.path)) in names}
 
-    def code(self, slot: Slot, index: int) -> GgmlTensor | None:
+    def code(self, slot: Slot, index: int) -> GgmlTensor | QTensor | None:
         """Returns the codes of the tensor at `index` in `slot.names`; None: the file has none."""
-        name = slot.names[index]
-        if name in self._tables:
-            table_VD = jnp.asarray(self._tables[name].leaf)
-            if table_VD.shape[1] % self._format.block:
-                return None
-            return cast(GgmlTensor, ENCODERS[self._format.kind](table_VD.astype(jnp.float32)))
-        spec = slot.quantization_of(index)
-        if not isinstance(spec, GgmlTensor) or spec.ggml_type != self._format.kind:
+        table, spec = self._tables.get(slot.names[index]), slot.quantization_of(index)
+        if table is not None and not self._format.projections_only and slot.shape[1] % self._format.block == 0:
+            return ENCODERS[self._format.kind](jnp.asarray(table.leaf).astype(jnp.float32))
+        in_file = len(slot.stack) == 1 or not self._format.projections_only
+        if spec is None or not in_file or _kind(spec) != self._format.kind:
             return None
         layer, *expert = slot.place(index)
         part, row = ops_of(slot.leaf).part(slot.leaf, layer)
-        return jax.tree.map(lambda codes: codes[(row, *expert)], part)
+        code = jax.tree.map(lambda leaf: leaf[(row, *expert)], part)
+        return repack(code, "bnb") if isinstance(code, QTensor) else code
 
-    def tensors(self, compute_dtype: np.dtype) -> Iterator[GgmlTensor | np.ndarray]:
-        """Yields the tensors of all slots in order."""
-        for slot in self.slots:
-            for index in range(len(slot.names)):
-                code = self.code(slot, index)
-                yield np.asarray(dense_tensor(slot, index, compute_dtype, {}, {})) if code is None else code
+    def tensor(self, slot: Slot, index: int) -> GgmlTensor | QTensor | np.ndarray:
+        """Returns the tensor at `index` in `slot.names`; the slot may be that of a model with the same tensors."""
+        slot, index = self._places[slot.names[index]]
+        code = self.code(slot, index)
+        return np.asarray(dense_tensor(slot, index, self._dtype, {}, {})) if code is None else code
+
+    def tensors(self) -> Iterator[GgmlTensor | np.ndarray]:
+        """Yields all tensors in order, for a GGUF file."""
+        for slot, index in self._places.values():
+            yield cast(GgmlTensor | np.ndarray, self.tensor(slot, index))
 
     def check(self, path: Path) -> int:
-        """Compares every code of a GGUF file with those of training, and returns the number of weights in codes.
+        """Compares every code of a written model with those of training, and returns the number of weights in codes.
 
         Raises:
           ValueError: a code differs, or other tensors are in codes; names them.
         """
         stored, weights, wrong = open_model(path).tensors, 0, []
-        for slot in self.slots:
-            for index, name in enumerate(slot.names):
-                entry, code = stored[name], self.code(slot, index)
-                if (code is not None) != (entry.file_type == self._format.kind):
-                    wrong.append(f"{name}: stored as {entry.file_type}")
-                elif code is not None:
-                    assert entry.read_stored is not None
-                    found, expected = entry.read_stored(0, entry.rows).codes, np.asarray(code.codes)
-                    weights += int(np.prod(code.shape))
-                    if count := int((found != expected).any(axis=1).sum()):
-                        wrong.append(f"{name}: {count} of {len(expected)} rows differ")
+        for name, (slot, index) in self._places.items():
+            found, code = _stored_code(stored[name]), self.code(slot, index)
+            if code is None or found is None or _kind(code) != _kind(found):
+                if code is not None or (found is not None and _kind(found) == self._format.kind):
+                    wrong.append(f"{name}: stored as {stored[name].file_type}")
+                continue
+            weights += math.prod(code.shape)
+            pairs = zip(*(map(np.asarray, jax.tree.leaves(each)) for each in (found, code)), strict=True)
+            if differing := max(int((one != other).sum()) for one, other in pairs):
+                wrong.append(f"{name}: {differing} bytes differ")
         if wrong:
             more = f"; and {len(wrong) - EXAMPLES} more" if len(wrong) > EXAMPLES else ""
             raise ValueError(

@@ -213,7 +213,8 @@ RECOMPUTED: dict[str, dict[str, Formula]] = {
 
 def method_work(step: StepShape) -> tuple[Work, ...]:
     """Returns the FLOP that the finetuning method adds to a micro-batch, by named scope."""
-    return method_of(step.lora.method).work(step) if step.lora.merge_into is None else merged_work(step)
+    method = method_of(step.lora.method)
+    return method.work(step) if step.lora.merge_into is None else merged_work(step, method.merged_products)
 
 
 def flops(step: StepShape) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Exports of runs with `lora.merge_into`: the file has the codes that training computed with."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.export import main
 from qlora_jax.io.gguf.reader import RowTransform
+from qlora_jax.io.hf import bnb_writer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.decoder import CausalLM
@@ -25,6 +27,7 @@ CASES = {
     "dora": dict(merge_into="q4_0", method="dora"),
     "ia3": dict(merge_into="q4_0", method="ia3"),
     "vera": dict(merge_into="q8_0", method="vera"),
+    "nf4": dict(merge_into="nf4"),
     "oft": dict(merge_into="q4_0", method="oft"),
 }
 
@@ -46,14 +49,15 @@ def export(run: Path, output: Path, *arguments: str) -> None:
 
 def test_the_exported_file_is_what_was_trained(run, tmp_path, capsys):
     folder, model, lora = run
-    export(folder, tmp_path / "gguf", "--format", "gguf")
-    source = open_model(tmp_path / f"gguf/model-{lora.merge_into}.gguf")
-    shapes = [entry.shape for entry in source.tensors.values() if entry.file_type == str(lora.merge_into).upper()]
-    printed, weights = capsys.readouterr().out, sum(map(np.prod, shapes))
+    in_folder = lora.merge_into == "nf4"
+    export(folder, tmp_path / "out", "--format", "hf" if in_folder else "gguf")
+    source = open_model(tmp_path / ("out" if in_folder else f"out/model-{lora.merge_into}.gguf"))
+    linears = [entry.shape for name, entry in source.tensors.items() if name.endswith("_proj.weight")]
+    table = [] if in_folder else [source.tensors["model.embed_tokens.weight"].shape]
+    printed, weights = capsys.readouterr().out, sum(map(np.prod, linears + table))
     assert f"all codes of {weights:,} weights are those that training computed with" in printed
-    assert len(shapes) == 1 + 2 * 7  # the table, and the projections of two layers
     opened = open_pretrained(model=str(source.path))
-    found = logits(load_base(opened, weight_settings(opened, "stored", "float32")))
+    found = logits(load_base(opened, weight_settings(opened, "nf4" if in_folder else "stored", "float32")))
     np.testing.assert_allclose(found, logits(model), atol=1e-5 * np.abs(found).max())
 
 
@@ -66,10 +70,16 @@ def test_a_wrong_code_is_an_error(run, tmp_path, monkeypatch):
             rows[-1, 5] ^= 16
         return rows
 
+    def parts(code, dtype, unchanged=bnb_writer._parts):
+        return unchanged(dataclasses.replace(code, codes=code.codes.at[-1, 5].add(16)), dtype)
+
+    in_folder = run[2].merge_into == "nf4"
+    if in_folder:  # the codes that are written have changes, and those that they are compared with have none
+        monkeypatch.setattr(bnb_writer, "_parts", parts)
     monkeypatch.setattr(RowTransform, "reordered", one_changed)
-    with pytest.raises(ValueError, match=r"its codes are not those .*model.layers.1.*1 of 64 rows differ"):
-        export(run[0], tmp_path / "gguf", "--format", "gguf")
-    assert not (tmp_path / "gguf").exists()
+    with pytest.raises(ValueError, match=r"its codes are not those .*model.layers.1.*: 1 bytes differ"):
+        export(run[0], tmp_path / "out", "--format", "hf" if in_folder else "gguf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_has_the_values_of_the_codes(run, tmp_path):
@@ -85,9 +95,7 @@ def test_exports_that_are_not_the_trained_model_are_refused(run, tmp_path):
     problems = {
         "--format peft: the adapter alone is not the model": ["--format", "peft"],
         "--format gguf-lora: the adapter alone": ["--format", "gguf-lora"],
-        f"--dtype: found bfloat16 for a run with lora.merge_into={lora.merge_into}": (
-            ["--format", "gguf", "--dtype", "bfloat16"]
-        ),
+        f"for a run with lora.merge_into={lora.merge_into}|cannot hold": ["--format", "gguf", "--dtype", "bfloat16"],
         "--base: found 'x' for a run": ["--format", "hf", "--base", "x"],
     }
     for message, arguments in problems.items():
