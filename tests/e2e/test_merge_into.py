@@ -11,6 +11,7 @@ from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import combine, prepare_for_decoding
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs
+from tests.e2e.test_preferences import pairs_project
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
 from tests.marks import first_always
 
@@ -69,3 +70,14 @@ def test_decoding_has_the_codes_that_training_computed_with(finished):
     found, expected = logits(codes), logits(parts)
     tolerance = 1e-5 if finished.model.compute_dtype == "float32" else 2e-2
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_the_reference_of_preferences_is_the_rounded_base(tmp_path):
+    """At the start the model is its reference, to the bit: the log-ratios are those of equal weights."""
+    config = pairs_project(tmp_path, lora=dict(merge_into="q4_0"))
+    assert run(config)
+    first = next(record for record in numbers(config) if "eval_loss" in record)
+    assert first["eval_loss"] == pytest.approx(np.log(2)) and first["eval_rewards_margin"] == 0
+    last = [record for record in numbers(config) if "eval_loss" in record][-1]
+    assert last["eval_loss"] < first["eval_loss"]

@@ -131,7 +131,7 @@ class TrainedCodes:
             weights += math.prod(code.shape)
             pairs = zip(*(map(np.asarray, jax.tree.leaves(each)) for each in (found, code)), strict=True)
             if differing := max(int((one != other).sum()) for one, other in pairs):
-                wrong.append(f"{name}: {differing} bytes differ")
+                wrong.append(f"{name}: codes that differ: {differing}")
         if wrong:
             more = f"; and {len(wrong) - EXAMPLES} more" if len(wrong) > EXAMPLES else ""
             raise ValueError(

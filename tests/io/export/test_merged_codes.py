@@ -77,7 +77,7 @@ def test_a_wrong_code_is_an_error(run, tmp_path, monkeypatch):
     if in_folder:  # the codes that are written have changes, and those that they are compared with have none
         monkeypatch.setattr(bnb_writer, "_parts", parts)
     monkeypatch.setattr(RowTransform, "reordered", one_changed)
-    with pytest.raises(ValueError, match=r"its codes are not those .*model.layers.1.*: 1 bytes differ"):
+    with pytest.raises(ValueError, match=r"its codes are not those .*model.layers.1.*: codes that differ: 1"):
         export(run[0], tmp_path / "out", "--format", "hf" if in_folder else "gguf")
     assert not (tmp_path / "out").exists()
 
@@ -103,3 +103,19 @@ def test_exports_that_are_not_the_trained_model_are_refused(run, tmp_path):
             export(folder, tmp_path / "out", *arguments)
     export(folder, tmp_path / "out", "--format", "peft", "--adapter_alone")
     assert (tmp_path / "out/adapter_config.json").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen2moe"])
+def test_experts_are_rounded_as_in_the_file(name, tmp_path, capsys):
+    """Experts have no adapters, and train as the file has them; routers stay in f32."""
+    model = _folder(tmp_path, name)
+    trained = _write_run(tmp_path / "run", model, LoraArgs(merge_into="q4_0"))[0]
+    export(tmp_path / "run", tmp_path / "out", "--format", "gguf")
+    assert "weights are those that training computed with" in capsys.readouterr().out
+    source = open_model(tmp_path / "out/model-q4_0.gguf")
+    assert {entry.file_type for each, entry in source.tensors.items() if ".experts." in each} == {"Q4_0"}
+    opened = open_pretrained(model=str(source.path))
+    found = logits(load_base(opened, weight_settings(opened, "stored", "float32")))
+    np.testing.assert_allclose(found, logits(trained), atol=1e-5 * np.abs(found).max())
