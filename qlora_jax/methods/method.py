@@ -68,7 +68,7 @@ class Method(abc.ABC):
     Attributes:
       peft: how PEFT stores it; None: PEFT has no such method, for a reason in its declaration's `refused_exports`.
       merged_products: with `lora.merge_into`, the products of all rows with each of A and B that their gradients take;
-        0: A and B get theirs from the gradient of the weight; None: there are no A and B.
+        0: A and B get theirs from the gradient of the weight; None: it has other arrays.
     """
 
     peft: ClassVar[PeftForm | None] = None
