@@ -13,7 +13,7 @@ from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs
 from tests.e2e.test_preferences import pairs_project
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
-from tests.marks import first_always
+from tests.marks import first_slow
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 CASES = {
@@ -33,7 +33,7 @@ def merged_project(folder, case):
     return project(folder, base=SIZES, **{**case, "lora": dict(dropout=0.0) | case["lora"]})
 
 
-@pytest.fixture(scope="module", params=first_always([*CASES]))
+@pytest.fixture(scope="module", params=first_slow([*CASES]))
 def finished(request, tmp_path_factory):
     """A run of 10 steps, uninterrupted."""
     config = merged_project(tmp_path_factory.mktemp("finished"), CASES[request.param])
