@@ -37,7 +37,8 @@ class ExportArgs:
     )
     dtype: Dtype | None = setting(
         "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0, q4_0 "
-        "and, by llama.cpp's quantizer (the extra gguf-quantize), q6_k, q5_k_m, q4_k_m, q4_k_s and iq4_nl",
+        "and, by llama.cpp's quantizer (the extra gguf-quantize), q6_k, q5_k_m, q4_k_m, q4_k_s and iq4_nl. gguf of a "
+        "run with lora.merge_into: that format; hf of one with nf4: nf4, as bitsandbytes stores it",
         None,
     )
     base_dtype: Dtype | None = setting(
@@ -65,7 +66,9 @@ COMMAND = Command(
     check=check_export,
     flags={
         "with_base": "peft and gguf-lora: also write the dequantized base that the adapter was trained on. peft cannot "
-        "load GGUF files, so a run from a GGUF file needs it"
+        "load GGUF files, so a run from a GGUF file needs it",
+        "adapter_alone": "peft and gguf-lora, of a run with lora.merge_into: export the adapter, although the model "
+        "that was trained is the base and the adapter merged and rounded",
     },
 )
 
@@ -91,7 +94,11 @@ def main(argv: list[str]) -> None:
     output = Path(args.run) / args.format if args.output is None else Path(args.output)
     opened = open_finetuned(args.run, base=args.model, step=args.step)
     options = ExportOptions(
-        with_base="with_base" in flags, base_dtype=args.base_dtype, dtype=args.dtype, base=args.base
+        with_base="with_base" in flags,
+        base_dtype=args.base_dtype,
+        dtype=args.dtype,
+        base=args.base,
+        adapter_alone="adapter_alone" in flags,
     )
     result = write_export(opened, output, args.format, options, progress=True)
     console = Console()

@@ -24,6 +24,7 @@ from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.export.merged import QUANTIZED
+from qlora_jax.io.export.merged_codes import merged_dtype
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
@@ -183,7 +184,8 @@ def write_export(
         raise ValueError("base_dtype: requires with_base, which writes a base next to the adapter. Add it")
     made = declared.implementation
     run = load_implementation("format", format, made) if isinstance(made, str) else made
-    dtype = options.dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
+    dtype = options.dtype if opened.run is None else merged_dtype(opened.run.lora_args, format, options)
+    dtype = dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
     task, note = _held_out(opened) if dtype in QUANTIZED else (None, [])
     with loading_bar(progress) as report:
         whole = dataclasses.replace(options, dtype=dtype, progress=report)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from qlora_jax.config.registry import Registry
 
-Dtype = Literal["bfloat16", "float16", "float32", "q8_0", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl"]
+Dtype = Literal["bfloat16", "float16", "float32", "nf4", "q8_0", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl"]
 
 _FOLDER: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 _GGUF: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "q8_0", "q4_0")
@@ -23,6 +23,7 @@ class ExportOptions:
       base_dtype: of that base; None: the dtype in which training computed.
       dtype: of a merged model.
       base: a model in 16 bits or more whose weights take the adapter; None: the dequantized weights of training.
+      adapter_alone: export the adapter of a run with lora.merge_into, without the rounding that it was trained with.
       progress: called while a base loads, as by `load_model`, and in later stages with the stage's name as well.
       score: from ModelParts to the RowScores of the run's held-out rows; None: they are not scored.
       importance: from ModelParts to the importance of each column, on the same rows; None: columns count alike.
@@ -32,6 +33,7 @@ class ExportOptions:
     base_dtype: Dtype | None = None
     dtype: Dtype | None = None
     base: str | None = None
+    adapter_alone: bool = False
     progress: Callable[..., None] | None = None
     score: Callable[..., Any] | None = None
     importance: Callable[..., Any] | None = None
@@ -71,7 +73,7 @@ EXPORTS: Registry[ExportDeclaration] = Registry(
         "hf": ExportDeclaration(
             implementation="qlora_jax.io.export.merged:run_hf",
             merged=True,
-            dtypes=_FOLDER,
+            dtypes=(*_FOLDER, "nf4"),
             other_parts="parts beside the text half, copied unchanged: {}",
         ),
         "gguf": ExportDeclaration(

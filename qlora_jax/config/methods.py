@@ -25,13 +25,15 @@ CONDITIONAL = (
     *("init", "layers_to_transform", "target_parameters", "share_experts", "rank", "alpha", "dropout", "rank_pattern"),
     *("alpha_pattern", "use_rslora", "dtype", "feedforward_modules", "oft_block_size", "oft_blocks", "block_share"),
     *("use_cayley_neumann", "num_cayley_neumann_terms", "projection_prng_key", "d_initial", "bottleneck_activation"),
-    *("target_modules", "modules_to_save", "start"),
+    *("target_modules", "modules_to_save", "start", "merge_into"),
 )
 ON_TARGETS = frozenset({"target_modules", "modules_to_save", "start"})
-LOW_RANK = ON_TARGETS | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype"}
+MERGED = ON_TARGETS | {"merge_into"}
+LOW_RANK = MERGED | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype"}
 BOTTLENECK = frozenset({"rank", "dtype", "bottleneck_activation", "modules_to_save"})
 
 type Refusals = Mapping[str, tuple[str, str]]  # export format -> (the reason, what to do)
+MergeInto = Literal["q4_0", "q8_0", "nf4"]
 MERGE_IT = "Export one model instead: --format hf or gguf"
 IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
 
@@ -130,14 +132,14 @@ METHODS: Registry[MethodDeclaration] = Registry(
             summary="scaling vectors for keys, values and the MLP's inner activations",
             title="(IA)^3",
             implementation="qlora_jax.methods.ia3:METHOD",
-            uses=ON_TARGETS | {"feedforward_modules"},
+            uses=MERGED | {"feedforward_modules"},
             peft_type="IA3",
         ),
         "oft": MethodDeclaration(
             summary="rotations of inputs",
             title="OFT",
             implementation="qlora_jax.methods.oft:METHOD",
-            uses=ON_TARGETS
+            uses=MERGED
             | {
                 "dtype",
                 "oft_block_size",
@@ -152,7 +154,7 @@ METHODS: Registry[MethodDeclaration] = Registry(
             summary="vectors that scale frozen random matrices",
             title="VeRA",
             implementation="qlora_jax.methods.vera:METHOD",
-            uses=ON_TARGETS | {"rank", "dropout", "projection_prng_key", "d_initial"},
+            uses=MERGED | {"rank", "dropout", "projection_prng_key", "d_initial"},
             switches=("lambda_b",),
             switched=("lambda_b", "lambda_d"),
             peft_type="VERA",
@@ -328,6 +330,13 @@ class LoraArgs(WithoutLater):
         "float32",
     )
     options: dict[str, TemplateValue] = setting("settings of a method of another package: {rank: 4}", {}, later=True)
+    merge_into: MergeInto | None = setting(
+        "train with the weights that the export will store: each product is with the merged weight, rounded to this "
+        "format (docs/training.md). q4_0, q8_0: of GGUF files, whose tables are rounded too. nf4: of bitsandbytes. "
+        "null: the adapter stays apart, and an export rounds after training",
+        None,
+        later=True,
+    )
 
 
 def register_method(name: str, declaration: MethodDeclaration) -> None:

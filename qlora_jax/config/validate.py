@@ -138,6 +138,28 @@ def _method_problems(lora: LoraArgs) -> list[str]:
     return problems
 
 
+def _merge_problems(config: Config) -> list[str]:
+    """Reports settings that training with merged weights does not support."""
+    lora, model = config.lora, config.model
+    if lora.merge_into is None:
+        return []
+    rounds_tables = lora.merge_into != "nf4"
+    against = {
+        "lora.dropout": (lora.dropout, "there is one merged weight for all rows"),
+        "lora.layers_to_transform": (lora.layers_to_transform, "it needs adapters in all layers of a projection"),
+        "lora.target_parameters": (lora.target_parameters, "experts cannot train with merged weights yet"),
+        "lora.modules_to_save": (lora.modules_to_save if rounds_tables else [], "the file rounds the tables"),
+        "model.new_tokens": (model.new_tokens if rounds_tables else [], "the file rounds their rows"),
+        "model.new_special_tokens": (model.new_special_tokens if rounds_tables else [], "the file rounds their rows"),
+        "model.experts": (model.experts if model.experts == "offload" else None, "it needs experts on the device"),
+    }
+    return [
+        f"{name}: found {value!r} with lora.merge_into={lora.merge_into}, but {why}. Remove one of these settings"
+        for name, (value, why) in against.items()
+        if value
+    ]
+
+
 def _layer_problems(lora: LoraArgs) -> list[str]:
     if lora.layers_to_transform is None:
         return []
@@ -347,7 +369,7 @@ def _head_problems(config: Config) -> list[str]:
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _init_problems(config)
     problems += _layer_problems(config.lora) + _parameter_problems(config.lora) + _keep_problems(config)
-    problems += _offload_problems(config)
+    problems += _offload_problems(config) + _merge_problems(config)
     problems += _loraplus_problems(config) + _paging_problems(config)
     problems += _token_problems(config) + _objective_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.methods.merge_into import train_merged
 from qlora_jax.methods.method import Factors, Given, method_of
 from qlora_jax.methods.peft_form import NO_ARRAYS
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -39,10 +40,12 @@ def add_lora(
 
     Raises:
       ValueError: a pattern that matches nothing, some layers of a stack with a method that requires all, a rank below
-        1, blocks that do not divide a projection's inputs, 4-bit weights or experts with the method `full`, or a model
-        without a bias with `bitfit`.
+        1, blocks that do not divide a projection's inputs, 4-bit weights or experts with the method `full`, a model
+        without a bias with `bitfit`, or adapters that `lora.merge_into` cannot hold.
     """
     method_of(spec.method).attach(model, spec, Given(key=key, initial=initial, frozen=frozen, mesh=mesh))
+    if spec.merge_into is not None:
+        train_merged(model, spec.merge_into)
 
 
 def abstract_parts(

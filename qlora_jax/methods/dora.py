@@ -263,6 +263,8 @@ def _on_every_device(program: Callable[[PyTree], jax.Array], arrays: PyTree, spe
 class DoRAMethod(LowRankMethod):
     """DoRA on projections."""
 
+    merged_products = 0
+
     def shape(self, config: ModelConfig, spec: LoraArgs) -> AdapterShape:
         """Returns LoRA's facts; magnitudes scale results, norms read weights, and dropout takes a second product."""
         plain = super().shape(config, spec)

@@ -268,6 +268,7 @@ class LowRankMethod(Method):
     """A method that adds scaling * A B to projections."""
 
     peft = LowRankForm()
+    merged_products: ClassVar[int | None] = 2
     trains_a: ClassVar[bool] = True
 
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:

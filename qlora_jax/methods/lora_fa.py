@@ -84,7 +84,7 @@ def corrected(grads: Lora, inverse: Mapping[str, Float[Array, "L R R"]]) -> Lora
 class LoRAFAMethod(LowRankMethod):
     """LoRA-FA on projections."""
 
-    trains_a = False
+    trains_a, merged_products = False, 1
 
     def correction(self, config: ModelConfig, spec: LoraArgs) -> Correction:
         """Returns the multiplication of B's gradients by `inverse_gram`."""

@@ -67,9 +67,12 @@ class Method(abc.ABC):
 
     Attributes:
       peft: how PEFT stores it; None: PEFT has no such method, for a reason in its declaration's `refused_exports`.
+      merged_products: with `lora.merge_into`, the products of all rows with each of A and B that their gradients take;
+        0: A and B get theirs from the gradient of the weight; None: it has other arrays.
     """
 
     peft: ClassVar[PeftForm | None] = None
+    merged_products: ClassVar[int | None] = None
 
     def targets(self, config: ModelConfig, spec: LoraArgs) -> Collection[str]:
         """Returns what trains, by Hugging Face's names without the layer's index; empty: the same in every model.

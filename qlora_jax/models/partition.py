@@ -120,7 +120,9 @@ def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     """
     model, mesh = combine(parts), mesh_of(parts)
     for linear in [node for _, node in nnx.iter_graph(model) if isinstance(node, QLinear)]:
-        if linear.adapter is not None:
+        if linear.merging:
+            linear.replace_by_codes()
+        elif linear.adapter is not None:
             linear.adapter = linear.adapter.for_decoding(linear.weight.get_value(), mesh)
     for node in [node for _, node in nnx.iter_graph(model) if isinstance(node, RMSNorm | LayerNorm | Experts)]:
         node.by_row = True

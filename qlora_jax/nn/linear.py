@@ -5,8 +5,8 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -117,9 +117,28 @@ class LinearAdapter(nnx.Module):
         """Returns the bias that belongs to the merged weight."""
         return bias
 
+    def straight_through(self, x_MK: jax.Array, dy_MN: jax.Array) -> Mapping[str, jax.Array] | None:
+        """Returns its gradients in products with codes of the merged weight; None: those of `merge` from dW."""
+        return None
+
     def for_decoding(self, weight: Weight, mesh: AnyMesh | None) -> "LinearAdapter":
         """Returns the adapter for many calls of few tokens, with what they share computed once."""
         return self
+
+
+@runtime_checkable
+class Merging(Protocol):
+    """Computes with codes of merged weights in place of weight and adapter (nn/merged_linear.py)."""
+
+    def product(
+        self, x_MK: jax.Array, adapter: LinearAdapter, weight: Weight | OneLayer, layer: jax.Array | int
+    ) -> jax.Array:
+        """Returns the product of x with the codes of one layer's merged weight."""
+        ...
+
+    def stack(self, weight: Weight, adapter: LinearAdapter | None) -> Weight:
+        """Returns the codes of all layers."""
+        ...
 
 
 class ModuleAdapter(Protocol):
@@ -145,6 +164,7 @@ class QLinear(nnx.Module):
         self.bias = None if bias is None else Frozen(bias)
         self.adapter: LinearAdapter | None = nnx.data(None)  # data: an adapter may be set later
         self.fast = False  # decoding may set it (inference.fast_decoding)
+        self.merging: Merging | None = None  # with lora.merge_into (methods/merge_into.py)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,6 +181,25 @@ class QLinear(nnx.Module):
         """Returns the layer's result, with the adapter if one is set."""
         return project([self], x_MK, layer, keys_B)[0]
 
+    def merged(self, x_MK: Float[Array, "M K"], layer: jax.Array) -> Float[Array, "M N"]:
+        """Returns the layer's result, computed with the codes of the merged weight."""
+        assert self.merging is not None and self.adapter is not None
+        y_MN = self.merging.product(x_MK, self.adapter, self.weight.get_value(), layer)
+        if self.bias is None:
+            return y_MN
+        bias_N = self.adapter.merge_bias(select_layer(self.bias[...], layer))
+        return y_MN + bias_N.astype(y_MN.dtype)[None]
+
+    def replace_by_codes(self) -> None:
+        """Replaces weight and adapter by the codes of the merged weight."""
+        assert self.merging is not None
+        self.weight = Frozen(self.merging.stack(self.weight.get_value(), self.adapter))
+        if self.adapter is not None and self.bias is not None:
+            graphdef, trained, fixed = nnx.split(self.adapter, nnx.LoRAParam, ...)
+            of_layer = jax.vmap(lambda own, bias_N: nnx.merge(graphdef, own, fixed).merge_bias(bias_N))
+            self.bias = Frozen(of_layer(trained, self.bias[...]))
+        self.adapter, self.merging = None, None
+
 
 def project(
     linears: Sequence[QLinear], x_MK: Float[Array, "M K"], layer: jax.Array, keys_B: jax.Array | None
@@ -172,6 +211,8 @@ def project(
         frozen = [linear.select_layer(layer) for linear in alike]
         if kind is type(None):
             ys = [one(x_MK) for one in frozen]
+        elif alike[0].merging:
+            ys = [linear.merged(x_MK, layer) for linear in alike]
         else:
             keys = [None if keys_B is None else fold_in_each(keys_B, name_number(linear.name)) for linear in alike]
             ys = kind.apply([linear.adapter for linear in alike], x_MK, frozen, keys)

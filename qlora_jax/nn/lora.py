@@ -5,7 +5,7 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out, R rank.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -206,6 +206,14 @@ class LoRA(LinearAdapter):
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """Returns weight + scaling * (A B)^T, in f32."""
         return add_delta(weight, self)
+
+    def straight_through(self, x_MK: jax.Array, dy_MN: jax.Array) -> Mapping[str, jax.Array]:
+        """Returns the gradients of A and B in x (W + scaling (A B)^T)^T."""
+        a_KR, b_RN, dtype = self.lora_a[...], self.lora_b[...], x_MK.dtype
+        xa_MR = _scaled(dot_nn(x_MK, a_KR.astype(dtype)), (self.scaling,), (b_RN,), dtype)
+        _, d_a_KR, (d_b_RN,), _ = backward((self.scaling,), 0.0, (x_MK, a_KR, (b_RN,), xa_MR, None), (dy_MN,))
+        assert d_a_KR is not None
+        return {"lora_a": d_a_KR, "lora_b": d_b_RN}
 
 
 def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:

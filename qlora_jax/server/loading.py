@@ -121,6 +121,11 @@ class _Loader:
                 f"{run}: lora.init={found.lora_args.init} changes the base, which runs share here. Export it with "
                 "qlora-jax export --format peft, and serve that folder"
             )
+        if found.lora_args.merge_into is not None:
+            raise ValueError(
+                f"{run}: its model is not this base with an adapter, but the two merged and rounded (lora.merge_into="
+                f"{found.lora_args.merge_into}). Export it with qlora-jax export, and serve that model"
+            )
         if found.head is not None and found.head.objective != "embedding":
             raise ValueError(f"{run}: has a head of objective={found.head.objective}. Use qlora-jax predict")
         parts = apply_adapter(combine(partition(self.model)), found)

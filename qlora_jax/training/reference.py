@@ -1,9 +1,9 @@
 """Computes the log-probabilities of a run's answers under the parameters that it starts with, before its first step.
 
 One pass over the training rows, in the precision of the run. With an adapter that changes nothing yet, which is the
-default, the reference is the base itself. Results are stored in pieces, in `data.cache` or in RUN/reference. Their key
-is a hash of the rows, the base, the adapter and the precision, so that an interrupted pass resumes and other runs can
-read them.
+default, the reference is the base itself; with `lora.merge_into`, it is the base rounded to that format. Results are
+stored in pieces, in `data.cache` or in RUN/reference. Their key is a hash of the rows, the base, the adapter and the
+precision, so that an interrupted pass resumes and other runs can read them.
 
 Dimension key: B rows of a batch, S sequences of a row, N row numbers (nan where no row has the number).
 """
@@ -56,8 +56,9 @@ def reference_key(config: Config, fingerprint: str, initial: str, compute_dtype:
       compute_dtype: of the run, such as "bfloat16".
     """
     adapter = [] if initial == NO_CHANGE else [initial, dataclasses.replace(config.lora, start=None, dropout=0.0)]
+    rounded = [] if config.lora.merge_into is None else [config.lora.merge_into]
     computed_by = [FORM, code_digest(), jax.__version__, jax.devices()[0].device_kind]
-    return digest([*computed_by, fingerprint, compute_dtype, *adapter])
+    return digest([*computed_by, fingerprint, compute_dtype, *adapter, *rounded])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

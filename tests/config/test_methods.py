@@ -34,6 +34,7 @@ USED_BY = {
     "target_modules": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit"),
     "modules_to_save": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit", *BOTTLENECKS),
     "start": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning"),
+    "merge_into": (*LOW_RANK, "ia3", "oft", "vera"),
 }
 BUILT_IN = (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit", *BOTTLENECKS, "full")
 

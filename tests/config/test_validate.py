@@ -291,3 +291,17 @@ def test_offloaded_experts_need_recomputation_and_one_format():
     with pytest.raises(ConfigError) as caught:
         validate(dataclasses.replace(MINIMAL, model=model, train=train))
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["train.remat", "model.keep_16bit"]
+
+
+def test_what_cannot_train_with_merged_weights_is_reported_together():
+    lora = LoraArgs(merge_into="q4_0", dropout=0.1, layers_to_transform=[0], modules_to_save=["lm_head"])
+    config = dataclasses.replace(changed("model.new_tokens", ["<a>"]), lora=lora)
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    names = [problem.split(":")[0] for problem in error.value.problems]
+    assert names == ["lora.dropout", "lora.layers_to_transform", "lora.modules_to_save", "model.new_tokens"]
+    assert all("with lora.merge_into=q4_0, but" in problem for problem in error.value.problems)
+    with pytest.raises(ConfigError, match=r"lora.merge_into: found 'q4_0', but lora.method=full does not use it"):
+        validate(dataclasses.replace(MINIMAL, lora=LoraArgs(method="full", merge_into="q4_0")))
+    tables = dataclasses.replace(lora, merge_into="nf4", dropout=0.0, layers_to_transform=None)
+    validate(dataclasses.replace(config, lora=tables))  # bitsandbytes rounds no table

@@ -135,6 +135,8 @@ CASES = [
     (FSDP8, dict(lora=dict(method="houlsby", dropout=0.0))),
     (BOTH, dict(lora=dict(method="oft", oft_block_size=16, rank=LoraArgs().rank, dropout=0.0))),
     (FSDP8, dict(lora=dict(method="vera", rank=64))),
+    (BOTH, dict(lora=dict(merge_into="nf4", dropout=0.0))),
+    (FSDP2, dict(lora=dict(merge_into="q4_0", method="dora", dropout=0.0))),
     (FSDP8, dict(train=dict(remat="full"))),
     (DATA8, dict(train=dict(remat="none"))),
     (FSDP2, dict(model=dict(quant_type="none"))),  # eight devices would hold all of it
@@ -153,7 +155,8 @@ def test_every_kind_of_run_has_the_numbers_of_one_device(tmp_path, mesh, changes
     in_memory = dataclasses.replace(ours.optim, paging="by_name", paging_budget=None)
     config = dataclasses.replace(on(ours, ONE, tmp_path / "one"), optim=in_memory)
     run(config)
-    assert_equal_but_for_rounding(records(ours), records(config), first=2e-6, later=1e-4)
+    later = 1e-4 if ours.lora.merge_into is None else 1e-2  # a weight at a tie takes another code
+    assert_equal_but_for_rounding(records(ours), records(config), first=2e-6, later=later)
 
 
 @pytest.mark.slow

@@ -21,10 +21,11 @@ from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import with_text_attributes
+from qlora_jax.models.partition import combine
 from tests.data.tokenizer.test_from_gguf import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import FAMILIES, MIXTURES, TEXT_HALVES, random_tensors, with_images
@@ -168,6 +169,22 @@ def test_every_dtype(tmp_path: Path, quantizer: None, llama_cpp) -> None:
     found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
     off = {dtype: np.abs(found[f"{dtype}/logits"] - o).max() / np.abs(o).max() for dtype, o in ours.items()}
     assert all(off[dtype] < WITHIN[dtype] for dtype in off), off
+
+
+@pytest.mark.slow
+def test_weights_merged_in_training(tmp_path: Path, llama_cpp) -> None:
+    """Logits of `lora.merge_into` are those of llama.cpp on the exported file, but for its rounding of activations."""
+    ours, cases = {}, {}
+    for kind in ("q4_0", "q8_0"):
+        lora = LoraArgs(rank=4, alpha=8.0, merge_into=kind)
+        _write_run(run := tmp_path / kind, _folder(tmp_path / f"{kind}-base", "llama", hidden_size=64), lora)
+        opened = open_pretrained(run=str(run))
+        ours[kind] = _logits(combine(apply_adapter(load_base(opened, opened.args), opened.run)), TOKENS)
+        main(["--run", str(run), "--format", "gguf"])
+        cases[kind] = _case(run / f"gguf/model-{kind}.gguf", rows=TOKENS.tolist())
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
+    off = {kind: np.abs(found[f"{kind}/logits"] - o).max() / np.abs(o).max() for kind, o in ours.items()}
+    assert all(off[kind] < WITHIN[kind] for kind in off), off
 
 
 @pytest.mark.slow

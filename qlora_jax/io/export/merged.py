@@ -21,6 +21,7 @@ from qlora_jax.config import ModelArgs
 from qlora_jax.config.exports import MIXTURES, ExportOptions
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.held_out_cost import HeldOutCost, TrainedScores, suggest_dtype
+from qlora_jax.io.export.merged_codes import TrainedCodes
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.modelfile import write_modelfile
 from qlora_jax.io.export.original_base import check_original, open_original
@@ -37,6 +38,7 @@ from qlora_jax.io.gguf.llama_quantizer import SOURCE_DTYPE, check_quantizer, qua
 from qlora_jax.io.gguf.reader import stored_names
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
+from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.hf.sentence_files import write_sentence_files
@@ -49,8 +51,9 @@ from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.merge_into import FORMATS
 from qlora_jax.model_source import ModelSource
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import SCORE, CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -129,7 +132,7 @@ def load_headed(source: ModelSource, head: TrainedHead, load: Callable[..., Caus
 
 
 IMPORTANCE = "the quantizer weighted errors by the mean square of each input on the held-out rows"
-QUANTIZED = ("q8_0", "q4_0", *MIXTURES)  # the loss by rounding to these is reported; it is not an error
+QUANTIZED = ("nf4", "q8_0", "q4_0", *MIXTURES)  # the loss by rounding to these is reported; it is not an error
 
 
 class Measured(NamedTuple):
@@ -160,11 +163,16 @@ class Trained(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """A merged model that was written, the dtype that training computed in, and the measures of what was trained."""
+    """A merged model that was written, the dtype that training computed in, and the measures of what was trained.
+
+    Fields:
+      codes: those that a run with lora.merge_into computed with.
+    """
 
     path: Path
     compute_dtype: np.dtype
     trained: Trained
+    codes: TrainedCodes | None
 
 
 def run_hf(opened: OpenedModel, output: Path, options: ExportOptions) -> ExportResult:
@@ -244,9 +252,11 @@ def export_merged(
             logits_only = functools.partial(_measure, prompts, None)
             expected = _measure_trained(_load_dense(original, merge.compute_dtype), run, logits_only)[0]
         difference = expected.difference(measured)
-        if not difference.is_small and dtype not in QUANTIZED:
+        if not difference.is_small and (dtype not in QUANTIZED or merge.codes is not None):
             raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
         notes = _held_out_lines(dtype, merge, measured, quantize, score)
+        if merge.codes is not None and dtype in FORMATS:
+            notes += [f"all codes of {merge.codes.check(path):,} weights are those that training computed with"]
         if is_mixture:
             notes += [types_note(path, dtype), *([IMPORTANCE] if columns else [])]
             merge.path.unlink()
@@ -344,6 +354,9 @@ def _write_merge(
     if original is not None:
         check_original(original, slots, compute_dtype)
     trained, model = _measure_trained(base, opened.run, measure)
+    merge_into = opened.run.lora_args.merge_into
+    codes = None if merge_into is None else TrainedCodes(model, slots, merge_into)
+    slots = slots if codes is None else codes.slots
     tables = merged_tables(model, opened.run.tables)
     slots, config = with_tables(slots, opened.source.config, tables)
     names = set(map(opened.features.hugging_face_name, tables))
@@ -358,23 +371,28 @@ def _write_merge(
         tokenizer = padded_tokenizer(tokenizer, padding)
     if spec is not None:
         path = folder / f"model-{dtype}.gguf"
-        tensors = dense_tensors(slots, compute_dtype, adapters, originals)
-        write_gguf(path, spec, _names(slots), map(np.asarray, tensors), dtype)
-        return Merge(path, compute_dtype, trained)
-    write_dense_folder(
-        folder,
-        slots,
-        config,
-        compute_dtype=compute_dtype,
-        dtype=jnp.dtype(dtype),
-        adapters=adapters,
-        original=originals,
-        multimodal=(original or opened.source).multimodal,
-    )
+        tensors = map(np.asarray, dense_tensors(slots, compute_dtype, adapters, originals))
+        write_gguf(path, spec, _names(slots), tensors if codes is None else codes.tensors(), dtype)
+        return Merge(path, compute_dtype, trained, codes)
+    if dtype == "nf4":
+        assert codes is not None, "`merged_dtype` refuses other runs"
+        weights = WeightFormat(quant_type=dtype, dtype=compute_dtype.name)
+        write_quantized_folder(folder, opened.source, weights, progress or (lambda *_: None), codes.tensor)
+    else:
+        write_dense_folder(
+            folder,
+            slots,
+            config,
+            compute_dtype=compute_dtype,
+            dtype=jnp.dtype(dtype),
+            adapters=adapters,
+            original=originals,
+            multimodal=(original or opened.source).multimodal,
+        )
     write_tokenizer(folder, tokenizer, opened.source, stop)
     if head is not None and not head.outputs and opened.source.multimodal is None:
         write_sentence_files(folder, head.pooling, opened.features.embed_dim, opened.features.max_positions)
-    return Merge(folder, compute_dtype, trained)
+    return Merge(folder, compute_dtype, trained, codes)
 
 
 def _measure_trained(model: CausalLM, run: Run, measure: Measure) -> tuple[Trained, CausalLM]:

@@ -122,7 +122,10 @@ class RowTransform:
 
     def inverse(self, values: np.ndarray) -> np.ndarray:
         """Converts a tensor from Hugging Face to GGUF, in f32."""
-        values = values.astype(np.float32) + np.float32(self.offset)
+        return self.reordered(values.astype(np.float32) + np.float32(self.offset))
+
+    def reordered(self, values: np.ndarray) -> np.ndarray:
+        """Returns rows of any kind in the order of the file."""
         if self.order is None:
             return values
         rows = np.empty_like(values)

@@ -19,6 +19,7 @@ from gguf.constants import (
 from gguf.gguf_writer import WriterState
 from gguf.quants import quantize
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.atomic_files import staged_file
 from qlora_jax.io.gguf.architectures import Architecture
 from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, number_of_layers
@@ -138,7 +139,9 @@ class _Row(NamedTuple):
         return math.prod(self.shape_in_bytes)
 
 
-def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterable[np.ndarray], dtype: str) -> None:
+def write_gguf(
+    path: Path, spec: GgufSpec, names: Sequence[str], values: Iterable[np.ndarray | GgmlTensor], dtype: str
+) -> None:
     """Writes a file, with one tensor in memory at a time, and reads it back.
 
     As in llama.cpp, matrices are stored in `dtype`, or in float16 if their rows cannot be divided into its blocks;
@@ -147,7 +150,7 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
     Args:
       spec: the file without its weights.
       names: Hugging Face's names of `values`, in order; the experts of a projection follow each other.
-      values: the tensors.
+      values: the tensors; those in codes of `dtype` are stored unchanged.
       dtype: a key of TYPES.
 
     Raises:
@@ -235,8 +238,11 @@ def _kind(tensor: OutputTensor, wanted: GGMLQuantizationType) -> GGMLQuantizatio
     return F16 if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _stored(tensor: OutputTensor, kind: GGMLQuantizationType, value: np.ndarray) -> np.ndarray:
+def _stored(tensor: OutputTensor, kind: GGMLQuantizationType, value: np.ndarray | GgmlTensor) -> np.ndarray:
     """Returns a tensor in the order and type of the file."""
+    if isinstance(value, GgmlTensor):
+        assert value.ggml_type == kind.name, (tensor.name, value.ggml_type, kind)
+        return np.ascontiguousarray(tensor.transform.reordered(np.asarray(value.codes)))
     ordered = np.ascontiguousarray(tensor.transform.inverse(value.reshape(tensor.shape)))
     with np.errstate(over="ignore"):  # the check names the tensor
         stored = np.ascontiguousarray(quantize(ordered, kind))

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -44,6 +44,8 @@ from qlora_jax.quant.nvfp4 import E4M3, quantize_nvfp4
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
 STATE_BYTES = 512  # size of a quant_state: spaces pad its JSON, because the header is written first
+# (slot, index of a name) -> the tensor: codes, or dense values
+Tensors = Callable[[Slot, int], object]
 _NVFP4_WEIGHTS: JsonObject = {
     "num_bits": 4,
     "type": "float",
@@ -62,12 +64,17 @@ _NVFP4_CONFIG: JsonObject = {
 }
 
 
-def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress) -> None:
+def write_quantized_folder(
+    folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress, tensors: Tensors | None = None
+) -> None:
     """Writes config.json and model.safetensors with linear layers quantized to `weights`.
 
     All other tensors, and linear layers that stay dense, are written in `weights.dtype`. So are routed experts, which
     bitsandbytes cannot read in 4 bits; they are quantized when this package loads the folder. A multimodal checkpoint
     keeps its tensors' names, and the tensors of its other parts unchanged.
+
+    Args:
+      tensors: returns the model's tensors, with all projections in codes; None: those of the source.
 
     Raises:
       ValueError: as `load_model`, or the files are in NVFP4 already.
@@ -79,10 +86,12 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
             f"{source.path}: already in NVFP4, and weights are never quantized twice. Use this folder, or the model in "
             "16 bits"
         )
-    weights = with_dense_layers(weights, source, features)
+    if tensors is None:
+        weights = with_dense_layers(weights, source, features)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, features)
-    check_stored_quantization(source, slots)
+    if tensors is None:
+        check_stored_quantization(source, slots)
     names = in_file_order(slots, source.config)
     names_in_file = {} if source.multimodal is None else source.multimodal.names
     text = [
@@ -91,7 +100,7 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
         for spec in _tensor_specs(slot, index, weights, _name(slot.names[index], source.config, names_in_file))
     ]
     others, unchanged = other_tensors(source.multimodal, DTYPES[weights.dtype])
-    written = joined_values(text, _values(source, names, weights, progress), source.config)
+    written = joined_values(text, _values(source, names, weights, progress, tensors), source.config)
     values = itertools.chain(written, unchanged)
     write_safetensors(folder / SINGLE, [*joined_specs(text, source.config), *others], values)
     skipped = _modules_in_16_bits(weights, features, source.config)
@@ -151,7 +160,11 @@ def _tensor_specs(slot: Slot, index: int, weights: WeightFormat, name: str) -> I
 
 
 def _values(
-    source: ModelSource, names: list[tuple[Slot, int]], weights: WeightFormat, progress: Progress
+    source: ModelSource,
+    names: list[tuple[Slot, int]],
+    weights: WeightFormat,
+    progress: Progress,
+    tensors: Tensors | None,
 ) -> Iterator[np.ndarray]:
     total, done = sum(source.tensors[slot.names[index]].nbytes for slot, index in names), 0
     entries = prefetch([source.tensors[slot.names[index]] for slot, index in names])
@@ -163,9 +176,12 @@ def _values(
             yield made.scales
             yield made.of_tensor[None]
         elif spec is not None:
-            yield from _parts(read_quantized(source, entry, spec), weights.dtype)
+            code = read_quantized(source, entry, spec) if tensors is None else tensors(slot, index)
+            assert isinstance(code, QTensor), "all projections are in codes"
+            yield from _parts(code, weights.dtype)
         else:
-            yield rounded(entry.name, entry.read(), written_dtype(slot, DTYPES[weights.dtype]))
+            dense = entry.read() if tensors is None else np.asarray(tensors(slot, index))
+            yield rounded(entry.name, dense, written_dtype(slot, DTYPES[weights.dtype]))
         done += entry.nbytes
         progress(done, total, entry.name)
 

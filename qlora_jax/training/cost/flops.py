@@ -20,6 +20,7 @@ from pallas_kernels.attention.tiling import Tiling
 from pallas_kernels.devices import FUSED_FROM, Device
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.methods.adapter_cost import Work
+from qlora_jax.methods.merge_into import merged_work
 from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import ROUTER
 from qlora_jax.nn.lm_head import tiles as lm_head_tiles
@@ -212,7 +213,8 @@ RECOMPUTED: dict[str, dict[str, Formula]] = {
 
 def method_work(step: StepShape) -> tuple[Work, ...]:
     """Returns the FLOP that the finetuning method adds to a micro-batch, by named scope."""
-    return method_of(step.lora.method).work(step)
+    method = method_of(step.lora.method)
+    return method.work(step) if step.lora.merge_into is None else merged_work(step, method.merged_products)
 
 
 def flops(step: StepShape) -> dict[str, int]:

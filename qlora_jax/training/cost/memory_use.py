@@ -166,7 +166,9 @@ def activation_bytes(step: StepShape) -> dict[str, int]:
     autodiff saves slices of them that the compiler does not recognize as copies.
     """
     found = {name: part(step) for name, part in SAVED[step.remat].items()}
-    return found | (method_of(step.lora.method).saved(step) if step.remat in ("none", "names") else {})
+    if step.lora.merge_into is not None or step.remat not in ("none", "names"):
+        return found
+    return found | method_of(step.lora.method).saved(step)
 
 
 def offloaded_activation_bytes(step: StepShape) -> dict[str, int]:

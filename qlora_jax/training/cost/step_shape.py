@@ -21,6 +21,7 @@ from qlora_jax.config.schema import OptimizerName
 from qlora_jax.data.batching.packing import PRESENT, slot_count
 from qlora_jax.methods.adapter_cost import AdapterShape
 from qlora_jax.methods.attach import abstract_parts
+from qlora_jax.methods.merge_into import merged_shape
 from qlora_jax.methods.method import method_of
 from qlora_jax.models.config import NORM_PLACEMENTS, ROUTER, ExpertsConfig, ModelConfig, WeightFormat
 from qlora_jax.models.partition import ModelParts, is_table, lora_specs, module_of, parts_specs
@@ -242,6 +243,8 @@ class StepShape:
     @functools.cached_property
     def adapter(self) -> AdapterShape:
         """The facts about the adapters."""
+        if self.lora.merge_into is not None:
+            return merged_shape(self.model, self.lora)
         return method_of(self.lora.method).shape(self.model, self.lora)
 
     @property

@@ -25,6 +25,7 @@ MODEL = ModelConfig(
 )
 EVERY = LoraArgs(rank=8, rank_pattern={"down_proj": 16})
 FIXED_A = LoraArgs(method="lora_fa", rank=8)
+MERGED = LoraArgs(rank=8, merge_into="q4_0")
 SOME = LoraArgs(rank=8, target_modules=["q_proj", "v_proj"], dropout=0.1)
 # Of ranks for whose norms no C++ handler multiplies from the codes, which a compiled text would not tell.
 DORA = LoraArgs(method="dora", rank=16, rank_pattern={"down_proj": 12})
@@ -118,6 +119,11 @@ NEW_TOKENS |= {
 IN_HANDLERS = ("names, C++ attention", "full, C++ attention")
 CASES |= {IN_HANDLERS[0]: (MODEL, "names", (2, 2, 320), EVERY), IN_HANDLERS[1]: (MODEL, "full", (1, 2, 100), EVERY)}
 METHODS = {
+    "names, merged": (MODEL, "names", (2, 2, 320), MERGED),
+    "none, merged": (MODEL, "none", (1, 2, 320), MERGED),
+    "full, merged": (MODEL, "full", (1, 2, 320), MERGED),
+    "names, merged dora": (MODEL, "names", (1, 2, 320), dataclasses.replace(DORA, merge_into="q4_0")),
+    "names, merged lora_fa": (MODEL, "names", (1, 2, 320), dataclasses.replace(FIXED_A, merge_into="q4_0")),
     "names, lora_fa": (MODEL, "names", (1, 2, 320), FIXED_A),
     "none, lora_fa": (MODEL, "none", (1, 2, 320), FIXED_A),
     "none, dora": (MODEL, "none", (1, 2, 320), DORA),

@@ -44,6 +44,7 @@ SCOPES = (
     "whole_linear",
     "dora",
     "bottleneck",
+    "merge",
     "lora",
     "router",
     "frozen",
