@@ -172,7 +172,8 @@ def combine_rows(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "M N
 def _combined(y_PN: jax.Array, groups: Groups) -> jax.Array:
     y_MkN = rows_of_pairs(y_PN, groups).reshape(*groups.slot_of_pair_Mk.shape, -1)
     # The order of jnp.sum depends on the number of tokens.
-    return sum(y_MkN[:, choice].astype(jnp.float32) for choice in range(y_MkN.shape[1])).astype(y_PN.dtype)
+    choices = [y_MkN[:, choice].astype(jnp.float32) for choice in range(y_MkN.shape[1])]
+    return functools.reduce(jnp.add, choices).astype(y_PN.dtype)
 
 
 def _combine_forward(y_PN, groups):
