@@ -101,10 +101,10 @@ MUTATIONS = [
         "tests/pallas_kernels/nf4_matmul/test_cpu.py",
     ),
     Mutation(
-        "pallas_kernels/formats/ggml_blocks.py",
-        "jnp.floor(jnp.abs(scaled) + 0.5)",
+        "pallas_kernels/formats/block_encoders.py",
+        "jnp.floor(jnp.abs(scaled) + np.float32(0.5))",
         "jnp.round(jnp.abs(scaled))",
-        "tests/pallas_kernels/formats/test_ggml_tensor.py",
+        "tests/pallas_kernels/formats/test_block_encoders.py",
     ),
     Mutation(
         "qlora_jax/inference/engine/choose.py",

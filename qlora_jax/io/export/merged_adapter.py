@@ -52,7 +52,7 @@ def run_of(opened: OpenedModel) -> Run:
 
 def _own_problems(opened: OpenedModel) -> list[str]:
     run = run_of(opened)
-    method, init = run.lora_args.method, run.lora_args.init
+    method, init, merge_into = run.lora_args.method, run.lora_args.init, run.lora_args.merge_into
     tables = sorted({*filter(is_table, run.lora), *run.tables})
     fix = f"Merge it into a model: qlora-jax export --run {run.path} --format hf"
     problems = {
@@ -60,6 +60,8 @@ def _own_problems(opened: OpenedModel) -> list[str]:
         f"changes cannot be added. {fix}": (METHODS[method].stored_as or method) != "lora",
         f"lora.init={init} moved a part of the base's weights into the adapter. Export it with --format peft, and "
         "merge that": run.initial is not None,
+        f"lora.merge_into={merge_into} trained the base and the adapter merged and rounded, so the adapter alone is "
+        f"not the model. Export it: qlora-jax export --run {run.path}": merge_into,
         f"rows or whole tables of tokens cannot be merged (found {', '.join(tables)}). {fix}": tables,
         "a sequence head cannot be merged (found head.json). Use the run itself": run.head is not None,
     }

@@ -112,6 +112,7 @@ REFUSED = {
         dict(lora_args=LoraArgs(init="pissa"), initial=InitialAdapter(factors={}, subtracted={})),
         ["lora.init=pissa moved a part of the base's weights into the adapter. Export it with --format peft"],
     ),
+    "merged": (dict(lora_args=LoraArgs(merge_into="q4_0")), ["lora.merge_into=q4_0", "Export it"]),
     "head": (dict(head=TrainedHead(objective="regression", described=False)), ["a sequence head cannot be merged"]),
 }
 
