@@ -72,6 +72,7 @@ def test_decoding_has_the_codes_that_training_computed_with(finished):
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_reference_of_preferences_is_the_rounded_base(tmp_path):
     """At the start the model is its reference, to the bit: the log-ratios are those of equal weights."""

@@ -26,6 +26,7 @@ for command, words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_it_is_evaluated_generated_from_and_exported_on_one_device(tmp_path):
     prompts, replies, scores = (tmp_path / name for name in ("prompts.txt", "replies.jsonl", "scores.json"))

@@ -17,6 +17,7 @@ def samples(config) -> list[dict]:
     return read_metrics(f"{config.output}/samples.jsonl")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_evaluation_has_replies_and_the_last_are_what_generate_writes(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))

@@ -77,6 +77,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     return trained(folder / "one", config), config
 
 
+@pytest.mark.exhaustive
 def test_sigterm_to_one_of_two_processes_saves_once_and_one_process_resumes(one: tuple[Path, Config], tmp_path: Path):
     whole, config = one
     run = tmp_path / "two"

@@ -25,6 +25,7 @@ from tests.models.test_prefetched_layers import products_meanwhile
 VOCABULARY = CONFIG["vocab_size"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_scores_and_replies_equal_those_of_experts_on_the_device():
     parts = random_mixture(CONFIG, LORA, dataclasses.replace(OFFLOADED, experts_on_host=False))

@@ -129,6 +129,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_whole_tables(tmp_path: Path, oracle) -> None:
     """Tables that trained whole, with or without rows for new tokens, and rows of the other table."""

@@ -74,6 +74,7 @@ def test_memory_is_linear_in_length():
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("card", ["h100", *(pytest.param(card, marks=pytest.mark.exhaustive) for card in CARDS[1:])])
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_absent_cards_visit_chunks_and_store_no_square(card, window):
     length, heads, kv_heads, head_dim = 4096, 8, 2, 64

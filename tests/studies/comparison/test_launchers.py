@@ -66,6 +66,7 @@ def test_unknown_settings_of_submitit_are_refused(tmp_path):
             pass
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_submitit_and_a_killed_job(runs, tmp_path):
     """The first run fails to start until its job is killed; it is then started again as another job."""

@@ -191,6 +191,7 @@ def check_compiled(config: StepSpec, card: str) -> tuple[float, list[float]]:
 
 
 @needs_compiler
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_small_step_is_compiled_for_two_cards():
     small = real("smollm2-135m", (1, 2), length=256).replace(model=model_config(mesh_config(CUT_VOCABULARY)))

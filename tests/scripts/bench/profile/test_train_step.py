@@ -48,6 +48,7 @@ def profile(tmp_path, *arguments):
     return json.loads(output.read_text()), done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_times_of_a_real_step(tmp_path):
     found, printed = profile(tmp_path, "--steps", "2", "--remat", "full")
