@@ -331,6 +331,8 @@ def next_commands(config: Config, base: JsonObject, *, finished: bool) -> dict[s
 
 def _forms(config: Config) -> tuple[str, ...]:
     """The formats of an export, the best first: that for the very file whose codes a LoRA was trained on, if it can."""
+    if config.lora.merge_into is not None:  # the adapter alone is not the model
+        return ("hf",) if config.lora.merge_into == "nf4" else ("gguf",)
     tables = (*config.model.new_tokens, *config.model.new_special_tokens, *config.lora.modules_to_save)
     is_plain = (METHODS[config.lora.method].stored_as or config.lora.method) == "lora" and not tables
     is_served = config.model.quant_type == STORED and is_gguf(config.model.path)

@@ -27,6 +27,8 @@ def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
     ("path", "quant_type", "lora", "model", "export"),
     [
         ("m.gguf", "stored", dict(), dict(), ["gguf-lora"]),
+        ("m.gguf", "stored", dict(merge_into="q4_0"), dict(), ["gguf"]),
+        ("m", "none", dict(merge_into="nf4"), dict(), ["hf"]),
         ("m.gguf", "stored", dict(method="lora_fa"), dict(), ["gguf-lora"]),
         ("m.gguf", "nf4", dict(), dict(), ["peft", "--with_base"]),
         ("m.gguf", "stored", dict(method="dora"), dict(), ["peft", "--with_base"]),
