@@ -6,7 +6,9 @@ Dimension key: M rows, N out, K in.
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
@@ -72,6 +74,16 @@ def weights_problems(weights: GgmlTensor) -> Iterator[str]:
 def choose_implementation(device: Device, dtype: str) -> str:
     """Returns the fastest implementation for rows of a dtype on a device."""
     return "cpu" if device.platform == "cpu" and dtype in cpu.DTYPES and native_problem() is None else "reference"
+
+
+def dequantize_layer(weights: GgmlTensor, layer: Layer, dtype: DTypeLike) -> Float[Array, "N K"]:
+    """Returns one weight (`layer` None) or one layer of a stack, as `dequantize_ggml` does, by the loops if they can.
+
+    A stack may also have axes of layers and experts; then the result has all experts.
+    """
+    by_layer = len(weights.stack_shape) <= 1
+    name = choose_implementation(target_device(), str(jnp.dtype(dtype))) if by_layer else "reference"
+    return IMPLEMENTATIONS[name].dequantize_layer(weights, layer, dtype)
 
 
 def _run(direction: Direction, rows: jax.Array, weights: GgmlTensor, layer: Layer, implementation: str | None):

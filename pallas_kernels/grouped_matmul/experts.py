@@ -13,14 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dense_matmul import FEW_ROWS, dot
 from pallas_kernels.devices import target_device
-from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.frozen_product import Direction
 from pallas_kernels.ggml_matmul import api as ggml
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul import api as nf4
-from pallas_kernels.nf4_matmul import cpu
 from pallas_kernels.nf4_matmul.dispatch import Call
 
 ExpertWeights = QTensor | GgmlTensor | jax.Array  # 4-bit, ggml's blocks, or dense [S, E, N, K]
@@ -50,29 +48,13 @@ class Kind(NamedTuple):
     call: Callable[[Direction, int, jnp.dtype, Leaf], Call] | None = None
 
 
-def _quantized_expert(flat: QTensor, index: Index, dtype: DTypeLike) -> Float[Array, "N K"]:
-    if _implementation("backward", flat, 1, dtype) == "cpu":
-        return cpu.dequantize_layer(flat, index, dtype)
-    return dequantize(flat.layer(index), dtype)
-
-
 def _quantized_product(x_CK: Float[Array, "C K"], flat: QTensor, index: Index) -> Float[Array, "C N"]:
     return nf4.product("forward", x_CK, flat, index)
 
 
 def _reads_codes(flat: QTensor, rows: int, dtype: DTypeLike) -> bool:
-    chosen = _implementation("forward", flat, rows, dtype)
-    return chosen == "cpu" and rows <= FEW_ROWS
-
-
-def _implementation(direction: Direction, flat: QTensor, rows: int, dtype: DTypeLike) -> str | None:
-    call = Call.of(direction, rows, jnp.dtype(dtype), flat)
-    return nf4.choose_implementation(target_device(), call).name
-
-
-def _ggml_expert(flat: GgmlTensor, index: Index, dtype: DTypeLike) -> Float[Array, "N K"]:
-    chosen = ggml.choose_implementation(target_device(), str(jnp.dtype(dtype)))
-    return ggml.IMPLEMENTATIONS[chosen].dequantize_layer(flat, index, dtype)
+    call = Call.of("forward", rows, jnp.dtype(dtype), flat)
+    return nf4.choose_implementation(target_device(), call).name == "cpu" and rows <= FEW_ROWS
 
 
 def _reads_blocks(flat: GgmlTensor, rows: int, dtype: DTypeLike) -> bool:
@@ -92,7 +74,7 @@ KINDS: dict[type, Kind] = {
     QTensor: Kind(
         shape=lambda weights: weights.shape,
         stack_shape=lambda weights: weights.stack_shape,
-        expert=_quantized_expert,
+        expert=nf4.dequantize_layer,
         product=_quantized_product,
         reads_codes=_reads_codes,
         problems=nf4.weights_problems,
@@ -101,7 +83,7 @@ KINDS: dict[type, Kind] = {
     GgmlTensor: Kind(
         shape=lambda weights: weights.shape,
         stack_shape=lambda weights: weights.stack_shape,
-        expert=_ggml_expert,
+        expert=ggml.dequantize_layer,
         product=_ggml_product,
         reads_codes=_reads_blocks,
         problems=ggml.weights_problems,

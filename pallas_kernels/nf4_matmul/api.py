@@ -7,10 +7,13 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
+from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
@@ -143,6 +146,17 @@ def weights_problems(weights: QTensor) -> Iterator[str]:
         found = tuple(getattr(weights, name).shape)
         if found != (*weights.stack_shape, *wanted):
             yield f"{name} {list(found)}: layout {weights.layout!r} of {weights.shape} (N, K) has shape {list(wanted)}"
+
+
+def dequantize_layer(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Float[Array, "N K"]:
+    """Returns one weight (`layer` None) or one layer of a stack, as `dequantize` does, by the loops if they can.
+
+    A stack may also have axes of layers and experts; then the result has all experts.
+    """
+    choice = choose_implementation(target_device(), Call.of("backward", 1, jnp.dtype(dtype), weights))
+    if choice.name == "cpu" and len(weights.stack_shape) <= 1:
+        return cpu.dequantize_layer(weights, layer, dtype)
+    return dequantize(weights if layer is None else weights.layer(layer), dtype)
 
 
 def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None):

@@ -193,6 +193,7 @@ class WeightOps(NamedTuple):
       product: (direction, rows, stack, layer, FAST or None) -> x W^T (forward) or dy W (backward) in the rows' dtype,
         unchecked.
       dequantize: (weight, dtype) -> the dense weight; dtype None: the compute dtype.
+      dense_layer: (stack, layer) -> the weight of a layer, dequantized in f32; layer None: `stack` is one layer.
       choice: (device, rows, dtype, stack) -> the implementation of `linear`; None: XLA multiplies.
       layout: stack -> the layout of 4-bit codes, which its layers are repacked to; None: blocks and dense weights.
       part: (stack, layer) -> (the stack of one format that has the layer, the layer's index in it).
@@ -209,6 +210,7 @@ class WeightOps(NamedTuple):
     grouped_layer: Callable[[jax.Array, PyTree, Groups, PyTree], jax.Array] = _layer_grouped
     product: Callable[[Direction, jax.Array, PyTree, Layer, str | None], jax.Array] = _refuse
     dequantize: Callable[[PyTree, DTypeLike | None], jax.Array] = _refuse
+    dense_layer: Callable[[PyTree, Layer | None], jax.Array] = _refuse
     choice: Callable[[Device, int, str, PyTree], Choice] | None = None
     layout: Callable[[PyTree], str | None] = lambda stack: None
     part: Callable[[PyTree, int], tuple[PyTree, int]] = lambda stack, layer: (stack, layer)
@@ -340,12 +342,18 @@ def _experts_of_one(x_PK: jax.Array, one: OneLayer, groups: Groups, layer: jax.A
 
 _dequantize_ggml = jax.jit(dequantize_ggml, static_argnames="dtype")
 
-DENSE_OPS = WeightOps(linear=_dense_linear, product=_dense_product, dequantize=lambda weight, dtype: weight)
+DENSE_OPS = WeightOps(
+    linear=_dense_linear,
+    product=_dense_product,
+    dequantize=lambda weight, dtype: weight,
+    dense_layer=lambda stack, layer: select_layer(stack, layer).astype(jnp.float32),
+)
 OPS: dict[type, WeightOps] = {
     QTensor: WeightOps(
         linear=lambda x, weight, layer, fast: nf4.nf4_matmul(x, weight, layer, FAST if fast else None),
         product=nf4.product,
         dequantize=lambda weight, dtype: dequantize(weight, dtype=dtype or weight.dtype),
+        dense_layer=lambda stack, layer: nf4.dequantize_layer(stack, layer, jnp.float32),
         choice=lambda device, rows, dtype, stack: nf4.choose_implementation(
             device, Call.of("forward", rows, dtype, stack)
         ),
@@ -357,12 +365,14 @@ OPS: dict[type, WeightOps] = {
         linear=lambda x, weight, layer, fast: ggml.ggml_matmul(x, weight, layer),
         product=lambda direction, rows, stack, layer, fast: ggml.product(direction, rows, stack, layer),
         dequantize=lambda weight, dtype: _dequantize_ggml(weight, dtype=dtype),
+        dense_layer=lambda stack, layer: ggml.dequantize_layer(stack, layer, jnp.float32),
         choice=lambda device, rows, dtype, stack: Choice(ggml.choose_implementation(device, dtype), {}),
         of_file=True,
     ),
     MixedStack: WeightOps(
         linear=mixed_linear,
         grouped=mixed_grouped,
+        dense_layer=lambda stack, layer: _switch(stack, layer, lambda part, at: ops_of(part).dense_layer(part, at)),
         part=lambda stack, layer: (stack.part_of(layer), stack.locate(layer)[1]),
         with_part=lambda stack, layer, part: stack.with_part(stack.locate(layer)[0], part),
         per_layer=lambda function, stack: stack.in_layer_order([*map(function, stack.parts)]),
@@ -374,5 +384,9 @@ OPS: dict[type, WeightOps] = {
         part=lambda stack, layer: (stack.part_of(layer), layer),
         put=_put_padded,
     ),
-    OneLayer: WeightOps(linear=_of_one, grouped=_experts_of_one),
+    OneLayer: WeightOps(
+        linear=_of_one,
+        grouped=_experts_of_one,
+        dense_layer=lambda one, layer: ops_of(one.weight).dense_layer(one.weight, None),
+    ),
 }

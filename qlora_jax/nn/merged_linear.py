@@ -27,8 +27,7 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.frozen_product import Direction
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
-from qlora_jax.nn.frozen_weight import MixedStack, OneLayer, PaddedStack, Part, Weight, dense_weight, ops_of
-from qlora_jax.nn.variables import select_layer
+from qlora_jax.nn.frozen_weight import MixedStack, OneLayer, Part, Weight, dense_weight, ops_of
 from qlora_jax.quant.encoders import ENCODERS
 
 Kinds = tuple[str, ...]  # the format of each layer, keys of ENCODERS
@@ -118,7 +117,7 @@ def _backward(graphdef, kinds, residuals, dy_MN):
         if given is not None:
             pairs = [(path, leaf.replace(given[path[-1]])) for path, leaf in nnx.to_flat_state(trained)]
             return dx_MK, nnx.from_flat_state(pairs), None
-        weight_NK = _dense_layer(weight, layer)
+        weight_NK = ops_of(weight).dense_layer(weight, layer)
         _, gradient = jax.vjp(lambda leaves: nnx.merge(graphdef, leaves, fixed).merge(weight_NK), trained)
         return dx_MK, *gradient(dot_tn(dy_MN, x_MK)), None
 
@@ -134,7 +133,8 @@ def _one_way(
 
     def product(kind: str) -> jax.Array:
         with jax.named_scope("merge"):
-            codes = _codes(kind, nnx.merge(graphdef, trained, fixed), _dense_layer(weight, layer), str(rows.dtype))
+            weight_NK = ops_of(weight).dense_layer(weight, layer)
+            codes = _codes(kind, nnx.merge(graphdef, trained, fixed), weight_NK, str(rows.dtype))
         with jax.named_scope("frozen"):
             return ops_of(codes).product(direction, rows, codes, None, None)
 
@@ -143,23 +143,6 @@ def _one_way(
         return product(used[0])
     place_L = jnp.asarray([used.index(kind) for kind in kinds], jnp.int32)
     return jax.lax.switch(place_L[layer], [functools.partial(product, kind) for kind in used])
-
-
-def _dense_layer(weight: Weight | OneLayer, layer: Position) -> jax.Array:
-    """Returns one layer's weight, dequantized in f32."""
-    if isinstance(weight, OneLayer):
-        return _in_f32(weight.weight)
-    if isinstance(weight, MixedStack):
-        part, index = weight.locate_traced(layer)
-        return jax.lax.switch(part, [functools.partial(_dense_layer, each) for each in weight.parts], index)
-    if isinstance(weight, QTensor | GgmlTensor):
-        return _in_f32(weight.layer(layer))
-    assert not isinstance(weight, PaddedStack), "experts in host memory are refused"
-    return _in_f32(select_layer(weight, layer))
-
-
-def _in_f32(weight: Part) -> jax.Array:
-    return dense_weight(weight, jnp.float32).astype(jnp.float32)
 
 
 def _codes(kind: str, adapter: Merges, weight_NK: jax.Array, dtype: str) -> QTensor | GgmlTensor:
@@ -183,7 +166,7 @@ def _coded_layers(
 
     def one(given: tuple[jax.Array, nnx.State]) -> Part:
         layer, own = given
-        return _codes(kind, nnx.merge(graphdef, own, fixed), _dense_layer(weight, layer), dtype)
+        return _codes(kind, nnx.merge(graphdef, own, fixed), ops_of(weight).dense_layer(weight, layer), dtype)
 
     own = jax.tree.map(lambda leaf: leaf[layers], trained)
     return _in_preferred_layout(jax.lax.map(one, (layers, own)))

@@ -13,11 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from pallas_kernels.devices import target_device
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, NVFP4_GROUP, PART, fp8_type, nvfp4_blocks, nvfp4_type
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from pallas_kernels.ggml_matmul import cpu, reference
-from pallas_kernels.native.library import problem as loops_problem
+from pallas_kernels.ggml_matmul import api as ggml
 from qlora_jax.io.hf.coded_weights import CodedWeight, Parts, tensor_problems
 from qlora_jax.io.hf.integer_groups import integers
 from qlora_jax.model_source import TensorEntry
@@ -106,8 +104,7 @@ def _coded(shape: tuple[int, int], kind: str, read: Callable[[int, int], np.ndar
 
 @jax.jit
 def _dequantized(weight: GgmlTensor) -> jax.Array:
-    has_loops = target_device().platform == "cpu" and loops_problem() is None
-    return (cpu if has_loops else reference).dequantize_layer(weight, None, np.float32)
+    return ggml.dequantize_layer(weight, None, np.float32)
 
 
 def _matrix(entry: TensorEntry, file_type: str) -> tuple[int, int]:
