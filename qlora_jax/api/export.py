@@ -26,8 +26,8 @@ from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.export.merged import QUANTIZED
 from qlora_jax.io.export.merged_codes import merged_dtype
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_tokenizer
+from qlora_jax.io.hf.quantized_folder import write_quantized_folder
 from qlora_jax.io.loading.progress import SCORING, WEIGHING, StageProgress
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel

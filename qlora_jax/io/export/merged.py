@@ -38,9 +38,9 @@ from qlora_jax.io.gguf.llama_quantizer import SOURCE_DTYPE, check_quantizer, qua
 from qlora_jax.io.gguf.reader import stored_names
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.head_file import Padding, head_padding, padded_tokenizer
-from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.merging import mergeables
 from qlora_jax.io.hf.model_writer import dense_tensors, write_dense_folder, write_tokenizer
+from qlora_jax.io.hf.quantized_folder import write_quantized_folder
 from qlora_jax.io.hf.sentence_files import write_sentence_files
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.loading.progress import StageProgress

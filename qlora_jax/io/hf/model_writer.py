@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Slot
 from qlora_jax.metadata import JsonObject, read_json
 from qlora_jax.model_source import ModelSource, MultimodalParts, TensorEntry, map_bytes
-from qlora_jax.models.config import FUSED_PROJECTIONS
+from qlora_jax.models.config import FUSED_PROJECTIONS, WeightFormat
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, text_config
 from qlora_jax.nn.frozen_weight import Part, dense_weight, ops_of
 
@@ -48,6 +48,22 @@ class TensorSpec(NamedTuple):
     def nbytes(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class CodesForm(NamedTuple):
+    """A form of weights in codes in a folder, such as that of bitsandbytes.
+
+    Attributes:
+      specs: (name of the weight, its shape, format) -> its tensors in the file.
+      quantize: (source, entry, leaf that describes the codes) -> the codes of a weight.
+      values: (codes of a weight, dtype of computation) -> the values of its tensors, in the order of `specs`.
+      config: (format, modules in 16 bits) -> quantization_config.
+    """
+
+    specs: Callable[[str, tuple[int, ...], WeightFormat], Iterator[TensorSpec]]
+    quantize: Callable[..., object]
+    values: Callable[..., Iterator[np.ndarray]]
+    config: Callable[[WeightFormat, list[str]], JsonObject]
 
 
 SHARD = "model-{:05d}-of-{:05d}.safetensors"

@@ -11,7 +11,7 @@ from qlora_jax.api.export import write_export
 from qlora_jax.config.exports import EXPORTS, MIXTURES, ExportOptions, dtype_problems
 from qlora_jax.export import main
 from qlora_jax.io.gguf.writer import TYPES
-from qlora_jax.io.hf.bnb_writer import DTYPES
+from qlora_jax.io.hf.quantized_folder import DTYPES
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.io.rounding import rounded

@@ -10,7 +10,8 @@ import pytest
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.export import main
 from qlora_jax.io.gguf.reader import RowTransform
-from qlora_jax.io.hf import bnb_writer
+from qlora_jax.io.hf.bnb_writer import BITSANDBYTES
+from qlora_jax.io.hf.quantized_folder import FORMS
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.decoder import CausalLM
@@ -70,12 +71,12 @@ def test_a_wrong_code_is_an_error(run, tmp_path, monkeypatch):
             rows[-1, 5] ^= 16
         return rows
 
-    def parts(code, dtype, unchanged=bnb_writer._parts):
+    def parts(code, dtype, unchanged=BITSANDBYTES.values):
         return unchanged(dataclasses.replace(code, codes=code.codes.at[-1, 5].add(16)), dtype)
 
     in_folder = run[2].merge_into == "nf4"
     if in_folder:  # the codes that are written have changes, and those that they are compared with have none
-        monkeypatch.setattr(bnb_writer, "_parts", parts)
+        monkeypatch.setitem(FORMS, "nf4", BITSANDBYTES._replace(values=parts))
     monkeypatch.setattr(RowTransform, "reordered", one_changed)
     with pytest.raises(ValueError, match=r"its codes are not those .*model.layers.1.*: codes that differ: 1"):
         export(run[0], tmp_path / "out", "--format", "hf" if in_folder else "gguf")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qlora_jax.io.hf.bnb_writer import write_quantized_folder
+from qlora_jax.io.hf.quantized_folder import write_quantized_folder
 from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.loading.loader import read_quantized
 from qlora_jax.io.open_model import open_model

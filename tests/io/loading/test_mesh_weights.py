@@ -15,7 +15,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax import model_source
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.hf import reader as hf_reader
-from qlora_jax.io.hf.bnb_writer import write_quantized_folder
+from qlora_jax.io.hf.quantized_folder import write_quantized_folder
 from qlora_jax.io.loading.base_fingerprint import SUFFIX
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model

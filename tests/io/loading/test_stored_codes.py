@@ -15,7 +15,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax import quantize
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.gguf.header import parse_header
-from qlora_jax.io.hf.bnb_writer import write_quantized_folder
+from qlora_jax.io.hf.quantized_folder import write_quantized_folder
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.loading.stored_codes import with_dense_layers, with_stored_codes
 from qlora_jax.io.open_model import open_model

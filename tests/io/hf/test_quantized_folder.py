@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.model_writer import write_config
+from qlora_jax.io.hf.quantized_folder import write_quantized_folder
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.model_source import ModelSource
