@@ -11,7 +11,7 @@ from qlora_jax import evaluate
 from tests.e2e.project import write_model
 from tests.inference.small_run import write_run
 
-ORACLE = Path(__file__).parent.parent / "oracle/lm_eval_hf.py"
+ORACLE = Path(__file__).parent.parent / "oracle/lm_eval_harness.py"
 WORDS = ["sun", "moon", "star", "tree", "river", "stone", "cloud", "light", "water", "fire", "earth", "wind"]
 TASKS = {
     "tiny_choice": """
@@ -117,8 +117,7 @@ def test_the_harness_on_a_server_gives_the_numbers_of_the_adapter(tmp_path, orac
     settings = {"port": 0, "cache": "16MiB", "background": True, "compute_dtype": "float32"}
     with q.serve_models(str(tmp_path / "model"), runs=[str(run)], **settings) as server:
         given = {"url": f"{server.url}/v1/completions", "model": "run", "folder": str(tmp_path / "model")}
-        script = ORACLE.with_name("lm_eval_completions.py")
-        found = oracle(script, **given, positions=256, tasks=names, task_folder=str(tasks))
+        found = oracle(ORACLE, **given, positions=256, tasks=names, task_folder=str(tasks))
     for task, metrics in json.loads(str(found["results"])).items():
         for key, value in metrics.items():
             metric, _, kept = key.partition(",")

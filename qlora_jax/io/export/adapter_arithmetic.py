@@ -40,9 +40,11 @@ def truncate(product: Product, rank: int) -> Truncated:
     """Returns the closest product of a rank, without forming [K, N]; the product itself if its rank is not larger."""
     q_a, r_a = np.linalg.qr(product.a.astype(np.float64))
     q_b, r_b = np.linalg.qr(np.swapaxes(product.b, -1, -2).astype(np.float64))
-    (a, b), kept, whole = truncate_matrices(r_a @ np.swapaxes(r_b, -1, -2), rank)  # Q does not change distances
+    core = r_a @ np.swapaxes(r_b, -1, -2)  # Q does not change distances
     if rank >= product.rank:
+        whole = float(np.sum(np.square(core)))
         return Truncated(product, whole, whole)
+    (a, b), kept, whole = truncate_matrices(core, rank)
     a, b = q_a @ a, b @ np.swapaxes(q_b, -1, -2)
     return Truncated(Product(a.astype(np.float32), b.astype(np.float32)), kept, whole)
 
