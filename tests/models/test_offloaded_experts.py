@@ -85,7 +85,7 @@ def on_host(parts: ModelParts) -> ModelParts:
 @pytest.mark.parametrize(
     "weights",
     [
-        pytest.param(OFFLOADED, marks=pytest.mark.slow),
+        pytest.param(OFFLOADED, marks=EXHAUSTIVE),
         pytest.param(dataclasses.replace(OFFLOADED, quant_type=None), marks=EXHAUSTIVE),
     ],
 )

@@ -11,6 +11,7 @@ from scipy import stats
 
 from qlora_jax.inference.engine.choose import Row, RowState, adjusted, choose, kept_tokens, row_settings, row_state
 from qlora_jax.inference.sampling import GREEDY, Sampling
+from tests.marks import EXHAUSTIVE
 
 ORACLE = Path(__file__).parents[2] / "oracle/sampling_processors.py"
 VOCAB = 5000
@@ -227,7 +228,7 @@ def answers(rows: list[Row], logits: np.ndarray, masks: np.ndarray | None) -> li
     return list(zip(*(np.asarray(leaf).tolist() for leaf in choice), strict=True))
 
 
-EVERY_SIZE = [pytest.param(49_152, [(size, size) for size in range(2, 17)], marks=pytest.mark.slow)]
+EVERY_SIZE = [pytest.param(49_152, [(size, size) for size in range(2, 17)], marks=EXHAUSTIVE)]
 
 
 @pytest.mark.parametrize(("vocab", "batches"), [(9001, [(3, 4), (16, 7)]), *EVERY_SIZE])
