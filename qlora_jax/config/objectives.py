@@ -11,8 +11,9 @@ from qlora_jax.config.fields import BELOW_HALF, NON_NEGATIVE, NOT_EMPTY, POSITIV
 from qlora_jax.config.registry import Registry
 
 # text: one text whose answers are learned. pair: a prompt with a chosen and a rejected answer. labelled: a
-# prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning.
-RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
+# prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning. prompt:
+# a prompt, to which the model itself replies.
+RowKind = Literal["text", "pair", "labelled", "class", "embedding", "prompt"]
 # Values that a row's sequences have besides their ids; see data/labels.py.
 ValueKind = Literal["none", "desirable", "margin", "class", "classes", "number"]
 HEAD_TASKS, LABEL_VALUES = ("labels", "pairs", "embeddings"), ("class", "classes", "number")

@@ -25,6 +25,7 @@ NAMES = (
     *("chip2", "text", "preference", "orca-pairs", "hh-rlhf-pairs", "implicit-prompt", "unpaired-preference"),
     *("messages-label", "question-pair-label", "question-sentence-label", "premise-hypothesis-label"),
     *("sentence-pair-label", "sentence-label", "text-label", "text-label-columns", "triplet", "anchor-positive"),
+    *("prompt", "prompt-messages"),
 )
 ROW_FORMATS: Registry[RowFormatDeclaration] = Registry(
     "qlora_jax.row_formats", RowFormatDeclaration, dict.fromkeys(NAMES, RowFormatDeclaration())

@@ -168,6 +168,7 @@ def load_dataset(
     objective: str = "sft",
     labels: Sequence[str] = (),
     kl_pairs: bool = False,
+    reply_tokens: int = 0,
 ) -> Dataset:
     """Loads the data set that `data` describes: reads, checks and encodes every row, or reads data.cache.
 
@@ -175,13 +176,14 @@ def load_dataset(
       objective: a key of OBJECTIVES, which determines the kind of the rows.
       labels: names of the classes, in order; empty: those in the training data, if the objective has classes.
       kl_pairs: gives each row the completion of another one, too (kl_pairs.py).
+      reply_tokens: positions of data.max_length that prompts leave for a reply.
 
     Raises:
       ValueError: problems of settings, files or rows. All problems of a file's rows are in one error, by line.
     """
     _check_eval_settings(data)
     tokenizer = _with_template(tokenizer, data)
-    source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective))
+    source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective), reply_tokens)
     train, held_out = _prepare_train(source), _prepare_eval(source)
     if kl_pairs:
         train, held_out = ([_paired(split, seed, data) for split in splits] for splits in (train, held_out))
@@ -290,6 +292,7 @@ class _Source(NamedTuple):
     tokenizer: Tokenizer
     objective: str
     labels: tuple[str, ...]
+    reply_tokens: int = 0
 
 
 def _prepare_train(source: _Source) -> list[_Prepared]:
@@ -319,6 +322,7 @@ def _prepare(path: str, split: Split | None, source: _Source, *, in_memory: bool
         data=data,
         objective=source.objective,
         labels=source.labels,
+        reply_tokens=source.reply_tokens,
     )
     if data.cache is None:
         chunks = list(row_chunks(preparation))

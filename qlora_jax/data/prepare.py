@@ -68,6 +68,7 @@ class Preparation:
       hashed: True if the content hashes of its rows are needed.
       objective: a key of OBJECTIVES, which determines the kind of the rows.
       labels: names of the classes, in order.
+      reply_tokens: positions of data.max_length that prompts leave for a reply.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Preparation:
     data: DataArgs
     objective: str = "sft"
     labels: tuple[str, ...] = ()
+    reply_tokens: int = 0
 
     @property
     def use(self) -> RowUse:
@@ -88,7 +90,7 @@ class Preparation:
     def limits(self) -> LengthLimits:
         """Limits on the length of rows."""
         return LengthLimits(
-            max_length=self.data.max_length,
+            max_length=self.data.max_length - max(self.reply_tokens - 1, 0),  # a filler follows the prompt
             overlong=self.data.overlong,
             source=self.data.source_max_length,
             target=self.data.target_max_length,

@@ -10,8 +10,9 @@ class RowUse(NamedTuple):
 
     Fields:
       kind: the kind of its rows.
-      head: True if a head reads the position of each text's last token; False if answers are learned token by token.
-        With a head, each text ends with a filler, an id that is never an input and the only one that is supervised.
+      head: True if a head reads the position of each text's last token, or a reply begins after it; False if answers
+        are learned token by token. With a head, each text ends with a filler, an id that is never an input and the only
+        one that is supervised.
       values: the values that it reads from the rows.
     """
 
@@ -23,7 +24,7 @@ class RowUse(NamedTuple):
 def row_use(objective: str) -> RowUse:
     """Returns the use that an objective makes of its rows."""
     declared = OBJECTIVES[objective]
-    return RowUse(declared.rows, declared.head, declared.values)
+    return RowUse(declared.rows, declared.head or declared.rows == "prompt", declared.values)
 
 
 DESCRIPTIONS: dict[RowKind, str] = {
@@ -32,6 +33,7 @@ DESCRIPTIONS: dict[RowKind, str] = {
     "labelled": "answers with a label, true or false",
     "class": "texts with a label",
     "embedding": "texts that mean the same",
+    "prompt": "prompts to which the model replies",
 }
 # Names of the texts of a row, in the order of its sequences.
 TEXT_NAMES: dict[RowKind, tuple[str, ...]] = {
@@ -40,6 +42,7 @@ TEXT_NAMES: dict[RowKind, tuple[str, ...]] = {
     "labelled": ("answer", "answer of another row"),
     "class": ("text",),
     "embedding": ("anchor", "positive", "negative"),
+    "prompt": ("prompt",),
 }
 
 

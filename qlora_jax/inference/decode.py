@@ -45,10 +45,10 @@ def stream(
     """
     model = combine(parts)
     _check(prompts, max_new_tokens, model)
-    cache_bytes = _cache_bytes(parts, [len(prompt) + max_new_tokens for prompt in prompts])
+    needed = cache_bytes(parts, [len(prompt) + max_new_tokens for prompt in prompts])
     how = {"sampling": sampling, "max_new_tokens": max_new_tokens, "stop_ids": frozenset(stop_ids)}
     each = zip(prompts, _repeats(prompts), strict=True)
-    return Engine(parts, tokenizer, cache_bytes=cache_bytes).stream(
+    return Engine(parts, tokenizer, cache_bytes=needed).stream(
         Request(prompt=ids, repeat=repeat, **how) for ids, repeat in each
     )
 
@@ -72,11 +72,11 @@ class Conversation:
         needed = len(prompt) + request.max_new_tokens
         if self._engine is None or needed > self._positions:
             self._positions = 2 * needed
-            self._engine = Engine(self._parts, self._tokenizer, cache_bytes=_cache_bytes(self._parts, [2 * needed]))
+            self._engine = Engine(self._parts, self._tokenizer, cache_bytes=cache_bytes(self._parts, [2 * needed]))
         return self._engine.stream([request])
 
 
-def _cache_bytes(parts: ModelParts, positions: Sequence[int]) -> int:
+def cache_bytes(parts: ModelParts, positions: Sequence[int]) -> int:
     """Returns the bytes on each device with which no row of so many positions waits for pages."""
     model = combine(parts)
     pages = pages_for(model.config, positions, row_shards(mesh_of(parts)))

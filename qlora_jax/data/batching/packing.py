@@ -203,6 +203,7 @@ class Batch:
       sequences: slot (packing.py) of the branch, or of the whole row, that a position belongs to; S for trunks and
         padding. None if the objective needs no slots.
       slots: by name, `present` (1 for slots in use, otherwise 0) and the rows' values, [A, B, S] or [A, B, S, C].
+      token_values: by name, numbers of each position's target; 0 where there are none.
     """
 
     inputs: Int32[np.ndarray, "A B T"]
@@ -216,6 +217,7 @@ class Batch:
     depths: Int32[np.ndarray, "A B T"] | None = None
     sequences: Int32[np.ndarray, "A B T"] | None = None
     slots: Mapping[str, Float32[np.ndarray, "A B S ..."]] = dataclasses.field(default_factory=dict)
+    token_values: Mapping[str, Float32[np.ndarray, "A B T"]] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -231,4 +233,4 @@ class Batch:
         """Returns the arguments of a compiled step, by name."""
         names = ("inputs", "targets", "weights", "segments", "parents", "depths", "sequences")
         named = {name: getattr(self, name) for name in names}
-        return {name: array for name, array in named.items() if array is not None} | dict(self.slots)
+        return {name: array for name, array in named.items() if array is not None} | {**self.slots, **self.token_values}

@@ -226,6 +226,9 @@ def _write(
             f"{TEMPLATE_CHOICES}."
         )
     tools = read_tools(row) if "tools" in row_format.optional else None
+    if use.kind == "prompt":
+        (text,) = yield [Rendering(_messages(found.prompt), add_generation_prompt=True, tools=tools)]
+        return WrittenRow(None, (text_of(text),), is_plain=False)
     prompt, answers = _messages(found.prompt), [_messages(text) for text in found.texts]
     wholes = [[*prompt, *answer] for answer in answers]
     wanted = [Rendering(whole, tools=tools) for whole in wholes]
@@ -275,7 +278,7 @@ def _plain(found: Texts, use: RowUse, tokenizer: Tokenizer) -> WrittenRow | None
     if not isinstance(prompt, str) or len(texts) < len(found.texts):
         return None
     if use.kind not in ("pair", "labelled"):
-        return WrittenRow(None, tuple(texts), is_plain=True)
+        return WrittenRow(None, (prompt,) if use.kind == "prompt" else tuple(texts), is_plain=True)
     eos = tokenizer.special_tokens.get("eos_token")
     if eos is None:
         raise ValueError("answers in plain text end with eos, and this tokenizer has no eos_token. Add it to its files")

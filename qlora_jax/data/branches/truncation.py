@@ -34,9 +34,10 @@ def fit_branches(
     for row, place in zip(rows, places, strict=True):
         longest = longest_text(len(row.ids), row.branches)
         if longest > limits.max_length:
-            if not limits.overlong.startswith("truncate"):
+            cuts_prompt = use.kind == "prompt" and limits.overlong == "truncate-right"  # the question itself
+            if cuts_prompt or not limits.overlong.startswith("truncate"):
                 overlong += limits.overlong == "drop"
-                problems += [(place, _too_long(longest, limits))] if limits.overlong == "error" else []
+                problems += [(place, _too_long(longest, limits, use))] if limits.overlong != "drop" else []
                 continue
             cut = truncate_texts(row, limits, use)
             if cut is None or (use.kind == "pair" and has_equal_texts(cut)):
@@ -49,7 +50,12 @@ def fit_branches(
     return fitted, equal
 
 
-def _too_long(longest: int, limits: LengthLimits) -> str:
+def _too_long(longest: int, limits: LengthLimits, use: RowUse) -> str:
+    if use.kind == "prompt":
+        return (
+            f"found {longest - 1} tokens in the prompt, expected at most {limits.max_length - 1} (data.max_length less "
+            "rollouts.max_completion_length). Raise data.max_length, or set data.overlong to drop or truncate-left"
+        )
     return (
         f"found {longest} tokens in one text, expected at most {limits.max_length} (data.max_length). Raise it, or set "
         "data.overlong to drop or truncate-right."

@@ -17,6 +17,7 @@ _EXAMPLE_COLUMNS: dict[RowKind, tuple[str, ...]] = {
     "labelled": ("prompt", "completion", "label"),
     "class": ("text", "label"),
     "embedding": ("anchor", "positive"),
+    "prompt": ("prompt",),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from qlora_jax.config.registry import load_implementation
 from qlora_jax.config.row_formats import ROW_FORMATS, RowFormatDeclaration
-from qlora_jax.data.formats import conversations, labelled, preference
+from qlora_jax.data.formats import conversations, labelled, preference, prompts
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
 from qlora_jax.data.formats.columns import text_problems
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
@@ -228,7 +228,7 @@ _FORMS = (
         plain=lambda row: [Segment(row["text"], True)],
     ),
 )
-FORMATS = {row_format.name: row_format for row_format in (*_FORMS, *preference.FORMS, *labelled.FORMS)}
+FORMATS = {row_format.name: row_format for row_format in (*_FORMS, *preference.FORMS, *labelled.FORMS, *prompts.FORMS)}
 # Columns that rows of some format may lack.
 OPTIONAL_COLUMNS = frozenset(name for form in FORMATS.values() for name in form.optional) | {TEMPLATE_KWARGS}
 

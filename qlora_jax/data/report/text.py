@@ -134,6 +134,8 @@ def _quantiles(values: Sequence[int]) -> str:
 
 
 def _supervised(split: SplitReport) -> tuple[str, str]:
+    if "prompt" in split.text_lengths and len(split.text_lengths) == 1:
+        return ("replies", f"sampled after the last token of {split.supervised:,} prompts")
     if split.head_texts:
         return ("read by the head", f"the last position of {split.supervised:,} texts")
     return ("supervised", f"{split.supervised_share:.1%} of {split.tokens:,} targets ({split.supervised:,})")
@@ -249,6 +251,8 @@ def _warning(count: int, what: str) -> list[tuple[str, str]]:
 
 def legend(report: DataReport, marks: tuple[str, str]) -> str:
     """Returns the meaning of the marks, which examples for a head lack."""
+    if report.parts.names == ("prompt",):
+        return "as the model continues it"
     return "as the head reads it" if report.parts.head else f"the loss sees the text in {marks[0]} {marks[1]}"
 
 

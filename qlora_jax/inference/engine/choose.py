@@ -34,12 +34,14 @@ class Row(NamedTuple):
       repeat: number of earlier requests that equal the row's; see Request.
       prompt: ids of the prompt.
       reply: ids of the reply so far.
+      score_draw: see Request.
     """
 
     sampling: Sampling = GREEDY
     repeat: int = 0
     prompt: Sequence[int] = ()
     reply: Sequence[int] = ()
+    score_draw: bool = False
 
 
 class Draws(NamedTuple):
@@ -68,12 +70,16 @@ class Penalties(NamedTuple):
 
 
 class RowSettings(NamedTuple):
-    """Settings of all rows; None for a part that no row needs, which is then not computed."""
+    """Settings of all rows; None for a part that no row needs, which is then not computed.
+
+    `score_factor_R` multiplies the logits of log-probabilities that are reported.
+    """
 
     draws: Draws | None
     filters: Filters | None
     penalties: Penalties | None
     bias_RV: Float[Array, "R V"] | None
+    score_factor_R: Float[Array, " R"] | None
 
 
 class RowState(NamedTuple):
@@ -127,7 +133,10 @@ def row_settings(rows: Sequence[Row], vocab: int) -> RowSettings:
             for token, value in each.logit_bias:
                 dense_RV[row, token] = value
         bias_RV = jnp.asarray(dense_RV)
-    return RowSettings(draws, filters, penalties, bias_RV)
+    factor_R = None
+    if any(row.score_draw and row.sampling.temperature not in (0, 1) for row in rows):
+        factor_R = floats([1 / (row.sampling.temperature or 1) if row.score_draw else 1 for row in rows])
+    return RowSettings(draws, filters, penalties, bias_RV, factor_R)
 
 
 def row_state(rows: Sequence[Row], vocab: int) -> RowState:
@@ -175,6 +184,8 @@ def choose(
     if settings.draws is not None:
         scores_RV = _with_noise(scores_RV, settings.draws, settings.filters, state.index_R)
     token_R = _first_largest(scores_RV)
+    if settings.score_factor_R is not None:
+        logits_RV = _apart(logits_RV * settings.score_factor_R[:, None])
     scored = () if likeliest is None else log_probabilities(logits_RV, token_R, likeliest)
     history_RV = state.history_RV
     if history_RV is not None:

@@ -606,7 +606,8 @@ class Engine:
 def _described(each: Generation) -> Row:
     """Returns what the next token depends on besides the logits."""
     request = each.request
-    return Row(request.sampling, request.repeat, request.prompt, each.generated[: max(0, each.fed)])
+    generated = each.generated[: max(0, each.fed)]
+    return Row(request.sampling, request.repeat, request.prompt, generated, request.score_draw)
 
 
 def _scored(request: Request, choice: Choice, row: int) -> Scored:

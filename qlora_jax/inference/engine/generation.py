@@ -118,7 +118,8 @@ class Generation:
         """Adds a token to the reply and returns its step."""
         request, matcher = self.request, self.matcher
         if token in request.stop_ids or (matcher is not None and matcher.is_over):
-            return self._end("stop", None, None)
+            kept = (token, scored) if request.keep_stop and token in request.stop_ids else (None, None)
+            return self._end("stop", *kept)
         if matcher is not None:
             matcher.accept(token)
             if matcher.problem is not None:

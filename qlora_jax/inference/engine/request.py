@@ -22,10 +22,12 @@ class Request:
       prompt: token ids; at least one.
       max_new_tokens: maximum length of the reply; 0 only scores the prompt.
       stop_ids: ids that end the reply and are not part of it.
+      keep_stop: makes a stop id the last token of its reply.
       stop_texts: texts that end the reply; it ends before the first of them.
       adapter: name of one of the engine's adapters; None: the engine's model without them.
       repeat: number of earlier requests that equal this one; they draw differently with the same seed.
       likeliest: number of likeliest tokens to report with each token's log-probability; None: report neither.
+      score_draw: reports log-probabilities by the logits divided by the temperature.
       score_prompt: reports the log-probability of each token of the prompt, in the first step.
       grammar: restricts the reply's text; None: any text.
     """
@@ -34,16 +36,18 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = GREEDY
     stop_ids: frozenset[int] = frozenset()
+    keep_stop: bool = False
     stop_texts: tuple[str, ...] = ()
     adapter: str | None = None
     repeat: int = 0
     likeliest: int | None = None
+    score_draw: bool = False
     score_prompt: bool = False
     grammar: "Grammar | None" = None
 
 
 class Scored(NamedTuple):
-    """A token's log-probability, by the model's own logits before any setting changes them.
+    """A token's log-probability, by the model's own logits before any setting changes them (see `Request.score_draw`).
 
     Fields:
       token: its id.

@@ -1,0 +1,120 @@
+"""Training rows of sampled replies: the prompt is the trunk of a tree, and each reply a branch, with its sampled ids.
+
+Dimension key: A micro-batches, B rows (prompts) of each, G replies to each prompt, T positions, S = G slots.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from qlora_jax.data.batching.batches import fill_batch
+from qlora_jax.data.batching.packing import NO_ROW, UNIT, Batch
+from qlora_jax.data.branch_tree import Branch, join_branches, lay_out
+from qlora_jax.data.rows import TokenRows
+from qlora_jax.rollouts.sampler import Reply
+
+SAMPLER_LOGPS = "sampler_logps"
+
+
+class Group(NamedTuple):
+    """A prompt and the replies to it.
+
+    Fields:
+      number: of the prompt's row in the data.
+      prompt: its ids.
+      trained: True for each reply whose tokens are trained.
+    """
+
+    number: int
+    prompt: Sequence[int]
+    replies: Sequence[Reply]
+    trained: Sequence[bool]
+
+
+def row_lengths(longest_prompt: int, completion: int, replies: int, most: int) -> tuple[int, ...]:
+    """Returns the padded lengths of rows: at most `most`, evenly spaced up to the longest row that there can be.
+
+    Args:
+      longest_prompt: tokens of the longest prompt.
+      completion: the most tokens of a reply.
+    """
+    longest = longest_prompt - 1 + replies * completion
+    steps = -(-longest // UNIT)
+    return tuple(sorted({-(-steps * part // most) * UNIT for part in range(1, most + 1)}))
+
+
+def replies_batch(
+    groups: Sequence[Group | None],
+    values: Mapping[str, Float[np.ndarray, "groups G"]],
+    lengths: Sequence[int],
+    shape: tuple[int, int],
+    pad_id: int,
+    position: dict[str, int],
+) -> Batch:
+    """Returns the batch [A, B, T] of groups, in order; None is a gap.
+
+    Args:
+      values: numbers of each reply, for the batch's slots.
+      lengths: padded lengths, ascending; the batch has the smallest that its rows fit.
+      shape: (A, B).
+      position: of the data, after these prompts.
+    """
+    filled = [index for index, group in enumerate(groups) if group is not None]
+    kept = [group for group in groups if group is not None]
+    rows = _token_rows(kept, {name: array[filled] for name, array in values.items()})
+    chosen = np.full(len(groups), NO_ROW)
+    chosen[filled] = np.arange(len(kept))
+    chosen = chosen.reshape(*shape, 1)
+    length = next(each for each in lengths if each >= rows.lengths.max())
+    batch = fill_batch(rows, chosen, length, pad_id, sequences=len(kept[0].replies), position=position)
+    return with_token_values(batch, SAMPLER_LOGPS, _sampler_logps(rows, kept, chosen, length))
+
+
+def with_token_values(batch: Batch, name: str, values_ABT: Float[np.ndarray, "A B T"]) -> Batch:
+    """Returns the batch with numbers for each of its targets."""
+    return dataclasses.replace(batch, token_values={**batch.token_values, name: values_ABT})
+
+
+def _token_rows(groups: Sequence[Group], values: Mapping[str, np.ndarray]) -> TokenRows:
+    ids = [_flat(group, [reply.ids for reply in group.replies], group.prompt) for group in groups]
+    return TokenRows(
+        ids=np.concatenate(ids).astype(np.int32),
+        supervised=np.concatenate(
+            [
+                _flat(group, [[on] * len(reply.ids) for reply, on in zip(group.replies, group.trained, strict=True)])
+                for group in groups
+            ]
+        ).astype(bool),
+        starts=np.concatenate([[0], np.cumsum([len(each) for each in ids])]),
+        numbers=np.array([group.number for group in groups], np.int64),
+        lines=np.zeros(len(groups), np.int64),
+        files=(),
+        branches=join_branches([_branches(group) for group in groups]),
+        values={name: array.astype(np.float32) for name, array in values.items()},
+    )
+
+
+def _branches(group: Group) -> list[Branch]:
+    depth = len(group.prompt) - 1
+    sizes = [1 + len(reply.ids) for reply in group.replies]
+    return [Branch(depth + begin, depth) for begin in np.cumsum([0, *sizes[:-1]]).tolist()]
+
+
+def _flat(group: Group, of_replies: Sequence[Sequence[float]], of_prompt: Sequence[int] | None = None) -> np.ndarray:
+    """Returns the numbers of a row's ids: of the trunk, and of each branch, which begins with the prompt's last id."""
+    prompt = np.zeros(len(group.prompt)) if of_prompt is None else np.asarray(of_prompt)
+    return np.concatenate([prompt[:-1], *(part for own in of_replies for part in (prompt[-1:], own))])
+
+
+def _sampler_logps(rows: TokenRows, groups: Sequence[Group], chosen: np.ndarray, length: int) -> np.ndarray:
+    found = np.zeros((*chosen.shape[:2], length), np.float32)
+    for (*place, _), index in np.ndenumerate(chosen):
+        if index != NO_ROW:
+            group = groups[index]
+            logps = _flat(group, [reply.logps for reply in group.replies]).astype(np.float32)
+            targets = lay_out(logps, *rows.row(index)[1:], rows.branches_of(index)).targets
+            found[*place, : len(targets)] = targets
+    return found

@@ -1,0 +1,110 @@
+"""Samples the replies to prompts with the model that is being trained: no second copy of its weights, no cache after.
+
+Draws depend on the seed, the prompt and the number of the reply alone, not on what is sampled beside them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qlora_jax.config.rollouts import RolloutArgs
+from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.inference.decode import cache_bytes
+from qlora_jax.inference.engine.engine import Engine
+from qlora_jax.inference.engine.request import EndReason, Request, Step
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.models.partition import ModelParts
+
+
+class Reply(NamedTuple):
+    """A sampled reply.
+
+    Fields:
+      ids: its tokens, the stop id at its end included.
+      logps: log p of each token when it was drawn, by the logits divided by the temperature.
+      text: without the stop id.
+      end: why it ended; "stop" if the model ended it.
+    """
+
+    ids: list[int]
+    logps: list[float]
+    text: str
+    end: EndReason
+
+    @property
+    def is_cut(self) -> bool:
+        """True if it ended before the model ended it."""
+        return self.end != "stop"
+
+
+def sampling_of(settings: RolloutArgs, seed: int) -> Sampling:
+    """Returns the settings of one prompt's draws."""
+    kept = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p}
+    return Sampling(temperature=settings.temperature, seed=seed, **kept)
+
+
+def draw_seed(*numbers: int) -> int:
+    """Returns the seed of the draws that these numbers name, such as (the run's seed, step, row)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def sample_replies(
+    parts: ModelParts,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    samplings: Sequence[Sampling],
+    settings: RolloutArgs,
+    *,
+    count: int,
+    stop_ids: frozenset[int],
+    go_on: Callable[[int], None] = lambda replies: None,
+) -> list[list[Reply]]:
+    """Returns `count` replies to each prompt, which is computed once for all of them.
+
+    Args:
+      parts: the model, with its adapter.
+      samplings: settings of each prompt's draws.
+      go_on: called after each token of all replies with the number of complete replies; it raises to end the sampling.
+
+    Raises:
+      ValueError: the cache has no room for one reply.
+    """
+    length = settings.max_completion_length
+    needed = cache_bytes(parts, [len(prompt) + length for prompt in prompts for _ in range(count)])
+    engine = Engine(parts, tokenizer, cache_bytes=min(needed, parse_bytes(settings.cache)))
+    requests = [
+        Request(
+            prompt=prompt,
+            max_new_tokens=length,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            keep_stop=True,
+            repeat=repeat,
+            likeliest=0,
+            score_draw=True,
+        )
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+        for repeat in range(count)
+    ]
+    steps: list[list[Step]] = [[] for _ in requests]
+    done = 0
+    for step in engine.stream(requests):
+        steps[step.request].append(step)
+        done += step.end is not None
+        go_on(done)
+    replies = [_reply(own) for own in steps]
+    return [replies[at : at + count] for at in range(0, len(replies), count)]
+
+
+def _reply(steps: Sequence[Step]) -> Reply:
+    drawn = [step.scored for step in steps if step.token is not None and step.scored is not None]
+    end = steps[-1].end
+    assert end is not None
+    return Reply(
+        ids=[scored.token for scored in drawn],
+        logps=[scored.log_p for scored in drawn],
+        text="".join(step.text for step in steps),
+        end=end,
+    )
