@@ -19,6 +19,7 @@ COMMAND = Command(
         "resume": "continue from the newest checkpoint in the run folder: --config RUN/config.yaml --resume",
         "dry_run": "print the data report and memory plan, write report.html and report.json, then stop",
         "oversized": "start even if the memory plan says that the run does not fit",
+        "accept_changed_reward": "with --resume: go on although a file of reward functions has changed",
     },
 )
 
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> None:
     from qlora_jax.training.run import dry_run, train
 
     runtime.start()
-    run, settings = Path(config.output), {"resume": "resume" in flags, "oversized": "oversized" in flags}
+    run = Path(config.output)
+    settings = {name: name in flags for name in ("resume", "oversized", "accept_changed_reward")}
     hosts = config.hosts
     place = find_place(hosts.launcher, hosts.coordinator, hosts.processes, hosts.process)
     devices = None if isinstance(hosts.devices, str) else hosts.devices

@@ -1,33 +1,29 @@
-"""Declares the settings of rollouts: how the model samples the replies that it learns from. Section `rollouts`."""
+"""Declares the settings of rollouts, the replies that a policy samples: section `rollouts`, with TRL's names."""
 
 import dataclasses
 
-from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, POSITIVE, UP_TO_ONE, setting
+from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, BELOW_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, Bound, setting
 
-FULL = "; any restriction makes the sampler another distribution than the one that the loss scores"
+_PART = Bound("more than 0, up to 1", lambda value: 0 < value <= 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutArgs:
-    """Replies that grpo samples to each prompt, with TRL's names and defaults (docs/rl.md)."""
+    """Sampling of replies to prompts. With top_p, top_k or min_p, losses score another distribution than the drawn."""
 
-    num_generations: int = setting(
-        "replies to each prompt, which are compared with each other", 8, AT_LEAST_TWO, common="replies to each prompt"
+    num_generations: int = setting("replies to each prompt, whose rewards are compared", 8, AT_LEAST_TWO)
+    max_completion_length: int = setting("maximum tokens per reply", 512, AT_LEAST_ONE)
+    temperature: float = setting("logits are divided by it, in sampling and in the loss", 1.0, POSITIVE)
+    top_p: float = setting(
+        "sample from the likeliest tokens of this total probability; below 1, the loss scores another distribution "
+        "than the one drawn from",
+        1.0,
+        _PART,
     )
-    max_completion_length: int = setting(
-        "maximum tokens per reply; data.max_length limits prompt and reply together",
-        512,
-        AT_LEAST_ONE,
-        common="maximum tokens per reply",
-    )
-    temperature: float = setting("temperature of the draws; the loss divides the logits by it, too", 1.0, POSITIVE)
-    top_p: float = setting(f"draws from the fewest likeliest tokens with this probability{FULL}", 1.0, UP_TO_ONE)
-    top_k: int = setting(f"draws from this many likeliest tokens; 0: all{FULL}", 0, NON_NEGATIVE)
+    top_k: int = setting("sample from this many likeliest tokens, with the same caveat; 0: all", 0, NON_NEGATIVE)
     min_p: float = setting(
-        f"draws from tokens with at least this share of the likeliest token's probability; 0: all{FULL}", 0.0, UP_TO_ONE
+        "sample from tokens of at least this fraction of the largest probability, with the same caveat; 0: all",
+        0.0,
+        BELOW_ONE,
     )
-    cache: str = setting(
-        "device memory for keys and values while replies are sampled, such as 512MiB. Replies wait for room in it. It "
-        "is free while the gradient is computed",
-        "1GiB",
-    )
+    cache: str = setting("limit of the bytes of keys and values of all replies", "1GiB", NOT_EMPTY)

@@ -121,7 +121,7 @@ class Dataset:
             accumulation=self.accumulation,
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
-            pad_id=_padding(self.tokenizer),
+            pad_id=padding_id(self.tokenizer),
             position=position,
         )
 
@@ -137,7 +137,7 @@ class Dataset:
             yield from self._once(rows, batch_size)
 
     def _once(self, rows: TokenRows, batch_size: int) -> Iterator[Batch]:
-        padding = _padding(self.tokenizer)
+        padding = padding_id(self.tokenizer)
         return eval_batches(rows, self.eval_buckets, batch_size=batch_size, pad_id=padding, sequences=self.sequences)
 
     def with_values(self, name: str, values: ValuesByNumber) -> "Dataset":
@@ -400,7 +400,7 @@ def _rounded_up(length: int) -> int:
     return -(-length // UNIT) * UNIT
 
 
-def _padding(tokenizer: Tokenizer) -> int:
+def padding_id(tokenizer: Tokenizer) -> int:
     """Returns a padding id. Any id works, because padding is masked by length."""
     named = (tokenizer.pad_id, tokenizer.eos_id, 0)
     return next(token for token in named if token is not None)

@@ -5,17 +5,20 @@ For a model on a mesh, shapes have shardings, and bytes are those of one device.
 Dimension key: B, T tokens of a call, R rows whose next token is wanted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from pallas_kernels import aot
+from qlora_jax import runtime
 from qlora_jax.inference.engine.programs import (
     PROMPT_TOKENS,
     ROW_COUNTS,
     advance,
     cache_shapes,
+    page_bytes,
     pages_for,
     prompt_call,
     round_up,
@@ -48,6 +51,29 @@ class LoweredProgram(NamedTuple):
     live_bytes: int
 
 
+class ProgramMemory(NamedTuple):
+    """Device memory that programs need in addition to the model and its state.
+
+    Fields:
+      size: bytes.
+      program: the program that needs most.
+    """
+
+    size: int
+    program: str
+
+
+def most_memory(name: str, programs: Iterable[LoweredProgram]) -> ProgramMemory:
+    """Compiles programs, and returns the most memory that one of them needs; `name` is what they are for."""
+    found = []
+    for program in programs:
+        memory = aot.read_memory(program.lowered.compile().memory_analysis()).device
+        size = program.live_bytes + memory.temporaries + memory.outputs - memory.aliases
+        found.append(ProgramMemory(size, f"{name}, {program.shape}"))
+    runtime.give_memory_back()
+    return max(found)
+
+
 def lower_program(
     shape: str,
     function: ModelFunction,
@@ -67,13 +93,14 @@ def lower_program(
 
 
 def lower_decoding(
-    parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int, cache_bytes: int | None = None
 ) -> Iterator[LoweredProgram]:
     """Lowers the two largest programs of decoding: the longest call for prompts, and the one for all rows' next tokens.
 
     Args:
       parts: arrays, or ShapeDtypeStructs.
       prompts: token ids of the prompts of one batch.
+      cache_bytes: limit of the cache on each device; None: as large as these prompts need.
     """
     devices, config = row_shards(mesh_of(parts)), config_of(parts)
     positions = [min(len(prompt) + max_new_tokens, config.max_positions) for prompt in prompts]
@@ -81,7 +108,9 @@ def lower_decoding(
     rows, tokens = round_up(len(of_device), ROW_COUNTS), prompt_call(min(sum(of_device), PROMPT_TOKENS[-1]))
     decoding, added_bytes = _decoding_shapes(parts)
     dtype = jax.eval_shape(lambda parts: combine(parts).model.embed_tokens.weight[...], decoding).dtype
-    pages, blocks = devices * pages_for(config, positions, devices), table_blocks(max(positions), config)
+    needed, blocks = pages_for(config, positions, devices), table_blocks(max(positions), config)
+    most = needed if cache_bytes is None else cache_bytes // page_bytes(config, dtype)
+    pages = devices * min(needed, most)
     calls = [("prompts", (devices, tokens), 1 if len(of_device) == 1 else ROW_COUNTS[-1])]
     for name, size, each in [*calls, ("replies", (devices * rows, 1), rows)]:
         tokens_BT, last_R = np.zeros(size, np.int32), np.zeros(devices * each, np.int32)

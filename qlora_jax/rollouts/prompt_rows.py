@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.formats.columns import rename_columns
-from qlora_jax.data.formats.prompts import FORMS, asked
+from qlora_jax.data.formats.prompts import asked
 from qlora_jax.data.readers.files import Row, stream_rows
 from qlora_jax.data.rows import File
 from qlora_jax.metadata import JsonObject
@@ -18,29 +18,39 @@ class PromptRows:
     """Rows of prompts by their numbers, counted over all files.
 
     Attributes:
-      column: the column that has the prompt.
+      files: the files, in ascending order of their first numbers.
+      columns: of each file, the column that has the prompt.
     """
 
-    column: str
     rows: Mapping[int, JsonObject]
+    files: Sequence[File]
+    columns: Mapping[str, str]
 
     def prompt(self, number: int) -> Prompt:
         """Returns a row's prompt: a text, or messages up to where the assistant replies."""
-        found = self.rows[number][self.column]
+        found = self.rows[number][self._column(number)]
         return asked(found) if isinstance(found, list) else found
 
-    def columns(self, number: int) -> dict[str, object]:
+    def others(self, number: int) -> dict[str, object]:
         """Returns a row's other columns."""
-        return {name: value for name, value in self.rows[number].items() if name not in ("prompt", self.column)}
+        return {name: value for name, value in self.rows[number].items() if name != self._column(number)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The other columns that every row has."""
+        found = [set(self.others(number)) for number in self.rows]
+        return tuple(sorted(set[str].intersection(*found))) if found else ()
+
+    def _column(self, number: int) -> str:
+        return self.columns[[file for file in self.files if file.first <= number][-1].path]
 
 
-def read_prompt_rows(data: DataArgs, files: Sequence[File], form: str) -> PromptRows:
+def read_prompt_rows(data: DataArgs, files: Sequence[File], forms: Mapping[str, str]) -> PromptRows:
     """Reads the rows of files that `load_dataset` has checked.
 
     Args:
-      form: name of their format.
+      forms: name of each file's format.
     """
-    (column,) = next(row_format.required for row_format in FORMS if row_format.name == form)
     rows: dict[int, JsonObject] = {}
     for file in files:
         names = data.columns_of(file.path)
@@ -48,4 +58,5 @@ def read_prompt_rows(data: DataArgs, files: Sequence[File], form: str) -> Prompt
             if isinstance(row, Row):
                 renamed = rename_columns(row.data, names, "data.columns", (*names,)) if names else row.data
                 rows[file.first + row.place.number] = renamed
-    return PromptRows(column=column, rows=rows)
+    columns = {path: "messages" if form == "prompt-messages" else "prompt" for path, form in forms.items()}
+    return PromptRows(rows=rows, files=files, columns=columns)

@@ -14,9 +14,8 @@ from qlora_jax.data.batching.batches import fill_batch
 from qlora_jax.data.batching.packing import NO_ROW, UNIT, Batch
 from qlora_jax.data.branch_tree import Branch, join_branches, lay_out
 from qlora_jax.data.rows import TokenRows
+from qlora_jax.objectives.policy_gradient import SAMPLER_LOGPS
 from qlora_jax.rollouts.sampler import Reply
-
-SAMPLER_LOGPS = "sampler_logps"
 
 
 class Group(NamedTuple):
@@ -51,8 +50,9 @@ def replies_batch(
     values: Mapping[str, Float[np.ndarray, "groups G"]],
     lengths: Sequence[int],
     shape: tuple[int, int],
+    *,
     pad_id: int,
-    position: dict[str, int],
+    position: dict[str, int] | None,
 ) -> Batch:
     """Returns the batch [A, B, T] of groups, in order; None is a gap.
 

@@ -1,9 +1,11 @@
 """The training loop: takes batches, reports metrics, saves checkpoints, and can stop after any step."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 
 from qlora_jax.data.batching.batches import START
 from qlora_jax.data.batching.packing import Batch
+from qlora_jax.inference.lowering import ProgramMemory
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.objectives.router_losses import step_arrays, unrouted
@@ -22,6 +25,7 @@ from qlora_jax.training.loss_scale import LEAST, LOSS_SCALE, SKIPPED, LossScale,
 from qlora_jax.training.metrics.memory_watch import memory_in_use
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
+from qlora_jax.training.rollout_step import held_out_rewards, roll_out
 from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
 from qlora_jax.training.session import Session
 
@@ -92,17 +96,61 @@ def run_steps(
     settings = session.run.config.train
     if state.step == 0 or state.evaluation_due:
         state = evaluate(session, state, checkpoints, reporter, stop)
-    for batch, data_seconds in timed(session.run.inputs.dataset.train_batches(state.position)):
+    together = 1 if session.run.inputs.rollouts is None else session.run.config.policy.steps_per_generation
+    for batches, data_seconds in timed(itertools.batched(session.run.inputs.dataset.train_batches(state.position), together)):
         if state.step >= session.run.total_steps or stop() or state.best.should_stop(settings.patience):
             break
         before_step()
-        state = train_step(session, state, batch, data_seconds, reporter)
+        if session.run.inputs.rollouts is None:
+            state = train_step(session, state, batches[0], data_seconds, reporter)
+        else:
+            try:
+                state = _train_on_replies(session, state, batches, data_seconds, reporter, stop)
+            except _Stopped:
+                break
         if _is_evaluated(session, state.step):  # before the checkpoint, which then counts this evaluation as done
             state = evaluate(session, state, checkpoints, reporter, stop)
         if settings.save_every and state.step % settings.save_every == 0:
             save(session, state, checkpoints, reporter)
     save(session, state, checkpoints, reporter)
     return state
+
+
+def _train_on_replies(
+    session: Session,
+    state: TrainState,
+    prompts: Sequence[Batch],
+    data_seconds: float,
+    reporter: TrainingReporter,
+    stop: Callable[[], bool],
+) -> TrainState:
+    """Samples replies to prompts, and takes the optimizer steps of their rollout phase.
+
+    Raises:
+      _Stopped: `stop()` returned True while replies were sampled, before any step.
+    """
+    state = _room_for(session, state, session.run.rollout_memory)
+    left = session.run.total_steps - state.step
+    passes = session.run.config.policy.num_iterations
+    steps = roll_out(session, state, prompts[: -(-left // passes)], _progress(reporter, stop))
+    for batch, record in steps:
+        state = train_step(session, state, batch, data_seconds, reporter, record)
+        data_seconds = 0.0
+    for batch, _ in steps * (passes - 1):
+        state = train_step(session, state, batch, 0.0, reporter)
+    return state
+
+
+def _progress(reporter: TrainingReporter, stop: Callable[[], bool]) -> Callable[[str], None]:
+    """Returns a function that shows the progress, and raises _Stopped if `stop()` returns True."""
+
+    def go_on(text: str = "") -> None:
+        if stop():
+            raise _Stopped
+        if text:
+            reporter.evaluation_progress(text)
+
+    return go_on
 
 
 def _is_evaluated(session: Session, step: int) -> bool:
@@ -119,9 +167,19 @@ def timed[T](batches: Iterable[T]) -> Iterator[tuple[T, float]]:
 
 
 def train_step(
-    session: Session, state: TrainState, batch: Batch, data_seconds: float, reporter: TrainingReporter
+    session: Session,
+    state: TrainState,
+    batch: Batch,
+    data_seconds: float,
+    reporter: TrainingReporter,
+    found: Mapping[str, object] = MappingProxyType({}),
 ) -> TrainState:
-    """Runs one optimizer step and reports it; `data_seconds` is the time waited for its batch."""
+    """Runs one optimizer step and reports it.
+
+    Args:
+      data_seconds: time waited for the batch.
+      found: further entries of the step's record.
+    """
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, state.step)
     optimizer_state, room, sent = session.state_manager.make_room(state.optimizer_state, batch.inputs.shape)
@@ -153,6 +211,7 @@ def train_step(
             "length": batch.inputs.shape[-1],
             "seconds": seconds,
             "data_seconds": data_seconds,
+            **found,
         }
         | step_metrics(session.run.inputs.objective, unrouted(loss.outputs), batch.slots)
         | router_metrics(loss.outputs, session.run.inputs.model.experts)
@@ -198,7 +257,9 @@ def evaluate(
     Saves a checkpoint if the loss is the lowest so far and `train.keep_best` is set. If `stop()` returns True, it
     reports nothing and returns a state whose evaluation is due.
     """
-    state = _room_for_questions(session, state)
+    questions = session.run.inputs.questions
+    if questions is not None:
+        state = _room_for(session, state, questions.memory(session.parts.with_lora(state.lora)))
     try:
         replies, found = _measure(session, state, reporter, stop)
     except _Stopped:
@@ -218,10 +279,9 @@ def evaluate(
     return state
 
 
-def _room_for_questions(session: Session, state: TrainState) -> TrainState:
-    if session.run.inputs.questions is None:
-        return state
-    required = session.run.inputs.questions.memory(session.parts.with_lora(state.lora)).size
+def _room_for(session: Session, state: TrainState, memory: ProgramMemory | None) -> TrainState:
+    """Returns the state with so much of the optimizer's in host memory that a program has room, if it is paged."""
+    required = 0 if memory is None else memory.size
     optimizer_state, _, _ = session.state_manager.make_room(state.optimizer_state, required)
     return dataclasses.replace(state, optimizer_state=optimizer_state)
 
@@ -234,17 +294,15 @@ def _measure(
     Raises:
       _Stopped: `stop()` returned True.
     """
-
-    def go_on(text: str = "") -> None:
-        if stop():
-            raise _Stopped
-        if text:
-            reporter.evaluation_progress(text)
-
-    parts = session.parts.with_lora(state.lora)
-    go_on()
+    go_on, parts = _progress(reporter, stop), session.parts.with_lora(state.lora)
+    go_on("")
     replies = [] if session.run.inputs.samples is None else session.run.inputs.samples.replies(parts, state.step)
-    found = {} if session.run.inputs.dataset.eval is None else held_out_metrics(session, state.lora, go_on)
+    found: dict[str, float] = {}
+    if session.run.inputs.dataset.eval is not None and session.run.inputs.rollouts is not None:
+        shown, found = held_out_rewards(session, state.lora, state.step, go_on)
+        replies = [*replies, *shown]
+    elif session.run.inputs.dataset.eval is not None:
+        found = held_out_metrics(session, state.lora, go_on)
     if session.run.inputs.questions is not None:
         found |= session.run.inputs.questions.metrics(parts, go_on)
     return replies, found

@@ -1,17 +1,15 @@
 """Asks a run's questions and samples replies at every evaluation; questions are scored as `evaluate` does."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
-from pallas_kernels import aot
-from qlora_jax import runtime
 from qlora_jax.config import QuestionArgs
 from qlora_jax.config.schema import TrainArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.registry import build_tasks
 from qlora_jax.evaluation.task import AnyTask, TaskContext
 from qlora_jax.inference.decode import generate
+from qlora_jax.inference.lowering import ProgramMemory, most_memory
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, stop_ids
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.inference.sampling import Sampling
@@ -21,24 +19,12 @@ from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.step_metrics import flatten_metrics
 
 
-class QuestionMemory(NamedTuple):
-    """Device memory that questions need in addition to the model and its state.
-
-    Fields:
-      size: bytes.
-      program: the program that needs most.
-    """
-
-    size: int
-    program: str
-
-
 class Questions:
     """The questions of a run."""
 
     def __init__(self, tasks: Sequence[AnyTask]):
         self.tasks = tasks
-        self._memory: QuestionMemory | None = None
+        self._memory: ProgramMemory | None = None
 
     def metrics(self, parts: ModelParts, report: Callable[[str], None]) -> dict[str, float]:
         """Asks the questions and returns their metrics as in metrics.jsonl.
@@ -56,23 +42,15 @@ class Questions:
             found |= flatten_metrics(task.name, task.metrics(scores))
         return found
 
-    def memory(self, parts: ModelParts) -> QuestionMemory:
+    def memory(self, parts: ModelParts) -> ProgramMemory:
         """The most memory that any of their programs needs; compiles them on the first call.
 
         Args:
           parts: the run's model at any step, or ShapeDtypeStructs.
         """
         if self._memory is None:
-            self._memory = max(self._memory_of_programs(parts))
-            runtime.give_memory_back()
+            self._memory = max(most_memory(f"questions.{task.name}", task.lower(parts)) for task in self.tasks)
         return self._memory
-
-    def _memory_of_programs(self, parts: ModelParts) -> Iterator[QuestionMemory]:
-        for task in self.tasks:
-            for program in task.lower(parts):
-                memory = aot.read_memory(program.lowered.compile().memory_analysis()).device
-                size = program.live_bytes + memory.temporaries + memory.outputs - memory.aliases
-                yield QuestionMemory(size, f"questions.{task.name}, {program.shape}")
 
 
 def open_questions(

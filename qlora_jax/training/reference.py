@@ -28,7 +28,8 @@ from qlora_jax.hosts.group import Group
 from qlora_jax.inference.result_cache import SUFFIX, code_digest, digest, read_result, write_result
 from qlora_jax.io.run_folder.start_parameters import NO_CHANGE, read_start, start_digest, write_start
 from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts
-from qlora_jax.objectives.objective import REFERENCE, needs_reference, read_by_outputs
+from qlora_jax.objectives.objective import REFERENCE, needs_reference, read_by_outputs, token_values
+from qlora_jax.objectives.policy_gradient import REFERENCE_LOGPS
 from qlora_jax.training.device_mesh import is_row, place_batch, rows_of_batch
 from qlora_jax.training.programs import ForwardBatch
 from qlora_jax.training.resume import TrainState
@@ -120,7 +121,7 @@ class ReferenceStopped(Exception):
 def with_initial(session: Session, resumed: Path | None) -> Session:
     """Returns the session with its initial parameters and their digest, if its objective has a reference.
 
-    They stay in host memory if there are held-out rows, which are compared with them.
+    They stay in host memory if there are held-out rows, which are compared with them, or if each step reads them.
 
     A resumed run has them again: from RUN/start.safetensors, otherwise from the seed, RUN/initial.safetensors or
     `lora.start`.
@@ -131,13 +132,15 @@ def with_initial(session: Session, resumed: Path | None) -> Session:
     Raises:
       ValueError: RUN/start.safetensors is damaged.
     """
-    if not needs_reference(session.run.inputs.objective):
+    objective = session.run.inputs.objective
+    if not needs_reference(objective) and REFERENCE_LOGPS not in token_values(objective):
         return session
     start = None if resumed is None else read_start(resumed)
     if start is not None:
         session = dataclasses.replace(session, parts=session.parts.with_lora(_placed(start, session.parts.lora)))
-    lora, has_held_out = session.parts.lora, session.run.inputs.dataset.eval is not None
-    reference = ReferenceParameters.of(lora, session.run.mesh) if has_held_out else None
+    lora = session.parts.lora
+    is_read = session.run.inputs.dataset.eval is not None or not needs_reference(objective)
+    reference = ReferenceParameters.of(lora, session.run.mesh) if is_read else None
     return dataclasses.replace(session, initial_digest=start_digest(lora), reference=reference)
 
 
@@ -183,7 +186,7 @@ def with_reference(
       OSError: the values cannot be stored.
     """
     is_over = state.step >= session.run.total_steps and not state.evaluation_due
-    if session.initial_digest is None or is_over:
+    if not needs_reference(session.run.inputs.objective) or is_over:
         return session
     rows, began = session.run.inputs.dataset.report.train.kept, time.monotonic()
     message(f"reference: log p of {rows:,} rows, under the parameters that the run starts with")

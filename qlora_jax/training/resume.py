@@ -19,6 +19,7 @@ from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
+from qlora_jax.rewards.digests import check_same_rewards, reward_digests
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.loss_scale import LOSS_SCALE, LossScale
@@ -47,6 +48,10 @@ MAY_DIFFER = {
     "train.trace_steps",
     "optim.paging",
     "optim.paging_budget",
+    "rollouts.cache",
+    "rewards.workers",
+    "rewards.timeout",
+    "rewards.memory",
     *(
         f"{section}.{field.name}"
         for section, settings in {"questions": QuestionArgs, "mesh": MeshArgs, "hosts": HostsArgs}.items()
@@ -58,7 +63,7 @@ MAY_DIFFER = {
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
 MESH_KEY = "mesh"
-RECORDS = "records"
+RECORDS, REWARDS = "records", "rewards"
 EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 # Keys of the state that a resumed run requires.
@@ -100,6 +105,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "data_fingerprint": session.run.inputs.dataset.fingerprint,
         "config": to_dict(session.run.config),
         **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
+        **({} if session.run.inputs.rollouts is None else {REWARDS: session.run.inputs.rollouts.reward_files}),
         **({} if session.run.config.data.chat_template is None else {TEMPLATE_KEY: json_digest(template)}),
         MESH_KEY: mesh_size(session.run.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
@@ -125,13 +131,14 @@ def _saved_config(session: Session, state: Record) -> Config:
         ) from error
 
 
-def settings_to_resume(config: Config, state: Record) -> Config:
+def settings_to_resume(config: Config, state: Record, *, accept_changed_reward: bool = False) -> Config:
     """Returns the settings with the date on which the saved run started, if its template writes it and none is set.
 
     Called before anything is loaded.
 
     Args:
       state: of a checkpoint; without settings that this version can read, the result is `config`.
+      accept_changed_reward: files of reward functions may have changed.
 
     Raises:
       ValueError: settings differ from those of the checkpoint, with each difference.
@@ -141,6 +148,7 @@ def settings_to_resume(config: Config, state: Record) -> Config:
     except ConfigError:
         return config
     _refuse(config, state, _changed_settings(config, saved))
+    check_same_rewards(state.get(REWARDS, {}), reward_digests(config.reward), accept_changed=accept_changed_reward)
     if config.data.template_date is not None:
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=saved.data.template_date))

@@ -104,7 +104,14 @@ def _check_is_run_folder(run: Path, allowed: Collection[Path]) -> None:
 
 
 def dry_run(
-    config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, group: Group | None = None
+    config: Config,
+    run: Path,
+    *,
+    resume: bool,
+    oversized: bool,
+    console: Console,
+    group: Group | None = None,
+    accept_changed_reward: bool = False,
 ) -> None:
     """Prints the data report and memory plan, and writes them to report.html and report.json in the folder `run`.
 
@@ -117,13 +124,17 @@ def dry_run(
     group = group or Group()
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(group, first, config, run):
-        config = settings_to_resume(config, newest_state(run)) if resume else config
+        config = _settings(config, run, accept_changed_reward) if resume else config
         planned = plan_before_weights(config, console, full=True, group=group)
         if group.is_first:
             page, steps = write_report(_report_of(planned, run, None), run), planned.run.total_steps
             rows = {"steps": f"{steps:,}", **rate_rows(planned.run.config, steps), "report": f"{page}"}
             print_banner("dry run", rows, console)
         _refuse_oversized(planned, oversized)
+
+
+def _settings(config: Config, run: Path, accept_changed_reward: bool) -> Config:
+    return settings_to_resume(config, newest_state(run), accept_changed_reward=accept_changed_reward)
 
 
 def _refuse_oversized(planned: PlannedRun, allowed: bool) -> None:
@@ -161,13 +172,21 @@ def _records(path: Path) -> list[Record]:
 
 
 def train(
-    config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, watchdog: Watchdog | None = None
+    config: Config,
+    run: Path,
+    *,
+    resume: bool,
+    oversized: bool,
+    console: Console,
+    watchdog: Watchdog | None = None,
+    accept_changed_reward: bool = False,
 ) -> "Trained":
     """Trains in the folder `run`.
 
     Args:
       oversized: start even if the memory plan says that the run does not fit.
       watchdog: of the processes of the run; None for one process.
+      accept_changed_reward: a resumed run may have other files of reward functions.
 
     Raises:
       ValueError: bad input, a run that does not fit the device, or a loss that is not finite.
@@ -176,7 +195,8 @@ def train(
     watchdog = watchdog or Watchdog(Group())
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(watchdog.group, first, config, run) as lock:
-        return run_training(config, lock, resume=resume, oversized=oversized, console=console, watchdog=watchdog)
+        how = {"resume": resume, "oversized": oversized, "console": console, "watchdog": watchdog}
+        return run_training(config, lock, **how, accept_changed_reward=accept_changed_reward)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,6 +219,7 @@ def run_training(
     model: PreparedModel | None = None,
     watchdog: Watchdog | None = None,
     listener: Listener | None = None,
+    accept_changed_reward: bool = False,
 ) -> Trained:
     """Trains like `train`, and returns the trained parameters.
 
@@ -211,7 +232,7 @@ def run_training(
     """
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
     is_first = watchdog.group.is_first
-    config = settings_to_resume(config, newest_state(run)) if resume else config
+    config = _settings(config, run, accept_changed_reward) if resume else config
     planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
     if resume:
         check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.run.inputs.head)

@@ -9,11 +9,13 @@ from jax.sharding import Mesh
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, ModelArgs
+from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.registry import check_files
+from qlora_jax.inference.lowering import ProgramMemory, lower_decoding, most_memory
 from qlora_jax.io.head_file import check_same_head
 from qlora_jax.io.initial_file import InitialAdapter
 from qlora_jax.io.loading.adapter_init import check_decomposable
@@ -31,6 +33,7 @@ from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.optim import make_schedule
+from qlora_jax.rollouts.inputs import RolloutInputs, open_rollouts
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
@@ -48,6 +51,7 @@ class RunInputs:
       head: the sequence head that the objective trains, if any.
       new_ids: ids of the new tokens.
       start: LoRA parameters to start from.
+      rollouts: prompts and rewards, if the model learns from its own replies.
     """
 
     source: ModelSource
@@ -59,6 +63,17 @@ class RunInputs:
     start: AdapterArrays | None
     samples: Samples | None
     questions: Questions | None
+    rollouts: RolloutInputs | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Padded lengths of training batches, ascending."""
+        return self.dataset.buckets if self.rollouts is None else self.rollouts.lengths
+
+    @property
+    def branching(self) -> bool:
+        """True if rows of training batches may be trees."""
+        return self.dataset.branching or self.rollouts is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +120,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
         objective=config.objective,
         labels=config.head.labels or (),
         kl_pairs=objective.kl_pairs,
+        reply_tokens=config.rollouts.max_completion_length if objective.row_kind == "prompt" else 0,
     )
     columns = learned_columns(side.form for side, _ in dataset.report.sources)
     head = head_of(config.objective, dataset.labels, config.head.pooling, columns)
@@ -124,6 +140,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
         start=start,
         samples=open_samples(config.train, *reads),
         questions=open_questions(config.questions, *reads),
+        rollouts=open_rollouts(config, dataset, source) if objective.row_kind == "prompt" else None,
     )
 
 
@@ -174,7 +191,8 @@ class RunSpec:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.config.train.total_steps(self.inputs.dataset.steps_per_epoch)
+        passes = self.config.policy.num_iterations
+        return self.config.train.total_steps(self.inputs.dataset.steps_per_epoch * passes)
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:
@@ -194,6 +212,17 @@ class RunSpec:
             new_tokens=new,
         )
         return utilization(step, peak_flops(target_device(), weights), mesh_size(self.mesh).devices)
+
+    @functools.cached_property
+    def rollout_memory(self) -> ProgramMemory | None:
+        """The memory of sampling replies; compiles the programs on first use. None for a run that samples none."""
+        if self.inputs.rollouts is None:
+            return None
+        settings, train = self.config.rollouts, self.config.train
+        together = train.micro_batch_size * train.accumulation * self.config.policy.steps_per_generation
+        prompts = [range(self.inputs.dataset.buckets[-1])] * (together * settings.num_generations)
+        limits = settings.max_completion_length, parse_bytes(settings.cache)
+        return most_memory("rollouts", lower_decoding(self.gradients.parts, prompts, *limits))
 
     @functools.cached_property
     def stored_types(self) -> str:

@@ -254,7 +254,7 @@ def _weight_format(session: Session) -> str:
 def _matmuls(session: Session) -> str:
     """Returns the implementations that multiply by packed weights, and why the preferred ones are not used."""
     device, micro_batch_size = target_device(), session.run.config.train.micro_batch_size
-    rows = micro_batch_size // mesh_size(session.run.mesh).devices * max(session.run.inputs.dataset.buckets)
+    rows = micro_batch_size // mesh_size(session.run.mesh).devices * max(session.run.inputs.lengths)
     leaves = jax.tree.leaves(session.parts.base, is_leaf=_has_kernel)
     packed, dtype = [leaf for leaf in leaves if _has_kernel(leaf)], session.run.step.weights.dtype
     plain = [leaf for leaf in packed if len(leaf.stack_shape) < 2]

@@ -13,7 +13,7 @@ from qlora_jax.measures.metrics import perplexity
 from qlora_jax.training.metrics.metrics_file import Record
 
 LOW, HIGH = "_low", "_high"  # suffixes of an interval's ends
-LOSS = "eval_loss"
+LOSS, REWARD = "eval_loss", "reward"
 OBJECTIVE_ROWS = "eval_rows"  # in records whose loss is a mean over rows, not over tokens
 AUX_LOSS, Z_LOSS = "router_aux_loss", "router_z_loss"
 MAX_LOAD, ENTROPY, DEAD = "router_max_load", "router_entropy", "router_dead_experts"

@@ -157,7 +157,7 @@ def _any_rows(config: Config) -> PlannedRows:
 
 def rows_of(inputs: RunInputs) -> PlannedRows:
     """Returns the rows of a run whose data has been read."""
-    return PlannedRows(inputs.dataset.buckets, inputs.objective, inputs.dataset.branching, inputs.dataset.report)
+    return PlannedRows(inputs.lengths, inputs.objective, inputs.branching, inputs.dataset.report)
 
 
 def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[StepSpec]:
@@ -313,6 +313,7 @@ def plan_run(run: RunSpec) -> RunPlan:
         limit=limit,
         device=device,
         questions=None if questions is None else questions.memory(run.gradients.parts),
+        rollouts=run.rollout_memory,
         reference=plan_reference(run),
     )
 
@@ -358,7 +359,7 @@ class PlannedRun(NamedTuple):
                 forward.outputs(objective, batch)
             if reference and has_held_out:
                 forward.comparison(batch)
-        for length in dataset.buckets:
+        for length in run.inputs.lengths:
             run.gradients.compiled((*run.step.batch[:2], length))
 
 

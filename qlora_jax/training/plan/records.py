@@ -4,9 +4,9 @@ import dataclasses
 from typing import NamedTuple
 
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.inference.lowering import ProgramMemory
 from qlora_jax.models.precision import kept_text
 from qlora_jax.training.cost import communication, memory_use
-from qlora_jax.training.questions import QuestionMemory
 from qlora_jax.training.step_spec import StepSpec
 
 STATE, ACTIVATIONS, REFERENCE = "optimizer state", "saved activations", "reference"
@@ -115,13 +115,15 @@ class RunPlan:
       limit: bytes that the run may use.
       device: the limit as text.
       questions: the memory of questions; None for a run without questions.
+      rollouts: the memory of sampling replies to learn from; None for a run that samples none.
       reference: the work and memory of the reference; None for an objective without one.
     """
 
     requirements: Requirements
     limit: int
     device: str
-    questions: QuestionMemory | None = None
+    questions: ProgramMemory | None = None
+    rollouts: ProgramMemory | None = None
     reference: ReferencePlan | None = None
 
     @property
@@ -132,12 +134,17 @@ class RunPlan:
     @property
     def peak_bytes(self) -> int:
         """Bytes on the device at the peak."""
-        return max(self.requirements.total, self.question_bytes, self.reference_bytes)
+        return max(self.requirements.total, self.question_bytes, self.rollout_bytes, self.reference_bytes)
 
     @property
     def question_bytes(self) -> int:
         """Bytes on the device during questions, without gradients and saved activations; 0 without questions."""
         return 0 if self.questions is None else self._resident + self.questions.size
+
+    @property
+    def rollout_bytes(self) -> int:
+        """Bytes on the device while replies are sampled, without gradients and saved activations; 0 without them."""
+        return 0 if self.rollouts is None else self._resident + self.rollouts.size
 
     @property
     def reference_bytes(self) -> int:
@@ -164,6 +171,8 @@ class RunPlan:
             rows["received per step"] = f"{format_bytes(received)} by each device"
         if self.questions is not None:
             rows["questions"] = f"{format_bytes(self.question_bytes)}, peak in {self.questions.program}"
+        if self.rollouts is not None:
+            rows["rollouts"] = f"{format_bytes(self.rollout_bytes)}, peak in {self.rollouts.program}"
         if self.reference is not None:
             rows["reference pass"] = f"{self.reference}; {format_bytes(self.reference_bytes)} on the device"
         return rows | ({"host memory": format_bytes(host)} if host else {})

@@ -197,6 +197,12 @@ def nearest_fix(plan: RunPlan) -> str:
             f"DOES NOT FIT: {required}, peak in {plan.questions.program}. Shorten these questions, or remove them "
             "and run qlora-jax evaluate after training."
         )
+    if plan.rollouts is not None and plan.rollout_bytes > plan.limit:
+        required = f"rollouts need {format_bytes(plan.rollout_bytes)} of {format_bytes(plan.limit)}"
+        lines.append(
+            f"DOES NOT FIT: {required}, peak in {plan.rollouts.program}. Lower rollouts.cache or "
+            "rollouts.max_completion_length."
+        )
     if plan.reference_bytes > plan.limit:
         required = f"the reference needs {format_bytes(plan.reference_bytes)} of {format_bytes(plan.limit)}"
         lines.append(f"DOES NOT FIT: {required}. Lower train.micro_batch_size or data.max_length.")

@@ -1,0 +1,282 @@
+"""A rollout phase of a run: samples replies, scores them, and makes the batches of the next optimizer steps.
+
+The cache of keys and values is freed before the first gradient is computed.
+
+Dimension key: K steps of a phase, A micro-batches, B rows (prompts) of each, T positions, G replies to a prompt,
+R = B G replies of a micro-batch, N replies and P prompts of the phase.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int64
+
+from qlora_jax.data.batching.packing import NO_ROW, Batch
+from qlora_jax.data.rows import TokenRows
+from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.measures.statistics import bootstrap
+from qlora_jax.models.partition import Lora
+from qlora_jax.objectives.objective import read_by_outputs, token_values
+from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, TOKEN_SCALE
+from qlora_jax.objectives.router_losses import unrouted
+from qlora_jax.rewards.functions import Replies, RewardTable
+from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
+from qlora_jax.rollouts.inputs import RolloutInputs
+from qlora_jax.rollouts.prompt_rows import PromptRows
+from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
+from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
+from qlora_jax.training.device_mesh import place_batch
+from qlora_jax.training.metrics.metrics_file import Record
+from qlora_jax.training.metrics.record_summaries import HIGH, LOSS, LOW, REWARD
+from qlora_jax.training.resume import TrainState
+from qlora_jax.training.session import Session
+
+GoOn = Callable[[str], None]  # shows the progress; raises to end the phase
+SHOWN = 4  # held-out replies in samples.jsonl
+
+
+class Asked(NamedTuple):
+    """A prompt: its row's number, and its ids."""
+
+    number: int
+    ids: list[int]
+
+
+def roll_out(session: Session, state: TrainState, prompts: Sequence[Batch], go_on: GoOn) -> list[tuple[Batch, Record]]:
+    """Samples and scores replies; returns the batches of the phase's steps, with entries for their records.
+
+    Args:
+      prompts: batches of prompts, one for each step.
+
+    Raises:
+      RewardError: a reward function failed, and rewards.on_error=stop.
+    """
+    config, inputs = session.run.config, inputs_of(session)
+    asked, place_KM = _asked(prompts)
+    seeds = [draw_seed(config.train.seed, state.step, place, each.number) for place, each in enumerate(asked)]
+    samplings = [sampling_of(config.rollouts, seed) for seed in seeds]
+    began = time.perf_counter()
+    replies = _sample(session, state.lora, asked, samplings, config.rollouts.num_generations, go_on)
+    sampled = time.perf_counter()
+    go_on("rewards")
+    table = _score(session, inputs.prompts, session.run.inputs.dataset.train, asked, replies, state.step)
+    scored = time.perf_counter()
+    compared = _compare(session, table)
+    phase = _Phase(asked, replies, place_KM, table, compared, *_trained(session, replies, compared))
+    batches = _batches(session, prompts, phase)
+    for name, lora in (OLD_LOGPS, lambda: state.lora), (REFERENCE_LOGPS, lambda: _reference(session)):
+        if name in token_values(session.run.inputs.objective):
+            batches = [_with_logps(session, lora(), batch, name) for batch in batches]
+    records = [_record(phase, step) for step in range(len(prompts))]
+    tokens = int(phase.lengths_PG.sum())
+    records[0] |= {"rollout_seconds": sampled - began, "reward_seconds": scored - sampled, "rollout_tokens": tokens}
+    return list(zip(batches, records, strict=True))
+
+
+def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tuple[list[Record], dict[str, float]]:
+    """Returns (records of the first held-out prompts' greedy replies, entries of the evaluation's record).
+
+    The held-out loss is minus the mean reward.
+    """
+    inputs, rows = inputs_of(session), session.run.inputs.dataset.eval
+    assert inputs.held_out is not None and rows is not None
+    asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
+    replies = _sample(session, lora, asked, [GREEDY] * len(asked), 1, go_on)
+    table = _score(session, inputs.held_out, rows, asked, replies, step)
+    rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=inputs.rewards.weights).rewards_N
+    rewards = np.nan_to_num(rewards)  # a reply that no function scores earns nothing
+    mean, (low, high) = float(rewards.mean()), bootstrap(rewards, np.ones(len(rewards)))
+    found = {LOSS: -mean, LOSS + LOW: -high, LOSS + HIGH: -low}
+    found |= {f"eval_{REWARD}": mean, f"eval_{REWARD}{LOW}": low, f"eval_{REWARD}{HIGH}": high}
+    if len(table.names) > 1:
+        found |= {f"eval_{REWARD}_of_{name}": _mean(table.rewards_NF[:, at]) for at, name in enumerate(table.names)}
+    found["eval_reply_tokens"] = float(np.mean([len(reply.ids) for (reply,) in replies]))
+    samples: list[Record] = [
+        {
+            "step": step,
+            "prompt": dict(inputs.held_out.rows[each.number]),
+            "reply": reply.text,
+            "end": reply.end,
+            REWARD: float(reward),
+        }
+        for each, (reply,), reward in zip(asked[:SHOWN], replies, rewards, strict=False)
+    ]
+    return samples, found
+
+
+def inputs_of(session: Session) -> RolloutInputs:
+    """Returns the prompts and rewards of a run that has them."""
+    found = session.run.inputs.rollouts
+    assert found is not None, "the objective samples replies"
+    return found
+
+
+def _asked(batches: Sequence[Batch]) -> tuple[list[Asked], Int64[np.ndarray, "K M"]]:
+    """Returns (the prompts of all batches in order, the number of the prompt in each place; -1 in gaps)."""
+    numbers_KM, lengths_KM = (np.stack([getattr(b, name).ravel() for b in batches]) for name in ("rows", "lengths"))
+    is_prompt_KM = numbers_KM != NO_ROW
+    asked = [
+        Asked(int(numbers_KM[k, m]), batches[k].inputs.reshape(numbers_KM.shape[1], -1)[m, : lengths_KM[k, m]].tolist())
+        for k, m in np.argwhere(is_prompt_KM)
+    ]
+    return asked, np.where(is_prompt_KM, is_prompt_KM.ravel().cumsum().reshape(is_prompt_KM.shape) - 1, -1)
+
+
+def _sample(
+    session: Session, lora: Lora, asked: Sequence[Asked], samplings: Sequence[Sampling], count: int, go_on: GoOn
+) -> list[list[Reply]]:
+    return sample_replies(
+        session.parts.with_lora(lora),
+        session.run.inputs.dataset.tokenizer,
+        [each.ids for each in asked],
+        samplings,
+        session.run.config.rollouts,
+        count=count,
+        stop_ids=inputs_of(session).stop_ids,
+        go_on=lambda done: go_on(f"{done:,} of {count * len(asked):,} replies"),
+    )
+
+
+def _score(
+    session: Session,
+    prompts: PromptRows,
+    rows: TokenRows,
+    asked: Sequence[Asked],
+    replies: Sequence[Sequence[Reply]],
+    step: int,
+) -> RewardTable:
+    """Calls the reward functions with every reply."""
+    pairs = [(each.number, reply) for each, group in zip(asked, replies, strict=True) for reply in group]
+    numbers = [number for number, _ in pairs]
+    asking = {number: prompts.prompt(number) for number in numbers}
+    texts = [reply.text for _, reply in pairs]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    others = {number: prompts.others(number) for number in numbers}
+    return inputs_of(session).rewards.score(
+        Replies(
+            prompts=[asking[number] for number in numbers],
+            completions=[
+                text if isinstance(asking[number], str) else message
+                for number, text, message in zip(numbers, texts, messages, strict=True)
+            ],
+            completion_ids=[reply.ids for _, reply in pairs],
+            columns={name: [others[number][name] for number in numbers] for name in prompts.names},
+            labels=[rows.where(number) for number in numbers],
+            step=step,
+            steps=session.run.total_steps,
+        )
+    )
+
+
+class _Phase(NamedTuple):
+    """The prompts, replies and rewards of a phase.
+
+    Fields:
+      place_KM: number of the prompt in each place of each step; -1 in gaps.
+      trained_PG: True for each reply whose tokens train.
+      lengths_PG: tokens of each reply.
+    """
+
+    asked: Sequence[Asked]
+    replies: Sequence[Sequence[Reply]]
+    place_KM: Int64[np.ndarray, "K M"]
+    table: RewardTable
+    compared: Advantages
+    trained_PG: Bool[np.ndarray, "P G"]
+    lengths_PG: Int64[np.ndarray, "P G"]
+
+    def placed(self, values_PG: np.ndarray) -> Float64[np.ndarray, "K M G"]:
+        """Returns numbers of replies in the places of their prompts, and 0 in gaps."""
+        return np.where(self.place_KM[..., None] >= 0, values_PG[self.place_KM], 0)
+
+    def group(self, number: int) -> Group | None:
+        """Returns a prompt with its replies; None for a gap."""
+        if number < 0:
+            return None
+        return Group(*self.asked[number], self.replies[number], self.trained_PG[number].tolist())
+
+
+def _compare(session: Session, table: RewardTable) -> Advantages:
+    config, weights_F = session.run.config, inputs_of(session).rewards.weights
+    how = {"num_generations": config.rollouts.num_generations, "scale_rewards": config.policy.scale_rewards}
+    return group_advantages(table.rewards_NF, weights_F=weights_F, **how)
+
+
+def _trained(
+    session: Session, replies: Sequence[Sequence[Reply]], compared: Advantages
+) -> tuple[Bool[np.ndarray, "P G"], Int64[np.ndarray, "P G"]]:
+    """Returns (which replies train, their tokens). Replies without a reward do not, nor cut ones if these are masked."""
+    is_cut_PG = np.array([[reply.is_cut for reply in group] for group in replies])
+    lengths_PG = np.array([[len(reply.ids) for reply in group] for group in replies], np.int64)
+    masked_PG = is_cut_PG & session.run.config.policy.mask_truncated_completions
+    return np.isfinite(compared.rewards_N).reshape(is_cut_PG.shape) & ~masked_PG, lengths_PG
+
+
+def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[Batch]:
+    """Returns the training batches of the phase's steps."""
+    config, inputs = session.run.config, inputs_of(session)
+    shape_AB = prompts[0].inputs.shape[:2]
+    by_micro_batch = len(prompts), shape_AB[0], -1
+    scales = token_scale(
+        config.policy.loss_type,
+        phase.placed(phase.lengths_PG * phase.trained_PG).reshape(by_micro_batch),
+        phase.placed(np.ones_like(phase.trained_PG)).reshape(by_micro_batch) > 0,
+        max_completion_length=config.rollouts.max_completion_length,
+    )
+    advantages_KMG = phase.placed(phase.compared.advantages_N.reshape(phase.trained_PG.shape))
+    scales_KMG = scales.reshape(advantages_KMG.shape)
+    return [
+        replies_batch(
+            [phase.group(number) for number in phase.place_KM[k]],
+            {ADVANTAGES: advantages_KMG[k], TOKEN_SCALE: scales_KMG[k]},
+            inputs.lengths,
+            shape_AB,
+            pad_id=inputs.pad_id,
+            position=batch.position,
+        )
+        for k, batch in enumerate(prompts)
+    ]
+
+
+def _record(phase: _Phase, step: int) -> Record:
+    """Returns the entries of a step's record: rewards, and the replies' lengths."""
+    chosen = phase.place_KM[step][phase.place_KM[step] >= 0]
+    rewards_PG = phase.compared.rewards_N.reshape(phase.trained_PG.shape)[chosen]
+    functions_PGF = phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)[chosen]
+    is_cut = [reply.is_cut for number in chosen for reply in phase.replies[number]]
+    found: Record = {
+        REWARD: _mean(rewards_PG),
+        f"{REWARD}_std": _mean(np.nanstd(rewards_PG, axis=1, ddof=1)),
+        "groups_without_signal": 1.0 - float(phase.compared.has_signal_P[chosen].mean()),
+        "reply_tokens": float(phase.lengths_PG[chosen].mean()),
+        "replies_cut": float(np.mean(is_cut)),
+    }
+    if len(phase.table.names) > 1:
+        found |= {f"{REWARD}_of_{n}": _mean(functions_PGF[..., at]) for at, n in enumerate(phase.table.names)}
+    if phase.table.problems:
+        found["rewards_failed"] = len(phase.table.problems)
+    return found | phase.table.metrics
+
+
+def _mean(values: np.ndarray) -> float:
+    """Returns the mean of the numbers that are not nan; nan if there are none."""
+    there = values[np.isfinite(values)]
+    return float(there.mean()) if there.size else float("nan")
+
+
+def _reference(session: Session) -> Lora:
+    assert session.reference is not None, "a run with policy.beta keeps its initial adapter"
+    return session.reference.on_devices()
+
+
+def _with_logps(session: Session, lora: Lora, batch: Batch, name: str) -> Batch:
+    """Returns the batch with log p of its targets under other parameters, without dropout."""
+    objective, parts = session.run.inputs.objective, session.parts.with_lora(lora)
+    read, found = read_by_outputs(batch.arrays(), objective), []
+    for a in range(len(batch.inputs)):
+        arrays = place_batch({key: array[a] for key, array in read.items()}, session.run.mesh)
+        outputs = session.run.gradients.forward.outputs(objective, arrays)(parts, arrays)
+        found.append(np.asarray(unrouted(outputs).logps_BT, np.float32))
+    return with_token_values(batch, name, np.stack(found))

@@ -1,0 +1,80 @@
+"""Runs that learn from rewards of their own replies: they learn, stop, resume and refuse what they must."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_jax.config import PolicyArgs, RolloutArgs
+from qlora_jax.io.run_folder.checkpoint import open_run
+from tests.e2e.project import project
+from tests.e2e.tiny_runs import numbers, run, stop_and_resume
+
+REWARD = '''
+def many_a(completions, **columns):
+    """The share of the letter a."""
+    texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+    return [text.count("a") / 16 for text in texts]
+'''
+
+
+def rollout_project(folder: Path, policy=None, rollouts=None, **changes):
+    rows = folder / "prompts.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows.write_text("".join(json.dumps({"prompt": f"say {word} {i}"}) + "\n" for i in range(12) for word in "ab"))
+    (folder / "rewards.py").write_text(REWARD)
+    settings = dict(train=dict(steps=6, micro_batch_size=2, accumulation=2, save_every=2, eval_every=3))
+    settings |= dict(data=dict(train=str(rows), max_length=64), lora=dict(rank=4, dropout=0.0))
+    settings["optim"] = dict(learning_rate=3e-2, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
+    config = project(folder, **settings | changes)
+    sampled = dict(num_generations=4, max_completion_length=16, cache="1MiB") | (rollouts or {})
+    return dataclasses.replace(
+        config,
+        objective="grpo",
+        reward=[f"{folder / 'rewards.py'}:many_a"],
+        policy=PolicyArgs(**policy or {}),
+        rollouts=RolloutArgs(**sampled),
+    )
+
+
+def steps_of(config):
+    return [record for record in numbers(config) if "loss" in record]
+
+
+def test_a_model_learns_from_the_rewards_of_its_replies(tmp_path):
+    config = rollout_project(tmp_path, train=dict(steps=12, micro_batch_size=4, accumulation=1, eval_every=12))
+    assert run(config)
+    rewards = [record["reward"] for record in steps_of(config)]
+    assert np.mean(rewards[-3:]) > 2 * np.mean(rewards[:3])
+    first, last = [record for record in numbers(config) if "eval_reward" in record]
+    assert last["eval_reward"] > first["eval_reward"] and last["eval_loss"] == -last["eval_reward"]
+    # The trainer gives the sampled tokens the probabilities with which they were drawn.
+    assert max(record["sampler_gap_max"] for record in steps_of(config)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {},
+        pytest.param(
+            {"num_iterations": 2, "steps_per_generation": 1, "beta": 0.05, "loss_type": "grpo"}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["defaults", "iterations and a reference"],
+)
+def test_a_resumed_run_draws_the_same_replies(tmp_path, monkeypatch, policy):
+    whole, stopped = (rollout_project(tmp_path / name, policy) for name in ("whole", "stopped"))
+    assert run(whole)
+    stop_and_resume(stopped, 2, monkeypatch)
+    assert steps_of(stopped) == steps_of(whole)
+
+
+def test_a_changed_reward_file_is_refused(tmp_path, monkeypatch):
+    config = rollout_project(tmp_path)
+    assert run(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6)))
+    assert open_run(Path(config.output)).step == 6
+    (tmp_path / "rewards.py").write_text(REWARD + "\n# changed\n")
+    with pytest.raises(ValueError, match=r"rewards\.py: has changed since the run started.*accept_changed_reward"):
+        run(config, resume=True)
