@@ -47,6 +47,7 @@ LAYERS = {
     "qlora_jax.inference": 6,
     "qlora_jax.progress_reporter": 7,
     "qlora_jax.evaluation": 8,
+    "qlora_jax.rewards": 8,
     "qlora_jax.training": 9,
     "qlora_jax.studies": 10,
     "qlora_jax.server": 10,
