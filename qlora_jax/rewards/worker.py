@@ -49,9 +49,8 @@ class _Functions:
             if source not in self._modules:
                 self._modules[source] = _import_file(source) if is_file else importlib.import_module(source)
         except BaseException as error:  # SystemExit, too
-            return {
-                "problem": f"{_place(source, error)}: cannot be imported (found {_described(error)}). Correct the file"
-            }
+            fix = "Correct the file" if is_file else "Install its extra (docs/rl.md)"
+            return {"problem": f"{_place(source, error)}: cannot be imported (found {_described(error)}). {fix}"}
         function = getattr(self._modules[source], name, None)
         if not callable(function) or isinstance(function, type):
             there = [each for each, value in vars(self._modules[source]).items() if _is_own_function(source, value)]
