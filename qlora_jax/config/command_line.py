@@ -21,6 +21,7 @@ import yaml
 
 from qlora_jax.atomic_files import write_error
 from qlora_jax.config.parse import (
+    COMMAND_LINE,
     UNIONS,
     ConfigError,
     Hint,
@@ -119,7 +120,7 @@ def read_settings[T](
     given = {key: _parse_value(hints.get(key, str), text) for key, text in words.settings.items()}
     for key, value in {**given, **words.lists}.items():
         _set_nested(raw, key, value)
-        sources[key] = "command line"
+        sources[key] = COMMAND_LINE
     if words.problems:  # a setting without its value would be missing, too
         raise ConfigError([*words.problems, *given_problems(schema, raw, sources)])
     return from_dict(schema, raw, sources), words.flags

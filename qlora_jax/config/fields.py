@@ -51,6 +51,7 @@ def setting(
     common: str | None = None,
     later: bool = False,
     repeated: bool = False,
+    command_line: bool = False,
 ) -> Any:
     """Declares a field with its help text and bound; without a default the setting is required.
 
@@ -61,17 +62,19 @@ def setting(
       later: the setting is younger than runs whose records have its section's text; files and texts leave it out where
         it has its default.
       repeated: a list whose elements the command line gives one by one: `--run a --run b`.
+      command_line: files neither set nor hold it, because it names code to run.
     """
     metadata = {"help": help, "bound": bound, "common": common, "later": later, "repeated": repeated}
+    metadata["command_line"] = command_line
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def is_left_out(field: dataclasses.Field, value: object) -> bool:
-    """Returns True for a later setting with its default."""
+    """Returns True for a later setting with its default, and for one of the command line alone."""
     made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    return field.metadata.get("later", False) and value == made
+    return field.metadata.get("command_line", False) or (field.metadata.get("later", False) and value == made)
 
 
 class WithoutLater:

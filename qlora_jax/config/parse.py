@@ -20,6 +20,7 @@ from qlora_jax.config.suggestions import (
 
 # Where each dotted key was set, for messages: {"lora.rank": "my.yaml:3"}.
 Sources = Mapping[str, str]
+COMMAND_LINE = "command line"  # such a place
 # An annotation such as `int | None`; Python has no type for these.
 Hint = Any
 
@@ -158,6 +159,8 @@ def given_problems(schema: type, raw: Mapping[str, object], sources: Sources) ->
         elif key not in settings:
             suggest = suggest_section if isinstance(value, Mapping) else suggest_key
             problems.append(f"{key}: unknown setting{suggest(key, list(settings))}{place}")
+        elif settings[key][0].metadata.get("command_line") and sources.get(key, COMMAND_LINE) != COMMAND_LINE:
+            problems.append(f"{key}: files cannot set it, because it names code to run{place}. Write --{key} instead")
         elif problem := _value_problem(key, *settings[key], value):
             problems.append(f"{key}: {problem}{place}")
     return problems

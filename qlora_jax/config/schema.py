@@ -23,6 +23,7 @@ from qlora_jax.config.fields import (
 from qlora_jax.config.methods import LoraArgs, methods_with
 from qlora_jax.config.objectives import HeadArgs, ObjectiveName, PreferenceArgs
 from qlora_jax.config.question_settings import QuestionArgs
+from qlora_jax.config.rewards import RewardArgs
 from qlora_jax.config.row_formats import ROW_FORMATS
 from qlora_jax.config.suggestions import suggests_settings
 
@@ -414,6 +415,7 @@ class Config:
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     preference: PreferenceArgs = dataclasses.field(default_factory=PreferenceArgs)
     head: HeadArgs = dataclasses.field(default_factory=HeadArgs)
+    rewards: RewardArgs = dataclasses.field(default_factory=RewardArgs)
     router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
@@ -423,6 +425,12 @@ class Config:
         "rejected answer; kto: from answers labelled good or bad (docs/preferences.md). classification, multi_label, "
         "regression, reward, embedding: train a head on whole sequences (docs/heads.md)",
         "sft",
+    )
+    reward: list[str] = setting(
+        "a reward function as FILE.py:NAME, with TRL's signature (docs/rl.md); may be given several times",
+        [],
+        repeated=True,
+        command_line=True,
     )
     output: str = setting(
         "the run's folder, for checkpoints, metrics, report and resolved configuration",

@@ -7,6 +7,7 @@ from qlora_jax.config.methods import CONDITIONAL, METHODS, LoraArgs, methods_wit
 from qlora_jax.config.objectives import OBJECTIVES, objective_problems
 from qlora_jax.config.parse import ConfigError, find_problems, parse_layers
 from qlora_jax.config.question_settings import QUESTION_KINDS, question_problems, unknown_columns
+from qlora_jax.config.rewards import reward_problems
 from qlora_jax.config.row_formats import row_columns
 from qlora_jax.config.schema import PAGED, Config, DataArgs, MeshSize, TrainArgs, mesh_sizes, paging_of, plain_name
 from qlora_jax.config.sizes import parse_bytes
@@ -372,6 +373,8 @@ def _relation_problems(config: Config) -> list[str]:
     problems += _offload_problems(config) + _merge_problems(config)
     problems += _loraplus_problems(config) + _paging_problems(config)
     problems += _token_problems(config) + _objective_problems(config)
+    from_rewards = OBJECTIVES[config.objective].rows == "prompt"
+    problems += reward_problems(config.rewards, config.reward, config.objective, used=from_rewards)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "

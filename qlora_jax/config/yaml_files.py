@@ -201,7 +201,7 @@ def to_dict(config: Config) -> dict[str, object]:
         if is_left_out(field, _value(config, key)):
             *sections, name = key.split(".")
             functools.reduce(operator.getitem, sections, whole).pop(name)
-    return whole
+    return {name: value for name, value in whole.items() if value != {}}  # sections of later settings alone
 
 
 def config_text(config: Config) -> str:
@@ -223,6 +223,7 @@ def _value(config: Config, key: str) -> object:
 
 
 def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:
-    """{dotted key: (value in a, value in b)} of the settings that differ, in the order of the schema."""
-    pairs = {key: (_value(a, key), _value(b, key)) for key, _, _ in walk_settings(Config)}
+    """{dotted key: (value in a, value in b)} of the settings of files that differ, in the order of the schema."""
+    keys = [key for key, field, _ in walk_settings(Config) if not field.metadata.get("command_line")]
+    pairs = {key: (_value(a, key), _value(b, key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,6 +1,7 @@
 """A program with its tests, the limits on running it, the outcome, and how processes send these to each other."""
 
 import os
+import re
 import struct
 from typing import Literal, NamedTuple
 
@@ -87,3 +88,25 @@ def _read(descriptor: int, size: int) -> bytes:
             raise EOFError
         found += piece
     return bytes(found)
+
+
+# A function that continues a plain prompt ends before a line that begins so (Chen et al. 2021, and later harnesses).
+NEXT_LINES = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
+_CODE_BLOCK = re.compile(r"```[a-zA-Z0-9]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def source_of_continuation(prompt: str, reply: str) -> str:
+    """Returns the program of a reply that continues the prompt, up to the first of NEXT_LINES."""
+    ends = [at for line in NEXT_LINES if (at := reply.find(line)) >= 0]
+    return prompt + reply[: min(ends, default=len(reply))]
+
+
+def source_of_chat(prompt: str, reply: str, entry_point: str) -> str:
+    """Returns the program of a reply in a chat: its first block of code that defines the function, after the prompt.
+
+    A block without a definition continues the prompt, like a reply without a block.
+    """
+    defines = re.compile(rf"^\s*def\s+{re.escape(entry_point)}\b", re.MULTILINE)
+    blocks = _CODE_BLOCK.findall(reply) or [reply]
+    block = next((block for block in blocks if defines.search(block)), blocks[0])
+    return f"{prompt}\n{block}" if defines.search(block) else source_of_continuation(prompt, block)

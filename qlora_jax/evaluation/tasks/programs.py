@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import typing
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,14 +22,11 @@ from qlora_jax.inference.sampling import Sampling
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change
 from qlora_jax.measures.statistics import mean_change_interval, mean_interval
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.sandbox.programs import Limits, Program, Reason
+from qlora_jax.sandbox.programs import Limits, Program, Reason, source_of_chat, source_of_continuation
 from qlora_jax.sandbox.runner import run_programs, seal_problem
 
 REASONS: tuple[Reason, ...] = typing.get_args(Reason)
-# A function that continues a plain prompt ends before a line that begins so (Chen et al. 2021, and later harnesses).
-NEXT_LINES = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```")
 QUESTION = "Complete this function. Reply with the complete function in one block of Python code.\n\n```python\n{}```"
-_CODE_BLOCK = re.compile(r"```[a-zA-Z0-9]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _BATCH = 64  # programs that are run, and whose outcomes are cached, together
 
 
@@ -233,23 +229,6 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     It is the share of the subsets of k of the samples that have one that passed: 1 - C(n - c, k) / C(n, k).
     """
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
-
-
-def source_of_continuation(prompt: str, reply: str) -> str:
-    """Returns the program of a reply that continues the prompt, up to the first of NEXT_LINES."""
-    ends = [at for line in NEXT_LINES if (at := reply.find(line)) >= 0]
-    return prompt + reply[: min(ends, default=len(reply))]
-
-
-def source_of_chat(prompt: str, reply: str, entry_point: str) -> str:
-    """Returns the program of a reply in a chat: its first block of code that defines the function, after the prompt.
-
-    A block without a definition continues the prompt, like a reply without a block.
-    """
-    defines = re.compile(rf"^\s*def\s+{re.escape(entry_point)}\b", re.MULTILINE)
-    blocks = _CODE_BLOCK.findall(reply) or [reply]
-    block = next((block for block in blocks if defines.search(block)), blocks[0])
-    return f"{prompt}\n{block}" if defines.search(block) else source_of_continuation(prompt, block)
 
 
 def _read_problem(columns: Mapping[str, object], prompter: Prompter) -> Problem:

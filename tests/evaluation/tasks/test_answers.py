@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
+from qlora_jax.answer_text import extract_answer
 from qlora_jax.config.question_settings import QuestionArgs
 from qlora_jax.evaluation.task import TaskContext
-from qlora_jax.evaluation.tasks.answers import AnswerQuestion, AnswersTask, build, extract_answer, grade_replies
+from qlora_jax.evaluation.tasks.answers import AnswerQuestion, AnswersTask, build, grade_replies
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts

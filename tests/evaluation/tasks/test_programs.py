@@ -17,13 +17,11 @@ from qlora_jax.evaluation.tasks.programs import (
     ProgramScores,
     build,
     pass_at_k,
-    source_of_chat,
-    source_of_continuation,
 )
 from qlora_jax.inference.decode import EndReason, Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from qlora_jax.measures.statistics import mean_change_interval, mean_interval
-from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
+from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome, source_of_chat, source_of_continuation
 from qlora_jax.sandbox.runner import run_programs
 from tests.e2e.project import TEMPLATE
 from tests.inference.tiny import byte_tokenizer, tiny_parts

@@ -3,7 +3,7 @@
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 
-from qlora_jax.evaluation.tasks.answers import (
+from qlora_jax.answer_text import (
     contains_words,
     extract_answer,
     normalize_number,

@@ -1,0 +1,265 @@
+"""Reward functions with TRL's signature, called in processes with limits of time and memory.
+
+A function is called once per step, with all replies, as in TRL. A call that fails is repeated reply by reply to find
+the replies at fault, and then for all others together.
+
+Dimension key: N replies, F functions.
+"""
+
+import atexit
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from qlora_jax.config.rewards import IN_PROCESS, REWARDS, RewardArgs, reward_names
+from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.metadata import JsonObject
+from qlora_jax.rewards.worker_process import Call, Ended, Source, WorkerProcess, run_calls
+
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+_NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these columns either
+MOST_ENDED = 4  # calls with one reply that end their process, after which the other replies are not tried
+SHOWN = 10  # problems that an error lists
+
+Messages = Sequence[Mapping[str, object]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replies:
+    """Replies to score, those of a prompt next to each other.
+
+    Attributes:
+      prompts: texts, or messages of conversations.
+      completions: texts, or [{"role": "assistant", "content": text}] for conversations.
+      completion_ids: the sampled ids.
+      columns: every column of the rows, repeated for each reply.
+      labels: file and line of each reply's prompt, for messages.
+      step, steps: optimizer steps done, and those of the run.
+    """
+
+    prompts: Sequence[str | Messages]
+    completions: Sequence[str | Messages]
+    completion_ids: Sequence[Sequence[int]]
+    columns: Mapping[str, Sequence[object]]
+    labels: Sequence[str]
+    step: int = 0
+    steps: int = 0
+
+    def rows(self, rows: Sequence[int]) -> "Replies":
+        """Returns some of the replies."""
+        names = ("prompts", "completions", "completion_ids", "labels")
+        picked = {name: [getattr(self, name)[row] for row in rows] for name in names}
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return dataclasses.replace(self, **picked, columns=columns)
+
+    def arguments(self) -> JsonObject:
+        """Returns the keyword arguments of a reward function; the process adds the functions that log."""
+        return {
+            **{name: [*values] for name, values in self.columns.items() if name not in _NOT_COLUMNS},
+            "prompts": [*self.prompts],
+            "completions": [*self.completions],
+            "completion_ids": [[*map(int, ids)] for ids in self.completion_ids],
+            "trainer_state": {"global_step": self.step, "max_steps": self.steps},
+        }
+
+
+class RewardProblem(NamedTuple):
+    """A reply that a function failed on: its number among the replies, the function's name, and the reason."""
+
+    row: int
+    function: str
+    text: str
+
+
+class RewardTable(NamedTuple):
+    """Rewards of replies.
+
+    Fields:
+      rewards_NF: nan where a function returned None or failed.
+      names: of the functions.
+      problems: replies without a reward because a function failed; empty unless rewards.on_error=drop.
+      metrics: means of the values that functions gave to log_metric.
+      extra: columns that functions gave to log_extra.
+    """
+
+    rewards_NF: Float64[np.ndarray, "N F"]
+    names: tuple[str, ...]
+    problems: list[RewardProblem]
+    metrics: dict[str, float]
+    extra: dict[str, list[object]]
+
+
+class RewardError(ValueError):
+    """Replies without a reward, one line each."""
+
+
+class _Failed(NamedTuple):
+    """Why a call failed as a whole; `ended` if it ended its process."""
+
+    text: str
+    ended: bool = False
+
+
+# Returns a reward or the reason why there is none for each reply.
+InProcess = Callable[[Replies], Sequence[float | str]]
+
+
+class RewardFunctions:
+    """The reward functions of a run. A context manager: its end stops the processes.
+
+    Args:
+      args: settings that `reward_problems` accepts.
+      rewards: the values of --reward.
+      in_process: functions of this process by their name in rewards.functions, such as a reward model.
+
+    Raises:
+      ValueError: functions cannot be imported or called; the message lists them.
+    """
+
+    def __init__(self, args: RewardArgs, rewards: Sequence[str], in_process: Mapping[str, InProcess] | None = None):
+        self.names = tuple(reward_names(args, rewards))
+        self.weights = np.array(args.reward_weights or [1.0] * len(self.names))
+        self._stops = args.on_error == "stop"
+        self._in_process = {self.names.index(name): function for name, function in (in_process or {}).items()}
+        places = {**{n: REWARDS[name].implementation for n, name in enumerate(args.functions)}}
+        places |= {len(places) + n: reward for n, reward in enumerate(rewards)}
+        self._places = {n: place for n, place in places.items() if place != IN_PROCESS}
+        settings = {n: _settings(args, name) for n, name in enumerate(args.functions)}
+        # Functions of one file share a process, as they may share variables.
+        files = [*dict.fromkeys(place.rpartition(":")[0] for place in self._places.values())]
+        count = min(args.workers, len(files))
+        self._worker_of = {n: files.index(p.rpartition(":")[0]) % count for n, p in self._places.items()}
+        self._workers = [
+            WorkerProcess(
+                [Source(n, p, settings.get(n, {})) for n, p in self._places.items() if self._worker_of[n] == worker],
+                args.timeout,
+                parse_bytes(args.memory),
+            )
+            for worker in range(count)
+        ]
+        atexit.register(self.close)
+        self._needed: dict[int, JsonObject] = {}
+        self._load()
+
+    def __enter__(self) -> "RewardFunctions":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        atexit.unregister(self.close)
+        for worker in self._workers:
+            worker.stop()
+
+    def _load(self) -> None:
+        problems: list[str] = []
+        for index, worker in enumerate(self._workers):
+            numbers = [n for n, of in self._worker_of.items() if of == index]
+            found = worker.load()
+            problems += [str(each["problem"]) for each in found if each["problem"]]
+            self._needed |= dict(zip(numbers, found, strict=False))
+        if problems:
+            self.close()
+            raise ValueError("\n  ".join(["reward functions cannot be used:", *dict.fromkeys(problems)]))
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises ValueError for functions that need an argument which the rows do not have as a column."""
+        given = [name for name in columns if name not in _NOT_COLUMNS]
+        problems = [f"column {name!r} has the name of an argument. Rename it" for name in given if name in ARGUMENTS]
+        for number, found in self._needed.items():
+            file, _, name = self._places[number].rpartition(":")
+            problems += [
+                f"{file}:{found['line']}: {name} needs the argument {each!r} (found the columns "
+                f"{', '.join(given) or 'none'}, besides {', '.join(ARGUMENTS)}). Rename the argument or the column"
+                for each in found["required"]
+                if each not in (*given, *ARGUMENTS)
+            ]
+        if problems:
+            raise ValueError("\n  ".join(["reward functions do not fit the rows:", *problems]))
+
+    def score(self, replies: Replies) -> RewardTable:
+        """Calls every function.
+
+        Raises:
+          RewardError: a function failed, and rewards.on_error=stop; the message has file and line of the replies.
+        """
+        table = RewardTable(np.full((len(replies.prompts), len(self.names)), np.nan), self.names, [], {}, {})
+        found = self._call({number: replies for number in self._places})
+        metrics: dict[str, list[float]] = {}
+        for number, name in enumerate(self.names):
+            if number in self._in_process:
+                outcome = {"values": [*self._in_process[number](replies)], "metrics": [], "extra": []}
+            else:
+                outcome = found[number]
+            if isinstance(outcome, _Failed):
+                outcome = self._by_reply(number, replies, outcome)
+            for row, value in enumerate(outcome["values"]):
+                if isinstance(value, str):
+                    table.problems.append(RewardProblem(row, name, value))
+                elif value is not None:
+                    table.rewards_NF[row, number] = value
+            for key, value in outcome["metrics"]:
+                metrics.setdefault(key, []).append(value)
+            table.extra.update({column: values for column, values in outcome["extra"]})
+        if table.problems and self._stops:
+            raise self._error(table.problems, replies)
+        table.metrics.update({key: float(np.mean(values)) for key, values in metrics.items()})
+        return table
+
+    def _call(self, calls: Mapping[int, Replies]) -> dict[int, JsonObject | _Failed]:
+        """Returns the outcome of each function, or why its call failed as a whole."""
+        wanted = ((self._worker_of[number], Call(number, each.arguments())) for number, each in calls.items())
+        outcomes = run_calls(self._workers, wanted)
+        return {number: _checked(outcome, len(calls[number].prompts)) for number, outcome in outcomes.items()}
+
+    def _by_reply(self, number: int, replies: Replies, failed: _Failed) -> JsonObject:
+        """Returns the outcome of a function whose call failed: a text for each reply at fault, and other rewards."""
+        count = len(replies.prompts)
+        values: list[float | str | None] = [None] * count
+        good: list[int] = []
+        ended = 0
+        for row in range(count):
+            if ended == MOST_ENDED:
+                values[row] = f"not tried after {MOST_ENDED} calls that ended their process: {failed.text}"
+                continue
+            alone = self._call({number: replies.rows([row])})[number]
+            if not isinstance(alone, _Failed):
+                good.append(row)
+                continue
+            values[row] = alone.text
+            ended += alone.ended
+            if self._stops:
+                return {"values": values, "metrics": [], "extra": []}
+        outcome = self._call({number: replies.rows(good)})[number] if 0 < len(good) < count else failed
+        if isinstance(outcome, _Failed):
+            text = f"{outcome.text} (in a call with {len(good)} replies)"
+            outcome = {"values": [text] * len(good), "metrics": [], "extra": []}
+        for row, value in zip(good, outcome["values"], strict=True):
+            values[row] = value
+        return {**outcome, "values": values}
+
+    def _error(self, problems: Sequence[RewardProblem], replies: Replies) -> RewardError:
+        places = {name: self._places.get(number, name) for number, name in enumerate(self.names)}
+        lines = [f"{replies.labels[row]}: {places[function]}: {text}" for row, function, text in problems]
+        more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        fix = "Correct the function or the rows, or set rewards.on_error=drop"
+        return RewardError("\n  ".join(["reward functions failed:", *lines[:SHOWN], *more, fix]))
+
+
+def _settings(args: RewardArgs, name: str) -> dict[str, object]:
+    return {each: value for each in REWARDS[name].settings if (value := getattr(args, each)) is not None}
+
+
+def _checked(outcome: JsonObject | Ended, count: int) -> JsonObject | _Failed:
+    if isinstance(outcome, Ended):
+        return _Failed(outcome.reason, ended=True)
+    if "problem" in outcome:
+        return _Failed(str(outcome["problem"]))
+    if len(outcome["values"]) != count:
+        return _Failed(f"found {len(outcome['values'])} rewards for {count} replies, expected one each")
+    return outcome

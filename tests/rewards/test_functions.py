@@ -1,0 +1,255 @@
+"""Reward functions run in processes with limits, and the replies that they fail on are named."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_jax.config.rewards import RewardArgs
+from qlora_jax.rewards import worker_process
+from qlora_jax.rewards.functions import MOST_ENDED, Replies, RewardError, RewardFunctions
+
+FILE = """
+import asyncio, os, random, signal, subprocess, time
+calls = []
+
+def length(completions, **kwargs):
+    return [float(len(c)) for c in completions]
+
+def has_answer(completions, answer):
+    return [(1 if a in c else 0) if a else None for c, a in zip(completions, answer)]
+
+async def later(prompts, completions, **kwargs):
+    await asyncio.sleep(0.001)
+    return [0.5 * len(p) for p in prompts]
+
+class Later:
+    async def __call__(self, completion_ids):
+        return [sum(ids) for ids in completion_ids]
+
+summed = Later()
+
+def logs(completions, log_metric, log_extra, trainer_state, **kwargs):
+    for value in (1, 2):
+        log_metric("size", value)
+    log_extra("upper", [c.upper() for c in completions])
+    return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
+def draws(completions, **kwargs):
+    return [random.random() for _ in completions]
+
+def rank(completions, **kwargs):  # depends on the other replies
+    return [sorted(completions).index(c) / (10 if "bad" in c else 1) for c in completions if 1 / len(c)]
+
+def raises(completions, **kwargs):
+    return [1 / len(c) for c in completions]
+
+def hangs(completions, **kwargs):
+    while "bad" in completions:
+        time.sleep(0.01)
+    return [1.0] * len(completions)
+
+def hog(completions, **kwargs):
+    return [bytearray(3 << 30 if c == "bad" else 1)[0] for c in completions]
+
+def exits(completions, **kwargs):
+    return [os._exit(7) if c == "bad" else 2.0 for c in completions]
+
+def odd(completions, **kwargs):
+    return [{"bad": float("nan"), "": float("inf"), "cc": "1"}.get(c, True) for c in completions]
+
+def skips(completions, **kwargs):
+    return [1.0 for c in completions if c]
+
+def one_number(completions, **kwargs):
+    return 1.0
+
+def killed_once(completions, **kwargs):
+    marker = __file__ + ".killed"
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [3.0] * len(completions)
+
+def shares(completions, **kwargs):
+    calls.append(1)
+    return [len(calls)] * len(completions)
+
+def shares_too(completions, **kwargs):
+    calls.append(1)
+    return [len(calls)] * len(completions)
+
+def writes_pid_and_hangs(completions, **kwargs):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+
+
+def replies(*completions: str, **columns: list[object]) -> Replies:
+    count = len(completions)
+    return Replies(
+        prompts=[f"p{row // 2}" for row in range(count)],
+        completions=completions,
+        completion_ids=[[row, 1] for row in range(count)],
+        columns=columns,
+        labels=[f"prompts.jsonl:{1 + row // 2}" for row in range(count)],
+        step=3,
+        steps=12,
+    )
+
+
+@pytest.fixture
+def file(tmp_path) -> str:
+    path = tmp_path / "rewards.py"
+    path.write_text(FILE)
+    return str(path)
+
+
+def score(file, names, given, **settings):
+    with RewardFunctions(RewardArgs(**settings), [f"{file}:{name}" for name in names]) as functions:
+        return functions.score(given)
+
+
+def test_functions_get_what_they_name(file):
+    given = replies("a", "xyz", "", answer=["a", "", "b"])
+    table = score(file, ["length", "has_answer", "later", "summed", "logs"], given)
+    assert table.names == ("length", "has_answer", "later", "summed", "logs") and table.problems == []
+    np.testing.assert_array_equal(table.rewards_NF, [[1, 1, 1, 1, 0.25], [3, np.nan, 1, 2, 0.25], [0, 0, 1, 3, 0.25]])
+    assert table.metrics == {"size": 1.5} and table.extra == {"upper": ["A", "XYZ", ""]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("raises", "found ZeroDivisionError: division by zero at {file}:{line}"),
+        ("skips", "found 0 rewards for 1 replies, expected one each"),
+    ],
+)
+def test_the_reply_at_fault_is_named(file, name, text):
+    line = 1 + FILE.splitlines().index("    return [1 / len(c) for c in completions]")
+    table = score(file, [name, "length"], replies("a", "bb", "", "cc"), on_error="drop")
+    assert table.problems == [(2, name, text.format(file=file, line=line))]
+    np.testing.assert_array_equal(np.isnan(table.rewards_NF[:, 0]), [False, False, True, False])
+    np.testing.assert_array_equal(table.rewards_NF[:, 1], [1, 2, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hangs", "took more than 0.3 s, the limit rewards.timeout"),
+        ("hog", "needed more than 1,024 MiB of memory, the limit rewards.memory"),
+        ("exits", "ended its process (exit status 7)"),
+    ],
+)
+def test_limits_end_a_call_and_the_function_starts_again(file, name, text):
+    names, given = [f"{file}:{name}"], replies("a", "bad", "c")
+    with RewardFunctions(RewardArgs(on_error="drop", timeout=0.3, memory="1GiB"), names) as functions:
+        table = functions.score(given)
+        assert table.problems == [(1, name, text)]
+        assert np.isfinite(functions.score(replies("a", "c")).rewards_NF).all()
+    with pytest.raises(RewardError, match=re.escape(f"prompts.jsonl:1: {file}:{name}: {text}")):
+        score(file, [name], given, timeout=0.3, memory="1GiB")
+
+
+def test_after_some_ended_calls_the_others_are_not_tried(file):
+    table = score(file, ["exits"], replies(*["bad"] * (MOST_ENDED + 2)), on_error="drop")
+    assert [problem.text.startswith("not tried") for problem in table.problems] == [False] * MOST_ENDED + [True] * 2
+
+
+def test_values_that_are_not_rewards(file):
+    table = score(file, ["odd"], replies("a", "bad", "", "cc"), on_error="drop")
+    assert table.problems == [
+        (1, "odd", "found nan, expected a finite number or None"),
+        (2, "odd", "found inf, expected a finite number or None"),
+        (3, "odd", "found str '1', expected a number or None"),
+    ]
+    assert table.rewards_NF[0, 0] == 1
+    with pytest.raises(RewardError, match="found float as its result, expected a list of rewards"):
+        score(file, ["one_number"], replies("a"))
+
+
+def test_the_other_replies_are_scored_together(file):
+    table = score(file, ["rank"], replies("b", "", "a", "c"), on_error="drop")
+    np.testing.assert_array_equal(table.rewards_NF[:, 0], [1, np.nan, 0, 2])
+
+
+def test_rewards_do_not_depend_on_the_number_of_workers(file, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("import random\ndef other(completions, **kwargs): return [random.random() for _ in completions]\n")
+    tables = []
+    for workers in (1, 2, 5):
+        names = [*(f"{file}:{name}" for name in ("draws", "shares", "shares_too")), f"{other}:other"]
+        with RewardFunctions(RewardArgs(workers=workers), names) as functions:
+            tables.append(functions.score(replies("a", "b")).rewards_NF)
+    np.testing.assert_array_equal(tables[0], tables[1])
+    np.testing.assert_array_equal(tables[0], tables[2])
+    np.testing.assert_array_equal(tables[0][0, 1:3], [1, 2])  # a file's functions share its variables
+    assert tables[0][0, 0] != tables[0][0, 3]
+
+
+def test_a_process_that_somebody_kills_starts_again(file):
+    table = score(file, ["killed_once"], replies("a", "b"))
+    np.testing.assert_array_equal(table.rewards_NF, [[3], [3]])
+
+
+def test_a_killed_trainer_leaves_no_process(file):
+    program = (
+        "from tests.rewards.test_functions import *\n"
+        f"RewardFunctions(RewardArgs(), [{file + ':writes_pid_and_hangs'!r}]).score(replies('a'))"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    trainer = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, cwd=root)
+    assert trainer.stderr is not None
+    worker = int(trainer.stderr.readline())
+    os.kill(worker, 0)
+    trainer.kill()
+    trainer.wait()
+    trainer.stderr.close()
+    for _ in range(500):
+        if not Path(f"/proc/{worker}").exists() or " Z " in Path(f"/proc/{worker}/stat").read_text():
+            return
+        time.sleep(0.01)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the process of reward functions lives on")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("import re\nimport absent_module\n", "f", ":2: cannot be imported (found ModuleNotFoundError: No module"),
+        ("def f(:\n", "f", ":1: cannot be imported (found SyntaxError"),
+        ("import sys\nsys.exit(3)\n", "f", ":2: cannot be imported (found SystemExit: 3"),
+        ("import os\nos._exit(3)\n", "f", ": cannot be imported (ended its process (exit status 3))"),
+        ("def g(x): ...\nf = 3\n", "f", ": f is not a function (found int; the functions are g). Name one"),
+        ("def g(x): ...\n", "f", ": f is not a function (found no such name; the functions are g). Name one"),
+        ("\ndef f(prompts, /): ...\n", "f", ":2: f cannot be called with keywords (found the positional-only"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, text, name, message):
+    path = tmp_path / "json.py"  # also the name of a module of Python
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"{path}{message}")):
+        RewardFunctions(RewardArgs(), [f"{path}:{name}"])
+
+
+def test_an_import_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker_process, "IMPORT_SECONDS", 0.1)
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(600)\n")
+    with pytest.raises(ValueError, match=r"slow.py: cannot be imported .took more than 0.5 s"):
+        RewardFunctions(RewardArgs(timeout=0.5), [f"{path}:f"])
+
+
+def test_arguments_that_are_not_columns(file):
+    with RewardFunctions(RewardArgs(), [f"{file}:has_answer", f"{file}:length"]) as functions:
+        functions.check_columns(["prompt", "answer"])
+        with pytest.raises(ValueError, match=r"rewards.py:\d+: has_answer needs the argument 'answer' .found the col"):
+            functions.check_columns(["prompt", "solution"])
+        with pytest.raises(ValueError, match="column 'prompts' has the name of an argument"):
+            functions.check_columns(["prompts", "answer"])
