@@ -31,7 +31,7 @@ from qlora_jax.nn.frozen_weight import gather_layer
 from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead, with_codes
 from qlora_jax.nn.lm_head.new_token_rows import NewTokenRows, TrainableTable
-from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
+from qlora_jax.nn.lm_head.sharded_vocabulary import AnyHead, ShardedHead, look_up
 from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.random_keys import fold_in_each, name_number, named_key
@@ -130,7 +130,6 @@ def _at(module: nnx.Module, path: Sequence[object]) -> nnx.Module:
 
 NEFTUNE = name_number("neftune")  # folded into the key of a row; layers fold their index
 SCORE = "score"  # name of the sequence head among the trained parameters
-AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
 
 
 def _norm(config: ModelConfig, shape: tuple[int, ...], dtype: str) -> RMSNorm | LayerNorm:

@@ -17,11 +17,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from qlora_jax.nn.lm_head.chunks import map_token_chunks
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, gather_tokens, own_tokens, sum_own_tokens
+from qlora_jax.nn.lm_head.sharded_vocabulary import (
+    AnyHead,
+    ShardedHead,
+    gather_tokens,
+    own_tokens,
+    sum_own_tokens,
+)
 from qlora_jax.nn.lm_head.tiles import fold_tiles
 from qlora_jax.sharding import FSDP
-
-AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
 
 NO_ROW = -1  # the place of a target that is not a row of the frozen head
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.lm_head.head import Head
+from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head.tiles import RunningSums, sum_over_tiles
 from qlora_jax.sharding import FSDP, Shard
 
@@ -66,21 +66,34 @@ class ShardedHead:
         return lax.all_to_all(logits_GV, FSDP, split_axis=0, concat_axis=1, tiled=True)
 
 
+AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
+
+
+def at_temperature[Given: AnyHead](head: Given, temperature: float) -> Given:
+    """Returns the head whose logits, after softcap and scale, are divided by `temperature`."""
+    if temperature == 1.0:
+        return head
+    if isinstance(head, HeadWithRows):
+        return dataclasses.replace(head, frozen=at_temperature(head.frozen, temperature))
+    softcap, scale = head.softcap, 1.0 if head.scale is None else head.scale
+    return dataclasses.replace(
+        head, softcap=None if softcap is None else softcap / temperature, scale=scale / temperature
+    )
+
+
 def sum_over_head(
-    hidden_CD: jax.Array, head: Head | ShardedHead, targets_C: jax.Array, *, weighted: bool = False, first: bool = False
+    hidden_CD: jax.Array, head: Head | ShardedHead, targets_C: jax.Array, **required: bool
 ) -> RunningSums:
     """Sums over all rows of the head, for this device's tokens.
 
     Args:
-      weighted: True to compute `weighted_CD`.
-      first: True to compute `first_C`.
+      required: arguments of `sum_over_tiles`.
     """
     if isinstance(head, Head):
-        return sum_over_tiles(hidden_CD, head, targets_C, weighted=weighted, first=first)
+        return sum_over_tiles(hidden_CD, head, targets_C, **required)
     start = head.weight_VD.start
     places_G = gather_tokens(targets_C) - start
-    run = sum_over_tiles(gather_tokens(hidden_CD), head.own, places_G, weighted=weighted, first=first)
-    return _merged(run, start)
+    return _merged(sum_over_tiles(gather_tokens(hidden_CD), head.own, places_G, **required), start)
 
 
 def _merged(run: RunningSums, start: jax.Array) -> RunningSums:
@@ -103,6 +116,7 @@ def _merged(run: RunningSums, start: jax.Array) -> RunningSums:
         target_C=sum_own_tokens(run.target_C),  # 0 where the target is another device's row
         weighted_CD=weighted_CD,
         first_C=first_C,
+        logit_C=None if run.logit_C is None else sum_own_tokens(run.logit_C * shrink_G),
     )
 
 

@@ -46,6 +46,7 @@ class RunningSums(NamedTuple):
       target_C: the target's logit; 0 until its tile.
       weighted_CD: sum exp(l - largest) w; None if no gradient is required.
       first_C: the smallest row that has the largest logit; None if not required.
+      logit_C: sum exp(l - largest) l; None if no entropy is required.
     """
 
     largest_C: jax.Array
@@ -53,6 +54,7 @@ class RunningSums(NamedTuple):
     target_C: jax.Array
     weighted_CD: jax.Array | None = None
     first_C: jax.Array | None = None
+    logit_C: jax.Array | None = None
 
     @property
     def lse_C(self) -> jax.Array:
@@ -64,21 +66,33 @@ class RunningSums(NamedTuple):
         """-log softmax(l)[target]."""
         return self.lse_C - self.target_C
 
+    @property
+    def entropy_C(self) -> jax.Array | None:
+        """-sum softmax(l) log softmax(l); None if it is not required."""
+        return None if self.logit_C is None else self.lse_C - self.logit_C / self.sum_C
+
 
 def sum_over_tiles(
-    hidden_CD: jax.Array, head: Head, targets_C: jax.Array, *, weighted: bool = False, first: bool = False
+    hidden_CD: jax.Array,
+    head: Head,
+    targets_C: jax.Array,
+    *,
+    weighted: bool = False,
+    first: bool = False,
+    entropy: bool = False,
 ) -> RunningSums:
     """Sums over the whole head.
 
     Args:
       weighted: True to compute `weighted_CD`.
       first: True to compute `first_C`.
+      entropy: True to compute `logit_C`.
     """
 
     def add(run: RunningSums, tiles: Sequence[Head], start: jax.typing.ArrayLike) -> RunningSums:
         return _add_tile(run, hidden_CD, tiles[0], targets_C, start)
 
-    return fold_tiles(add, _start(hidden_CD, weighted, first), (head,), hidden_CD.shape[0])
+    return fold_tiles(add, _start(hidden_CD, weighted, first, entropy), (head,), hidden_CD.shape[0])
 
 
 def fold_tiles[Run](
@@ -110,7 +124,7 @@ def first_id_where(found_CW: jax.Array, ids_W: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(found_CW, ids_W[None], jnp.iinfo(jnp.int32).max), axis=1)
 
 
-def _start(hidden_CD: jax.Array, weighted: bool, first: bool) -> RunningSums:
+def _start(hidden_CD: jax.Array, weighted: bool, first: bool, entropy: bool) -> RunningSums:
     zeros_C = jnp.zeros(hidden_CD.shape[0], jnp.float32)
     return RunningSums(
         largest_C=zeros_C - jnp.inf,
@@ -118,6 +132,7 @@ def _start(hidden_CD: jax.Array, weighted: bool, first: bool) -> RunningSums:
         target_C=zeros_C,
         weighted_CD=jnp.zeros(hidden_CD.shape, jnp.float32) if weighted else None,
         first_C=zeros_C.astype(jnp.int32) if first else None,
+        logit_C=zeros_C if entropy else None,
     )
 
 
@@ -132,7 +147,7 @@ def _add_tile(
     exp_CW = jnp.exp(logits_CW - largest_C[:, None])
     shrink_C = jnp.exp(run.largest_C - largest_C)
     at_place_C = jnp.take_along_axis(logits_CW, jnp.clip(place_C, 0, rows - 1)[:, None], axis=-1)[:, 0]
-    weighted_CD, first_C = run.weighted_CD, run.first_C
+    weighted_CD, first_C, logit_C = run.weighted_CD, run.first_C, run.logit_C
     if weighted_CD is not None:
         slope_CW = tile.slope(logits_CW)
         factors_CW = exp_CW if slope_CW is None else exp_CW * slope_CW
@@ -140,10 +155,14 @@ def _add_tile(
     if first_C is not None:
         in_tile_C = start + first_id_where(logits_CW == tile_C[:, None], jnp.arange(rows))
         first_C = jnp.where(tile_C > run.largest_C, in_tile_C, first_C)
+    if logit_C is not None:
+        finite_CW = jnp.where(jnp.isneginf(logits_CW), 0.0, logits_CW)
+        logit_C = logit_C * shrink_C + jnp.sum(exp_CW * finite_CW, axis=-1)
     return RunningSums(
         largest_C=largest_C,
         sum_C=run.sum_C * shrink_C + jnp.sum(exp_CW, axis=-1),
         target_C=jnp.where((place_C >= 0) & (place_C < rows), at_place_C, run.target_C),
         weighted_CD=weighted_CD,
         first_C=first_C,
+        logit_C=logit_C,
     )

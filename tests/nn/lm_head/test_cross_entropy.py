@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.lm_head.cross_entropy import token_nll
+from qlora_jax.nn.lm_head.cross_entropy import token_nll, token_nll_and_entropy
 from qlora_jax.nn.lm_head.head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head.sharded_vocabulary import at_temperature
 from qlora_jax.nn.lm_head.tiles import TILES, Tile
 from tests.nn.gradients import check_vjp, random_array
 
@@ -124,3 +125,43 @@ def test_token_nll_of_a_head_that_trains_whole(supervised, softcap, monkeypatch)
         return jnp.where(mask, -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0], 0.0)
 
     check_vjp(lambda h, w: token_nll(h, TrainableHead(w, softcap), targets, mask), plain, hidden, weight)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("kind", ["frozen", "with rows", "trainable"])
+def test_temperature_and_entropy(kind, softcap, monkeypatch):
+    """The temperature divides capped logits; entropies have no gradient, and change none."""
+    monkeypatch.setitem(TILES, "cpu", Tile(16, 32))
+    hidden, table, rows = random_array(40, 8), random_array(80, 8), random_array(2, 8)
+    targets, wanted = jnp.arange(0, 80, 2, dtype=jnp.int32), jnp.arange(40) % 3 > 0
+    scale = None if softcap is None else 1.5
+
+    def log_p(hidden, table):
+        logits = (scale or 1.0) * (hidden @ table.T)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return jax.nn.log_softmax(logits / 0.7)
+
+    def plain(hidden, table):
+        return jnp.where(wanted, -jnp.take_along_axis(log_p(hidden, table), targets[:, None], 1)[:, 0], 0.0)
+
+    def head(parts):
+        if kind == "trainable":
+            return TrainableHead(parts, softcap, scale)
+        frozen = Head(table, None, softcap, scale=scale)
+        return HeadWithRows.of(frozen, parts, None, (2, 41)) if kind == "with rows" else frozen
+
+    def of_rows(parts):
+        return table.at[jnp.asarray([2, 41])].set(parts) if kind == "with rows" else parts
+
+    parts = rows if kind == "with rows" else table
+    at = {"frozen": lambda h: (h, parts)}.get(kind, lambda *both: both)
+    args = (hidden,) if kind == "frozen" else (hidden, parts)
+
+    def ours(*args):
+        found, entropy = token_nll_and_entropy(args[0], at_temperature(head(at(*args)[1]), 0.7), targets, wanted)
+        return found + entropy - jax.lax.stop_gradient(entropy)
+
+    check_vjp(ours, lambda *args: plain(args[0], of_rows(at(*args)[1])), *args)
+    entropy = token_nll_and_entropy(hidden, at_temperature(head(parts), 0.7), targets, wanted)[1]
+    expected = log_p(hidden, of_rows(parts))
+    np.testing.assert_allclose(entropy, jnp.where(wanted, -jnp.sum(jnp.exp(expected) * expected, 1), 0), atol=2e-5)

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.aot.collectives import read_collectives
 from qlora_jax.nn.lm_head.chunks import chunk_size
-from qlora_jax.nn.lm_head.cross_entropy import token_nll
+from qlora_jax.nn.lm_head.cross_entropy import token_nll, token_nll_and_entropy
 from qlora_jax.nn.lm_head.divergence import compare_tokens
 from qlora_jax.nn.lm_head.head import Head
-from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, look_up
+from qlora_jax.nn.lm_head.sharded_vocabulary import ShardedHead, at_temperature, look_up
 from qlora_jax.nn.lm_head.tiles import TILES, Tile
 from qlora_jax.nn.lm_head.token_scores import token_scores
 from qlora_jax.sharding import FSDP, ROWS, Shard, make_mesh
@@ -84,6 +84,18 @@ def test_token_nll_of_a_head_that_is_cut(softcap, biased, sizes):
         np.testing.assert_array_equal(found[~wanted], 0)
         (gradient,), (expected_gradient,) = vjp(cotangent), expected_vjp(cotangent)
         assert np.linalg.norm(gradient - expected_gradient) <= 1e-6 * np.linalg.norm(expected_gradient)
+
+
+def test_temperature_and_entropy_of_a_head_that_is_cut():
+    hidden, weight, targets, wanted = random_array(M, D), random_array(V, D), jnp.arange(M) % V, wanted_of(250)
+
+    def scores(head, *of_tokens):
+        return token_nll_and_entropy(of_tokens[0], at_temperature(head, 0.7), *of_tokens[1:])
+
+    expected = scores(Head(weight, None, 3.0), hidden, targets, wanted)
+    found = on_mesh(scores, (2, 4), 3.0)(weight, None, hidden, targets, wanted)
+    for each, expected_each in zip(found, expected, strict=True):
+        np.testing.assert_allclose(each, expected_each, rtol=2e-6, atol=4e-6)
 
 
 def test_token_nll_of_logits_beyond_exp():
