@@ -2,7 +2,16 @@
 
 import dataclasses
 
-from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, BELOW_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, Bound, setting
+from qlora_jax.config.fields import (
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    BELOW_ONE,
+    NON_NEGATIVE,
+    NOT_EMPTY,
+    POSITIVE,
+    Bound,
+    setting,
+)
 
 _PART = Bound("more than 0, up to 1", lambda value: 0 < value <= 1)
 
