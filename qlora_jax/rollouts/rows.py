@@ -113,8 +113,9 @@ def _sampler_logps(rows: TokenRows, groups: Sequence[Group], chosen: np.ndarray,
     found = np.zeros((*chosen.shape[:2], length), np.float32)
     for (*place, _), index in np.ndenumerate(chosen):
         if index != NO_ROW:
-            group = groups[index]
-            logps = _flat(group, [reply.logps for reply in group.replies]).astype(np.float32)
-            targets = lay_out(logps, *rows.row(index)[1:], rows.branches_of(index)).targets
-            found[*place, : len(targets)] = targets
+            group, at = groups[index], int(index)
+            logps = _flat(group, [reply.logps for reply in group.replies])
+            ids = np.arange(len(logps), dtype=np.int32)  # in place of the ids: which one each position predicts
+            targets = lay_out(ids, rows.row(at)[1], rows.branches_of(at)).targets
+            found[*place, : len(targets)] = logps[targets]
     return found

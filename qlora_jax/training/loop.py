@@ -25,8 +25,8 @@ from qlora_jax.training.loss_scale import LEAST, LOSS_SCALE, SKIPPED, LossScale,
 from qlora_jax.training.metrics.memory_watch import memory_in_use
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
-from qlora_jax.training.rollout_step import held_out_rewards, roll_out
 from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
+from qlora_jax.training.rollout_step import held_out_rewards, roll_out
 from qlora_jax.training.session import Session
 
 
@@ -97,7 +97,9 @@ def run_steps(
     if state.step == 0 or state.evaluation_due:
         state = evaluate(session, state, checkpoints, reporter, stop)
     together = 1 if session.run.inputs.rollouts is None else session.run.config.policy.steps_per_generation
-    for batches, data_seconds in timed(itertools.batched(session.run.inputs.dataset.train_batches(state.position), together)):
+    for batches, data_seconds in timed(
+        itertools.batched(session.run.inputs.dataset.train_batches(state.position), together)
+    ):
         if state.step >= session.run.total_steps or stop() or state.best.should_stop(settings.patience):
             break
         before_step()
@@ -302,7 +304,7 @@ def _measure(
         shown, found = held_out_rewards(session, state.lora, state.step, go_on)
         replies = [*replies, *shown]
     elif session.run.inputs.dataset.eval is not None:
-        found = held_out_metrics(session, state.lora, go_on)
+        found = held_out_metrics(session, state.lora, lambda: go_on(""))
     if session.run.inputs.questions is not None:
         found |= session.run.inputs.questions.metrics(parts, go_on)
     return replies, found

@@ -186,7 +186,7 @@ def with_reference(
       OSError: the values cannot be stored.
     """
     is_over = state.step >= session.run.total_steps and not state.evaluation_due
-    if not needs_reference(session.run.inputs.objective) or is_over:
+    if session.initial_digest is None or not needs_reference(session.run.inputs.objective) or is_over:
         return session
     rows, began = session.run.inputs.dataset.report.train.kept, time.monotonic()
     message(f"reference: log p of {rows:,} rows, under the parameters that the run starts with")

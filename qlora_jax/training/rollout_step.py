@@ -7,7 +7,7 @@ R = B G replies of a micro-batch, N replies and P prompts of the phase.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float64, Int64
 
 from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.data.rows import TokenRows
-from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.inference.sampling import Sampling
 from qlora_jax.measures.statistics import bootstrap
 from qlora_jax.models.partition import Lora
 from qlora_jax.objectives.objective import read_by_outputs, token_values
@@ -29,7 +29,7 @@ from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
 from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.metrics.record_summaries import HIGH, LOSS, LOW, REWARD
+from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
 from qlora_jax.training.resume import TrainState
 from qlora_jax.training.session import Session
 
@@ -76,23 +76,25 @@ def roll_out(session: Session, state: TrainState, prompts: Sequence[Batch], go_o
 
 
 def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tuple[list[Record], dict[str, float]]:
-    """Returns (records of the first held-out prompts' greedy replies, entries of the evaluation's record).
+    """Returns (records of the first held-out prompts' replies, entries of the evaluation's record).
 
-    The held-out loss is minus the mean reward.
+    Each prompt gets one reply, drawn as in training, with the same random numbers in every evaluation. The held-out
+    loss is minus the mean reward.
     """
     inputs, rows = inputs_of(session), session.run.inputs.dataset.eval
     assert inputs.held_out is not None and rows is not None
     asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
-    replies = _sample(session, lora, asked, [GREEDY] * len(asked), 1, go_on)
+    settings, seed = session.run.config.rollouts, session.run.config.train.seed
+    samplings = [sampling_of(settings, draw_seed(seed, each.number)) for each in asked]
+    replies = _sample(session, lora, asked, samplings, 1, go_on)
     table = _score(session, inputs.held_out, rows, asked, replies, step)
     rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=inputs.rewards.weights).rewards_N
     rewards = np.nan_to_num(rewards)  # a reply that no function scores earns nothing
     mean, (low, high) = float(rewards.mean()), bootstrap(rewards, np.ones(len(rewards)))
     found = {LOSS: -mean, LOSS + LOW: -high, LOSS + HIGH: -low}
-    found |= {f"eval_{REWARD}": mean, f"eval_{REWARD}{LOW}": low, f"eval_{REWARD}{HIGH}": high}
-    if len(table.names) > 1:
-        found |= {f"eval_{REWARD}_of_{name}": _mean(table.rewards_NF[:, at]) for at, name in enumerate(table.names)}
-    found["eval_reply_tokens"] = float(np.mean([len(reply.ids) for (reply,) in replies]))
+    found |= {f"{EVAL}{REWARD}": mean, f"{EVAL}{REWARD}{LOW}": low, f"{EVAL}{REWARD}{HIGH}": high}
+    found |= _by_function(table.rewards_NF, table.names, EVAL)
+    found[f"{EVAL}reply_tokens"] = float(np.mean([len(reply.ids) for (reply,) in replies]))
     samples: list[Record] = [
         {
             "step": step,
@@ -189,7 +191,7 @@ class _Phase(NamedTuple):
 
     def placed(self, values_PG: np.ndarray) -> Float64[np.ndarray, "K M G"]:
         """Returns numbers of replies in the places of their prompts, and 0 in gaps."""
-        return np.where(self.place_KM[..., None] >= 0, values_PG[self.place_KM], 0)
+        return np.where(self.place_KM[..., None] >= 0, values_PG[self.place_KM], 0.0).astype(np.float64)
 
     def group(self, number: int) -> Group | None:
         """Returns a prompt with its replies; None for a gap."""
@@ -221,7 +223,7 @@ def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[
     by_micro_batch = len(prompts), shape_AB[0], -1
     scales = token_scale(
         config.policy.loss_type,
-        phase.placed(phase.lengths_PG * phase.trained_PG).reshape(by_micro_batch),
+        phase.placed(phase.lengths_PG * phase.trained_PG).reshape(by_micro_batch).astype(np.int64),
         phase.placed(np.ones_like(phase.trained_PG)).reshape(by_micro_batch) > 0,
         max_completion_length=config.rollouts.max_completion_length,
     )
@@ -229,7 +231,7 @@ def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[
     scales_KMG = scales.reshape(advantages_KMG.shape)
     return [
         replies_batch(
-            [phase.group(number) for number in phase.place_KM[k]],
+            [phase.group(number) for number in phase.place_KM[k].tolist()],
             {ADVANTAGES: advantages_KMG[k], TOKEN_SCALE: scales_KMG[k]},
             inputs.lengths,
             shape_AB,
@@ -244,26 +246,32 @@ def _record(phase: _Phase, step: int) -> Record:
     """Returns the entries of a step's record: rewards, and the replies' lengths."""
     chosen = phase.place_KM[step][phase.place_KM[step] >= 0]
     rewards_PG = phase.compared.rewards_N.reshape(phase.trained_PG.shape)[chosen]
-    functions_PGF = phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)[chosen]
+    functions_NF = phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)[chosen].reshape(
+        -1, len(phase.table.names)
+    )
     is_cut = [reply.is_cut for number in chosen for reply in phase.replies[number]]
     found: Record = {
-        REWARD: _mean(rewards_PG),
-        f"{REWARD}_std": _mean(np.nanstd(rewards_PG, axis=1, ddof=1)),
         "groups_without_signal": 1.0 - float(phase.compared.has_signal_P[chosen].mean()),
         "reply_tokens": float(phase.lengths_PG[chosen].mean()),
         "replies_cut": float(np.mean(is_cut)),
     }
-    if len(phase.table.names) > 1:
-        found |= {f"{REWARD}_of_{n}": _mean(functions_PGF[..., at]) for at, n in enumerate(phase.table.names)}
+    found |= _means({REWARD: rewards_PG, f"{REWARD}_std": phase.compared.std_P[chosen]})
+    found |= _by_function(functions_NF, phase.table.names, "")
     if phase.table.problems:
         found["rewards_failed"] = len(phase.table.problems)
     return found | phase.table.metrics
 
 
-def _mean(values: np.ndarray) -> float:
-    """Returns the mean of the numbers that are not nan; nan if there are none."""
-    there = values[np.isfinite(values)]
-    return float(there.mean()) if there.size else float("nan")
+def _by_function(rewards_NF: Float64[np.ndarray, "N F"], names: Sequence[str], prefix: str) -> Record:
+    """Returns the mean reward of each function, if there are several."""
+    several = len(names) > 1
+    return _means({f"{prefix}{REWARD}_of_{name}": rewards_NF[:, f] for f, name in enumerate(names) if several})
+
+
+def _means(named: Mapping[str, np.ndarray]) -> Record:
+    """Returns the mean of the numbers that are not nan, of each array that has any."""
+    there = {name: values[np.isfinite(values)] for name, values in named.items()}
+    return {name: float(values.mean()) for name, values in there.items() if values.size}
 
 
 def _reference(session: Session) -> Lora:

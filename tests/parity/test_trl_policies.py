@@ -265,7 +265,8 @@ def test_policy_gradients_equal_trl(tmp_path: Path, oracle) -> None:
         name: ["grpo", case.settings | whole | {"gradient_accumulation_steps": case.micro_batches}, case.corrected]
         for name, case in CASES.items()
     }
-    import os, pickle
+    import os
+    import pickle
 
     found = (
         pickle.load(open("/tmp/rl36_found.pkl", "rb"))

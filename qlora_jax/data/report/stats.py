@@ -142,7 +142,8 @@ def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
     for name in ("bad_rows", "unseen_rows"):
         fields[name] = tuple(row._replace(path=path) for row in fields[name])
     used = {*known.required, *known.optional, TEMPLATE_KWARGS, *counts.labels}  # labels may be columns
-    ignored = tuple(name for name in counts.columns if name not in used)
+    # Rewards get the other columns of prompts.
+    ignored = () if known.kind == "prompt" else tuple(name for name in counts.columns if name not in used)
     return SplitReport(**fields, path=path, form=form, ignored_columns=ignored)
 
 

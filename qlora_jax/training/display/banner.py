@@ -69,6 +69,7 @@ def _facts(session: Session) -> Rows:
         "trained": _trained(session),
         **_new_tokens(session),
         **_router_losses(config.router),
+        **_replies(session),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})"
         + (f", gradient norm clipped to {config.optim.max_grad_norm:g}" if config.optim.max_grad_norm else ""),
@@ -115,13 +116,29 @@ def rate_rows(config: Config, total_steps: int) -> Rows:
 
 
 def _high_rate(config: Config) -> str | None:
-    """Returns a note if an objective of preferences has the default rate, which is that of supervised finetuning."""
-    if not OBJECTIVES[config.objective].preference or config.optim.learning_rate != OptimArgs().learning_rate:
+    """Returns a note if an objective of preferences or rewards has the default rate, which is that of supervised finetuning."""
+    declared = OBJECTIVES[config.objective]
+    is_plain = not (declared.preference or declared.policy)
+    if is_plain or config.optim.learning_rate != OptimArgs().learning_rate:
         return None
+    usual = "1e-5 to 5e-5 with an adapter" if declared.policy else "1e-6 to 1e-5"
     return (
         f"{config.optim.learning_rate:g} is the default of optim.learning_rate, which is high for objective "
-        f"{config.objective}: usual values are 1e-6 to 1e-5 (TRL's default is 1e-6)"
+        f"{config.objective}: usual values are {usual} (TRL's default is 1e-6)"
     )
+
+
+def _replies(session: Session) -> Rows:
+    """Returns rows on the replies that a run samples, and on what rewards them."""
+    if session.run.inputs.rollouts is None:
+        return {}
+    settings, policy = session.run.config.rollouts, session.run.config.policy
+    passes = f", {policy.num_iterations} passes over them" if policy.num_iterations > 1 else ""
+    sampled = f"{settings.num_generations} per prompt, of at most {settings.max_completion_length:,} tokens"
+    return {
+        "replies": f"{sampled}, temperature {settings.temperature:g}; loss {policy.loss_type}{passes}",
+        "rewards": ", ".join(session.run.inputs.rollouts.rewards.names),
+    }
 
 
 def _peak(session: Session) -> Rows:

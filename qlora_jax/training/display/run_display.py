@@ -24,6 +24,7 @@ from qlora_jax.training.metrics.record_summaries import (
     MARGIN,
     MAX_LOAD,
     PREFERENCE_LABELS,
+    REWARD,
     loss_interval,
     task_metrics,
 )
@@ -116,7 +117,9 @@ def _gradient_text(record: Record) -> str:
 
 
 def _reward_text(record: Record) -> str:
-    """Formats the rewards of pairs or labelled answers: `right 81.2%, margin 0.413`; empty without rewards."""
+    """Formats rewards: `right 81.2%, margin 0.413` of pairs, `reward 0.250, 12% cut` of replies; empty without them."""
+    if REWARD in record:
+        return f"reward {record[REWARD]:.3f}" + (f", {cut:.0%} cut" if (cut := record["replies_cut"]) else "")
     right = f"right {record[ACCURACY]:.1%}" if ACCURACY in record else ""
     margin = f"margin {record[MARGIN]:.3f}" if MARGIN in record else ""
     return ", ".join(filter(None, (right, margin)))
@@ -158,6 +161,8 @@ def evaluation_lines(record: Record) -> list[str]:
         interval = " [{:.3f}, {:.3f}]".format(*ends) if (ends := loss_interval(record)) else ""
         perplexity = f", perplexity {record['eval_perplexity']:.3f}" if "eval_perplexity" in record else ""
         lines.append(f"held-out loss {record['eval_loss']:.3f}{interval}{perplexity}")
+    if (key := f"{EVAL}{REWARD}") in record:
+        lines = ["held-out reward {:.3f} [{:.3f}, {:.3f}]".format(*(record[key + end] for end in ("", LOW, HIGH)))]
     lines += _preference_lines(record)
     for task in QUESTION_KINDS:
         metrics = [
