@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 # text: one text whose answers are learned. pair: a prompt with a chosen and a rejected answer. labelled: a
-# prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning. prompt:
-# a prompt, to which the model itself replies.
+# prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning.
+# prompt: a prompt, to which the model itself replies.
 RowKind = Literal["text", "pair", "labelled", "class", "embedding", "prompt"]
 # Values that a row's sequences have besides their ids; see data/labels.py.
 ValueKind = Literal["none", "desirable", "margin", "class", "classes", "number"]

@@ -26,11 +26,13 @@ class Advantages(NamedTuple):
     Fields:
       rewards_N: the weighted sum of each reply's rewards; nan if no function scored it.
       advantages_N: 0 for replies without reward, and in groups of equal rewards.
+      std_P: standard deviation of the rewards of each prompt's replies; nan below 2 rewards.
       has_signal_P: True for prompts whose replies have different rewards.
     """
 
     rewards_N: Float64[np.ndarray, " N"]
     advantages_N: Float64[np.ndarray, " N"]
+    std_P: Float64[np.ndarray, " P"]
     has_signal_P: Bool[np.ndarray, " P"]
 
     @property
@@ -65,7 +67,7 @@ def group_advantages(
     advantages_PG = rewards_PG - means_P1
     if scale_rewards != "none":
         advantages_PG /= (std_P[:, None] if scale_rewards == "group" else _std(rewards_N)) + SMALLEST_STD
-    return Advantages(rewards_N, np.where(is_compared_PG, advantages_PG, 0.0).ravel(), has_signal_P)
+    return Advantages(rewards_N, np.where(is_compared_PG, advantages_PG, 0.0).ravel(), std_P, has_signal_P)
 
 
 def _std(rewards: Float64[np.ndarray, "..."]) -> float:

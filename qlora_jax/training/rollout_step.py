@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
+from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.inference.sampling import Sampling
@@ -144,7 +145,7 @@ def _sample(
 def _score(
     session: Session,
     prompts: PromptRows,
-    rows: TokenRows,
+    rows: TokenRows | Mixture,
     asked: Sequence[Asked],
     replies: Sequence[Sequence[Reply]],
     step: int,
@@ -209,7 +210,7 @@ def _compare(session: Session, table: RewardTable) -> Advantages:
 def _trained(
     session: Session, replies: Sequence[Sequence[Reply]], compared: Advantages
 ) -> tuple[Bool[np.ndarray, "P G"], Int64[np.ndarray, "P G"]]:
-    """Returns (which replies train, their tokens). Replies without a reward do not, nor cut ones if these are masked."""
+    """Returns (which replies train: those with a reward, and cut ones unless they are masked; their tokens)."""
     is_cut_PG = np.array([[reply.is_cut for reply in group] for group in replies])
     lengths_PG = np.array([[len(reply.ids) for reply in group] for group in replies], np.int64)
     masked_PG = is_cut_PG & session.run.config.policy.mask_truncated_completions
@@ -246,9 +247,7 @@ def _record(phase: _Phase, step: int) -> Record:
     """Returns the entries of a step's record: rewards, and the replies' lengths."""
     chosen = phase.place_KM[step][phase.place_KM[step] >= 0]
     rewards_PG = phase.compared.rewards_N.reshape(phase.trained_PG.shape)[chosen]
-    functions_NF = phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)[chosen].reshape(
-        -1, len(phase.table.names)
-    )
+    names, functions_PGF = phase.table.names, phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)
     is_cut = [reply.is_cut for number in chosen for reply in phase.replies[number]]
     found: Record = {
         "groups_without_signal": 1.0 - float(phase.compared.has_signal_P[chosen].mean()),
@@ -256,7 +255,7 @@ def _record(phase: _Phase, step: int) -> Record:
         "replies_cut": float(np.mean(is_cut)),
     }
     found |= _means({REWARD: rewards_PG, f"{REWARD}_std": phase.compared.std_P[chosen]})
-    found |= _by_function(functions_NF, phase.table.names, "")
+    found |= _by_function(functions_PGF[chosen].reshape(-1, len(names)), names, "")
     if phase.table.problems:
         found["rewards_failed"] = len(phase.table.problems)
     return found | phase.table.metrics

@@ -116,7 +116,7 @@ def rate_rows(config: Config, total_steps: int) -> Rows:
 
 
 def _high_rate(config: Config) -> str | None:
-    """Returns a note if an objective of preferences or rewards has the default rate, which is that of supervised finetuning."""
+    """Returns a note if an objective of preferences or rewards has the default rate, which is for supervised rows."""
     declared = OBJECTIVES[config.objective]
     is_plain = not (declared.preference or declared.policy)
     if is_plain or config.optim.learning_rate != OptimArgs().learning_rate:
