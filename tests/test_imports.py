@@ -46,6 +46,7 @@ LAYERS = {
     "qlora_jax.io": 6,
     "qlora_jax.inference": 6,
     "qlora_jax.progress_reporter": 7,
+    "qlora_jax.rollouts": 7,
     "qlora_jax.evaluation": 8,
     "qlora_jax.training": 9,
     "qlora_jax.studies": 10,

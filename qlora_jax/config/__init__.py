@@ -8,9 +8,11 @@ from qlora_jax.config.objectives import HeadArgs as HeadArgs
 from qlora_jax.config.objectives import ObjectiveName as ObjectiveName
 from qlora_jax.config.objectives import PreferenceArgs as PreferenceArgs
 from qlora_jax.config.parse import ConfigError as ConfigError
+from qlora_jax.config.policy import PolicyArgs as PolicyArgs
 from qlora_jax.config.question_settings import QUESTION_KINDS as QUESTION_KINDS
 from qlora_jax.config.question_settings import QuestionArgs as QuestionArgs
 from qlora_jax.config.question_settings import question_problems as question_problems
+from qlora_jax.config.rollouts import RolloutArgs as RolloutArgs
 from qlora_jax.config.row_formats import ROW_COLUMNS as ROW_COLUMNS
 from qlora_jax.config.schema import Config as Config
 from qlora_jax.config.schema import DataArgs as DataArgs

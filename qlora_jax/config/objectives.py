@@ -5,14 +5,18 @@ An objective is declared here, without JAX, so that settings are checked and exp
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from qlora_jax.config.fields import BELOW_HALF, NON_NEGATIVE, NOT_EMPTY, POSITIVE, setting
 from qlora_jax.config.registry import Registry
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 # text: one text whose answers are learned. pair: a prompt with a chosen and a rejected answer. labelled: a
 # prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning.
-RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
+# prompt: a prompt that the model replies to.
+RowKind = Literal["text", "pair", "labelled", "class", "embedding", "prompt"]
 # Values that a row's sequences have besides their ids; see data/labels.py.
 ValueKind = Literal["none", "desirable", "margin", "class", "classes", "number"]
 HEAD_TASKS, LABEL_VALUES = ("labels", "pairs", "embeddings"), ("class", "classes", "number")
@@ -31,6 +35,7 @@ class ObjectiveDeclaration:
       labels: the head's outputs have names.
       preference: settings of section `preference` that it reads.
       head_settings: settings of section `head` that it reads.
+      policy: it learns from rewards of sampled replies, and reads the sections `policy` and `rollouts`.
       loss_types: its losses, if it has several; the first is the default.
       per: the loss of a step is a mean over the supervised tokens, or over rows.
       task: the setting of `evaluate` that names the file which its head scores.
@@ -48,6 +53,7 @@ class ObjectiveDeclaration:
     labels: bool = False
     preference: tuple[str, ...] = ()
     head_settings: tuple[str, ...] = ()
+    policy: bool = False
     loss_types: tuple[str, ...] = ()
     per: Literal["tokens", "rows"] = "rows"
     task: str = ""
@@ -153,6 +159,7 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
             predicts="embedding",
             pooled=True,
         ),
+        "grpo": ObjectiveDeclaration(implementation=f"{_MAKE}grpo", rows="prompt", policy=True),
     },
 )
 ObjectiveName = Annotated[str, OBJECTIVES]
@@ -227,10 +234,10 @@ def loss_type_of(preference: PreferenceArgs, objective: str) -> str:
 def objective_problems(preference: PreferenceArgs, head: HeadArgs, objective: str) -> list[str]:
     """Reports settings of both sections that the objective or its loss ignores, and values that it cannot use."""
     declared = OBJECTIVES[objective]
-    problems = _unused("preference", preference, declared.preference, objective)
+    problems = unused_settings("preference", preference, declared.preference, objective)
     if declared.loss_types:
         problems += _loss_problems(preference, objective)
-    problems += _unused("head", head, declared.head_settings, objective)
+    problems += unused_settings("head", head, declared.head_settings, objective)
     labels = head.labels or []
     repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
     problems += [f"head.labels: found {label!r} several times, expected unique names. Remove it" for label in repeated]
@@ -239,7 +246,8 @@ def objective_problems(preference: PreferenceArgs, head: HeadArgs, objective: st
     return problems
 
 
-def _unused(section: str, settings: PreferenceArgs | HeadArgs, used: tuple[str, ...], objective: str) -> list[str]:
+def unused_settings(section: str, settings: "DataclassInstance", used: tuple[str, ...], objective: str) -> list[str]:
+    """Reports settings of a section that differ from their defaults, besides the `used` ones."""
     plain = type(settings)()
     return [
         f"{section}.{field.name}: found {value!r}, but objective={objective} does not use it. Remove this setting"

@@ -22,7 +22,9 @@ from qlora_jax.config.fields import (
 )
 from qlora_jax.config.methods import LoraArgs, methods_with
 from qlora_jax.config.objectives import HeadArgs, ObjectiveName, PreferenceArgs
+from qlora_jax.config.policy import PolicyArgs
 from qlora_jax.config.question_settings import QuestionArgs
+from qlora_jax.config.rollouts import RolloutArgs
 from qlora_jax.config.row_formats import ROW_FORMATS
 from qlora_jax.config.suggestions import suggests_settings
 
@@ -414,6 +416,8 @@ class Config:
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     preference: PreferenceArgs = dataclasses.field(default_factory=PreferenceArgs)
     head: HeadArgs = dataclasses.field(default_factory=HeadArgs)
+    policy: PolicyArgs = dataclasses.field(default_factory=PolicyArgs)
+    rollouts: RolloutArgs = dataclasses.field(default_factory=RolloutArgs)
     router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
@@ -421,7 +425,8 @@ class Config:
     objective: ObjectiveName = setting(
         "loss of the run. sft: supervised finetuning. dpo, orpo, cpo, simpo: learn from pairs of a chosen and a "
         "rejected answer; kto: from answers labelled good or bad (docs/preferences.md). classification, multi_label, "
-        "regression, reward, embedding: train a head on whole sequences (docs/heads.md)",
+        "regression, reward, embedding: train a head on whole sequences (docs/heads.md). grpo: learn from rewards of "
+        "sampled replies",
         "sft",
     )
     output: str = setting(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from qlora_jax.config.methods import CONDITIONAL, METHODS, LoraArgs, methods_with, uses
 from qlora_jax.config.objectives import OBJECTIVES, objective_problems
 from qlora_jax.config.parse import ConfigError, find_problems, parse_layers
+from qlora_jax.config.policy import policy_problems
 from qlora_jax.config.question_settings import QUESTION_KINDS, question_problems, unknown_columns
 from qlora_jax.config.row_formats import row_columns
 from qlora_jax.config.schema import PAGED, Config, DataArgs, MeshSize, TrainArgs, mesh_sizes, paging_of, plain_name
@@ -338,8 +339,9 @@ def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
 
 
 def _objective_problems(config: Config) -> list[str]:
-    """Reports settings of preferences, of heads and of data that the objective does not use."""
+    """Reports settings of preferences, of heads, of policies and of data that the objective does not use."""
     problems = objective_problems(config.preference, config.head, config.objective) + _head_problems(config)
+    problems += policy_problems(config.policy, config.rollouts, config.objective)
     if config.objective == "sft":
         return problems
     plain = DataArgs(train="")

@@ -32,6 +32,7 @@ DESCRIPTIONS: dict[RowKind, str] = {
     "labelled": "answers with a label, true or false",
     "class": "texts with a label",
     "embedding": "texts that mean the same",
+    "prompt": "prompts to reply to",
 }
 # Names of the texts of a row, in the order of its sequences.
 TEXT_NAMES: dict[RowKind, tuple[str, ...]] = {
@@ -40,6 +41,7 @@ TEXT_NAMES: dict[RowKind, tuple[str, ...]] = {
     "labelled": ("answer", "answer of another row"),
     "class": ("text",),
     "embedding": ("anchor", "positive", "negative"),
+    "prompt": (),
 }
 
 

@@ -15,6 +15,7 @@ from qlora_jax.objectives.head_objective import HeadObjective, TrainedHead, head
 from qlora_jax.objectives.kto import KTO, KTOLoss
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.objectives.orpo import ORPO
+from qlora_jax.objectives.policy_gradient import PolicyGradient
 from qlora_jax.objectives.reward import Reward
 from qlora_jax.objectives.sft import SUPERVISED
 
@@ -104,6 +105,25 @@ def reward(config: Config) -> Objective:
 def embedding(config: Config) -> Objective:
     """Returns the learning of embeddings from texts of equal meaning."""
     return Embedding(head=_head(config), temperature=config.head.temperature)
+
+
+def grpo(config: Config) -> Objective:
+    """Returns the policy gradient from rewards of sampled replies."""
+    args = config.policy
+    return PolicyGradient(
+        sequences_per_row=config.rollouts.num_generations,
+        loss="cispo" if args.loss_type == "cispo" else "clip",
+        level=args.importance_sampling_level,
+        epsilon=args.epsilon,
+        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        delta=args.delta,
+        beta=args.beta,
+        bias_corrected_kl=args.use_bias_correction_kl,
+        temperature=config.rollouts.temperature,
+        correction=args.importance_correction,
+        correction_max=args.correction_max,
+        stored_old=args.num_iterations > 1 or args.steps_per_generation > 1,
+    )
 
 
 def _head(config: Config) -> HeadSpec:

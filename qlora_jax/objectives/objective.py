@@ -13,6 +13,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config.objectives import RowKind
+from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.models.decoder import CausalLM
 
 Arrays = Mapping[str, jax.Array]
@@ -67,7 +68,7 @@ class Objective(Protocol):
 
         Args:
           outputs: outputs of rows, [B, ...] or [A, B, ...]; of all rows of the step if the objective is coupled.
-          arrays: `present` and the objective's values for these rows, with the same leading axes.
+          arrays: those of `read_by_losses` for these rows, with the same leading axes.
           totals: sums over the step.
         """
         ...
@@ -75,6 +76,14 @@ class Objective(Protocol):
     def count(self, batch: Arrays) -> Float[Array, ""]:
         """Returns the number of tokens, sequences or pairs in a batch, by which the summed loss is divided."""
         ...
+
+
+@runtime_checkable
+class TokenObjective(Objective, Protocol):
+    """An objective whose losses read `weights`, `sequences` and further float32 arrays [A, B, T] of a batch."""
+
+    @property
+    def token_values(self) -> tuple[str, ...]: ...
 
 
 class PreferenceObjective(Objective, Protocol):
@@ -86,11 +95,25 @@ class PreferenceObjective(Objective, Protocol):
 
 
 def read_by_outputs[A](arrays: Mapping[str, A], objective: Objective) -> dict[str, A]:
-    """Returns the arrays of a batch without the objective's values, which `outputs` does not read.
+    """Returns the arrays of a batch without the objective's values, per slot or token, which `outputs` does not read.
 
     So the reference pass, which has no reference yet, and held-out evaluation read the same arrays.
     """
-    return {name: array for name, array in arrays.items() if name not in objective.values}
+    values = (*objective.values, *token_values(objective))
+    return {name: array for name, array in arrays.items() if name not in values}
+
+
+def read_by_losses(objective: Objective) -> tuple[str, ...]:
+    """Returns the names of the arrays of a batch that `row_losses` reads."""
+    if not objective.sequences_per_row:
+        return ()
+    of_tokens = token_values(objective)
+    return (PRESENT, *objective.values, *(("weights", "sequences", *of_tokens) if of_tokens else ()))
+
+
+def token_values(objective: Objective) -> tuple[str, ...]:
+    """Returns the names of the arrays per token that an objective reads, besides those of every batch."""
+    return objective.token_values if isinstance(objective, TokenObjective) else ()
 
 
 def needs_reference(objective: Objective) -> bool:

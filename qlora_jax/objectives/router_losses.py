@@ -26,7 +26,7 @@ from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.router import SIGMOID, Routing
-from qlora_jax.objectives.objective import Arrays, Objective, Totals
+from qlora_jax.objectives.objective import Arrays, Objective, Totals, token_values
 
 FILLED = "filled"  # batch array [A, B, 1]: positions that each row fills; the others are padding
 TOKENS, COUNT = "routed tokens", "count"  # sums over a step
@@ -70,6 +70,11 @@ class Routed:
     def values(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the values per row that the objective reads."""
         return self.objective.values
+
+    @property
+    def token_values(self) -> tuple[str, ...]:
+        """Returns the arrays per token that the objective reads."""
+        return token_values(self.objective)
 
     @property
     def kl_pairs(self) -> bool:

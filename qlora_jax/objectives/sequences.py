@@ -7,7 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.models.decoder import CausalLM
@@ -76,11 +76,21 @@ def compared_logps(
 
 
 def sum_by_slot(
-    values_BT: Float[Array, "B T"], sequences_BT: Int[Array, "B T"], slots: int
-) -> Float[Array, "B {slots}"]:
+    values_BT: Float[Array, "*A B T"], sequences_BT: Int[Array, "*A B T"], slots: int
+) -> Float[Array, "*A B {slots}"]:
     """Sums the positions of each slot. A reduction, not a scatter, whose order of additions is not fixed on a GPU."""
-    is_in_BST = sequences_BT[:, None, :] == jnp.arange(slots, dtype=sequences_BT.dtype)[None, :, None]
-    return jnp.sum(jnp.where(is_in_BST, values_BT[:, None, :], 0.0), axis=2)
+    return jnp.sum(jnp.where(_is_in(sequences_BT, slots), values_BT[..., None, :], 0.0), axis=-1)
+
+
+def spread_to_tokens(values_BS: Float[Array, "*A B S"], sequences_BT: Int[Array, "*A B T"]) -> Float[Array, "*A B T"]:
+    """Returns the value of each position's slot, and 0 outside of sequences; the transpose of `sum_by_slot`."""
+    return jnp.sum(jnp.where(_is_in(sequences_BT, values_BS.shape[-1]), values_BS[..., None], 0.0), axis=-2)
+
+
+def _is_in(sequences_BT: Int[Array, "*A B T"], slots: int) -> Bool[Array, "*A B {slots} T"]:
+    *leading, length = sequences_BT.shape
+    slots_BST = jax.lax.broadcasted_iota(sequences_BT.dtype, (*leading, slots, length), len(leading))
+    return sequences_BT[..., None, :] == slots_BST
 
 
 def per_token(sums_BS: Float[Array, "*B S"], tokens_BS: Float[Array, "*B S"]) -> Float[Array, "*B S"]:

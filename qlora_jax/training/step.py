@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from pallas_kernels.attention.branching import Branching
-from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.inference.mesh_inference import run_on_mesh
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import (
@@ -32,7 +31,7 @@ from qlora_jax.models.partition import (
     split_leaves,
 )
 from qlora_jax.nn.random_keys import fold_in_rows
-from qlora_jax.objectives.objective import Objective, Totals
+from qlora_jax.objectives.objective import Objective, Totals, read_by_losses
 from qlora_jax.objectives.router_losses import Routed, RoutedOutputs, counted_positions
 from qlora_jax.objectives.sequences import ComparedLogps, compared_logps
 from qlora_jax.objectives.sft import SUPERVISED
@@ -234,8 +233,7 @@ def _all_rows_at_once(
     micro-batch is backpropagated with its part of this derivative.
     """
     own, backpropagate = _outputs_first(outputs, trained, batch)
-    names = (PRESENT, *objective.values) if objective.sequences_per_row else ()
-    read = {name: batch[name] for name in names}
+    read = {name: batch[name] for name in read_by_losses(objective)}
     found, arrays = jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=1), (own, read))
 
     def summed(found: PyTree):

@@ -13,7 +13,9 @@ def test_every_objective_trains_on_the_rows_that_are_made_for_it(objective: str)
     config = Config(model=ModelArgs(path="model"), data=DataArgs(train="rows.jsonl"), output="run", objective=objective)
     made, use = make_objective(config), row_use(objective)
     assert made.row_kind == use.kind
-    assert set(made.values) - {"reference"} == {"none": set(), "margin": {"margins"}}.get(use.values, {"labels"})
+    assert set(made.values) - {"reference", "advantages", "token_scale"} == {"none": set(), "margin": {"margins"}}.get(
+        use.values, {"labels"}
+    )
 
 
 def test_kinds_have_names_of_texts_and_objectives():

@@ -29,7 +29,7 @@ from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.frozen_weight import OPS
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.objectives.head_objective import head_spec
-from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.objective import Objective, token_values
 from qlora_jax.objectives.router_losses import FILLED, Routed
 from qlora_jax.objectives.sft import SUPERVISED
 from qlora_jax.optim import make_optimizer
@@ -357,6 +357,7 @@ def batch_shapes(
     found["weights"] = batch, "float32"
     if isinstance(objective, Routed):
         found[FILLED] = (*batch[:2], 1), "int32"
+    found |= {name: (batch, "float32") for name in token_values(objective)}
     found |= {name: (batch, "int32") for name in _structure(objective, packed=packed, branching=branching)}
     if not objective.sequences_per_row:
         return found
