@@ -1,5 +1,7 @@
 """Losses, LoRA gradients, advantages and metrics of TRL's GRPO and RLOO trainers on given replies and rewards.
 
+RLOO gets replies that the policy itself has drawn, and rewards of 0 in place of nan.
+
 `cases`: {name: [trainer, settings, replies weighed by the sampler's probabilities]}. The model in `base` has drawn the
 replies with the adapter in `old`, trains that in `policy`, and has the reference in `start`.
 `prompts`: lists of ids; `replies`: of each prompt; `sampler`: log p of each reply's tokens; `rewards` [replies, F].
@@ -57,7 +59,8 @@ def made(trainer: str, settings: dict, corrected: bool):
     functions = {"model": model, "reward_funcs": [first, second], "processing_class": tokenizer}
     found = kind(args=args, train_dataset=rows, **functions)
     found._generate = lambda _: drawn(trainer)
-    found._calculate_rewards = lambda *_: torch.tensor(given["rewards"], dtype=torch.float32)
+    rewards = torch.tensor(given["rewards"], dtype=torch.float32)
+    found._calculate_rewards = lambda *_: rewards.nan_to_num(0.0) if trainer == "rloo" else rewards
     found.use_vllm = corrected
     return found
 
@@ -70,9 +73,9 @@ def drawn(trainer: str) -> tuple:
     return prompts, replies, None, texts, given["sampler"], {}, None, None
 
 
-def scored(trainer) -> dict:
-    """The trainer's batch of all replies, drawn by the old adapter."""
-    set_adapter(trainer, given["old"])
+def scored(trainer, drawn_by: str) -> dict:
+    """The trainer's batch of all replies, drawn by an adapter."""
+    set_adapter(trainer, given[drawn_by])
     trainer.model.train()
     with torch.no_grad():
         batch = trainer._generate_and_score_completions([{"prompt": "t1 t2"}] * len(replies))
@@ -92,7 +95,7 @@ for name, (trainer, settings, corrected) in given["cases"].items():
     count = settings["gradient_accumulation_steps"]
     each = made(trainer, settings, corrected)
     each.current_gradient_accumulation_steps = count
-    batch = scored(each)
+    batch = scored(each, "policy" if trainer == "rloo" else "old")
     each._metrics["train"].clear()
     loss = 0.0
     for micro in micro_batches(batch, count):

@@ -17,11 +17,13 @@ from qlora_jax.objectives.head_objective import head_spec
 from qlora_jax.objectives.kto import KTO
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.objectives.orpo import ORPO
+from qlora_jax.objectives.policy_gradient import PolicyGradient
 from qlora_jax.objectives.reward import MARGINS, Reward
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training import step
 from qlora_jax.training.step import gradients
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
+from tests.training.policy_rows import policy_arrays, random_replies
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs
 from tests.training.test_step import relative
 
@@ -29,8 +31,34 @@ pytestmark = pytest.mark.slow
 ROWS_OF_STEP = 8
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoupledPolicy(PolicyGradient):
+    """A policy gradient whose rows' losses are computed at once, as with load balancing."""
+
+    is_coupled: bool = dataclasses.field(default=True, init=False)
+
+
+def policy_batch() -> dict[str, np.ndarray]:
+    """Eight prompts with two replies each, and log p near that of the model without adapter."""
+    rng = np.random.default_rng(5)
+    prompts, replies = random_replies(ROWS_OF_STEP, 2, vocabulary=WHOLE_VOCABULARY)
+    logps = [[rng.uniform(-6, -5, len(reply)).tolist() for reply in group] for group in replies]
+    shape = (ROWS_OF_STEP, 2)
+    return policy_arrays(
+        prompts,
+        replies,
+        [[[index] for index in range(ROWS_OF_STEP)]],
+        advantages=rng.normal(size=shape),
+        token_scale=rng.uniform(0.1, 0.2, shape),
+        trained=rng.random(shape) < 0.8,
+        of_tokens=dict.fromkeys(("old_logps", "reference_logps", "sampler_logps"), logps),
+    )
+
+
 def batch_of_eight(objective: Objective) -> dict[str, np.ndarray]:
     """Eight rows in one micro-batch, with a reference for some of which z is positive."""
+    if isinstance(objective, PolicyGradient):
+        return policy_batch()
     vocabulary, rng = WHOLE_VOCABULARY, np.random.default_rng(5)
     reference = -rng.uniform(50, 120, (ROWS_OF_STEP, 2))
     if objective.row_kind in ("pair", "embedding"):
@@ -55,6 +83,8 @@ def batch_of_eight(objective: Objective) -> dict[str, np.ndarray]:
         (CPO(loss_type="simpo", beta=2.0, gamma=0.5), "names", 0.0),
         (ORPO(), "full", 0.3),
         (Reward(center_rewards_coefficient=0.1), "names", 0.0),
+        (PolicyGradient(sequences_per_row=2, stored_old=True, beta=0.1, level="sequence"), "names", 0.3),
+        (CoupledPolicy(sequences_per_row=2, stored_old=True, beta=0.1), "names", 0.0),
         (Embedding(head=HeadSpec(outputs=0)), "names", 0.3),
         (Embedding(head=HeadSpec(outputs=0, pooling="mean"), temperature=0.2), "full", 0.0),
     ],
