@@ -415,7 +415,7 @@ class Config:
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     preference: PreferenceArgs = dataclasses.field(default_factory=PreferenceArgs)
     head: HeadArgs = dataclasses.field(default_factory=HeadArgs)
-    rewards: RewardArgs = dataclasses.field(default_factory=RewardArgs)
+    rewards: RewardArgs = dataclasses.field(default_factory=RewardArgs, metadata={"later": True})
     router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
