@@ -35,6 +35,7 @@ FOREIGN = {
     "convert_lora_to_gguf.py",
     "qlora.py",
     "scripts/finetune_guanaco_7b.sh",
+    "FILE.py",
     "families/NAME.py",
     "methods/NAME.py",
 }

@@ -34,10 +34,10 @@ def training_config(
         start = dataclasses.replace(overrides, model=start.model, lora=start.lora, output=output)
     else:
         given |= _checked(overrides or {}, given)
-    raw = to_dict(start)
+    raw, sections = to_dict(start), [field.name for field in dataclasses.fields(Config)]
     for key, value in given.items():
         section, _, name = key.rpartition(".")
-        inner = raw.get(section)
+        inner = raw.setdefault(section, {}) if section in sections else None
         if isinstance(inner, dict):
             inner[name] = value
         else:

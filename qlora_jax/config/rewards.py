@@ -62,73 +62,51 @@ class RewardArgs:
         "reward functions by name: exact, number, math, regex, json, length, programs, model, judge, or those of "
         "installed packages. Functions of --reward follow them",
         [],
-        later=True,
     )
     reward_weights: list[float] | None = setting(
-        "weight of each function, in the order of functions and --reward; null: 1 each", None, NOT_EMPTY, later=True
+        "weight of each function, in the order of functions and --reward; null: 1 each", None, NOT_EMPTY
     )
     on_error: Literal["stop", "drop"] = setting(
         "treatment of replies for which a function raises, is late, or returns no finite number: stop the run with an "
         "error, or drop the reward. The step counts them",
         "stop",
-        later=True,
     )
-    timeout: float = setting(
-        "seconds of one call of a function, which scores all replies of a step", 60.0, POSITIVE, later=True
-    )
-    memory: str = setting("memory of each process of reward functions", "4GiB", later=True)
+    timeout: float = setting("seconds of one call of a function, which scores all replies of a step", 60.0, POSITIVE)
+    memory: str = setting("memory of each process of reward functions", "4GiB")
     workers: int = setting(
-        "processes of reward functions; functions of one file share one. Rewards do not depend on it",
-        2,
-        AT_LEAST_ONE,
-        later=True,
+        "processes of reward functions; functions of one file share one. No reward depends on it", 2, AT_LEAST_ONE
     )
     answer_pattern: str | None = setting(
-        "exact, number: a regular expression that finds the answer in a reply and in the column answer: its last "
-        "match. null: the whole text for exact, the last number for number",
+        "exact, number: regular expression whose last match is the answer in a reply; in the column answer, where it "
+        "occurs there. null: the whole text for exact, the last number for number",
         None,
         NOT_EMPTY,
-        later=True,
     )
     pattern: str | None = setting(
-        "regex: a regular expression that occurs in good replies; null: the column pattern", None, NOT_EMPTY, later=True
+        "regex: regular expression that good replies contain; null: the column pattern", None, NOT_EMPTY
     )
-    schema: str | None = setting(
-        "json: file of the JSON schema that replies follow; null: the column schema", None, NOT_EMPTY, later=True
-    )
+    schema: str | None = setting("json: file of a JSON schema; null: the column schema", None, NOT_EMPTY)
     max_completion_len: int | None = setting(
-        "length: tokens from which the reward is -1, as in TRL's soft overlong punishment",
-        None,
-        AT_LEAST_ONE,
-        later=True,
+        "length: tokens after which the reward is -1, as in TRL's soft overlong punishment", None, AT_LEAST_ONE
     )
     soft_punish_cache: int = setting(
-        "length: tokens before max_completion_len over which the reward falls from 0 to -1", 0, NON_NEGATIVE, later=True
+        "length: tokens up to max_completion_len over which the reward falls from 0 to -1", 0, NON_NEGATIVE
     )
-    run: str | None = setting("model: folder of a run with objective=reward", None, NOT_EMPTY, later=True)
-    judge_url: str | None = setting(
-        "judge: address of an OpenAI-compatible endpoint up to /v1", None, NOT_EMPTY, later=True
-    )
-    judge_model: str | None = setting("judge: the endpoint's name of the model", None, NOT_EMPTY, later=True)
+    run: str | None = setting("model: folder of a run with objective=reward", None, NOT_EMPTY)
+    judge_url: str | None = setting("judge: address of an OpenAI-compatible endpoint up to /v1", None, NOT_EMPTY)
+    judge_model: str | None = setting("judge: the endpoint's name of the model", None, NOT_EMPTY)
     judge_prompt: str | None = setting(
-        "judge: file of the message with {prompt} and {completion}, which asks for a last line `Score: 0` to `Score: "
-        "10`; null: a general one",
+        "judge: file of a message with {prompt} and {completion}, which asks for a last line `Score: N` with N from 0 "
+        "to 10; null: a general one",
         None,
         NOT_EMPTY,
-        later=True,
     )
-    judge_key_variable: str | None = setting(
-        "judge: environment variable that holds the key; null: no key", None, NOT_EMPTY, later=True
-    )
-    judge_timeout: float = setting("judge: seconds until a request counts as failed", 30.0, POSITIVE, later=True)
+    judge_key_variable: str | None = setting("judge: environment variable of the key; null: no key", None, NOT_EMPTY)
+    judge_timeout: float = setting("judge: seconds until a request counts as failed", 30.0, POSITIVE)
 
 
 def split_reward(reward: str) -> tuple[str, str]:
-    """Returns the file and the name of `FILE.py:NAME`.
-
-    Raises:
-      ValueError: it has another form.
-    """
+    """Returns the file and the name of `FILE.py:NAME`; raises ValueError for another form."""
     file, _, name = reward.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
         named = f"Write --rewards.functions '[{reward}]'" if reward in REWARDS else "Name a function in a Python file"
@@ -137,12 +115,24 @@ def split_reward(reward: str) -> tuple[str, str]:
 
 
 def reward_names(args: RewardArgs, rewards: Sequence[str]) -> list[str]:
-    """Returns the names of all reward functions in order.
-
-    Args:
-      rewards: the values of --reward.
-    """
+    """Returns the names of all functions in order; `rewards` are the values of --reward."""
     return [*args.functions, *(split_reward(each)[1] for each in rewards)]
+
+
+def check_rewards_given(args: RewardArgs, rewards: Sequence[str], objective: str) -> None:
+    """Raises ValueError without a function, or with another number of weights.
+
+    Only training checks it: the settings of a finished run lack --reward.
+    """
+    names = reward_names(args, rewards)
+    if not names:
+        fix = "Add --reward FILE.py:NAME, or set rewards.functions"
+        raise ValueError(f"--reward: missing, expected at least one function with objective={objective}. {fix}")
+    if args.reward_weights is not None and len(args.reward_weights) != len(names):
+        raise ValueError(
+            f"rewards.reward_weights: found {len(args.reward_weights)}, expected {len(names)} for the functions "
+            f"{', '.join(names)}. Set one per function"
+        )
 
 
 def reward_problems(args: RewardArgs, rewards: Sequence[str], objective: str, *, used: bool) -> list[str]:
@@ -151,60 +141,39 @@ def reward_problems(args: RewardArgs, rewards: Sequence[str], objective: str, *,
     Args:
       used: the objective learns from rewards.
     """
-    problems = []
-    for reward in rewards:
-        try:
-            split_reward(reward)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        return problems
-    names, plain = reward_names(args, rewards), RewardArgs()
+    plain = RewardArgs()
     given = [each.name for each in dataclasses.fields(args) if getattr(args, each.name) != getattr(plain, each.name)]
     if not used:
         found = [*(["--reward"] if rewards else []), *(f"rewards.{name}" for name in given)]
         return [f"{name}: found with objective={objective}, which does not use it. Remove it" for name in found]
-    if not names:
-        problems.append(
-            f"--reward: missing, expected at least one reward function with objective={objective}. Add --reward "
-            "FILE.py:NAME, or set rewards.functions"
-        )
-    problems += [
+    try:
+        names = reward_names(args, rewards)
+        parse_bytes(args.memory)
+    except ValueError as error:
+        return [str(error) if str(error).startswith("--") else f"rewards.memory: {error}"]
+    problems = [
         f"--reward: found {names.count(name)} functions with the name {name!r}, expected unique names. Rename one"
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
-    if args.reward_weights is not None and len(args.reward_weights) != len(names):
-        problems.append(
-            f"rewards.reward_weights: found {len(args.reward_weights)}, expected {len(names)} for the functions "
-            f"{', '.join(names)}. Set one per function"
-        )
-    return problems + _value_problems(args, given)
-
-
-def _value_problems(args: RewardArgs, given: Sequence[str]) -> list[str]:
     declared = {name: REWARDS[name] for name in args.functions}
-    problems = [
+    problems += [
         f"rewards.{needed}: missing, but the function {name} uses it. Set it"
         for name, each in declared.items()
         for needed in each.required
         if getattr(args, needed) is None
     ]
-    of_functions = {name for _, each in REWARDS.items() for name in each.settings}
-    read = {name for each in declared.values() for name in each.settings}
+    unread = {name for _, each in REWARDS.items() for name in each.settings}
+    unread -= {name for each in declared.values() for name in each.settings}
     problems += [
         f"rewards.{name}: found {getattr(args, name)!r}, but no function in rewards.functions uses it. Remove it"
         for name in given
-        if name in of_functions - read
+        if name in unread
     ]
-    problems += [
+    patterns = {"pattern": args.pattern, "answer_pattern": args.answer_pattern}
+    return problems + [
         f"rewards.{name}: {problem}"
-        for name, pattern in {"pattern": args.pattern, "answer_pattern": args.answer_pattern}.items()
+        for name, pattern in patterns.items()
         if pattern is not None
         for problem in text_pattern_problems(pattern)
     ]
-    try:
-        parse_bytes(args.memory)
-    except ValueError as error:
-        problems.append(f"rewards.memory: {error}")
-    return problems

@@ -195,13 +195,14 @@ def read_config(path: str | os.PathLike) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, object]:
-    """The configuration as nested plain dicts, including defaults but for those of later settings."""
+    """The configuration as nested plain dicts, including defaults but for those of later settings and sections."""
     whole = dataclasses.asdict(config)
     for key, field, _ in walk_settings(type(config)):
         if is_left_out(field, _value(config, key)):
             *sections, name = key.split(".")
             functools.reduce(operator.getitem, sections, whole).pop(name)
-    return {name: value for name, value in whole.items() if value != {}}  # sections of later settings alone
+    sections = [field for field in dataclasses.fields(config) if field.name in whole]
+    return {each.name: whole[each.name] for each in sections if not is_left_out(each, getattr(config, each.name))}
 
 
 def config_text(config: Config) -> str:

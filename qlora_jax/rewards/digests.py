@@ -6,16 +6,10 @@ A digest covers the bytes of the file, and not the modules that it imports.
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from qlora_jax.config.rewards import split_reward
 
-
-class RewardFile(TypedDict):
-    """A file of reward functions, as given, and the digest of its bytes."""
-
-    file: str
-    sha256: str
+RewardFile = Mapping[str, str]  # `file`, as given, and `sha256` of its bytes
 
 
 def reward_digests(rewards: Sequence[str]) -> dict[str, RewardFile]:

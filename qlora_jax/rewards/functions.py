@@ -8,6 +8,7 @@ Dimension key: N replies, F functions.
 
 import atexit
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from jaxtyping import Float64
 from qlora_jax.config.rewards import IN_PROCESS, REWARDS, RewardArgs, reward_names
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.metadata import JsonObject
-from qlora_jax.rewards.worker_process import Call, Ended, Source, WorkerProcess, run_calls
+from qlora_jax.rewards.worker_process import Arguments, Failed, WorkerProcess, run_calls
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these columns either
@@ -96,13 +97,6 @@ class RewardError(ValueError):
     """Replies without a reward, one line each."""
 
 
-class _Failed(NamedTuple):
-    """Why a call failed as a whole; `ended` if it ended its process."""
-
-    text: str
-    ended: bool = False
-
-
 # Returns a reward or the reason why there is none for each reply.
 InProcess = Callable[[Replies], Sequence[float | str]]
 
@@ -124,24 +118,20 @@ class RewardFunctions:
         self.weights = np.array(args.reward_weights or [1.0] * len(self.names))
         self._stops = args.on_error == "stop"
         self._in_process = {self.names.index(name): function for name, function in (in_process or {}).items()}
-        places = {**{n: REWARDS[name].implementation for n, name in enumerate(args.functions)}}
-        places |= {len(places) + n: reward for n, reward in enumerate(rewards)}
-        self._places = {n: place for n, place in places.items() if place != IN_PROCESS}
-        settings = {n: _settings(args, name) for n, name in enumerate(args.functions)}
+        places = [*(REWARDS[name].implementation for name in args.functions), *rewards]
+        self._places = {number: place for number, place in enumerate(places) if place != IN_PROCESS}
         # Functions of one file share a process, as they may share variables.
-        files = [*dict.fromkeys(place.rpartition(":")[0] for place in self._places.values())]
-        count = min(args.workers, len(files))
-        self._worker_of = {n: files.index(p.rpartition(":")[0]) % count for n, p in self._places.items()}
+        files: dict[str, list[tuple[int, str, Arguments]]] = {}
+        for n, place in self._places.items():
+            settings = _settings(args, self.names[n]) if n < len(args.functions) else {}
+            files.setdefault(place.rpartition(":")[0], []).append((n, place, settings))
+        shares = [[*files.values()][first :: args.workers] for first in range(min(args.workers, len(files)))]
+        memory = parse_bytes(args.memory)
         self._workers = [
-            WorkerProcess(
-                [Source(n, p, settings.get(n, {})) for n, p in self._places.items() if self._worker_of[n] == worker],
-                args.timeout,
-                parse_bytes(args.memory),
-            )
-            for worker in range(count)
+            WorkerProcess([*itertools.chain.from_iterable(share)], args.timeout, memory) for share in shares
         ]
         atexit.register(self.close)
-        self._needed: dict[int, JsonObject] = {}
+        self._required: dict[int, JsonObject] = {}
         self._load()
 
     def __enter__(self) -> "RewardFunctions":
@@ -158,11 +148,12 @@ class RewardFunctions:
 
     def _load(self) -> None:
         problems: list[str] = []
-        for index, worker in enumerate(self._workers):
-            numbers = [n for n, of in self._worker_of.items() if of == index]
-            found = worker.load()
-            problems += [str(each["problem"]) for each in found if each["problem"]]
-            self._needed |= dict(zip(numbers, found, strict=False))
+        for worker in self._workers:
+            for (number, *_), found in zip(worker.sources, worker.load(), strict=False):
+                if isinstance(found, Failed):
+                    problems.append(found.text)
+                else:
+                    self._required[number] = found
         if problems:
             self.close()
             raise ValueError("\n  ".join(["reward functions cannot be used:", *dict.fromkeys(problems)]))
@@ -171,7 +162,7 @@ class RewardFunctions:
         """Raises ValueError for functions that need an argument which the rows do not have as a column."""
         given = [name for name in columns if name not in _NOT_COLUMNS]
         problems = [f"column {name!r} has the name of an argument. Rename it" for name in given if name in ARGUMENTS]
-        for number, found in self._needed.items():
+        for number, found in self._required.items():
             file, _, name = self._places[number].rpartition(":")
             problems += [
                 f"{file}:{found['line']}: {name} needs the argument {each!r} (found the columns "
@@ -196,7 +187,7 @@ class RewardFunctions:
                 outcome = {"values": [*self._in_process[number](replies)], "metrics": [], "extra": []}
             else:
                 outcome = found[number]
-            if isinstance(outcome, _Failed):
+            if isinstance(outcome, Failed):
                 outcome = self._by_reply(number, replies, outcome)
             for row, value in enumerate(outcome["values"]):
                 if isinstance(value, str):
@@ -211,13 +202,16 @@ class RewardFunctions:
         table.metrics.update({key: float(np.mean(values)) for key, values in metrics.items()})
         return table
 
-    def _call(self, calls: Mapping[int, Replies]) -> dict[int, JsonObject | _Failed]:
+    def _call(self, calls: Mapping[int, Replies]) -> dict[int, JsonObject | Failed]:
         """Returns the outcome of each function, or why its call failed as a whole."""
-        wanted = ((self._worker_of[number], Call(number, each.arguments())) for number, each in calls.items())
-        outcomes = run_calls(self._workers, wanted)
-        return {number: _checked(outcome, len(calls[number].prompts)) for number, outcome in outcomes.items()}
+        outcomes = run_calls(self._workers, {number: each.arguments() for number, each in calls.items()})
+        for number, outcome in outcomes.items():
+            expected = len(calls[number].prompts)
+            if not isinstance(outcome, Failed) and (count := len(outcome["values"])) != expected:
+                outcomes[number] = Failed(f"found {count} rewards, expected {expected}")
+        return outcomes
 
-    def _by_reply(self, number: int, replies: Replies, failed: _Failed) -> JsonObject:
+    def _by_reply(self, number: int, replies: Replies, failed: Failed) -> JsonObject:
         """Returns the outcome of a function whose call failed: a text for each reply at fault, and other rewards."""
         count = len(replies.prompts)
         values: list[float | str | None] = [None] * count
@@ -228,7 +222,7 @@ class RewardFunctions:
                 values[row] = f"not tried after {MOST_ENDED} calls that ended their process: {failed.text}"
                 continue
             alone = self._call({number: replies.rows([row])})[number]
-            if not isinstance(alone, _Failed):
+            if not isinstance(alone, Failed):
                 good.append(row)
                 continue
             values[row] = alone.text
@@ -236,7 +230,7 @@ class RewardFunctions:
             if self._stops:
                 return {"values": values, "metrics": [], "extra": []}
         outcome = self._call({number: replies.rows(good)})[number] if 0 < len(good) < count else failed
-        if isinstance(outcome, _Failed):
+        if isinstance(outcome, Failed):
             text = f"{outcome.text} (in a call with {len(good)} replies)"
             outcome = {"values": [text] * len(good), "metrics": [], "extra": []}
         for row, value in zip(good, outcome["values"], strict=True):
@@ -253,13 +247,3 @@ class RewardFunctions:
 
 def _settings(args: RewardArgs, name: str) -> dict[str, object]:
     return {each: value for each in REWARDS[name].settings if (value := getattr(args, each)) is not None}
-
-
-def _checked(outcome: JsonObject | Ended, count: int) -> JsonObject | _Failed:
-    if isinstance(outcome, Ended):
-        return _Failed(outcome.reason, ended=True)
-    if "problem" in outcome:
-        return _Failed(str(outcome["problem"]))
-    if len(outcome["values"]) != count:
-        return _Failed(f"found {len(outcome['values'])} rewards for {count} replies, expected one each")
-    return outcome

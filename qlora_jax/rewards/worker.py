@@ -15,34 +15,38 @@ import resource
 import sys
 import traceback
 import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
+from typing import NamedTuple, cast
 
 from qlora_jax.sandbox.landlock_seccomp import end_with_parent
 from qlora_jax.sandbox.limits import limit_resources
 from qlora_jax.sandbox.programs import receive, send
 
 MEMORY_REACHED = 113  # exit status
-LONGEST_REQUEST = 1 << 40  # bytes
+LONGEST_MESSAGE = 1 << 40  # bytes
 _LONGEST_ERROR = 2000  # characters
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
-Function = Callable[..., object]  # the signature is any; the result is checked
-Loaded = dict[str, str | int | list[str] | None]  # a source's reply: `problem`, or `line` and `required`
+
+class _Function(NamedTuple):
+    """A loaded function, the file or module that it is from, and the settings that every call gets."""
+
+    call: Callable[..., object]
+    source: str
+    settings: Mapping[str, object]
 
 
 class _Functions:
     """The functions of this process by their number."""
 
     def __init__(self):
-        self._functions: dict[int, tuple[str, Function, Mapping[str, object]]] = {}
+        self._functions: dict[int, _Function] = {}
         self._modules: dict[str, types.ModuleType] = {}
         self._loop: asyncio.AbstractEventLoop | None = None  # one for all calls: clients stay bound to their loop
 
-    def load(self, number: int, place: str, settings: Mapping[str, object]) -> Loaded:
-        """Imports "file.py:name" or "module:name", and describes the function."""
+    def load(self, number: int, place: str, settings: Mapping[str, object]) -> dict[str, object]:
+        """Imports "file.py:name" or "module:name"; returns its line and required arguments, or a problem."""
         source, _, name = place.rpartition(":")
         is_file = source.endswith(".py")
         try:
@@ -51,33 +55,38 @@ class _Functions:
         except BaseException as error:  # SystemExit, too
             fix = "Correct the file" if is_file else "Install its extra (docs/rl.md)"
             return {"problem": f"{_place(source, error)}: cannot be imported (found {_described(error)}). {fix}"}
-        function = getattr(self._modules[source], name, None)
-        if not callable(function) or isinstance(function, type):
-            there = [each for each, value in vars(self._modules[source]).items() if _is_own_function(source, value)]
-            found = "no such name" if function is None else type(function).__name__
-            return {
-                "problem": f"{source}: {name} is not a function (found {found}; the functions are "
-                f"{', '.join(there) or 'none'}). Name one of them"
-            }
-        self._functions[number] = source, function, settings
-        line, required, problem = _signature(function, settings)
-        return {"problem": problem and f"{source}:{line}: {name} {problem}", "line": line, "required": required}
+        found = getattr(self._modules[source], name, None)
+        if not callable(found) or isinstance(found, type):
+            what = "no such name" if found is None else type(found).__name__
+            return {"problem": f"{source}: {name} is not a function (found {what}). Name a function of the file"}
+        self._functions[number] = _Function(found, source, settings)
+        line, needed = _first_line(found), [each for each in _parameters(found) if each.default is each.empty]
+        if positional := [each.name for each in needed if each.kind is each.POSITIONAL_ONLY]:
+            problem = f"cannot be called with keywords (found the positional-only parameter {positional[0]})"
+            return {"problem": f"{source}:{line}: {name} {problem}. Remove the /"}
+        return {
+            "line": line,
+            "required": [each.name for each in needed if _is_named(each) and each.name not in settings],
+        }
 
     def call(self, number: int, arguments: dict[str, object]) -> dict[str, object]:
-        """Calls a function with the arguments that its signature has, as TRL's trainers do."""
-        source, function, settings = self._functions[number]
+        """Calls a function with the arguments that its signature has; TRL passes the same."""
+        function = self._functions[number]
         metrics: list[tuple[str, float]] = []
         extra: list[tuple[str, list[object]]] = []
-        state = types.SimpleNamespace(**typing.cast(dict[str, int], arguments["trainer_state"]))
+        state = types.SimpleNamespace(**cast(dict[str, int], arguments["trainer_state"]))
         arguments |= {
-            **settings,
+            **function.settings,
             "trainer_state": state,
             "log_metric": lambda name, value: metrics.append((name, float(value))),
             "log_extra": lambda column, values: extra.append((column, [*values])),
         }
+        parameters = _parameters(function.call)
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            arguments = {p.name: arguments[p.name] for p in parameters if _is_named(p) and p.name in arguments}
         _seed(f"{state.global_step} {number}")
         try:
-            found = function(**_accepted(function, arguments))
+            found = function.call(**arguments)
             if inspect.isawaitable(found):
                 self._loop = self._loop or asyncio.new_event_loop()
                 found = self._loop.run_until_complete(found)
@@ -87,7 +96,7 @@ class _Functions:
         except MemoryError:
             os._exit(MEMORY_REACHED)
         except BaseException as error:  # SystemExit, too
-            return {"problem": f"found {_described(error)} at {_place(source, error)}"}
+            return {"problem": f"found {_described(error)} at {_place(function.source, error)}"}
         return {"values": values, "metrics": metrics, "extra": extra}
 
 
@@ -102,41 +111,19 @@ def _import_file(path: str) -> types.ModuleType:
     return module
 
 
-def _is_own_function(source: str, value: object) -> bool:
-    return inspect.isfunction(value) and value.__code__.co_filename == os.path.abspath(source)
+def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
+    return [*inspect.signature(function).parameters.values()]
 
 
-def _signature(function: Function, settings: Mapping[str, object]) -> tuple[int, list[str], str | None]:
-    """Returns (line, names of the arguments that it needs, the reason why no call with keywords is possible)."""
-    line = _first_line(function)
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a builtin function has none
-        return line, [], None
-    needed = [each for each in parameters if each.default is each.empty]
-    for each in needed:
-        if each.kind is each.POSITIONAL_ONLY:
-            problem = f"cannot be called with keywords (found the positional-only parameter {each.name}). Remove the /"
-            return line, [], problem
-    return line, [each.name for each in needed if each.kind in _NAMED and each.name not in settings], None
+def _is_named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
-def _first_line(function: Function) -> int:
+def _first_line(function: Callable[..., object]) -> int:
     while isinstance(function, functools.partial):
         function = function.func
     code = getattr(function, "__code__", None) or getattr(function.__call__, "__code__", None)
     return 1 if code is None else code.co_firstlineno
-
-
-def _accepted(function: Function, arguments: dict[str, object]) -> dict[str, object]:
-    """Returns the arguments that a function names, or all if it has **kwargs."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a builtin function has none
-        return arguments
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        return arguments
-    return {each.name: arguments[each.name] for each in parameters if each.kind in _NAMED and each.name in arguments}
 
 
 def _seed(text: str) -> None:
@@ -153,7 +140,7 @@ def _reward(value: object) -> float | str | None:
     if isinstance(value, Exception):  # a ready-made function reports a single reply so
         return str(value)
     if isinstance(value, Real) or (getattr(value, "shape", None) == () and hasattr(value, "item")):
-        number = float(typing.cast(float, value))
+        number = float(cast(float, value))
         return number if abs(number) < float("inf") else f"found {number}, expected a finite number or None"
     return f"found {type(value).__name__} {str(value)[:60]!r}, expected a number or None"
 
@@ -182,13 +169,13 @@ def main(memory: int) -> None:
     os.dup2(2, 1)  # functions print there
     end_with_parent()
     limit_resources({resource.RLIMIT_DATA: memory, resource.RLIMIT_CORE: 0})
-    functions = _Functions()
+    loaded = _Functions()
     while True:
         try:
-            number, place, content = pickle.loads(receive(requests, LONGEST_REQUEST))
+            number, place, content = pickle.loads(receive(requests, LONGEST_MESSAGE))
         except EOFError:
             return
-        found = functions.call(number, content) if place is None else functions.load(number, place, content)
+        found = loaded.call(number, content) if place is None else loaded.load(number, place, content)
         sys.stdout.flush()
         send(replies, json.dumps(found, default=str).encode())
 

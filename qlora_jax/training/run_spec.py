@@ -9,6 +9,8 @@ from jax.sharding import Mesh
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, ModelArgs
+from qlora_jax.config.objectives import OBJECTIVES
+from qlora_jax.config.rewards import check_rewards_given
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.formats.unlabelled import learned_columns
@@ -100,6 +102,8 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
     Raises:
       ValueError: the model's files or the data are missing, malformed or not supported.
     """
+    if OBJECTIVES[config.objective].rows == "prompt":
+        check_rewards_given(config.rewards, config.reward, config.objective)
     source = open_model(config.model.path, lambda: _check_files(config)) if prepared is None else prepared.source
     model = model_config(source.config, source.config_name)
     if config.data.max_length > model.max_positions:

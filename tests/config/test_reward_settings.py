@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from qlora_jax.config import Config, ConfigError, read_config, to_dict
+from qlora_jax.api.settings import training_config
+from qlora_jax.config import Config, ConfigError, ModelArgs, read_config, to_dict
 from qlora_jax.config.command_line import read_settings
 from qlora_jax.config.rewards import RewardArgs, reward_problems
 from qlora_jax.config.yaml_files import differences
@@ -15,7 +16,7 @@ GIVEN = ["--model", "m", "--data.train", "d.jsonl", "--output", "o"]
 def test_files_neither_set_nor_hold_the_code_of_rewards(tmp_path):
     config, _ = read_settings(Config, [*GIVEN, "--reward", "a.py:f", "--reward", "b.py:g", "--rewards.timeout", "5"])
     assert config.reward == ["a.py:f", "b.py:g"]
-    assert to_dict(config)["rewards"] == {"timeout": 5.0} and "reward" not in to_dict(config)
+    assert to_dict(config)["rewards"]["timeout"] == 5 and "reward" not in to_dict(config)
     assert differences(config, dataclasses.replace(config, reward=[])) == {}
     path = tmp_path / "config.yaml"
     path.write_text("model: {path: m}\ndata: {train: d}\noutput: o\nreward: [a.py:f]\n")
@@ -34,7 +35,7 @@ def test_configurations_without_rewards_have_the_text_that_they_had():
     [
         ({}, ["a.py"], "--reward: found 'a.py', expected FILE.py:NAME. Name a function"),
         ({}, ["math"], "Write --rewards.functions '[math]'"),
-        ({}, [], "--reward: missing, expected at least one reward function"),
+        ({}, [], "--reward: missing, expected at least one function with"),
         ({}, ["a.py:f", "b.py:f"], "--reward: found 2 functions with the name 'f'"),
         ({"reward_weights": [1.0]}, ["a.py:f", "b.py:g"], "rewards.reward_weights: found 1, expected 2 for the"),
         ({"pattern": "a"}, ["a.py:f"], "rewards.pattern: found 'a', but no function in rewards.functions uses it"),
@@ -46,6 +47,11 @@ def test_configurations_without_rewards_have_the_text_that_they_had():
 def test_settings_that_cannot_be_used(settings, rewards, message):
     problems = reward_problems(RewardArgs(**settings), rewards, "grpo", used=True)
     assert len(problems) == 1 and message in problems[0]
+
+
+def test_a_section_that_files_leave_out_can_be_set_in_python():
+    with pytest.raises(ConfigError, match=r"rewards.timeout: found with objective=sft, which does not use it"):
+        training_config(ModelArgs(path="m"), None, {}, {"rewards.timeout": 5.0}, output="o")
 
 
 def test_objectives_without_rewards_refuse_them():

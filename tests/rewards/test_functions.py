@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qlora_jax.config.rewards import RewardArgs
+from qlora_jax.config.parse import from_dict
+from qlora_jax.config.rewards import REWARDS, RewardArgs
 from qlora_jax.rewards import worker_process
 from qlora_jax.rewards.functions import MOST_ENDED, Replies, RewardError, RewardFunctions
 
@@ -54,6 +56,10 @@ def hangs(completions, **kwargs):
     while "bad" in completions:
         time.sleep(0.01)
     return [1.0] * len(completions)
+
+def waits(completions, **kwargs):
+    time.sleep(0.3 if "wait" in completions else 0)
+    return [len(c) for c in completions]
 
 def hog(completions, **kwargs):
     return [bytearray(3 << 30 if c == "bad" else 1)[0] for c in completions]
@@ -128,7 +134,7 @@ def test_functions_get_what_they_name(file):
     ("name", "text"),
     [
         ("raises", "found ZeroDivisionError: division by zero at {file}:{line}"),
-        ("skips", "found 0 rewards for 1 replies, expected one each"),
+        ("skips", "found 0 rewards, expected 1"),
     ],
 )
 def test_the_reply_at_fault_is_named(file, name, text):
@@ -226,8 +232,8 @@ def test_a_killed_trainer_leaves_no_process(file):
         ("def f(:\n", "f", ":1: cannot be imported (found SyntaxError"),
         ("import sys\nsys.exit(3)\n", "f", ":2: cannot be imported (found SystemExit: 3"),
         ("import os\nos._exit(3)\n", "f", ": cannot be imported (ended its process (exit status 3))"),
-        ("def g(x): ...\nf = 3\n", "f", ": f is not a function (found int; the functions are g). Name one"),
-        ("def g(x): ...\n", "f", ": f is not a function (found no such name; the functions are g). Name one"),
+        ("def g(x): ...\nf = 3\n", "f", ": f is not a function (found int). Name a function"),
+        ("def g(x): ...\n", "f", ": f is not a function (found no such name). Name a function"),
         ("\ndef f(prompts, /): ...\n", "f", ":2: f cannot be called with keywords (found the positional-only"),
     ],
 )
@@ -244,6 +250,44 @@ def test_an_import_that_hangs(tmp_path, monkeypatch):
     path.write_text("import time\ntime.sleep(600)\n")
     with pytest.raises(ValueError, match=r"slow.py: cannot be imported .took more than 0.5 s"):
         RewardFunctions(RewardArgs(timeout=0.5), [f"{path}:f"])
+
+
+def test_a_package_declares_a_function_by_an_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "vowels.py").write_text(
+        "from qlora_jax.config.rewards import RewardDeclaration\n"
+        "DECLARATION = RewardDeclaration(implementation='vowels:share', settings=('pattern',))\n"
+        "def share(completions, pattern): return [len([x for x in c if x in pattern]) / len(c) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("vowels", "vowels:DECLARATION", REWARDS.group)
+    monkeypatch.setattr(REWARDS, "_values", dict(REWARDS.items()))
+    monkeypatch.setattr(REWARDS, "_found", {"vowels": point}, raising=False)
+    args = from_dict(RewardArgs, {"functions": ["vowels"], "pattern": "aeiou"})
+    with RewardFunctions(args, []) as functions:
+        np.testing.assert_array_equal(functions.score(replies("abe", "xy")).rewards_NF, [[2 / 3], [0]])
+
+
+def test_a_reply_after_an_interrupt_is_not_for_the_next_call(file):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with RewardFunctions(RewardArgs(), [f"{file}:waits"]) as functions:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                functions.score(replies("wait", "a"))
+            np.testing.assert_array_equal(functions.score(replies("bb", "c")).rewards_NF, [[2], [1]])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_function_of_this_process():
+    args = RewardArgs(functions=["model"], run="r", on_error="drop")
+    with RewardFunctions(args, [], {"model": lambda given: [0.5, "too long"]}) as functions:
+        table = functions.score(replies("a", "b"))
+    np.testing.assert_array_equal(table.rewards_NF, [[0.5], [np.nan]])
+    assert table.problems == [(1, "model", "too long")]
 
 
 def test_arguments_that_are_not_columns(file):
