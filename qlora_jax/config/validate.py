@@ -342,7 +342,7 @@ def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
 def _objective_problems(config: Config) -> list[str]:
     """Reports settings of preferences, of heads, of policies and of data that the objective does not use."""
     problems = objective_problems(config.preference, config.head, config.objective) + _head_problems(config)
-    problems += policy_problems(config.policy, config.rollouts, config.objective)
+    problems += policy_problems(config.policy, config.rollouts, config.objective) + _rollout_problems(config)
     if config.objective == "sft":
         return problems
     plain = DataArgs(train="")
@@ -350,6 +350,43 @@ def _objective_problems(config: Config) -> list[str]:
         f"data.{name}: found {value!r}, but objective={config.objective} does not use it. Remove this setting"
         for name in ("learn", "source_max_length", "target_max_length")
         if (value := getattr(config.data, name)) != getattr(plain, name)
+    ]
+
+
+def _rollout_problems(config: Config) -> list[str]:
+    """Reports settings that contradict the sampling of replies."""
+    if not OBJECTIVES[config.objective].policy:
+        return []
+    data, train, reply = config.data, config.train, config.rollouts.max_completion_length
+    problems = []
+    if data.packing:
+        problems.append(
+            f"data.packing: found true with objective={config.objective}, whose rows hold all replies to a prompt "
+            "already. Remove this setting"
+        )
+    if data.max_length <= reply:
+        problems.append(
+            f"data.max_length: found {data.max_length}, expected more than rollouts.max_completion_length ({reply}), "
+            "to leave room for prompts. Raise it"
+        )
+    noise = {"lora.dropout": config.lora.dropout, "train.neftune_noise_alpha": train.neftune_noise_alpha}
+    problems += [
+        f"{name}: found {value}, but replies are sampled without it, so their probabilities would differ from those "
+        "of training. Remove this setting"
+        for name, value in noise.items()
+        if value
+    ]
+    together = config.policy.steps_per_generation * config.policy.num_iterations
+    counts = {
+        "train.steps": train.steps or 0,
+        "train.eval_every": train.eval_every,
+        "train.save_every": train.save_every,
+    }
+    return problems + [
+        f"{name}: found {value}, expected a multiple of {together}, the steps of a rollout phase "
+        "(policy.steps_per_generation x policy.num_iterations). Change it"
+        for name, value in counts.items()
+        if value % together
     ]
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from qlora_jax.config import Config
 from qlora_jax.data.dataset import Dataset, padding_id
 from qlora_jax.inference.prompts import stop_ids
@@ -37,8 +39,13 @@ def open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> Roll
     """Reads the rows' other columns, and starts the processes of the reward functions.
 
     Raises:
-      ValueError: a reward function cannot be imported, or does not fit the rows.
+      ValueError: a reward function cannot be imported, or does not fit the rows; or several processes train.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"objective: {config.objective} trains in one process, on any number of its devices (found "
+            f"{jax.process_count()} processes). Start one process"
+        )
     data, settings, tokenizer = config.data, config.rollouts, dataset.tokenizer
     forms = {split.path: split.form for split, _ in dataset.report.sources}
     prompts = read_prompt_rows(data, dataset.train.files, forms)

@@ -7,7 +7,7 @@ import pytest
 from qlora_jax.api.settings import training_config
 from qlora_jax.config import Config, ConfigError, ModelArgs, read_config, to_dict
 from qlora_jax.config.command_line import read_settings
-from qlora_jax.config.rewards import RewardArgs, reward_problems
+from qlora_jax.config.rewards import check_rewards_given, RewardArgs, reward_problems
 from qlora_jax.config.yaml_files import differences
 
 GIVEN = ["--model", "m", "--data.train", "d.jsonl", "--output", "o"]
@@ -35,9 +35,7 @@ def test_configurations_without_rewards_have_the_text_that_they_had():
     [
         ({}, ["a.py"], "--reward: found 'a.py', expected FILE.py:NAME. Name a function"),
         ({}, ["math"], "Write --rewards.functions '[math]'"),
-        ({}, [], "--reward: missing, expected at least one function with"),
         ({}, ["a.py:f", "b.py:f"], "--reward: found 2 functions with the name 'f'"),
-        ({"reward_weights": [1.0]}, ["a.py:f", "b.py:g"], "rewards.reward_weights: found 1, expected 2 for the"),
         ({"pattern": "a"}, ["a.py:f"], "rewards.pattern: found 'a', but no function in rewards.functions uses it"),
         ({"functions": ["regex"], "pattern": "("}, [], "rewards.pattern: not a regular expression"),
         ({"functions": ["length"]}, [], "rewards.max_completion_len: missing, but the function length uses it"),
@@ -47,6 +45,20 @@ def test_configurations_without_rewards_have_the_text_that_they_had():
 def test_settings_that_cannot_be_used(settings, rewards, message):
     problems = reward_problems(RewardArgs(**settings), rewards, "grpo", used=True)
     assert len(problems) == 1 and message in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rewards", "message"),
+    [
+        ({}, [], "--reward: missing, expected at least one function with objective=grpo"),
+        ({"reward_weights": [1.0]}, ["a.py:f", "b.py:g"], "rewards.reward_weights: found 1, expected 2 for the"),
+    ],
+)
+def test_training_needs_functions_that_a_finished_run_lacks(settings, rewards, message):
+    args = RewardArgs(**settings)
+    assert reward_problems(args, rewards, "grpo", used=True) == []
+    with pytest.raises(ValueError, match=message):
+        check_rewards_given(args, rewards, "grpo")
 
 
 def test_a_section_that_files_leave_out_can_be_set_in_python():

@@ -7,6 +7,7 @@ from qlora_jax.training.metrics.metrics_file import Record, read_metrics
 # Times, the memory of the process, where optimizer state was, and the number of devices.
 MAY_DIFFER = {
     *("seconds", "data_seconds", "tokens_per_second", "tokens_per_second_per_device"),
+    *("rollout_seconds", "reward_seconds"),
     *("host_bytes", "resident_bytes", "paged_in_bytes", "paged_out_bytes", "devices"),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.config import PolicyArgs, RolloutArgs
+from qlora_jax.config import ConfigError, PolicyArgs, RolloutArgs, validate
 from qlora_jax.io.run_folder.checkpoint import open_run
 from tests.e2e.project import project
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
@@ -25,7 +25,7 @@ def rollout_project(folder: Path, policy=None, rollouts=None, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     rows.write_text("".join(json.dumps({"prompt": f"say {word} {i}"}) + "\n" for i in range(12) for word in "ab"))
     (folder / "rewards.py").write_text(REWARD)
-    settings = dict(train=dict(steps=6, micro_batch_size=2, accumulation=2, save_every=2, eval_every=3))
+    settings = dict(train=dict(steps=6, micro_batch_size=2, accumulation=2, save_every=2, eval_every=4))
     settings |= dict(data=dict(train=str(rows), max_length=64), lora=dict(rank=4, dropout=0.0))
     settings["optim"] = dict(learning_rate=3e-2, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
     config = project(folder, **settings | changes)
@@ -52,6 +52,21 @@ def test_a_model_learns_from_the_rewards_of_its_replies(tmp_path):
     assert last["eval_reward"] > first["eval_reward"] and last["eval_loss"] == -last["eval_reward"]
     # The trainer gives the sampled tokens the probabilities with which they were drawn.
     assert max(record["sampler_gap_max"] for record in steps_of(config)) < 1e-4
+
+
+def test_settings_that_contradict_rollouts(tmp_path):
+    config = rollout_project(
+        tmp_path,
+        {"num_iterations": 2},
+        data=dict(max_length=16, packing=True),
+        lora=dict(dropout=0.1),
+        train=dict(steps=5, eval_every=3),
+    )
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert [problem.partition(": found")[0] for problem in error.value.problems] == [
+        *("data.packing", "data.max_length", "lora.dropout", "train.steps", "train.eval_every"),
+    ]
 
 
 @pytest.mark.parametrize(

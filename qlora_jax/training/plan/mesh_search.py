@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pallas_kernels import aot
 from pallas_kernels.devices import target_device
-from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, MeshSize, mesh_choices, paging_of
+from qlora_jax.config import Config, ConfigError, LoraArgs, MeshSize, mesh_choices, paging_of
 from qlora_jax.config.methods import uses
 from qlora_jax.config.schema import AUTO, mesh_sizes
 from qlora_jax.config.validate import MeshChoices
@@ -26,6 +26,7 @@ from qlora_jax.models.config import IN_BLOCKS, QUANTIZED, ModelConfig, WeightFor
 from qlora_jax.objectives.make_objective import make_objective
 from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.optim.page_pool import memory_of
+from qlora_jax.rollouts.rows import row_lengths
 from qlora_jax.sharding import DATA, FSDP, AnyMesh, absent_mesh, axis_size, make_mesh
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.memory_use import frozen_bytes
@@ -212,9 +213,13 @@ def step_before_files(config: Config, platform: str) -> StepSpec:
     return run_step_config(config, model, planned_weights(config.model, model, platform), _any_rows(config), ())
 
 
-def _longest_row(data: DataArgs, sequences: int) -> int:
-    """Returns the length of a batch of the longest rows, each with this many sequences."""
-    length = data.max_length * max(1, sequences)
+def _longest_row(config: Config, objective: Objective) -> int:
+    """Returns the length of a batch of the longest rows: with all texts, or one prompt with all replies."""
+    sequences = objective.sequences_per_row
+    if objective.row_kind == "prompt":
+        reply = config.rollouts.max_completion_length
+        return max(row_lengths(config.data.max_length - reply, reply, sequences, 1))
+    length = config.data.max_length * max(1, sequences)
     return -(-length // UNIT) * UNIT if sequences > 1 else length
 
 
@@ -241,7 +246,7 @@ def run_step_config(
 ) -> StepSpec:
     """Returns the configuration of a run's longest step. Without buckets, each text of a row has data.max_length."""
     train = config.train
-    length = max(rows.buckets, default=_longest_row(config.data, rows.objective.sequences_per_row))
+    length = max(rows.buckets, default=_longest_row(config, rows.objective))
     return StepSpec(
         model=model,
         weights=weights,
