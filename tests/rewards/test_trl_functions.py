@@ -97,6 +97,7 @@ def test_functions_of_trl_give_its_values(file):
     np.testing.assert_array_equal(table.rewards_NF[:, 0], expected[:, 2])
 
 
+@pytest.mark.slow  # sympy takes seconds to import
 def test_math_equals_trl(file):
     if importlib.util.find_spec("math_verify") is None:
         pytest.skip("math-verify is missing: pip install 'qlora-jax[math]'")
