@@ -32,7 +32,7 @@ async def later(prompts, completions, **kwargs):
     return [0.5 * len(p) for p in prompts]
 
 class Later:
-    async def __call__(self, completion_ids):
+    async def __call__(self, completion_ids, **kwargs):
         return [sum(ids) for ids in completion_ids]
 
 summed = Later()
