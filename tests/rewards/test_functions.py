@@ -46,7 +46,9 @@ def logs(completions, log_metric, log_extra, trainer_state, **kwargs):
 def draws(completions, **kwargs):
     return [random.random() for _ in completions]
 
-def rank(completions, **kwargs):  # depends on the other replies
+def rank(completions, log_metric, log_extra, **kwargs):  # depends on the other replies
+    log_metric("count", len(completions))
+    log_extra("text", completions)
     return [sorted(completions).index(c) / (10 if "bad" in c else 1) for c in completions if 1 / len(c)]
 
 def raises(completions, **kwargs):
@@ -187,6 +189,7 @@ def test_values_that_are_not_rewards(file):
 def test_the_other_replies_are_scored_together(file):
     table = score(file, ["rank"], replies("b", "", "a", "c"), on_error="drop")
     np.testing.assert_array_equal(table.rewards_NF[:, 0], [1, np.nan, 0, 2])
+    assert table.metrics == {"count": 3} and table.extra == {}
 
 
 def test_rewards_do_not_depend_on_the_number_of_workers(file, tmp_path):
