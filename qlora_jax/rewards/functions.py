@@ -235,7 +235,7 @@ class RewardFunctions:
             outcome = {"values": [text] * len(good), "metrics": [], "extra": []}
         for row, value in zip(good, outcome["values"], strict=True):
             values[row] = value
-        return {**outcome, "values": values}
+        return {"values": values, "metrics": outcome["metrics"], "extra": []}  # its columns lack replies
 
     def _error(self, problems: Sequence[RewardProblem], replies: Replies) -> RewardError:
         places = {name: self._places.get(number, name) for number, name in enumerate(self.names)}

@@ -49,7 +49,7 @@ class WorkerProcess:
         self.sources, self._seconds, self._memory = sources, seconds, memory
         self._process: subprocess.Popen[bytes] | None = None
         self._request, self._again = b"", False
-        self.deadline = 0.0
+        self._limit, self.deadline = 0.0, 0.0
 
     def fileno(self) -> int:
         """Returns the descriptor of the replies, for `select`."""
@@ -96,7 +96,7 @@ class WorkerProcess:
             if time.monotonic() < self.deadline:
                 return None
             self.stop()
-            return Failed(f"took more than {self._seconds:g} s, the limit rewards.timeout", ended=True)
+            return Failed(f"took more than {self._limit:g} s (rewards.timeout is {self._seconds:g})", ended=True)
         try:
             reply = json.loads(receive(self.fileno(), LONGEST_MESSAGE))
             return Failed(reply["problem"]) if reply.get("problem") else reply
@@ -107,8 +107,7 @@ class WorkerProcess:
             self._send_call()
             return None
         if status == MEMORY_REACHED:
-            limit = f"{self._memory >> 20:,} MiB of memory, the limit rewards.memory"
-            return Failed(f"needed more than {limit}", ended=True)
+            return Failed(f"needed more than {self._memory >> 20:,} MiB (rewards.memory)", ended=True)
         found = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return Failed(f"ended its process ({found})", ended=True)
 
@@ -133,7 +132,7 @@ class WorkerProcess:
 
     def _send(self, content: bytes, seconds: float) -> None:
         assert self._process is not None and self._process.stdin is not None
-        self.deadline = time.monotonic() + seconds
+        self._limit, self.deadline = seconds, time.monotonic() + seconds
         with contextlib.suppress(BrokenPipeError):  # the end of its replies says why
             send(self._process.stdin.fileno(), content)
 

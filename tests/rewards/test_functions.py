@@ -32,7 +32,7 @@ async def later(prompts, completions, **kwargs):
     return [0.5 * len(p) for p in prompts]
 
 class Later:
-    async def __call__(self, completion_ids):
+    async def __call__(self, completion_ids, **kwargs):
         return [sum(ids) for ids in completion_ids]
 
 summed = Later()
@@ -46,7 +46,9 @@ def logs(completions, log_metric, log_extra, trainer_state, **kwargs):
 def draws(completions, **kwargs):
     return [random.random() for _ in completions]
 
-def rank(completions, **kwargs):  # depends on the other replies
+def rank(completions, log_metric, log_extra, **kwargs):  # depends on the other replies
+    log_metric("count", len(completions))
+    log_extra("text", completions)
     return [sorted(completions).index(c) / (10 if "bad" in c else 1) for c in completions if 1 / len(c)]
 
 def raises(completions, **kwargs):
@@ -58,7 +60,7 @@ def hangs(completions, **kwargs):
     return [1.0] * len(completions)
 
 def waits(completions, **kwargs):
-    time.sleep(0.3 if "wait" in completions else 0)
+    time.sleep(5 if "wait" in completions else 0)
     return [len(c) for c in completions]
 
 def hog(completions, **kwargs):
@@ -146,21 +148,25 @@ def test_the_reply_at_fault_is_named(file, name, text):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "settings", "text"),
     [
-        ("hangs", "took more than 0.3 s, the limit rewards.timeout"),
-        ("hog", "needed more than 1,024 MiB of memory, the limit rewards.memory"),
-        ("exits", "ended its process (exit status 7)"),
+        ("hangs", {"timeout": 1.0}, "took more than 1 s (rewards.timeout is 1)"),
+        ("hog", {"memory": "1GiB"}, "needed more than 1,024 MiB (rewards.memory)"),
+        ("exits", {}, "ended its process (exit status 7)"),
     ],
 )
-def test_limits_end_a_call_and_the_function_starts_again(file, name, text):
-    names, given = [f"{file}:{name}"], replies("a", "bad", "c")
-    with RewardFunctions(RewardArgs(on_error="drop", timeout=0.3, memory="1GiB"), names) as functions:
-        table = functions.score(given)
+def test_limits_end_a_call_and_the_function_starts_again(file, name, settings, text):
+    args = RewardArgs(on_error="drop", **settings)
+    with RewardFunctions(args, [f"{file}:{name}"]) as functions:
+        table = functions.score(replies("a", "bad", "c"))
         assert table.problems == [(1, name, text)]
         assert np.isfinite(functions.score(replies("a", "c")).rewards_NF).all()
-    with pytest.raises(RewardError, match=re.escape(f"prompts.jsonl:1: {file}:{name}: {text}")):
-        score(file, [name], given, timeout=0.3, memory="1GiB")
+
+
+def test_a_run_that_stops_names_file_and_line(file):
+    text = f"prompts.jsonl:2: {file}:exits: ended its process (exit status 7)"
+    with pytest.raises(RewardError, match=re.escape(text)):
+        score(file, ["length", "exits"], replies("a", "b", "bad", "c"))
 
 
 def test_after_some_ended_calls_the_others_are_not_tried(file):
@@ -183,6 +189,7 @@ def test_values_that_are_not_rewards(file):
 def test_the_other_replies_are_scored_together(file):
     table = score(file, ["rank"], replies("b", "", "a", "c"), on_error="drop")
     np.testing.assert_array_equal(table.rewards_NF[:, 0], [1, np.nan, 0, 2])
+    assert table.metrics == {"count": 3} and table.extra == {}
 
 
 def test_rewards_do_not_depend_on_the_number_of_workers(file, tmp_path):
@@ -248,7 +255,7 @@ def test_an_import_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(worker_process, "IMPORT_SECONDS", 0.1)
     path = tmp_path / "slow.py"
     path.write_text("import time\ntime.sleep(600)\n")
-    with pytest.raises(ValueError, match=r"slow.py: cannot be imported .took more than 0.5 s"):
+    with pytest.raises(ValueError, match=r"slow.py: cannot be imported .took more than 0.5 s .rewards.timeout is 0.5"):
         RewardFunctions(RewardArgs(timeout=0.5), [f"{path}:f"])
 
 

@@ -11,7 +11,10 @@ import pytest
 
 from qlora_jax.config.rewards import RewardArgs
 from qlora_jax.rewards.functions import Replies, RewardFunctions
+from tests.rewards.test_functions import FILE as PERSONS
+from tests.rewards.test_functions import replies as functions_replies
 
+ROOT = Path(__file__).resolve().parents[2]
 ORACLE = os.environ.get("QLORA_ORACLE_PYTHON", ".oracle/bin/python")
 CONTENTS = [
     r"<think>because</think> It is \boxed{\frac{1}{2}}",
@@ -97,6 +100,7 @@ def test_functions_of_trl_give_its_values(file):
     np.testing.assert_array_equal(table.rewards_NF[:, 0], expected[:, 2])
 
 
+@pytest.mark.slow  # sympy takes seconds to import
 def test_math_equals_trl(file):
     if importlib.util.find_spec("math_verify") is None:
         pytest.skip("math-verify is missing: pip install 'qlora-jax[math]'")
@@ -107,3 +111,25 @@ def test_math_equals_trl(file):
     np.testing.assert_array_equal(table.rewards_NF[:, 0], table.rewards_NF[:, 1])
     np.testing.assert_array_equal(table.rewards_NF[:5, 0], [1, 1, 0, 0, 0])
     assert len(table.extra["gold_parsed"]) == len(CONTENTS)
+
+
+@pytest.mark.slow  # torch takes seconds to import
+def test_functions_of_a_person_give_the_values_of_trls_trainer(oracle, tmp_path):
+    path, names = tmp_path / "rewards.py", ("length", "some", "later", "summed", "logs", "raises")
+    path.write_text(f"{PERSONS}\ndef some(completions, answer, **kwargs): return has_answer(completions, answer)\n")
+    given = functions_replies("a", "xyz", "b", "bb", answer=["a", "", "c", "b"])
+    arguments = {name: getattr(given, name) for name in ("prompts", "completions", "completion_ids", "columns")}
+    expected = oracle(
+        ROOT / "tests/oracle/trl_rewards.py",
+        file=str(path),
+        names=names,
+        step=given.step,
+        steps=given.steps,
+        **arguments,
+    )
+    with RewardFunctions(RewardArgs(), [f"{path}:{name}" for name in names]) as functions:
+        table = functions.score(given)
+    assert np.isnan(expected["rewards"]).sum() == 1
+    np.testing.assert_array_equal(table.rewards_NF.astype(np.float32), expected["rewards"])
+    np.testing.assert_array_equal([*table.metrics.values()], expected["metrics"])
+    np.testing.assert_array_equal(table.extra["upper"], expected["extra"])
