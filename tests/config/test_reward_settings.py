@@ -7,7 +7,7 @@ import pytest
 from qlora_jax.api.settings import training_config
 from qlora_jax.config import Config, ConfigError, ModelArgs, read_config, to_dict
 from qlora_jax.config.command_line import read_settings
-from qlora_jax.config.rewards import check_rewards_given, RewardArgs, reward_problems
+from qlora_jax.config.rewards import RewardArgs, check_rewards_given, reward_problems
 from qlora_jax.config.yaml_files import differences
 
 GIVEN = ["--model", "m", "--data.train", "d.jsonl", "--output", "o"]

@@ -65,7 +65,7 @@ def test_settings_that_contradict_rollouts(tmp_path):
     with pytest.raises(ConfigError) as error:
         validate(config)
     assert [problem.partition(": found")[0] for problem in error.value.problems] == [
-        *("data.packing", "data.max_length", "lora.dropout", "train.steps", "train.eval_every"),
+        *("data.packing", "data.max_length", "lora.dropout", "train.steps", "train.eval_every", "train.save_every"),
     ]
 
 
