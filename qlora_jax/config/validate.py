@@ -377,11 +377,7 @@ def _rollout_problems(config: Config) -> list[str]:
         if value
     ]
     together = config.policy.steps_per_generation * config.policy.num_iterations
-    counts = {
-        "train.steps": train.steps or 0,
-        "train.eval_every": train.eval_every,
-        "train.save_every": train.save_every,
-    }
+    counts = {f"train.{name}": getattr(train, name) or 0 for name in ("steps", "eval_every", "save_every")}
     return problems + [
         f"{name}: found {value}, expected a multiple of {together}, the steps of a rollout phase "
         "(policy.steps_per_generation x policy.num_iterations). Change it"

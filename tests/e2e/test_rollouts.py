@@ -51,7 +51,7 @@ def test_a_model_learns_from_the_rewards_of_its_replies(tmp_path):
     first, last = [record for record in numbers(config) if "eval_reward" in record]
     assert last["eval_reward"] > first["eval_reward"] and last["eval_loss"] == -last["eval_reward"]
     # The trainer gives the sampled tokens the probabilities with which they were drawn.
-    assert max(record["sampler_gap_max"] for record in steps_of(config)) < 1e-4
+    assert max(record["sampling_logp_difference_max"] for record in steps_of(config)) < 1e-4
 
 
 def test_settings_that_contradict_rollouts(tmp_path):

@@ -1,5 +1,6 @@
 """The curves of a run besides the loss, as numbers; plot.py draws them."""
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,6 +15,11 @@ from qlora_jax.training.metrics.record_summaries import (
     HIGH,
     LOW,
     MAX_LOAD,
+    POLICY_ENTROPY,
+    POLICY_KL,
+    REWARD,
+    SAMPLER_GAP,
+    SAMPLER_GAP_MAX,
     Z_LOSS,
     TaskMetric,
     task_metrics,
@@ -73,6 +79,7 @@ def charts(records: Sequence[Record], planned: int | None) -> list[Chart]:
     warmed = warm(steps)
     found = [
         *_preference_charts(records, steps),
+        *_rollout_charts(records, steps),
         *(Chart(kind.caption, "% right", _question_lines(evaluations, name)) for name, kind in QUESTION_KINDS.items()),
         *_router_charts(steps),
         Chart("Learning rate", "", [_line("", steps, lambda r: r["learning_rate"])]),
@@ -125,15 +132,47 @@ def moving_average(values: Sequence[float]) -> list[float]:
     return smooth(values, 1 - 1 / max(1.0, _SMOOTHING_SHARE * len(values)))
 
 
+def _both_lines(
+    records: Sequence[Record], steps: Sequence[Record], name: str, label: str = "", *, main: bool = True, scale: float = 1.0
+) -> list[Line]:
+    """Returns a metric of held-out rows, solid, and the moving average of its training steps, dashed."""
+    found = [
+        _metric_line(_with(records, f"eval_{name}"), f"eval_{name}", f"{label}held out", scale)._replace(main=main),
+        _metric_line(_with(steps, name), name, f"{label}training", scale)._replace(main=main, dash="--"),
+    ]
+    return [found[0], found[1]._replace(values=moving_average(found[1].values))]
+
+
+def _rollout_charts(records: Sequence[Record], steps: Sequence[Record]) -> list[Chart]:
+    """Returns the charts of a run that learns from rewards of its own replies."""
+
+    def line(key: str, label: str, *, main: bool = True, scale: float = 1.0) -> Line:
+        return _line(label, _with(steps, key), lambda r: scale * r[key], main)
+
+    return [
+        Chart("Reward", "", _both_lines(records, steps, REWARD), from_zero=False),
+        Chart("Length of replies", "tokens", _both_lines(records, steps, "reply_tokens")),
+        Chart(
+            "Shares of a step",
+            "%",
+            [
+                line("groups_without_signal", "prompts whose replies have equal rewards", scale=100.0),
+                line("replies_cut", "cut replies", main=False, scale=100.0),
+            ],
+        ),
+        Chart("Entropy of the predictions in replies", "nats", [line(POLICY_ENTROPY, "")]),
+        Chart("KL divergence from the reference", "nats per token", [line(POLICY_KL, "")]),
+        Chart(
+            "Log p of a drawn token, trainer against sampler",
+            "nats",
+            [line(SAMPLER_GAP_MAX, "largest difference"), line(SAMPLER_GAP, "mean difference", main=False)],
+        ),
+    ]
+
+
 def _preference_charts(records: Sequence[Record], steps: Sequence[Record]) -> list[Chart]:
     """Returns the charts of preferences: held-out curves are solid, the moving averages of training steps dashed."""
-
-    def lines(name: str, label: str, *, main: bool = True, scale: float = 1.0) -> list[Line]:
-        found = [
-            _metric_line(_with(records, f"eval_{name}"), f"eval_{name}", f"{label}held out", scale)._replace(main=main),
-            _metric_line(_with(steps, name), name, f"{label}training", scale)._replace(main=main, dash="--"),
-        ]
-        return [found[0], found[1]._replace(values=moving_average(found[1].values))]
+    lines = functools.partial(_both_lines, records, steps)
 
     rewards, logps, divergences = (
         [*lines(f"{kind}_chosen", "chosen, "), *lines(f"{kind}_rejected", "rejected, ", main=False)]
