@@ -31,6 +31,11 @@ class RewardModel:
         self._head = head
         self._parts: ModelParts | None = None
 
+    @property
+    def is_loaded(self) -> bool:
+        """True after `load`."""
+        return self._parts is not None
+
     def load(self) -> None:
         """Loads base and adapter; raises ValueError if a file is damaged, or is not the run's base."""
         run = self.opened.run

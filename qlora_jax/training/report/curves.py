@@ -133,7 +133,13 @@ def moving_average(values: Sequence[float]) -> list[float]:
 
 
 def _both_lines(
-    records: Sequence[Record], steps: Sequence[Record], name: str, label: str = "", *, main: bool = True, scale: float = 1.0
+    records: Sequence[Record],
+    steps: Sequence[Record],
+    name: str,
+    label: str = "",
+    *,
+    main: bool = True,
+    scale: float = 1.0,
 ) -> list[Line]:
     """Returns a metric of held-out rows, solid, and the moving average of its training steps, dashed."""
     found = [
