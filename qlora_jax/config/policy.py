@@ -8,7 +8,7 @@ the mean reward of a prompt's other replies.
 import dataclasses
 from typing import Literal
 
-from qlora_jax.config.fields import AT_LEAST_ONE, BELOW_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, Bound, setting
+from qlora_jax.config.fields import AT_LEAST_ONE, BELOW_ONE, NON_NEGATIVE, POSITIVE, Bound, setting
 from qlora_jax.config.objectives import OBJECTIVES, unused_settings
 from qlora_jax.config.rollouts import RolloutArgs
 from qlora_jax.config.sizes import parse_bytes
@@ -34,9 +34,6 @@ class PolicyArgs:
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "divide advantages by the standard deviation of the rewards of a prompt's replies, of all replies, or not",
         "group",
-    )
-    reward_weights: list[float] | None = setting(
-        "weights of the reward functions, in their order; null: 1 each", None, NOT_EMPTY
     )
     epsilon: float = setting("ratios are clipped from below at 1 - epsilon", 0.2, BELOW_ONE)
     epsilon_high: float | None = setting(
