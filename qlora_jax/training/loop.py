@@ -215,7 +215,7 @@ def train_step(
             "data_seconds": data_seconds,
             **found,
         }
-        | step_metrics(session.run.inputs.objective, unrouted(loss.outputs), batch.slots)
+        | step_metrics(session.run.inputs.objective, unrouted(loss.outputs), batch.arrays())
         | router_metrics(loss.outputs, session.run.inputs.model.experts)
         | session.run.utilization.metrics(batch, tokens, seconds)
         | session.state_manager.metrics(optimizer_state, sent + moved)

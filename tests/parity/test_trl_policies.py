@@ -29,6 +29,7 @@ from qlora_jax.objectives.objective import read_by_outputs
 from qlora_jax.objectives.policy_gradient import PolicyGradient, PolicyOutputs
 from qlora_jax.rollouts.advantages import group_advantages, token_scale
 from qlora_jax.sharding import ROWS, make_mesh, named
+from qlora_jax.training.metrics.step_metrics import step_metrics
 from qlora_jax.training.step import evaluation_outputs, gradients, row_outputs
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.marks import EXHAUSTIVE
@@ -54,7 +55,9 @@ CORRECTIONS = {
 
 
 OURS = dataclasses.asdict(PolicyArgs()) | dataclasses.asdict(RolloutArgs())
-OWN_NAMES = {"importance_correction", "correction_max", "steps_per_generation", "cache"}
+OWN_NAMES = {"importance_correction", "correction_max", "steps_per_generation"}
+SAMPLING = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p")
+TRL_NAMES = [*(name for name in dataclasses.asdict(PolicyArgs()) if name not in OWN_NAMES), *SAMPLING]
 
 
 class Case(NamedTuple):
@@ -70,7 +73,7 @@ class Case(NamedTuple):
 
     def policy(self) -> PolicyArgs:
         named = {CORRECTIONS.get(name, name): value for name, value in self.settings.items() if name != "temperature"}
-        return PolicyArgs(**named, reward_weights=WEIGHTS)
+        return PolicyArgs(**named)
 
 
 STALE = {"num_iterations": 2}
@@ -221,7 +224,7 @@ def _stored(base: Path, temperature: float) -> dict[str, list[list[list[float]]]
 
 def _advantages(policy: PolicyArgs) -> np.ndarray:
     rewards = np.array(REWARDS, np.float64)
-    weights = np.array(policy.reward_weights)
+    weights = np.array(WEIGHTS)
     settings = {"num_generations": REPLY_COUNT, "scale_rewards": policy.scale_rewards, "weights_F": weights}
     return group_advantages(rewards, **settings).advantages_N
 
@@ -317,7 +320,7 @@ def trl(tmp_path_factory: pytest.TempPathFactory, oracle) -> tuple[Path, dict[st
         rewards=REWARDS,
         sampler=[one for group in _stored(base, 1.0)["sampler_logps"] for one in group],
         cases=cases,
-        names=[name for name in OURS if name not in OWN_NAMES],
+        names=TRL_NAMES,
     )
     return base, found
 
@@ -337,6 +340,24 @@ def test_losses_and_advantages_equal_trl(name: str, trl: tuple[Path, dict[str, n
     form = "packed" if CASES[name].micro_batches == 2 else "one micro-batch"
     arrays = _arrays(CASES[name], form, _stored(base, objective.temperature), found[f"{name}/advantages"])
     _check(name, base, found, *_by_parts(_policy_parts(base), arrays, objective), name)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.micro_batches == 1])
+def test_metrics_equal_trl(name: str, trl: tuple[Path, dict[str, np.ndarray]]):
+    base, found = trl
+    objective = _objective(CASES[name])
+    arrays = _arrays(CASES[name], "one micro-batch", _stored(base, objective.temperature), found[f"{name}/advantages"])
+    micro = {key: jnp.asarray(array[0]) for key, array in read_by_outputs(arrays, objective).items()}
+    outputs = jax.tree.map(lambda leaf: leaf[None], _scores(_policy_parts(base), micro, objective.temperature))
+    ours = step_metrics(objective, outputs, arrays)
+    theirs = {key.replace("/", "_"): value for key, value in json.loads(str(found[f"{name}/metrics"])).items()}
+    assert ours.keys() - theirs.keys() == {"sampling_logp_difference_mean", "sampling_logp_difference_max"}
+    for key, value in theirs.items():
+        np.testing.assert_allclose(ours[key], value, rtol=TOLERANCE, atol=2e-6, err_msg=f"{name}: {key}")
+    if "num_iterations" not in CASES[name].settings:
+        assert ours["clip_ratio_region_mean"] == 0
+    elif "loss_type" not in CASES[name].settings:
+        assert min(ours["clip_ratio_low_mean"], ours["clip_ratio_high_mean"]) > 0.02
 
 
 @pytest.mark.parametrize(

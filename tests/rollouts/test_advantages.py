@@ -46,7 +46,7 @@ IS_REPLY = np.array([[[1, 1, 1, 1], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]]
 def test_scales_make_the_mean_of_each_loss_type(loss_type: PolicyLossType):
     """Steps of one rollout phase share the divisor of dapo and cispo."""
     rng = np.random.default_rng(0)
-    sums = np.where(LENGTHS > 0, rng.normal(size=LENGTHS.shape), 0.0)  # of the token losses of each reply
+    sums = np.where(LENGTHS > 0, rng.normal(size=LENGTHS.shape), 0.0)
     scales = token_scale(loss_type, LENGTHS, IS_REPLY, max_completion_length=10)
     assert (scales[~IS_REPLY] == 0).all()
     for step, (lengths, own) in enumerate(zip(LENGTHS, sums, strict=True)):

@@ -20,8 +20,10 @@ from qlora_jax.measures.statistics import bootstrap, paired_bootstrap_of, wilson
 from qlora_jax.models.config import ExpertsConfig
 from qlora_jax.nn.router import SIGMOID
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
+from qlora_jax.objectives.policy_gradient import PolicyGradient, PolicyOutputs
 from qlora_jax.objectives.router_losses import RoutedOutputs
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
+from qlora_jax.training.metrics.policy_metrics import policy_metrics
 from qlora_jax.training.metrics.record_summaries import (
     ACCURACY,
     AUX_LOSS,
@@ -226,10 +228,16 @@ def means(values: Mapping[str, RowValues]) -> dict[str, float]:
 
 
 def step_metrics(objective: Objective, outputs: PyTree, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Returns the metrics of a step; none for an objective whose outputs are not log-probabilities of answers."""
-    if not isinstance(outputs, SequenceLogps):
+    """Returns the metrics of a step; none for an objective whose outputs are not log-probabilities.
+
+    Args:
+      arrays: those of the batch.
+    """
+    if not isinstance(outputs, SequenceLogps | PolicyOutputs):
         return {}
     own = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), outputs)  # on a mesh they lie on all devices
+    if isinstance(own, PolicyOutputs):
+        return policy_metrics(cast(PolicyGradient, objective), own, arrays)
     return means(preference_values(cast(PreferenceObjective, objective), own, arrays))
 
 
@@ -265,7 +273,7 @@ def preference_values(
       outputs: sums of log p, of tokens and possibly of the divergence, [..., S].
       arrays: `present` and the objective's values, with the same shapes.
     """
-    rewards_BS = objective.rewards(outputs, {name: jnp.asarray(array) for name, array in arrays.items()})
+    rewards_BS = objective.rewards(outputs, {name: jnp.asarray(arrays[name]) for name in objective.values})
     is_row = _of_rows(arrays[PRESENT], objective.sequences_per_row, 0) > 0
 
     def flat(array: ArrayLike, place: int) -> Float64[np.ndarray, " R"]:
