@@ -9,8 +9,6 @@ from qlora_jax.config.registry import Registry
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.regex import text_pattern_problems
 
-IN_PROCESS = ""  # implementation of a reward that the training process computes, because it holds a model
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardDeclaration:
@@ -20,11 +18,14 @@ class RewardDeclaration:
       implementation: a function with TRL's signature, as "module:attribute"; it is imported in processes of rewards.
       settings: names of settings in section `rewards` that it gets as arguments, where they are set.
       required: those of them without which it cannot run.
+      in_process: the training process computes it, because it holds a model; the implementation returns the function
+        of replies for these settings.
     """
 
     implementation: str
     settings: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
+    in_process: bool = False
 
 
 _ANSWERS = "qlora_jax.rewards.answers:"
@@ -43,7 +44,12 @@ REWARDS: Registry[RewardDeclaration] = Registry(
             required=("max_completion_len",),
         ),
         "programs": RewardDeclaration(implementation="qlora_jax.rewards.programs:programs"),
-        "model": RewardDeclaration(implementation=IN_PROCESS, settings=("run",), required=("run",)),
+        "model": RewardDeclaration(
+            implementation="qlora_jax.evaluation.heads.reward_model:open_scorer",
+            settings=("run",),
+            required=("run",),
+            in_process=True,
+        ),
         "judge": RewardDeclaration(
             implementation="qlora_jax.rewards.judge:judge",
             settings=("judge_url", "judge_model", "judge_prompt", "judge_key_variable", "judge_timeout"),

@@ -10,12 +10,13 @@ import atexit
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.config.rewards import IN_PROCESS, REWARDS, RewardArgs, reward_names
+from qlora_jax.config.registry import load_implementation
+from qlora_jax.config.rewards import REWARDS, RewardArgs, reward_names
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.worker_process import Arguments, Failed, WorkerProcess, run_calls
@@ -97,8 +98,8 @@ class RewardError(ValueError):
     """Replies without a reward, one line each."""
 
 
-# Returns a reward or the reason why there is none for each reply.
-InProcess = Callable[[Replies], Sequence[float | str]]
+# (prompts, completions) -> a reward of each reply
+InProcess = Callable[[Sequence[str | Messages], Sequence[str | Messages]], Sequence[float]]
 
 
 class RewardFunctions:
@@ -107,19 +108,19 @@ class RewardFunctions:
     Args:
       args: settings that `reward_problems` accepts.
       rewards: the values of --reward.
-      in_process: functions of this process by their name in rewards.functions, such as a reward model.
 
     Raises:
       ValueError: functions cannot be imported or called; the message lists them.
     """
 
-    def __init__(self, args: RewardArgs, rewards: Sequence[str], in_process: Mapping[str, InProcess] | None = None):
+    def __init__(self, args: RewardArgs, rewards: Sequence[str]):
         self.names = tuple(reward_names(args, rewards))
         self.weights = np.array(args.reward_weights or [1.0] * len(self.names))
         self._stops = args.on_error == "stop"
-        self._in_process = {self.names.index(name): function for name, function in (in_process or {}).items()}
+        here = [REWARDS[name].in_process for name in args.functions]
+        self._in_process = {n: _open_here(args, args.functions[n]) for n, is_here in enumerate(here) if is_here}
         places = [*(REWARDS[name].implementation for name in args.functions), *rewards]
-        self._places = {number: place for number, place in enumerate(places) if place != IN_PROCESS}
+        self._places = {number: place for number, place in enumerate(places) if number not in self._in_process}
         # Functions of one file share a process, as they may share variables.
         files: dict[str, list[tuple[int, str, Arguments]]] = {}
         for n, place in self._places.items():
@@ -184,7 +185,11 @@ class RewardFunctions:
         metrics: dict[str, list[float]] = {}
         for number, name in enumerate(self.names):
             if number in self._in_process:
-                outcome = {"values": [*self._in_process[number](replies)], "metrics": [], "extra": []}
+                outcome = {
+                    "values": [*self._in_process[number](replies.prompts, replies.completions)],
+                    "metrics": [],
+                    "extra": [],
+                }
             else:
                 outcome = found[number]
             if isinstance(outcome, Failed):
@@ -243,6 +248,12 @@ class RewardFunctions:
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         fix = "Correct the function or the rows, or set rewards.on_error=drop"
         return RewardError("\n  ".join(["reward functions failed:", *lines[:SHOWN], *more, fix]))
+
+
+def _open_here(args: RewardArgs, name: str) -> InProcess:
+    """Returns the function of a reward that this process computes."""
+    made = load_implementation("rewards.functions", name, REWARDS[name].implementation)
+    return cast(Callable[..., InProcess], made)(**_settings(args, name))
 
 
 def _settings(args: RewardArgs, name: str) -> dict[str, object]:

@@ -1,19 +1,17 @@
-"""What a run needs to sample and score replies, checked before any weight is read."""
+"""The prompts and the rewards of a run that samples replies, checked before any weight is read."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 
 from qlora_jax.config import Config
+from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.data.dataset import Dataset, padding_id
-from qlora_jax.evaluation.heads.reward_model import RewardModel
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.model_source import ModelSource
 from qlora_jax.rewards.digests import RewardFile, reward_digests
-from qlora_jax.rewards.functions import InProcess, Replies, RewardFunctions
+from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.rollouts.prompt_rows import PromptRows, read_prompt_rows
-from qlora_jax.rollouts.rows import row_lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +35,16 @@ class RolloutInputs:
     reward_files: dict[str, RewardFile]
 
 
-def reward_model(run: str | None) -> InProcess:
-    """Returns the function that scores replies by a trained reward model, which it loads when it is first called."""
-    assert run is not None, "the settings are checked"
-    model = RewardModel(run)
+def row_lengths(longest_prompt: int, completion: int, replies: int, most: int) -> tuple[int, ...]:
+    """Returns the padded lengths of rows: at most `most`, evenly spaced up to the longest row that there can be.
 
-    def score(replies: Replies) -> Sequence[float | str]:
-        if not model.is_loaded:
-            model.load()
-        return model.score(replies.prompts, replies.completions)
-
-    return score
+    Args:
+      longest_prompt: tokens of the longest prompt.
+      completion: the most tokens of a reply.
+    """
+    longest = longest_prompt - 1 + replies * completion
+    steps = -(-longest // UNIT)
+    return tuple(sorted({-(-steps * part // most) * UNIT for part in range(1, most + 1)}))
 
 
 def open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> RolloutInputs:
@@ -68,8 +65,7 @@ def open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> Roll
     if dataset.eval is not None and dataset.report.eval is not None:
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
         held_out = read_prompt_rows(data, dataset.eval.files, forms)
-    model = {"model": reward_model(config.rewards.run)} if "model" in config.rewards.functions else {}
-    rewards = RewardFunctions(config.rewards, config.reward, model)
+    rewards = RewardFunctions(config.rewards, config.reward)
     rewards.check_columns(prompts.names)
     shape = dataset.buckets[-1], settings.max_completion_length, settings.num_generations
     return RolloutInputs(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qlora_jax.data.batching.batches import fill_batch
-from qlora_jax.data.batching.packing import NO_ROW, UNIT, Batch
+from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.data.branch_tree import Branch, join_branches, lay_out
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.objectives.policy_gradient import SAMPLER_LOGPS
@@ -31,18 +31,6 @@ class Group(NamedTuple):
     prompt: Sequence[int]
     replies: Sequence[Reply]
     trained: Sequence[bool]
-
-
-def row_lengths(longest_prompt: int, completion: int, replies: int, most: int) -> tuple[int, ...]:
-    """Returns the padded lengths of rows: at most `most`, evenly spaced up to the longest row that there can be.
-
-    Args:
-      longest_prompt: tokens of the longest prompt.
-      completion: the most tokens of a reply.
-    """
-    longest = longest_prompt - 1 + replies * completion
-    steps = -(-longest // UNIT)
-    return tuple(sorted({-(-steps * part // most) * UNIT for part in range(1, most + 1)}))
 
 
 def replies_batch(

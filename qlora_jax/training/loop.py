@@ -134,7 +134,7 @@ def _train_on_replies(
     state = _room_for(session, state, session.run.rollout_memory)
     left = session.run.total_steps - state.step
     passes = session.run.config.policy.num_iterations
-    steps = roll_out(session, state, prompts[: -(-left // passes)], _progress(reporter, stop))
+    steps = roll_out(session, state.lora, state.step, prompts[: -(-left // passes)], _progress(reporter, stop))
     for batch, record in steps:
         state = train_step(session, state, batch, data_seconds, reporter, record)
         data_seconds = 0.0

@@ -31,7 +31,6 @@ from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, samplin
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
-from qlora_jax.training.resume import TrainState
 from qlora_jax.training.session import Session
 
 GoOn = Callable[[str], None]  # shows the progress; raises to end the phase
@@ -45,32 +44,35 @@ class Asked(NamedTuple):
     ids: list[int]
 
 
-def roll_out(session: Session, state: TrainState, prompts: Sequence[Batch], go_on: GoOn) -> list[tuple[Batch, Record]]:
+def roll_out(
+    session: Session, lora: Lora, step: int, prompts: Sequence[Batch], go_on: GoOn
+) -> list[tuple[Batch, Record]]:
     """Samples and scores replies; returns the batches of the phase's steps, with entries for their records.
 
     Args:
-      prompts: batches of prompts, one for each step.
+      lora: parameters after `step` steps.
+      prompts: batches of prompts, one for each step of the phase.
 
     Raises:
       RewardError: a reward function failed, and rewards.on_error=stop.
     """
     config, inputs = session.run.config, inputs_of(session)
     asked, place_KM = _asked(prompts)
-    seeds = [draw_seed(config.train.seed, state.step, place, each.number) for place, each in enumerate(asked)]
+    seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
     samplings = [sampling_of(config.rollouts, seed) for seed in seeds]
     began = time.perf_counter()
-    replies = _sample(session, state.lora, asked, samplings, config.rollouts.num_generations, go_on)
+    replies = _sample(session, lora, asked, samplings, config.rollouts.num_generations, go_on)
     sampled = time.perf_counter()
     go_on("rewards")
-    table = _score(session, inputs.prompts, session.run.inputs.dataset.train, asked, replies, state.step)
+    table = _score(session, inputs.prompts, session.run.inputs.dataset.train, asked, replies, step)
     scored = time.perf_counter()
     compared = _compare(session, table)
     phase = _Phase(asked, replies, place_KM, table, compared, *_trained(session, replies, compared))
     batches = _batches(session, prompts, phase)
-    for name, lora in (OLD_LOGPS, lambda: state.lora), (REFERENCE_LOGPS, lambda: _reference(session)):
+    for name, other in (OLD_LOGPS, lambda: lora), (REFERENCE_LOGPS, lambda: _reference(session)):
         if name in token_values(session.run.inputs.objective):
-            batches = [_with_logps(session, lora(), batch, name) for batch in batches]
-    records = [_record(phase, step) for step in range(len(prompts))]
+            batches = [_with_logps(session, other(), batch, name) for batch in batches]
+    records = [_record(phase, k) for k in range(len(prompts))]
     tokens = int(phase.lengths_PG.sum())
     records[0] |= {"rollout_seconds": sampled - began, "reward_seconds": scored - sampled, "rollout_tokens": tokens}
     return list(zip(batches, records, strict=True))
@@ -243,9 +245,9 @@ def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[
     ]
 
 
-def _record(phase: _Phase, step: int) -> Record:
+def _record(phase: _Phase, k: int) -> Record:
     """Returns the entries of a step's record: rewards, and the replies' lengths."""
-    chosen = phase.place_KM[step][phase.place_KM[step] >= 0]
+    chosen = phase.place_KM[k][phase.place_KM[k] >= 0]
     rewards_PG = phase.compared.rewards_N.reshape(phase.trained_PG.shape)[chosen]
     names, functions_PGF = phase.table.names, phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)
     is_cut = [reply.is_cut for number in chosen for reply in phase.replies[number]]

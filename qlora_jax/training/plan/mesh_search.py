@@ -26,7 +26,7 @@ from qlora_jax.models.config import IN_BLOCKS, QUANTIZED, ModelConfig, WeightFor
 from qlora_jax.objectives.make_objective import make_objective
 from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.optim.page_pool import memory_of
-from qlora_jax.rollouts.rows import row_lengths
+from qlora_jax.rollouts.inputs import row_lengths
 from qlora_jax.sharding import DATA, FSDP, AnyMesh, absent_mesh, axis_size, make_mesh
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.memory_use import frozen_bytes

@@ -150,7 +150,7 @@ def _both_lines(
 
 
 def _rollout_charts(records: Sequence[Record], steps: Sequence[Record]) -> list[Chart]:
-    """Returns the charts of a run that learns from rewards of its own replies."""
+    """Returns the charts of a run that samples replies and learns from their rewards."""
 
     def line(key: str, label: str, *, main: bool = True, scale: float = 1.0) -> Line:
         return _line(label, _with(steps, key), lambda r: scale * r[key], main)
