@@ -2,16 +2,10 @@
 
 import dataclasses
 
-import jax
-
-from qlora_jax.config import Config
 from qlora_jax.data.batching.packing import UNIT
-from qlora_jax.data.dataset import Dataset, padding_id
-from qlora_jax.inference.prompts import stop_ids
-from qlora_jax.model_source import ModelSource
-from qlora_jax.rewards.digests import RewardFile, reward_digests
+from qlora_jax.rewards.digests import RewardFile
 from qlora_jax.rewards.functions import RewardFunctions
-from qlora_jax.rollouts.prompt_rows import PromptRows, read_prompt_rows
+from qlora_jax.rollouts.prompt_rows import PromptRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,35 +39,3 @@ def row_lengths(longest_prompt: int, completion: int, replies: int, most: int) -
     longest = longest_prompt - 1 + replies * completion
     steps = -(-longest // UNIT)
     return tuple(sorted({-(-steps * part // most) * UNIT for part in range(1, most + 1)}))
-
-
-def open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> RolloutInputs:
-    """Reads the rows' other columns, and starts the processes of the reward functions.
-
-    Raises:
-      ValueError: a reward function cannot be imported, or does not fit the rows; or several processes train.
-    """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"objective: {config.objective} trains in one process, on any number of its devices (found "
-            f"{jax.process_count()} processes). Start one process"
-        )
-    data, settings, tokenizer = config.data, config.rollouts, dataset.tokenizer
-    forms = {split.path: split.form for split, _ in dataset.report.sources}
-    prompts = read_prompt_rows(data, dataset.train.files, forms)
-    held_out = None
-    if dataset.eval is not None and dataset.report.eval is not None:
-        forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
-        held_out = read_prompt_rows(data, dataset.eval.files, forms)
-    rewards = RewardFunctions(config.rewards, config.reward)
-    rewards.check_columns(prompts.names)
-    shape = dataset.buckets[-1], settings.max_completion_length, settings.num_generations
-    return RolloutInputs(
-        prompts=prompts,
-        held_out=held_out,
-        rewards=rewards,
-        lengths=row_lengths(*shape, data.buckets),
-        stop_ids=stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None),
-        pad_id=padding_id(tokenizer),
-        reward_files=reward_digests(config.reward),
-    )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import optax
 from jax.sharding import Mesh
 
@@ -12,12 +13,13 @@ from qlora_jax.config import Config, ModelArgs
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.rewards import check_rewards_given
 from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.dataset import Dataset, load_dataset, padding_id
 from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.registry import check_files
 from qlora_jax.inference.lowering import ProgramMemory, lower_decoding, most_memory
+from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.io.head_file import check_same_head
 from qlora_jax.io.initial_file import InitialAdapter
 from qlora_jax.io.loading.adapter_init import check_decomposable
@@ -35,7 +37,10 @@ from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.objectives.objective import Objective
 from qlora_jax.optim import make_schedule
-from qlora_jax.rollouts.inputs import RolloutInputs, open_rollouts
+from qlora_jax.rewards.digests import reward_digests
+from qlora_jax.rewards.functions import RewardFunctions
+from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
+from qlora_jax.rollouts.prompt_rows import read_prompt_rows
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
@@ -144,7 +149,39 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
         start=start,
         samples=open_samples(config.train, *reads),
         questions=open_questions(config.questions, *reads),
-        rollouts=open_rollouts(config, dataset, source) if objective.row_kind == "prompt" else None,
+        rollouts=_open_rollouts(config, dataset, source) if objective.row_kind == "prompt" else None,
+    )
+
+
+def _open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> RolloutInputs:
+    """Reads the rows' other columns, and starts the processes of the reward functions.
+
+    Raises:
+      ValueError: a reward function cannot be imported, or does not fit the rows; or several processes train.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"objective: {config.objective} trains in one process, on any number of its devices (found "
+            f"{jax.process_count()} processes). Start one process"
+        )
+    data, settings, tokenizer = config.data, config.rollouts, dataset.tokenizer
+    forms = {split.path: split.form for split, _ in dataset.report.sources}
+    prompts = read_prompt_rows(data, dataset.train.files, forms)
+    held_out = None
+    if dataset.eval is not None and dataset.report.eval is not None:
+        forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
+        held_out = read_prompt_rows(data, dataset.eval.files, forms)
+    rewards = RewardFunctions(config.rewards, config.reward)
+    rewards.check_columns(prompts.names)
+    shape = dataset.buckets[-1], settings.max_completion_length, settings.num_generations
+    return RolloutInputs(
+        prompts=prompts,
+        held_out=held_out,
+        rewards=rewards,
+        lengths=row_lengths(*shape, data.buckets),
+        stop_ids=stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None),
+        pad_id=padding_id(tokenizer),
+        reward_files=reward_digests(config.reward),
     )
 
 

@@ -289,14 +289,6 @@ def test_a_reply_after_an_interrupt_is_not_for_the_next_call(file):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_function_of_this_process():
-    args = RewardArgs(functions=["model"], run="r", on_error="drop")
-    with RewardFunctions(args, [], {"model": lambda given: [0.5, "too long"]}) as functions:
-        table = functions.score(replies("a", "b"))
-    np.testing.assert_array_equal(table.rewards_NF, [[0.5], [np.nan]])
-    assert table.problems == [(1, "model", "too long")]
-
-
 def test_arguments_that_are_not_columns(file):
     with RewardFunctions(RewardArgs(), [f"{file}:has_answer", f"{file}:length"]) as functions:
         functions.check_columns(["prompt", "answer"])
