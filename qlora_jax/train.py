@@ -17,9 +17,9 @@ COMMAND = Command(
     check=validate,
     flags={
         "resume": "continue from the newest checkpoint in the run folder: --config RUN/config.yaml --resume",
-        "dry_run": "print the data report and memory plan, write report.html and report.json, then stop",
+        "dry_run": "print and write the data report and memory plan, then stop",
         "oversized": "start even if the memory plan says that the run does not fit",
-        "accept_changed_reward": "with --resume: go on although a file of reward functions has changed",
+        "accept_changed_reward": "with --resume: files of reward functions may have changed",
     },
 )
 

@@ -99,7 +99,7 @@ def test_every_problem_is_reported_with_file_and_line(tmp_path):
         ("lora: [", "not a YAML file"),
         ("- a\n", "found list, expected sections"),
         ("lora: 3", "lora: found 3, expected a section"),
-        ("data: {format: alpaca-clean}", "anchor-positive or a mapping of text to one of these; did you mean alpaca?"),
+        ("data: {format: alpaca-clean}", "prompt-messages or a mapping of text to one of these; did you mean alpaca?"),
         ("lora: {target_modules: [1]}", "lora.target_modules: found [1], expected text or a list of text"),
         ("lora: {rank_pattern: {q: x}}", "expected a mapping of text to a whole number"),
         ("optim: {learning_rate: .nan}", "optim.learning_rate: found nan, expected a number"),

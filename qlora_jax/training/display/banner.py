@@ -336,7 +336,9 @@ def next_commands(config: Config, base: JsonObject, *, finished: bool) -> dict[s
     """
     run = shlex.quote(config.output)
     if not finished:
-        return {"resume": f"{PROGRAM} train --config {shlex.quote(str(Path(config.output) / CONFIG_FILE))} --resume"}
+        rewards = "".join(f" --reward {shlex.quote(each)}" for each in config.reward)
+        settings = shlex.quote(str(Path(config.output) / CONFIG_FILE))
+        return {"resume": f"{PROGRAM} train --config {settings}{rewards} --resume"}
     head = head_of(config.objective, (), config.head.pooling)
     found = _use(head, run)
     for form in _forms(config):
