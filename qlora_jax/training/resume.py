@@ -126,7 +126,9 @@ def _saved_config(session: Session, state: Record) -> Config:
 
 
 def settings_to_resume(config: Config, state: Record) -> Config:
-    """Returns the settings with the date on which the saved run started, if its template writes it and none is set.
+    """Returns the settings with what the saved run found at its start, if they lack it.
+
+    That is the date, if its template writes it, and the types of a mixture (`lora.merge_types`).
 
     Called before anything is loaded.
 
@@ -140,6 +142,9 @@ def settings_to_resume(config: Config, state: Record) -> Config:
         saved = from_dict(Config, state.get("config", {}), {})
     except ConfigError:
         return config
+    if config.lora.merge_into is not None and not config.lora.merge_types:
+        lora = dataclasses.replace(config.lora, merge_types=saved.lora.merge_types)
+        config = dataclasses.replace(config, lora=lora)
     _refuse(config, state, _changed_settings(config, saved))
     if config.data.template_date is not None:
         return config

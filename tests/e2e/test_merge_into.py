@@ -29,8 +29,8 @@ CASES = {
 }
 
 
-def merged_project(folder, case):
-    return project(folder, base=SIZES, **{**case, "lora": dict(dropout=0.0) | case["lora"]})
+def merged_project(folder, case, sizes=SIZES):
+    return project(folder, base=sizes, **{**case, "lora": dict(dropout=0.0) | case["lora"]})
 
 
 @pytest.fixture(scope="module", params=first_slow([*CASES]))
