@@ -25,10 +25,10 @@ CONDITIONAL = (
     *("init", "layers_to_transform", "target_parameters", "share_experts", "rank", "alpha", "dropout", "rank_pattern"),
     *("alpha_pattern", "use_rslora", "dtype", "feedforward_modules", "oft_block_size", "oft_blocks", "block_share"),
     *("use_cayley_neumann", "num_cayley_neumann_terms", "projection_prng_key", "d_initial", "bottleneck_activation"),
-    *("target_modules", "modules_to_save", "start", "merge_into", "merge_types"),
+    *("target_modules", "modules_to_save", "start", "merge_into", "merge_types", "merge_from"),
 )
 ON_TARGETS = frozenset({"target_modules", "modules_to_save", "start"})
-MERGED = ON_TARGETS | {"merge_into", "merge_types"}
+MERGED = ON_TARGETS | {"merge_into", "merge_types", "merge_from"}
 LOW_RANK = MERGED | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype"}
 BOTTLENECK = frozenset({"rank", "dtype", "bottleneck_activation", "modules_to_save"})
 
@@ -344,6 +344,13 @@ class LoraArgs(WithoutLater):
         "layer: {self_attn.q_proj: Q4_K, mlp.down_proj: Q6_K Q4_K}. {}: llama.cpp's own, by its quantizer (the extra "
         "gguf-quantize), which a new run writes here",
         {},
+        later=True,
+    )
+    merge_from: float = setting(
+        "share of the steps after which products are with the rounded weights of lora.merge_into. Before it they are "
+        "with base and adapter apart, which takes less time. 0: from the start",
+        0.0,
+        BELOW_ONE,
         later=True,
     )
 

@@ -142,13 +142,14 @@ def _method_problems(lora: LoraArgs) -> list[str]:
 def _merge_problems(config: Config) -> list[str]:
     """Reports settings that training with merged weights does not support."""
     lora, model = config.lora, config.model
-    unread = lora.merge_types and lora.merge_into not in MIXTURES
-    problems = [
-        f"lora.merge_types: found types with lora.merge_into={lora.merge_into}, expected one of {', '.join(MIXTURES)}. "
-        "Remove one of these settings"
-    ]
+    problems = []
+    if lora.merge_types and lora.merge_into not in MIXTURES:
+        found = f"found types with lora.merge_into={lora.merge_into}, expected one of {', '.join(MIXTURES)}"
+        problems.append(f"lora.merge_types: {found}. Remove one of these settings")
+    if lora.merge_from and lora.merge_into is None:
+        problems.append(f"lora.merge_from: found {lora.merge_from} without lora.merge_into. Set both, or neither")
     if lora.merge_into is None:
-        return problems if unread else []
+        return problems
     rounds_tables = lora.merge_into not in MERGED_FOLDERS
     against = {
         "lora.dropout": (lora.dropout, "there is one merged weight for all rows"),
@@ -159,7 +160,7 @@ def _merge_problems(config: Config) -> list[str]:
         "model.new_special_tokens": (model.new_special_tokens if rounds_tables else [], "the file rounds their rows"),
         "model.experts": (model.experts if model.experts == "offload" else None, "it needs experts on the device"),
     }
-    return problems * bool(unread) + [
+    return problems + [
         f"{name}: found {value!r} with lora.merge_into={lora.merge_into}, but {why}. Remove one of these settings"
         for name, (value, why) in against.items()
         if value

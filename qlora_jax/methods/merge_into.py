@@ -12,6 +12,11 @@ import math
 import operator
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
 from pallas_kernels.formats.block_encoders import BLOCK_ENCODERS
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, PART
 from qlora_jax.config import LoraArgs
@@ -22,6 +27,7 @@ from qlora_jax.methods.low_rank_cost import ranked_projections
 from qlora_jax.methods.targets import target_layers
 from qlora_jax.models.config import NVFP4, ModelConfig
 from qlora_jax.models.decoder import CausalLM, Embedding
+from qlora_jax.models.partition import ModelParts
 from qlora_jax.nn.linear import QLinear
 from qlora_jax.nn.merged_linear import Kinds, MergedCodes, rounded_table
 from qlora_jax.nn.variables import Frozen
@@ -127,6 +133,8 @@ def train_merged(model: CausalLM, lora: LoraArgs) -> None:
             linear.merging = MergedCodes(found[name])
             if linear.adapter is None:
                 linear.replace_by_codes()
+            elif lora.merge_from:
+                linear.rounds = Frozen(jnp.asarray(True))
     for name in config.expert_shapes().keys() & found.keys():
         place = operator.attrgetter(name)(model.model.layers)
         if is_coded(found[name]):
@@ -134,6 +142,15 @@ def train_merged(model: CausalLM, lora: LoraArgs) -> None:
     for name, table in tables(model).items():
         if is_coded(found.get(name, ())):
             table.weight = Frozen(rounded_table(table.weight.get_value(), found[name][0]))
+
+
+def without_rounding(parts: ModelParts) -> ModelParts:
+    """Returns the model whose products have base and adapter apart, of settings with `lora.merge_from`."""
+    pairs = [
+        (path, leaf.replace(jax.device_put(np.asarray(False), leaf[...].sharding)) if path[-1] == "rounds" else leaf)
+        for path, leaf in nnx.to_flat_state(parts.base)
+    ]
+    return dataclasses.replace(parts, base=nnx.from_flat_state(pairs))
 
 
 def is_coded(kinds: Kinds) -> bool:

@@ -14,7 +14,7 @@ from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differen
 from qlora_jax.config.parse import ConfigError, from_dict
 from qlora_jax.io.digests import json_digest
 from qlora_jax.io.loading.base_fingerprint import EARLIER_OFFSETS
-from qlora_jax.io.run_folder.checkpoint import TEMPLATE_KEY, Checkpoints
+from qlora_jax.io.run_folder.checkpoint import FIRST_ROUNDED, TEMPLATE_KEY, Checkpoints
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.line_digests import LinesDigest
@@ -101,6 +101,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "config": to_dict(session.run.config),
         **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
         **({} if session.run.config.data.chat_template is None else {TEMPLATE_KEY: json_digest(template)}),
+        **({} if session.run.config.lora.merge_from == 0 else {FIRST_ROUNDED: session.run.first_rounded}),
         MESH_KEY: mesh_size(session.run.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }

@@ -29,7 +29,7 @@ from qlora_jax.models.partition import AdapterArrays, ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.objectives.make_objective import fit_to_data, make_objective
-from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.device_mesh import mesh_size
@@ -111,6 +111,11 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
     if prepared is not None:
         check_same_head("model", prepared.head, head)
     objective = fit_to_data(objective, head, sequences=dataset.sequences)
+    if config.lora.merge_from and needs_reference(objective):
+        raise ValueError(
+            f"lora.merge_from: found {config.lora.merge_from} with objective={config.objective}, whose reference is "
+            "the rounded base in all steps. Remove one of these settings"
+        )
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids, head)
     reads = dataset.tokenizer, source, model.max_positions
@@ -175,6 +180,11 @@ class RunSpec:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.config.train.total_steps(self.inputs.dataset.steps_per_epoch)
+
+    @property
+    def first_rounded(self) -> int:
+        """The number of steps before the first with rounded weights (`lora.merge_from`); the last step has them."""
+        return min(round(self.config.lora.merge_from * self.total_steps), self.total_steps - 1)
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:

@@ -20,6 +20,7 @@ from qlora_jax.config.exports import EXPORTS, Dtype, ExportOptions
 from qlora_jax.config.methods import MERGED_FOLDERS
 from qlora_jax.io.hf.model_writer import dense_tensor
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of
 from qlora_jax.methods.merge_into import file_kinds, is_coded, replace_by_codes, tables
 from qlora_jax.model_source import TensorEntry
@@ -31,13 +32,13 @@ ALONE = "adapter_alone"  # the flag that exports an adapter without the rounding
 EXAMPLES = 5  # tensors that an error names
 
 
-def merged_dtype(lora: LoraArgs, form: str, options: ExportOptions) -> Dtype | None:
+def merged_dtype(run: Run, form: str, options: ExportOptions) -> Dtype | None:
     """Returns the dtype of an export, by default that of training if the format has it; None: the format's default.
 
     Raises:
       ValueError: the export would not be the model that was trained; with all reasons.
     """
-    merge_into, declared = lora.merge_into, EXPORTS[form]
+    merge_into, declared = run.lora_args.merge_into, EXPORTS[form]
     if options.dtype in MERGED_FOLDERS and options.dtype != merge_into:
         raise ValueError(
             f"--dtype: found {options.dtype} for a run with lora.merge_into={merge_into}. Export in bfloat16, "
@@ -45,7 +46,13 @@ def merged_dtype(lora: LoraArgs, form: str, options: ExportOptions) -> Dtype | N
         )
     if merge_into is None:
         return options.dtype
-    problems, trained = [], f"a run with lora.merge_into={merge_into}"
+    problems = []
+    if run.step is not None and run.step <= run.first_rounded > 0 and not options.adapter_alone:
+        problems.append(
+            f"--step: {run.label} computed without rounding, because lora.merge_from={run.lora_args.merge_from} begins "
+            f"after step {run.first_rounded}. Choose a later step, or train on"
+        )
+    trained = f"a run with lora.merge_into={merge_into}"
     if not declared.merged and not options.adapter_alone:
         problems.append(
             f"--format {form}: the adapter alone is not the model, because {trained} computed with rounded merged "
