@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qlora_jax as q
 from qlora_jax.config import LoraArgs
 from qlora_jax.export import main as export
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
@@ -128,10 +129,10 @@ def test_a_checkpoint_from_before_the_first_rounded_step_is_not_exported(tmp_pat
         if step == 9:
             export(arguments)
             continue
-        with pytest.raises(
-            ValueError, match=r"step 3 computed without rounding, because lora.merge_from=0.5 begins af"
-        ):
+        with pytest.raises(ValueError, match=r"no step up to run, step 3 computed with rounded weights, because"):
             export(arguments)
+        with pytest.raises(ValueError, match=r"computed with rounded weights, because lora\.merge_from=0\.5"):
+            q.merge(q.load(config.output, step=3)[0], tmp_path / "merged")
 
 
 def test_a_reference_is_rounded_in_all_steps(tmp_path):

@@ -18,6 +18,7 @@ WIDE = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_k
 WIDE |= dict(vocab_size=460, bos_token_id=1, eos_token_id=2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quantizer")
 def test_resume_and_export_need_no_quantizer(tmp_path, monkeypatch, capsys):

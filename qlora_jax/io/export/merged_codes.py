@@ -47,10 +47,10 @@ def merged_dtype(run: Run, form: str, options: ExportOptions) -> Dtype | None:
     if merge_into is None:
         return options.dtype
     problems = []
-    if run.step is not None and run.step <= run.first_rounded > 0 and not options.adapter_alone:
+    if not (run.rounded or options.adapter_alone):
         problems.append(
-            f"--step: {run.label} computed without rounding, because lora.merge_from={run.lora_args.merge_from} begins "
-            f"after step {run.first_rounded}. Choose a later step, or train on"
+            f"--step: no step up to {run.label} computed with rounded weights, because lora.merge_from="
+            f"{run.lora_args.merge_from} begins later. Choose a later step, or train on"
         )
     trained = f"a run with lora.merge_into={merge_into}"
     if not declared.merged and not options.adapter_alone:

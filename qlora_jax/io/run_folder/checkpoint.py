@@ -275,7 +275,7 @@ class Run:
       start: the parameters that the run started with, if it stored them.
       start_digest: their digest, if its objective had a reference (start_parameters.py).
       template_digest: of the text of `chat_template` in training; None in runs of earlier versions.
-      first_rounded: the number of steps before those that computed with rounded weights (`lora.merge_from`).
+      rounded: False: all of its steps came before those with rounded weights (`lora.merge_from`).
     """
 
     path: Path
@@ -294,7 +294,7 @@ class Run:
     start: Mapping[str, Mapping[str, jax.Array | np.ndarray]] | None = None
     start_digest: str | None = None
     template_digest: str | None = None
-    first_rounded: int = 0
+    rounded: bool = True
 
     @property
     def label(self) -> str:
@@ -349,7 +349,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
         start=read_start(path),
         start_digest=state.get(STATE_KEY),
         template_digest=state.get(TEMPLATE_KEY),
-        first_rounded=state.get(FIRST_ROUNDED, 0),
+        rounded=found > state.get(FIRST_ROUNDED, -1),
     )
 
 
