@@ -257,6 +257,17 @@ def nvfp4_blocks(codes: np.ndarray, scales: np.ndarray, of_tensor: np.float32, g
     return np.concatenate([header, of_groups, packed_parts(codes).reshape(rows, blocks, -1)], -1).reshape(rows, -1)
 
 
+def nvfp4_parts(blocks: np.ndarray, ggml_type: str) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """Returns (codes, scales, scale of the tensor), of which `nvfp4_blocks` makes these blocks."""
+    rows, block = len(blocks), BLOCK_FORMATS[ggml_type]
+    by_block = blocks.reshape(rows, -1, block.nbytes)
+    codes_at = FLOAT_HEADER + block.weights // NVFP4_GROUP
+    packed = by_block[..., codes_at:].reshape(rows, -1, 1, PART // 2)
+    codes = np.concatenate([packed & 15, packed >> 4], axis=-2).reshape(rows, -1)
+    scales = np.ascontiguousarray(by_block[..., FLOAT_HEADER:codes_at]).reshape(rows, -1).view(ml_dtypes.float8_e4m3fn)
+    return codes, scales, by_block[0, 0, :FLOAT_HEADER].view(np.float32)[0]
+
+
 def _fp8(block: jax.Array) -> jax.Array:
     return _float(block) * _e4m3(block[..., FLOAT_HEADER:])
 

@@ -9,6 +9,7 @@ from flax import nnx
 from qlora_jax.api.provenance import attach, parts_of, provenance_of
 from qlora_jax.api.settings import loading_bar
 from qlora_jax.config import Config, DataArgs, LoraArgs, validate
+from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.io.loading.adapter_init import check_decomposable
 from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.pretrained import load_for_training
@@ -51,6 +52,7 @@ def add_adapter(
     if not isinstance(lora, LoraArgs):
         raise TypeError(f"lora: found {lora!r}, expected qlora_jax.LoRA(...)")
     validate(Config(model=args, lora=lora, data=DataArgs(train="unused"), output="unused"))
+    lora = with_merge_types(lora, opened.source, opened.features)
     check_decomposable(opened.source, lora)
     key = named_key(jax.random.key(0) if key is None else key, "lora")
     fingerprint, initial, base = provenance.fingerprint, None, combine(parts_of(model))

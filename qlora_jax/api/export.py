@@ -184,7 +184,7 @@ def write_export(
         raise ValueError("base_dtype: requires with_base, which writes a base next to the adapter. Add it")
     made = declared.implementation
     run = load_implementation("format", format, made) if isinstance(made, str) else made
-    dtype = options.dtype if opened.run is None else merged_dtype(opened.run.lora_args, format, options)
+    dtype = options.dtype if opened.run is None else merged_dtype(opened.run, format, options)
     dtype = dtype or (declared.dtypes[0] if declared.merged and declared.dtypes else None)
     task, note = _held_out(opened) if dtype in QUANTIZED else (None, [])
     with loading_bar(progress) as report:

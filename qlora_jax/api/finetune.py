@@ -189,7 +189,9 @@ def finetune(
     parts = _with_head(parts, head)
     lora = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), trained.lora, parts.lora)
     return FinetuneRun(
-        model=attach(combine(parts.with_lora(lora)), dataclasses.replace(provenance, head=head)),
+        model=attach(
+            combine(parts.with_lora(lora)), dataclasses.replace(provenance, head=head, rounded=trained.rounded)
+        ),
         folder=folder,
         step=trained.step,
         finished=trained.finished,

@@ -107,5 +107,6 @@ def load_opened(
         lora_args=run.lora_args if run else None,
         initial=run.initial if run else None,
         head=run.head if run else None,
+        rounded=run.rounded if run else True,
     )
     return attach(model, provenance)

@@ -30,6 +30,7 @@ class Provenance:
       lora_args: settings of the adapter; None for a base.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       head: the sequence head that was trained, if any.
+      rounded: see `Run.rounded`.
     """
 
     opened: OpenedModel
@@ -39,6 +40,7 @@ class Provenance:
     lora_args: LoraArgs | None = None
     initial: InitialAdapter | None = None
     head: TrainedHead | None = None
+    rounded: bool = True
 
     def as_run(self, parts: ModelParts) -> Run:
         """The model's adapter as a run, for the exporters.
@@ -63,6 +65,7 @@ class Provenance:
             tables={} if loaded is None else loaded.tables,
             frozen={} if loaded is None else loaded.frozen,
             head=self.head,
+            rounded=self.rounded,
         )
 
 

@@ -25,15 +25,16 @@ CONDITIONAL = (
     *("init", "layers_to_transform", "target_parameters", "share_experts", "rank", "alpha", "dropout", "rank_pattern"),
     *("alpha_pattern", "use_rslora", "dtype", "feedforward_modules", "oft_block_size", "oft_blocks", "block_share"),
     *("use_cayley_neumann", "num_cayley_neumann_terms", "projection_prng_key", "d_initial", "bottleneck_activation"),
-    *("target_modules", "modules_to_save", "start", "merge_into"),
+    *("target_modules", "modules_to_save", "start", "merge_into", "merge_types", "merge_from"),
 )
 ON_TARGETS = frozenset({"target_modules", "modules_to_save", "start"})
-MERGED = ON_TARGETS | {"merge_into"}
+MERGED = ON_TARGETS | {"merge_into", "merge_types", "merge_from"}
 LOW_RANK = MERGED | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype"}
 BOTTLENECK = frozenset({"rank", "dtype", "bottleneck_activation", "modules_to_save"})
 
 type Refusals = Mapping[str, tuple[str, str]]  # export format -> (the reason, what to do)
-MergeInto = Literal["q4_0", "q8_0", "nf4"]
+MergeInto = Literal["q4_0", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl", "nf4", "nvfp4"]
+MERGED_FOLDERS = ("nf4", "nvfp4")  # values of lora.merge_into that an export writes as a folder; others are GGUF files
 MERGE_IT = "Export one model instead: --format hf or gguf"
 IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
 
@@ -332,9 +333,24 @@ class LoraArgs(WithoutLater):
     options: dict[str, TemplateValue] = setting("settings of a method of another package: {rank: 4}", {}, later=True)
     merge_into: MergeInto | None = setting(
         "train with the weights that the export will store: each product is with the merged weight, rounded to this "
-        "format (docs/training.md). q4_0, q8_0: of GGUF files, whose tables are rounded too. nf4: of bitsandbytes. "
-        "null: the adapter stays apart, and an export rounds after training",
+        "format (docs/training.md). q4_0, q8_0: of GGUF files, whose tables are rounded too. q6_k, q5_k_m, q4_k_m, "
+        "q4_k_s, iq4_nl: the same with llama.cpp's type for each tensor. nf4: of bitsandbytes. nvfp4: of "
+        "compressed-tensors. null: the adapter stays apart, and an export rounds after training",
         None,
+        later=True,
+    )
+    merge_types: dict[str, str] = setting(
+        "the type of each tensor where lora.merge_into is a mixture such as q4_k_m, one for all layers or one per "
+        "layer: {self_attn.q_proj: Q4_K, mlp.down_proj: Q6_K Q4_K}. {}: llama.cpp's own, by its quantizer (the extra "
+        "gguf-quantize), which a new run writes here",
+        {},
+        later=True,
+    )
+    merge_from: float = setting(
+        "share of the steps after which products are with the rounded weights of lora.merge_into. Before it they are "
+        "with base and adapter apart, which takes less time. 0: from the start",
+        0.0,
+        BELOW_ONE,
         later=True,
     )
 

@@ -206,7 +206,9 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "epsilon_high": "policy.epsilon_high",
     "importance_sampling_level": "policy.importance_sampling_level",
     "mask_truncated_completions": "policy.mask_truncated_completions",
-    "reward_funcs": Replacement("reward", "on the command line, a function as FILE.py:NAME, or rewards.functions for a name"),
+    "reward_funcs": Replacement(
+        "reward", "on the command line, a function as FILE.py:NAME, or rewards.functions for a name"
+    ),
     "reward_weights": "rewards.reward_weights",
     "rl_beta": "preference.beta",
     "dpo_beta": "preference.beta",

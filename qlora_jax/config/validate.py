@@ -3,7 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
-from qlora_jax.config.methods import CONDITIONAL, METHODS, LoraArgs, methods_with, uses
+from qlora_jax.config.exports import MIXTURES
+from qlora_jax.config.methods import CONDITIONAL, MERGED_FOLDERS, METHODS, LoraArgs, methods_with, uses
 from qlora_jax.config.objectives import OBJECTIVES, objective_problems
 from qlora_jax.config.parse import ConfigError, find_problems, parse_layers
 from qlora_jax.config.policy import policy_problems
@@ -143,9 +144,15 @@ def _method_problems(lora: LoraArgs) -> list[str]:
 def _merge_problems(config: Config) -> list[str]:
     """Reports settings that training with merged weights does not support."""
     lora, model = config.lora, config.model
+    problems = []
+    if lora.merge_types and lora.merge_into not in MIXTURES:
+        found = f"found types with lora.merge_into={lora.merge_into}, expected one of {', '.join(MIXTURES)}"
+        problems.append(f"lora.merge_types: {found}. Remove one of these settings")
+    if lora.merge_from and lora.merge_into is None:
+        problems.append(f"lora.merge_from: found {lora.merge_from} without lora.merge_into. Set both, or neither")
     if lora.merge_into is None:
-        return []
-    rounds_tables = lora.merge_into != "nf4"
+        return problems
+    rounds_tables = lora.merge_into not in MERGED_FOLDERS
     against = {
         "lora.dropout": (lora.dropout, "there is one merged weight for all rows"),
         "lora.layers_to_transform": (lora.layers_to_transform, "it needs adapters in all layers of a projection"),
@@ -155,7 +162,7 @@ def _merge_problems(config: Config) -> list[str]:
         "model.new_special_tokens": (model.new_special_tokens if rounds_tables else [], "the file rounds their rows"),
         "model.experts": (model.experts if model.experts == "offload" else None, "it needs experts on the device"),
     }
-    return [
+    return problems + [
         f"{name}: found {value!r} with lora.merge_into={lora.merge_into}, but {why}. Remove one of these settings"
         for name, (value, why) in against.items()
         if value

@@ -107,6 +107,11 @@ class Slot:
         """True if the leaf has a leading axis of layers."""
         return bool(self.stack)
 
+    @property
+    def module(self) -> str:
+        """The module's name, within a layer if it has layers: "self_attn.q_proj", "model.embed_tokens"."""
+        return ".".join(map(str, self.path[2 if self.stacked else 0 : -1]))
+
     def place(self, index: int) -> tuple[int, ...]:
         """Returns the place in the stack of the tensor at `index` in `names`."""
         return tuple(int(each) for each in np.unravel_index(index, self.stack))

@@ -45,7 +45,7 @@ def add_lora(
     """
     method_of(spec.method).attach(model, spec, Given(key=key, initial=initial, frozen=frozen, mesh=mesh))
     if spec.merge_into is not None:
-        train_merged(model, spec.merge_into)
+        train_merged(model, spec)
 
 
 def abstract_parts(

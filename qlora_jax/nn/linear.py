@@ -131,7 +131,12 @@ class Merging(Protocol):
     """Computes with codes of merged weights in place of weight and adapter (nn/merged_linear.py)."""
 
     def product(
-        self, x_MK: jax.Array, adapter: LinearAdapter, weight: Weight | OneLayer, layer: jax.Array | int
+        self,
+        x_MK: jax.Array,
+        adapter: LinearAdapter,
+        weight: Weight | OneLayer,
+        layer: jax.Array | int,
+        rounds: jax.Array | None,
     ) -> jax.Array:
         """Returns the product of x with the codes of one layer's merged weight."""
         ...
@@ -165,6 +170,7 @@ class QLinear(nnx.Module):
         self.adapter: LinearAdapter | None = nnx.data(None)  # data: an adapter may be set later
         self.fast = False  # decoding may set it (inference.fast_decoding)
         self.merging: Merging | None = None  # with lora.merge_into (methods/merge_into.py)
+        self.rounds: Frozen | None = nnx.data(None)  # with lora.merge_from: a boolean, False before its first step
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -184,7 +190,8 @@ class QLinear(nnx.Module):
     def merged(self, x_MK: Float[Array, "M K"], layer: jax.Array) -> Float[Array, "M N"]:
         """Returns the layer's result, computed with the codes of the merged weight."""
         assert self.merging is not None and self.adapter is not None
-        y_MN = self.merging.product(x_MK, self.adapter, self.weight.get_value(), layer)
+        rounds = None if self.rounds is None else self.rounds[...]
+        y_MN = self.merging.product(x_MK, self.adapter, self.weight.get_value(), layer, rounds)
         if self.bias is None:
             return y_MN
         bias_N = self.adapter.merge_bias(select_layer(self.bias[...], layer))
@@ -198,7 +205,7 @@ class QLinear(nnx.Module):
             graphdef, trained, fixed = nnx.split(self.adapter, nnx.LoRAParam, ...)
             of_layer = jax.vmap(lambda own, bias_N: nnx.merge(graphdef, own, fixed).merge_bias(bias_N))
             self.bias = Frozen(of_layer(trained, self.bias[...]))
-        self.adapter, self.merging = None, None
+        self.adapter = self.merging = self.rounds = None
 
 
 def project(

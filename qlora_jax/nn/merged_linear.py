@@ -11,14 +11,14 @@ Dimension key: L layers, M tokens, K in, N out.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from pallas_kernels.dense_matmul import dot_tn
 from pallas_kernels.devices import target_device
@@ -28,6 +28,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.frozen_product import Direction
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
 from qlora_jax.nn.frozen_weight import MixedStack, OneLayer, Part, Weight, dense_weight, ops_of
+from qlora_jax.nn.linear import FrozenLayer
 from qlora_jax.quant.encoders import ENCODERS
 
 Kinds = tuple[str, ...]  # the format of each layer, keys of ENCODERS
@@ -46,6 +47,13 @@ class Merges(Protocol):
 @runtime_checkable
 class MergesInTraining(Merges, Protocol):
     """An adapter whose gradients pass the quantizer."""
+
+    @staticmethod
+    def apply(
+        adapters: Sequence, x_MK: jax.Array, frozen: Sequence[FrozenLayer], keys: Sequence[jax.Array | None]
+    ) -> list[jax.Array]:
+        """Returns the results of layers with the adapters apart; see `LinearAdapter`."""
+        ...
 
     def straight_through(self, x_MK: jax.Array, dy_MN: jax.Array) -> Mapping[str, jax.Array] | None:
         """Returns the gradients of its trained arrays without one of the weight; None: it needs that of the weight."""
@@ -71,15 +79,21 @@ class MergedCodes:
     kinds: Kinds
 
     def product(
-        self, x_MK: Float[Array, "M K"], adapter: MergesInTraining, weight: Weight | OneLayer, layer: Position
+        self,
+        x_MK: Float[Array, "M K"],
+        adapter: MergesInTraining,
+        weight: Weight | OneLayer,
+        layer: Position,
+        rounds: Bool[Array, ""] | None = None,
     ) -> Float[Array, "M N"]:
         """Returns x Q(merge(W))^T in x's dtype, differentiable in x and in the adapter's trained arrays.
 
         Args:
           adapter: of this layer; its frozen arrays may be stacked.
+          rounds: False: the product with weight and adapter apart, as without Q; None: True.
         """
         graphdef, trained, fixed = nnx.split(adapter, nnx.LoRAParam, ...)
-        return _product(x_MK, trained, (fixed, weight, layer), graphdef, self.kinds)
+        return _product(x_MK, trained, (fixed, weight, layer, rounds), graphdef, self.kinds)
 
     def stack(self, weight: Weight, adapter: nnx.Module | None) -> Weight:
         """Returns the codes of a whole stack, with an adapter of all layers merged if there is one.
@@ -96,30 +110,52 @@ class MergedCodes:
         return parts[0] if len(parts) == 1 else MixedStack(parts=parts, layers=tuple(of.values()))
 
 
-Frozen = tuple[nnx.State, PyTree, Position]  # (the adapter's frozen arrays, the stack or one layer of it, the layer)
+# (the adapter's frozen arrays, the stack or one layer of it, the layer, `rounds`)
+Frozen = tuple[nnx.State, PyTree, Position, jax.Array | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _product(x_MK: jax.Array, trained: nnx.State, frozen: Frozen, graphdef: nnx.GraphDef, kinds: Kinds) -> jax.Array:
-    return _one_way("forward", x_MK, trained, frozen, graphdef, kinds)
+    return _forward(x_MK, trained, frozen, graphdef, kinds)[0]
 
 
 def _forward(x_MK, trained, frozen, graphdef, kinds):
-    return _one_way("forward", x_MK, trained, frozen, graphdef, kinds), (x_MK, trained, frozen)
+    rounded = functools.partial(_one_way, "forward", x_MK, trained, frozen, graphdef, kinds)
+    y_MN = _either(frozen, rounded, lambda: _apart(x_MK, trained, frozen, graphdef))
+    return y_MN, (x_MK, trained, frozen)
 
 
 def _backward(graphdef, kinds, residuals, dy_MN):
     x_MK, trained, frozen = residuals
-    dx_MK = _one_way("backward", dy_MN, trained, frozen, graphdef, kinds)
-    fixed, weight, layer = frozen
-    with jax.named_scope("lora"):
-        given = nnx.merge(graphdef, trained, fixed).straight_through(x_MK, dy_MN)
-        if given is not None:
-            pairs = [(path, leaf.replace(given[path[-1]])) for path, leaf in nnx.to_flat_state(trained)]
-            return dx_MK, nnx.from_flat_state(pairs), None
-        weight_NK = ops_of(weight).dense_layer(weight, layer)
-        _, gradient = jax.vjp(lambda leaves: nnx.merge(graphdef, leaves, fixed).merge(weight_NK), trained)
-        return dx_MK, *gradient(dot_tn(dy_MN, x_MK)), None
+
+    def rounded():
+        dx_MK = _one_way("backward", dy_MN, trained, frozen, graphdef, kinds)
+        fixed, weight, layer, _ = frozen
+        with jax.named_scope("lora"):
+            given = nnx.merge(graphdef, trained, fixed).straight_through(x_MK, dy_MN)
+            if given is not None:
+                pairs = [(path, leaf.replace(given[path[-1]])) for path, leaf in nnx.to_flat_state(trained)]
+                return dx_MK, nnx.from_flat_state(pairs)
+            weight_NK = ops_of(weight).dense_layer(weight, layer)
+            _, gradient = jax.vjp(lambda leaves: nnx.merge(graphdef, leaves, fixed).merge(weight_NK), trained)
+            return dx_MK, *gradient(dot_tn(dy_MN, x_MK))
+
+    def apart():
+        return jax.vjp(lambda x_MK, leaves: _apart(x_MK, leaves, frozen, graphdef), x_MK, trained)[1](dy_MN)
+
+    return *_either(frozen, rounded, apart), None
+
+
+def _either[T](frozen: Frozen, rounded: Callable[[], T], apart: Callable[[], T]) -> T:
+    rounds = frozen[3]
+    return rounded() if rounds is None else jax.lax.cond(rounds, rounded, apart)
+
+
+def _apart(x_MK: jax.Array, trained: nnx.State, frozen: Frozen, graphdef: nnx.GraphDef) -> jax.Array:
+    """Returns the product of a layer without a bias as it is without `lora.merge_into`."""
+    fixed, weight, layer, _ = frozen
+    adapter = nnx.merge(graphdef, trained, fixed)
+    return type(adapter).apply([adapter], x_MK, [FrozenLayer(weight, None, layer)], [None])[0]
 
 
 _product.defvjp(_forward, _backward)
@@ -129,7 +165,7 @@ def _one_way(
     direction: Direction, rows: jax.Array, trained: nnx.State, frozen: Frozen, graphdef: nnx.GraphDef, kinds: Kinds
 ) -> jax.Array:
     """Returns x Q^T forward, dy Q backward."""
-    fixed, weight, layer = frozen
+    fixed, weight, layer, _ = frozen
 
     def product(kind: str) -> jax.Array:
         with jax.named_scope("merge"):

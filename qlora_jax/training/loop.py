@@ -16,6 +16,7 @@ from qlora_jax.data.batching.packing import Batch
 from qlora_jax.inference.lowering import ProgramMemory
 from qlora_jax.io.run_folder.checkpoint import Checkpoints, saved_steps
 from qlora_jax.line_digests import LinesDigest
+from qlora_jax.methods.merge_into import without_rounding
 from qlora_jax.objectives.router_losses import step_arrays, unrouted
 from qlora_jax.optim.page_pool import Transfers
 from qlora_jax.training.device_mesh import local_devices, mesh_size, place_batch
@@ -188,7 +189,8 @@ def train_step(
     arrays = place_batch(step_arrays(session.run.gradients.objective, batch), session.run.mesh)
     scale = state.loss_scale
     factor = None if scale is None else np.float32(scale.factor)
-    grads, loss = session.run.gradients(session.parts.with_lora(state.lora), arrays, key, factor)
+    parts = without_rounding(session.parts) if state.step < session.run.first_rounded else session.parts
+    grads, loss = session.run.gradients(parts.with_lora(state.lora), arrays, key, factor)
     skipped = scale is not None and not all_finite(grads)
     if skipped:
         lora, norm, moved = state.lora, np.float32(np.inf), Transfers()

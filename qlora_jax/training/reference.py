@@ -57,7 +57,7 @@ def reference_key(config: Config, fingerprint: str, initial: str, compute_dtype:
       compute_dtype: of the run, such as "bfloat16".
     """
     adapter = [] if initial == NO_CHANGE else [initial, dataclasses.replace(config.lora, start=None, dropout=0.0)]
-    rounded = [] if config.lora.merge_into is None else [config.lora.merge_into]
+    rounded = [each for each in (config.lora.merge_into, config.lora.merge_types) if each]
     computed_by = [FORM, code_digest(), jax.__version__, jax.devices()[0].device_kind]
     return digest([*computed_by, fingerprint, compute_dtype, *adapter, *rounded])
 

@@ -14,7 +14,7 @@ from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differen
 from qlora_jax.config.parse import ConfigError, from_dict
 from qlora_jax.io.digests import json_digest
 from qlora_jax.io.loading.base_fingerprint import EARLIER_OFFSETS
-from qlora_jax.io.run_folder.checkpoint import TEMPLATE_KEY, Checkpoints
+from qlora_jax.io.run_folder.checkpoint import FIRST_ROUNDED, TEMPLATE_KEY, Checkpoints
 from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.line_digests import LinesDigest
@@ -107,6 +107,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
         **({} if session.run.inputs.rollouts is None else {REWARDS: session.run.inputs.rollouts.reward_files}),
         **({} if session.run.config.data.chat_template is None else {TEMPLATE_KEY: json_digest(template)}),
+        **({} if session.run.config.lora.merge_from == 0 else {FIRST_ROUNDED: session.run.first_rounded}),
         MESH_KEY: mesh_size(session.run.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }
@@ -132,7 +133,9 @@ def _saved_config(session: Session, state: Record) -> Config:
 
 
 def settings_to_resume(config: Config, state: Record, *, accept_changed_reward: bool = False) -> Config:
-    """Returns the settings with the date on which the saved run started, if its template writes it and none is set.
+    """Returns the settings with what the saved run found at its start, if they lack it.
+
+    That is the date, if its template writes it, and the types of a mixture (`lora.merge_types`).
 
     Called before anything is loaded.
 
@@ -147,6 +150,9 @@ def settings_to_resume(config: Config, state: Record, *, accept_changed_reward: 
         saved = from_dict(Config, state.get("config", {}), {})
     except ConfigError:
         return config
+    if config.lora.merge_into is not None and not config.lora.merge_types:
+        lora = dataclasses.replace(config.lora, merge_types=saved.lora.merge_types)
+        config = dataclasses.replace(config, lora=lora)
     _refuse(config, state, _changed_settings(config, saved))
     check_same_rewards(state.get(REWARDS, {}), reward_digests(config.reward), accept_changed=accept_changed_reward)
     if config.data.template_date is not None:

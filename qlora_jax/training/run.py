@@ -201,12 +201,16 @@ def train(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The result of a run after `step` optimizer steps; `signal` is the number of one that stopped it early, or 0."""
+    """The result of a run after `step` optimizer steps; `signal` is the number of one that stopped it early, or 0.
+
+    `rounded` is False if all steps came before those with rounded weights (`lora.merge_from`).
+    """
 
     lora: Lora
     step: int
     finished: bool
     signal: int
+    rounded: bool
 
 
 def run_training(
@@ -261,7 +265,9 @@ def run_training(
         lock.check()
         at_end = state.step >= session.run.total_steps or state.best.should_stop(config.train.patience)
         finished = at_end and not state.evaluation_due
-        trained = Trained(lora=state.lora, step=state.step, finished=finished, signal=0 if finished else signal)
+        rounded = config.lora.merge_from == 0 or state.step > session.run.first_rounded
+        ended_by = 0 if finished else signal
+        trained = Trained(lora=state.lora, step=state.step, finished=finished, signal=ended_by, rounded=rounded)
         if not is_first:
             return trained
         reported = _write_reports(planned, run, peak, limited=not finished)

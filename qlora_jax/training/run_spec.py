@@ -35,7 +35,7 @@ from qlora_jax.models.partition import AdapterArrays, ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.objectives.make_objective import fit_to_data, make_objective
-from qlora_jax.objectives.objective import Objective
+from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.optim import make_schedule
 from qlora_jax.rewards.digests import reward_digests
 from qlora_jax.rewards.functions import RewardFunctions
@@ -136,6 +136,11 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
     if prepared is not None:
         check_same_head("model", prepared.head, head)
     objective = fit_to_data(objective, head, sequences=dataset.sequences)
+    if config.lora.merge_from and (needs_reference(objective) or objective.row_kind == "prompt"):
+        raise ValueError(
+            f"lora.merge_from: found {config.lora.merge_from} with objective={config.objective}, whose reference or "
+            "sampler has rounded weights in all steps. Remove one of these settings"
+        )
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids, head)
     reads = dataset.tokenizer, source, model.max_positions
@@ -234,6 +239,11 @@ class RunSpec:
         """Optimizer steps of the whole run."""
         passes = self.config.policy.num_iterations
         return self.config.train.total_steps(self.inputs.dataset.steps_per_epoch * passes)
+
+    @property
+    def first_rounded(self) -> int:
+        """The number of steps before the first with rounded weights (`lora.merge_from`); the last step has them."""
+        return min(round(self.config.lora.merge_from * self.total_steps), self.total_steps - 1)
 
     @functools.cached_property
     def schedule(self) -> optax.Schedule:

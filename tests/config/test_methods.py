@@ -35,6 +35,8 @@ USED_BY = {
     "modules_to_save": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit", *BOTTLENECKS),
     "start": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning"),
     "merge_into": (*LOW_RANK, "ia3", "oft", "vera"),
+    "merge_types": (*LOW_RANK, "ia3", "oft", "vera"),
+    "merge_from": (*LOW_RANK, "ia3", "oft", "vera"),
 }
 BUILT_IN = (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit", *BOTTLENECKS, "full")
 

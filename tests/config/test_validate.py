@@ -303,5 +303,10 @@ def test_what_cannot_train_with_merged_weights_is_reported_together():
     assert all("with lora.merge_into=q4_0, but" in problem for problem in error.value.problems)
     with pytest.raises(ConfigError, match=r"lora.merge_into: found 'q4_0', but lora.method=full does not use it"):
         validate(dataclasses.replace(MINIMAL, lora=LoraArgs(method="full", merge_into="q4_0")))
+    types = LoraArgs(merge_into="q4_0", merge_types={"mlp.up_proj": "Q4_K"})
+    with pytest.raises(ConfigError, match=r"lora.merge_types: found types with lora.merge_into=q4_0, expected one of"):
+        validate(dataclasses.replace(MINIMAL, lora=types))
+    with pytest.raises(ConfigError, match=r"lora.merge_from: found 0.7 without lora.merge_into"):
+        validate(dataclasses.replace(MINIMAL, lora=LoraArgs(merge_from=0.7)))
     tables = dataclasses.replace(lora, merge_into="nf4", dropout=0.0, layers_to_transform=None)
     validate(dataclasses.replace(config, lora=tables))  # bitsandbytes rounds no table

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qlora_jax as q
+from qlora_jax.config import LoraArgs
+from qlora_jax.export import main as export
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
+from qlora_jax.methods.merge_into import without_rounding
 from qlora_jax.models.partition import combine, prepare_for_decoding
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs
 from tests.e2e.test_preferences import pairs_project
-from tests.e2e.tiny_runs import numbers, run, stop_and_resume
+from tests.e2e.tiny_runs import first_batch, numbers, run, session_of, stop_and_resume
 from tests.marks import first_slow
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -29,8 +33,8 @@ CASES = {
 }
 
 
-def merged_project(folder, case):
-    return project(folder, base=SIZES, **{**case, "lora": dict(dropout=0.0) | case["lora"]})
+def merged_project(folder, case, sizes=SIZES):
+    return project(folder, base=sizes, **{**case, "lora": dict(dropout=0.0) | case["lora"]})
 
 
 @pytest.fixture(scope="module", params=first_slow([*CASES]))
@@ -82,3 +86,58 @@ def test_the_reference_of_preferences_is_the_rounded_base(tmp_path):
     assert first["eval_loss"] == pytest.approx(np.log(2)) and first["eval_rewards_margin"] == 0
     last = [record for record in numbers(config) if "eval_loss" in record][-1]
     assert last["eval_loss"] < first["eval_loss"]
+
+
+@pytest.mark.slow
+def test_rounding_may_begin_after_a_share_of_the_steps(tmp_path, monkeypatch):
+    """The switch needs no other program; a run resumed before it is equal to the bit, and evaluation always rounds."""
+    config = merged_project(tmp_path, dict(lora=dict(merge_into="q4_0", merge_from=0.5)))
+    session = session_of(config)
+    assert session.run.first_rounded == 5
+    _, arrays = first_batch(session)
+    rounded = float(session.run.gradients(session.parts, arrays, None)[1].total)
+    programs = len(session.run.gradients)
+    assert rounded != float(session.run.gradients(without_rounding(session.parts), arrays, None)[1].total)
+    assert len(session.run.gradients) == programs
+    assert run(config)
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"), lora=LoraArgs(rank=4, merge_into="q4_0"))
+    assert run(whole)
+    first, expected = (next(each for each in numbers(one) if "eval_loss" in each) for one in (config, whole))
+    assert first == expected
+    first, other = (next(each for each in numbers(one) if "loss" in each) for one in (config, whole))
+    assert first["loss"] != other["loss"]
+    resumed = dataclasses.replace(config, output=str(tmp_path / "resumed"))
+    stop_and_resume(resumed, 4, monkeypatch)
+    assert_same_runs(resumed, config)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_from_before_the_first_rounded_step_is_not_exported(tmp_path, monkeypatch):
+    config = merged_project(tmp_path, dict(lora=dict(merge_into="nf4", merge_from=0.5), train=dict(keep=9)))
+    assert run(config)
+    for step in (3, 9):
+        arguments = [
+            "--run",
+            config.output,
+            "--format",
+            "hf",
+            "--step",
+            str(step),
+            "--output",
+            str(tmp_path / f"{step}"),
+        ]
+        if step == 9:
+            export(arguments)
+            continue
+        with pytest.raises(ValueError, match=r"no step up to run, step 3 computed with rounded weights, because"):
+            export(arguments)
+        with pytest.raises(ValueError, match=r"computed with rounded weights, because lora\.merge_from=0\.5"):
+            q.merge(q.load(config.output, step=3)[0], tmp_path / "merged")
+
+
+def test_a_reference_is_rounded_in_all_steps(tmp_path):
+    config = pairs_project(tmp_path, lora=dict(merge_into="q4_0", merge_from=0.5))
+    with pytest.raises(
+        ValueError, match=r"lora.merge_from: found 0.5 with objective=dpo, whose reference is the rounded"
+    ):
+        run(config)

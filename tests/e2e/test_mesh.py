@@ -136,6 +136,7 @@ CASES = [
     (BOTH, dict(lora=dict(method="oft", oft_block_size=16, rank=LoraArgs().rank, dropout=0.0))),
     (FSDP8, dict(lora=dict(method="vera", rank=64))),
     (BOTH, dict(lora=dict(merge_into="nf4", dropout=0.0))),
+    (FSDP2, dict(lora=dict(merge_into="nf4", merge_from=0.5, dropout=0.0))),
     (FSDP2, dict(lora=dict(merge_into="q4_0", method="dora", dropout=0.0))),
     (FSDP8, dict(train=dict(remat="full"))),
     (DATA8, dict(train=dict(remat="none"))),

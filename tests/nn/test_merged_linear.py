@@ -1,5 +1,6 @@
 """Tests products with codes of merged weights against torch with straight-through gradients, and their equation."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn.frozen_weight import MixedStack, dense_weight
-from qlora_jax.nn.linear import QLinear
+from qlora_jax.nn.linear import FrozenLayer, QLinear
 from qlora_jax.nn.lora import LoRA
 from qlora_jax.nn.merged_linear import MergedCodes
 from qlora_jax.quant.encoders import ENCODERS, round_trip
@@ -81,3 +82,29 @@ def test_the_backward_pass_keeps_no_weight():
     _, gradient = jax.vjp(lambda x, weight: linear.merging.product(x, linear.adapter, weight, LAYER), x, stack)
     kept = [leaf.shape for leaf in jax.tree.leaves(gradient)]
     assert stack.shape in kept and (N, K) not in kept
+
+
+@pytest.mark.parametrize("kinds", [("Q4_0", "Q4_0"), ("Q8_0", "Q4_0")])
+def test_a_traced_flag_chooses_products_with_rounding(kinds):
+    """One function computes both; without rounding, value and gradients are those of the adapter apart, to the bit."""
+    (a, b), x, dy = _factors(), random_array(M, K), random_array(M, N)
+    weight, codes = random_linear(quantized=True).weight.get_value(), MergedCodes(kinds)
+
+    @jax.jit
+    def product(rounds, x, a, b):
+        return codes.product(x, LoRA(a, b, SCALING, 0.0), weight, LAYER, rounds)
+
+    @jax.jit
+    def apart(x, a, b):
+        return LoRA.apply([LoRA(a, b, SCALING, 0.0)], x, [FrozenLayer(weight, None, LAYER)], [None])[0]
+
+    for flag, other in ((True, functools.partial(product, None)), (False, apart)):
+        found, expected = (
+            (y, *gradient(dy))
+            for y, gradient in (
+                jax.vjp(each, x, a, b) for each in (functools.partial(product, jnp.asarray(flag)), other)
+            )
+        )
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(product(jnp.asarray(True), x, a, b), product(jnp.asarray(False), x, a, b))

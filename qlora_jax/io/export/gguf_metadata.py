@@ -5,21 +5,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from flax import nnx
 from gguf.constants import GGMLQuantizationType
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.config.exports import MIXTURES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_MODEL_TYPE, Architecture
 from qlora_jax.io.gguf.config_reader import config_from_metadata
 from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, image_metadata, tensors_misplaced
 from qlora_jax.io.gguf.header import TensorInfo
+from qlora_jax.io.gguf.llama_quantizer import mixture_types
 from qlora_jax.io.gguf.tokenizer import STOP_KEYS, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, typed_keys
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel
-from qlora_jax.io.tensor_map import tensor_shapes
+from qlora_jax.io.tensor_map import slots_of, tensor_shapes
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.merge_into import file_matrices
 from qlora_jax.model_source import ModelSource
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import text_config, text_only, text_only_name
 
@@ -74,10 +80,30 @@ def _with_vocabulary(spec: GgufSpec, features: ModelConfig, vocabulary: JsonObje
 
 def spec_without_tokenizer(opened: OpenedModel) -> GgufSpec:
     """The spec of a model's base; the tokenizer is included only if the base is a GGUF file."""
-    source, features = opened.source, opened.full_features
+    return _spec_of(opened.source, opened.full_features, opened.tokenizer.chat_template)
+
+
+def _spec_of(source: ModelSource, features: ModelConfig, chat_template: str | None) -> GgufSpec:
     if is_gguf(str(source.path)):
-        return spec_from_file(source.path, source.config, opened.tokenizer.chat_template)
+        return spec_from_file(source.path, source.config, chat_template)
     return spec_from_folder(source, features, tensor_shapes(features))
+
+
+def with_merge_types(lora: LoraArgs, source: ModelSource, features: ModelConfig) -> LoraArgs:
+    """Returns the settings with llama.cpp's type of each tensor, if `lora.merge_into` is a mixture and they have none.
+
+    Raises:
+      ValueError: a GGUF file cannot hold the model, or llama.cpp's quantizer is missing or refuses it.
+    """
+    if lora.merge_into not in MIXTURES or lora.merge_types:
+        return lora
+    types, found = mixture_types(_spec_of(source, features, None), lora.merge_into), {}
+    for slot in slots_of(nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))):
+        if slot.module in file_matrices(features) and slot.path[-1] == "weight":
+            experts = 1 if len(slot.stack) < 2 else slot.stack[1]  # The file has one tensor for those of a layer.
+            words = [types[name] for name in slot.names[::experts]]
+            found[slot.module] = words[0] if len({*words}) == 1 else " ".join(words)
+    return dataclasses.replace(lora, merge_types=found)
 
 
 def spec_from_folder(source: ModelSource, features: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> GgufSpec:

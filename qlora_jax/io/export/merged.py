@@ -19,6 +19,7 @@ import numpy as np
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.exports import MIXTURES, ExportOptions
+from qlora_jax.config.methods import MERGED_FOLDERS
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.held_out_cost import HeldOutCost, TrainedScores, suggest_dtype
 from qlora_jax.io.export.merged_codes import TrainedCodes
@@ -51,7 +52,6 @@ from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.metadata import JsonObject
-from qlora_jax.methods.merge_into import FORMATS
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import SCORE, CausalLM
@@ -132,7 +132,12 @@ def load_headed(source: ModelSource, head: TrainedHead, load: Callable[..., Caus
 
 
 IMPORTANCE = "the quantizer weighted errors by the mean square of each input on the held-out rows"
-QUANTIZED = ("nf4", "q8_0", "q4_0", *MIXTURES)  # the loss by rounding to these is reported; it is not an error
+QUANTIZED = (
+    *MERGED_FOLDERS,
+    "q8_0",
+    "q4_0",
+    *MIXTURES,
+)  # the loss by rounding to these is reported; it is not an error
 
 
 class Measured(NamedTuple):
@@ -233,7 +238,8 @@ def export_merged(
     check_head(run.head, form, opened.source.config)
     original = None if base is None else _open_original(base, opened, run)
     file = export_spec(opened) if form == "gguf" else None
-    if is_mixture := dtype in MIXTURES:
+    merge_into = run.lora_args.merge_into  # its codes are known, and are written here
+    if is_mixture := dtype in MIXTURES and merge_into is None:
         check_quantizer(dtype)
     prompts, report = _prompts(opened), progress or (lambda *_: None)
     columns: dict[str, np.ndarray] = {}
@@ -255,10 +261,11 @@ def export_merged(
         if not difference.is_small and (dtype not in QUANTIZED or merge.codes is not None):
             raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
         notes = _held_out_lines(dtype, merge, measured, quantize, score)
-        if merge.codes is not None and dtype in FORMATS:
+        if merge.codes is not None and dtype == merge_into:
             notes += [f"all codes of {merge.codes.check(path):,} weights are those that training computed with"]
-        if is_mixture:
+        if dtype in MIXTURES:
             notes += [types_note(path, dtype), *([IMPORTANCE] if columns else [])]
+        if is_mixture:
             merge.path.unlink()
         if form == "gguf":
             notes += write_modelfile(folder, opened, f"./{path.name}")
@@ -306,7 +313,7 @@ def _held_out_lines(
     if trained is None or measured.scores is None or score is None:
         return []
     found = HeldOutCost.of(dtype, trained, measured.scores)
-    if dtype not in MIXTURES:
+    if dtype not in MIXTURES or merge.codes is not None:
         return found.lines()
 
     def score_file(path: Path) -> RowScores:
@@ -354,8 +361,8 @@ def _write_merge(
     if original is not None:
         check_original(original, slots, compute_dtype)
     trained, model = _measure_trained(base, opened.run, measure)
-    merge_into = opened.run.lora_args.merge_into
-    codes = None if merge_into is None else TrainedCodes(model, slots, merge_into)
+    lora = opened.run.lora_args
+    codes = None if lora.merge_into is None else TrainedCodes(model, slots, lora)
     slots = slots if codes is None else codes.slots
     tables = merged_tables(model, opened.run.tables)
     slots, config = with_tables(slots, opened.source.config, tables)
@@ -371,10 +378,13 @@ def _write_merge(
         tokenizer = padded_tokenizer(tokenizer, padding)
     if spec is not None:
         path = folder / f"model-{dtype}.gguf"
-        tensors = map(np.asarray, dense_tensors(slots, compute_dtype, adapters, originals))
-        write_gguf(path, spec, _names(slots), tensors if codes is None else codes.tensors(), dtype)
+        if codes is None:
+            tensors = map(np.asarray, dense_tensors(slots, compute_dtype, adapters, originals))
+            write_gguf(path, spec, _names(slots), tensors, dtype)
+        else:
+            write_gguf(path, spec, _names(slots), codes.tensors(), dtype, codes.types)
         return Merge(path, compute_dtype, trained, codes)
-    if dtype == "nf4":
+    if dtype in MERGED_FOLDERS:
         assert codes is not None, "`merged_dtype` refuses other runs"
         weights = WeightFormat(quant_type=dtype, dtype=compute_dtype.name)
         write_quantized_folder(folder, opened.source, weights, progress or (lambda *_: None), codes.tensor)

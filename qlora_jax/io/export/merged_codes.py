@@ -17,10 +17,12 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.exports import EXPORTS, Dtype, ExportOptions
+from qlora_jax.config.methods import MERGED_FOLDERS
 from qlora_jax.io.hf.model_writer import dense_tensor
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of
-from qlora_jax.methods.merge_into import FORMATS, replace_by_codes, tables
+from qlora_jax.methods.merge_into import file_kinds, is_coded, replace_by_codes, tables
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.frozen_weight import ops_of
@@ -30,21 +32,27 @@ ALONE = "adapter_alone"  # the flag that exports an adapter without the rounding
 EXAMPLES = 5  # tensors that an error names
 
 
-def merged_dtype(lora: LoraArgs, form: str, options: ExportOptions) -> Dtype | None:
+def merged_dtype(run: Run, form: str, options: ExportOptions) -> Dtype | None:
     """Returns the dtype of an export, by default that of training if the format has it; None: the format's default.
 
     Raises:
       ValueError: the export would not be the model that was trained; with all reasons.
     """
-    merge_into, declared = lora.merge_into, EXPORTS[form]
-    if options.dtype == "nf4" != merge_into:
+    merge_into, declared = run.lora_args.merge_into, EXPORTS[form]
+    if options.dtype in MERGED_FOLDERS and options.dtype != merge_into:
         raise ValueError(
-            f"--dtype: found nf4 for a run with lora.merge_into={merge_into}. Export in bfloat16, and use `qlora-jax "
-            "quantize`"
+            f"--dtype: found {options.dtype} for a run with lora.merge_into={merge_into}. Export in bfloat16, "
+            "and use `qlora-jax quantize`"
         )
     if merge_into is None:
         return options.dtype
-    problems, trained = [], f"a run with lora.merge_into={merge_into}"
+    problems = []
+    if not (run.rounded or options.adapter_alone):
+        problems.append(
+            f"--step: no step up to {run.label} computed with rounded weights, because lora.merge_from="
+            f"{run.lora_args.merge_from} begins later. Choose a later step, or train on"
+        )
+    trained = f"a run with lora.merge_into={merge_into}"
     if not declared.merged and not options.adapter_alone:
         problems.append(
             f"--format {form}: the adapter alone is not the model, because {trained} computed with rounded merged "
@@ -62,7 +70,7 @@ def merged_dtype(lora: LoraArgs, form: str, options: ExportOptions) -> Dtype | N
 
 
 def _whole(merge_into: str) -> str:
-    return "--format hf" if FORMATS[merge_into].projections_only else "--format gguf"
+    return "--format hf" if merge_into in MERGED_FOLDERS else "--format gguf"
 
 
 def _stored_code(entry: TensorEntry) -> GgmlTensor | QTensor | None:
@@ -81,24 +89,32 @@ class TrainedCodes:
     Args:
       model: the model with its adapters, which are replaced by codes, in place.
       base: slots of the model before it was prepared for training.
+      lora: the settings of training.
+
+    Attributes:
+      types: the type of each tensor that the file has in codes.
     """
 
-    def __init__(self, model: CausalLM, base: Sequence[Slot], merge_into: str):
+    def __init__(self, model: CausalLM, base: Sequence[Slot], lora: LoraArgs):
         replace_by_codes(model)
         self.slots = slots_of(model)
-        self._format, self._dtype = FORMATS[merge_into], model.model.embed_tokens.weight[...].dtype
+        self._dtype = model.model.embed_tokens.weight[...].dtype
         self._places = {name: (slot, at) for slot in self.slots for at, name in enumerate(slot.names)}
-        names = {f"{name}.weight" for name in tables(model)}
-        self._tables = {slot.names[0]: slot for slot in base if ".".join(map(str, slot.path)) in names}
+        self._tables = {slot.names[0]: slot for slot in base if slot.module in tables(model)}
+        kinds = file_kinds(model.config, lora)
+        self.types = {
+            name: kinds[slot.module][slot.place(at)[0] if slot.stacked else 0]
+            for name, (slot, at) in self._places.items()
+            if slot.path[-1] == "weight" and is_coded(kinds.get(slot.module, ()))
+        }
 
     def code(self, slot: Slot, index: int) -> GgmlTensor | QTensor | None:
         """Returns the codes of the tensor at `index` in `slot.names`; None: the file has none."""
-        table, spec = self._tables.get(slot.names[index]), slot.quantization_of(index)
-        if table is not None and not self._format.projections_only and slot.shape[1] % self._format.block == 0:
-            return ENCODERS[self._format.kind](jnp.asarray(table.leaf).astype(jnp.float32))
-        in_file = len(slot.stack) == 1 or not self._format.projections_only
-        if spec is None or not in_file or _kind(spec) != self._format.kind:
+        table, kind = self._tables.get(slot.names[index]), self.types.get(slot.names[index])
+        if kind is None:
             return None
+        if table is not None:
+            return ENCODERS[kind](jnp.asarray(table.leaf).astype(jnp.float32))
         layer, *expert = slot.place(index)
         part, row = ops_of(slot.leaf).part(slot.leaf, layer)
         code = jax.tree.map(lambda leaf: leaf[(row, *expert)], part)
@@ -125,7 +141,7 @@ class TrainedCodes:
         for name, (slot, index) in self._places.items():
             found, code = _stored_code(stored[name]), self.code(slot, index)
             if code is None or found is None or _kind(code) != _kind(found):
-                if code is not None or (found is not None and _kind(found) == self._format.kind):
+                if code is not None or found is not None:
                     wrong.append(f"{name}: stored as {stored[name].file_type}")
                 continue
             weights += math.prod(code.shape)

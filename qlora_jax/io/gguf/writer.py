@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ from gguf.quants import quantize
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.atomic_files import staged_file
+from qlora_jax.config.exports import MIXTURES
 from qlora_jax.io.gguf.architectures import Architecture
 from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, number_of_layers
 from qlora_jax.io.gguf.expert_stacks import ROUTERS, stack_name, stored_shape
@@ -39,8 +41,11 @@ TYPES = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+# Matrices of a mixture whose type is not given have 16 bits.
+MIXED = {name: (F16, LlamaFileType[f"MOSTLY_{name.upper()}"]) for name in MIXTURES}
 TEMPLATE = "tokenizer.chat_template"
 # Keys that the writer sets, or that are not true of the new file.
+NO_TYPES: Mapping[str, str] = MappingProxyType({})
 NOT_COPIED = {"general.architecture", "general.file_type", "general.quantization_version", "general.alignment"}
 KINDS = {
     bool: GGUFValueType.BOOL,
@@ -140,7 +145,12 @@ class _Row(NamedTuple):
 
 
 def write_gguf(
-    path: Path, spec: GgufSpec, names: Sequence[str], values: Iterable[np.ndarray | GgmlTensor], dtype: str
+    path: Path,
+    spec: GgufSpec,
+    names: Sequence[str],
+    values: Iterable[np.ndarray | GgmlTensor],
+    dtype: str,
+    types: Mapping[str, str] = NO_TYPES,
 ) -> None:
     """Writes a file, with one tensor in memory at a time, and reads it back.
 
@@ -150,17 +160,20 @@ def write_gguf(
     Args:
       spec: the file without its weights.
       names: Hugging Face's names of `values`, in order; the experts of a projection follow each other.
-      values: the tensors; those in codes of `dtype` are stored unchanged.
-      dtype: a key of TYPES.
+      values: the tensors; those in codes are stored unchanged.
+      dtype: a key of TYPES or MIXED.
+      types: those of tensors in codes, if they are not `dtype`, by the names in `names`.
 
     Raises:
       OSError: the file cannot be written, or its copy on the disk differs; names it.
     """
-    wanted, file_type = TYPES[dtype]
+    wanted, file_type = (TYPES | MIXED)[dtype]
     tensors = [spec.tensors[name] for name in names]
-    rows = _rows(spec, tensors, wanted)
+    given = {spec.tensors[name].name: GGMLQuantizationType[kind] for name, kind in types.items()}
+    kinds = [given.get(tensor.name) or _kind(tensor, wanted) for tensor in tensors]
+    rows = _rows(spec, tensors, kinds)
     stored = itertools.chain(
-        (_stored(tensor, _kind(tensor, wanted), value) for tensor, value in zip(tensors, values, strict=True)),
+        (_stored(tensor, kind, value) for tensor, kind, value in zip(tensors, kinds, values, strict=True)),
         (np.asarray(table, np.float32) for table in spec.tables.values()),
     )
     header, written = _header(spec, file_type, rows), dict[str, StoredTensor]()
@@ -189,7 +202,8 @@ def tensor_types(spec: GgufSpec, dtype: str) -> dict[str, str]:
 def write_outline(path: Path, spec: GgufSpec, dtype: str) -> None:
     """Writes a file whose weights are a hole, for readers of the header."""
     wanted, file_type = TYPES[dtype]
-    rows = _rows(spec, sorted(spec.tensors.values(), key=lambda tensor: stack_name(tensor.name)), wanted)
+    tensors = sorted(spec.tensors.values(), key=lambda tensor: stack_name(tensor.name))
+    rows = _rows(spec, tensors, [_kind(tensor, wanted) for tensor in tensors])
     with path.open("wb") as file:
         file.write(_header(spec, file_type, rows))
         file.truncate(file.tell() + _data_bytes(rows))
@@ -218,13 +232,14 @@ def _keys_of(path: Path, chat_template: str | None) -> list[Key]:
     return list(keys.values())
 
 
-def _rows(spec: GgufSpec, tensors: Sequence[OutputTensor], wanted: GGMLQuantizationType) -> list[_Row]:
+def _rows(spec: GgufSpec, tensors: Sequence[OutputTensor], kinds: Sequence[GGMLQuantizationType]) -> list[_Row]:
     """Returns the rows of the tensor table; consecutive experts of one projection share one."""
     rows = []
-    for name, group in itertools.groupby(tensors, key=lambda tensor: stack_name(tensor.name)):
-        first, *others = group
+    pairs = zip(tensors, kinds, strict=True)
+    for name, group in itertools.groupby(pairs, key=lambda pair: stack_name(pair[0].name)):
+        (first, kind), *others = group
         stack = () if name == first.name else (1 + len(others),)
-        rows.append(_Row(name, (*stack, *first.shape), _kind(first, wanted), 1 + len(others)))
+        rows.append(_Row(name, (*stack, *first.shape), kind, 1 + len(others)))
     return rows + [_Row(name, table.shape, F32) for name, table in spec.tables.items()]
 
 

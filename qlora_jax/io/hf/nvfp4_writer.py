@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pallas_kernels.formats.ggml_blocks import NVFP4_GROUP
+from pallas_kernels.formats.ggml_blocks import NVFP4_GROUP, nvfp4_parts
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.hf.model_writer import CodesForm, TensorSpec
 from qlora_jax.io.loading.loader import read_finite
@@ -36,7 +36,9 @@ def _quantized(source: ModelSource, entry: TensorEntry, spec: GgmlTensor) -> Nvf
     return quantize_nvfp4(read_finite(source, entry))
 
 
-def _values(weight: Nvfp4, dtype: str) -> Iterator[np.ndarray]:
+def _values(weight: Nvfp4 | GgmlTensor, dtype: str) -> Iterator[np.ndarray]:
+    if isinstance(weight, GgmlTensor):
+        weight = Nvfp4(*nvfp4_parts(np.asarray(weight.codes), weight.ggml_type))
     yield weight.codes[:, ::2] | weight.codes[:, 1::2] << 4
     yield weight.scales
     yield weight.of_tensor[None]

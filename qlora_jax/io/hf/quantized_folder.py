@@ -61,7 +61,8 @@ def write_quantized_folder(
     """
     features = model_config(source.config, source.config_name)
     check_whole_blocks(weights, features)
-    if weights.quant_type == NVFP4 and any(each.file_type.startswith("NVFP4") for each in source.tensors.values()):
+    stored = any(each.file_type.startswith("NVFP4") for each in source.tensors.values())
+    if tensors is None and weights.quant_type == NVFP4 and stored:
         raise ValueError(
             f"{source.path}: already in NVFP4, and weights are never quantized twice. Use this folder, or the model in "
             "16 bits"

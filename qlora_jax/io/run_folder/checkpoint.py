@@ -61,6 +61,7 @@ from qlora_jax.objectives.head_objective import TrainedHead
 CHECKPOINT_FOLDER = "checkpoints"
 REMOVED = "removed"  # in the folder of checkpoints; an old one moves there at once, and is deleted file by file
 TEMPLATE_KEY = "chat_template"  # key of the digest of the text of data.chat_template, in a checkpoint's JSON
+FIRST_ROUNDED = "first_rounded"  # key of the number of steps before `lora.merge_from`, in a checkpoint's JSON
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in errors of tensorstore
 
 
@@ -274,6 +275,7 @@ class Run:
       start: the parameters that the run started with, if it stored them.
       start_digest: their digest, if its objective had a reference (start_parameters.py).
       template_digest: of the text of `chat_template` in training; None in runs of earlier versions.
+      rounded: False: all of its steps came before those with rounded weights (`lora.merge_from`).
     """
 
     path: Path
@@ -292,6 +294,7 @@ class Run:
     start: Mapping[str, Mapping[str, jax.Array | np.ndarray]] | None = None
     start_digest: str | None = None
     template_digest: str | None = None
+    rounded: bool = True
 
     @property
     def label(self) -> str:
@@ -346,6 +349,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
         start=read_start(path),
         start_digest=state.get(STATE_KEY),
         template_digest=state.get(TEMPLATE_KEY),
+        rounded=found > state.get(FIRST_ROUNDED, -1),
     )
 
 

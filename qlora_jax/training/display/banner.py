@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul.groups import choose_tile
 from pallas_kernels.native.library import variant
 from pallas_kernels.nf4_matmul.dispatch import Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
-from qlora_jax.config.methods import METHODS, uses
+from qlora_jax.config.methods import MERGED_FOLDERS, METHODS, uses
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.schema import RouterArgs
 from qlora_jax.config.sizes import format_bytes
@@ -351,7 +351,7 @@ def next_commands(config: Config, base: JsonObject, *, finished: bool) -> dict[s
 def _forms(config: Config) -> tuple[str, ...]:
     """The formats of an export, the best first: that for the very file whose codes a LoRA was trained on, if it can."""
     if config.lora.merge_into is not None:  # the adapter alone is not the model
-        return ("hf",) if config.lora.merge_into == "nf4" else ("gguf",)
+        return ("hf",) if config.lora.merge_into in MERGED_FOLDERS else ("gguf",)
     tables = (*config.model.new_tokens, *config.model.new_special_tokens, *config.lora.modules_to_save)
     is_plain = (METHODS[config.lora.method].stored_as or config.lora.method) == "lora" and not tables
     is_served = config.model.quant_type == STORED and is_gguf(config.model.path)

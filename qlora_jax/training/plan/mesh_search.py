@@ -22,6 +22,8 @@ from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
+from qlora_jax.io.export.gguf_metadata import with_merge_types
+from qlora_jax.methods.merge_into import planned
 from qlora_jax.models.config import IN_BLOCKS, QUANTIZED, ModelConfig, WeightFormat
 from qlora_jax.objectives.make_objective import make_objective
 from qlora_jax.objectives.objective import Objective, needs_reference
@@ -250,7 +252,7 @@ def run_step_config(
     return StepSpec(
         model=model,
         weights=weights,
-        lora=config.lora,
+        lora=planned(config.lora, model),
         optim=config.optim,
         batch=(train.accumulation, train.micro_batch_size, length),
         remat=train.remat,
@@ -435,10 +437,11 @@ def _without_choice(config: Config) -> Config:
 
 
 def _pinned(config: Config, inputs: RunInputs) -> Config:
-    """The settings with a Hub model's commit and the date of its template, so that a resumed run has equal rows."""
+    """The settings with what a resumed run must have too: a Hub model's commit, its template's date, types of codes."""
     path, date = inputs.source.hub_name or config.model.path, inputs.dataset.tokenizer.template_date
     data = config.data if date is None else dataclasses.replace(config.data, template_date=f"{date}")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path), data=data)
+    lora = with_merge_types(config.lora, inputs.source, inputs.model)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path), data=data, lora=lora)
 
 
 def _first_that_fits(

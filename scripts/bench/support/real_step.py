@@ -9,6 +9,8 @@ import optax
 
 from qlora_jax.api.load import QuantType
 from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
+from qlora_jax.config.methods import MergeInto
+from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.open_model import open_model
@@ -42,6 +44,7 @@ def load_step(
     batch: tuple[int, int, int],
     remat: str,
     quant_type: QuantType = "nf4",
+    merge_into: MergeInto | None = None,
     compiled: Callable[[], None] = lambda: None,
 ) -> LoadedStep:
     """Compiles the gradients, then loads and quantizes the model.
@@ -50,11 +53,13 @@ def load_step(
       path: a GGUF file or a Hugging Face folder.
       batch: (micro-batches, rows, tokens).
       quant_type: as `model.quant_type`.
+      merge_into: as `lora.merge_into`.
       compiled: called after compiling, before loading.
     """
     phase("compiling the step")
     source = open_model(path)
-    config, adapters = model_config(source.config), LoraArgs(rank=rank)
+    config = model_config(source.config)
+    adapters = with_merge_types(LoraArgs(rank=rank, merge_into=merge_into), source, config)
     asked = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype, quant_type=quant_type), config)
     weights = with_dense_layers(asked, source, config)
     gradients = CompiledGradients(StepSpec(model=config, weights=weights, lora=adapters, batch=batch, remat=remat))

@@ -20,6 +20,7 @@ from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.training.step import gradients
 from tests.data.batching.test_batches import PAD, make_rows
 from tests.io.tiny_models import tiny_config
+from tests.marks import SLOW
 
 lengths = st.lists(st.integers(2, 120), min_size=1, max_size=60)
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -98,11 +99,11 @@ def test_order_follows_seed_and_epoch():
     assert other != by_epoch[0]
 
 
-@pytest.fixture(scope="module")
-def parts():
+@pytest.fixture(scope="module", params=[None, pytest.param("q4_0", marks=SLOW)])
+def parts(request):
     """The parts of a tiny NF4 model, computed in f32, whose LoRA updates are not zero."""
     model = CausalLM(model_config(tiny_config()), WeightFormat(dtype="float32"))
-    add_lora(model, LoraArgs(rank=4), jax.random.key(0))
+    add_lora(model, LoraArgs(rank=4, merge_into=request.param), jax.random.key(0))
     parts = partition(model)
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1, parts.lora)
     return ModelParts(parts.graphdef, lora, jax.tree.map(_filled, parts.base))

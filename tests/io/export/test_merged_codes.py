@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.export import main
 from qlora_jax.io.gguf.reader import RowTransform
-from qlora_jax.io.hf.bnb_writer import BITSANDBYTES
 from qlora_jax.io.hf.quantized_folder import FORMS
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
@@ -30,6 +30,7 @@ CASES = {
     "vera": dict(merge_into="q8_0", method="vera"),
     "nf4": dict(merge_into="nf4"),
     "oft": dict(merge_into="q4_0", method="oft"),
+    "nvfp4": dict(merge_into="nvfp4"),
 }
 
 
@@ -50,7 +51,7 @@ def export(run: Path, output: Path, *arguments: str) -> None:
 
 def test_the_exported_file_is_what_was_trained(run, tmp_path, capsys):
     folder, model, lora = run
-    in_folder = lora.merge_into == "nf4"
+    in_folder = lora.merge_into in FORMS
     export(folder, tmp_path / "out", "--format", "hf" if in_folder else "gguf")
     source = open_model(tmp_path / ("out" if in_folder else f"out/model-{lora.merge_into}.gguf"))
     linears = [entry.shape for name, entry in source.tensors.items() if name.endswith("_proj.weight")]
@@ -58,7 +59,8 @@ def test_the_exported_file_is_what_was_trained(run, tmp_path, capsys):
     printed, weights = capsys.readouterr().out, sum(map(np.prod, linears + table))
     assert f"all codes of {weights:,} weights are those that training computed with" in printed
     opened = open_pretrained(model=str(source.path))
-    found = logits(load_base(opened, weight_settings(opened, "nf4" if in_folder else "stored", "float32")))
+    quant_type = "nf4" if lora.merge_into == "nf4" else "stored"
+    found = logits(load_base(opened, weight_settings(opened, quant_type, "float32")))
     np.testing.assert_allclose(found, logits(model), atol=1e-5 * np.abs(found).max())
 
 
@@ -71,12 +73,13 @@ def test_a_wrong_code_is_an_error(run, tmp_path, monkeypatch):
             rows[-1, 5] ^= 16
         return rows
 
-    def parts(code, dtype, unchanged=BITSANDBYTES.values):
-        return unchanged(dataclasses.replace(code, codes=code.codes.at[-1, 5].add(16)), dtype)
+    def parts(code, dtype):
+        at = -1 if isinstance(code, GgmlTensor) else 5
+        return form.values(dataclasses.replace(code, codes=code.codes.at[-1, at].add(16)), dtype)
 
-    in_folder = run[2].merge_into == "nf4"
-    if in_folder:  # the codes that are written have changes, and those that they are compared with have none
-        monkeypatch.setitem(FORMS, "nf4", BITSANDBYTES._replace(values=parts))
+    form = FORMS.get(run[2].merge_into)
+    if in_folder := form is not None:  # the codes that are written have changes, those that they are compared with none
+        monkeypatch.setitem(FORMS, run[2].merge_into, form._replace(values=parts))
     monkeypatch.setattr(RowTransform, "reordered", one_changed)
     with pytest.raises(ValueError, match=r"its codes are not those .*model.layers.1.*: codes that differ: 1"):
         export(run[0], tmp_path / "out", "--format", "hf" if in_folder else "gguf")
