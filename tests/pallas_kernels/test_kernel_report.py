@@ -12,6 +12,7 @@ from rich.console import Console
 from pallas_kernels import aot, kernel_report
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul import api, costs, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
@@ -28,7 +29,8 @@ def lines_of(capsys, *argv: str) -> list[str]:
 
 
 def test_every_card_and_shape_has_a_line(capsys):
-    lines = [line for line in lines_of(capsys, "--m", "1", "512") if "head dim" not in line]
+    others = ("head dim", "codes of files")
+    lines = [line for line in lines_of(capsys, "--m", "1", "512") if not any(each in line for each in others)]
     assert len(lines) == (1 + len(CARDS)) * len(SHAPES) * 2 + 1
     assert "nothing here was measured" in lines[-1] and "M = 4096 (hopper, by reasoning), 2048 (ampere, by" in lines[-1]
     found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
@@ -41,6 +43,19 @@ def test_every_card_and_shape_has_a_line(capsys):
     assert "forward ampere, backward ampere; layout split_k" in found
     found = next(line for line in lines if line.startswith("t4: llama-2-7b/down 4096x11008 M=512"))
     assert "forward reference, backward reference" in found and "not on Tesla T4 (sm_75)" in found
+
+
+def test_the_codes_of_files_have_a_kernel_or_a_reason(capsys):
+    lines = [line for line in lines_of(capsys, "--m", "1", "--shape", DOWN.name) if ": codes of files" in line]
+    taken, others = "Q4_0, IQ4_NL, MXFP4, NVFP4_256", "Q4_K, Q6_K, Q8_0, INT4_128, FP8_128"
+    reason = "reference; not a table of 16 values times one scale per group of columns"
+    for card in CARDS:
+        fused, dequantized = [line for line in lines if line.startswith(f"{card}: ")]
+        assert dequantized == f"{card}: codes of files, {others}: {reason}"
+        kernel = {"h100": "hopper", "h200": "hopper", "t4": "reference"}.get(card, "ampere")
+        assert fused.startswith(f"{card}: codes of files, {taken}: {kernel}")
+    assert "not ampere forward: runs on sm_80" in next(line for line in lines if line.startswith("t4"))
+    assert f"cpu: codes of files, {taken}, {others}: cpu" in lines or native_problem()
 
 
 def test_attention_of_every_card_has_a_reason(capsys):

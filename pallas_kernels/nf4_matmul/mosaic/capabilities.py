@@ -1,8 +1,15 @@
-"""The calls that each Mosaic kernel supports, and up to how many rows it is used; does not import Mosaic."""
+"""The calls that each Mosaic kernel supports, and up to how many rows it is used; imports no kernel before its use."""
 
+import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
-from pallas_kernels.nf4_matmul.dispatch import Capabilities
+import jax
+
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.mosaic.installation import problem
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Direction, Implementation
 
 
 class MostRows(NamedTuple):
@@ -30,20 +37,22 @@ MOST_ROWS = {
     "skinny": MostRows(16, by="reasoning"),
 }
 
-_EVERY_KERNEL = {
-    "layouts": ("split_k",),
-    "dtypes": ("bfloat16", "float16"),
-    "block_sizes": (64, 128, 256, 512, 1024, 2048, 4096),
-    "multiples": (64, 64),
-}
+# A kernel takes a code's table as a parameter, and whether 16, 32 or 64 columns share a scale; the codes of a file have
+# 16 or 32.
+_BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+_EVERY_KERNEL = {"layouts": ("split_k",), "dtypes": ("bfloat16", "float16"), "multiples": (64, 64)}
+_NESTED = {"quant_types": tuple(CODE_TABLES), "block_sizes": _BLOCK_SIZES}
+_OF_FILES = tuple(name for name, block in BLOCK_FORMATS.items() if block.code is not None)
+_ALL_CODES = {"quant_types": (*CODE_TABLES, *_OF_FILES), "block_sizes": (16, 32, *_BLOCK_SIZES)}
 
-HOPPER = Capabilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"].rows), **_EVERY_KERNEL)
+HOPPER = Capabilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"].rows), **_EVERY_KERNEL, **_ALL_CODES)
 MMA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "sm_121")
 AMPERE = Capabilities(
     devices=MMA_DEVICES,
     rows=(1, MOST_ROWS["ampere"].rows),
     most_rows_on={"sm_100": MOST_ROWS["ampere on sm_100"].rows},
     **_EVERY_KERNEL,
+    **_ALL_CODES,
 )
 # Few rows occur in decoding, which has no backward.
 SKINNY = Capabilities(
@@ -51,4 +60,21 @@ SKINNY = Capabilities(
     rows=(1, MOST_ROWS["skinny"].rows),
     directions=("forward",),
     **_EVERY_KERNEL,
+    **_NESTED,
 )
+
+
+def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
+    """Returns a Mosaic kernel's function, imported on its first call: importing Mosaic takes most of a second."""
+
+    def product(rows, weights, layer):
+        kernels = importlib.import_module(f"pallas_kernels.nf4_matmul.mosaic.{module}")
+        return getattr(kernels, direction)(rows, weights, layer)
+
+    return product
+
+
+def mosaic_kernel(module: str, capabilities: Capabilities) -> Implementation:
+    """Returns the implementation by a Mosaic kernel, for a QTensor or for blocks with codes of 4 bits."""
+    ways = _kernel(module, "forward"), _kernel(module, "backward")
+    return Implementation(*ways, capabilities, fused=True, missing=problem)
