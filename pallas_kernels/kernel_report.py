@@ -173,8 +173,11 @@ def abstract_blocks(ggml_type: str, shape: tuple[int, int], platform: str) -> Gg
     return GgmlTensor(codes=codes, ggml_type=ggml_type, shape=shape, dtype="bfloat16", layout=layout)
 
 
-def codes_of_files_texts(name: str, rows: Sequence[int] = ROWS) -> list[str]:
-    """Returns which implementation multiplies with the codes of a file on a card, and why others do not, by type."""
+def codes_of_files_texts(name: str, rows: Sequence[int]) -> list[str]:
+    """Returns which implementation multiplies with the codes of files on a card, and why others do not, by type.
+
+    The weights are 4096 x 4096.
+    """
     device, _ = device_of_card(name)
     types: dict[str, list[str]] = {}
     for ggml_type in CODES_OF_FILES:
@@ -237,7 +240,7 @@ def print_table(name: str, lines: Sequence[ReportRow], console: Console) -> None
         sizes = (f"{size / MIB:.2f}" for size in (first.codes, first.constants, first.dequantized))
         names = (first.shape, f"{first.n}x{first.k}", first.layout)
         table.add_row(*names, *sizes, *map(_intensity, sorted(same, key=lambda line: line.m)), _runs(same))
-    for text in _heading(name):
+    for text in _heading(name, rows):
         console.print(text, highlight=False, markup=False)
     console.print(table)
     reasons = dict.fromkeys(f"  not {what}: {why}" for line in lines for what, why in line.refused.items())
@@ -245,7 +248,7 @@ def print_table(name: str, lines: Sequence[ReportRow], console: Console) -> None
         console.print(text, highlight=False, markup=False)
 
 
-def _heading(name: str) -> Iterator[str]:
+def _heading(name: str, rows: Sequence[int]) -> Iterator[str]:
     """Yields the device, its rates, and its preferred implementations."""
     device, card = device_of_card(name)
     yield f"{name}: {device}"
@@ -253,7 +256,7 @@ def _heading(name: str) -> Iterator[str]:
         peak, bandwidth = card.bf16_flops / 1e12, card.bandwidth / 1e9
         ridge = card.bf16_flops / card.bandwidth
         yield f"  {peak:,.0f} TFLOP/s in bf16, {bandwidth:,.0f} GB/s, ridge {ridge:,.0f} FLOP/byte"
-    yield from (f"  {text}" for text in [*codes_of_files_texts(name), *attention_texts(name)])
+    yield from (f"  {text}" for text in [*codes_of_files_texts(name, rows), *attention_texts(name)])
     order = preference(device)
     yield f"  prefers: {', '.join(order)}"
     if not any(IMPLEMENTATIONS[runs].fused for runs in order):
@@ -341,14 +344,14 @@ def report(args: argparse.Namespace, console: Console) -> None:
     if args.json:
         lines = [dataclasses.asdict(line) for lines in by_card.values() for line in lines]
         attention = {name: attention_texts(name) for name in args.card}
-        codes = {name: codes_of_files_texts(name) for name in args.card}
+        codes = {name: codes_of_files_texts(name, args.m) for name in args.card}
         print(json.dumps({"note": NOTE, "lines": lines, "codes of files": codes, "attention": attention}, indent=1))
         return
     for name, lines in by_card.items():
         if console.is_terminal:
             print_table(name, lines, console)
         else:
-            of_card = [f"{name}: {text}" for text in [*codes_of_files_texts(name), *attention_texts(name)]]
+            of_card = [f"{name}: {text}" for text in [*codes_of_files_texts(name, args.m), *attention_texts(name)]]
             print("\n".join([*map(row_text, lines), *_compiled_texts(lines), *of_card]))
     wrap = not console.is_terminal
     console.print(

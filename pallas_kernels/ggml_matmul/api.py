@@ -18,13 +18,14 @@ from pallas_kernels.frozen_product import Direction, Layer, frozen_product, oper
 from pallas_kernels.ggml_matmul import cpu, reference
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul.dispatch import Call, Capabilities, Choice, Implementation, choose, preference
-from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, mosaic_kernel
+from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY, mosaic_kernel
 
 # A device's order of preference is that of nf4_matmul.
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.forward, cpu.backward, cpu.CAPABILITIES, missing=native_problem),
     "ampere": mosaic_kernel("ampere", AMPERE),
     "hopper": mosaic_kernel("hopper", HOPPER),
+    "skinny": mosaic_kernel("skinny", SKINNY),
     "reference": Implementation(reference.forward, reference.backward, Capabilities()),
 }
 

@@ -60,7 +60,7 @@ SKINNY = Capabilities(
     rows=(1, MOST_ROWS["skinny"].rows),
     directions=("forward",),
     **_EVERY_KERNEL,
-    **_NESTED,
+    **_ALL_CODES,
 )
 
 

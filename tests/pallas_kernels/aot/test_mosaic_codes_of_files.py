@@ -11,10 +11,11 @@ from pallas_kernels.formats.ggml_tensor import held_bytes
 from pallas_kernels.ggml_matmul import ggml_matmul
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.kernel_report import abstract_blocks, device_of_card
-from pallas_kernels.nf4_matmul.mosaic import ampere, hopper
+from pallas_kernels.nf4_matmul.mosaic import ampere, hopper, skinny
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands
 from tests.marks import EXHAUSTIVE, SLOW
 from tests.pallas_kernels.aot.test_mosaic_ampere import MOST_IN_A_LOOP, MOST_WITH_TMA
+from tests.pallas_kernels.aot.test_mosaic_skinny import WEIGHTS_OF_A_THREAD
 from tests.pallas_kernels.aot.test_mosaic_step import LAYERS, whole_weights
 
 Abstract = jax.ShapeDtypeStruct
@@ -90,6 +91,28 @@ HOPPER_TILES = [(way, tile) for way, tiles in hopper.TILES.items() for tile in t
 def test_every_tile_of_hopper_is_lean_machine_code(compile_for, direction, tile, ggml_type):
     kernel = compile_product(compile_for, "h100", direction, tile, ggml_type)
     assert kernel.registers <= 168 and kernel.loops[0].instructions <= MOST_ON_HOPPER[ggml_type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ggml_type", ["NVFP4_256", pytest.param("Q4_0", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("card", "rows", "most"), [("h100", 1, 3.7), ("a100", 16, 4.0), pytest.param("rtx5090", 1, 3.7, marks=EXHAUSTIVE)]
+)
+def test_few_rows_take_few_instructions_per_weight(compile_for, card, rows, most, ggml_type):
+    (n, k), code = (4096, 14336), BLOCK_FORMATS[ggml_type].code
+
+    def run(x, codes, layer, scales):
+        return skinny.product(
+            skinny.Machine(BF16, code.table), x, Operands(codes, layer, scales, code.table, (n, k), code.group)
+        )
+
+    codes = Abstract((LAYERS, n, held_bytes("split_k", ggml_type, k)), jnp.uint8)
+    layer, scales = Abstract((1,), jnp.int32), Abstract((k // code.group, n), BF16)
+    compiled = compile_for(card, run, Abstract((rows, k), BF16), codes, layer, scales)
+    (kernel,) = (kernel for kernel in compiled.kernels if kernel.tensor_core_instructions)
+    (loop,) = kernel.loops
+    assert not compiled.spilled and loop.instructions / WEIGHTS_OF_A_THREAD <= most
+    assert loop.opcodes["HMMA"] == 16 * (2 if rows > 8 else 1)
 
 
 def step_gradient(x, up, down):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
-from pallas_kernels.nf4_matmul.mosaic import ampere, decode, hopper
+from pallas_kernels.nf4_matmul.mosaic import ampere, decode, hopper, skinny, skinny_instructions
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted
 from tests.marks import EXHAUSTIVE, SLOW
 from tests.pallas_kernels.nf4_matmul import twins
@@ -28,6 +28,11 @@ def hopper_twin(direction, dtype, ggml_type):
 
 def _hopper_product(direction, x, weight):
     return HOPPER[direction](x, weight, hopper.Tile(64, 2), DETECTING)
+
+
+def skinny_twin(direction, dtype, ggml_type, twin=skinny_instructions.Interpreted):
+    assert direction == "forward"
+    return functools.partial(skinny.product, twin(dtype, BLOCK_FORMATS[ggml_type].code.table, DETECTING))
 
 
 TWINS = {"ampere": ampere_twin, "hopper": hopper_twin}
@@ -59,6 +64,20 @@ def test_the_twin_computes_the_product_without_a_race(kernel, direction, rows, s
     check(kernel, direction, rows, shape, ggml_type, dtype)
 
 
+# One row, several tiles of rows; K of several steps, of a last one that overlaps, and of less than one.
+@pytest.mark.parametrize(
+    ("rows", "shape", "ggml_type", "dtype"),
+    [
+        (2, (64, 1344), "NVFP4_64", BF16),
+        pytest.param(1, (64, 192), "Q4_0", BF16, marks=SLOW),
+        pytest.param(16, (64, 1344), "MXFP4", F16, marks=SLOW),
+        *(pytest.param(7, (64, 1024), each, BF16, marks=EXHAUSTIVE) for each in ("IQ4_NL", "NVFP4_256_INV")),
+    ],
+)
+def test_few_rows_of_the_twin(rows, shape, ggml_type, dtype):
+    twins.check(skinny_twin("forward", dtype, ggml_type), "forward", rows, stack_of_file(shape, ggml_type), dtype)
+
+
 EVERY_CODE = [
     pytest.param(kernel, direction, ggml_type, marks=SLOW if ggml_type in ("MXFP4", "NVFP4_256") else EXHAUSTIVE)
     for kernel in TWINS
@@ -86,6 +105,20 @@ def caught(kernel, direction, ggml_type, **changes):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_unbroken_kernel_is_not_caught(kernel, direction):
     assert not caught(kernel, direction, "MXFP4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [{}, {"groups": 1}, {"scales": 1}], ids=["right", "repeated", "other group"])
+def test_wrong_groups_of_few_rows_are_caught(wrong):
+    class Wrong(skinny_instructions.Interpreted):
+        def groups(self, count):
+            return super().groups(count) + wrong.get("groups", 0) * count
+
+        def dot(self, sums, x, codes, scales, words):
+            return super().dot(sums, x, codes, jnp.roll(scales, wrong.get("scales", 0), axis=0), words)
+
+    twin = skinny_twin("forward", BF16, "NVFP4_64", Wrong)
+    assert twins.caught(twin, "forward", 2, stack_of_file((64, 1344), "NVFP4_64"), BF16) == bool(wrong)
 
 
 class NextGroup(Interpreted):
