@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import jax
 
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
-from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.mosaic.installation import problem
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Direction, Implementation
 
@@ -37,22 +35,22 @@ MOST_ROWS = {
     "skinny": MostRows(16, by="reasoning"),
 }
 
-# A kernel takes a code's table as a parameter, and whether 16, 32 or 64 columns share a scale; the codes of a file have
-# 16 or 32.
-_BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-_EVERY_KERNEL = {"layouts": ("split_k",), "dtypes": ("bfloat16", "float16"), "multiples": (64, 64)}
-_NESTED = {"quant_types": tuple(CODE_TABLES), "block_sizes": _BLOCK_SIZES}
-_OF_FILES = tuple(name for name, block in BLOCK_FORMATS.items() if block.code is not None)
-_ALL_CODES = {"quant_types": (*CODE_TABLES, *_OF_FILES), "block_sizes": (16, 32, *_BLOCK_SIZES)}
+# The table of a code is a parameter of a kernel, and whether 16, 32 or 64 columns share a scale; codes of files have 16
+# or 32. Only weights with such a code can have the layout.
+_EVERY_KERNEL = {
+    "layouts": ("split_k",),
+    "dtypes": ("bfloat16", "float16"),
+    "block_sizes": (16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "multiples": (64, 64),
+}
 
-HOPPER = Capabilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"].rows), **_EVERY_KERNEL, **_ALL_CODES)
+HOPPER = Capabilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"].rows), **_EVERY_KERNEL)
 MMA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "sm_121")
 AMPERE = Capabilities(
     devices=MMA_DEVICES,
     rows=(1, MOST_ROWS["ampere"].rows),
     most_rows_on={"sm_100": MOST_ROWS["ampere on sm_100"].rows},
     **_EVERY_KERNEL,
-    **_ALL_CODES,
 )
 # Few rows occur in decoding, which has no backward.
 SKINNY = Capabilities(
@@ -60,7 +58,6 @@ SKINNY = Capabilities(
     rows=(1, MOST_ROWS["skinny"].rows),
     directions=("forward",),
     **_EVERY_KERNEL,
-    **_ALL_CODES,
 )
 
 
