@@ -145,18 +145,6 @@ def test_a_wrong_group_and_a_missing_wait_are_caught(direction, twin):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_scales_of_another_round_are_caught(monkeypatch, direction):
-    right = Interpreted.copy_scales
-
-    def wrong(self, source, target, arrived, slot):
-        right(self, source, target, arrived, 0 * slot)
-
-    monkeypatch.setattr(Interpreted, "copy_scales", wrong)
-    assert caught("ampere", direction, "NVFP4_64", tile=ampere.Tile(64, 2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_wrong_group_is_caught_on_hopper(monkeypatch, direction):
     right = decode.repeated_factors
     monkeypatch.setattr(decode, "repeated_factors", lambda scales, layout: right(scales[::-1], layout))
