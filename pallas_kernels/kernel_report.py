@@ -1,6 +1,7 @@
 """`python -m pallas_kernels.kernel_report`: the kernel that would run each product on each card, and its cost.
 
-It also reports which implementation would compute attention, and attention over pages when decoding, by head dim.
+It also reports which implementation would multiply with the codes of files, by their type. The same for attention, and
+attention over pages when decoding, by head dim.
 
 No card has to be present: the report uses the op's own dispatch. Dimension key: M rows, N out, K in.
 """
@@ -9,6 +10,7 @@ import argparse
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +24,14 @@ from pallas_kernels import aot
 from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.attention.dispatch import choose_decoding
 from pallas_kernels.devices import Device
+from pallas_kernels.formats.ggml_tensor import GgmlTensor, block_layout, held_bytes, split_problem
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ggml_matmul import api as ggml
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
-from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation, nf4_matmul, preference
+from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation, nf4_matmul
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, roofline, weight_bytes
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Choice, Direction
+from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Choice, Direction, preference
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
@@ -36,6 +40,7 @@ DESCRIPTION = "Prints which kernel would run each product on each card, why, and
 CPU = "cpu"
 ROWS = (1, 16, 512, 2048)
 PAGE_DTYPES = ("bfloat16", "int8")
+CODES_OF_FILES = ("Q4_0", "IQ4_NL", "MXFP4", "NVFP4_256", "Q4_K", "Q6_K", "Q8_0", "INT4_128", "FP8_128")
 HEAD_DIMS = (64, 80, 96, 100, 128, 256)  # 100: OpenLLaMA 3B
 BLOCK, NESTED = 64, 256
 MIB = 2**20
@@ -161,6 +166,39 @@ def compile_product(card: str, weight: QTensor, m: int, direction: Direction) ->
     }
 
 
+def abstract_blocks(ggml_type: str, shape: tuple[int, int], platform: str) -> GgmlTensor:
+    """Returns an abstract weight in blocks, in the layout of a platform."""
+    layout = block_layout(platform, ggml_type, shape)
+    codes = jax.ShapeDtypeStruct((shape[0], held_bytes(layout, ggml_type, shape[1])), jnp.uint8)
+    return GgmlTensor(codes=codes, ggml_type=ggml_type, shape=shape, dtype="bfloat16", layout=layout)
+
+
+def codes_of_files_texts(name: str, rows: Sequence[int]) -> list[str]:
+    """Returns which implementation multiplies with the codes of files on a card, and why others do not, by type.
+
+    The weights are 4096 x 4096.
+    """
+    device, _ = device_of_card(name)
+    types: dict[str, list[str]] = {}
+    for ggml_type in CODES_OF_FILES:
+        types.setdefault(_choices_text(device, ggml_type, rows), []).append(ggml_type)
+    return [f"codes of files, {', '.join(those)}: {text}" for text, those in types.items()]
+
+
+def _choices_text(device: Device, ggml_type: str, rows: Sequence[int]) -> str:
+    weight = abstract_blocks(ggml_type, (4096, 4096), device.platform)
+    names: dict[str, list[str]] = {}
+    refused: dict[str, None] = {}
+    for way, m in itertools.product(DIRECTIONS, rows):
+        choice = ggml.choose_implementation(device, ggml.call_of(way, m, "bfloat16", weight))
+        names.setdefault(str(choice.name), []).append(f"{way} M={m}")
+        refused |= dict.fromkeys(f"not {other} {way}: {reason}" for other, reason in choice.refusals.items())
+    runs = [*names] if len(names) == 1 else [f"{name} {', '.join(calls)}" for name, calls in names.items()]
+    if device.platform == "gpu" and (problem := split_problem(ggml_type, weight.shape)):
+        return f"{runs[0]}; {problem.removeprefix(f'{ggml_type} is ')}"
+    return "; ".join([*runs, *refused])
+
+
 def attention_texts(name: str) -> list[str]:
     """Returns which implementation computes attention in bfloat16 on a card, and why others do not, by head dim.
 
@@ -202,7 +240,7 @@ def print_table(name: str, lines: Sequence[ReportRow], console: Console) -> None
         sizes = (f"{size / MIB:.2f}" for size in (first.codes, first.constants, first.dequantized))
         names = (first.shape, f"{first.n}x{first.k}", first.layout)
         table.add_row(*names, *sizes, *map(_intensity, sorted(same, key=lambda line: line.m)), _runs(same))
-    for text in _heading(name):
+    for text in _heading(name, rows):
         console.print(text, highlight=False, markup=False)
     console.print(table)
     reasons = dict.fromkeys(f"  not {what}: {why}" for line in lines for what, why in line.refused.items())
@@ -210,7 +248,7 @@ def print_table(name: str, lines: Sequence[ReportRow], console: Console) -> None
         console.print(text, highlight=False, markup=False)
 
 
-def _heading(name: str) -> Iterator[str]:
+def _heading(name: str, rows: Sequence[int]) -> Iterator[str]:
     """Yields the device, its rates, and its preferred implementations."""
     device, card = device_of_card(name)
     yield f"{name}: {device}"
@@ -218,7 +256,7 @@ def _heading(name: str) -> Iterator[str]:
         peak, bandwidth = card.bf16_flops / 1e12, card.bandwidth / 1e9
         ridge = card.bf16_flops / card.bandwidth
         yield f"  {peak:,.0f} TFLOP/s in bf16, {bandwidth:,.0f} GB/s, ridge {ridge:,.0f} FLOP/byte"
-    yield from (f"  {text}" for text in attention_texts(name))
+    yield from (f"  {text}" for text in [*codes_of_files_texts(name, rows), *attention_texts(name)])
     order = preference(device)
     yield f"  prefers: {', '.join(order)}"
     if not any(IMPLEMENTATIONS[runs].fused for runs in order):
@@ -306,14 +344,15 @@ def report(args: argparse.Namespace, console: Console) -> None:
     if args.json:
         lines = [dataclasses.asdict(line) for lines in by_card.values() for line in lines]
         attention = {name: attention_texts(name) for name in args.card}
-        print(json.dumps({"note": NOTE, "lines": lines, "attention": attention}, indent=1))
+        codes = {name: codes_of_files_texts(name, args.m) for name in args.card}
+        print(json.dumps({"note": NOTE, "lines": lines, "codes of files": codes, "attention": attention}, indent=1))
         return
     for name, lines in by_card.items():
         if console.is_terminal:
             print_table(name, lines, console)
         else:
-            of_attention = [f"{name}: {text}" for text in attention_texts(name)]
-            print("\n".join([*map(row_text, lines), *_compiled_texts(lines), *of_attention]))
+            of_card = [f"{name}: {text}" for text in [*codes_of_files_texts(name, args.m), *attention_texts(name)]]
+            print("\n".join([*map(row_text, lines), *_compiled_texts(lines), *of_card]))
     wrap = not console.is_terminal
     console.print(
         f"F/B: FLOP per byte, m: bound by memory bandwidth, c: by peak compute. {NOTE}.",

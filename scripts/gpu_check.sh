@@ -42,7 +42,7 @@ contract() {
     [ -z "$rehearse" ] || processes=2 only="not slow" # the same tests with the reference on a CPU
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$processes")
     XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m pytest "${parallel[@]}" -m "$only" \
-        tests/pallas_kernels/{nf4_matmul,grouped_matmul,attention}/test_on_gpu.py
+        tests/pallas_kernels/{nf4_matmul,ggml_matmul,grouped_matmul,attention}/test_on_gpu.py
 }
 
 quickstart() {

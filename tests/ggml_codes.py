@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.ggml_tensor import SPLIT_K, GgmlTensor, to_blocks, to_split_k
 from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -45,9 +45,15 @@ def random_ggml(ggml_type: str, stack: tuple[int, ...], shape: tuple[int, int], 
     return GgmlTensor(codes=codes, ggml_type=ggml_type, shape=shape, dtype="float32")
 
 
+def in_split_k(weight: GgmlTensor) -> GgmlTensor:
+    """Returns the weights in the layout of the GPU kernels."""
+    return dataclasses.replace(weight, codes=to_split_k(weight.codes, weight.ggml_type), layout=SPLIT_K)
+
+
 def dequantized(weight: GgmlTensor) -> np.ndarray:
     """Returns the weights f32 [..., N, K], by the gguf package, or else by the formula."""
     codes = np.asarray(weight.codes)
+    codes = to_blocks(codes, weight.ggml_type, weight.shape[1]) if weight.layout == SPLIT_K else codes
     if weight.ggml_type not in gguf.constants.GGMLQuantizationType.__members__:
         return by_formula(codes, weight.ggml_type)
     rows = gguf.quants.dequantize(

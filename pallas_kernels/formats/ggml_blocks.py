@@ -30,6 +30,21 @@ _E4M3, _E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FourBitCode:
+    """A code of 4 bits whose weights are table[code] * scale; its fields are parameters of the GPU kernels.
+
+    Attributes:
+      table: f32 [16].
+      group: number of consecutive weights that share a scale.
+      scales: uint8 [..., bytes before a block's codes] -> f32 [..., groups per block].
+    """
+
+    table: np.ndarray
+    group: int
+    scales: Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockFormat:
     """A block format.
 
@@ -41,6 +56,7 @@ class BlockFormat:
       halves: offsets of the 16-bit numbers in a block.
       half_type: the type of these numbers.
       floats: (offset, type, count) of runs of other floating-point numbers in a block.
+      code: the code, if a block is some bytes of scales, then codes of 4 bits in parts of 32.
     """
 
     number: int
@@ -50,6 +66,12 @@ class BlockFormat:
     halves: tuple[int, ...]
     half_type: np.dtype = _FLOAT16
     floats: tuple[tuple[int, np.dtype, int], ...] = ()
+    code: FourBitCode | None = None
+
+    @property
+    def header(self) -> int:
+        """The bytes before a block's codes, if it has codes of 4 bits."""
+        return self.nbytes - self.weights // 2
 
 
 def _half(block: jax.Array, offset: int, dtype: DTypeLike = jnp.float16) -> jax.Array:
@@ -197,12 +219,15 @@ def _iq4_xs(block: jax.Array) -> jax.Array:
 MXFP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 
 
-def _mxfp4(block: jax.Array) -> jax.Array:
-    """Decodes a power of two and 32 values of E2M1; XLA may flush weights below 2^-126 to zero."""
+def _mxfp4_scale(block: jax.Array) -> jax.Array:
     exponent = block[..., :1].astype(jnp.uint32)
     bits = jnp.where(exponent < 2, jnp.uint32(0x00200000) << exponent, (exponent - 1) << 23)
-    scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return scale * _looked_up(_nibbles(block[..., 1:]), MXFP4_VALUES)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _mxfp4(block: jax.Array) -> jax.Array:
+    """Decodes a power of two and 32 values of E2M1; XLA may flush weights below 2^-126 to zero."""
+    return _mxfp4_scale(block) * _looked_up(_nibbles(block[..., 1:]), MXFP4_VALUES)
 
 
 PART = 32  # weights: every block is a multiple of them, and 4-bit codes are 16 bytes for each, low nibbles first
@@ -215,13 +240,16 @@ def _parts_of_nibbles(packed: jax.Array) -> jax.Array:
     return _nibbles(packed.reshape(*packed.shape[:-1], -1, PART // 2)).reshape(*packed.shape[:-1], -1)
 
 
-def _nvfp4(block: jax.Array, weights: int, inverse: bool) -> jax.Array:
+def _nvfp4_scales(block: jax.Array, weights: int, inverse: bool) -> jax.Array:
     codes_at = FLOAT_HEADER + weights // NVFP4_GROUP
     of_tensor, of_groups = _float(block), _e4m3(block[..., FLOAT_HEADER:codes_at])
     if inverse:  # XLA would turn a quotient by one number into a product with its reciprocal, which rounds otherwise
-        scales = of_groups / jax.lax.optimization_barrier(jnp.broadcast_to(of_tensor, of_groups.shape))
-    else:
-        scales = of_groups * of_tensor
+        return of_groups / jax.lax.optimization_barrier(jnp.broadcast_to(of_tensor, of_groups.shape))
+    return of_groups * of_tensor
+
+
+def _nvfp4(block: jax.Array, weights: int, inverse: bool) -> jax.Array:
+    codes_at, scales = FLOAT_HEADER + weights // NVFP4_GROUP, _nvfp4_scales(block, weights, inverse)
     values = _looked_up(_parts_of_nibbles(block[..., codes_at:]), MXFP4_VALUES / 2)
     return (scales[..., None] * values.reshape(*scales.shape, NVFP4_GROUP)).reshape(*block.shape[:-1], weights)
 
@@ -235,6 +263,11 @@ def _nvfp4_format(weights: int, inverse: bool) -> BlockFormat:
         decode=functools.partial(_nvfp4, weights=weights, inverse=inverse),
         halves=(),
         floats=((0, _FLOAT32, 1), (FLOAT_HEADER, _E4M3, groups)),
+        code=FourBitCode(
+            table=MXFP4_VALUES / 2,
+            group=NVFP4_GROUP,
+            scales=functools.partial(_nvfp4_scales, weights=weights, inverse=inverse),
+        ),
     )
 
 
@@ -243,10 +276,10 @@ def nvfp4_type(columns: int, inverse: bool) -> str:
     return f"NVFP4_{_largest(NVFP4_SIZES, columns)}{'_INV' if inverse else ''}"
 
 
-def packed_parts(codes: np.ndarray) -> np.ndarray:
+def packed_parts[Codes: (np.ndarray, jax.Array)](codes: Codes) -> Codes:
     """Packs uint8 codes of 4 bits [..., K] as blocks have them, PART in 16 bytes, the first 16 in the low bits."""
-    low, high = np.moveaxis(codes.reshape(*codes.shape[:-1], -1, 2, PART // 2), -2, 0)
-    return (low | high << 4).reshape(*codes.shape[:-1], -1)
+    halves = codes.reshape(*codes.shape[:-1], -1, 2, PART // 2)
+    return (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*codes.shape[:-1], -1)
 
 
 def nvfp4_blocks(codes: np.ndarray, scales: np.ndarray, of_tensor: np.float32, ggml_type: str) -> np.ndarray:
@@ -330,8 +363,14 @@ def int_type(bits: int, group_size: int, scale_type: np.dtype) -> str:
     return f"INT{bits}_{_largest(INT_SIZES, group_size)}{end}"
 
 
+def _by_half(table: np.ndarray) -> FourBitCode:
+    return FourBitCode(table=table, group=PART, scales=functools.partial(_half, offset=0))
+
+
+Q4_0_CODE, IQ4_NL_CODE = _by_half(np.arange(-8, 8, dtype=np.float32)), _by_half(IQ4_VALUES)
+MXFP4_CODE = FourBitCode(table=MXFP4_VALUES, group=PART, scales=_mxfp4_scale)
 BLOCK_FORMATS: dict[str, BlockFormat] = {
-    "Q4_0": BlockFormat(number=2, weights=32, nbytes=18, decode=_q4_0, halves=(0,)),
+    "Q4_0": BlockFormat(number=2, weights=32, nbytes=18, decode=_q4_0, halves=(0,), code=Q4_0_CODE),
     "Q4_1": BlockFormat(number=3, weights=32, nbytes=20, decode=_q4_1, halves=(0, 2)),
     "Q5_0": BlockFormat(number=6, weights=32, nbytes=22, decode=_q5_0, halves=(0,)),
     "Q5_1": BlockFormat(number=7, weights=32, nbytes=24, decode=_q5_1, halves=(0, 2)),
@@ -341,9 +380,11 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
     "Q4_K": BlockFormat(number=12, weights=SUPER_BLOCK, nbytes=144, decode=_q4_k, halves=(0, 2)),
     "Q5_K": BlockFormat(number=13, weights=SUPER_BLOCK, nbytes=176, decode=_q5_k, halves=(0, 2)),
     "Q6_K": BlockFormat(number=14, weights=SUPER_BLOCK, nbytes=210, decode=_q6_k, halves=(208,)),
-    "IQ4_NL": BlockFormat(number=20, weights=32, nbytes=18, decode=_iq4_nl, halves=(0,)),
+    "IQ4_NL": BlockFormat(number=20, weights=32, nbytes=18, decode=_iq4_nl, halves=(0,), code=IQ4_NL_CODE),
     "IQ4_XS": BlockFormat(number=23, weights=SUPER_BLOCK, nbytes=136, decode=_iq4_xs, halves=(0,)),
-    "MXFP4": BlockFormat(number=39, weights=32, nbytes=17, decode=_mxfp4, halves=(), floats=((0, _E8M0, 1),)),
+    "MXFP4": BlockFormat(
+        number=39, weights=32, nbytes=17, decode=_mxfp4, halves=(), floats=((0, _E8M0, 1),), code=MXFP4_CODE
+    ),
 }
 BLOCK_FORMATS |= {
     f"INT{bits}_{weights}{end}": _int_format(bits, weights, scale_type)

@@ -12,13 +12,22 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
+from pallas_kernels.formats.ggml_tensor import BLOCKS, SPLIT_K, GgmlTensor, held_bytes, split_problem
 from pallas_kernels.frozen_product import Direction, Layer, frozen_product, operand_problems
 from pallas_kernels.ggml_matmul import cpu, reference
 from pallas_kernels.native.library import problem as native_problem
+from pallas_kernels.nf4_matmul.dispatch import Call, Capabilities, Choice, Implementation, choose, preference
+from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY, mosaic_kernel
 
-IMPLEMENTATIONS = {"cpu": cpu, "reference": reference}
+# A device's order of preference is that of nf4_matmul.
+IMPLEMENTATIONS = {
+    "cpu": Implementation(cpu.forward, cpu.backward, cpu.CAPABILITIES, missing=native_problem),
+    "ampere": mosaic_kernel("ampere", AMPERE),
+    "hopper": mosaic_kernel("hopper", HOPPER),
+    "skinny": mosaic_kernel("skinny", SKINNY),
+    "reference": Implementation(reference.forward, reference.backward, Capabilities()),
+}
 
 
 def ggml_matmul(
@@ -36,6 +45,7 @@ def ggml_matmul(
 
     Raises:
       ValueError: the operands do not fit, or the implementation is unknown. Lists all problems.
+      NotImplementedError: the named implementation does not support this call on this device.
     """
     if problems := list(call_problems(x, weights, layer, implementation)):
         raise ValueError("ggml_matmul: " + "; ".join(problems))
@@ -62,8 +72,14 @@ def weights_problems(weights: GgmlTensor) -> Iterator[str]:
     if weights.codes.dtype != "uint8":
         yield f"codes have dtype {weights.codes.dtype}, expected uint8"
     rows, columns = weights.shape
+    if weights.layout not in (BLOCKS, SPLIT_K):
+        yield f"layout {weights.layout!r} is unknown (known: {BLOCKS}, {SPLIT_K})"
+        return
+    if weights.layout == SPLIT_K and (problem := split_problem(weights.ggml_type, weights.shape)):
+        yield problem
+        return
     try:
-        wanted = rows, row_bytes(weights.ggml_type, columns)
+        wanted = rows, held_bytes(weights.layout, weights.ggml_type, columns)
     except ValueError as problem:
         yield str(problem)
         return
@@ -71,9 +87,25 @@ def weights_problems(weights: GgmlTensor) -> Iterator[str]:
         yield f"codes {list(weights.codes.shape)}: {weights.ggml_type} of {weights.shape} has shape {list(wanted)}"
 
 
-def choose_implementation(device: Device, dtype: str) -> str:
-    """Returns the fastest implementation for rows of a dtype on a device."""
-    return "cpu" if device.platform == "cpu" and dtype in cpu.DTYPES and native_problem() is None else "reference"
+def call_of(direction: Direction, rows: int, dtype: DTypeLike, weights: GgmlTensor) -> Call:
+    """Describes a product of `rows` rows with a weight, or with one layer of a stack."""
+    block = BLOCK_FORMATS[weights.ggml_type]
+    return Call(
+        direction=direction,
+        rows=rows,
+        dtype=str(jnp.dtype(dtype)),
+        shape=weights.shape,
+        layout=weights.layout,
+        quant_type=weights.ggml_type,
+        block_size=block.weights if block.code is None else block.code.group,
+        double_quant=False,
+    )
+
+
+def choose_implementation(device: Device, call: Call, implementation: str | None = None) -> Choice:
+    """Returns the implementation that runs a call on a device, and why those before it in its order do not."""
+    order = [name for name in preference(device) if name in IMPLEMENTATIONS]
+    return choose(device, call, IMPLEMENTATIONS, (implementation,) if implementation else order)
 
 
 def dequantize_layer(weights: GgmlTensor, layer: Layer, dtype: DTypeLike) -> Float[Array, "N K"]:
@@ -81,14 +113,18 @@ def dequantize_layer(weights: GgmlTensor, layer: Layer, dtype: DTypeLike) -> Flo
 
     A stack may also have axes of layers and experts; then the result has all experts.
     """
-    by_layer = len(weights.stack_shape) <= 1
-    name = choose_implementation(target_device(), str(jnp.dtype(dtype))) if by_layer else "reference"
-    return IMPLEMENTATIONS[name].dequantize_layer(weights, layer, dtype)
+    chosen = choose_implementation(target_device(), call_of("backward", 1, dtype, weights)).name
+    by_loops = chosen == "cpu" and len(weights.stack_shape) <= 1
+    return (cpu if by_loops else reference).dequantize_layer(weights, layer, dtype)
 
 
 def _run(direction: Direction, rows: jax.Array, weights: GgmlTensor, layer: Layer, implementation: str | None):
-    name = implementation or choose_implementation(target_device(), str(rows.dtype))
-    return getattr(IMPLEMENTATIONS[name], direction)(rows, weights, layer)
+    device = target_device()
+    choice = choose_implementation(device, call_of(direction, rows.shape[0], rows.dtype, weights), implementation)
+    if choice.name is None:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals.items())
+        raise NotImplementedError(f"ggml_matmul {direction} on {device}: {reasons}")
+    return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, weights, layer)
 
 
 _PRODUCT = frozen_product(_run)

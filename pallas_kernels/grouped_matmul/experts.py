@@ -58,8 +58,8 @@ def _reads_codes(flat: QTensor, rows: int, dtype: DTypeLike) -> bool:
 
 
 def _reads_blocks(flat: GgmlTensor, rows: int, dtype: DTypeLike) -> bool:
-    chosen = ggml.choose_implementation(target_device(), str(jnp.dtype(dtype)))
-    return chosen == "cpu" and rows <= FEW_ROWS
+    call = ggml.call_of("forward", rows, dtype, flat)
+    return ggml.choose_implementation(target_device(), call).name == "cpu" and rows <= FEW_ROWS
 
 
 def _ggml_product(x_CK: Float[Array, "C K"], flat: GgmlTensor, index: Index) -> Float[Array, "C N"]:
@@ -87,6 +87,7 @@ KINDS: dict[type, Kind] = {
         product=_ggml_product,
         reads_codes=_reads_blocks,
         problems=ggml.weights_problems,
+        call=ggml.call_of,
     ),
 }
 DENSE = Kind(

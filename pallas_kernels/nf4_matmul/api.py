@@ -3,8 +3,7 @@
 Dimension key: M rows, N out, K in, L layers.
 """
 
-import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.frozen_product import FAST, frozen_product, operand_problems
-from pallas_kernels.mosaic.installation import problem as mosaic_problem
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.dispatch import (
@@ -29,47 +27,18 @@ from pallas_kernels.nf4_matmul.dispatch import (
     Implementation,
     Layer,
     choose,
+    preference,
 )
-from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY
-
-
-def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
-    """Returns a Mosaic kernel's function, imported on its first call: importing Mosaic takes most of a second."""
-
-    def product(rows, weights, layer):
-        kernels = importlib.import_module(f"pallas_kernels.nf4_matmul.mosaic.{module}")
-        return getattr(kernels, direction)(rows, weights, layer)
-
-    return product
-
-
-def _mosaic(module: str, capabilities: Capabilities) -> Implementation:
-    ways = _kernel(module, "forward"), _kernel(module, "backward")
-    return Implementation(*ways, capabilities, fused=True, missing=mosaic_problem)
-
+from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY, mosaic_kernel
 
 INTEGER = "integer"
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.forward, cpu.backward, cpu.CAPABILITIES, missing=native_problem),
     INTEGER: Implementation(cpu.integer_forward, cpu.backward, cpu.INTEGER_CAPABILITIES, missing=native_problem),
-    "ampere": _mosaic("ampere", AMPERE),
-    "hopper": _mosaic("hopper", HOPPER),
-    "skinny": _mosaic("skinny", SKINNY),
+    "ampere": mosaic_kernel("ampere", AMPERE),
+    "hopper": mosaic_kernel("hopper", HOPPER),
+    "skinny": mosaic_kernel("skinny", SKINNY),
     "reference": Implementation(reference.forward, reference.backward, Capabilities()),
-}
-
-# Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest first.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "sm_75": ("skinny", "ampere", "reference"),  # neither runs there: the choice says why
-    "sm_80": ("skinny", "ampere", "reference"),
-    "sm_86": ("skinny", "ampere", "reference"),
-    "sm_89": ("skinny", "ampere", "reference"),
-    "sm_90": ("skinny", "hopper", "reference"),
-    "sm_100": ("skinny", "ampere", "reference"),
-    "sm_120": ("skinny", "ampere", "reference"),
-    "sm_121": ("skinny", "ampere", "reference"),
-    "any": ("reference",),
 }
 
 
@@ -102,11 +71,6 @@ def nf4_matmul(
     x_MK = x.reshape(-1, x.shape[-1])
     y_MN = _PRODUCT.apply(x_MK, weights, layer, implementation)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
-
-
-def preference(device: Device, table: Mapping[str, tuple[str, ...]] = PREFERENCE) -> tuple[str, ...]:
-    """Returns a device's implementations, the most preferred first."""
-    return next(table[name] for name in (*device.names, "any") if name in table)
 
 
 def choose_implementation(device: Device, call: Call, implementation: str | None = None) -> Choice:

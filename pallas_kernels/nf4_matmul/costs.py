@@ -6,7 +6,9 @@ Nothing here is measured. Dimension key: M rows, N out, K in.
 import dataclasses
 import math
 
-from pallas_kernels.formats.layouts import LAYOUTS
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.layouts import LAYOUTS, RUN
+from pallas_kernels.formats.qtensor import QTensor
 
 ACTIVATION_BYTES = 2  # bfloat16
 
@@ -49,9 +51,19 @@ def dequantized_bytes(shape: tuple[int, ...]) -> int:
     return ACTIVATION_BYTES * math.prod(shape)
 
 
-def expanded_bytes(shape: tuple[int, int]) -> int:
-    """Returns 2 N 2 ceil(K / 128), the bytes of one layer's constants expanded for the fused GPU kernels."""
-    return ACTIVATION_BYTES * shape[0] * 2 * -(-shape[1] // 128)
+def scale_group(weight: QTensor | GgmlTensor) -> int:
+    """Returns the number of columns that share a constant in the fused GPU kernels."""
+    code = weight.code if isinstance(weight, GgmlTensor) else None
+    return RUN if code is None else code.group
+
+
+def expanded_bytes(shape: tuple[int, int], group: int = RUN) -> int:
+    """Returns 2 N (128 / group) ceil(K / 128), the bytes of one layer's constants expanded for the fused GPU kernels.
+
+    Args:
+      group: columns that share a constant in the kernels.
+    """
+    return ACTIVATION_BYTES * shape[0] * (2 * RUN // group) * -(-shape[1] // (2 * RUN))
 
 
 def traffic(rows: int, shape: tuple[int, int], layout: str, *, fused: bool) -> int:

@@ -129,6 +129,26 @@ def _problems(capabilities: Capabilities, device: Device, call: Call) -> Iterato
             yield f"takes {axis} of at least {least}, not {size}"
 
 
+# Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest first.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "sm_75": ("skinny", "ampere", "reference"),  # neither runs there: the choice says why
+    "sm_80": ("skinny", "ampere", "reference"),
+    "sm_86": ("skinny", "ampere", "reference"),
+    "sm_89": ("skinny", "ampere", "reference"),
+    "sm_90": ("skinny", "hopper", "reference"),
+    "sm_100": ("skinny", "ampere", "reference"),
+    "sm_120": ("skinny", "ampere", "reference"),
+    "sm_121": ("skinny", "ampere", "reference"),
+    "any": ("reference",),
+}
+
+
+def preference(device: Device, table: Mapping[str, tuple[str, ...]] = PREFERENCE) -> tuple[str, ...]:
+    """Returns a device's implementations, the most preferred first; `table` is that of another op."""
+    return next(table[name] for name in (*device.names, "any") if name in table)
+
+
 def choose(device: Device, call: Call, implementations: Mapping[str, Implementation], order: Sequence[str]) -> Choice:
     """Returns the first implementation of `order` that supports the call on the device."""
     refusals: dict[str, str] = {}

@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats.ggml_blocks import nvfp4_type, row_bytes
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.ggml_blocks import nvfp4_type
+from pallas_kernels.formats.ggml_tensor import GgmlTensor, block_layout, held_bytes
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.config import DENSE, NVFP4, QUANTIZED, WeightFormat
@@ -62,8 +62,9 @@ def _empty(kind: str, stack: tuple[int, ...], shape: tuple[int, int], weights: W
         kind = nvfp4_type(shape[1], inverse=True)
     elif kind == QUANTIZED:
         return _empty_qtensor(stack, shape, weights)
-    codes = jnp.zeros((*stack, shape[0], row_bytes(kind, shape[1])), jnp.uint8)
-    return GgmlTensor(codes=codes, ggml_type=kind, shape=shape, dtype=weights.dtype)
+    layout = block_layout(weights.platform, kind, shape)
+    codes = jnp.zeros((*stack, shape[0], held_bytes(layout, kind, shape[1])), jnp.uint8)
+    return GgmlTensor(codes=codes, ggml_type=kind, shape=shape, dtype=weights.dtype, layout=layout)
 
 
 def _empty_qtensor(stack: tuple[int, ...], shape: tuple[int, int], weights: WeightFormat) -> QTensor:

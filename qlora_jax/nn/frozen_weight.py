@@ -366,7 +366,9 @@ OPS: dict[type, WeightOps] = {
         product=lambda direction, rows, stack, layer, fast: ggml.product(direction, rows, stack, layer),
         dequantize=lambda weight, dtype: _dequantize_ggml(weight, dtype=dtype),
         dense_layer=lambda stack, layer: ggml.dequantize_layer(stack, layer, jnp.float32),
-        choice=lambda device, rows, dtype, stack: Choice(ggml.choose_implementation(device, dtype), {}),
+        choice=lambda device, rows, dtype, stack: ggml.choose_implementation(
+            device, ggml.call_of("forward", rows, dtype, stack)
+        ),
         of_file=True,
     ),
     MixedStack: WeightOps(

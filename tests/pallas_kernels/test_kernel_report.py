@@ -12,7 +12,8 @@ from rich.console import Console
 from pallas_kernels import aot, kernel_report
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import CARDS
-from pallas_kernels.nf4_matmul import api, costs, reference
+from pallas_kernels.native.library import problem as native_problem
+from pallas_kernels.nf4_matmul import api, costs, dispatch, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
 from pallas_kernels.nf4_matmul.shapes import REDUCED, SHAPES, TILE, reduced
@@ -28,7 +29,8 @@ def lines_of(capsys, *argv: str) -> list[str]:
 
 
 def test_every_card_and_shape_has_a_line(capsys):
-    lines = [line for line in lines_of(capsys, "--m", "1", "512") if "head dim" not in line]
+    others = ("head dim", "codes of files")
+    lines = [line for line in lines_of(capsys, "--m", "1", "512") if not any(each in line for each in others)]
     assert len(lines) == (1 + len(CARDS)) * len(SHAPES) * 2 + 1
     assert "nothing here was measured" in lines[-1] and "M = 4096 (hopper, by reasoning), 2048 (ampere, by" in lines[-1]
     found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
@@ -41,6 +43,22 @@ def test_every_card_and_shape_has_a_line(capsys):
     assert "forward ampere, backward ampere; layout split_k" in found
     found = next(line for line in lines if line.startswith("t4: llama-2-7b/down 4096x11008 M=512"))
     assert "forward reference, backward reference" in found and "not on Tesla T4 (sm_75)" in found
+
+
+def test_the_codes_of_files_have_a_kernel_or_a_reason(capsys):
+    lines = [line for line in lines_of(capsys, "--m", "1", "512", "--shape", DOWN.name) if ": codes of files" in line]
+    taken, others = "Q4_0, IQ4_NL, MXFP4, NVFP4_256", "Q4_K, Q6_K, Q8_0, INT4_128, FP8_128"
+    reason = "reference; not a table of 16 values times one scale per group of columns"
+    for card in CARDS:
+        fused, dequantized = [line for line in lines if line.startswith(f"{card}: ")]
+        assert dequantized == f"{card}: codes of files, {others}: {reason}"
+        many = {"h100": "hopper", "h200": "hopper"}.get(card, "ampere")
+        both = f"skinny forward M=1; {many} forward M=512, backward M=1, backward M=512; "
+        b200 = "skinny forward M=1; reference forward M=512, backward M=512; ampere backward M=1; "
+        runs = {"t4": "reference; ", "b200": b200}.get(card, both)
+        assert fused.startswith(f"{card}: codes of files, {taken}: {runs}")
+    assert "not ampere forward: runs on sm_80" in next(line for line in lines if line.startswith("t4"))
+    assert f"cpu: codes of files, {taken}, {others}: cpu" in lines or native_problem()
 
 
 def test_attention_of_every_card_has_a_reason(capsys):
@@ -87,7 +105,7 @@ def test_a_fused_implementation_moves_no_dequantized_weight(monkeypatch):
         reference.forward, reference.backward, Capabilities(devices=("sm_90",), rows=(16, 4096)), True
     )
     monkeypatch.setitem(api.IMPLEMENTATIONS, "fused", fused)
-    monkeypatch.setitem(api.PREFERENCE, "sm_90", ("fused", "reference"))
+    monkeypatch.setitem(dispatch.PREFERENCE, "sm_90", ("fused", "reference"))
     many, one = kernel_report.report_row("h100", DOWN, 512), kernel_report.report_row("h100", DOWN, 1)
     assert many.runs == {"forward": "fused", "backward": "fused"} and many.dequantized == 0 and not many.refused
     assert many.intensity > 3 * kernel_report.report_row("b200", DOWN, 512).intensity
@@ -99,7 +117,7 @@ def test_a_fused_implementation_moves_no_dequantized_weight(monkeypatch):
 def test_the_table_fits_100_columns(monkeypatch, capsys):
     odd = Implementation(reference.forward, reference.backward, Capabilities(devices=("sm_80",), rows=(1, 16)))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "small", odd)
-    monkeypatch.setitem(api.PREFERENCE, "cpu", ("small", "reference"))
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("small", "reference"))
     console = Console(force_terminal=True, width=100, color_system=None)
     kernel_report.report(kernel_report._arguments([]), console)
     lines = capsys.readouterr().out.splitlines()

@@ -3,10 +3,14 @@
 Copies are cp.async on sm_80, sm_86 and sm_89, and TMA on sm_100, sm_120 and sm_121; all else is the same.
 
 A warpgroup computes a tile [rows, 128 columns] of the result in rounds of 128 of the contraction. A round's rows,
-packed codes [128, 64] and scales [2, 128] are copied to shared memory `steps - 1` rounds ahead. The codes are decoded
-in the registers from which mma.sync reads them (`fragments`), and never written to memory. Forward and backward read
-the same tiles of codes and scales: forward keeps 128 rows n and iterates over K, backward keeps two runs of 64 columns
-k and iterates over N. Everything else is shared.
+packed codes [128, 64] and scales [128 / group, 128] are copied to shared memory `steps - 1` rounds ahead. The codes are
+decoded in the registers from which mma.sync reads them (`fragments`), and never written to memory. Forward and backward
+read the same tiles of codes and scales: forward keeps 128 rows n and iterates over K, backward keeps two runs of 64
+columns k and iterates over N. Everything else is shared.
+
+Table and group (16, 32 or 64 columns of a row that share a scale) are parameters, so another 4-bit code is another
+table, not another kernel. Forward, each step of 16 multiplies by the scales of its group; backward, each warp by those
+of its 16 columns.
 
 If a size is not a multiple of a tile, the last copies are moved back to the array's end. Rows that are then computed
 twice are stored once, a run of the contraction that is read twice has scales 0, and columns past the end are not
@@ -44,12 +48,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
-from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine, TmaMachine
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
-from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows, place_of
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands, Weights, operands, pad_rows, place_of
 
 EIGHT = 8  # rows of a swizzled tile in shared memory; copies start at a multiple
 WIDE = 8  # row tiles per column tile in block order, so that their operands stay in the L2 cache
@@ -61,11 +64,6 @@ class Tile(NamedTuple):
     rows: int
     steps: int
 
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of one block: 16-bit rows and scales, and codes, of each round in it."""
-        return self.steps * (2 * self.rows * 2 * RUN + 2 * RUN * RUN + 2 * 2 * TILE_COLUMNS)
-
 
 SMALL, LARGE = Tile(rows=64, steps=3), Tile(rows=128, steps=2)
 # Devices that hold one block of either tile per SM, or two of the larger one (sm_100) -> the number of large tiles from
@@ -73,17 +71,17 @@ SMALL, LARGE = Tile(rows=64, steps=3), Tile(rows=128, steps=2)
 LARGE_FROM = {"sm_86": 84, "sm_89": 142, "sm_100": 148, "sm_120": 188, "sm_121": 48}
 
 
-def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
+def forward(x_MK: Float[Array, "M K"], weights: Weights, layer: Layer) -> Float[Array, "M N"]:
     """Computes y = x w^T, accumulated in f32, in x's dtype."""
     return _on_card("forward", x_MK, weights, layer)
 
 
-def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
+def backward(dy_MN: Float[Array, "M N"], weights: Weights, layer: Layer) -> Float[Array, "M K"]:
     """Computes dx = dy w, accumulated in f32, in dy's dtype."""
     return _on_card("backward", dy_MN, weights, layer)
 
 
-def _on_card(direction: Direction, rows_MC: jax.Array, weights: QTensor, layer: Layer) -> jax.Array:
+def _on_card(direction: Direction, rows_MC: jax.Array, weights: Weights, layer: Layer) -> jax.Array:
     weight = operands(weights, layer, rows_MC.dtype)
     tile = tile_for(target_device(), rows_MC.shape[0], _columns(direction, weight))
     return product(machine_for(target_device())(direction, rows_MC.dtype, weight.table), rows_MC, weight, tile)
@@ -115,7 +113,7 @@ def product(
     padded = rows_MC if rows >= tile.rows else pad_rows(rows_MC, tile.rows)
     padded = pad_rows(padded, EIGHT)
     columns, contracted = _columns(instructions.direction, weight), rows_MC.shape[1]
-    task = _Task(instructions, tile, padded.shape[0], contracted, columns, weight.shape[0])
+    task = _Task(instructions, tile, padded.shape[0], contracted, columns, weight.shape[0], weight.group)
     columns_added = (*[(0, 0)] * (weight.scales.ndim - 1), (0, -weight.shape[0] % TILE_COLUMNS))
     scales = jnp.pad(weight.scales, columns_added)
     words = jnp.asarray(inline_ptx.constant_words(weight.table, rows_MC.dtype))
@@ -131,6 +129,12 @@ class _Task(NamedTuple):
     contracted: int
     columns: int
     weight_rows: int
+    group: int
+
+    @property
+    def scales(self) -> int:
+        """The number of scales of a row in 128 columns of the weight."""
+        return 2 * RUN // self.group
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -153,7 +157,7 @@ class _Task(NamedTuple):
             scratch_types=[
                 plgpu.SMEM((steps, 2, rows, RUN), dtype, transforms=_swizzled(2 * RUN)),
                 plgpu.SMEM((steps, 2, RUN, RUN), jnp.uint8, transforms=_swizzled(RUN)),
-                plgpu.SMEM((steps, 2, TILE_COLUMNS), dtype),
+                plgpu.SMEM((steps, self.scales, TILE_COLUMNS), dtype),
                 *self.instructions.barriers(steps),
             ],
             kernel_name=f"ampere_{self.instructions.direction}",
@@ -202,7 +206,8 @@ class _Task(NamedTuple):
         (rows_g, codes_g, scales_g), (rows_s, codes_s, scales_s) = sources, targets
         do = self.instructions
         n, j = (column_tile, k) if do.direction == "forward" else (k, column_tile)
-        of_scales = scales_g.at[pl.ds(2 * j, 2), pl.ds(pl.multiple_of(TILE_COLUMNS * n, TILE_COLUMNS), TILE_COLUMNS)]
+        rows_n = pl.ds(pl.multiple_of(TILE_COLUMNS * n, TILE_COLUMNS), TILE_COLUMNS)
+        of_scales = scales_g.at[pl.ds(self.scales * j, self.scales), rows_n]
         do.copy_scales(of_scales, scales_s.at[slot], arrived, slot)
         for part in range(2):
             run = jnp.minimum(2 * k + part, self.contracted // RUN - 1)

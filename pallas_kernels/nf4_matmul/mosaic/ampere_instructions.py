@@ -43,7 +43,7 @@ class Machine:
         plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
     def copy_scales(self, source, target, arrived, slot) -> None:
-        """Starts cp.async of four bytes per thread: Mosaic's own assumes that the rows of a source are contiguous."""
+        """Starts cp.async of 4, 8 or 16 bytes per thread: Mosaic's own assumes that a source's rows are contiguous."""
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(_copy_scales)(source, target)
 
     def skip_copies(self) -> None:
@@ -120,12 +120,17 @@ class Interpreted(TmaCopies):
         """Computes Machine.weights with columns in natural order."""
         pairs = [select_pair(codes_s[part], RUN, None, self.table, self.dtype) for part in range(2)]
         scaled = [
-            [pairs[part][nibble] * scales_s[nibble, pl.ds(RUN * part, RUN)][:, None] for part in range(2)]
-            for nibble in range(2)
+            [pairs[part][nibble] * self._factors(scales_s, nibble, part) for part in range(2)] for nibble in (0, 1)
         ]
         if self.direction == "forward":
             return [jnp.concatenate(parts).T for parts in scaled]
         return [jnp.concatenate(runs, axis=1) for runs in zip(*scaled, strict=True)]
+
+    def _factors(self, scales_s, nibble: int, part: int) -> jax.Array:
+        """Returns the scale of each weight [64, 64] of a nibble and a part of the rows."""
+        groups = scales_s.shape[0] // 2
+        scales = scales_s[pl.ds(groups * nibble, groups), pl.ds(RUN * part, RUN)]
+        return jnp.repeat(scales.T, RUN // groups, axis=1)
 
     def zeros(self, rows: int) -> jax.Array:
         """Returns the initial sums."""
@@ -142,19 +147,20 @@ class Interpreted(TmaCopies):
 
 
 def _copy_scales(ctx, source, target) -> None:
-    """Copies [2, 128] 16-bit values, two per thread."""
+    """Copies [2, 128] 16-bit values, two per thread; [4, 128] four, and [8, 128] eight."""
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+    (each, _) = ir.MemRefType(target.type).shape  # values per thread: as many as there are rows
     thread = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(TILE_COLUMNS, i32))
-    row, pair = (op(thread, mgpu.utils.c(RUN, i32)) for op in (arith.divui, arith.remui))
+    row, place = (op(thread, mgpu.utils.c(TILE_COLUMNS // each, i32)) for op in (arith.divui, arith.remui))
 
     def address(ref):
         kind = ir.MemRefType(ref.type)
         (stride, _), _ = kind.get_strides_and_offset()
-        offset = arith.addi(arith.muli(row, mgpu.utils.c(stride, i32)), arith.muli(pair, mgpu.utils.c(2, i32)))
+        offset = arith.addi(arith.muli(row, mgpu.utils.c(stride, i32)), arith.muli(place, mgpu.utils.c(each, i32)))
         return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [arith.extui(i64, offset)], kind.element_type)
 
     of_device_memory = llvm.addrspacecast(llvm.PointerType.get(address_space=1), address(source))
-    nvvm.cp_async_shared_global(address(target), of_device_memory, 4, nvvm.LoadCacheModifierKind.CA)
+    nvvm.cp_async_shared_global(address(target), of_device_memory, 2 * each, nvvm.LoadCacheModifierKind.CA)
 
 
 def _commit_nothing(ctx) -> None:

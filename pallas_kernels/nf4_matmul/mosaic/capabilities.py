@@ -1,8 +1,13 @@
-"""The calls that each Mosaic kernel supports, and up to how many rows it is used; does not import Mosaic."""
+"""The calls that each Mosaic kernel supports, and up to how many rows it is used; imports no kernel before its use."""
 
+import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
-from pallas_kernels.nf4_matmul.dispatch import Capabilities
+import jax
+
+from pallas_kernels.mosaic.installation import problem
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Direction, Implementation
 
 
 class MostRows(NamedTuple):
@@ -30,10 +35,12 @@ MOST_ROWS = {
     "skinny": MostRows(16, by="reasoning"),
 }
 
+# The table of a code is a parameter of a kernel, and whether 16, 32 or 64 columns share a scale; codes of files have 16
+# or 32. Only weights with such a code can have the layout.
 _EVERY_KERNEL = {
     "layouts": ("split_k",),
     "dtypes": ("bfloat16", "float16"),
-    "block_sizes": (64, 128, 256, 512, 1024, 2048, 4096),
+    "block_sizes": (16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
     "multiples": (64, 64),
 }
 
@@ -52,3 +59,19 @@ SKINNY = Capabilities(
     directions=("forward",),
     **_EVERY_KERNEL,
 )
+
+
+def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
+    """Returns a Mosaic kernel's function, imported on its first call: importing Mosaic takes most of a second."""
+
+    def product(rows, weights, layer):
+        kernels = importlib.import_module(f"pallas_kernels.nf4_matmul.mosaic.{module}")
+        return getattr(kernels, direction)(rows, weights, layer)
+
+    return product
+
+
+def mosaic_kernel(module: str, capabilities: Capabilities) -> Implementation:
+    """Returns the implementation by a Mosaic kernel, for a QTensor or for blocks with codes of 4 bits."""
+    ways = _kernel(module, "forward"), _kernel(module, "backward")
+    return Implementation(*ways, capabilities, fused=True, missing=problem)

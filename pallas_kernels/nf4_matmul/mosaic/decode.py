@@ -72,6 +72,26 @@ def select_pair(
     return low, high
 
 
+def group_factors(scales: Sequence[jax.Array], layout: MosaicValue) -> jax.Array:
+    """Returns factors [64, 64] in registers, whose columns in group i of `len(scales)` are scales[i], [64]."""
+    result = plgpu.ShapeDtypeStruct((RUN, RUN), scales[0].dtype, layout=layout)
+    emit = functools.partial(_factors, layout.to_mgpu())
+    return plgpu.inline_mgpu(arg_types=([layout.reduce(1)] * len(scales),), return_type=result)(emit)(list(scales))
+
+
+def repeated_factors(scales: Sequence[jax.Array], layout: MosaicValue) -> jax.Array:
+    """Computes `group_factors` by interpretable operations."""
+    return jnp.repeat(jnp.stack(scales, axis=1), RUN // len(scales), axis=1)
+
+
+def _factors(layout, ctx: MosaicValue, scales: list[mgpu.FragmentedArray]) -> mgpu.FragmentedArray:
+    whole = [one.broadcast_in_dim((RUN, RUN), (0,), layout) for one in scales]
+    registers = np.empty_like(whole[0].registers)
+    for at in np.ndindex(registers.shape):
+        registers[at] = whole[at[1] * len(whole) // registers.shape[1]].registers[at]  # at[1]: eight columns
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
 def _look_up(
     ptx: str, dtype: DTypeLike, ctx: MosaicValue, packed: mgpu.FragmentedArray
 ) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:

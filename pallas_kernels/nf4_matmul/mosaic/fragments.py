@@ -50,7 +50,20 @@ PACKED_BACKWARD = TiledLayout(Tiling(((16, 64), (8, 16), (2, 2))), (-5,), (-3, -
 # Scales of [R] rows: of rows 16 w + 2 g + i, one register of two i; of rows 16 s + 8 h + 2 t + e, registers (s, h).
 SCALES_FORWARD = TiledLayout(Tiling(((64,), (16,), (2,))), (-3,), (-2, Replicated(4)), -1)
 SCALES_BACKWARD = TiledLayout(Tiling(((16,), (8,), (2,))), (Replicated(4),), (Replicated(8), -2), -1)
-LAYOUTS = {"forward": (PACKED_FORWARD, SCALES_FORWARD), "backward": (PACKED_BACKWARD, SCALES_BACKWARD)}
+PACKED = {"forward": PACKED_FORWARD, "backward": PACKED_BACKWARD}
+
+
+def scales_backward(groups: int) -> TiledLayout:
+    """Returns the layout of scales [groups, R] of the 64 bytes of a row: a warp's 16 bytes are in one group.
+
+    Warp w has the scales of group w groups / 4: of rows 16 s + 8 h + 2 t + e, registers (s, h).
+    """
+    if groups == STEPS:
+        return TiledLayout(Tiling(((groups, 16), (8,), (2,))), (-4,), (Replicated(8), -2), -1)
+    warps = (-4, Replicated(STEPS // groups))
+    return TiledLayout(Tiling(((groups, 16), (8,), (2,))), warps, (Replicated(8), -2), -1)
+
+
 # A result [M, J]: row 8 r + g, column 16 w + 4 t + v; registers (r), each of four columns v.
 RESULT = TiledLayout(Tiling(((8, 64), (8, 16), (4,))), (-4,), (-3, -2), -1)
 
@@ -72,21 +85,22 @@ class Alu(NamedTuple):
 
 
 def operands_forward(
-    packed: Sequence[np.ndarray], scales: Sequence[Sequence[np.ndarray]], alu: Alu
+    packed: Sequence[np.ndarray], scales: Sequence[Sequence[Sequence[Register]]], alu: Alu
 ) -> list[np.ndarray]:
     """Returns operands [64 of the contraction, 128 columns] of low and high nibbles: registers (s, b, h), b = 2 c + i.
 
     Args:
       packed: for each chunk c of 64 rows, registers (s, h, i).
-      scales: for each nibble and chunk, one register.
+      scales: for each nibble and chunk, one register per group of the 64 columns.
     """
     operands = [np.empty((STEPS, 2 * len(packed), HALVES), object) for _ in range(2)]
     for chunk, registers in enumerate(packed):
         for i in range(2):
-            factors = [alu.both(scales[nibble][chunk].item(), i) for nibble in range(2)]
+            factors = [[alu.both(group, i) for group in scales[nibble][chunk]] for nibble in range(2)]
             for s, h in np.ndindex(STEPS, HALVES):
                 for nibble, values in enumerate(alu.look_up(registers[s, h, i])):
-                    operands[nibble][s, 2 * chunk + i, h] = alu.multiply(values, factors[nibble])
+                    factor = factors[nibble][s * len(factors[nibble]) // STEPS]
+                    operands[nibble][s, 2 * chunk + i, h] = alu.multiply(values, factor)
     return operands
 
 
@@ -152,30 +166,48 @@ def decoded(
     table: np.ndarray,
     dtype: np.dtype,
 ) -> Sequence[jax.Array]:
-    """Decodes the operands [64, 128] of both parts of a round from shared memory: u8 [2, 64, 64], scales [2, 128]."""
-    of_packed, of_scales = map(tiled, LAYOUTS[direction])
+    """Decodes the operands [64, 128] of both parts of a round from shared memory: u8 [2, 64, 64], scales [2 G, 128].
+
+    G groups of the 64 columns of a nibble have a scale each.
+    """
     load = functools.partial(plgpu.load, optimized=False)
+    of_packed = tiled(PACKED[direction])
     packed = [load(codes_s.at[chunk], layout=of_packed) for chunk in range(2)]
+    groups = scales_s.shape[0] // 2
+    of_scales, places = _scales_of(direction, groups)
+    chunks = [pl.ds(RUN * chunk, RUN) for chunk in range(2)]
     scales = [
-        [load(scales_s.at[nibble, pl.ds(RUN * chunk, RUN)], layout=of_scales) for chunk in range(2)]
+        [[load(scales_s.at[at, chunk], layout=of_scales) for at in places[nibble]] for chunk in chunks]
         for nibble in range(2)
     ]
-    types = ([of_packed] * 2, [[of_scales] * 2] * 2, [THREADS] * len(words))
+    types = ([of_packed] * 2, [[[of_scales] * len(places[0])] * 2] * 2, [THREADS] * len(words))
     result = plgpu.ShapeDtypeStruct((RUN, TILE_COLUMNS), dtype, layout=of_weights(dtype))
     emit = functools.partial(_decode, direction, table, dtype)
     return plgpu.inline_mgpu(arg_types=types, return_type=[result, result])(emit)(packed, scales, list(words))
 
 
+def _scales_of(direction: Direction, groups: int) -> tuple[MosaicValue, list[list[MosaicValue]]]:
+    """Returns the layout in which scales are loaded, and for each nibble the rows of the loads."""
+    if direction == "forward" or groups == 1:
+        layout = tiled(SCALES_FORWARD if direction == "forward" else SCALES_BACKWARD)
+        return layout, [[*range(groups)], [*range(groups, 2 * groups)]]
+    return tiled(scales_backward(groups)), [[pl.ds(groups * nibble, groups)] for nibble in range(2)]
+
+
 def _decode(direction, table, dtype, ctx, packed, scales, words):
-    arrange, scale_registers = {
-        "forward": (operands_forward, (1,)),
-        "backward": (operands_backward, (STEPS, HALVES)),
-    }[direction]
+    arrange = {"forward": operands_forward, "backward": operands_backward}[direction]
     alu = _machine(table, dtype, [word.registers.item() for word in words])
     chunks = [one.registers.reshape(STEPS, HALVES, 2) for one in packed]
-    factors = [[one.registers.reshape(scale_registers) for one in row] for row in scales]
+    factors = [[_factors(direction, loads) for loads in row] for row in scales]
     layout, shape = of_weights(dtype), (RUN, TILE_COLUMNS)
     return [fragmented(registers, layout, shape) for registers in arrange(chunks, factors, alu)]
+
+
+def _factors(direction, loads):
+    """Returns the registers of the scales of a nibble and chunk: one per group forward, (s, h) backward."""
+    if direction == "forward":
+        return [load.registers.item() for load in loads]
+    return loads[0].registers.reshape(STEPS, HALVES)
 
 
 def multiply_add(sums: jax.Array, rows: Sequence[jax.Array], weights: Sequence[jax.Array]) -> jax.Array:

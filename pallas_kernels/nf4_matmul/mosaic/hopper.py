@@ -36,11 +36,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.mosaic.registers import MosaicValue
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import decode
-from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows, place_of
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands, Weights, operands, pad_rows, place_of
 
 WARPGROUPS = 2  # compute warpgroups
 RUN = decode.RUN  # columns with one constant per row, and rows of a warpgroup's part of the weight
@@ -95,13 +94,13 @@ def best_tile(direction: Direction, rows: int, width: int) -> Tile:
     return min(TILES[direction], key=cycles)
 
 
-def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
+def forward(x_MK: Float[Array, "M K"], weights: Weights, layer: Layer) -> Float[Array, "M N"]:
     """Computes y = x w^T, accumulated in f32, in x's dtype."""
     tile = best_tile("forward", x_MK.shape[0], weights.shape[0])
     return forward_product(x_MK, operands(weights, layer, x_MK.dtype), tile)
 
 
-def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
+def backward(dy_MN: Float[Array, "M N"], weights: Weights, layer: Layer) -> Float[Array, "M K"]:
     """Computes dx = dy w, accumulated in f32, in dy's dtype."""
     tile = best_tile("backward", dy_MN.shape[0], weights.shape[1])
     return backward_product(dy_MN, operands(weights, layer, dy_MN.dtype), tile)
@@ -109,11 +108,11 @@ def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Floa
 
 def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: Interpret = None) -> jax.Array:
     """Computes `forward` with a given tile, by the kernel or, with `interpret`, by its twin."""
-    look_up = _look_up(weight, x_MK.dtype, interpret)
+    decoder = _decoder(weight, x_MK.dtype, interpret)
 
     def step(wg, operand_s, x_s, codes_s, scales_s, acc):
         mine = pl.ds(wg * RUN, RUN)
-        values = _dequantized(look_up, codes_s.at[mine], scales_s.at[:, mine])
+        values = _dequantized(decoder, codes_s.at[mine], scales_s.at[:, mine])
         left = _through_shared(values, operand_s[0].at[wg]) if operand_s else values
         for run in (0, 1):
             plgpu.wgmma(acc, left[run], x_s.at[:, pl.ds(run * RUN, RUN)].T)
@@ -128,6 +127,7 @@ def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: In
             direction="forward",
             width=weight.shape[0],
             steps=pl.cdiv(weight.shape[1], GROUP),
+            scales=decoder.scales,
             blocks=_forward_blocks,
             operand=() if interpret is None else ((WARPGROUPS, 2, RUN, RUN),),
         ),
@@ -138,11 +138,11 @@ def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: In
 
 def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: Interpret = None) -> jax.Array:
     """Computes `backward` with a given tile, by the kernel or, with `interpret`, by its twin."""
-    look_up = _look_up(weight, dy_MN.dtype, interpret)
+    decoder = _decoder(weight, dy_MN.dtype, interpret)
 
     def step(wg, operand_s, dy_s, codes_s, scales_s, acc):
         mine = pl.ds(pl.multiple_of(wg * RUN, RUN), RUN)
-        values = _dequantized(look_up, codes_s.at[:, mine], scales_s.at[pl.ds(2 * wg, 2)])
+        values = _dequantized(decoder, codes_s.at[:, mine], scales_s.at[pl.ds(decoder.scales * wg, decoder.scales)])
         plgpu.wgmma_wait(0)  # the previous step read its operand while this one was decoded
         for run in (0, 1):
             operand_s[0][wg, :, pl.ds(run * RUN, RUN)] = values[run]
@@ -158,6 +158,7 @@ def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: 
             direction="backward",
             width=weight.shape[1],
             steps=pl.cdiv(weight.shape[0], RUN),
+            scales=decoder.scales,
             blocks=_backward_blocks,
             operand=((WARPGROUPS, RUN, GROUP),),
             late=1,
@@ -173,7 +174,9 @@ class Shape(NamedTuple):
     Attributes:
       width: columns of the result.
       steps: number of pipeline steps.
-      blocks: (tile, place, block of rows, block of columns) -> the specs of the three arrays that a step reads.
+      scales: the number of scales of a row in 128 columns of the weight.
+      blocks: (tile, scales, place, block of rows, block of columns, late) -> the specs of the three arrays that a step
+        reads.
       operand: shapes of the left operand in shared memory, if it goes through it.
       late: steps after which a step's shared memory may be refilled, because its product runs into the next one.
     """
@@ -181,6 +184,7 @@ class Shape(NamedTuple):
     direction: Direction
     width: int
     steps: int
+    scales: int
     blocks: Callable[..., list[plgpu.BlockSpec]]
     operand: tuple[tuple[int, ...], ...]
     late: int = 0
@@ -194,25 +198,29 @@ class Shape(NamedTuple):
 type Place = tuple[jax.Array, jax.Array | None]  # index in the stack of codes, and of scales if they are stacked
 
 
-def _forward_blocks(tile: Tile, place: Place, m: jax.Array, n: jax.Array, late: int) -> list[plgpu.BlockSpec]:
-    """Returns the specs of step k: rows [rows, 128 k], codes [128 n, 64 bytes], scales [2 runs, 128 n]."""
+def _forward_blocks(
+    tile: Tile, scales: int, place: Place, m: jax.Array, n: jax.Array, late: int
+) -> list[plgpu.BlockSpec]:
+    """Returns the specs of step k: rows [rows, 128 k], codes [128 n, 64 bytes], scales [groups, 128 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
     layer, expert = place
     return [
         block((tile.rows, GROUP), lambda k: (m, k), transforms=WIDE),
         block((None, WARPGROUPS * RUN, RUN), lambda k: (layer, n, k), transforms=NARROW),
-        _scales_block(block, (2, WARPGROUPS * RUN), lambda k: (k, n), expert),
+        _scales_block(block, (scales, WARPGROUPS * RUN), lambda k: (k, n), expert),
     ]
 
 
-def _backward_blocks(tile: Tile, place: Place, m: jax.Array, k: jax.Array, late: int) -> list[plgpu.BlockSpec]:
-    """Returns the specs of step n: rows [rows, 64 n], codes [64 n, 2 x 64 bytes], scales [4 runs, 64 n]."""
+def _backward_blocks(
+    tile: Tile, scales: int, place: Place, m: jax.Array, k: jax.Array, late: int
+) -> list[plgpu.BlockSpec]:
+    """Returns the specs of step n: rows [rows, 64 n], codes [64 n, 2 x 64 bytes], scales [2 x groups, 64 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
     layer, expert = place
     return [
         block((tile.rows, RUN), lambda n: (m, n), transforms=WIDE),
         block((None, RUN, WARPGROUPS * RUN), lambda n: (layer, n, k), transforms=NARROW),
-        _scales_block(block, (2 * WARPGROUPS, RUN), lambda n: (k, n), expert),
+        _scales_block(block, (scales * WARPGROUPS, RUN), lambda n: (k, n), expert),
     ]
 
 
@@ -228,20 +236,39 @@ def _scales_block(
     return block((None, *shape), lambda step: (expert, *index(step)))
 
 
-def _look_up(
-    weight: Operands, dtype: DTypeLike, interpret: Interpret
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    pair = decode.decode_pair if interpret is None else decode.select_pair
-    return functools.partial(pair, rows=RUN, layout=REGISTERS, table=weight.table, dtype=dtype)
+class Decoder(NamedTuple):
+    """The steps by which a kernel decodes a code: its table, and its scales.
+
+    Attributes:
+      look_up: packed bytes [64, 64] -> the values of their low and of their high nibbles.
+      factors: scales [64] of the groups of 64 columns, several -> the factors [64, 64].
+      scales: the number of scales of a row in 128 columns of the weight.
+    """
+
+    look_up: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+    factors: Callable[[list[jax.Array], MosaicValue], jax.Array]
+    scales: int
 
 
-def _dequantized(
-    look_up: Callable[[jax.Array], tuple[jax.Array, jax.Array]], codes_s: MosaicValue, scales_s: MosaicValue
-) -> list[jax.Array]:
-    """Dequantizes two runs [64 rows, 64 columns] of the weight in registers: table values times row constants."""
-    pair = look_up(plgpu.load(codes_s, layout=REGISTERS))
-    scales = [plgpu.load(scales_s.at[run], layout=REGISTERS.reduce(1)) for run in (0, 1)]
-    return [values * lax.broadcast_in_dim(scale, values.shape, [0]) for values, scale in zip(pair, scales, strict=True)]
+def _decoder(weight: Operands, dtype: DTypeLike, interpret: Interpret) -> Decoder:
+    pair, factors = (
+        (decode.decode_pair, decode.group_factors)
+        if interpret is None
+        else (decode.select_pair, decode.repeated_factors)
+    )
+    look_up = functools.partial(pair, rows=RUN, layout=REGISTERS, table=weight.table, dtype=dtype)
+    return Decoder(look_up, factors, GROUP // weight.group)
+
+
+def _dequantized(decoder: Decoder, codes_s: MosaicValue, scales_s: MosaicValue) -> list[jax.Array]:
+    """Dequantizes two runs [64 rows, 64 columns] of the weight in registers: table values times scales."""
+    pair, groups = decoder.look_up(plgpu.load(codes_s, layout=REGISTERS)), decoder.scales // 2
+    scales = [plgpu.load(scales_s.at[at], layout=REGISTERS.reduce(1)) for at in range(decoder.scales)]
+    if groups == 1:
+        factors = [lax.broadcast_in_dim(scale, pair[0].shape, [0]) for scale in scales]
+    else:
+        factors = [decoder.factors(scales[run * groups : (run + 1) * groups], REGISTERS) for run in (0, 1)]
+    return [values * factor for values, factor in zip(pair, factors, strict=True)]
 
 
 def _through_shared(values: list[jax.Array], operand_s: MosaicValue) -> list[MosaicValue]:
@@ -304,7 +331,7 @@ def _block_of_result(
         lambda _, *step_refs: step(wg, operand_s, *step_refs),
         grid=(shape.steps,),
         memory_registers=MEMORY_REGISTERS,
-        in_specs=shape.blocks(tile, place, m, across, shape.late),
+        in_specs=shape.blocks(tile, shape.scales, place, m, across, shape.late),
         wg_axis="wg",
         num_compute_wgs=WARPGROUPS,
         max_concurrent_steps=max(tile.steps, shape.late + 1),

@@ -5,7 +5,8 @@ of each of the 32 rows of codes, 64 per warp. A thread reads 16 bytes per row, b
 ahead of their use. mma.sync (m16n8k16) multiplies, with the weights as its first operand and up to eight rows of x as
 its second. The order of K is free if both agree, so a thread's 16 bytes are its share of eight products. Weights in the
 products are bare table values. The constant of a run multiplies the run's sum: eight registers per 128 weights of a
-thread. Warps add their sums through shared memory. XLA adds the parts of K, in the pass that transposes the result.
+thread. Where 16 or 32 columns share a scale, threads hold different groups, so scales multiply the weights instead.
+Warps add their sums through shared memory. XLA adds the parts of K, in the pass that transposes the result.
 
 Instructions per weight and thread, by machine code: 3.3 for up to eight rows, 3.7 for up to sixteen. Of these, 2.6 are
 look-ups (21 per eight codes), 0.13 products, 0.13 sums. The budget on an H100 is 132 x 4 schedulers x 1.755 GHz x 32 /
@@ -33,15 +34,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Layer
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
-from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands, Weights, operands
 from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import (
     BLOCK,
     EIGHT,
     GROUP,
+    RUN,
     STEP_BYTES,
     WARPS,
     Interpreted,
@@ -52,7 +53,7 @@ ENOUGH_BLOCKS = 4 * 132  # four per SM of an H100, by reasoning
 PARTS = (4, 2, 1)  # numbers of parts of K, each computed by separate blocks
 
 
-def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
+def forward(x_MK: Float[Array, "M K"], weights: Weights, layer: Layer) -> Float[Array, "M N"]:
     """Computes y = x w^T, accumulated in f32, in x's dtype."""
     weight = operands(weights, layer, x_MK.dtype)
     return product(Machine(x_MK.dtype, weight.table), x_MK, weight)
@@ -68,21 +69,21 @@ def expert_product(
     instructions: Machine | Interpreted, x_PK: Float[Array, "P K"], weight: Operands
 ) -> Float[Array, "P N"]:
     """Computes the product of tiles of eight rows, each with its expert; of at least a step of K."""
-    assert weight.codes_LNJ.shape[2] >= STEP_BYTES
+    assert pl.cdiv(weight.shape[1], GROUP) >= WARPS
     return _product(instructions, x_PK, weight, weight.layer.shape[1])
 
 
 def _product(
     instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weight: Operands, tiles: int
 ) -> Float[Array, "M N"]:
-    groups = weight.codes_LNJ.shape[2] * 2 // GROUP
+    groups = max(WARPS, pl.cdiv(weight.shape[1], GROUP))
     steps = pl.cdiv(groups, WARPS)
     blocks = weight.codes_LNJ.shape[1] // BLOCK * (tiles if weight.layer.ndim == 2 else 1)
     parts = next(parts for parts in PARTS if parts == 1 or _worth(parts, steps, blocks))
     tile_rows = 2 if x_MK.shape[0] <= 2 else EIGHT
     rows = ((0, tiles * tile_rows - x_MK.shape[0]), (0, groups * GROUP - x_MK.shape[1]))
     x_TRK = jnp.pad(x_MK, rows).reshape(tiles, tile_rows, groups * GROUP)
-    task = _Task(instructions, groups, steps, parts, weight.codes_LNJ.shape[1])
+    task = _Task(instructions, groups, steps, parts, weight.codes_LNJ.shape[1], GROUP // weight.group)
     sums_PTNR = task.run(x_TRK, weight)
     y_TRN = jnp.sum(sums_PTNR, axis=0).swapaxes(1, 2)
     return y_TRN.reshape(tiles * EIGHT, -1)[: x_MK.shape[0]].astype(x_MK.dtype)
@@ -98,22 +99,24 @@ def _at_least_a_step(weight: Operands) -> Operands:
 
     This is the only case in which a layer's codes are copied: at most 192 bytes per row become 256.
     """
-    missing = STEP_BYTES - weight.codes_LNJ.shape[2]
-    if missing <= 0:
+    used = RUN * pl.cdiv(weight.shape[1], GROUP)
+    if used >= STEP_BYTES:
         return weight
-    codes = jnp.pad(lax.dynamic_index_in_dim(weight.codes_LNJ, weight.layer[0]), ((0, 0), (0, 0), (0, missing)))
-    scales = jnp.pad(weight.scales, ((0, 2 * WARPS - weight.scales.shape[0]), (0, 0)))
+    one = lax.dynamic_index_in_dim(weight.codes_LNJ, weight.layer[0])[:, :, :used]
+    codes = jnp.pad(one, ((0, 0), (0, 0), (0, STEP_BYTES - used)))
+    scales = jnp.pad(weight.scales, ((0, GROUP // weight.group * WARPS - weight.scales.shape[0]), (0, 0)))
     return weight._replace(codes_LNJ=codes, layer=jnp.zeros_like(weight.layer), scales=scales)
 
 
 class _Task(NamedTuple):
-    """One product: its groups of K, steps, parts of K, and columns of the result."""
+    """One product: its groups of K, steps, parts of K, columns of the result, and scales of a row in a group."""
 
     instructions: Machine | Interpreted
     groups: int
     steps: int
     parts: int
     columns: int
+    scales: int
 
     def run(self, x_TRK: jax.Array, weight: Operands) -> Float[Array, "parts T N 8"]:
         """Computes the sums of every part of K; with experts, separate blocks compute each tile of rows."""
@@ -162,7 +165,9 @@ class _Task(NamedTuple):
         columns = pl.ds(pl.multiple_of(GROUP * group, GROUP), WARPS * GROUP)
         x = [do.rows(x_g.at[:, columns]) for x_g in tiles_g]
         codes = do.codes(codes_g.at[pl.ds(column, BLOCK), pl.ds(pl.multiple_of(64 * group, 64), STEP_BYTES)])
-        scales = do.scales(scales_g.at[pl.ds(2 * group, 2 * WARPS), pl.ds(column, BLOCK)])
+        each = self.scales
+        scales = do.scales(scales_g.at[pl.ds(each * group, each * WARPS), pl.ds(column, BLOCK)])
         if self.groups % WARPS:
-            scales = jnp.where(do.runs() >= 2 * (WARPS * step - group), scales, jnp.zeros_like(scales))
+            is_new = do.groups(each * WARPS) >= each * (WARPS * step - group)
+            scales = jnp.where(is_new, scales, jnp.zeros_like(scales))
         return x, codes, scales

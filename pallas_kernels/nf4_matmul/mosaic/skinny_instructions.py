@@ -24,7 +24,8 @@ from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
 
 WARPS = 4
-GROUP = 128  # columns of K whose codes share 64 bytes
+RUN = 64
+GROUP = 2 * RUN  # columns of K whose codes share 64 bytes
 STEP_BYTES = WARPS * GROUP // 2
 BLOCK = 32  # columns of the result that a block makes
 EIGHT = 8  # rows of x in one product
@@ -37,6 +38,11 @@ ROWS = TiledLayout(Tiling(((EIGHT, WARPS * GROUP), (EIGHT, GROUP), (EIGHT, 64), 
 TWO_ROWS = TiledLayout(Tiling(((2, WARPS * GROUP), (2, GROUP), (2, 64), (16,))), (-6,), (Replicated(4), -3, -2), -1)
 # [8, 32] scales: run 2 w + r, row 4 g + q; registers (r), each of four values q.
 SCALES = TiledLayout(Tiling(((2 * WARPS, BLOCK), (2, BLOCK), (4,))), (-5,), (-2, Replicated(4)), -1)
+# [8 G, 32] scales of G groups in a run: group G (2 w + r) + t G / 4, row 4 g + q; registers (r), each of four values q.
+SCALES_OF_GROUPS = {
+    2: TiledLayout(Tiling(((16, BLOCK), (4, BLOCK), (2, 4))), (-6,), (-3, -2, Replicated(2)), -1),
+    4: TiledLayout(Tiling(((32, BLOCK), (8, BLOCK), (4, 4))), (-6,), (-3, -2), -1),
+}
 # [128, 8] sums of warps: 32 w + row 4 g + q, row of x 2 t + v; registers (q), each of two values v.
 SUMS = TiledLayout(Tiling(((WARPS * BLOCK, EIGHT), (BLOCK, EIGHT), (4, 2))), (-6,), (-4, -3), -1)
 SUMS_LAYOUT = tiled(SUMS)
@@ -62,12 +68,12 @@ class Machine:
         return self._load(source, CODES)
 
     def scales(self, source) -> jax.Array:
-        """Loads [8, 32] constants of runs."""
-        return self._load(source, SCALES)
+        """Loads [8 G, 32] scales of the groups of runs."""
+        return self._load(source, _of_scales(source.shape[0]))
 
-    def runs(self) -> jax.Array:
-        """Returns [8, 32], the number of each run."""
-        return plgpu.broadcasted_iota(jnp.int32, (2 * WARPS, BLOCK), 0, layout=tiled(SCALES))
+    def groups(self, count: int) -> jax.Array:
+        """Returns [8 G, 32], the number of each group."""
+        return plgpu.broadcasted_iota(jnp.int32, (count, BLOCK), 0, layout=tiled(_of_scales(count)))
 
     def constants(self, words_g) -> list[jax.Array]:
         """Loads the look-up's constants into registers."""
@@ -86,9 +92,12 @@ class Machine:
         return plgpu.load(source, layout=plgpu.Layout.WG_STRIDED((BLOCK, EIGHT), 2), optimized=False)
 
     def dot(self, sums, x, codes, scales, words) -> list[jax.Array]:
-        """Computes sums + sum_r scales[2 w + r, n] (table[codes of run r] . x) for each warp w, row n, row of x."""
+        """Computes sums + sum_r scales[2 w + r, n] (table[codes of run r] . x) for each warp w, row n, row of x.
+
+        If a run has several groups, each has its scale.
+        """
         of_rows = tiled(ROWS if x[0].shape[0] == EIGHT else TWO_ROWS)
-        of_codes, of_scales = tiled(CODES), tiled(SCALES)
+        of_codes, of_scales = tiled(CODES), tiled(_of_scales(scales.shape[0]))
         types = ([SUMS_LAYOUT] * len(x), [of_rows] * len(x), of_codes, of_scales, [inline_ptx.THREADS] * len(words))
         result = [plgpu.ShapeDtypeStruct(one.shape, jnp.dtype(jnp.float32), layout=SUMS_LAYOUT) for one in sums]
         emit = functools.partial(_emit_dot, self.table, self.dtype)
@@ -107,9 +116,9 @@ class Interpreted:
 
     rows = codes = scales = stored = _load
 
-    def runs(self) -> jax.Array:
-        """Returns [8, 32], the number of each run."""
-        return lax.broadcasted_iota(jnp.int32, (2 * WARPS, BLOCK), 0)
+    def groups(self, count: int) -> jax.Array:
+        """Returns [8 G, 32], the number of each group."""
+        return lax.broadcasted_iota(jnp.int32, (count, BLOCK), 0)
 
     def constants(self, words_g) -> None:
         """Returns None: the select tree has its own constants."""
@@ -128,7 +137,13 @@ class Interpreted:
         bytes_of_warps = jnp.concatenate(jnp.split(codes, WARPS, axis=1))
         pair = select_pair(bytes_of_warps, WARPS * BLOCK, None, self.table, self.dtype)
         weights_WrNC = jnp.stack([values.reshape(WARPS, BLOCK, 64) for values in pair], axis=1)
-        factors_WrN = scales.reshape(WARPS, 2, BLOCK).astype(jnp.float32)
+        factors_WrGN = scales.reshape(WARPS, 2, -1, BLOCK)
+        groups = factors_WrGN.shape[2]
+        if groups == 1:
+            factors_WrN = factors_WrGN[:, :, 0].astype(jnp.float32)
+        else:
+            weights_WrNC *= jnp.repeat(factors_WrGN.swapaxes(2, 3), 64 // groups, axis=3)
+            factors_WrN = jnp.ones((WARPS, 2, BLOCK), jnp.float32)
         return [one + self._dot(weights_WrNC, factors_WrN, tile) for one, tile in zip(sums, x, strict=True)]
 
     def _dot(self, weights_WrNC, factors_WrN, x):
@@ -137,8 +152,13 @@ class Interpreted:
         return jnp.sum(runs * factors_WrN[..., None], axis=1).reshape(WARPS * BLOCK, EIGHT)
 
 
+def _of_scales(rows: int) -> TiledLayout:
+    """Returns the layout of scales [rows, 32]."""
+    return SCALES if rows == 2 * WARPS else SCALES_OF_GROUPS[rows // (2 * WARPS)]
+
+
 class Alu(NamedTuple):
-    """The operations on registers that `dots` uses.
+    """The operations on registers that `dots` and `dots_of_groups` use.
 
     Attributes:
       look_up: (16 packed bytes, s) -> the values of bytes 4 s to 4 s + 3 in four registers: low nibbles of 0, 1; high
@@ -146,12 +166,17 @@ class Alu(NamedTuple):
       values: (16 values, s) -> values 4 s, 4 s + 1; 4 s + 2, 4 s + 3.
       multiply: mma.sync: (four registers, two registers, four sums or None) -> four sums.
       add: (two sums, scales of four rows, q, two sums) -> the first plus scale q times the second.
+      scale: (two values, scales of four rows, q) -> the values times scale q.
+      split, join: two sums in a register -> the sums, and back.
     """
 
     look_up: Callable[[MosaicValue, int], Sequence[MosaicValue]]
     values: Callable[[MosaicValue, int], Sequence[MosaicValue]]
     multiply: Callable[[Sequence[MosaicValue], Sequence[MosaicValue], np.ndarray], Sequence[MosaicValue]]
     add: Callable[[MosaicValue, MosaicValue, int, np.ndarray], MosaicValue]
+    scale: Callable[[MosaicValue, MosaicValue, int], MosaicValue]
+    split: Callable[[MosaicValue], Sequence[MosaicValue]]
+    join: Callable[[Sequence[MosaicValue]], MosaicValue]
 
 
 def dots(
@@ -170,6 +195,26 @@ def dots(
     return sums
 
 
+def dots_of_groups(
+    sums: list[np.ndarray], x: list[np.ndarray], codes: np.ndarray, scales: np.ndarray, alu: Alu
+) -> list[np.ndarray]:
+    """Computes `dots` where threads t of a row hold different groups: weights are scaled before the product adds them.
+
+    So products add to the sums themselves.
+    """
+    for s, pair in np.ndindex(4, 2):
+        found = [alu.look_up(codes[2 * pair + e], s) for e in range(2)]
+        for run in range(2):
+            places = (run, 0), (run, 1), (2 + run, 0), (2 + run, 1)  # (values of a look-up, row of the pair)
+            weights = [alu.scale(found[e][at], scales[run], 2 * pair + e) for at, e in places]
+            for one, x_of in zip(sums, x, strict=True):
+                start = [value for e in range(2) for value in alu.split(one[2 * pair + e])]
+                total = alu.multiply(weights, alu.values(x_of[run], s), np.array(start, object))
+                for e in range(2):
+                    one[2 * pair + e] = alu.join(total[2 * e : 2 * e + 2])
+    return sums
+
+
 def _show(ctx, sums, target) -> None:
     sums.store_untiled(target, optimized=False)
     mgpu.utils.warpgroup_barrier()
@@ -177,7 +222,7 @@ def _show(ctx, sums, target) -> None:
 
 def _emit_dot(table, dtype, ctx, sums, x, codes, scales, words):
     alu = _machine(table, dtype, [word.registers.item() for word in words])
-    found = dots(
+    found = (dots if scales.shape[0] == 2 * WARPS else dots_of_groups)(
         [one.registers.reshape(4).copy() for one in sums],
         [one.registers.reshape(2) for one in x],
         codes.registers.reshape(4),
@@ -210,9 +255,20 @@ def _machine(table: np.ndarray, dtype: DTypeLike, constants: Sequence[MosaicValu
         ]
         return vector.from_elements(ir.VectorType.get((2,), f32), new)
 
+    two_values, two_sums = (
+        ir.VectorType.get((2,), kind) for kind in (mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)), f32)
+    )
+
+    def scale(values, scales, q):
+        factor = vector.broadcast(two_values, value(scales, q))
+        return mgpu.utils.bitcast(arith.mulf(mgpu.utils.bitcast(values, two_values), factor), i32)
+
     return Alu(
         look_up=lambda register, s: assembly(ptx, i32, 4, [word(register, s, 4), *constants], []),
         values=lambda register, s: [word(register, 2 * s + half, 8) for half in range(2)],
         multiply=multiply,
         add=add,
+        scale=scale,
+        split=lambda sums: [value(sums, v) for v in range(2)],
+        join=lambda sums: vector.from_elements(two_sums, list(sums)),
     )

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from pallas_kernels.formats.ggml_tensor import GgmlTensor, finite_scales
+from pallas_kernels.formats.ggml_tensor import SPLIT_K, GgmlTensor, finite_scales, to_split_k
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.loading.base_fingerprint import BaseDigest, new_digest
 from qlora_jax.io.loading.mesh_weights import (
@@ -232,6 +232,7 @@ class _Reader:
         own = read_own(read, rows)
         self.digest.name(spec.ggml_type)
         self.digest.add(own, rows)
+        own = to_split_k(own, spec.ggml_type) if spec.layout == SPLIT_K else own
         codes = place.put(own, rows) if isinstance(place, PlacedArray) else jnp.array(own, copy=True)
         return dataclasses.replace(spec, codes=codes)
 

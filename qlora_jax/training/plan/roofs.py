@@ -20,7 +20,7 @@ from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import Card
 from pallas_kernels.grouped_matmul import api as grouped
 from pallas_kernels.nf4_matmul import api as nf4
-from pallas_kernels.nf4_matmul.costs import Roofline, dequantized_bytes, expanded_bytes
+from pallas_kernels.nf4_matmul.costs import Roofline, dequantized_bytes, expanded_bytes, scale_group
 from qlora_jax.models.partition import module_of
 from qlora_jax.nn.frozen_weight import ops_of
 from qlora_jax.training.cost import memory_use
@@ -172,7 +172,8 @@ def _weight_bytes(weight: PyTree, name: str, step: StepShape, device: Device) ->
         choice = grouped.choose_implementation(device, "forward", step.weights.dtype, weight, step.tiles[1])
     else:
         choice = choose(device, step.rows, step.weights.dtype, weight)
-    through = expanded_bytes(weight.shape) if choice.name in FUSED else dequantized_bytes(weight.shape)
+    fused = choice.name in FUSED
+    through = expanded_bytes(weight.shape, scale_group(weight)) if fused else dequantized_bytes(weight.shape)
     return stored + math.prod(weight.stack_shape) * 2 * through
 
 

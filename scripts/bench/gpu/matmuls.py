@@ -21,9 +21,8 @@ from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import reference
-from pallas_kernels.nf4_matmul.api import preference
 from pallas_kernels.nf4_matmul.costs import product_flops, roofline, weight_bytes
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Direction
+from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Direction, preference
 from pallas_kernels.nf4_matmul.mosaic import ampere, ampere_instructions, hopper, skinny, skinny_instructions
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import operands

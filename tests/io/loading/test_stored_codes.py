@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from pallas_kernels.formats.ggml_tensor import GgmlTensor
+from pallas_kernels.formats.ggml_tensor import BLOCKS, SPLIT_K, GgmlTensor, block_layout
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax import quantize
 from qlora_jax.config import ModelArgs
@@ -94,6 +94,24 @@ def test_a_mesh_loads_the_same_base(mixed_gguf: Path) -> None:
         assert jax.tree.structure(found.leaf) == jax.tree.structure(expected.leaf)
         for ours, theirs in zip(jax.tree.leaves(found.leaf), jax.tree.leaves(expected.leaf), strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=str(found.path))
+
+
+@pytest.mark.parametrize("mesh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one device", "mesh"])
+def test_a_gpu_holds_the_same_base_in_the_order_of_its_kernels(tmp_path: Path, mesh: bool) -> None:
+    """Queries are in Q4_1, which no kernel takes; the fingerprint is that of the file's bytes."""
+    path = write_gguf(tmp_path / "tiny.gguf", CONFIG, WEIGHTS, Kind.Q4_0, types={Q8_0: Kind.Q4_1})
+    expected = _load(path)
+    found = _load(path, dataclasses.replace(FORMAT, platform="gpu"), mesh=make_mesh(2, 4) if mesh else None)
+    assert found.fingerprint == expected.fingerprint
+    layouts = set()
+    for ours, theirs in zip(slots_of(found.model), slots_of(expected.model), strict=True):
+        for index in range(len(ours.names)):
+            part, other = ours.part(index), theirs.part(index)
+            if isinstance(part, GgmlTensor):
+                layouts.add((part.ggml_type, part.layout))
+                assert part.layout == block_layout("gpu", part.ggml_type, part.shape)
+                np.testing.assert_array_equal(dense_weight(part, "float32"), dense_weight(other, "float32"))
+    assert {("Q4_0", SPLIT_K), ("Q4_1", BLOCKS)} <= layouts
 
 
 @pytest.mark.slow

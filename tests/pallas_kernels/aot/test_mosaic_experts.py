@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.grouped_matmul import Groups, grouped_matmul
-from pallas_kernels.kernel_report import abstract_weight
+from pallas_kernels.kernel_report import abstract_blocks, abstract_weight
 from tests.marks import some_in_ci
 
 Abstract = jax.ShapeDtypeStruct
@@ -44,8 +44,8 @@ def step(x_PK, weights, groups, layer):
     return vjp(y)
 
 
-def compiled_for(compile_for, card, function, tiles, tile):
-    one = abstract_weight(SHAPE, "split_k")
+def compiled_for(compile_for, card, function, tiles, tile, ggml_type=None):
+    one = abstract_weight(SHAPE, "split_k") if ggml_type is None else abstract_blocks(ggml_type, SHAPE, "gpu")
     stack = jax.tree.map(lambda leaf: Abstract((LAYERS, EXPERTS, *leaf.shape), leaf.dtype), one)
     x, groups = Abstract((tiles * tile, SHAPE[1]), jnp.bfloat16), abstract_groups(tiles, tile)
     compiled = compile_for(card, function, x, stack, groups, Abstract((), jnp.int32))
@@ -72,6 +72,15 @@ def test_one_launch_per_direction_and_no_expert_dequantized(compile_for, card):
     scales = 2 * EXPERTS * math.prod(SHAPE) // 64
     assert largest_array_made(compiled.text, {tiles * tile}) <= 2 * scales
     assert compiled.memory.device.temporaries <= 2 * tiles * tile * SHAPE[0] + 2 * scales + 4096
+
+
+@pytest.mark.parametrize("card", some_in_ci([(card,) for card in CASES], lambda index: index == 1))
+def test_experts_in_blocks_of_a_file_are_multiplied_in_one_launch(compile_for, card):
+    compiled = compiled_for(compile_for, card, step, 100, 64, "MXFP4")
+    kernels = [kernel for kernel in compiled.kernels if kernel.tensor_core_instructions]
+    assert {kernel.name.removesuffix("_mosaic_gpu_kernel") for kernel in kernels} == set(CASES[card])
+    scales = 2 * EXPERTS * math.prod(SHAPE) // 32
+    assert largest_array_made(compiled.text, {100 * 64}) <= 2 * scales
 
 
 @pytest.mark.parametrize("card", some_in_ci([("h100",), ("a100",), ("rtx5090",), ("b200",)], lambda index: False))

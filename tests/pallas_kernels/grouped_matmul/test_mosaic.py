@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # has the race detector's result
 
-from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.grouped_matmul import gather_rows, group_rows, mosaic
 from pallas_kernels.nf4_matmul.mosaic import ampere, ampere_instructions, hopper, skinny, skinny_instructions
+from tests.ggml_codes import in_split_k, random_ggml
 from tests.marks import some_in_ci
 from tests.pallas_kernels.grouped_matmul.experts import choices, dense, quantized, random_rows
 from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
@@ -18,7 +18,6 @@ from tests.pallas_kernels.nf4_matmul.twins import DETECTING
 
 BF16 = jnp.bfloat16
 EXPERTS, LAYER = 4, 1
-TABLE = CODE_TABLES["nf4"]
 
 
 def hopper_twin(direction, rows, weight):
@@ -27,12 +26,12 @@ def hopper_twin(direction, rows, weight):
 
 
 def ampere_twin(direction, rows, weight):
-    machine = ampere_instructions.Interpreted(direction, BF16, TABLE, DETECTING)
+    machine = ampere_instructions.Interpreted(direction, BF16, weight.table, DETECTING)
     return ampere.product(machine, rows, weight, ampere.SMALL)
 
 
 def skinny_twin(direction, rows, weight):
-    return skinny.expert_product(skinny_instructions.Interpreted(BF16, TABLE, DETECTING), rows, weight)
+    return skinny.expert_product(skinny_instructions.Interpreted(BF16, weight.table, DETECTING), rows, weight)
 
 
 # twin -> (rows per tile, tokens, (N, K), directions)
@@ -46,15 +45,19 @@ IN_CI = {(hopper_twin, "backward")}
 
 
 @functools.cache
-def stack(shape):
-    return quantized(2, EXPERTS, shape, layout="split_k")
+def stack(shape, ggml_type=None):
+    """Makes a stack of experts in NF4, or in blocks of a file."""
+    if ggml_type is None:
+        return quantized(2, EXPERTS, shape, layout="split_k")
+    return in_split_k(random_ggml(ggml_type, (2, EXPERTS), shape))
 
 
-def interpreted(twin, direction, operands=mosaic.tile_operands):
+def interpreted(twin, direction, operands=mosaic.tile_operands, ggml_type=None):
     """Returns (relative error, allowed error, races, the rows of unused tiles) with NaN in the rows of unused tiles."""
     tile, tokens, shape, _ = TWINS[twin]
     groups = group_rows(jnp.asarray(choices(tokens, 2, EXPERTS, "empty experts")), EXPERTS, tile)
-    w_ENK = dense(stack(shape))[LAYER]
+    weights = stack(shape, ggml_type)
+    w_ENK = dense(weights)[LAYER]
     w_EAB = np.swapaxes(w_ENK, 1, 2) if direction == "forward" else w_ENK
     rows = gather_rows(random_rows(tokens, w_EAB.shape[1], dtype=BF16), groups)
     used = int(groups.tiles) * tile
@@ -64,7 +67,7 @@ def interpreted(twin, direction, operands=mosaic.tile_operands):
     wanted = np.einsum("pa,pab->pb", np.asarray(rows, np.float64), w_EAB[expert_of_slot])[:used]
     try:
         run = jax.jit(lambda rows, weights, i: twin(direction, rows, operands(weights, groups, i, BF16, tile)))
-        y = run(given, stack(shape), jnp.int32(LAYER))
+        y = run(given, weights, jnp.int32(LAYER))
         races = interpret_pallas_call.get_races().races_found
     finally:
         interpret_pallas_call.reset_gpu_interpret_mode_state()
@@ -75,6 +78,14 @@ def interpreted(twin, direction, operands=mosaic.tile_operands):
 @pytest.mark.parametrize(("twin", "direction"), some_in_ci(CASES, lambda index: CASES[index] in IN_CI))
 def test_each_tile_is_multiplied_by_its_expert_and_the_rest_is_zeros(twin, direction):
     error, allowed, races, unused = interpreted(twin, direction)
+    assert error <= allowed and not races
+    assert not np.asarray(unused, np.float32).any()
+
+
+@pytest.mark.parametrize(("twin", "direction"), some_in_ci(CASES, lambda index: CASES[index][0] is ampere_twin))
+def test_experts_in_blocks_of_a_file(twin, direction):
+    """Experts of gpt-oss are in MXFP4."""
+    error, allowed, races, unused = interpreted(twin, direction, ggml_type="MXFP4")
     assert error <= allowed and not races
     assert not np.asarray(unused, np.float32).any()
 

@@ -13,7 +13,7 @@ from pallas_kernels import aot, devices
 from pallas_kernels.devices import Device, device_of, target_device
 from pallas_kernels.grouped_matmul import api as grouped
 from pallas_kernels.kernel_report import device_of_card
-from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
+from pallas_kernels.nf4_matmul import api, dispatch, nf4_matmul, reference
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Capabilities, Implementation, choose, refusal
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
@@ -21,7 +21,7 @@ CPU = Device(platform="cpu", kind="cpu")
 
 
 def grouped_choice(device, call):
-    return choose(device, call, grouped.IMPLEMENTATIONS, api.preference(device, grouped.PREFERENCE))
+    return choose(device, call, grouped.IMPLEMENTATIONS, dispatch.preference(device, grouped.PREFERENCE))
 
 
 H100 = Device(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))
@@ -165,7 +165,7 @@ def test_every_device_has_an_implementation_for_every_call(device, direction):
 
 
 def test_every_order_names_implementations_and_ends_with_one_that_does_everything():
-    for order in api.PREFERENCE.values():
+    for order in dispatch.PREFERENCE.values():
         assert set(order) <= set(api.IMPLEMENTATIONS)
         assert order[-1] == "reference"
     assert api.IMPLEMENTATIONS["reference"].capabilities == Capabilities()
@@ -187,7 +187,7 @@ def gpu_only(monkeypatch):
     monkeypatch.setitem(
         api.IMPLEMENTATIONS, "hopper", Implementation(forward, backward, Capabilities(devices=("sm_90",)))
     )
-    monkeypatch.setitem(api.PREFERENCE, "sm_90", ("hopper", "reference"))
+    monkeypatch.setitem(dispatch.PREFERENCE, "sm_90", ("hopper", "reference"))
     return ran
 
 

@@ -13,7 +13,9 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # has th
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands
+from tests.ggml_codes import dequantized, in_split_k, random_ggml
 from tests.pallas_kernels.nf4_matmul.contract import weight
 from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 
@@ -42,6 +44,18 @@ def stack(shape, quant_type="nf4", double_quant=True):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
+@functools.cache
+def stack_of_file(shape, ggml_type):
+    """Makes a stack of different layers in blocks of a file, in `split_k`."""
+    return in_split_k(random_ggml(ggml_type, (LAYERS,), shape))
+
+
+def dense_of(weights, layer):
+    """Returns a layer of the weights [N, K]."""
+    one = jax.tree.map(np.asarray, weights.layer(layer))
+    return dequantized(one) if isinstance(one, GgmlTensor) else dequantize_numpy(one, np.float32)
+
+
 class Found(NamedTuple):
     """A result's relative error, the allowed error, and True if there was a race."""
 
@@ -59,7 +73,7 @@ def interpreted(
     layer: int = 1,
 ) -> Found:
     """Runs a twin on random rows and a layer of the weights."""
-    dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
+    dense = dense_of(weights, layer)
     right = dense.T if direction == "forward" else dense
     x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, len(right))), dtype)
     try:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from pallas_kernels.nf4_matmul import api, reference
+from pallas_kernels.nf4_matmul import api, dispatch, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.config.schema import RouterArgs
@@ -94,7 +94,7 @@ def session_of(*weights):
 def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run(monkeypatch):
     few = Implementation(reference.forward, reference.backward, Capabilities(rows=(1, 64)))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "few", few)
-    monkeypatch.setitem(api.PREFERENCE, "cpu", ("few", "reference"))
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("few", "reference"))
     products = _matmuls.__wrapped__(session_of(weight((64, 128)), weight((96, 192)), jnp.ones(3)))
     assert products == "reference; not few: takes 1 to 64 rows, not 128"
     assert _matmuls.__wrapped__(session_of(jnp.ones((4, 4)))) == "XLA, dense weights"

@@ -88,7 +88,7 @@ PROMISED = {
     ("rtx4090", "qwen3-30b-a3b", "offload"): (5.17, 13.93),
     ("h100", "qwen3-30b-a3b", "offload"): (5.17, 13.93),
     ("rtx4090", "gpt-oss-20b", "device"): (14.31, 0),
-    ("rtx4090", "gpt-oss-20b", "stored"): (15.27, 0),
+    ("rtx4090", "gpt-oss-20b", "stored"): (15.84, 0),
 }
 
 

@@ -60,36 +60,60 @@ def assert_registers(found, expected_array, layout):
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.fixture
-def packed_and_scales():
+@pytest.fixture(params=[1, 2, 4], ids=lambda groups: f"{groups} groups")
+def packed_and_scales(request):
+    """Returns packed bytes of two chunks of rows, and scales of the groups of low, then of high nibbles."""
     rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (2, 64, 64)), rng.integers(1, 99, (2, 128))
+    return rng.integers(0, 256, (2, 64, 64)), rng.integers(1, 99, (2 * request.param, 128))
 
 
 def arranged(direction, packed, scales):
-    of_packed, of_scales = fragments.LAYOUTS[direction]
-    chunks = [threads(chunk, of_packed).reshape(4, 2, 2) for chunk in packed]
-    shape = (1,) if direction == "forward" else (4, 2)
-    factors = [[threads(row[64 * c : 64 * c + 64], of_scales).reshape(shape) for c in range(2)] for row in scales]
-    arrange = {"forward": fragments.operands_forward, "backward": fragments.operands_backward}[direction]
-    return arrange(chunks, factors, ALU)
+    chunks = [threads(chunk, fragments.PACKED[direction]).reshape(4, 2, 2) for chunk in packed]
+    of_nibbles, by_chunk = np.split(scales, 2), (slice(0, 64), slice(64, 128))
+    if direction == "forward":
+        factors = [
+            [[threads(row[rows], fragments.SCALES_FORWARD).item() for row in groups] for rows in by_chunk]
+            for groups in of_nibbles
+        ]
+        return fragments.operands_forward(chunks, factors, ALU)
+    factors = [[of_rows(groups[:, rows]) for rows in by_chunk] for groups in of_nibbles]
+    return fragments.operands_backward(chunks, factors, ALU)
+
+
+def of_rows(scales):
+    """Returns the registers of scales [groups, 64 rows] backward."""
+    one = len(scales) == 1
+    layout = fragments.SCALES_BACKWARD if one else fragments.scales_backward(len(scales))
+    return threads(scales[0] if one else scales, layout).reshape(4, 2)
 
 
 def equation(direction, packed, scales):
     """Computes operands [64, 128] of both parts, columns in the tile's order."""
     values = np.stack(look_up(packed))  # nibble, chunk, row, byte
-    scaled = values * scales.reshape(2, 2, 64)[..., None]
+    groups = len(scales) // 2
+    factors = scales.reshape(2, groups, 2, 64).transpose(0, 2, 3, 1)  # nibble, chunk, row, group
+    scaled = values * np.repeat(factors, 64 // groups, axis=3)
     if direction == "forward":  # for each nibble, bytes by rows of both chunks
         return [scaled[nibble].reshape(128, 64).T for nibble in range(2)]
     return [np.concatenate([scaled[0, chunk], scaled[1, chunk]], axis=1) for chunk in range(2)]
 
 
-@pytest.mark.parametrize("direction", fragments.LAYOUTS)
+@pytest.mark.parametrize("direction", fragments.PACKED)
 def test_operands_are_where_the_product_wants_them(direction, packed_and_scales):
     layout = fragments.of_weights(jnp.bfloat16).to_mgpu()
     found = arranged(direction, *packed_and_scales)
     for mine, expected in zip(found, equation(direction, *packed_and_scales), strict=True):
         assert_registers(mine, expected[:, tile_columns()], layout)
+
+
+@pytest.mark.parametrize("direction", fragments.PACKED)
+def test_the_scales_of_another_group_are_caught(direction, packed_and_scales):
+    packed, scales = packed_and_scales
+    layout = fragments.of_weights(jnp.bfloat16).to_mgpu()
+    wrong = arranged(direction, packed, np.roll(scales, 1, axis=0))
+    with pytest.raises(AssertionError):
+        for mine, expected in zip(wrong, equation(direction, packed, scales), strict=True):
+            assert_registers(mine, expected[:, tile_columns()], layout)
 
 
 def look_up_wrongly(*packed):
@@ -101,7 +125,7 @@ def look_up_across_wrongly(first, second):
     return high, low, high_of_next, low_of_next
 
 
-@pytest.mark.parametrize("direction", fragments.LAYOUTS)
+@pytest.mark.parametrize("direction", fragments.PACKED)
 def test_a_wrong_nibble_is_caught(direction, packed_and_scales, monkeypatch):
     wrong = ALU._replace(look_up=look_up_wrongly, look_up_across=look_up_across_wrongly)
     monkeypatch.setitem(globals(), "ALU", wrong)

@@ -95,8 +95,8 @@ def test_a_wrong_index_is_caught(monkeypatch, moved):
 
 def test_what_the_last_step_repeats_must_not_count():
     class Repeats(Interpreted):
-        def runs(self):
-            return super().runs() + 8
+        def groups(self, count):
+            return super().groups(count) + 8
 
     assert caught(Repeats)
 
@@ -135,26 +135,32 @@ ALU = skinny_instructions.Alu(
     values=lambda register, s: (register[:, 4 * s : 4 * s + 2], register[:, 4 * s + 2 : 4 * s + 4]),
     multiply=multiply,
     add=lambda sums, scales, q, found: sums + scales[:, q, None] * np.stack(list(found), axis=1),
+    scale=lambda values, scales, q: values * scales[:, q, None],
+    split=lambda sums: [sums[:, v] for v in range(2)],
+    join=lambda sums: np.stack(list(sums), axis=1),
 )
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("tile_rows", [2, 8])
 @pytest.mark.parametrize("alu", [ALU, ALU._replace(look_up=lambda *args: look_up(*args)[::-1])], ids=["right", "wrong"])
-def test_threads_multiply_what_the_equation_says(tile_rows, alu):
+def test_threads_multiply_what_the_equation_says(groups, tile_rows, alu):
     rng = np.random.default_rng(0)
-    codes, scales = rng.integers(0, 256, (32, 256)), rng.integers(1, 9, (8, 32))
+    codes, scales = rng.integers(0, 256, (32, 256)), rng.integers(1, 9, (8 * groups, 32))
     x, sums = rng.integers(-9, 9, (2, tile_rows, 512)), rng.integers(-9, 9, (2, 128, 8))
     layout = skinny_instructions.ROWS if tile_rows == 8 else skinny_instructions.TWO_ROWS
-    found = skinny_instructions.dots(
+    dots = skinny_instructions.dots if groups == 1 else skinny_instructions.dots_of_groups
+    found = dots(
         [threads(one, skinny_instructions.SUMS).reshape(4) for one in sums],
         [threads(one, layout).reshape(2) for one in x],
         threads(codes, skinny_instructions.CODES).reshape(4),
-        threads(scales, skinny_instructions.SCALES).reshape(2),
+        threads(scales, skinny_instructions._of_scales(8 * groups)).reshape(2),
         alu,
     )
     weights = np.stack([TABLE[codes & 15], TABLE[codes >> 4]]).reshape(2, 32, 4, 64)  # run, row, warp, byte
     x_all = np.tile(x, (1, 8 // tile_rows, 1)).reshape(2, 8, 4, 2, 64)
-    runs = np.einsum("rnwc,pmwrc->pwrnm", weights, x_all) * scales.reshape(4, 2, 32)[..., None]
+    factors = np.repeat(scales.reshape(4, 2, groups, 32), 64 // groups, axis=2)  # warp, run, byte, row
+    runs = np.einsum("rnwc,wrcn,pmwrc->pwrnm", weights, factors, x_all)
     expected = sums + runs.sum(axis=2).reshape(2, 128, 8)
     same = [
         np.array_equal(mine, theirs)
