@@ -199,16 +199,12 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     # Preferences
     "rl": Replacement("objective", _RL),
     "num_generations": "rollouts.num_generations",
-    "max_completion_length": "rollouts.max_completion_length",
-    "max_prompt_length": Replacement("data.max_length", "it limits prompt and reply together"),
     "num_iterations": "policy.num_iterations",
     "scale_rewards": "policy.scale_rewards",
     "epsilon_high": "policy.epsilon_high",
     "importance_sampling_level": "policy.importance_sampling_level",
     "mask_truncated_completions": "policy.mask_truncated_completions",
-    "reward_funcs": Replacement(
-        "reward", "on the command line, a function as FILE.py:NAME, or rewards.functions for a name"
-    ),
+    "reward_funcs": Replacement("reward", "--reward FILE.py:NAME; rewards.functions has names"),
     "reward_weights": "rewards.reward_weights",
     "rl_beta": "preference.beta",
     "dpo_beta": "preference.beta",
@@ -235,7 +231,7 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "dpo_use_weighting": Replacement(None, _NO_VARIANT),
     "disable_dropout": Replacement("lora.dropout", "0, the default, disables it"),
     "max_prompt_length": Replacement("data.max_length", _PAIR_LENGTH),
-    "max_completion_length": Replacement("data.max_length", _PAIR_LENGTH),
+    "max_completion_length": Replacement("rollouts.max_completion_length", "for grpo; of pairs, data.max_length"),
     "truncation_mode": Replacement("data.overlong", "truncate-right keeps the start, truncate-left the end"),
     "padding_free": "data.packing",
     "generate_during_eval": Replacement("train.samples", "a file of prompts"),
