@@ -18,13 +18,11 @@ from qlora_jax.api.load import load_opened
 from qlora_jax.api.predict import TEXT_SUFFIXES
 from qlora_jax.api.provenance import parts_of
 from qlora_jax.atomic_files import write_named_text
-from qlora_jax.config.rewards import RewardArgs
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS
 from qlora_jax.data.readers.files import Row, raise_problems, read_rows
 from qlora_jax.data.rows import File
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.heads.reward_model import RewardModel
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, stop_ids
 from qlora_jax.inference.replies import CACHED_TOGETHER
 from qlora_jax.inference.result_cache import ResultCache, open_cache
@@ -32,8 +30,9 @@ from qlora_jax.io.pretrained import OpenedModel, open_pretrained, weight_setting
 from qlora_jax.metadata import JsonObject
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.progress_reporter import ProgressReporter
-from qlora_jax.rewards.functions import InProcess, RewardFunctions, RewardTable
+from qlora_jax.rewards.functions import RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import group_advantages
+from qlora_jax.rollouts.inputs import reward_model
 from qlora_jax.rollouts.pairs_settings import PairsArgs
 from qlora_jax.rollouts.preference_pairs import ADDED, LeftOut, choose_pair, preference_row
 from qlora_jax.rollouts.prompt_rows import PromptRows, replies_to_score
@@ -91,7 +90,8 @@ def write_pairs(args: PairsArgs, reporter: ProgressReporter) -> PairsFound:
     asked = [_to_encode(prompts, row) for row in rows]
     encoded = encode_prompts(args.prompts, asked, prompting, opened.features.max_positions)
     stops = stop_ids(opened.tokenizer, opened.stop_ids, chat=prompting.chat)
-    with RewardFunctions(args.rewards, args.reward, _reward_model(args.rewards)) as functions:
+    model = {"model": reward_model(args.rewards.run)} if "model" in args.rewards.functions else {}
+    with RewardFunctions(args.rewards, args.reward, model) as functions:
         functions.check_columns(prompts.names)
         with reporter.loading() as progress:
             weights = weight_settings(opened, args.quant_type, args.compute_dtype)
@@ -131,15 +131,6 @@ def _to_encode(prompts: PromptRows, row: Row) -> Row:
     prompt = prompts.prompt(row.place.number)
     others = {name: row.data[name] for name in ("tools", TEMPLATE_KWARGS) if name in row.data}
     return Row(row.place, {"prompt" if isinstance(prompt, str) else "messages": prompt, **others})
-
-
-def _reward_model(settings: RewardArgs) -> dict[str, InProcess]:
-    """Returns the function of rewards.functions that this process computes, if it is among them."""
-    if "model" not in settings.functions:
-        return {}
-    model = RewardModel(str(settings.run))
-    model.load()
-    return {"model": lambda replies: model.score(replies.prompts, replies.completions)}
 
 
 def _drawn(
