@@ -9,8 +9,9 @@ import pytest
 
 from qlora_jax import pairs
 from qlora_jax.api import pairs as api
-from qlora_jax.config import ConfigError
+from qlora_jax.config import Config, ConfigError
 from qlora_jax.rewards.functions import RewardError
+from qlora_jax.training.run_spec import open_inputs
 from tests.e2e.project import project
 from tests.e2e.tiny_runs import numbers, run
 from tests.inference.small_run import write_run
@@ -45,9 +46,18 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def replies_end(monkeypatch):
-    monkeypatch.setattr(api, "stop_ids", lambda *_, **__: STOPS)
+@pytest.fixture(autouse=True, scope="module")
+def replies_end():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "stop_ids", lambda *_, **__: STOPS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    path = folder / "whole.jsonl"
+    pairs.main(words(folder, path))
+    return path
 
 
 def words(folder: Path, output: Path, prompts: str = "texts", reward: str = "letters", **settings: object) -> list[str]:
@@ -61,33 +71,39 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_pairs_of_a_run_train(folder, tmp_path, capsys):
-    texts, turns, two = (tmp_path / f"{name}.jsonl" for name in ("texts", "turns", "two"))
-    for path in (texts, turns, two):
-        pairs.main(words(folder, path, path.stem))
-    rows = rows_of(texts)
+def test_texts_and_messages_become_pairs(folder, whole, tmp_path, capsys):
+    rows, turns = rows_of(whole), tmp_path / "turns.jsonl"
     assert 3 <= len(rows) <= len(WORDS)
     for row in rows:
         chosen, rejected = (len(set(row[name])) for name in ("chosen", "rejected"))
         assert row["margin"] == chosen - rejected > 0 and row["prompt"] == f"say {WORDS[row['topic']]}"
-    # Texts become the same turns, and draws depend on the row alone.
+    pairs.main(words(folder, turns, "turns"))
     turned = {name: [{"role": "assistant", "content": rows[0][name]}] for name in ("chosen", "rejected")}
-    prompt = [{"role": "user", "content": rows[0]["prompt"]}]
-    assert rows_of(turns)[0] == {**rows[0], **turned, "prompt": prompt}
-    assert rows_of(two) == [row for row in rows if row["topic"] < 2]
+    assert rows_of(turns)[0] == {**rows[0], **turned, "prompt": [{"role": "user", "content": rows[0]["prompt"]}]}
     printed = capsys.readouterr().out
-    assert f"{texts}: {len(rows)} pairs of {len(WORDS)} prompts\n" in printed
+    assert f"{turns}: {len(rows)} pairs of {len(WORDS)} prompts\n" in printed
     assert f"train --objective dpo --model {folder / 'model'} --lora.start {folder / 'run'}/peft " in printed
+    # Both forms are read as pairs for the objective.
+    assert [len(open_inputs(dpo_config(tmp_path, path)).dataset.train) for path in (whole, turns)] == [len(rows)] * 2
 
-    data = {"train": str(turns), "eval": str(texts), "eval_fraction": 0.0, "max_length": 96}
-    train = {"steps": 2, "micro_batch_size": 2, "accumulation": 1, "eval_every": 2, "save_every": 2}
-    config = dataclasses.replace(project(tmp_path / "dpo", data=data, train=train), objective="dpo")
+
+@pytest.mark.slow
+def test_the_pairs_train(folder, tmp_path):
+    pairs.main(words(folder, tmp_path / "turns.jsonl", "turns"))
+    config = dpo_config(tmp_path, tmp_path / "turns.jsonl")
     assert run(config)
-    assert next(record["loss"] for record in numbers(config) if "loss" in record) == pytest.approx(np.log(2), abs=1e-6)
+    losses = [record["loss"] for record in numbers(config) if "loss" in record]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6) and losses[-1] < losses[0]
 
 
-def test_a_stopped_command_resumes_with_the_same_replies(folder, tmp_path, monkeypatch):
-    whole, resumed, keep = (tmp_path / name for name in ("whole.jsonl", "resumed.jsonl", "kept"))
+def dpo_config(folder: Path, rows: Path) -> Config:
+    data = {"train": str(rows), "eval_fraction": 0.0, "max_length": 96}
+    train = {"steps": 4, "micro_batch_size": 2, "accumulation": 1, "eval_every": 0, "save_every": 4}
+    return dataclasses.replace(project(folder / "dpo", data=data, train=train), objective="dpo")
+
+
+def test_a_stopped_command_resumes_with_the_same_replies(folder, whole, tmp_path, monkeypatch):
+    resumed, keep = tmp_path / "resumed.jsonl", tmp_path / "kept"
     draw, drawn = api.sample_replies, []
 
     def until(limit: int):
@@ -99,8 +115,7 @@ def test_a_stopped_command_resumes_with_the_same_replies(folder, tmp_path, monke
 
         return sample
 
-    monkeypatch.setattr(api, "CACHED_TOGETHER", 8)  # two prompts
-    pairs.main(words(folder, whole))
+    monkeypatch.setattr(api, "CACHED_TOGETHER", 8)  # two prompts; what is drawn together changes no reply
     monkeypatch.setattr(api, "sample_replies", until(2))
     with pytest.raises(KeyboardInterrupt):
         pairs.main(words(folder, resumed, keep=keep))

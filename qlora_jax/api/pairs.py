@@ -47,7 +47,7 @@ _ADVICE = (
 
 @dataclasses.dataclass(kw_only=True)
 class PairsFound:
-    """What became of the prompts so far.
+    """The pairs of the prompts so far, and the prompts that have none.
 
     Attributes:
       opened: the model that replies.
