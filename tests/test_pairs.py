@@ -115,7 +115,7 @@ def test_a_stopped_command_resumes_with_the_same_replies(folder, whole, tmp_path
 
         return sample
 
-    monkeypatch.setattr(api, "CACHED_TOGETHER", 8)  # two prompts; what is drawn together changes no reply
+    monkeypatch.setattr(api, "CACHED_TOGETHER", 8)  # two prompts; no reply depends on the other prompt
     monkeypatch.setattr(api, "sample_replies", until(2))
     with pytest.raises(KeyboardInterrupt):
         pairs.main(words(folder, resumed, keep=keep))

@@ -32,11 +32,11 @@ from qlora_jax.models.partition import ModelParts
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.rewards.functions import RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import group_advantages
-from qlora_jax.rollouts.inputs import reward_model
 from qlora_jax.rollouts.pairs_settings import PairsArgs
 from qlora_jax.rollouts.preference_pairs import ADDED, LeftOut, choose_pair, preference_row
-from qlora_jax.rollouts.prompt_rows import PromptRows, replies_to_score
+from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
+from qlora_jax.rollouts.scored_replies import replies_to_score
 
 _FORMS = {"prompt": "prompt", "messages": "prompt-messages"}  # column of the prompt -> format of the row
 
@@ -90,8 +90,7 @@ def write_pairs(args: PairsArgs, reporter: ProgressReporter) -> PairsFound:
     asked = [_to_encode(prompts, row) for row in rows]
     encoded = encode_prompts(args.prompts, asked, prompting, opened.features.max_positions)
     stops = stop_ids(opened.tokenizer, opened.stop_ids, chat=prompting.chat)
-    model = {"model": reward_model(args.rewards.run)} if "model" in args.rewards.functions else {}
-    with RewardFunctions(args.rewards, args.reward, model) as functions:
+    with RewardFunctions(args.rewards, args.reward) as functions:
         functions.check_columns(prompts.names)
         with reporter.loading() as progress:
             weights = weight_settings(opened, args.quant_type, args.compute_dtype)

@@ -131,7 +131,7 @@ def check_rewards_given(args: RewardArgs, rewards: Sequence[str], user: str) -> 
     It is checked when rewards are needed: the settings of a finished run lack --reward.
 
     Args:
-      user: what needs the rewards, such as `objective=grpo`.
+      user: name of the feature that needs rewards, such as `objective=grpo`.
     """
     names = reward_names(args, rewards)
     if not names:

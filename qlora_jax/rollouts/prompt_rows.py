@@ -1,7 +1,7 @@
 """The prompts of a run as rewards see them: the columns of each row, as its file has them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.formats.columns import rename_columns
@@ -9,8 +9,6 @@ from qlora_jax.data.formats.prompts import asked
 from qlora_jax.data.readers.files import Row, stream_rows
 from qlora_jax.data.rows import File
 from qlora_jax.metadata import JsonObject
-from qlora_jax.rewards.functions import Replies
-from qlora_jax.rollouts.sampler import Reply
 
 Prompt = str | Sequence[Mapping[str, object]]
 
@@ -62,35 +60,3 @@ def read_prompt_rows(data: DataArgs, files: Sequence[File], forms: Mapping[str, 
                 rows[file.first + row.place.number] = renamed
     columns = {path: "messages" if form == "prompt-messages" else "prompt" for path, form in forms.items()}
     return PromptRows(rows=rows, files=files, columns=columns)
-
-
-def replies_to_score(
-    prompts: PromptRows,
-    numbers: Sequence[int],
-    groups: Sequence[Sequence[Reply]],
-    where: Callable[[int], str],
-    *,
-    step: int,
-    steps: int = 0,
-) -> Replies:
-    """Returns the replies to rows with these numbers, as reward functions get them.
-
-    Args:
-      where: returns file and line of a row.
-      step, steps: see `Replies`.
-    """
-    pairs = [(number, reply) for number, group in zip(numbers, groups, strict=True) for reply in group]
-    asking = {number: prompts.prompt(number) for number in numbers}
-    others = {number: prompts.others(number) for number in numbers}
-    return Replies(
-        prompts=[asking[number] for number, _ in pairs],
-        completions=[
-            reply.text if isinstance(asking[number], str) else [{"role": "assistant", "content": reply.text}]
-            for number, reply in pairs
-        ],
-        completion_ids=[reply.ids for _, reply in pairs],
-        columns={name: [others[number][name] for number, _ in pairs] for name in prompts.names},
-        labels=[where(number) for number, _ in pairs],
-        step=step,
-        steps=steps,
-    )

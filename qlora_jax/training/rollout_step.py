@@ -25,9 +25,10 @@ from qlora_jax.objectives.router_losses import unrouted
 from qlora_jax.rewards.functions import RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
 from qlora_jax.rollouts.inputs import RolloutInputs
-from qlora_jax.rollouts.prompt_rows import PromptRows, replies_to_score
+from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
 from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
+from qlora_jax.rollouts.scored_replies import replies_to_score
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
