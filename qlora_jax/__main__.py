@@ -17,6 +17,7 @@ COMMANDS = (
     "generate",
     "serve",
     "predict",
+    "pairs",
     "evaluate",
     "compare",
     "arena",

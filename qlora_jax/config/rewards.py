@@ -125,15 +125,18 @@ def reward_names(args: RewardArgs, rewards: Sequence[str]) -> list[str]:
     return [*args.functions, *(split_reward(each)[1] for each in rewards)]
 
 
-def check_rewards_given(args: RewardArgs, rewards: Sequence[str], objective: str) -> None:
+def check_rewards_given(args: RewardArgs, rewards: Sequence[str], user: str) -> None:
     """Raises ValueError without a function, or with another number of weights.
 
-    Only training checks it: the settings of a finished run lack --reward.
+    It is checked when rewards are needed: the settings of a finished run lack --reward.
+
+    Args:
+      user: name of the feature that needs rewards, such as `objective=grpo`.
     """
     names = reward_names(args, rewards)
     if not names:
         fix = "Add --reward FILE.py:NAME, or set rewards.functions"
-        raise ValueError(f"--reward: missing, expected at least one function with objective={objective}. {fix}")
+        raise ValueError(f"--reward: missing, expected at least one function for {user}. {fix}")
     if args.reward_weights is not None and len(args.reward_weights) != len(names):
         raise ValueError(
             f"rewards.reward_weights: found {len(args.reward_weights)}, expected {len(names)} for the functions "

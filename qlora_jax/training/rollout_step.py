@@ -22,12 +22,13 @@ from qlora_jax.models.partition import Lora
 from qlora_jax.objectives.objective import read_by_outputs, token_values
 from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, TOKEN_SCALE
 from qlora_jax.objectives.router_losses import unrouted
-from qlora_jax.rewards.functions import Replies, RewardTable
+from qlora_jax.rewards.functions import RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
 from qlora_jax.rollouts.inputs import RolloutInputs
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
 from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
+from qlora_jax.rollouts.scored_replies import replies_to_score
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
@@ -153,26 +154,9 @@ def _score(
     step: int,
 ) -> RewardTable:
     """Calls the reward functions with every reply."""
-    pairs = [(each.number, reply) for each, group in zip(asked, replies, strict=True) for reply in group]
-    numbers = [number for number, _ in pairs]
-    asking = {number: prompts.prompt(number) for number in numbers}
-    texts = [reply.text for _, reply in pairs]
-    messages = [[{"role": "assistant", "content": text}] for text in texts]
-    others = {number: prompts.others(number) for number in numbers}
-    return inputs_of(session).rewards.score(
-        Replies(
-            prompts=[asking[number] for number in numbers],
-            completions=[
-                text if isinstance(asking[number], str) else message
-                for number, text, message in zip(numbers, texts, messages, strict=True)
-            ],
-            completion_ids=[reply.ids for _, reply in pairs],
-            columns={name: [others[number][name] for number in numbers] for name in prompts.names},
-            labels=[rows.where(number) for number in numbers],
-            step=step,
-            steps=session.run.total_steps,
-        )
-    )
+    numbers = [each.number for each in asked]
+    run = {"step": step, "steps": session.run.total_steps}
+    return inputs_of(session).rewards.score(replies_to_score(prompts, numbers, replies, rows.where, **run))
 
 
 class _Phase(NamedTuple):

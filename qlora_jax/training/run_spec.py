@@ -108,7 +108,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
       ValueError: the model's files or the data are missing, malformed or not supported.
     """
     if OBJECTIVES[config.objective].rows == "prompt":
-        check_rewards_given(config.rewards, config.reward, config.objective)
+        check_rewards_given(config.rewards, config.reward, f"objective={config.objective}")
     source = open_model(config.model.path, lambda: _check_files(config)) if prepared is None else prepared.source
     model = model_config(source.config, source.config_name)
     if config.data.max_length > model.max_positions:

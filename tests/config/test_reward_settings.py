@@ -50,7 +50,7 @@ def test_settings_that_cannot_be_used(settings, rewards, message):
 @pytest.mark.parametrize(
     ("settings", "rewards", "message"),
     [
-        ({}, [], "--reward: missing, expected at least one function with objective=grpo"),
+        ({}, [], "--reward: missing, expected at least one function for objective=grpo"),
         ({"reward_weights": [1.0]}, ["a.py:f", "b.py:g"], "rewards.reward_weights: found 1, expected 2 for the"),
     ],
 )
@@ -58,7 +58,7 @@ def test_training_needs_functions_that_a_finished_run_lacks(settings, rewards, m
     args = RewardArgs(**settings)
     assert reward_problems(args, rewards, "grpo", used=True) == []
     with pytest.raises(ValueError, match=message):
-        check_rewards_given(args, rewards, "grpo")
+        check_rewards_given(args, rewards, "objective=grpo")
 
 
 def test_a_section_that_files_leave_out_can_be_set_in_python():
