@@ -69,7 +69,9 @@ def _of_other_objectives(rows: Sequence[Row], columns: Sequence[str], formats: S
 
     None if one of `formats` has these columns and a label, which is then what the file lacks.
     """
-    others = [form for form in FORMATS.values() if form not in formats and not form.explicit_only]
+    # Rows of any kind may have a prompt, so these columns alone say nothing.
+    unlike = [form for form in FORMATS.values() if form not in formats and form.kind != "prompt"]
+    others = [form for form in unlike if not form.explicit_only]
     fit = [form for form in others if set(form.required) <= set(columns) and _matches_a_row(rows, form)]
     found = max(fit, key=lambda form: len(form.required), default=None)
     if found is None or any({*found.required, "label"} == {*form.required} for form in formats):

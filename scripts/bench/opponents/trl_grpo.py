@@ -46,7 +46,8 @@ def main() -> None:
     args = p.parse_args()
     model = load_dense(str(args.model), getattr(torch, args.dtype))
     model.config.use_cache = True
-    del model.config.quantization_config  # of the file; these weights are dense
+    # Settings of the file, whose weights are dense now.
+    del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     rows = [json.loads(line)["prompt"] for line in args.rows.read_text().splitlines()]
     clock = Clock()

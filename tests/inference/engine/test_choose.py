@@ -285,7 +285,7 @@ def test_no_likeliest_tokens_leave_the_log_probability():
 
 
 def test_a_part_that_no_row_needs_is_absent():
-    assert row_settings([Row(), Row(Sampling(top_k=4, top_p=0.5))], 8) == (None, None, None, None)  # both are greedy
+    assert row_settings([Row(), Row(Sampling(top_k=4, top_p=0.5))], 8) == (None,) * 5  # both are greedy
     drawn = row_settings([Row(), Row(Sampling(temperature=1.0))], 8)
     assert drawn.draws is not None and drawn.filters is None
     assert row_state([Row()], 8).history_RV is None

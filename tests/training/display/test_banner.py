@@ -84,7 +84,7 @@ def test_other_objectives_have_the_default_learning_rate_without_a_note(objectiv
 def session_of(*weights):
     run = SimpleNamespace(
         config=SimpleNamespace(train=SimpleNamespace(micro_batch_size=2)),
-        inputs=SimpleNamespace(dataset=SimpleNamespace(buckets=(16, 64))),
+        inputs=SimpleNamespace(lengths=(16, 64)),
         step=SimpleNamespace(weights=SimpleNamespace(dtype="bfloat16")),
         mesh=None,
     )
