@@ -99,7 +99,7 @@ class RewardError(ValueError):
 
 
 # (prompts, completions) -> a reward of each reply
-InProcess = Callable[[Sequence[str | Messages], Sequence[str | Messages]], Sequence[float]]
+InProcess = Callable[[Sequence[str | Messages], Sequence[str | Messages]], Sequence[float | None]]
 
 
 class RewardFunctions:
@@ -181,17 +181,10 @@ class RewardFunctions:
           RewardError: a function failed, and rewards.on_error=stop; the message has file and line of the replies.
         """
         table = RewardTable(np.full((len(replies.prompts), len(self.names)), np.nan), self.names, [], {}, {})
-        found = self._call({number: replies for number in self._places})
+        found = self._call(dict.fromkeys(range(len(self.names)), replies))
         metrics: dict[str, list[float]] = {}
         for number, name in enumerate(self.names):
-            if number in self._in_process:
-                outcome = {
-                    "values": [*self._in_process[number](replies.prompts, replies.completions)],
-                    "metrics": [],
-                    "extra": [],
-                }
-            else:
-                outcome = found[number]
+            outcome = found[number]
             if isinstance(outcome, Failed):
                 outcome = self._by_reply(number, replies, outcome)
             for row, value in enumerate(outcome["values"]):
@@ -207,9 +200,19 @@ class RewardFunctions:
         table.metrics.update({key: float(np.mean(values)) for key, values in metrics.items()})
         return table
 
+    def _score_here(self, number: int, replies: Replies) -> JsonObject | Failed:
+        """Returns the outcome of a function of this process, or why its call failed."""
+        try:
+            values = self._in_process[number](replies.prompts, replies.completions)
+        except ValueError as error:
+            return Failed(str(error))
+        return {"values": [*values], "metrics": [], "extra": []}
+
     def _call(self, calls: Mapping[int, Replies]) -> dict[int, JsonObject | Failed]:
         """Returns the outcome of each function, or why its call failed as a whole."""
-        outcomes = run_calls(self._workers, {number: each.arguments() for number, each in calls.items()})
+        elsewhere = {number: each.arguments() for number, each in calls.items() if number in self._places}
+        outcomes = run_calls(self._workers, elsewhere)
+        outcomes |= {number: self._score_here(number, calls[number]) for number in self._in_process.keys() & calls}
         for number, outcome in outcomes.items():
             expected = len(calls[number].prompts)
             if not isinstance(outcome, Failed) and (count := len(outcome["values"])) != expected:

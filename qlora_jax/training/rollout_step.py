@@ -102,7 +102,7 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     samples: list[Record] = [
         {
             "step": step,
-            "prompt": dict(inputs.held_out.rows[each.number]),
+            "prompt": {"prompt": inputs.held_out.prompt(each.number)},
             "reply": reply.text,
             "end": reply.end,
             REWARD: float(reward),
@@ -244,7 +244,8 @@ def _record(phase: _Phase, k: int) -> Record:
     found |= _by_function(functions_PGF[chosen].reshape(-1, len(names)), names, "")
     if phase.table.problems:
         found["rewards_failed"] = len(phase.table.problems)
-    return found | phase.table.metrics
+    logged = {f"{REWARD}_metric_{name}": value for name, value in phase.table.metrics.items() if np.isfinite(value)}
+    return found | logged
 
 
 def _by_function(rewards_NF: Float64[np.ndarray, "N F"], names: Sequence[str], prefix: str) -> Record:

@@ -249,6 +249,8 @@ def run_training(
     connect_devices(watchdog.group, planned.run.mesh, config.hosts.stuck_after)
     session = with_initial(_session(planned.run, run if resume else None, model, console), run if resume else None)
     with contextlib.ExitStack() as stack:
+        if planned.run.inputs.rollouts is not None:
+            stack.callback(planned.run.inputs.rollouts.rewards.close)
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
             if is_first and not resume:

@@ -177,7 +177,13 @@ def _open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> Rol
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
         held_out = read_prompt_rows(data, dataset.eval.files, forms)
     rewards = RewardFunctions(config.rewards, config.reward)
-    rewards.check_columns(prompts.names)
+    try:
+        for rows in (prompts, held_out):
+            if rows is not None:
+                rewards.check_columns(rows.names)
+    except ValueError:
+        rewards.close()
+        raise
     shape = dataset.buckets[-1], settings.max_completion_length, settings.num_generations
     return RolloutInputs(
         prompts=prompts,
@@ -237,8 +243,8 @@ class RunSpec:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        passes = self.config.policy.num_iterations
-        return self.config.train.total_steps(self.inputs.dataset.steps_per_epoch * passes)
+        train, passes = self.config.train, self.config.policy.num_iterations
+        return train.steps or passes * train.total_steps(self.inputs.dataset.steps_per_epoch)
 
     @property
     def first_rounded(self) -> int:

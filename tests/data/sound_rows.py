@@ -36,4 +36,6 @@ SOUND_ROWS: dict[str, dict[str, Any]] = {
     "text-label-columns": {"text": "T", "0": 0, "1": 1},
     "triplet": {"anchor": "Q", "positive": "A", "negative": "B"},
     "anchor-positive": {"anchor": "Q", "positive": "A"},
+    "prompt": {"prompt": "Q"},
+    "prompt-messages": {"messages": TURNS[:1]},
 }

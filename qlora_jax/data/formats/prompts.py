@@ -17,6 +17,9 @@ def _problems(name: str, row: Columns) -> list[str]:
     found = message_problems({"messages": [*row[name], _REPLY]}) or tools_problems(row)
     if not found and not any(message.get("role") == "user" for message in row[name]):
         found = ["no message has the role 'user', so there is nothing to reply to"]
+    last = None if found else asked(row[name])[-1].get("content")
+    if isinstance(last, str) and not last.strip():
+        found = ["the last message before the reply is empty"]
     return [f"{name}: {problem}" for problem in found]
 
 

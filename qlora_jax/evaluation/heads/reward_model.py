@@ -11,8 +11,8 @@ from qlora_jax.models.partition import ModelParts
 Text = str | Sequence[Mapping[str, object]]
 
 
-def open_scorer(run: str) -> Callable[[Sequence[Text], Sequence[Text]], list[float]]:
-    """Returns a function from prompts and completions to rewards; its first call loads the model.
+def open_scorer(run: str) -> Callable[[Sequence[Text], Sequence[Text]], list[float | None]]:
+    """Returns a function from prompts and completions to rewards, None for blank ones; its first call loads the model.
 
     Args:
       run: folder of a run with objective=reward.
@@ -31,7 +31,9 @@ def open_scorer(run: str) -> Callable[[Sequence[Text], Sequence[Text]], list[flo
     def parts() -> ModelParts:
         return apply_adapter(load_base(opened, opened.args), finetuned)
 
-    def score(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float]:
+    def score(prompts: Sequence[Text], completions: Sequence[Text]) -> list[float | None]:
+        texts = [one if isinstance(one, str) else str(one[-1]["content"]) for one in completions]
+        written = [number for number, text in enumerate(texts) if text.strip()]
         rows = [
             Row(
                 Place(number + 1, number),
@@ -40,8 +42,13 @@ def open_scorer(run: str) -> Callable[[Sequence[Text], Sequence[Text]], list[flo
                 else {"messages": [*prompt, *completion]},
             )
             for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            if number in written
         ]
-        texts = encode_texts("replies", rows, head, opened.tokenizer, opened.features.max_positions)
-        return texts.outputs(parts())[:, 0].tolist()
+        found: list[float | None] = [None] * len(texts)
+        if rows:
+            encoded = encode_texts("replies", rows, head, opened.tokenizer, opened.features.max_positions)
+            for number, reward in zip(written, encoded.outputs(parts())[:, 0].tolist(), strict=True):
+                found[number] = reward
+        return found
 
     return score
