@@ -44,7 +44,7 @@ class PolicyArgs:
     delta: float | None = setting(
         "largest ratio also where clipping does not apply, for negative advantages; null: none", None, ABOVE_ONE
     )
-    beta: float = setting("weight of the divergence from the model without adapter", 0.0, NON_NEGATIVE)
+    beta: float = setting("weight of the divergence from the model that the run starts with", 0.0, NON_NEGATIVE)
     use_bias_correction_kl: bool = setting("multiply the estimate of this divergence by the ratio", True)
     num_iterations: int = setting("passes over the replies of a rollout phase", 1, AT_LEAST_ONE)
     steps_per_generation: int = setting(

@@ -84,14 +84,12 @@ class RewardTable(NamedTuple):
       names: of the functions.
       problems: replies without a reward because a function failed; empty unless rewards.on_error=drop.
       metrics: means of the values that functions gave to log_metric.
-      extra: columns that functions gave to log_extra.
     """
 
     rewards_NF: Float64[np.ndarray, "N F"]
     names: tuple[str, ...]
     problems: list[RewardProblem]
     metrics: dict[str, float]
-    extra: dict[str, list[object]]
 
 
 class RewardError(ValueError):
@@ -180,7 +178,7 @@ class RewardFunctions:
         Raises:
           RewardError: a function failed, and rewards.on_error=stop; the message has file and line of the replies.
         """
-        table = RewardTable(np.full((len(replies.prompts), len(self.names)), np.nan), self.names, [], {}, {})
+        table = RewardTable(np.full((len(replies.prompts), len(self.names)), np.nan), self.names, [], {})
         found = self._call(dict.fromkeys(range(len(self.names)), replies))
         metrics: dict[str, list[float]] = {}
         for number, name in enumerate(self.names):
@@ -194,7 +192,6 @@ class RewardFunctions:
                     table.rewards_NF[row, number] = value
             for key, value in outcome["metrics"]:
                 metrics.setdefault(key, []).append(value)
-            table.extra.update({column: values for column, values in outcome["extra"]})
         if table.problems and self._stops:
             raise self._error(table.problems, replies)
         table.metrics.update({key: float(np.mean(values)) for key, values in metrics.items()})
@@ -206,7 +203,7 @@ class RewardFunctions:
             values = self._in_process[number](replies.prompts, replies.completions)
         except ValueError as error:
             return Failed(str(error))
-        return {"values": [*values], "metrics": [], "extra": []}
+        return {"values": [*values], "metrics": []}
 
     def _call(self, calls: Mapping[int, Replies]) -> dict[int, JsonObject | Failed]:
         """Returns the outcome of each function, or why its call failed as a whole."""
@@ -236,14 +233,14 @@ class RewardFunctions:
             values[row] = alone.text
             ended += alone.ended
             if self._stops:
-                return {"values": values, "metrics": [], "extra": []}
+                return {"values": values, "metrics": []}
         outcome = self._call({number: replies.rows(good)})[number] if 0 < len(good) < count else failed
         if isinstance(outcome, Failed):
             text = f"{outcome.text} (in a call with {len(good)} replies)"
-            outcome = {"values": [text] * len(good), "metrics": [], "extra": []}
+            outcome = {"values": [text] * len(good), "metrics": []}
         for row, value in zip(good, outcome["values"], strict=True):
             values[row] = value
-        return {"values": values, "metrics": outcome["metrics"], "extra": []}  # its columns lack replies
+        return {"values": values, "metrics": outcome["metrics"]}
 
     def _error(self, problems: Sequence[RewardProblem], replies: Replies) -> RewardError:
         places = {name: self._places.get(number, name) for number, name in enumerate(self.names)}

@@ -73,13 +73,12 @@ class _Functions:
         """Calls a function with the arguments that its signature has; TRL passes the same."""
         function = self._functions[number]
         metrics: list[tuple[str, float]] = []
-        extra: list[tuple[str, list[object]]] = []
         state = types.SimpleNamespace(**cast(dict[str, int], arguments["trainer_state"]))
         arguments |= {
             **function.settings,
             "trainer_state": state,
             "log_metric": lambda name, value: metrics.append((name, float(value))),
-            "log_extra": lambda column, values: extra.append((column, [*values])),
+            "log_extra": lambda column, values: None,  # TRL adds the column to its table of replies
         }
         parameters = _parameters(function.call)
         if not any(each.kind is each.VAR_KEYWORD for each in parameters):
@@ -97,7 +96,7 @@ class _Functions:
             os._exit(MEMORY_REACHED)
         except BaseException as error:  # SystemExit, too
             return {"problem": f"found {_described(error)} at {_place(function.source, error)}"}
-        return {"values": values, "metrics": metrics, "extra": extra}
+        return {"values": values, "metrics": metrics}
 
 
 def _import_file(path: str) -> types.ModuleType:

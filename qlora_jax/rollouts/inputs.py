@@ -1,16 +1,15 @@
-"""The prompts and the rewards of a run that samples replies, checked before any weight is read."""
+"""The prompts of a run that samples replies, read before any weight."""
 
 import dataclasses
 
 from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.rewards.digests import RewardFile
-from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.rollouts.prompt_rows import PromptRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutInputs:
-    """The prompts and the rewards of a run.
+    """The prompts of a run, and what its replies need.
 
     Attributes:
       prompts, held_out: rows of the training and the held-out prompts.
@@ -22,7 +21,6 @@ class RolloutInputs:
 
     prompts: PromptRows
     held_out: PromptRows | None
-    rewards: RewardFunctions
     lengths: tuple[int, ...]
     stop_ids: frozenset[int]
     pad_id: int

@@ -1,6 +1,7 @@
 """The prompts of a run as rewards see them: the columns of each row, as its file has them."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.config.schema import DataArgs
@@ -35,11 +36,10 @@ class PromptRows:
         """Returns a row's other columns."""
         return {name: value for name, value in self.rows[number].items() if name != self._column(number)}
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The other columns that every row has."""
-        found = [set(self.others(number)) for number in self.rows]
-        return tuple(sorted(set[str].intersection(*found))) if found else ()
+        """The other columns of any row; rows that lack one have None in it."""
+        return tuple(sorted({name for number in self.rows for name in self.others(number)}))
 
     def _column(self, number: int) -> str:
         return self.columns[[file for file in self.files if file.first <= number][-1].path]

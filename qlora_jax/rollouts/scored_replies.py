@@ -32,7 +32,7 @@ def replies_to_score(
             for number, reply in pairs
         ],
         completion_ids=[reply.ids for _, reply in pairs],
-        columns={name: [others[number][name] for number, _ in pairs] for name in prompts.names},
+        columns={name: [others[number].get(name) for number, _ in pairs] for name in prompts.names},
         labels=[where(number) for number, _ in pairs],
         step=step,
         steps=steps,

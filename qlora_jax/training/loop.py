@@ -19,6 +19,7 @@ from qlora_jax.line_digests import LinesDigest
 from qlora_jax.methods.merge_into import without_rounding
 from qlora_jax.objectives.router_losses import step_arrays, unrouted
 from qlora_jax.optim.page_pool import Transfers
+from qlora_jax.rewards.functions import RewardError
 from qlora_jax.training.device_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.held_out import held_out_metrics
@@ -70,7 +71,8 @@ class NonFiniteLoss(ValueError):
 def initial_state(session: Session) -> TrainState:
     """Returns the state at step 0."""
     lora, scale = session.parts.lora, LossScale() if session.run.gradients.is_scaled else None
-    return TrainState(lora, session.state_manager.init(lora), 0, dict(START), BestEvaluation(), scale)
+    first = session.state_manager.init(lora), 0, dict(START), BestEvaluation(), scale
+    return TrainState(lora, *first, evaluation_due=True)
 
 
 def run_steps(
@@ -95,7 +97,7 @@ def run_steps(
       PagingError: neither device nor host has room for the optimizer's state; that step is not saved.
     """
     settings = session.run.config.train
-    if state.step == 0 or state.evaluation_due:
+    if state.evaluation_due:
         state = evaluate(session, state, checkpoints, reporter, stop)
     together = 1 if session.run.inputs.rollouts is None else session.run.config.policy.steps_per_generation
     for batches, data_seconds in timed(
@@ -111,6 +113,9 @@ def run_steps(
                 state = _train_on_replies(session, state, batches, data_seconds, reporter, stop)
             except _Stopped:
                 break
+            except RewardError:  # a run with corrected functions resumes here
+                save(session, state, checkpoints, reporter)
+                raise
         if _is_evaluated(session, state.step):  # before the checkpoint, which then counts this evaluation as done
             state = evaluate(session, state, checkpoints, reporter, stop)
         if settings.save_every and state.step % settings.save_every == 0:
@@ -264,10 +269,15 @@ def evaluate(
     questions = session.run.inputs.questions
     if questions is not None:
         state = _room_for(session, state, questions.memory(session.parts.with_lora(state.lora)))
+    state = _room_for(session, state, session.run.rollout_memory)
+    due = dataclasses.replace(state, evaluation_due=True)
     try:
         replies, found = _measure(session, state, reporter, stop)
     except _Stopped:
-        return dataclasses.replace(state, evaluation_due=True)
+        return due
+    except RewardError:
+        save(session, due, checkpoints, reporter)
+        raise
     if replies:
         reporter.samples(replies)
     if found:
@@ -285,8 +295,9 @@ def evaluate(
 
 def _room_for(session: Session, state: TrainState, memory: ProgramMemory | None) -> TrainState:
     """Returns the state with so much of the optimizer's in host memory that a program has room, if it is paged."""
-    required = 0 if memory is None else memory.size
-    optimizer_state, _, _ = session.state_manager.make_room(state.optimizer_state, required)
+    if memory is None:
+        return state
+    optimizer_state, _, _ = session.state_manager.make_room(state.optimizer_state, memory.size)
     return dataclasses.replace(state, optimizer_state=optimizer_state)
 
 

@@ -22,7 +22,7 @@ from qlora_jax.models.partition import Lora
 from qlora_jax.objectives.objective import read_by_outputs, token_values
 from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, TOKEN_SCALE
 from qlora_jax.objectives.router_losses import unrouted
-from qlora_jax.rewards.functions import RewardTable
+from qlora_jax.rewards.functions import RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
 from qlora_jax.rollouts.inputs import RolloutInputs
 from qlora_jax.rollouts.prompt_rows import PromptRows
@@ -57,7 +57,7 @@ def roll_out(
     Raises:
       RewardError: a reward function failed, and rewards.on_error=stop.
     """
-    config, inputs = session.run.config, inputs_of(session)
+    config, inputs = session.run.config, _inputs(session)
     asked, place_KM = _asked(prompts)
     seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
     samplings = [sampling_of(config.rollouts, seed) for seed in seeds]
@@ -72,7 +72,8 @@ def roll_out(
     batches = _batches(session, prompts, phase)
     for name, other in (OLD_LOGPS, lambda: lora), (REFERENCE_LOGPS, lambda: _reference(session)):
         if name in token_values(session.run.inputs.objective):
-            batches = [_with_logps(session, other(), batch, name) for batch in batches]
+            own = other()
+            batches = [_with_logps(session, own, batch, name) for batch in batches]
     records = [_record(phase, k) for k in range(len(prompts))]
     tokens = int(phase.lengths_PG.sum())
     records[0] |= {"rollout_seconds": sampled - began, "reward_seconds": scored - sampled, "rollout_tokens": tokens}
@@ -85,14 +86,14 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     Each prompt gets one reply, drawn as in training, with the same random numbers in every evaluation. The held-out
     loss is minus the mean reward.
     """
-    inputs, rows = inputs_of(session), session.run.inputs.dataset.eval
+    inputs, rows = _inputs(session), session.run.inputs.dataset.eval
     assert inputs.held_out is not None and rows is not None
     asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
     settings, seed = session.run.config.rollouts, session.run.config.train.seed
     samplings = [sampling_of(settings, draw_seed(seed, each.number)) for each in asked]
     replies = _sample(session, lora, asked, samplings, 1, go_on)
     table = _score(session, inputs.held_out, rows, asked, replies, step)
-    rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=inputs.rewards.weights).rewards_N
+    rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=_rewards(session).weights).rewards_N
     rewards = np.nan_to_num(rewards)  # a reply that no function scores earns nothing
     mean, (low, high) = float(rewards.mean()), bootstrap(rewards, np.ones(len(rewards)))
     found = {LOSS: -mean, LOSS + LOW: -high, LOSS + HIGH: -low}
@@ -112,11 +113,15 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     return samples, found
 
 
-def inputs_of(session: Session) -> RolloutInputs:
-    """Returns the prompts and rewards of a run that has them."""
+def _inputs(session: Session) -> RolloutInputs:
     found = session.run.inputs.rollouts
     assert found is not None, "the objective samples replies"
     return found
+
+
+def _rewards(session: Session) -> RewardFunctions:
+    assert session.rewards is not None, "the run has started them"
+    return session.rewards
 
 
 def _asked(batches: Sequence[Batch]) -> tuple[list[Asked], Int64[np.ndarray, "K M"]]:
@@ -140,7 +145,7 @@ def _sample(
         samplings,
         session.run.config.rollouts,
         count=count,
-        stop_ids=inputs_of(session).stop_ids,
+        stop_ids=_inputs(session).stop_ids,
         go_on=lambda done: go_on(f"{done:,} of {count * len(asked):,} replies"),
     )
 
@@ -156,7 +161,7 @@ def _score(
     """Calls the reward functions with every reply."""
     numbers = [each.number for each in asked]
     run = {"step": step, "steps": session.run.total_steps}
-    return inputs_of(session).rewards.score(replies_to_score(prompts, numbers, replies, rows.where, **run))
+    return _rewards(session).score(replies_to_score(prompts, numbers, replies, rows.where, **run))
 
 
 class _Phase(NamedTuple):
@@ -188,7 +193,7 @@ class _Phase(NamedTuple):
 
 
 def _compare(session: Session, table: RewardTable) -> Advantages:
-    config, weights_F = session.run.config, inputs_of(session).rewards.weights
+    config, weights_F = session.run.config, _rewards(session).weights
     how = {"num_generations": config.rollouts.num_generations, "scale_rewards": config.policy.scale_rewards}
     return group_advantages(table.rewards_NF, weights_F=weights_F, **how)
 
@@ -205,7 +210,7 @@ def _trained(
 
 def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[Batch]:
     """Returns the training batches of the phase's steps."""
-    config, inputs = session.run.config, inputs_of(session)
+    config, inputs = session.run.config, _inputs(session)
     shape_AB = prompts[0].inputs.shape[:2]
     by_micro_batch = len(prompts), shape_AB[0], -1
     scales = token_scale(

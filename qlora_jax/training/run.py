@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
+from qlora_jax.config.objectives import OBJECTIVES
+from qlora_jax.config.rewards import check_rewards_given
 from qlora_jax.config.schema import MeshSize
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.watchdog import Watchdog, stop_on_signals
@@ -26,6 +28,7 @@ from qlora_jax.io.run_folder.checkpoint import (
 )
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
+from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.training.device_mesh import local_devices
 from qlora_jax.training.display.banner import next_commands, rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.run_display import Display, print_banner
@@ -50,7 +53,7 @@ from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows
 from qlora_jax.training.reporters import Listener, file_reporter
 from qlora_jax.training.resume import TrainState, restore, settings_to_resume
-from qlora_jax.training.run_spec import PreparedModel, RunSpec
+from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec
 from qlora_jax.training.session import Session, headed_parts, load_base, make_manager, make_session, prepare
 from qlora_jax.training.several_processes import (
     SilentReporter,
@@ -125,7 +128,9 @@ def dry_run(
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(group, first, config, run):
         config = _settings(config, run, accept_changed_reward) if resume else config
-        planned = plan_before_weights(config, console, full=True, group=group)
+        with _reward_functions(config) as rewards:
+            planned = plan_before_weights(config, console, full=True, group=group)
+            _check_columns(rewards, planned.run.inputs)
         if group.is_first:
             page, steps = write_report(_report_of(planned, run, None), run), planned.run.total_steps
             rows = {"steps": f"{steps:,}", **rate_rows(planned.run.config, steps), "report": f"{page}"}
@@ -135,6 +140,29 @@ def dry_run(
 
 def _settings(config: Config, run: Path, accept_changed_reward: bool) -> Config:
     return settings_to_resume(config, newest_state(run), accept_changed_reward=accept_changed_reward)
+
+
+@contextlib.contextmanager
+def _reward_functions(config: Config) -> Iterator[RewardFunctions | None]:
+    """Starts the processes of the run's reward functions, if it has any, and ends them.
+
+    Raises:
+      ValueError: there is no function, or one cannot be imported or called.
+    """
+    if not OBJECTIVES[config.objective].policy:
+        yield None
+        return
+    check_rewards_given(config.rewards, config.reward, f"objective={config.objective}")
+    with RewardFunctions(config.rewards, config.reward) as functions:
+        yield functions
+
+
+def _check_columns(rewards: RewardFunctions | None, inputs: RunInputs) -> None:
+    """Raises ValueError for reward functions that need a column which the rows do not have."""
+    if rewards is None or inputs.rollouts is None:
+        return
+    for rows in filter(None, (inputs.rollouts.prompts, inputs.rollouts.held_out)):
+        rewards.check_columns(rows.names)
 
 
 def _refuse_oversized(planned: PlannedRun, allowed: bool) -> None:
@@ -235,22 +263,23 @@ def run_training(
       listener: receives the records.
     """
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
-    is_first = watchdog.group.is_first
+    is_first, resumed = watchdog.group.is_first, run if resume else None
     config = _settings(config, run, accept_changed_reward) if resume else config
-    planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
-    if resume:
-        check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.run.inputs.head)
-    _refuse_oversized(planned, oversized)
-    with console.status("compiling the programs of all lengths"):
-        planned.compile_all_lengths(resume=resume)
-    config = without_place(planned.run.config)
-    planned = planned._replace(run=dataclasses.replace(planned.run, config=config))
-    peak = watch_peak(local_devices(planned.run.mesh))
-    connect_devices(watchdog.group, planned.run.mesh, config.hosts.stuck_after)
-    session = with_initial(_session(planned.run, run if resume else None, model, console), run if resume else None)
     with contextlib.ExitStack() as stack:
-        if planned.run.inputs.rollouts is not None:
-            stack.callback(planned.run.inputs.rollouts.rewards.close)
+        rewards = stack.enter_context(_reward_functions(config))
+        planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
+        if resume:
+            check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.run.inputs.head)
+        _check_columns(rewards, planned.run.inputs)
+        _refuse_oversized(planned, oversized)
+        with console.status("compiling the programs of all lengths"):
+            planned.compile_all_lengths(resume=resume)
+        config = without_place(planned.run.config)
+        planned = planned._replace(run=dataclasses.replace(planned.run, config=config))
+        peak = watch_peak(local_devices(planned.run.mesh))
+        connect_devices(watchdog.group, planned.run.mesh, config.hosts.stuck_after)
+        session = with_initial(_session(planned.run, resumed, model, console), resumed)
+        session = dataclasses.replace(session, rewards=rewards)
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
             if is_first and not resume:
@@ -265,16 +294,19 @@ def run_training(
                 session, state, checkpoints, planned.plan, logs, run, console, watchdog, listener or Listener()
             )
         lock.check()
-        at_end = state.step >= session.run.total_steps or state.best.should_stop(config.train.patience)
-        finished = at_end and not state.evaluation_due
-        rounded = config.lora.merge_from == 0 or state.step > session.run.first_rounded
-        ended_by = 0 if finished else signal
-        trained = Trained(lora=state.lora, step=state.step, finished=finished, signal=ended_by, rounded=rounded)
-        if not is_first:
-            return trained
-        reported = _write_reports(planned, run, peak, limited=not finished)
-        _print_end(session.run, state, finished=finished, reported=reported, console=console)
+        trained = _result(session, state, signal)
+        if is_first:
+            reported = _write_reports(planned, run, peak, limited=not trained.finished)
+            _print_end(session.run, state, finished=trained.finished, reported=reported, console=console)
     return trained
+
+
+def _result(session: Session, state: TrainState, signal: int) -> Trained:
+    at_end = state.step >= session.run.total_steps or state.best.should_stop(session.run.config.train.patience)
+    finished = at_end and not state.evaluation_due
+    rounded = session.run.config.lora.merge_from == 0 or state.step > session.run.first_rounded
+    ended_by = 0 if finished else signal
+    return Trained(lora=state.lora, step=state.step, finished=finished, signal=ended_by, rounded=rounded)
 
 
 def _first_state(

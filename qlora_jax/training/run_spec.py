@@ -10,8 +10,6 @@ from jax.sharding import Mesh
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, ModelArgs
-from qlora_jax.config.objectives import OBJECTIVES
-from qlora_jax.config.rewards import check_rewards_given
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.dataset import Dataset, load_dataset, padding_id
 from qlora_jax.data.formats.unlabelled import learned_columns
@@ -38,7 +36,6 @@ from qlora_jax.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.optim import make_schedule
 from qlora_jax.rewards.digests import reward_digests
-from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import read_prompt_rows
 from qlora_jax.training.cost.step_shape import StepShape
@@ -58,7 +55,7 @@ class RunInputs:
       head: the sequence head that the objective trains, if any.
       new_ids: ids of the new tokens.
       start: LoRA parameters to start from.
-      rollouts: prompts and rewards, if the model learns from its own replies.
+      rollouts: the prompts, if the model learns from its own replies.
     """
 
     source: ModelSource
@@ -107,8 +104,6 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
     Raises:
       ValueError: the model's files or the data are missing, malformed or not supported.
     """
-    if OBJECTIVES[config.objective].rows == "prompt":
-        check_rewards_given(config.rewards, config.reward, f"objective={config.objective}")
     source = open_model(config.model.path, lambda: _check_files(config)) if prepared is None else prepared.source
     model = model_config(source.config, source.config_name)
     if config.data.max_length > model.max_positions:
@@ -159,11 +154,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
 
 
 def _open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> RolloutInputs:
-    """Reads the rows' other columns, and starts the processes of the reward functions.
-
-    Raises:
-      ValueError: a reward function cannot be imported, or does not fit the rows; or several processes train.
-    """
+    """Reads the rows' other columns; raises ValueError if several processes train."""
     if jax.process_count() > 1:
         raise ValueError(
             f"objective: {config.objective} trains in one process, on any number of its devices (found "
@@ -176,19 +167,10 @@ def _open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> Rol
     if dataset.eval is not None and dataset.report.eval is not None:
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
         held_out = read_prompt_rows(data, dataset.eval.files, forms)
-    rewards = RewardFunctions(config.rewards, config.reward)
-    try:
-        for rows in (prompts, held_out):
-            if rows is not None:
-                rewards.check_columns(rows.names)
-    except ValueError:
-        rewards.close()
-        raise
     shape = dataset.buckets[-1], settings.max_completion_length, settings.num_generations
     return RolloutInputs(
         prompts=prompts,
         held_out=held_out,
-        rewards=rewards,
         lengths=row_lengths(*shape, data.buckets),
         stop_ids=stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None),
         pad_id=padding_id(tokenizer),
@@ -275,9 +257,10 @@ class RunSpec:
         """The memory of sampling replies; compiles the programs on first use. None for a run that samples none."""
         if self.inputs.rollouts is None:
             return None
-        settings, train = self.config.rollouts, self.config.train
+        settings, train, held_out = self.config.rollouts, self.config.train, self.inputs.dataset.eval
         together = train.micro_batch_size * train.accumulation * self.config.policy.steps_per_generation
-        prompts = [range(self.inputs.dataset.buckets[-1])] * (together * settings.num_generations)
+        replies = max(together * settings.num_generations, 0 if held_out is None else len(held_out))
+        prompts = [range(self.inputs.dataset.eval_buckets[-1])] * replies  # at least as long as those of training
         limits = settings.max_completion_length, parse_bytes(settings.cache)
         return most_memory("rollouts", lower_decoding(self.gradients.parts, prompts, *limits))
 

@@ -23,6 +23,7 @@ from qlora_jax.nn.random_keys import named_key
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec
 from qlora_jax.objectives.head_objective import head_spec
 from qlora_jax.optim.page_pool import Memory, memory_of
+from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.training.device_mesh import replicate
 from qlora_jax.training.optimizer_state import CorrectedStateManager, OptimizerStateManager, make_state_manager
 from qlora_jax.training.run_spec import RunSpec
@@ -60,7 +61,8 @@ class Session:
       fingerprint: of the base, from io.loading.base_fingerprint.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       initial_digest: of the initial adapter, with an objective that has a reference (reference.py).
-      reference: the initial adapter, if held-out rows are compared with it.
+      reference: the initial adapter, if held-out rows are compared with it, or each step reads it.
+      rewards: the reward functions, if the model learns from its own replies.
     """
 
     run: RunSpec
@@ -71,6 +73,7 @@ class Session:
     initial: InitialAdapter | None
     initial_digest: str | None = None
     reference: ReferenceParameters | None = None
+    rewards: RewardFunctions | None = None
 
 
 def _initializer_range(source: ModelSource) -> float:

@@ -45,5 +45,4 @@ rewards = GRPOTrainer._calculate_rewards(
 save(
     rewards=rewards.numpy(),
     metrics=[sum(values) / len(values) for values in trainer._pending_metrics.values()],
-    extra=trainer._pending_extra_logs["upper"],
 )

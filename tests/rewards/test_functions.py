@@ -129,7 +129,7 @@ def test_functions_get_what_they_name(file):
     table = score(file, ["length", "has_answer", "later", "summed", "logs"], given)
     assert table.names == ("length", "has_answer", "later", "summed", "logs") and table.problems == []
     np.testing.assert_array_equal(table.rewards_NF, [[1, 1, 1, 1, 0.25], [3, np.nan, 1, 2, 0.25], [0, 0, 1, 3, 0.25]])
-    assert table.metrics == {"size": 1.5} and table.extra == {"upper": ["A", "XYZ", ""]}
+    assert table.metrics == {"size": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_values_that_are_not_rewards(file):
 def test_the_other_replies_are_scored_together(file):
     table = score(file, ["rank"], replies("b", "", "a", "c"), on_error="drop")
     np.testing.assert_array_equal(table.rewards_NF[:, 0], [1, np.nan, 0, 2])
-    assert table.metrics == {"count": 3} and table.extra == {}
+    assert table.metrics == {"count": 3}
 
 
 def test_rewards_do_not_depend_on_the_number_of_workers(file, tmp_path):

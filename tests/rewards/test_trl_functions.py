@@ -110,7 +110,6 @@ def test_math_equals_trl(file):
         table = functions.score(replies())
     np.testing.assert_array_equal(table.rewards_NF[:, 0], table.rewards_NF[:, 1])
     np.testing.assert_array_equal(table.rewards_NF[:5, 0], [1, 1, 0, 0, 0])
-    assert len(table.extra["gold_parsed"]) == len(CONTENTS)
 
 
 @pytest.mark.slow  # torch takes seconds to import
@@ -132,4 +131,3 @@ def test_functions_of_a_person_give_the_values_of_trls_trainer(oracle, tmp_path)
     assert np.isnan(expected["rewards"]).sum() == 1
     np.testing.assert_array_equal(table.rewards_NF.astype(np.float32), expected["rewards"])
     np.testing.assert_array_equal([*table.metrics.values()], expected["metrics"])
-    np.testing.assert_array_equal(table.extra["upper"], expected["extra"])

@@ -132,12 +132,8 @@ def load_headed(source: ModelSource, head: TrainedHead, load: Callable[..., Caus
 
 
 IMPORTANCE = "the quantizer weighted errors by the mean square of each input on the held-out rows"
-QUANTIZED = (
-    *MERGED_FOLDERS,
-    "q8_0",
-    "q4_0",
-    *MIXTURES,
-)  # the loss by rounding to these is reported; it is not an error
+# The loss by rounding to these is reported; it is not an error.
+QUANTIZED = (*MERGED_FOLDERS, "q8_0", "q4_0", *MIXTURES)
 
 
 class Measured(NamedTuple):

@@ -17,6 +17,7 @@ from pallas_kernels.nf4_matmul.dispatch import Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.methods import MERGED_FOLDERS, METHODS, uses
 from qlora_jax.config.objectives import OBJECTIVES
+from qlora_jax.config.rewards import reward_names
 from qlora_jax.config.schema import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.io.export.methods import head_refusal, refusal
@@ -137,7 +138,7 @@ def _replies(session: Session) -> Rows:
     sampled = f"{settings.num_generations} per prompt, of at most {settings.max_completion_length:,} tokens"
     return {
         "replies": f"{sampled}, temperature {settings.temperature:g}; loss {policy.loss_type}{passes}",
-        "rewards": ", ".join(session.run.inputs.rollouts.rewards.names),
+        "rewards": ", ".join(reward_names(session.run.config.rewards, session.run.config.reward)),
     }
 
 

@@ -26,7 +26,8 @@ from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.methods.merge_into import planned
 from qlora_jax.models.config import IN_BLOCKS, QUANTIZED, ModelConfig, WeightFormat
 from qlora_jax.objectives.make_objective import make_objective
-from qlora_jax.objectives.objective import Objective, needs_reference
+from qlora_jax.objectives.objective import Objective, needs_reference, token_values
+from qlora_jax.objectives.policy_gradient import OLD_LOGPS, REFERENCE_LOGPS
 from qlora_jax.optim.page_pool import memory_of
 from qlora_jax.rollouts.inputs import row_lengths
 from qlora_jax.sharding import DATA, FSDP, AnyMesh, absent_mesh, axis_size, make_mesh
@@ -359,15 +360,20 @@ class PlannedRun(NamedTuple):
         run, dataset, objective = self.run, self.run.inputs.dataset, self.run.inputs.objective
         if objective.sequences_per_row == 0:
             return
+        for length in run.inputs.lengths:
+            run.gradients.compiled((*run.step.batch[:2], length))
         has_held_out, reference, forward = dataset.eval is not None, needs_reference(objective), run.gradients.forward
+        if run.inputs.rollouts is not None:
+            scored = {OLD_LOGPS, REFERENCE_LOGPS} & {*token_values(objective)}
+            for length in run.inputs.lengths if scored else ():
+                forward.outputs(objective, forward_batch(run, length, run.step.batch[1]))
+            return
         for length in dataset.eval_buckets:
             batch = forward_batch(run, length)
             if (not resume) if reference else has_held_out:
                 forward.outputs(objective, batch)
             if reference and has_held_out:
                 forward.comparison(batch)
-        for length in run.inputs.lengths:
-            run.gradients.compiled((*run.step.batch[:2], length))
 
 
 def plan_before_weights(

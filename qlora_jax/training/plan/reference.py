@@ -120,10 +120,10 @@ def _program_bytes(run: RunSpec) -> int:
     return part_bytes(batch) + memory.temporaries + memory.outputs - memory.aliases
 
 
-def forward_batch(run: RunSpec, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the arrays of a batch of the reference pass or of held-out rows, [B, T] and [B, S]."""
-    shape, objective = (1, rows_of_batch(run.config, run.mesh), length), run.inputs.objective
-    arrays = read_by_outputs(abstract_batch(shape, objective, branching=run.inputs.dataset.branching), objective)
+def forward_batch(run: RunSpec, length: int, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the arrays of a batch [B, T] and [B, S]; B is by default that of the reference pass and held-out rows."""
+    shape, objective = (1, rows or rows_of_batch(run.config, run.mesh), length), run.inputs.objective
+    arrays = read_by_outputs(abstract_batch(shape, objective, branching=run.inputs.branching), objective)
     sharding = None if run.mesh is None else NamedSharding(run.mesh, P(ROWS))
     return {
         name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype, sharding=sharding) for name, array in arrays.items()
