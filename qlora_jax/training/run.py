@@ -147,7 +147,7 @@ def _reward_functions(config: Config) -> Iterator[RewardFunctions | None]:
     """Starts the processes of the run's reward functions, if it has any, and ends them.
 
     Raises:
-      ValueError: there is no function, or one cannot be imported or called.
+      ValueError: no function is given, or one cannot be imported or called.
     """
     if not OBJECTIVES[config.objective].policy:
         yield None
