@@ -459,20 +459,23 @@ class Engine:
     def _decode_call(self, length: int | None) -> list[Step]:
         """Runs the next token of each reply of rows of a length; returns the steps of the call before it.
 
-        The call is dispatched before the tokens of the one before it are read, unless rows have changed, or a grammar
-        has to know them.
+        The call is dispatched before the tokens of the one before it are read, unless rows have changed. If a grammar
+        restricts rows, they are read while the model runs, before it chooses the next ones.
         """
         flight = self._flights.pop(length, None)
         unread, steps = flight, []
         rows = self._decode_rows(length, flight)
         count = self._row_count(length, max(map(len, rows)))
-        if flight is not None and (flight.is_restricted or not flight.has(rows, count)):
+        if flight is not None and not flight.has(rows, count):
             steps, unread = self._read(flight), None
             rows = self._decode_rows(length, None)  # some of these rows
         if any(rows):
             before = flight if flight is not None and flight.has(rows, count) else None
-            tokens = None if unread is None else unread.choice
-            self._flights[length] = self._dispatch(rows, count, length, before, tokens)
+            logits_RV, indices = self._dispatch(rows, count, length, None if unread is None else unread.choice)
+            if unread is not None and unread.is_restricted:
+                steps, unread = self._read(unread), None
+            known = None if before is None else (before.settings, before.state)
+            self._flights[length] = _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
         return steps + ([] if unread is None else self._read(unread))
 
     def _decode_rows(self, length: int | None, flight: _Flight | None) -> Rows:
@@ -490,13 +493,12 @@ class Engine:
         return not ends and len(each.prompt) + expected < self._config.max_positions
 
     def _dispatch(
-        self, rows: Rows, count: int, length: int | None, before: _Flight | None, unread: Choice | None
-    ) -> _Flight:
-        """Starts a decode call.
+        self, rows: Rows, count: int, length: int | None, unread: Choice | None
+    ) -> tuple[jax.Array, dict[Generation, int]]:
+        """Starts a decode call; returns (its logits, the number of the token of its reply that each row gets).
 
         Args:
           count: rows of the call on each device.
-          before: the call before it, if it had the same rows.
           unread: the tokens of these rows, if they have not been read.
         """
         known_R, own_R = np.zeros((2, count * len(rows)), np.int32)
@@ -516,9 +518,7 @@ class Engine:
         rows_BT, positions_BT, last_R = decode_inputs(count, positions_R, self._mesh)
         cache = self._with_table(rows, count)
         inputs = tokens_R, rows_BT, positions_BT, last_R, cache, own_R[:, None]
-        logits_RV = self._advance(*inputs, length)
-        known = None if before is None else (before.settings, before.state)
-        return _Flight(rows, indices, *self._choose(logits_RV, rows, count, known))
+        return self._advance(*inputs, length), indices
 
     def _advance(
         self, tokens_M, rows_BT, positions_BT, last_R, cache: KVPages, own_BT, length: int | None
@@ -599,7 +599,7 @@ class Engine:
 
     def _mask(self, each_R: Sequence[Generation | None]) -> np.ndarray | None:
         """Returns which tokens the grammars of rows allow next; None without grammars."""
-        matchers = [None if each is None or each.is_replaying else each.matcher for each in each_R]
+        matchers = [None if each is None or each.ended or each.is_replaying else each.matcher for each in each_R]
         return self._grammars.masks(matchers) if self._grammars is not None and any(matchers) else None
 
 

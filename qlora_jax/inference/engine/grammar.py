@@ -100,6 +100,7 @@ class GrammarCompiler:
         self._executor, self._matcher = llguidance.LLExecutor(), llguidance.LLMatcher
         self._limits, self._trial = LIMITS, Trial()
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
+        self._never_W = ~self._words({self._end})
 
     def matcher(self, grammar: Grammar, stop_ids: frozenset[int]) -> Matcher:
         """Returns the beginning of a reply.
@@ -120,9 +121,8 @@ class GrammarCompiler:
         mask_RW = np.full((len(matchers), -(-self._tokens // 32)), -1, np.int32)
         rows = [(row, matcher) for row, matcher in enumerate(matchers) if matcher is not None]
         fill_next_token_bitmask_par(self._executor, [(matcher.compiled, row) for row, matcher in rows], mask_RW)
-        never_W = ~self._words({self._end})
         for row, matcher in rows:
-            mask_RW[row] &= never_W & ~matcher.ends_W
+            mask_RW[row] &= self._never_W & ~matcher.ends_W
             if matcher.may_end:
                 mask_RW[row] |= matcher.ends_W
         return np.ascontiguousarray(mask_RW[:, : -(-self._vocab // 32)])
