@@ -16,6 +16,7 @@ import pytest
 
 import qlora_jax as q
 from qlora_jax.config import ConfigError
+from tests.browser import CHROMIUM, launched, opened
 from tests.inference.small_run import STEPS, write_run
 from tests.server.scripted_engine import wait_until
 
@@ -79,6 +80,26 @@ def test_the_page_and_the_state_of_a_run_come_from_the_server(client):
     )
     assert httpx.get(f"{address}runs/first").json()["name"] == "first"
     assert httpx.get(f"{address}runs/model").status_code == 404
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="requires chromium (Debian: apt-get install chromium)")
+def test_the_page_shows_what_two_models_answer(client):
+    address = str(client.base_url).removesuffix("v1/")
+    with launched() as browser, opened(browser, address, 390) as page:
+        page.wait_for_selector(".pane")
+        page.click("#two")
+        page.click("summary")
+        page.fill("#temperature", "0")
+        page.fill("#max_tokens", "12")
+        page.fill("#prompt", SAY[0]["content"])
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("#send:visible")
+        names = [pane.input_value() for pane in page.locator(".pane select").all()]
+        assert len(set(names)) == 2
+        shown = page.locator(".turn:not(.user) > .text").all_text_contents()
+        assert shown == [say(client, name) for name in names]
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 @pytest.mark.slow
