@@ -437,6 +437,18 @@ class Config:
         repeated=True,
         command_line=True,
     )
+    tool: list[str] = setting(
+        "a function that the model may call while it replies, as FILE.py:NAME (docs/rl.md); may be given several times",
+        [],
+        repeated=True,
+        command_line=True,
+    )
+    environment: str | None = setting(
+        "a class as FILE.py:NAME, whose objects the replies act on: TRL's environment_factory (docs/rl.md)",
+        None,
+        NOT_EMPTY,
+        command_line=True,
+    )
     output: str = setting(
         "the run's folder, for checkpoints, metrics, report and resolved configuration",
         bound=NOT_EMPTY,
