@@ -43,6 +43,9 @@ REWARDS: Registry[RewardDeclaration] = Registry(
             settings=("max_completion_len", "soft_punish_cache"),
             required=("max_completion_len",),
         ),
+        "reasoning_gym": RewardDeclaration(
+            implementation="qlora_jax.rewards.reasoning_task:reasoning_gym", settings=("answer_pattern",)
+        ),
         "programs": RewardDeclaration(implementation="qlora_jax.rewards.programs:programs"),
         "model": RewardDeclaration(
             implementation="qlora_jax.evaluation.heads.reward_model:open_scorer",
@@ -65,8 +68,8 @@ class RewardArgs:
     """Rewards of sampled replies (docs/rl.md). The functions of files are given by --reward FILE.py:NAME."""
 
     functions: list[RewardName] = setting(
-        "reward functions by name: exact, number, math, regex, json, length, programs, model, judge, or those of "
-        "installed packages. Functions of --reward follow them",
+        "reward functions by name: exact, number, math, regex, json, length, reasoning_gym, programs, model, judge, or "
+        "those of installed packages. Functions of --reward follow them",
         [],
     )
     reward_weights: list[float] | None = setting(
@@ -85,8 +88,9 @@ class RewardArgs:
         AT_LEAST_ONE,
     )
     answer_pattern: str | None = setting(
-        "exact, number: regular expression whose last match is the answer in a reply; in the column answer, where it "
-        "occurs there. null: the whole text for exact, the last number for number",
+        "exact, number, reasoning_gym: regular expression whose last match is the answer in a reply; for exact and "
+        "number also in the column answer, where it occurs there. null: the whole text for exact, the last number for "
+        "number, the last <answer> tags for reasoning_gym",
         None,
         NOT_EMPTY,
     )

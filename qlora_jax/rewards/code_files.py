@@ -24,7 +24,7 @@ class CodeFiles:
         self._loop: asyncio.AbstractEventLoop | None = None  # one for all calls: clients stay bound to their loop
 
     def find(self, place: str) -> object:
-        """Returns what "file.py:name" or "module:name" names; None if there is no such name.
+        """Returns the object that "file.py:name" or "module:name" names; None if the file lacks it.
 
         Raises:
           ImportError: the file cannot be imported; the message names its line.

@@ -28,7 +28,7 @@ class Environment(Protocol):
 
 
 class _Made(NamedTuple):
-    """What makes environments, and the file that it is from."""
+    """The callable that makes environments, and its file."""
 
     make: Callable[[], Environment]
     source: str

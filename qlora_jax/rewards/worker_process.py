@@ -175,7 +175,7 @@ class WorkerProcess:
 
 
 def run_calls[K](queues: Mapping[WorkerProcess, Sequence[tuple[K, Call]]]) -> dict[K, JsonObject | Failed]:
-    """Calls functions, those of a worker one after the other; returns the outcomes by the calls' keys."""
+    """Calls functions, those of a worker in order; returns the outcomes by the calls' keys."""
     waiting = {worker: [*calls] for worker, calls in queues.items()}
     running: dict[WorkerProcess, K] = {}
     outcomes: dict[K, JsonObject | Failed] = {}

@@ -1,4 +1,4 @@
-"""How a chat template writes tools, their calls and their answers: the ids that follow a reply which calls tools."""
+"""Writes tools with a chat template, and the ids of their answers; reads the calls in a turn."""
 
 from collections.abc import Mapping, Sequence
 

@@ -34,7 +34,7 @@ class Game:
         """Tosses.
 
         Args:
-            text: what to toss
+            text: the text to toss
         """
         self.tossed.append(random.choice("ab"))
         return self.tossed[-1]
@@ -83,6 +83,7 @@ def _a_model_that_calls(monkeypatch):
     monkeypatch.setattr(ToolTemplate, "read", read)
 
 
+@pytest.mark.slow
 def test_a_run_with_tools_and_environments_resumes_to_the_bit(tmp_path, monkeypatch):
     whole, stopped = (tool_project(tmp_path / name) for name in ("whole", "stopped"))
     assert run(whole)
@@ -92,8 +93,9 @@ def test_a_run_with_tools_and_environments_resumes_to_the_bit(tmp_path, monkeypa
     assert max(step["sampling_logp_difference_max"] for step in steps) < 1e-4
     for step in steps:
         assert step["rollout_tokens"] == step["supervised_tokens"]
-        assert 0 < step["reward_of_tossed"] < step["tool_calls"]
+        assert 0 < step["reward_of_tossed"] <= step["tool_calls"]
         assert 0 <= step["reward_of_Game"] <= step["reward_of_tossed"] / 4
+    assert any(step["reward_of_tossed"] < step["tool_calls"] for step in steps)
     assert [record["eval_tool_calls"] > 0 for record in numbers(whole) if "eval_reward" in record] == [True] * 2
     samples = [json.loads(line) for line in (Path(whole.output) / "samples.jsonl").read_text().splitlines()]
     assert all(" Start at " in sample["prompt"]["prompt"][-1]["content"] for sample in samples)

@@ -26,7 +26,7 @@ def plain(query: str, top: int = 3) -> str:
     More text.
 
     Args:
-        query: what to look for,
+        query: the words to find,
             over: two lines
         top (int, optional): how many (choices: [1, 2, 3])
 

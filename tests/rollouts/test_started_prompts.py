@@ -46,7 +46,7 @@ def functions(tmp_path_factory):
         yield found
 
 
-def started(functions, rows, longest=300):
+def started(functions, rows, longest=500):
     tokenizer = byte_tokenizer()
     template = ToolTemplate(tokenizer, functions.tools.schemas, frozenset({tokenizer.eos_id}))
     prompts = PromptRows(rows=rows, files=[File("p.jsonl")], columns={"p.jsonl": "prompt"})
@@ -68,7 +68,7 @@ def test_an_environment_adds_its_text_to_the_last_message(functions):
     assert "add" in template.text(drawn.ids)
     assert started(functions, ROWS)[0] == [silent, drawn]
     with pytest.raises(RewardError, match=r"p.jsonl:2: .*found \d+ tokens in the prompt with the text of reset"):
-        started(functions, ROWS, longest=100)
+        started(functions, ROWS, longest=300)
 
 
 @pytest.mark.parametrize("mode", BAD)

@@ -32,7 +32,7 @@ def fails(text: str, times: list[int] = ()):
     """Fails.
 
     Args:
-        text: what it says
+        text: the text to say
         times: how often
     """
     raise RuntimeError(f"no {text}")
@@ -41,7 +41,7 @@ async def later(text: str) -> str:
     """Answers later.
 
     Args:
-        text: what it says (choices: ["x", "long"])
+        text: the text to say (choices: ["x", "long"])
     """
     return "so long a text that it does not fit " * 8 if text == "long" else text * 3
 
