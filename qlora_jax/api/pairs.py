@@ -35,7 +35,8 @@ from qlora_jax.rollouts.advantages import group_advantages
 from qlora_jax.rollouts.pairs_settings import PairsArgs
 from qlora_jax.rollouts.preference_pairs import ADDED, LeftOut, choose_pair, preference_row
 from qlora_jax.rollouts.prompt_rows import PromptRows
-from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
+from qlora_jax.rollouts.reply import Reply
+from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
 
 _FORMS = {"prompt": "prompt", "messages": "prompt-messages"}  # column of the prompt -> format of the row

@@ -43,6 +43,9 @@ REWARDS: Registry[RewardDeclaration] = Registry(
             settings=("max_completion_len", "soft_punish_cache"),
             required=("max_completion_len",),
         ),
+        "reasoning_gym": RewardDeclaration(
+            implementation="qlora_jax.rewards.reasoning_task:reasoning_gym", settings=("answer_pattern",)
+        ),
         "programs": RewardDeclaration(implementation="qlora_jax.rewards.programs:programs"),
         "model": RewardDeclaration(
             implementation="qlora_jax.evaluation.heads.reward_model:open_scorer",
@@ -65,8 +68,8 @@ class RewardArgs:
     """Rewards of sampled replies (docs/rl.md). The functions of files are given by --reward FILE.py:NAME."""
 
     functions: list[RewardName] = setting(
-        "reward functions by name: exact, number, math, regex, json, length, programs, model, judge, or those of "
-        "installed packages. Functions of --reward follow them",
+        "reward functions by name: exact, number, math, regex, json, length, reasoning_gym, programs, model, judge, or "
+        "those of installed packages. Functions of --reward follow them",
         [],
     )
     reward_weights: list[float] | None = setting(
@@ -78,13 +81,16 @@ class RewardArgs:
         "stop",
     )
     timeout: float = setting("seconds of one call of a function, which scores all replies of a step", 60.0, POSITIVE)
-    memory: str = setting("memory of each process of reward functions", "4GiB")
+    memory: str = setting("memory of each process of reward functions and tools", "4GiB")
     workers: int = setting(
-        "processes of reward functions; functions of one file share one. No reward depends on it", 2, AT_LEAST_ONE
+        "processes of reward functions, and as many of tools; functions of one file share one. No reward depends on it",
+        2,
+        AT_LEAST_ONE,
     )
     answer_pattern: str | None = setting(
-        "exact, number: regular expression whose last match is the answer in a reply; in the column answer, where it "
-        "occurs there. null: the whole text for exact, the last number for number",
+        "exact, number, reasoning_gym: regular expression whose last match is the answer in a reply; for exact and "
+        "number also in the column answer, where it occurs there. null: the whole text for exact, the last number for "
+        "number, the last <answer> tags for reasoning_gym",
         None,
         NOT_EMPTY,
     )
@@ -111,22 +117,23 @@ class RewardArgs:
     judge_timeout: float = setting("judge: seconds until a request counts as failed", 30.0, POSITIVE)
 
 
-def split_reward(reward: str) -> tuple[str, str]:
+def split_code(place: str, flag: str = "--reward") -> tuple[str, str]:
     """Returns the file and the name of `FILE.py:NAME`; raises ValueError for another form."""
-    file, _, name = reward.rpartition(":")
+    file, _, name = place.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
-        named = f"Write --rewards.functions '[{reward}]'" if reward in REWARDS else "Name a function in a Python file"
-        raise ValueError(f"--reward: found {reward!r}, expected FILE.py:NAME. {named}")
+        is_reward = flag == "--reward" and place in REWARDS
+        fix = f"Write --rewards.functions '[{place}]'" if is_reward else "Name a function or class in a Python file"
+        raise ValueError(f"{flag}: found {place!r}, expected FILE.py:NAME. {fix}")
     return file, name
 
 
 def reward_names(args: RewardArgs, rewards: Sequence[str]) -> list[str]:
     """Returns the names of all functions in order; `rewards` are the values of --reward."""
-    return [*args.functions, *(split_reward(each)[1] for each in rewards)]
+    return [*args.functions, *(split_code(each)[1] for each in rewards)]
 
 
-def check_rewards_given(args: RewardArgs, rewards: Sequence[str], user: str) -> None:
-    """Raises ValueError without a function, or with another number of weights.
+def check_rewards_given(args: RewardArgs, rewards: Sequence[str], user: str, environment: str | None = None) -> None:
+    """Raises ValueError without a function or an environment, or with another number of weights.
 
     It is checked when rewards are needed: the settings of a finished run lack --reward.
 
@@ -134,7 +141,7 @@ def check_rewards_given(args: RewardArgs, rewards: Sequence[str], user: str) -> 
       user: name of the feature that needs rewards, such as `objective=grpo`.
     """
     names = reward_names(args, rewards)
-    if not names:
+    if not names and environment is None:
         fix = "Add --reward FILE.py:NAME, or set rewards.functions"
         raise ValueError(f"--reward: missing, expected at least one function for {user}. {fix}")
     if args.reward_weights is not None and len(args.reward_weights) != len(names):
@@ -186,3 +193,27 @@ def reward_problems(args: RewardArgs, rewards: Sequence[str], objective: str, *,
         if pattern is not None
         for problem in text_pattern_problems(pattern)
     ]
+
+
+def tool_problems(tools: Sequence[str], environment: str | None, objective: str, *, used: bool) -> list[str]:
+    """Reports values of --tool and --environment that cannot be used; `used` as in `reward_problems`."""
+    given = {"--tool": tools, "--environment": [] if environment is None else [environment]}
+    if not used:
+        return [
+            f"{flag}: found with objective={objective}, which does not use it. Remove it"
+            for flag, values in given.items()
+            if values
+        ]
+    problems: list[str] = []
+    for flag, values in given.items():
+        try:
+            names = [split_code(each, flag)[1] for each in values]
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        problems += [
+            f"{flag}: found {names.count(name)} functions with the name {name!r}, expected unique names. Rename one"
+            for name in dict.fromkeys(names)
+            if names.count(name) > 1
+        ]
+    return problems

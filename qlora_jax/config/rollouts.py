@@ -1,6 +1,7 @@
 """Declares the settings of rollouts, the replies that a policy samples: section `rollouts`, with TRL's names."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from qlora_jax.config.fields import (
     AT_LEAST_ONE,
@@ -36,3 +37,20 @@ class RolloutArgs:
         BELOW_ONE,
     )
     cache: str = setting("limit of the bytes of keys and values of all replies", "1GiB", NOT_EMPTY)
+    max_tool_calling_iterations: int | None = setting(
+        "turns of a reply that tools answer; null: no limit but max_completion_length", None, AT_LEAST_ONE
+    )
+    tool_timeout: float = setting("seconds of one call of a tool or of an environment", 10.0, POSITIVE)
+
+
+def check_tools_given(settings: RolloutArgs, tools: Sequence[str], environment: str | None) -> None:
+    """Raises ValueError for settings of tools in a run without tools.
+
+    It is checked when a run starts: the settings of a finished run lack --tool and --environment.
+    """
+    plain = RolloutArgs()
+    if tools or environment is not None:
+        return
+    for name in ("max_tool_calling_iterations", "tool_timeout"):
+        if (found := getattr(settings, name)) != getattr(plain, name):
+            raise ValueError(f"rollouts.{name}: found {found!r} without --tool and --environment. Remove this setting")

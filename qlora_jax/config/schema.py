@@ -181,7 +181,8 @@ class DataArgs:
     """Training and evaluation data, and its tokenization."""
 
     train: str | dict[str, float] = setting(
-        "training data: a JSONL, JSON, CSV, TSV or Parquet file, or a dataset on the Hub (hf://datasets/org/name). "
+        "training data: a JSONL, JSON, CSV, TSV or Parquet file, a dataset on the Hub (hf://datasets/org/name), or for "
+        "objective grpo a task of reasoning-gym (reasoning_gym:NAME?size=500&seed=0). "
         "Several files take weights: {a.jsonl: 1, b.jsonl: 0.5} uses half of b.jsonl per epoch",
         bound=NOT_EMPTY,
         common="training data: a JSONL, JSON, CSV, TSV or Parquet file, or hf://datasets/org/name",
@@ -435,6 +436,18 @@ class Config:
         "a reward function as FILE.py:NAME, with TRL's signature (docs/rl.md); may be given several times",
         [],
         repeated=True,
+        command_line=True,
+    )
+    tool: list[str] = setting(
+        "a function that the model may call while it replies, as FILE.py:NAME (docs/rl.md); may be given several times",
+        [],
+        repeated=True,
+        command_line=True,
+    )
+    environment: str | None = setting(
+        "a class as FILE.py:NAME, whose objects the replies act on: TRL's environment_factory (docs/rl.md)",
+        None,
+        NOT_EMPTY,
         command_line=True,
     )
     output: str = setting(

@@ -9,7 +9,7 @@ from qlora_jax.config.objectives import OBJECTIVES, objective_problems
 from qlora_jax.config.parse import ConfigError, find_problems, parse_layers
 from qlora_jax.config.policy import policy_problems
 from qlora_jax.config.question_settings import QUESTION_KINDS, question_problems, unknown_columns
-from qlora_jax.config.rewards import reward_problems
+from qlora_jax.config.rewards import reward_problems, tool_problems
 from qlora_jax.config.row_formats import row_columns
 from qlora_jax.config.schema import PAGED, Config, DataArgs, MeshSize, TrainArgs, mesh_sizes, paging_of, plain_name
 from qlora_jax.config.sizes import parse_bytes
@@ -417,6 +417,7 @@ def _relation_problems(config: Config) -> list[str]:
     problems += _token_problems(config) + _objective_problems(config)
     from_rewards = OBJECTIVES[config.objective].rows == "prompt"
     problems += reward_problems(config.rewards, config.reward, config.objective, used=from_rewards)
+    problems += tool_problems(config.tool, config.environment, config.objective, used=from_rewards)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "

@@ -18,6 +18,7 @@ from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.batching.batches import START, eval_batches, train_batches, window_order
 from qlora_jax.data.batching.mixture import Mixture, Part, check_kinds, check_weights, count_sequences
 from qlora_jax.data.batching.packing import UNIT, Batch, choose_buckets, count_units, pack_length
+from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.holdout import Split, shared_rows
 from qlora_jax.data.kl_pairs import PairedRows, kl_shift, pair_rows, paired_digest
 from qlora_jax.data.labels import find_labels
@@ -169,6 +170,7 @@ def load_dataset(
     labels: Sequence[str] = (),
     kl_pairs: bool = False,
     reply_tokens: int = 0,
+    tools: Tools = (),
 ) -> Dataset:
     """Loads the data set that `data` describes: reads, checks and encodes every row, or reads data.cache.
 
@@ -177,13 +179,14 @@ def load_dataset(
       labels: names of the classes, in order; empty: those in the training data, if the objective has classes.
       kl_pairs: gives each row the completion of another one, too (kl_pairs.py).
       reply_tokens: positions of data.max_length that prompts leave for a reply.
+      tools: schemas of functions that every row has.
 
     Raises:
       ValueError: problems of settings, files or rows. All problems of a file's rows are in one error, by line.
     """
     _check_eval_settings(data)
-    tokenizer = _with_template(tokenizer, data)
-    source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective), reply_tokens)
+    tokenizer = with_template(tokenizer, data)
+    source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective), reply_tokens, tools)
     train, held_out = _prepare_train(source), _prepare_eval(source)
     if kl_pairs:
         train, held_out = ([_paired(split, seed, data) for split in splits] for splits in (train, held_out))
@@ -233,13 +236,13 @@ def load_held_out(data: DataArgs, tokenizer: Tokenizer) -> TokenRows | None:
     Raises:
       ValueError: problems of files or rows.
     """
-    source = _Source(data, _with_template(tokenizer, data), "sft", ())
+    source = _Source(data, with_template(tokenizer, data), "sft", ())
     splits = _prepare_eval(source)
     parts = _parts(splits, {})
     return _concatenate(parts, branching=any(part.rows.branching for part in parts)) if splits else None
 
 
-def _with_template(tokenizer: Tokenizer, data: DataArgs) -> Tokenizer:
+def with_template(tokenizer: Tokenizer, data: DataArgs) -> Tokenizer:
     """Returns the tokenizer with the chat template, its arguments and its date that the settings give."""
     if data.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, data.chat_template)
@@ -293,6 +296,7 @@ class _Source(NamedTuple):
     objective: str
     labels: tuple[str, ...]
     reply_tokens: int = 0
+    tools: Tools = ()
 
 
 def _prepare_train(source: _Source) -> list[_Prepared]:
@@ -323,6 +327,7 @@ def _prepare(path: str, split: Split | None, source: _Source, *, in_memory: bool
         objective=source.objective,
         labels=source.labels,
         reply_tokens=source.reply_tokens,
+        tools=source.tools,
     )
     if data.cache is None:
         chunks = list(row_chunks(preparation))

@@ -38,6 +38,7 @@ from qlora_jax.data.formats.columns import check_names_exist, count_lookalikes, 
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import format_of, optional_columns
 from qlora_jax.data.formats.row_format import RowFormat
+from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.holdout import Split, check_splits, content_hash
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import (
@@ -69,6 +70,7 @@ class Preparation:
       objective: a key of OBJECTIVES, which determines the kind of the rows.
       labels: names of the classes, in order.
       reply_tokens: positions of data.max_length that prompts leave for a reply.
+      tools: schemas of functions that every row has.
     """
 
     path: str
@@ -80,6 +82,7 @@ class Preparation:
     objective: str = "sft"
     labels: tuple[str, ...] = ()
     reply_tokens: int = 0
+    tools: Tools = ()
 
     @property
     def use(self) -> RowUse:
@@ -119,6 +122,7 @@ class Preparation:
             f"{tokenizer.template_date or datetime.date.today()}" if tokenizer.writes_date else "",
             tokenizers.__version__,
             importlib.metadata.version("jinja2"),
+            [*self.tools],
             Path(self.path).suffixes,  # the delimiter of columns depends on them
         ]
         digest = hashlib.sha256(json.dumps(settings).encode())
@@ -248,7 +252,7 @@ class _FileReader:
             broken = [found for found in chunk if isinstance(found, BrokenRow)]
             self.errors += [(found.place, found.problem) for found in broken if found.ends_file]
             self._add_bad([(found.place, found.problem) for found in broken if not found.ends_file])
-            rows = self._rename([found for found in chunk if isinstance(found, Row)])
+            rows = self._with_tools(self._rename([found for found in chunk if isinstance(found, Row)]))
             if rows:
                 yield self._check(rows)
 
@@ -281,6 +285,15 @@ class _FileReader:
         self._add_bad(problems)
         self.columns |= dict.fromkeys(name for row in renamed for name in row.data)
         return renamed
+
+    def _with_tools(self, rows: list[Row]) -> list[Row]:
+        """Returns the rows with the tools of all rows. Rows that have others are added to `problems`."""
+        if not self._preparation.tools:
+            return rows
+        own = {row.place for row in rows if row.data.get("tools") or row.data.get("functions")}
+        self._add_bad([(place, "has tools in a run with --tool or --environment. Remove them") for place in own])
+        tools = {"tools": [*self._preparation.tools]}
+        return [row._replace(data=row.data | tools) for row in rows if row.place not in own]
 
     def _check(self, rows: list[Row]) -> _CheckedChunk:
         row_format = self._format = self._format or detect_format(

@@ -9,6 +9,7 @@ Dimension key: N replies, F functions.
 import atexit
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
@@ -19,9 +20,11 @@ from qlora_jax.config.registry import load_implementation
 from qlora_jax.config.rewards import REWARDS, RewardArgs, reward_names
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.metadata import JsonObject
-from qlora_jax.rewards.worker_process import Arguments, Failed, WorkerProcess, run_calls
+from qlora_jax.rewards.tool_calls import ENVIRONMENT, TOOL
+from qlora_jax.rewards.tools import Tools
+from qlora_jax.rewards.worker_process import Arguments, Call, Failed, Name, WorkerProcess, run_calls
 
-ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these columns either
 MOST_ENDED = 4  # calls with one reply that end their process, after which the other replies are not tried
 SHOWN = 10  # problems that an error lists
@@ -35,11 +38,12 @@ class Replies:
 
     Attributes:
       prompts: texts, or messages of conversations.
-      completions: texts, or [{"role": "assistant", "content": text}] for conversations.
+      completions: texts, or messages for conversations: the assistant's, and those of tools.
       completion_ids: the sampled ids.
       columns: every column of the rows, repeated for each reply.
       labels: file and line of each reply's prompt, for messages.
       step, steps: optimizer steps done, and those of the run.
+      environments: number of each reply's environment; None without environments.
     """
 
     prompts: Sequence[str | Messages]
@@ -49,13 +53,15 @@ class Replies:
     labels: Sequence[str]
     step: int = 0
     steps: int = 0
+    environments: Sequence[int] | None = None
 
     def rows(self, rows: Sequence[int]) -> "Replies":
         """Returns some of the replies."""
         names = ("prompts", "completions", "completion_ids", "labels")
         picked = {name: [getattr(self, name)[row] for row in rows] for name in names}
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return dataclasses.replace(self, **picked, columns=columns)
+        environments = None if self.environments is None else [self.environments[row] for row in rows]
+        return dataclasses.replace(self, **picked, columns=columns, environments=environments)
 
     def arguments(self) -> JsonObject:
         """Returns the keyword arguments of a reward function; the process adds the functions that log."""
@@ -65,6 +71,7 @@ class Replies:
             "completions": [*self.completions],
             "completion_ids": [[*map(int, ids)] for ids in self.completion_ids],
             "trainer_state": {"global_step": self.step, "max_steps": self.steps},
+            **({} if self.environments is None else {"environments": [*self.environments]}),
         }
 
 
@@ -101,17 +108,30 @@ InProcess = Callable[[Sequence[str | Messages], Sequence[str | Messages]], Seque
 
 
 class RewardFunctions:
-    """The reward functions of a run. A context manager: its end stops the processes.
+    """The reward functions of a run, and its tools. A context manager: its end stops the processes.
+
+    With an environment, all of them are in one process, so that functions get the environments themselves.
 
     Args:
       args: settings that `reward_problems` accepts.
-      rewards: the values of --reward.
+      rewards, tools, environment: the values of --reward, --tool and --environment.
+      tool_timeout: seconds of a call of a tool.
+
+    Attributes:
+      tools: the tools and environments; None without them.
 
     Raises:
       ValueError: functions cannot be imported or called; the message lists them.
     """
 
-    def __init__(self, args: RewardArgs, rewards: Sequence[str]):
+    def __init__(
+        self,
+        args: RewardArgs,
+        rewards: Sequence[str],
+        tools: Sequence[str] = (),
+        environment: str | None = None,
+        tool_timeout: float = 10.0,
+    ):
         self.names = tuple(reward_names(args, rewards))
         self.weights = np.array(args.reward_weights or [1.0] * len(self.names))
         self._stops = args.on_error == "stop"
@@ -120,18 +140,28 @@ class RewardFunctions:
         places = [*(REWARDS[name].implementation for name in args.functions), *rewards]
         self._places = {number: place for number, place in enumerate(places) if number not in self._in_process}
         # Functions of one file share a process, as they may share variables.
-        files: dict[str, list[tuple[int, str, Arguments]]] = {}
+        files: dict[str, list[tuple[Name, str, Arguments]]] = {}
         for n, place in self._places.items():
             settings = _settings(args, self.names[n]) if n < len(args.functions) else {}
             files.setdefault(place.rpartition(":")[0], []).append((n, place, settings))
         shares = [[*files.values()][first :: args.workers] for first in range(min(args.workers, len(files)))]
-        memory = parse_bytes(args.memory)
-        self._workers = [
-            WorkerProcess([*itertools.chain.from_iterable(share)], args.timeout, memory) for share in shares
-        ]
+        sources = [[*itertools.chain.from_iterable(share)] for share in shares]
+        called: list[tuple[Name, str, Arguments]] = [(TOOL, place, {}) for place in tools]
+        limits = args.timeout, parse_bytes(args.memory)
+        if environment is None:
+            self._workers = [WorkerProcess(own, *limits) for own in sources]
+            callers = [WorkerProcess(called, *limits) for _ in range(args.workers if tools else 0)]
+            self._workers += callers
+        else:
+            own = (len(places), "qlora_jax.rewards.tool_calls:get_reward", {})
+            called = [(ENVIRONMENT, environment, {}), *called, *itertools.chain(*sources), own]
+            self._workers = callers = [WorkerProcess(called, *limits, repeats=True)]
         atexit.register(self.close)
         self._required: dict[int, JsonObject] = {}
-        self._load()
+        schemas = self._load(environment)
+        self.tools = None
+        if callers:
+            self.tools = Tools(schemas=schemas, workers=callers, seconds=tool_timeout, environment=environment)
 
     def __enter__(self) -> "RewardFunctions":
         return self
@@ -145,29 +175,51 @@ class RewardFunctions:
         for worker in self._workers:
             worker.stop()
 
-    def _load(self) -> None:
+    def _load(self, environment: str | None) -> list[JsonObject]:
+        """Starts the processes; returns the schemas of the tools, which are the same in all."""
         problems: list[str] = []
+        schemas: dict[str, list[JsonObject]] = {}
         for worker in self._workers:
-            for (number, *_), found in zip(worker.sources, worker.load(), strict=False):
+            for (name, place, _), found in zip(worker.sources, worker.load(), strict=False):
                 if isinstance(found, Failed):
                     problems.append(found.text)
-                else:
-                    self._required[number] = found
+                elif isinstance(name, str):
+                    schemas[place] = found["schemas"]
+                    if found.get("has_reward"):
+                        self._add_reward(place, found["name"])
+                elif name in self._places:
+                    self._required[name] = found
+        named = Counter(schema["function"]["name"] for own in schemas.values() for schema in own)
+        problems += [
+            f"{', '.join(schemas)}: found {count} tools with the name {name!r}, expected unique names. Rename one"
+            for name, count in named.items()
+            if count > 1
+        ]
+        if environment is not None and not (problems or self.names):
+            problems.append(f"{environment}: found no method get_reward, and no reward function. Add one of them")
         if problems:
             self.close()
-            raise ValueError("\n  ".join(["reward functions cannot be used:", *dict.fromkeys(problems)]))
+            raise ValueError("\n  ".join(["functions cannot be used:", *dict.fromkeys(problems)]))
+        return [*itertools.chain.from_iterable(schemas.values())]
+
+    def _add_reward(self, environment: str, name: str) -> None:
+        """Adds the reward that environments give, after those of functions, with weight 1."""
+        self._places[len(self.names)] = environment
+        self.names, self.weights = (*self.names, name), np.append(self.weights, 1.0)
 
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises ValueError for functions that need an argument which the rows do not have as a column."""
         given = [name for name in columns if name not in _NOT_COLUMNS]
-        problems = [f"column {name!r} has the name of an argument. Rename it" for name in given if name in ARGUMENTS]
+        unknown = () if self.tools is not None and self.tools.environment is not None else ("environments",)
+        arguments = [name for name in ARGUMENTS if name not in unknown]
+        problems = [f"column {name!r} has the name of an argument. Rename it" for name in given if name in arguments]
         for number, found in self._required.items():
             file, _, name = self._places[number].rpartition(":")
             problems += [
                 f"{file}:{found['line']}: {name} needs the argument {each!r} (found the columns "
-                f"{', '.join(given) or 'none'}, besides {', '.join(ARGUMENTS)}). Rename the argument or the column"
+                f"{', '.join(given) or 'none'}, besides {', '.join(arguments)}). Rename the argument or the column"
                 for each in found["required"]
-                if each not in (*given, *ARGUMENTS)
+                if each not in (*given, *arguments)
             ]
         if problems:
             raise ValueError("\n  ".join(["reward functions do not fit the rows:", *problems]))
@@ -207,8 +259,16 @@ class RewardFunctions:
 
     def _call(self, calls: Mapping[int, Replies]) -> dict[int, JsonObject | Failed]:
         """Returns the outcome of each function, or why its call failed as a whole."""
-        elsewhere = {number: each.arguments() for number, each in calls.items() if number in self._places}
-        outcomes = run_calls(self._workers, elsewhere)
+        outcomes = run_calls(
+            {
+                worker: [
+                    (name, Call(name, calls[name].arguments()))
+                    for name, *_ in worker.sources
+                    if isinstance(name, int) and name in calls
+                ]
+                for worker in self._workers
+            }
+        )
         outcomes |= {number: self._score_here(number, calls[number]) for number in self._in_process.keys() & calls}
         for number, outcome in outcomes.items():
             expected = len(calls[number].prompts)

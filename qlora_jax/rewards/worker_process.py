@@ -1,6 +1,7 @@
 """Starts processes that run reward functions (worker.py), and starts them again after they have ended.
 
-A request is a pickle of (number of a function, its place to load it or None, settings or arguments); the reply is JSON.
+A request is a pickle of (number of a reward function or kind of a tool, its place to load it or None, settings or
+arguments); the reply is JSON.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ IMPORT_SECONDS = 120.0  # for a file's imports, if the limit of a call is lower
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit statuses of a process that somebody killed
 
 Arguments = Mapping[str, object]
+Name = int | str  # the number of a reward function, or a kind of tool_calls.py
 
 
 class Failed(NamedTuple):
@@ -33,33 +35,56 @@ class Failed(NamedTuple):
     ended: bool = False
 
 
+class Limit(NamedTuple):
+    """Seconds of a call, and the setting that they are from, with its value."""
+
+    seconds: float
+    setting: str
+
+
+class Call(NamedTuple):
+    """A call of a function; `limit` None: that of its process."""
+
+    name: Name
+    arguments: Arguments
+    limit: Limit | None = None
+
+
 class WorkerProcess:
     """A process with some functions, which runs one call at a time.
 
     Args:
-      sources: (number, "file.py:name" or "module:name", keyword arguments of every call) of each function.
+      sources: (name, "file.py:name" or "module:name", keyword arguments of every call) of each function.
       seconds: of a call.
       memory: bytes.
+      repeats: calls of tools change objects of the process. If it starts again, it repeats those since `forget`.
 
     Attributes:
       deadline: time.monotonic() at which the call that runs is late.
     """
 
-    def __init__(self, sources: Sequence[tuple[int, str, Arguments]], seconds: float, memory: int):
-        self.sources, self._seconds, self._memory = sources, seconds, memory
+    def __init__(
+        self, sources: Sequence[tuple[Name, str, Arguments]], seconds: float, memory: int, *, repeats: bool = False
+    ):
+        self.sources, self._default, self._memory = sources, Limit(seconds, f"rewards.timeout is {seconds:g}"), memory
         self._process: subprocess.Popen[bytes] | None = None
         self._request, self._again = b"", False
-        self._limit, self.deadline = 0.0, 0.0
+        self._limit, self.deadline = self._default, 0.0
+        self._repeats, self._kept, self._journal = repeats, False, list[bytes]()
 
     def fileno(self) -> int:
         """Returns the descriptor of the replies, for `select`."""
         assert self._process is not None and self._process.stdout is not None
         return self._process.stdout.fileno()
 
+    def forget(self) -> None:
+        """Forgets the calls to repeat."""
+        self._journal.clear()
+
     def load(self) -> list[JsonObject | Failed]:
         """Starts the process, and returns the description of each function, or its problem."""
         self.stop()
-        self._again = False
+        self._again = self._kept = False
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "qlora_jax.rewards.worker", str(self._memory)],
             stdin=subprocess.PIPE,
@@ -70,7 +95,7 @@ class WorkerProcess:
         )
         found: list[JsonObject | Failed] = []
         for source in self.sources:
-            self._send(pickle.dumps(source), max(IMPORT_SECONDS, self._seconds))
+            self._send(pickle.dumps(source), self._default._replace(seconds=self._import_seconds))
             outcome = self.outcome(wait=True)
             assert outcome is not None, "it is not started again"
             if isinstance(outcome, Failed) and outcome.ended:
@@ -79,11 +104,15 @@ class WorkerProcess:
             found.append(outcome)
         return found
 
-    def begin(self, number: int, arguments: Arguments) -> None:
+    @property
+    def _import_seconds(self) -> float:
+        return max(IMPORT_SECONDS, self._default.seconds)
+
+    def begin(self, call: Call) -> None:
         """Starts a call; raises ValueError if the process had ended, and functions cannot be imported again."""
-        self._request = pickle.dumps((number, None, dict(arguments)))
-        self._send_call()
-        self._again = True
+        self._request = pickle.dumps((call.name, None, dict(call.arguments)))
+        self._send_call(call.limit or self._default)
+        self._again, self._kept = True, self._repeats and isinstance(call.name, str)
 
     def outcome(self, *, wait: bool = False) -> JsonObject | Failed | None:
         """Returns the outcome of the call that runs; None if it runs on.
@@ -96,15 +125,19 @@ class WorkerProcess:
             if time.monotonic() < self.deadline:
                 return None
             self.stop()
-            return Failed(f"took more than {self._limit:g} s (rewards.timeout is {self._seconds:g})", ended=True)
+            return Failed(f"took more than {self._limit.seconds:g} s ({self._limit.setting})", ended=True)
         try:
             reply = json.loads(receive(self.fileno(), LONGEST_MESSAGE))
+            if self._kept:
+                self._journal.append(self._request)
             return Failed(reply["problem"]) if reply.get("problem") else reply
         except EOFError:
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         status = self.stop()
         if status in _FROM_OUTSIDE and self._again:
-            self._send_call()
+            kept = self._kept
+            self._send_call(self._limit)
+            self._kept = kept
             return None
         if status == MEMORY_REACHED:
             return Failed(f"needed more than {self._memory >> 20:,} MiB (rewards.memory)", ended=True)
@@ -124,35 +157,39 @@ class WorkerProcess:
             process.stdin.close()
         return process.wait()
 
-    def _send_call(self) -> None:
+    def _send_call(self, limit: Limit) -> None:
         ended = self._process is None or self._process.poll() is not None
         if problems := [found.text for found in self.load() if isinstance(found, Failed)] if ended else []:
             raise ValueError("\n  ".join(["reward functions cannot be imported again:", *problems]))
-        self._send(self._request, self._seconds)
+        for request in self._journal if ended else ():
+            self._send(request, self._default._replace(seconds=self._import_seconds))
+            if isinstance(found := self.outcome(wait=True), Failed) and found.ended:
+                raise ValueError(f"a tool that had answered does not answer again: {found.text}. Correct it")
+        self._send(self._request, limit)
 
-    def _send(self, content: bytes, seconds: float) -> None:
+    def _send(self, content: bytes, limit: Limit) -> None:
         assert self._process is not None and self._process.stdin is not None
-        self._limit, self.deadline = seconds, time.monotonic() + seconds
+        self._limit, self.deadline = limit, time.monotonic() + limit.seconds
         with contextlib.suppress(BrokenPipeError):  # the end of its replies says why
             send(self._process.stdin.fileno(), content)
 
 
-def run_calls(workers: Sequence[WorkerProcess], calls: Mapping[int, Arguments]) -> dict[int, JsonObject | Failed]:
-    """Calls functions by their number, each on the worker that has it; returns the outcomes."""
-    waiting = {worker: [number for number, *_ in worker.sources if number in calls] for worker in workers}
-    running: dict[WorkerProcess, int] = {}
-    outcomes: dict[int, JsonObject | Failed] = {}
+def run_calls[K](queues: Mapping[WorkerProcess, Sequence[tuple[K, Call]]]) -> dict[K, JsonObject | Failed]:
+    """Calls functions, those of a worker in order; returns the outcomes by the calls' keys."""
+    waiting = {worker: [*calls] for worker, calls in queues.items()}
+    running: dict[WorkerProcess, K] = {}
+    outcomes: dict[K, JsonObject | Failed] = {}
     try:
-        while len(outcomes) < len(calls):
-            for worker, numbers in waiting.items():
-                if numbers and worker not in running:
-                    running[worker] = numbers.pop(0)
-                    worker.begin(running[worker], calls[running[worker]])
+        while running or any(waiting.values()):
+            for worker, calls in waiting.items():
+                if calls and worker not in running:
+                    running[worker], call = calls.pop(0)
+                    worker.begin(call)
             seconds = min(worker.deadline for worker in running) - time.monotonic()
             select.select([*running], [], [], max(0.0, seconds))
-            for worker, number in [*running.items()]:
+            for worker, key in [*running.items()]:
                 if (outcome := worker.outcome()) is not None:
-                    outcomes[number] = outcome
+                    outcomes[key] = outcome
                     del running[worker]
     except BaseException:  # an interrupt: replies that arrive are not for the next calls
         for worker in running:

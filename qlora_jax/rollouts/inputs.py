@@ -3,8 +3,9 @@
 import dataclasses
 
 from qlora_jax.data.batching.packing import UNIT
-from qlora_jax.rewards.digests import RewardFile
+from qlora_jax.rewards.digests import CodeDigests
 from qlora_jax.rollouts.prompt_rows import PromptRows
+from qlora_jax.rollouts.tool_template import ToolTemplate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,18 +14,22 @@ class RolloutInputs:
 
     Attributes:
       prompts, held_out: rows of the training and the held-out prompts.
+      longest_prompt: positions of the longest prompt that there can be.
       lengths: padded lengths of the rows that are trained on.
       stop_ids: ids with which the model ends a reply.
       pad_id: id at padding positions.
-      reward_files: the files of reward functions, with their digests.
+      template: writes tools, if there are any.
+      code: the files that the command line names, with their digests.
     """
 
     prompts: PromptRows
     held_out: PromptRows | None
+    longest_prompt: int
     lengths: tuple[int, ...]
     stop_ids: frozenset[int]
     pad_id: int
-    reward_files: dict[str, RewardFile]
+    template: ToolTemplate | None
+    code: CodeDigests
 
 
 def row_lengths(longest_prompt: int, completion: int, replies: int, most: int) -> tuple[int, ...]:

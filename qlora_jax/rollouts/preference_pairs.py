@@ -15,7 +15,7 @@ from jaxtyping import Float64
 
 from qlora_jax.rollouts.advantages import NO_SPREAD
 from qlora_jax.rollouts.prompt_rows import PromptRows
-from qlora_jax.rollouts.sampler import Reply
+from qlora_jax.rollouts.reply import Reply
 
 ADDED = ("prompt", "chosen", "rejected", "margin")  # columns of a row of pairs
 LeftOut = Literal[

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
+from qlora_jax.config.fields import TemplateValue
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.formats.columns import rename_columns
 from qlora_jax.data.formats.prompts import asked
+from qlora_jax.data.formats.turn_fields import read_template_kwargs
 from qlora_jax.data.readers.files import Row, stream_rows
 from qlora_jax.data.rows import File
 from qlora_jax.metadata import JsonObject
@@ -31,6 +33,10 @@ class PromptRows:
         """Returns a row's prompt: a text, or messages up to where the assistant replies."""
         found = self.rows[number][self._column(number)]
         return asked(found) if isinstance(found, list) else found
+
+    def variables(self, number: int) -> dict[str, TemplateValue]:
+        """Returns a row's variables for the chat template."""
+        return read_template_kwargs(self.rows[number])
 
     def others(self, number: int) -> dict[str, object]:
         """Returns a row's other columns."""

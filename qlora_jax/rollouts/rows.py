@@ -4,7 +4,7 @@ Dimension key: A micro-batches, B rows (prompts) of each, G replies to each prom
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.data.branch_tree import Branch, join_branches, lay_out
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.objectives.policy_gradient import SAMPLER_LOGPS
-from qlora_jax.rollouts.sampler import Reply
+from qlora_jax.rollouts.reply import Reply
 
 
 class Group(NamedTuple):
@@ -31,6 +31,10 @@ class Group(NamedTuple):
     prompt: Sequence[int]
     replies: Sequence[Reply]
     trained: Sequence[bool]
+
+    def with_trained(self) -> Iterator[tuple[Reply, bool]]:
+        """Yields each reply, and if its tokens are trained."""
+        return zip(self.replies, self.trained, strict=True)
 
 
 def replies_batch(
@@ -72,7 +76,7 @@ def _token_rows(groups: Sequence[Group], values: Mapping[str, np.ndarray]) -> To
         ids=np.concatenate(ids).astype(np.int32),
         supervised=np.concatenate(
             [
-                _flat(group, [[on] * len(reply.ids) for reply, on in zip(group.replies, group.trained, strict=True)])
+                _flat(group, [reply.drawn if on else [False] * len(reply.ids) for reply, on in group.with_trained()])
                 for group in groups
             ]
         ).astype(bool),

@@ -4,7 +4,6 @@ Draws depend on the seed, the prompt and the number of the reply alone, not on w
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,30 +12,13 @@ from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import cache_bytes
 from qlora_jax.inference.engine.engine import Engine
-from qlora_jax.inference.engine.request import EndReason, Request, Step
+from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.rollouts.reply import Reply
 
-
-class Reply(NamedTuple):
-    """A sampled reply.
-
-    Fields:
-      ids: its tokens, the stop id at its end included.
-      logps: log p of each token when it was drawn, by the logits divided by the temperature.
-      text: without the stop id.
-      end: why it ended; "stop" if the model ended it.
-    """
-
-    ids: list[int]
-    logps: list[float]
-    text: str
-    end: EndReason
-
-    @property
-    def is_cut(self) -> bool:
-        """True if it ended before the model ended it."""
-        return self.end != "stop"
+Draw = Callable[[Sequence[Request]], list[Reply]]
+GoOnWithTools = Callable[[Sequence[Request], Sequence[Reply], Draw], list[Reply]]
 
 
 def sampling_of(settings: RolloutArgs, seed: int) -> Sampling:
@@ -60,6 +42,7 @@ def sample_replies(
     count: int,
     stop_ids: frozenset[int],
     go_on: Callable[[int], None] = lambda replies: None,
+    with_tools: GoOnWithTools | None = None,
 ) -> list[list[Reply]]:
     """Returns `count` replies to each prompt, which is computed once for all of them.
 
@@ -67,6 +50,8 @@ def sample_replies(
       parts: the model, with its adapter.
       samplings: settings of each prompt's draws.
       go_on: called after each token of all replies with the number of complete replies; it raises to end the sampling.
+      with_tools: continues replies that call tools; it gets the requests, the replies of the first turn, and a function
+        that draws further turns. None: replies have one turn.
 
     Raises:
       ValueError: the cache has no room for one reply.
@@ -88,23 +73,31 @@ def sample_replies(
         for prompt, sampling in zip(prompts, samplings, strict=True)
         for repeat in range(count)
     ]
-    steps: list[list[Step]] = [[] for _ in requests]
-    done = 0
-    for step in engine.stream(requests):
-        steps[step.request].append(step)
-        done += step.end is not None
-        go_on(done)
-    replies = [_reply(own) for own in steps]
+
+    def draw(requests: Sequence[Request]) -> list[Reply]:
+        steps: list[list[Step]] = [[] for _ in requests]
+        done = count * len(prompts) - len(requests)
+        for step in engine.stream(requests):
+            steps[step.request].append(step)
+            done += step.end is not None
+            go_on(done)
+        return [_turn(own) for own in steps]
+
+    replies = draw(requests)
+    if with_tools is not None:
+        replies = with_tools(requests, replies, draw)
     return [replies[at : at + count] for at in range(0, len(replies), count)]
 
 
-def _reply(steps: Sequence[Step]) -> Reply:
+def _turn(steps: Sequence[Step]) -> Reply:
     drawn = [step.scored for step in steps if step.token is not None and step.scored is not None]
-    end = steps[-1].end
+    end, text = steps[-1].end, "".join(step.text for step in steps)
     assert end is not None
     return Reply(
         ids=[scored.token for scored in drawn],
         logps=[scored.log_p for scored in drawn],
-        text="".join(step.text for step in steps),
+        drawn=[True] * len(drawn),
+        text=text,
         end=end,
+        messages=[{"role": "assistant", "content": text}],
     )

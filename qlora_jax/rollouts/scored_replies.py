@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from qlora_jax.rewards.functions import Replies
-from qlora_jax.rollouts.prompt_rows import PromptRows
-from qlora_jax.rollouts.sampler import Reply
+from qlora_jax.rollouts.prompt_rows import Prompt, PromptRows
+from qlora_jax.rollouts.reply import Reply
 
 
 def replies_to_score(
@@ -15,25 +15,28 @@ def replies_to_score(
     *,
     step: int,
     steps: int = 0,
+    asking: Sequence[Prompt] | None = None,
+    environments: bool = False,
 ) -> Replies:
     """Returns the replies to rows with these numbers, as reward functions get them.
 
     Args:
       where: returns file and line of a row.
       step, steps: see `Replies`.
+      asking: the prompts, if they are not those of the rows.
+      environments: each reply has one, with its number.
     """
-    pairs = [(number, reply) for number, group in zip(numbers, groups, strict=True) for reply in group]
-    asking = {number: prompts.prompt(number) for number in numbers}
+    asking = [prompts.prompt(number) for number in numbers] if asking is None else asking
+    asked = zip(numbers, asking, groups, strict=True)
+    pairs = [(number, prompt, reply) for number, prompt, group in asked for reply in group]
     others = {number: prompts.others(number) for number in numbers}
     return Replies(
-        prompts=[asking[number] for number, _ in pairs],
-        completions=[
-            reply.text if isinstance(asking[number], str) else [{"role": "assistant", "content": reply.text}]
-            for number, reply in pairs
-        ],
-        completion_ids=[reply.ids for _, reply in pairs],
-        columns={name: [others[number].get(name) for number, _ in pairs] for name in prompts.names},
-        labels=[where(number) for number, _ in pairs],
+        prompts=[prompt for _, prompt, _ in pairs],
+        completions=[reply.text if isinstance(prompt, str) else reply.messages for _, prompt, reply in pairs],
+        completion_ids=[reply.ids for _, _, reply in pairs],
+        columns={name: [others[number].get(name) for number, _, _ in pairs] for name in prompts.names},
+        labels=[where(number) for number, _, _ in pairs],
         step=step,
         steps=steps,
+        environments=[*range(len(pairs))] if environments else None,
     )

@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator, Sequence
 
 from qlora_jax.data.formats.turn_fields import REASONING
 from qlora_jax.data.tokenizer.template_pipe import Message
+from qlora_jax.inference.reply_reader import Call, Text
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.server.anthropic_schemas import AnthropicMessage, Block, MessagesBody, TextBlock
 from qlora_jax.server.chat import ChatTask, FinishReason, PreparedChat, chat_events, new_seed, prepare_chat
 from qlora_jax.server.errors import bad_request
 from qlora_jax.server.openai_chat import Json
-from qlora_jax.server.reply_reader import Call, Text
 from qlora_jax.server.served_models import ServedModel
 from qlora_jax.server.service import Service, new_id
 

@@ -7,10 +7,10 @@ from qlora_jax.data.formats.turn_fields import REASONING, call_problems, with_pa
 from qlora_jax.data.tokenizer.template_pipe import Message as TemplateMessage
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.request import Scored
+from qlora_jax.inference.reply_reader import Call, Part, Text
 from qlora_jax.server.chat import ChatEvent, ChatTask, PreparedChat, chat_events, prepare_chat
 from qlora_jax.server.errors import bad_request
 from qlora_jax.server.openai_schemas import ChatBody, Message, NamedTool
-from qlora_jax.server.reply_reader import Call, Part, Text
 from qlora_jax.server.served_models import ServedModel
 from qlora_jax.server.service import (
     Service,

@@ -19,7 +19,7 @@ from qlora_jax.io.run_folder.start_parameters import FILE as START_FILE
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.models.partition import Lora
-from qlora_jax.rewards.digests import check_same_rewards, reward_digests
+from qlora_jax.rewards.digests import check_same_code, code_digests
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.loss_scale import LOSS_SCALE, LossScale
@@ -63,7 +63,7 @@ MAY_DIFFER = {
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
 MESH_KEY = "mesh"
-RECORDS, REWARDS = "records", "rewards"
+RECORDS, CODE = "records", "code"
 EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 # Keys of the state that a resumed run requires.
@@ -105,7 +105,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "data_fingerprint": session.run.inputs.dataset.fingerprint,
         "config": to_dict(session.run.config),
         **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
-        **({} if session.run.inputs.rollouts is None else {REWARDS: session.run.inputs.rollouts.reward_files}),
+        **({} if session.run.inputs.rollouts is None else {CODE: session.run.inputs.rollouts.code}),
         **({} if session.run.config.data.chat_template is None else {TEMPLATE_KEY: json_digest(template)}),
         **({} if session.run.config.lora.merge_from == 0 else {FIRST_ROUNDED: session.run.first_rounded}),
         MESH_KEY: mesh_size(session.run.mesh)._asdict(),
@@ -154,7 +154,7 @@ def settings_to_resume(config: Config, state: Record, *, accept_changed_reward: 
         lora = dataclasses.replace(config.lora, merge_types=saved.lora.merge_types)
         config = dataclasses.replace(config, lora=lora)
     _refuse(config, state, _changed_settings(config, saved))
-    check_same_rewards(state.get(REWARDS, {}), reward_digests(config.reward), accept_changed=accept_changed_reward)
+    check_same_code(state.get(CODE, {}), code_digests(config), accept_changed=accept_changed_reward)
     if config.data.template_date is not None:
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, template_date=saved.data.template_date))

@@ -6,6 +6,7 @@ Dimension key: K steps of a phase, A micro-batches, B rows (prompts) of each, T 
 R = B G replies of a micro-batch, N replies and P prompts of the phase.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +17,6 @@ from jaxtyping import Bool, Float64, Int64
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import NO_ROW, Batch
 from qlora_jax.data.rows import TokenRows
-from qlora_jax.inference.sampling import Sampling
 from qlora_jax.measures.statistics import bootstrap
 from qlora_jax.models.partition import Lora
 from qlora_jax.objectives.objective import read_by_outputs, token_values
@@ -26,9 +26,12 @@ from qlora_jax.rewards.functions import RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
 from qlora_jax.rollouts.inputs import RolloutInputs
 from qlora_jax.rollouts.prompt_rows import PromptRows
+from qlora_jax.rollouts.reply import Reply
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
-from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
+from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
+from qlora_jax.rollouts.started_prompts import Asked, start_prompts
+from qlora_jax.rollouts.tool_turns import continue_with_tools
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
@@ -36,13 +39,6 @@ from qlora_jax.training.session import Session
 
 GoOn = Callable[[str], None]  # shows the progress; raises to end the phase
 SHOWN = 4  # held-out replies in samples.jsonl
-
-
-class Asked(NamedTuple):
-    """A prompt: its row's number, and its ids."""
-
-    number: int
-    ids: list[int]
 
 
 def roll_out(
@@ -60,12 +56,12 @@ def roll_out(
     config, inputs = session.run.config, _inputs(session)
     asked, place_KM = _asked(prompts)
     seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
-    samplings = [sampling_of(config.rollouts, seed) for seed in seeds]
+    rows = inputs.prompts, session.run.inputs.dataset.train
     began = time.perf_counter()
-    replies = _sample(session, lora, asked, samplings, config.rollouts.num_generations, go_on)
+    asked, replies = _sample(session, lora, *rows, asked, seeds, config.rollouts.num_generations, go_on)
     sampled = time.perf_counter()
     go_on("rewards")
-    table = _score(session, inputs.prompts, session.run.inputs.dataset.train, asked, replies, step)
+    table = _score(session, *rows, asked, replies, step)
     scored = time.perf_counter()
     compared = _compare(session, table)
     phase = _Phase(asked, replies, place_KM, table, compared, *_trained(session, replies, compared))
@@ -74,7 +70,7 @@ def roll_out(
         if name in token_values(session.run.inputs.objective):
             own = other()
             batches = [_with_logps(session, own, batch, name) for batch in batches]
-    records = [_record(phase, k) for k in range(len(prompts))]
+    records = [_record(session, phase, k) for k in range(len(prompts))]
     tokens = int(phase.lengths_PG.sum())
     records[0] |= {"rollout_seconds": sampled - began, "reward_seconds": scored - sampled, "rollout_tokens": tokens}
     return list(zip(batches, records, strict=True))
@@ -89,9 +85,8 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     inputs, rows = _inputs(session), session.run.inputs.dataset.eval
     assert inputs.held_out is not None and rows is not None
     asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
-    settings, seed = session.run.config.rollouts, session.run.config.train.seed
-    samplings = [sampling_of(settings, draw_seed(seed, each.number)) for each in asked]
-    replies = _sample(session, lora, asked, samplings, 1, go_on)
+    seeds = [draw_seed(session.run.config.train.seed, each.number) for each in asked]
+    asked, replies = _sample(session, lora, inputs.held_out, rows, asked, seeds, 1, go_on)
     table = _score(session, inputs.held_out, rows, asked, replies, step)
     rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=_rewards(session).weights).rewards_N
     rewards = np.nan_to_num(rewards)  # a reply that no function scores earns nothing
@@ -99,11 +94,12 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     found = {LOSS: -mean, LOSS + LOW: -high, LOSS + HIGH: -low}
     found |= {f"{EVAL}{REWARD}": mean, f"{EVAL}{REWARD}{LOW}": low, f"{EVAL}{REWARD}{HIGH}": high}
     found |= _by_function(table.rewards_NF, table.names, EVAL)
-    found[f"{EVAL}reply_tokens"] = float(np.mean([len(reply.ids) for (reply,) in replies]))
+    found[f"{EVAL}reply_tokens"] = float(np.mean([reply.length for (reply,) in replies]))
+    found |= _of_tools(session, [reply for (reply,) in replies], EVAL)
     samples: list[Record] = [
         {
             "step": step,
-            "prompt": {"prompt": inputs.held_out.prompt(each.number)},
+            "prompt": {"prompt": each.prompt},
             "reply": reply.text,
             "end": reply.end,
             REWARD: float(reward),
@@ -136,18 +132,40 @@ def _asked(batches: Sequence[Batch]) -> tuple[list[Asked], Int64[np.ndarray, "K 
 
 
 def _sample(
-    session: Session, lora: Lora, asked: Sequence[Asked], samplings: Sequence[Sampling], count: int, go_on: GoOn
-) -> list[list[Reply]]:
-    return sample_replies(
+    session: Session,
+    lora: Lora,
+    prompts: PromptRows,
+    rows: TokenRows | Mixture,
+    asked: Sequence[Asked],
+    seeds: Sequence[int],
+    count: int,
+    go_on: GoOn,
+) -> tuple[list[Asked], list[list[Reply]]]:
+    """Returns (the prompts as replies start from them, `count` replies to each).
+
+    Args:
+      seeds: of the draws of each prompt.
+    """
+    inputs, settings, tools = _inputs(session), session.run.config.rollouts, _rewards(session).tools
+    how = {"seeds": seeds, "count": count, "longest": inputs.longest_prompt, "where": rows.where}
+    asked = start_prompts(asked, prompts, tools, inputs.template, **how)
+    with_tools = None
+    if tools is not None and inputs.template is not None and tools.schemas:
+        variables = [prompts.variables(each.number) for each in asked for _ in range(count)]
+        how = {"tools": tools, "template": inputs.template, "variables": variables, "settings": settings}
+        with_tools = functools.partial(continue_with_tools, **how)
+    replies = sample_replies(
         session.parts.with_lora(lora),
         session.run.inputs.dataset.tokenizer,
         [each.ids for each in asked],
-        samplings,
-        session.run.config.rollouts,
+        [sampling_of(settings, seed) for seed in seeds],
+        settings,
         count=count,
-        stop_ids=_inputs(session).stop_ids,
+        stop_ids=inputs.stop_ids,
         go_on=lambda done: go_on(f"{done:,} of {count * len(asked):,} replies"),
+        with_tools=with_tools,
     )
+    return asked, replies
 
 
 def _score(
@@ -159,9 +177,10 @@ def _score(
     step: int,
 ) -> RewardTable:
     """Calls the reward functions with every reply."""
-    numbers = [each.number for each in asked]
-    run = {"step": step, "steps": session.run.total_steps}
-    return _rewards(session).score(replies_to_score(prompts, numbers, replies, rows.where, **run))
+    numbers, tools = [each.number for each in asked], _rewards(session).tools
+    how = {"step": step, "steps": session.run.total_steps, "asking": [each.prompt for each in asked]}
+    how["environments"] = tools is not None and tools.environment is not None
+    return _rewards(session).score(replies_to_score(prompts, numbers, replies, rows.where, **how))
 
 
 class _Phase(NamedTuple):
@@ -170,7 +189,7 @@ class _Phase(NamedTuple):
     Fields:
       place_KM: number of the prompt in each place of each step; -1 in gaps.
       trained_PG: True for each reply whose tokens train.
-      lengths_PG: tokens of each reply.
+      lengths_PG: tokens that the model drew for each reply.
     """
 
     asked: Sequence[Asked]
@@ -189,7 +208,8 @@ class _Phase(NamedTuple):
         """Returns a prompt with its replies; None for a gap."""
         if number < 0:
             return None
-        return Group(*self.asked[number], self.replies[number], self.trained_PG[number].tolist())
+        asked = self.asked[number]
+        return Group(asked.number, asked.ids, self.replies[number], self.trained_PG[number].tolist())
 
 
 def _compare(session: Session, table: RewardTable) -> Advantages:
@@ -203,7 +223,7 @@ def _trained(
 ) -> tuple[Bool[np.ndarray, "P G"], Int64[np.ndarray, "P G"]]:
     """Returns (which replies train: those with a reward, and cut ones unless they are masked; their tokens)."""
     is_cut_PG = np.array([[reply.is_cut for reply in group] for group in replies])
-    lengths_PG = np.array([[len(reply.ids) for reply in group] for group in replies], np.int64)
+    lengths_PG = np.array([[reply.length for reply in group] for group in replies], np.int64)
     masked_PG = is_cut_PG & session.run.config.policy.mask_truncated_completions
     return np.isfinite(compared.rewards_N).reshape(is_cut_PG.shape) & ~masked_PG, lengths_PG
 
@@ -234,17 +254,18 @@ def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[
     ]
 
 
-def _record(phase: _Phase, k: int) -> Record:
+def _record(session: Session, phase: _Phase, k: int) -> Record:
     """Returns the entries of a step's record: rewards, and the replies' lengths."""
     chosen = phase.place_KM[k][phase.place_KM[k] >= 0]
     rewards_PG = phase.compared.rewards_N.reshape(phase.trained_PG.shape)[chosen]
     names, functions_PGF = phase.table.names, phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)
-    is_cut = [reply.is_cut for number in chosen for reply in phase.replies[number]]
+    replies = [reply for number in chosen for reply in phase.replies[number]]
     found: Record = {
         "groups_without_signal": 1.0 - float(phase.compared.has_signal_P[chosen].mean()),
         "reply_tokens": float(phase.lengths_PG[chosen].mean()),
-        "replies_cut": float(np.mean(is_cut)),
+        "replies_cut": float(np.mean([reply.is_cut for reply in replies])),
     }
+    found |= _of_tools(session, replies, "")
     found |= _means({REWARD: rewards_PG, f"{REWARD}_std": phase.compared.std_P[chosen]})
     found |= _by_function(functions_PGF[chosen].reshape(-1, len(names)), names, "")
     if phase.table.problems:
@@ -257,6 +278,14 @@ def _by_function(rewards_NF: Float64[np.ndarray, "N F"], names: Sequence[str], p
     """Returns the mean reward of each function, if there are several."""
     several = len(names) > 1
     return _means({f"{prefix}{REWARD}_of_{name}": rewards_NF[:, f] for f, name in enumerate(names) if several})
+
+
+def _of_tools(session: Session, replies: Sequence[Reply], prefix: str) -> dict[str, float]:
+    """Returns the calls of tools per reply, and the share of them that gave an error; nothing without tools."""
+    if _rewards(session).tools is None:
+        return {}
+    calls, failed = (sum(getattr(reply, name) for reply in replies) for name in ("calls", "failed_calls"))
+    return {f"{prefix}tool_calls": calls / len(replies), f"{prefix}tool_failures": failed / max(calls, 1)}
 
 
 def _means(named: Mapping[str, np.ndarray]) -> Record:

@@ -10,7 +10,9 @@ from rich.console import Console
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.rewards import check_rewards_given
+from qlora_jax.config.rollouts import check_tools_given
 from qlora_jax.config.schema import MeshSize
+from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.watchdog import Watchdog, stop_on_signals
 from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
@@ -129,7 +131,7 @@ def dry_run(
     with lock_together(group, first, config, run):
         config = _settings(config, run, accept_changed_reward) if resume else config
         with _reward_functions(config) as rewards:
-            planned = plan_before_weights(config, console, full=True, group=group)
+            planned = plan_before_weights(config, console, full=True, group=group, tools=_schemas(rewards))
             _check_columns(rewards, planned.run.inputs)
         if group.is_first:
             page, steps = write_report(_report_of(planned, run, None), run), planned.run.total_steps
@@ -152,9 +154,15 @@ def _reward_functions(config: Config) -> Iterator[RewardFunctions | None]:
     if not OBJECTIVES[config.objective].policy:
         yield None
         return
-    check_rewards_given(config.rewards, config.reward, f"objective={config.objective}")
-    with RewardFunctions(config.rewards, config.reward) as functions:
+    check_rewards_given(config.rewards, config.reward, f"objective={config.objective}", config.environment)
+    check_tools_given(config.rollouts, config.tool, config.environment)
+    code = config.reward, config.tool, config.environment, config.rollouts.tool_timeout
+    with RewardFunctions(config.rewards, *code) as functions:
         yield functions
+
+
+def _schemas(functions: RewardFunctions | None) -> Tools:
+    return () if functions is None or functions.tools is None else functions.tools.schemas
 
 
 def _check_columns(rewards: RewardFunctions | None, inputs: RunInputs) -> None:
@@ -267,7 +275,8 @@ def run_training(
     config = _settings(config, run, accept_changed_reward) if resume else config
     with contextlib.ExitStack() as stack:
         rewards = stack.enter_context(_reward_functions(config))
-        planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
+        how = {"model": model, "group": watchdog.group, "tools": _schemas(rewards)}
+        planned = plan_before_weights(config, console, full=not resume, **how)
         if resume:
             check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.run.inputs.head)
         _check_columns(rewards, planned.run.inputs)

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, ModelArgs
 from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.data.dataset import Dataset, load_dataset, padding_id
+from qlora_jax.data.dataset import Dataset, load_dataset, padding_id, with_template
+from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.formats.unlabelled import learned_columns
 from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
@@ -35,9 +36,10 @@ from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.objectives.objective import Objective, needs_reference
 from qlora_jax.optim import make_schedule
-from qlora_jax.rewards.digests import reward_digests
+from qlora_jax.rewards.digests import code_digests
 from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import read_prompt_rows
+from qlora_jax.rollouts.tool_template import ToolTemplate
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
@@ -98,8 +100,11 @@ class PreparedModel:
     head: TrainedHead | None = None
 
 
-def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInputs:
+def open_inputs(config: Config, prepared: PreparedModel | None = None, tools: Tools = ()) -> RunInputs:
     """Opens the model's files, or those of a model in memory, and reads the data.
+
+    Args:
+      tools: schemas of the functions of --tool and --environment.
 
     Raises:
       ValueError: the model's files or the data are missing, malformed or not supported.
@@ -115,6 +120,8 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
     check_decomposable(source, config.lora)
     tokenizer = open_tokenizer(source, config.model, model.vocab_size) if prepared is None else prepared.tokenizer
     objective = make_objective(config)
+    has_tools = bool(tools) or config.environment is not None
+    template = _tool_template(config, tokenizer, source, tools) if has_tools else None
     dataset = load_dataset(
         config.data,
         tokenizer,
@@ -125,6 +132,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
         labels=config.head.labels or (),
         kl_pairs=objective.kl_pairs,
         reply_tokens=config.rollouts.max_completion_length if objective.row_kind == "prompt" else 0,
+        tools=tools,
     )
     columns = learned_columns(side.form for side, _ in dataset.report.sources)
     head = head_of(config.objective, dataset.labels, config.head.pooling, columns)
@@ -149,11 +157,18 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> RunInp
         start=start,
         samples=open_samples(config.train, *reads),
         questions=open_questions(config.questions, *reads),
-        rollouts=_open_rollouts(config, dataset, source) if objective.row_kind == "prompt" else None,
+        rollouts=_open_rollouts(config, dataset, source, template) if objective.row_kind == "prompt" else None,
     )
 
 
-def _open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> RolloutInputs:
+def _tool_template(config: Config, tokenizer: Tokenizer, source: ModelSource, tools: Tools) -> ToolTemplate:
+    tokenizer = with_template(tokenizer, config.data)
+    return ToolTemplate(tokenizer, tools, stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=True))
+
+
+def _open_rollouts(
+    config: Config, dataset: Dataset, source: ModelSource, template: ToolTemplate | None
+) -> RolloutInputs:
     """Reads the rows' other columns; raises ValueError if several processes train."""
     if jax.process_count() > 1:
         raise ValueError(
@@ -167,14 +182,18 @@ def _open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> Rol
     if dataset.eval is not None and dataset.report.eval is not None:
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
         held_out = read_prompt_rows(data, dataset.eval.files, forms)
-    shape = dataset.buckets[-1], settings.max_completion_length, settings.num_generations
+    stops = stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None)
+    # An environment adds text to prompts while the run goes on.
+    longest = dataset.buckets[-1] if config.environment is None else data.max_length - settings.max_completion_length
     return RolloutInputs(
         prompts=prompts,
         held_out=held_out,
-        lengths=row_lengths(*shape, data.buckets),
-        stop_ids=stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None),
+        longest_prompt=longest,
+        lengths=row_lengths(longest, settings.max_completion_length, settings.num_generations, data.buckets),
+        stop_ids=stops if template is None else template.stop_ids,
         pad_id=padding_id(tokenizer),
-        reward_files=reward_digests(config.reward),
+        template=template,
+        code=code_digests(config),
     )
 
 
@@ -260,7 +279,8 @@ class RunSpec:
         settings, train, held_out = self.config.rollouts, self.config.train, self.inputs.dataset.eval
         together = train.micro_batch_size * train.accumulation * self.config.policy.steps_per_generation
         replies = max(together * settings.num_generations, 0 if held_out is None else len(held_out))
-        prompts = [range(self.inputs.dataset.eval_buckets[-1])] * replies  # at least as long as those of training
+        longest = max(self.inputs.dataset.eval_buckets[-1], self.inputs.rollouts.longest_prompt)
+        prompts = [range(longest)] * replies  # at least as long as those of training
         limits = settings.max_completion_length, parse_bytes(settings.cache)
         return most_memory("rollouts", lower_decoding(self.gradients.parts, prompts, *limits))
 

@@ -7,13 +7,13 @@ from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.rows import File
 from qlora_jax.rollouts.preference_pairs import Pair, choose_pair, preference_row
 from qlora_jax.rollouts.prompt_rows import PromptRows
-from qlora_jax.rollouts.sampler import Reply
+from qlora_jax.rollouts.reply import Reply
 
 NAN = float("nan")
 
 
 def reply(text: str, end: str = "stop") -> Reply:
-    return Reply([1, 2], [-1.0, -2.0], text, end)  # pyright: ignore[reportArgumentType]
+    return Reply([1, 2], [-1.0, -2.0], [True, True], text, end, [])  # pyright: ignore[reportArgumentType]
 
 
 def reference(replies, rewards):

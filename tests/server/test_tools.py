@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 from qlora_jax.inference.engine.grammar import Grammar, GrammarCompiler
 from qlora_jax.inference.engine.request import Request
-from qlora_jax.server.reply_format import ReplyFormat, reply_format
+from qlora_jax.inference.reply_format import ReplyFormat, reply_format
+from qlora_jax.inference.reply_reader import Call, Part, ReplyReader, Text
 from qlora_jax.server.reply_grammar import call_grammar
-from qlora_jax.server.reply_reader import Call, Part, ReplyReader, Text
 from tests.data.loss_mask.reasoning_templates import HARMONY, QWEN3, R1, THINKING
 from tests.server.conftest import Start
 from tests.server.scripted_engine import wait_until

@@ -32,6 +32,8 @@ from qlora_jax.data.readers.json_rows import (
     shorten,
 )
 from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
+from qlora_jax.data.readers.reasoning_gym_rows import SCHEME as TASKS
+from qlora_jax.data.readers.reasoning_gym_rows import reasoning_gym_rows
 from qlora_jax.metadata import JsonObject
 
 _SHOWN = 8
@@ -98,7 +100,8 @@ def stream_rows(path: str | Path) -> Iterator[Row | BrokenRow]:
     """Yields the rows of a file, one by one. The whole file is never in memory.
 
     .csv and .tsv are detected by name, and Parquet, JSON Lines, a JSON array and gzip by content. Text is UTF-8, with
-    or without a byte order mark. Blank lines are skipped. `hf://datasets/...` names a data set on a Hub (hub_rows.py).
+    or without a byte order mark. Blank lines are skipped. `hf://datasets/...` names a data set on a Hub (hub_rows.py),
+    and `reasoning_gym:...` a task of that package (reasoning_gym_rows.py).
 
     Raises:
       ValueError: the file does not exist, a broken gzip or Parquet file, or bytes that are not UTF-8.
@@ -114,14 +117,14 @@ def no_rows_message(path: str | Path) -> str:
 
 
 def content_digest(path: str | Path) -> str:
-    """Returns SHA-256 of the file's bytes, or of the rows of a data set on a Hub.
+    """Returns SHA-256 of the file's bytes, or of the rows that are not from a file.
 
     Raises:
       ValueError: it can't be read.
     """
-    if hub := HubRows.parse(str(path)):
+    if (rows := _addressed(str(path))) is not None:
         digest = hashlib.sha256()
-        for row in hub_rows(hub):
+        for row in rows:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return digest.hexdigest()
     with _opened(Path(path)) as file:
@@ -151,6 +154,14 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             yield number, line.removesuffix("\n")
 
 
+def _addressed(name: str) -> Iterator[JsonObject] | None:
+    """Returns the rows of a name that is an address; None for a file."""
+    if name.startswith(TASKS):
+        return reasoning_gym_rows(name)
+    hub = HubRows.parse(name)
+    return None if hub is None else hub_rows(hub)
+
+
 def _expected(path: Path) -> str:
     if dialect_of(path):
         return "a line of column names and then rows"
@@ -159,8 +170,8 @@ def _expected(path: Path) -> str:
 
 def _values(name: str) -> Iterator[tuple[int, object]]:
     """Yields (line, value) of each row."""
-    if hub := HubRows.parse(name):
-        yield from enumerate(hub_rows(hub), start=1)
+    if (rows := _addressed(name)) is not None:
+        yield from enumerate(rows, start=1)
         return
     path = Path(name)
     if _begins(path) == MAGIC:

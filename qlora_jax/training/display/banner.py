@@ -17,7 +17,6 @@ from pallas_kernels.nf4_matmul.dispatch import Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.methods import MERGED_FOLDERS, METHODS, uses
 from qlora_jax.config.objectives import OBJECTIVES
-from qlora_jax.config.rewards import reward_names
 from qlora_jax.config.schema import RouterArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.io.export.methods import head_refusal, refusal
@@ -136,10 +135,12 @@ def _replies(session: Session) -> Rows:
     settings, policy = session.run.config.rollouts, session.run.config.policy
     passes = f", {policy.num_iterations} passes over them" if policy.num_iterations > 1 else ""
     sampled = f"{settings.num_generations} per prompt, of at most {settings.max_completion_length:,} tokens"
+    functions = session.rewards
+    tools = () if functions is None or functions.tools is None else functions.tools.schemas
     return {
         "replies": f"{sampled}, temperature {settings.temperature:g}; loss {policy.loss_type}{passes}",
-        "rewards": ", ".join(reward_names(session.run.config.rewards, session.run.config.reward)),
-    }
+        "rewards": "" if functions is None else ", ".join(functions.names),
+    } | ({"tools": ", ".join(schema["function"]["name"] for schema in tools)} if tools else {})
 
 
 def _peak(session: Session) -> Rows:
@@ -337,9 +338,10 @@ def next_commands(config: Config, base: JsonObject, *, finished: bool) -> dict[s
     """
     run = shlex.quote(config.output)
     if not finished:
-        rewards = "".join(f" --reward {shlex.quote(each)}" for each in config.reward)
+        given = {"reward": config.reward, "tool": config.tool, "environment": filter(None, [config.environment])}
+        code = "".join(f" --{flag} {shlex.quote(each)}" for flag, values in given.items() for each in values)
         settings = shlex.quote(str(Path(config.output) / CONFIG_FILE))
-        return {"resume": f"{PROGRAM} train --config {settings}{rewards} --resume"}
+        return {"resume": f"{PROGRAM} train --config {settings}{code} --resume"}
     head = head_of(config.objective, (), config.head.pooling)
     found = _use(head, run)
     for form in _forms(config):

@@ -19,6 +19,7 @@ from qlora_jax.config.methods import uses
 from qlora_jax.config.schema import AUTO, mesh_sizes
 from qlora_jax.config.validate import MeshChoices
 from qlora_jax.data.batching.packing import UNIT
+from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
@@ -377,7 +378,13 @@ class PlannedRun(NamedTuple):
 
 
 def plan_before_weights(
-    config: Config, console: Console, *, full: bool, group: Group, model: PreparedModel | None = None
+    config: Config,
+    console: Console,
+    *,
+    full: bool,
+    group: Group,
+    model: PreparedModel | None = None,
+    tools: Tools = (),
 ) -> PlannedRun:
     """Reads the data, chooses the mesh and compiles the step; prints the memory plan and, if `full`, the data report.
 
@@ -387,7 +394,7 @@ def plan_before_weights(
     """
     check_installed(config.train.track)
     sizes, refused = _choices(config if model is None else _without_choice(config), group)
-    inputs = _open_in_turn(config, model, group)
+    inputs = _open_in_turn(config, model, group, tools)
     agree_on_inputs(group, inputs)
     config = _pinned(config, inputs)
     steps = usable_meshes([longest_step(config, inputs, run_mesh(size)) for size in sizes])
@@ -402,12 +409,12 @@ def plan_before_weights(
     return PlannedRun(run, plan, refused)
 
 
-def _open_in_turn(config: Config, model: PreparedModel | None, group: Group) -> RunInputs:
+def _open_in_turn(config: Config, model: PreparedModel | None, group: Group, tools: Tools) -> RunInputs:
     """Opens the model and the data; in process 0 first if it writes a cache of rows, which the others then read."""
     cached = config.data.cache is not None
     if cached and not group.is_first:
         group.meet("the cached rows", config.hosts.stuck_after)
-    inputs = open_inputs(config, model)
+    inputs = open_inputs(config, model, tools)
     if cached and group.is_first:
         group.meet("the cached rows", config.hosts.stuck_after)
     return inputs
