@@ -2,31 +2,34 @@
 
     python -m scripts.study_merging --model FILE.gguf --output DIR [--until HH:MM]
 
-The design was written down before the first run. The base is the file's dequantized weights in 16 bits. Each run is
-20 steps of 4 rows, at most 128 tokens each, with seeds 0 to 2 and two tasks: the title of a passage, and the right one
-of four answers. Losses are of the answers in 64 held-out rows, in bfloat16. All losses of files are those of the written
-file, read back as stored codes. For a file of a format:
+The base is the file's dequantized weights in 16 bits. Each run is 12 steps of 4 rows, at most 128 tokens each, with
+seeds 0 to 2 and two tasks: the title of a passage, and the right one of four answers. Losses are of the answers in 48
+held-out rows, in bfloat16. For a file of a format:
 
-    survival = (loss of the rounded base - loss of the file) / (loss of the base - loss of LoRA on 16 bits, unrounded)
+    survival = (loss of the rounded base - loss of the file) / (loss of the base - loss of QLoRA, unrounded)
 
-The loss of the rounded base is that of the base in the same format. The denominator is that of the same task and seed,
-and the same for all arms, so that their survivals compare. A second column has the arm's unrounded model in place of
-LoRA on 16 bits, where it has one. Means have Student's 95 % intervals over tasks and seeds, six in all.
+The loss of the rounded base is that of the base in the same format. The denominator is the gain of plain training with
+the same task and seed, for all arms, so that they compare. Means have Student's 95 % intervals over tasks and seeds.
 
-Files of plain runs are rounded from merged weights in f32, each block alike: llama.cpp's quantizer without importance.
-Runs are in the order of STAGES, so that the main comparison is complete first; finished ones are not repeated.
+The loss of a file is that of its codes, computed as the export computes them. The first run of each format with
+`lora.merge_into` is also exported, and its file is read back and scored: its loss must be the same. Plain runs are
+rounded with all columns alike, so llama.cpp's importance is not in these numbers.
+Runs are in the order of PLAN, so that a study that is stopped has compared most arms; finished ones are not repeated.
 """
 
 import argparse
 import contextlib
 import datetime
+import functools
 import gzip
+import itertools
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,24 +40,19 @@ from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.config.exports import ExportOptions
 from qlora_jax.evaluation.tasks.rows import RowsTask, rows_task
 from qlora_jax.inference.result_cache import NO_CACHE
-from qlora_jax.io.export.gguf_metadata import export_spec, with_merge_types
-from qlora_jax.io.export.merged_codes import TrainedCodes
-from qlora_jax.io.gguf.writer import write_gguf
-from qlora_jax.io.hf.model_writer import write_tokenizer
-from qlora_jax.io.hf.quantized_folder import write_quantized_folder
-from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_base, open_finetuned
-from qlora_jax.io.tensor_map import slots_of
+from qlora_jax.io.export.gguf_metadata import with_merge_types
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_base, open_finetuned
 from qlora_jax.measures.statistics import t_quantile
-from qlora_jax.methods.merge_into import train_merged
-from qlora_jax.models.config import WeightFormat
-from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.methods.merge_into import replace_by_codes, train_merged
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.train import main as train
 from qlora_jax.training.metrics.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("q4_0", "q4_k_m", "nf4")
 TASKS, SEEDS = ("titles", "answers"), (0, 1, 2)
-STEPS, ROWS, TOKENS, HELD_OUT = 20, 4, 128, 64
+STEPS, ROWS, TOKENS, HELD_OUT = 12, 4, 128, 48
 FIXED = {
     "data.max_length": TOKENS,
     "train.steps": STEPS,
@@ -66,24 +64,26 @@ FIXED = {
     "optim.warmup_ratio": 0.1,
     "optim.max_grad_norm": 1.0,
 }
-ON_16_BITS = {"model.quant_type": "none", "optim.learning_rate": 1e-3}
+RATE: Mapping[str, object] = {"optim.learning_rate": 2e-3}  # the best of earlier studies (docs/study.md)
+ON_16_BITS = {"model.quant_type": "none", **RATE}
+QLORA, FULL = "QLoRA", "full finetuning"
+AWARE = {name: f"merge_into {name}" for name in FORMATS}
+LATE = {name: f"merge_into {name} from 0.7" for name in FORMATS}
+SLOWER = {name: f"merge_into {name}, rate 1e-3" for name in FORMATS}
 ARMS: Mapping[str, Mapping[str, object]] = {
+    QLORA: {"model.quant_type": "nf4", **RATE},
+    **{arm: {**ON_16_BITS, "lora.merge_into": name} for name, arm in AWARE.items()},
+    **{arm: {**ON_16_BITS, "lora.merge_into": name, "lora.merge_from": 0.7} for name, arm in LATE.items()},
+    **{arm: {**ON_16_BITS, "lora.merge_into": name, "optim.learning_rate": 1e-3} for name, arm in SLOWER.items()},
     "LoRA on 16 bits": ON_16_BITS,
-    "QLoRA": {"model.quant_type": "nf4", "optim.learning_rate": 1e-3},
-    **{f"merge_into {name}": ON_16_BITS | {"lora.merge_into": name} for name in FORMATS},
-    **{f"merge_into {name} from 0.7": ON_16_BITS | {"lora.merge_into": name, "lora.merge_from": 0.7} for name in FORMATS},
-    **{
-        f"merge_into {name}, rate 2e-3": ON_16_BITS | {"lora.merge_into": name, "optim.learning_rate": 2e-3}
-        for name in FORMATS
-    },
-    "full finetuning": {"model.quant_type": "none", "lora.method": "full", "optim.learning_rate": 2e-4},
+    FULL: {"model.quant_type": "none", "lora.method": "full", "optim.learning_rate": 2e-4},
 }
-# The arms of each stage, with the formats into which finished models are rounded.
-STAGES: Sequence[Mapping[str, Sequence[str]]] = (
-    {"LoRA on 16 bits": (), "QLoRA": FORMATS, **{f"merge_into {name}": () for name in FORMATS}},
-    {f"merge_into {name} from 0.7": () for name in FORMATS},
-    {"LoRA on 16 bits": FORMATS, "full finetuning": FORMATS},
-    {f"merge_into {name}, rate 2e-3": () for name in FORMATS},
+PLAN: Sequence[tuple[Sequence[str], int]] = (
+    *(([QLORA, *AWARE.values()], seed) for seed in (0, 1)),
+    ([LATE["q4_0"], FULL], 0),
+    ([QLORA, *AWARE.values()], 2),
+    *(([LATE["q4_0"], FULL], seed) for seed in (1, 2)),
+    *(([*LATE.values(), *SLOWER.values(), "LoRA on 16 bits"], seed) for seed in SEEDS),
 )
 
 
@@ -96,28 +96,33 @@ def main() -> None:
     args = parser.parse_args()
     runtime.start()
     study = Study(args.model, args.output)
-    for arms, seed, task, arm in study.plan():
-        if args.until is None or datetime.datetime.now().strftime("%H:%M") < args.until:
-            study.perform(arm, task, seed, arms[arm])
+    for arms, seed in PLAN:
+        for task, arm in itertools.product(TASKS, arms):
+            if args.until is None or f"{datetime.datetime.now():%H:%M}" < args.until:
+                study.perform(arm, task, seed)
     print(study.tables())
 
 
 def write_rows(folder: Path) -> None:
     """Writes train.jsonl and heldout.jsonl of each task: the rows that fit into TOKENS with few exceptions."""
-    chat = [json.loads(line)["messages"] for line in gzip.open(ROOT / "examples/titles/train.jsonl.gz", "rt")]
-    questions = gzip.open(ROOT / "examples/multiple_choice/openbookqa_500.jsonl.gz", "rt")
+    chat = [row["messages"] for row in _lines("titles/train.jsonl.gz")]
     asked = [
         [
             {"role": "user", "content": f"{row['question']}\n{row['options']}"},
             {"role": "assistant", "content": row["answer"]},
         ]
-        for row in map(json.loads, questions)
+        for row in _lines("multiple_choice/openbookqa_500.jsonl.gz")
     ]
     for task, rows in {"titles": chat, "answers": asked}.items():
         short = [{"messages": row} for row in rows if len(row[0]["content"]) < 320]
         (folder / task).mkdir(parents=True, exist_ok=True)
         for name, part in {"heldout": short[:HELD_OUT], "train": short[HELD_OUT:]}.items():
             write_text(folder / task / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+
+
+def _lines(name: str) -> list[Any]:
+    with gzip.open(ROOT / "examples" / name, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 class Study:
@@ -133,7 +138,7 @@ class Study:
         self._found: dict[str, float] = json.loads(self._results.read_text()) if self._results.exists() else {}
         if not (output / "rows").exists():
             write_rows(output / "rows")
-        base = open_base(ModelArgs(path=model))
+        base, self._bases = open_base(ModelArgs(path=model)), dict[str, ModelParts]()
         self._tasks: dict[str, RowsTask] = {
             task: rows_task(
                 str(output / "rows" / task / "heldout.jsonl"), base.tokenizer, max_rows=None, max_positions=TOKENS * 4
@@ -146,38 +151,35 @@ class Study:
             write_text(types, json.dumps(with_merge_types(mixture, base.source, base.features).merge_types))
         self._types: dict[str, str] = json.loads(types.read_text())
 
-    def plan(self) -> Iterator[tuple[Mapping[str, Sequence[str]], int, str, str]]:
-        """Yields (arms of the stage, seed, task, arm) in order."""
-        for arms in STAGES:
-            yield from ((arms, seed, task, arm) for seed in SEEDS for task in TASKS for arm in arms)
-
-    def perform(self, arm: str, task: str, seed: int, formats: Sequence[str]) -> None:
+    def perform(self, arm: str, task: str, seed: int) -> None:
         """Trains a run if it is not finished, and measures what is missing."""
-        self._measure_base(task)
+        for quant_type in ("none", "nf4"):
+            self._measure(f"{task}/base/{quant_type}", task, functools.partial(self._base_parts, quant_type))
+        for name in FORMATS:
+            self._measure(f"{task}/base/file {name}", task, functools.partial(self._rounded, None, "none", name))
         run = self._output / "runs" / f"{task}-{seed}-{arm.replace(' ', '_').replace(',', '')}"
         place = f"{task}/{seed}/{arm}"
         if not (run / "trained").exists():
             self._train(run, arm, task, seed, place)
-        merge_into = ARMS[arm].get("lora.merge_into")
-        if merge_into is not None:
-            self._measure(f"{place}/{merge_into}", task, lambda folder: self._exported(run, str(merge_into), folder))
+        if (merge_into := ARMS[arm].get("lora.merge_into")) is not None:
+            self._measure(f"{place}/{merge_into}", task, functools.partial(self._of_training, run))
+            if seed == 0 and task == TASKS[0]:
+                exported = functools.partial(self._exported, run, str(merge_into))
+                self._measure(f"{place}/{merge_into} file", task, exported)
             return
-        self._measure(f"{place}/unrounded", task, lambda _: _trained_parts(run))
-        bases = {"": None, " into 16 bits": self._model} if arm == "QLoRA" else {"": None}
-        for suffix, base in bases.items():
-            missing = [name for name in formats if f"{place}{suffix}/{name}" not in self._found]
-            with _temporary(self._output / "whole") as whole:
-                if missing:
-                    write_export(open_finetuned(run), whole, "gguf", ExportOptions(dtype="float32", base=base))
-                for name in missing:
-                    model = whole / "model-float32.gguf"
-                    self._measure(f"{place}{suffix}/{name}", task, lambda folder: self._rounded(model, name, folder))
+        kind = str(ARMS[arm]["model.quant_type"])
+        self._measure(f"{place}/unrounded", task, lambda: partition(self._trained(run, kind)))
+        for name in FORMATS:
+            self._measure(f"{place}/{name}", task, functools.partial(self._rounded, run, kind, name))
+            if arm == QLORA:
+                into = functools.partial(self._rounded, run, "none", name)
+                self._measure(f"{place} into 16 bits/{name}", task, into)
 
     def _train(self, run: Path, arm: str, task: str, seed: int, place: str) -> None:
         shutil.rmtree(run, ignore_errors=True)
         types = {"lora.merge_types": self._types} if ARMS[arm].get("lora.merge_into") == "q4_k_m" else {}
         rows = self._output / "rows" / task / "train.jsonl"
-        settings = FIXED | ARMS[arm] | types | {"data.train": rows, "train.seed": seed, "output": run}
+        settings = {**FIXED, **ARMS[arm], **types, "data.train": rows, "train.seed": seed, "output": run}
         words = [
             word
             for key, value in {"model": self._model, **settings}.items()
@@ -194,57 +196,62 @@ class Study:
         self._record(f"{place}/peak bytes", plan["peak_bytes"])
         write_text(run / "trained", "")
 
-    def _measure_base(self, task: str) -> None:
-        for quant_type in ("none", "nf4"):
-            self._measure(f"{task}/base/{quant_type}", task, lambda _: _base_parts(Path(self._model), quant_type))
-        for name in FORMATS:
-            self._measure(
-                f"{task}/base/file {name}", task, lambda folder: self._rounded(Path(self._model), name, folder)
-            )
-
-    def _measure(self, key: str, task: str, parts: object) -> None:
-        if key in self._found:
-            return
-        with _temporary(self._output / "written") as folder:
-            scores = self._tasks[task].score(parts(folder), lambda _: None, NO_CACHE)  # pyright: ignore
-        self._record(key, scores.mean_nll)
+    def _measure(self, key: str, task: str, parts: Callable[[], ModelParts]) -> None:
+        if key not in self._found:
+            self._record(key, self._tasks[task].score(parts(), lambda _: None, NO_CACHE).mean_nll)
 
     def _record(self, key: str, value: float) -> None:
         self._found[key] = value
         write_text(self._results, json.dumps(self._found, indent=1) + "\n")
         print(f"{datetime.datetime.now():%H:%M:%S} {key}: {value:.5g}", flush=True)
 
-    def _exported(self, run: Path, merge_into: str, folder: Path) -> ModelParts:
+    def _base_parts(self, quant_type: str) -> ModelParts:
+        """Returns the base in a format, which is loaded once."""
+        if quant_type not in self._bases:
+            self._bases[quant_type] = _loaded(self._model, quant_type)
+        return self._bases[quant_type]
+
+    def _trained(self, run: Path | None, quant_type: str) -> CausalLM:
+        """Returns the base in a format, with what a run has trained if there is one."""
+        if run is None:
+            return combine(self._base_parts(quant_type))
+        opened = open_finetuned(run)
+        assert opened.run is not None
+        if opened.run.lora_args.method != "full":
+            return combine(apply_adapter(combine(self._base_parts(quant_type)), opened.run))
+        whole = run / "whole"
+        if not whole.exists():
+            write_export(opened, whole, "gguf", ExportOptions(dtype="float32"))
+        return combine(_loaded(whole / "model-float32.gguf", "none"))
+
+    def _rounded(self, run: Path | None, quant_type: str, name: str) -> ModelParts:
+        """Returns the model in codes of a format."""
+        model = self._trained(run, quant_type)
+        lora = LoraArgs(merge_into=name, merge_types=self._types if name == "q4_k_m" else {})  # pyright: ignore
+        train_merged(model, lora)
+        replace_by_codes(model)
+        return partition(model)
+
+    def _of_training(self, run: Path) -> ModelParts:
+        """Returns the model in the codes of a run with `lora.merge_into`."""
+        model = self._trained(run, "none")
+        replace_by_codes(model)
+        return partition(model)
+
+    def _exported(self, run: Path, merge_into: str) -> ModelParts:
         """Returns the file that `qlora-jax export` writes, which checks its codes."""
         form = "hf" if merge_into == "nf4" else "gguf"
+        folder = self._output / "written"
+        shutil.rmtree(folder, ignore_errors=True)
         result = write_export(open_finetuned(run), folder, form, ExportOptions())
         assert "are those that training computed with" in str(result)
-        return _base_parts(folder if form == "hf" else folder / f"model-{merge_into}.gguf", "stored")
-
-    def _rounded(self, model: Path, name: str, folder: Path) -> ModelParts:
-        """Returns a file with the model's weights in a format."""
-        args = ModelArgs(path=str(model), quant_type="none", compute_dtype="float32")
-        opened = open_base(args)
-        whole = load_base(opened, args)
-        lora = LoraArgs(merge_into=name, merge_types=self._types if name == "q4_k_m" else {})  # pyright: ignore
-        slots = slots_of(whole)
-        train_merged(whole, lora)
-        codes = TrainedCodes(whole, slots, lora)
-        folder.mkdir()
-        if name == "nf4":
-            weights = WeightFormat(quant_type=name, dtype="bfloat16")
-            write_quantized_folder(folder, opened.source, weights, lambda *_: None, codes.tensor)
-            write_tokenizer(folder, opened.tokenizer, opened.source, opened.stop_ids)
-            return _base_parts(folder, "stored")
-        path = folder / f"model-{name}.gguf"
-        names = [each for slot in codes.slots for each in slot.names]
-        write_gguf(path, export_spec(opened).spec, names, codes.tensors(), name, codes.types)
-        return _base_parts(path, "stored")
+        path = folder if form == "hf" else folder / f"model-{merge_into}.gguf"
+        return _loaded(path, "stored")
 
     def tables(self) -> str:
         """Returns the tables of survivals and of costs, in Markdown."""
         lines = [
-            "| format | arm | n | survival | of its own gain | loss of titles | loss of answers |",
+            "| format | arm | n | survival | relative to the gain of the same run | loss of titles | loss of answers |",
             "|---|---|---|---|---|---|---|",
         ]
         arms = [*ARMS, "QLoRA into 16 bits"]
@@ -258,9 +265,7 @@ class Study:
             times, steps, peaks = ([*each.values()] for each in found.values())
             if times:
                 peak = np.median(peaks) / 2**20
-                lines += [
-                    f"| {arm} | {len(times)} | {np.median(times):.0f} | {np.median(steps):.2f} | {peak:.0f} |"
-                ]
+                lines += [f"| {arm} | {len(times)} | {np.median(times):.0f} | {np.median(steps):.2f} | {peak:.0f} |"]
         return "\n".join(lines)
 
     def _all(self, end: str) -> dict[tuple[str, int], float]:
@@ -271,10 +276,8 @@ class Study:
         losses = self._all(f"{arm}/{name}")
         if not losses:
             return None
-        plain, own = self._all("LoRA on 16 bits/unrounded"), self._all(f"{arm.removesuffix(' into 16 bits')}/unrounded")
-        gains = {
-            (task, seed): self._found[f"{task}/base/file {name}"] - loss for (task, seed), loss in losses.items()
-        }
+        plain, own = self._all(f"{QLORA}/unrounded"), self._all(f"{arm.removesuffix(' into 16 bits')}/unrounded")
+        gains = {(task, seed): self._found[f"{task}/base/file {name}"] - loss for (task, seed), loss in losses.items()}
         of = [
             _interval([gains[at] / (self._found[f"{at[0]}/base/none"] - unrounded[at]) for at in gains])
             if unrounded.keys() >= gains.keys()
@@ -293,25 +296,9 @@ def _interval(values: Sequence[float]) -> str:
     return f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
 
 
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """Yields a folder that does not exist, and removes what was written."""
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _base_parts(path: Path, quant_type: str) -> ModelParts:
+def _loaded(path: str | Path, quant_type: str) -> ModelParts:
     args = ModelArgs(path=str(path), quant_type=quant_type)  # pyright: ignore
     return partition(load_base(open_base(args), args))
-
-
-def _trained_parts(run: Path) -> ModelParts:
-    opened: OpenedModel = open_finetuned(run)
-    assert opened.run is not None
-    return apply_adapter(load_base(opened, opened.args), opened.run)
 
 
 if __name__ == "__main__":
