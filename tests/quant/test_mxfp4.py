@@ -41,7 +41,10 @@ def test_codes_are_the_nearest_values_at_the_scale_of_the_formula() -> None:
         exponents = np.ceil(np.log2(largest / 1.75) + 1e-12)  # 1.75 * 2^(e - 1) belongs to e
     assert np.array_equal(stored, np.where(largest > 0, exponents - 2 + 127, 0))
     scaled = groups / 2.0 ** (stored[..., None] - 127.0)
-    found, middles = E2M1[codes].astype(np.float64).reshape(groups.shape), np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])
+    found, middles = (
+        E2M1[codes].astype(np.float64).reshape(groups.shape),
+        np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5]),
+    )
     error = np.abs(found - scaled)
     best = np.abs(scaled[..., None] - E2M1.astype(np.float64)).min(-1)
     np.testing.assert_array_equal(error, best)

@@ -121,7 +121,7 @@ def _weight(parts: Parts, settings: Settings) -> CodedWeight:
         return fp8_weight(parts, "weight_scale", [(None, None), (1, None), *blocks])
     forms = {_format(layers, settings) for layers in settings["config_groups"].values()}
     in_bytes = parts["weight_packed"].file_type == "U8"
-    if in_bytes and MXFP4 in forms and parts["weight_scale"].file_type == "U8":
+    if in_bytes and MXFP4 in forms and "weight_global_scale" not in parts:
         return mxfp4_weight(parts)
     if in_bytes and NVFP4 in forms:
         if "weight_global_scale" not in parts:
