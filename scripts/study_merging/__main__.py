@@ -8,7 +8,9 @@ held-out rows, in bfloat16. For a file of a format:
 
     survival = (loss of the rounded base - loss of the file) / (loss of the base - loss of QLoRA, unrounded)
 
-The loss of the rounded base is that of the base in the same format. The denominator is the gain of plain training with
+The loss of the rounded base is that of the base in the same format. Where rounding makes the base much worse, training
+through the format repairs that, too, and the share may exceed 1. So the net survival has the loss of the base in 16
+bits in the numerator: it says how much of the gain a file keeps over the model that one started from. The denominator is the gain of plain training with
 the same task and seed, for all arms, so that they compare. Means have Student's 95 % intervals over tasks and seeds.
 
 The loss of a file is that of its codes, computed as the export computes them. The first run of each format with
@@ -29,7 +31,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,7 @@ from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_base, open_finetuned
 from qlora_jax.measures.statistics import t_quantile
+from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.merge_into import replace_by_codes, train_merged
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -120,7 +122,7 @@ def write_rows(folder: Path) -> None:
             write_text(folder / task / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
 
 
-def _lines(name: str) -> list[Any]:
+def _lines(name: str) -> list[JsonObject]:
     with gzip.open(ROOT / "examples" / name, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -251,7 +253,7 @@ class Study:
     def tables(self) -> str:
         """Returns the tables of survivals and of costs, in Markdown."""
         lines = [
-            "| format | arm | n | survival | relative to the gain of the same run | loss of titles | loss of answers |",
+            "| format | arm | runs | survival | net survival | titles: loss above QLoRA's | answers |",
             "|---|---|---|---|---|---|---|",
         ]
         arms = [*ARMS, "QLoRA into 16 bits"]
@@ -273,19 +275,18 @@ class Study:
         return {place: self._found[key] for place, key in keys.items() if key in self._found}
 
     def _line(self, arm: str, name: str) -> str | None:
-        losses = self._all(f"{arm}/{name}")
+        losses, plain = self._all(f"{arm}/{name}"), self._all(f"{QLORA}/unrounded")
         if not losses:
             return None
-        plain, own = self._all(f"{QLORA}/unrounded"), self._all(f"{arm.removesuffix(' into 16 bits')}/unrounded")
-        gains = {(task, seed): self._found[f"{task}/base/file {name}"] - loss for (task, seed), loss in losses.items()}
-        of = [
-            _interval([gains[at] / (self._found[f"{at[0]}/base/none"] - unrounded[at]) for at in gains])
-            if unrounded.keys() >= gains.keys()
-            else ""
-            for unrounded in (plain, own)
+        shares = []
+        for start in (f"file {name}", "none"):
+            base = {task: self._found[f"{task}/base/{start}"] for task in TASKS}
+            whole = {task: self._found[f"{task}/base/none"] for task in TASKS}
+            shares += [[(base[at[0]] - loss) / (whole[at[0]] - plain[at]) for at, loss in losses.items()]]
+        above = [
+            f"{np.mean([loss - plain[at] for at, loss in losses.items() if at[0] == task]):+.3f}" for task in TASKS
         ]
-        means = [f"{np.mean([loss for at, loss in losses.items() if at[0] == task]):.3f}" for task in TASKS]
-        return f"| {name} | {arm} | {len(losses)} | {of[0]} | {of[1]} | {' | '.join(means)} |"
+        return f"| {name} | {arm} | {len(losses)} | {' | '.join([*map(_interval, shares), *above])} |"
 
 
 def _interval(values: Sequence[float]) -> str:
