@@ -10,8 +10,9 @@ held-out rows, in bfloat16. For a file of a format:
 
 The loss of the rounded base is that of the base in the same format. Where rounding makes the base much worse, training
 through the format repairs that, too, and the share may exceed 1. So the net survival has the loss of the base in 16
-bits in the numerator: it says how much of the gain a file keeps over the model that one started from. The denominator is the gain of plain training with
-the same task and seed, for all arms, so that they compare. Means have Student's 95 % intervals over tasks and seeds.
+bits in the numerator: it says how much of the gain a file keeps over the model that one started from. The denominator
+is the gain of plain training with the same task and seed, for all arms, so that they compare. Means have Student's 95 %
+intervals over tasks and seeds.
 
 The loss of a file is that of its codes, computed as the export computes them. The first run of each format with
 `lora.merge_into` is also exported, and its file is read back and scored: its loss must be the same. Plain runs are
@@ -283,9 +284,8 @@ class Study:
             base = {task: self._found[f"{task}/base/{start}"] for task in TASKS}
             whole = {task: self._found[f"{task}/base/none"] for task in TASKS}
             shares += [[(base[at[0]] - loss) / (whole[at[0]] - plain[at]) for at, loss in losses.items()]]
-        above = [
-            f"{np.mean([loss - plain[at] for at, loss in losses.items() if at[0] == task]):+.3f}" for task in TASKS
-        ]
+        costs = {task: [loss - plain[at] for at, loss in losses.items() if at[0] == task] for task in TASKS}
+        above = [f"{np.mean(each):+.3f}" if each else "" for each in costs.values()]
         return f"| {name} | {arm} | {len(losses)} | {' | '.join([*map(_interval, shares), *above])} |"
 
 
