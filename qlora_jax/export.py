@@ -38,8 +38,8 @@ class ExportArgs:
     dtype: Dtype | None = setting(
         "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0, q4_0 "
         "and, by llama.cpp's quantizer (the extra gguf-quantize), q6_k, q5_k_m, q4_k_m, q4_k_s and iq4_nl. gguf of a "
-        "run with lora.merge_into: that format; hf of one with nf4 or nvfp4: that, as bitsandbytes or "
-        "compressed-tensors stores it",
+        "run with lora.merge_into: that format; hf of one with nf4, nvfp4, int4 or mxfp4: that, as "
+        "bitsandbytes or compressed-tensors stores it",
         None,
     )
     base_dtype: Dtype | None = setting(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.exact_steps import extreme, first_of, nearest, quotient, reciprocal, separate
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, NVFP4_GROUP, nvfp4_type
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, NVFP4_GROUP, PART, nvfp4_type
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.scale_search import iq4_nl_codes, scale_search
 
@@ -261,7 +261,29 @@ def encode_blocks(weights: jax.Array, name: str) -> jax.Array:
     return encoder.encode(blocks).reshape(*weights.shape[:-1], -1)
 
 
+def encode_mxfp4(weights: jax.Array) -> GgmlTensor:
+    """Returns f32 weights [..., N, K] in MXFP4, as compressed-tensors quantizes each; ggml has other scales.
+
+    The power of two is that below the largest magnitude, or above it from 1.75 times the lower one on.
+    """
+    groups = _groups(jax.lax.optimization_barrier(weights), PART)
+    bits = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), jnp.uint32)
+    stored = jnp.maximum((bits + (1 << 21)) >> 23, 2) - 2
+    scaled = groups * jax.lax.bitcast_convert_type((254 - stored) << 23, jnp.float32)
+    blocks = jnp.concatenate([stored.astype(jnp.uint8), _nibbles(_even_e2m1(scaled))], axis=-1)
+    codes = blocks.reshape(*weights.shape[:-1], -1)
+    return GgmlTensor(codes=codes, ggml_type="MXFP4", shape=weights.shape[-2:], dtype="float32")
+
+
 _EVEN_AT = ((operator.gt, (0.25, 1.25, 2.5, 5)), (operator.ge, (0.75, 1.75, 3.5)))  # E2M1's middles, ties to even
+
+
+def _even_e2m1(scaled: jax.Array) -> jax.Array:
+    """Returns the codes of the nearest values of E2M1, ties to even codes."""
+    counted = [
+        compare(jnp.abs(scaled), np.float32(middle)).astype(jnp.uint8) for compare, all_ in _EVEN_AT for middle in all_
+    ]
+    return _once(functools.reduce(operator.add, counted) | (scaled < 0).astype(jnp.uint8) << 3)
 
 
 def encode_nvfp4(weights: jax.Array) -> GgmlTensor:
@@ -276,10 +298,7 @@ def encode_nvfp4(weights: jax.Array) -> GgmlTensor:
     scales = jnp.minimum(exact, 448).astype(jnp.float8_e4m3fn)
     scales = jnp.where(scales == 0, jnp.asarray(0.125, scales.dtype), scales)
     scaled = quotient(groups, quotient(scales.astype(jnp.float32), of_tensor))
-    counted = [
-        compare(jnp.abs(scaled), np.float32(middle)).astype(jnp.uint8) for compare, all_ in _EVEN_AT for middle in all_
-    ]
-    codes = _once(functools.reduce(operator.add, counted) | (scaled < 0).astype(jnp.uint8) << 3)
+    codes = _even_e2m1(scaled)
     blocks = (*weights.shape[:-1], weights.shape[-1] // BLOCK_FORMATS[ggml_type].weights, -1)
     first = jax.lax.bitcast_convert_type(jnp.broadcast_to(of_tensor, (*blocks[:-1], 1)), jnp.uint8)
     parts = [

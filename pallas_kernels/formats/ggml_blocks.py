@@ -233,6 +233,7 @@ def _mxfp4(block: jax.Array) -> jax.Array:
 PART = 32  # weights: every block is a multiple of them, and 4-bit codes are 16 bytes for each, low nibbles first
 NVFP4_GROUP = 16  # weights that share a scale of e4m3
 NVFP4_SIZES = (256, 64, PART)  # weights per block
+MXFP4_HEADER = 1  # byte of the power of two at the start of a block of MXFP4
 FLOAT_HEADER = 4  # bytes of the f32 scale at the start of a block of NVFP4 or FP8
 
 
@@ -282,6 +283,12 @@ def packed_parts[Codes: (np.ndarray, jax.Array)](codes: Codes) -> Codes:
     return (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(*codes.shape[:-1], -1)
 
 
+def unpacked_parts(packed_NB: np.ndarray) -> np.ndarray:
+    """Returns the uint8 codes [N, K] that `packed_parts` packed."""
+    parts = packed_NB.reshape(len(packed_NB), -1, 1, PART // 2)
+    return np.concatenate([parts & 15, parts >> 4], axis=-2).reshape(len(packed_NB), -1)
+
+
 def nvfp4_blocks(codes: np.ndarray, scales: np.ndarray, of_tensor: np.float32, ggml_type: str) -> np.ndarray:
     """Returns codes of E2M1 [N, K], their scales in e4m3 [N, K / 16], and the scale of the tensor as blocks."""
     rows, blocks = len(codes), codes.shape[1] // BLOCK_FORMATS[ggml_type].weights
@@ -295,8 +302,7 @@ def nvfp4_parts(blocks: np.ndarray, ggml_type: str) -> tuple[np.ndarray, np.ndar
     rows, block = len(blocks), BLOCK_FORMATS[ggml_type]
     by_block = blocks.reshape(rows, -1, block.nbytes)
     codes_at = FLOAT_HEADER + block.weights // NVFP4_GROUP
-    packed = by_block[..., codes_at:].reshape(rows, -1, 1, PART // 2)
-    codes = np.concatenate([packed & 15, packed >> 4], axis=-2).reshape(rows, -1)
+    codes = unpacked_parts(by_block[..., codes_at:].reshape(rows, -1))
     scales = np.ascontiguousarray(by_block[..., FLOAT_HEADER:codes_at]).reshape(rows, -1).view(ml_dtypes.float8_e4m3fn)
     return codes, scales, by_block[0, 0, :FLOAT_HEADER].view(np.float32)[0]
 

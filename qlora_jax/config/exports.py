@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from qlora_jax.config.registry import Registry
 
-Dtype = Literal[
-    "bfloat16", "float16", "float32", "nf4", "nvfp4", "q8_0", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl"
-]
+_Folder = Literal["bfloat16", "float16", "float32", "nf4", "nvfp4", "int4", "mxfp4"]
+Dtype = Literal[_Folder, "q8_0", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl"]
 
 _FOLDER: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 _GGUF: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "q8_0", "q4_0")
@@ -75,7 +74,7 @@ EXPORTS: Registry[ExportDeclaration] = Registry(
         "hf": ExportDeclaration(
             implementation="qlora_jax.io.export.merged:run_hf",
             merged=True,
-            dtypes=(*_FOLDER, "nf4", "nvfp4"),
+            dtypes=(*_FOLDER, "nf4", "nvfp4", "int4", "mxfp4"),
             other_parts="parts beside the text half, copied unchanged: {}",
         ),
         "gguf": ExportDeclaration(

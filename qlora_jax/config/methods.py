@@ -33,8 +33,8 @@ LOW_RANK = MERGED | {"rank", "alpha", "dropout", "rank_pattern", "alpha_pattern"
 BOTTLENECK = frozenset({"rank", "dtype", "bottleneck_activation", "modules_to_save"})
 
 type Refusals = Mapping[str, tuple[str, str]]  # export format -> (the reason, what to do)
-MergeInto = Literal["q4_0", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl", "nf4", "nvfp4"]
-MERGED_FOLDERS = ("nf4", "nvfp4")  # values of lora.merge_into that an export writes as a folder; others are GGUF files
+MergeInto = Literal["q4_0", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "iq4_nl", "nf4", "nvfp4", "int4", "mxfp4"]
+MERGED_FOLDERS = ("nf4", "nvfp4", "int4", "mxfp4")  # lora.merge_into of runs that are exported as a folder, not as GGUF
 MERGE_IT = "Export one model instead: --format hf or gguf"
 IN_RUN = "Use the run itself: qlora-jax generate --run RUN, or evaluate"
 
@@ -334,8 +334,9 @@ class LoraArgs(WithoutLater):
     merge_into: MergeInto | None = setting(
         "train with the weights that the export will store: each product is with the merged weight, rounded to this "
         "format (docs/training.md). q4_0, q8_0: of GGUF files, whose tables are rounded too. q6_k, q5_k_m, q4_k_m, "
-        "q4_k_s, iq4_nl: the same with llama.cpp's type for each tensor. nf4: of bitsandbytes. nvfp4: of "
-        "compressed-tensors. null: the adapter stays apart, and an export rounds after training",
+        "q4_k_s, iq4_nl: the same with llama.cpp's type for each tensor. nf4: of bitsandbytes. nvfp4, int4 "
+        "(groups of integers), mxfp4: of compressed-tensors. null: the adapter stays apart, and an export rounds after "
+        "training",
         None,
         later=True,
     )

@@ -10,6 +10,7 @@ blocks stay in 16 bits. An export reads its file back and compares the tensors t
 import dataclasses
 import math
 import operator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -18,14 +19,14 @@ import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats.block_encoders import BLOCK_ENCODERS
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, PART
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, INT_SCALES, PART, int_type
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.exports import MIXTURES
 from qlora_jax.config.methods import MERGED_FOLDERS
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, within_layers
 from qlora_jax.methods.low_rank_cost import ranked_projections
 from qlora_jax.methods.targets import target_layers
-from qlora_jax.models.config import NVFP4, ModelConfig
+from qlora_jax.models.config import INT4, MXFP4, NVFP4, ModelConfig
 from qlora_jax.models.decoder import CausalLM, Embedding
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.nn.linear import QLinear
@@ -41,7 +42,8 @@ class MergeFormat(NamedTuple):
     """A format of `lora.merge_into`.
 
     Fields:
-      kind: of the codes, a key of ENCODERS; None: `lora.merge_types` has that of each tensor.
+      kind: of the codes, a key of ENCODERS, or INT4, whose groups depend on the model; None: `lora.merge_types` has the
+        kind of each tensor.
       projections_only: experts and tables stay in 16 bits, as in bitsandbytes' folders.
     """
 
@@ -67,11 +69,10 @@ def file_kinds(config: ModelConfig, lora: LoraArgs) -> dict[str, Kinds]:
     """
     found = FORMATS[str(lora.merge_into)]
     if found.kind is not None:
-        kind, block = found.kind, block_weights(found.kind)
-        return {
-            name: (DENSE if inputs % block else kind,) * layers
-            for name, (inputs, layers) in file_matrices(config, found.projections_only).items()
-        }
+        matrices = file_matrices(config, found.projections_only)
+        kind = _integer_groups([inputs for inputs, _ in matrices.values()]) if found.kind == INT4 else found.kind
+        block = block_weights(kind)
+        return {name: (DENSE if inputs % block else kind,) * layers for name, (inputs, layers) in matrices.items()}
     problems, kinds = [], {}
     for name, (inputs, layers) in file_matrices(config).items():
         words = lora.merge_types.get(name, "").split()
@@ -86,6 +87,12 @@ def file_kinds(config: ModelConfig, lora: LoraArgs) -> dict[str, Kinds]:
     if problems:
         raise ValueError("\n  ".join(["lora.merge_types: not the types of this model. Correct these:", *problems]))
     return kinds
+
+
+def _integer_groups(inputs: Iterable[int]) -> str:
+    """Returns the largest groups of integers that divide the inputs of all projections, as fused projections need."""
+    divisor = math.gcd(*inputs)
+    return int_type(4, PART if divisor % PART else divisor, INT_SCALES["_BF16"])
 
 
 def planned(lora: LoraArgs, config: ModelConfig) -> LoraArgs:
@@ -104,7 +111,7 @@ def block_weights(kind: str) -> int:
     """Returns the weights of a row that a block of codes has; 1: the type has no blocks."""
     if kind in BLOCK_ENCODERS:
         return BLOCK_FORMATS[BLOCK_ENCODERS[kind].ggml_type].weights
-    return {NVFP4: PART}.get(kind, QuantSettings().block_size) if kind in ENCODERS else 1
+    return {NVFP4: PART, MXFP4: PART}.get(kind, QuantSettings().block_size) if kind in ENCODERS else 1
 
 
 def file_matrices(config: ModelConfig, projections_only: bool = False) -> dict[str, tuple[int, int]]:

@@ -314,6 +314,7 @@ class ModelConfig:
 
 STORED = "stored"  # quant_type: linear layers keep the codes that the files have
 NVFP4 = "nvfp4"  # quant_type: linear layers in blocks of NVFP4
+INT4, MXFP4 = "int4", "mxfp4"  # values of lora.merge_into; int4 is groups of integers there
 IN_BLOCKS = (STORED, NVFP4)  # values of quant_type that meshes do not cut
 QUANTIZED, DENSE = "4-bit", "dense"  # formats of layers; others are types of blocks
 

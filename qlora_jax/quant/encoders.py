@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from pallas_kernels.formats.block_encoders import BLOCK_ENCODERS, encode_blocks, encode_nvfp4
+from pallas_kernels.formats.block_encoders import BLOCK_ENCODERS, encode_blocks, encode_mxfp4, encode_nvfp4
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
@@ -44,10 +44,11 @@ def table_encoder(settings: QuantSettings) -> Encoder:
     return encode
 
 
-# By the names of GGUF's types and of groups of integers, nf4 with QLoRA's settings, and nvfp4.
+# By the names of GGUF's types and of groups of integers; nf4 with QLoRA's settings, nvfp4 and mxfp4 by their own.
 ENCODERS: Mapping[str, Encoder] = {
     "nf4": table_encoder(QuantSettings()),
     "nvfp4": encode_nvfp4,
+    "mxfp4": encode_mxfp4,
     **{name: _block_encoder(name) for name in BLOCK_ENCODERS},
 }
 

@@ -26,6 +26,18 @@ class Nvfp4(NamedTuple):
         return np.repeat(scales, 16, axis=1) * E2M1[self.codes]
 
 
+class Mxfp4(NamedTuple):
+    """A random weight: codes of E2M1 [N, K], and the exponents plus 127 of powers of two for 32 of them."""
+
+    codes: np.ndarray
+    exponents: np.ndarray
+
+    def dense(self) -> np.ndarray:
+        """The weight, f32 [N, K]."""
+        scales = np.ldexp(np.float32(1), self.exponents.astype(np.int32) - 127)
+        return np.repeat(scales, 32, axis=1) * E2M1[self.codes]
+
+
 class Fp8(NamedTuple):
     """A random weight: numbers of e4m3 [N, K], and scales [R, C] of rectangles."""
 
@@ -47,6 +59,12 @@ def random_nvfp4(shape: tuple[int, int], inverse: bool = True, seed: int = 0) ->
     return Nvfp4(rng.integers(0, 16, shape, np.uint8), scales, of_tensor if inverse else 1 / of_tensor, inverse)
 
 
+def random_mxfp4(shape: tuple[int, int], seed: int = 0) -> Mxfp4:
+    """Draws codes and powers of two; dense values are about those of a layer of K inputs."""
+    rng, (n, k) = np.random.default_rng(seed), shape
+    return Mxfp4(rng.integers(0, 16, shape, np.uint8), rng.integers(117, 122, (n, k // 32), np.uint8))
+
+
 def random_fp8(
     shape: tuple[int, int], rectangle: tuple[int | None, int | None] = (32, 64), dtype: Any = np.float32, seed: int = 0
 ) -> Fp8:
@@ -66,6 +84,11 @@ def compressed_nvfp4(weight: Nvfp4) -> dict[str, np.ndarray]:
     """The tensors of a weight in `nvfp4-pack-quantized`."""
     of_tensor = np.array([weight.of_tensor])
     return {"weight_packed": pairs(weight.codes), "weight_scale": weight.scales, "weight_global_scale": of_tensor}
+
+
+def compressed_mxfp4(weight: Mxfp4) -> dict[str, np.ndarray]:
+    """The tensors of a weight in `mxfp4-pack-quantized`."""
+    return {"weight_packed": pairs(weight.codes), "weight_scale": weight.exponents}
 
 
 def modelopt_nvfp4(weight: Nvfp4) -> dict[str, np.ndarray]:
@@ -106,8 +129,10 @@ def modelopt_config(algorithm: str) -> dict[str, Any]:
 
 
 NVFP4_CONFIG = compressed_config("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16)
+MXFP4_CONFIG = compressed_config("mxfp4-pack-quantized", num_bits=4, strategy="group", group_size=32)
 FLOAT_FORMS = {
     "compressed, nvfp4": Form({}, compressed_nvfp4, NVFP4_CONFIG, random_nvfp4),
+    "compressed, mxfp4": Form({}, compressed_mxfp4, MXFP4_CONFIG, random_mxfp4),
     "compressed, fp8 of rows": Form(
         {"rectangle": (1, None), "dtype": ml_dtypes.bfloat16},
         fp8,

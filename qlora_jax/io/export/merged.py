@@ -52,6 +52,7 @@ from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.metadata import JsonObject
+from qlora_jax.methods.merge_into import block_weights
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import SCORE, CausalLM
@@ -382,7 +383,8 @@ def _write_merge(
         return Merge(path, compute_dtype, trained, codes)
     if dtype in MERGED_FOLDERS:
         assert codes is not None, "`merged_dtype` refuses other runs"
-        weights = WeightFormat(quant_type=dtype, dtype=compute_dtype.name)
+        group = block_weights(next(iter(codes.types.values())))
+        weights = WeightFormat(quant_type=dtype, block_size=group, dtype=compute_dtype.name)
         write_quantized_folder(folder, opened.source, weights, progress or (lambda *_: None), codes.tensor)
     else:
         write_dense_folder(

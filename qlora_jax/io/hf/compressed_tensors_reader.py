@@ -1,4 +1,4 @@
-"""Reads integers, NVFP4 and FP8 of compressed-tensors, as llm-compressor writes them.
+"""Reads integers, NVFP4, MXFP4 and FP8 of compressed-tensors, as llm-compressor writes them.
 
 In `pack-quantized`, a weight of N x K in 4 bits is `weight_packed` I32 [N, K / 8], `weight_scale` [N, G] and
 `weight_shape` I64 [2]; if it is not symmetric, also `weight_zero_point` I32 [N / 8, G]. A word has eight integers plus
@@ -6,7 +6,8 @@ In `pack-quantized`, a weight of N x K in 4 bits is `weight_packed` I32 [N, K / 
 calibration reordered them.
 
 In `nvfp4-pack-quantized` it is `weight_packed` U8 [N, K / 2], `weight_scale` F8_E4M3 [N, K / 16] and
-`weight_global_scale` F32 [1], by which the scales are divided. In `float-quantized` it is `weight` F8_E4M3 [N, K] and
+`weight_global_scale` F32 [1], by which the scales are divided. In `mxfp4-pack-quantized`, `weight_scale` is U8
+[N, K / 32], the exponents of powers of two plus 127. In `float-quantized` it is `weight` F8_E4M3 [N, K] and
 `weight_scale`, of the tensor, of each row or of each block. Scales of activations are left out, because these stay in
 16 bits here.
 
@@ -20,7 +21,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from qlora_jax.io.hf.coded_weights import CodedMethod, CodedWeight, Parts, Settings, setting_problems, tensor_problems
-from qlora_jax.io.hf.float_codes import fp8_weight, nvfp4_weight
+from qlora_jax.io.hf.float_codes import fp8_weight, mxfp4_weight, nvfp4_weight
 from qlora_jax.io.hf.fp8_reader import block_size_problems
 from qlora_jax.io.hf.integer_groups import (
     SCALE_TYPES,
@@ -34,13 +35,14 @@ from qlora_jax.io.hf.integer_groups import (
 )
 from qlora_jax.model_source import TensorEntry
 
-INTEGERS, NVFP4 = "pack-quantized", "nvfp4-pack-quantized"
+INTEGERS, NVFP4, MXFP4 = "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 # Settings of the weights of each format; FP8 whose activations stay in 16 bits is `naive-quantized`.
 _COMMON: Mapping[str, tuple[object, ...]] = {"dynamic": (False,)}
 _FP8 = {**_COMMON, "num_bits": (8,), "type": ("float",), "strategy": ("tensor", "channel", "block")}
 FORMATS: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     INTEGERS: {"num_bits": (4, 8), "type": ("int",), "strategy": ("group", "channel"), **_COMMON},
     NVFP4: {"num_bits": (4,), "type": ("float",), "strategy": ("tensor_group",), "group_size": (16,), **_COMMON},
+    MXFP4: {"num_bits": (4,), "type": ("float",), "strategy": ("group",), "group_size": (32,), **_COMMON},
     "float-quantized": _FP8,
     "naive-quantized": _FP8,
 }
@@ -117,9 +119,11 @@ def _weight(parts: Parts, settings: Settings) -> CodedWeight:
         sizes = [each.get("block_structure") for each in _weights(settings)]
         blocks = [(size[0], size[1]) for size in sizes if size is not None]
         return fp8_weight(parts, "weight_scale", [(None, None), (1, None), *blocks])
-    if parts["weight_packed"].file_type == "U8" and any(
-        _format(layers, settings) == NVFP4 for layers in settings["config_groups"].values()
-    ):
+    forms = {_format(layers, settings) for layers in settings["config_groups"].values()}
+    in_bytes = parts["weight_packed"].file_type == "U8"
+    if in_bytes and MXFP4 in forms and "weight_global_scale" not in parts:
+        return mxfp4_weight(parts)
+    if in_bytes and NVFP4 in forms:
         if "weight_global_scale" not in parts:
             raise ValueError("missing weight_global_scale")
         return nvfp4_weight(parts, "weight_packed", "weight_global_scale", inverse=True)

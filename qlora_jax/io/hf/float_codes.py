@@ -1,4 +1,4 @@
-"""Weights in codes that are floating-point numbers: NVFP4, and FP8 in e4m3.
+"""Weights in codes that are floating-point numbers: NVFP4, MXFP4, and FP8 in e4m3.
 
 NVFP4 has two codes of E2M1 per byte, the first in the low bits, a scale of e4m3 for 16 of them, and an f32 scale of the
 tensor. FP8 has a scale per rectangle of codes: a block, a row, or the tensor.
@@ -13,7 +13,15 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, NVFP4_GROUP, PART, fp8_type, nvfp4_blocks, nvfp4_type
+from pallas_kernels.formats.ggml_blocks import (
+    BLOCK_FORMATS,
+    NVFP4_GROUP,
+    PART,
+    fp8_type,
+    nvfp4_blocks,
+    nvfp4_type,
+    packed_parts,
+)
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.ggml_matmul import api as ggml
 from qlora_jax.io.hf.coded_weights import CodedWeight, Parts, tensor_problems
@@ -55,6 +63,26 @@ def nvfp4_weight(parts: Parts, codes: str, of_tensor: str, inverse: bool) -> Cod
         return nvfp4_blocks(integers(packed), scales, scale, kind)
 
     return _coded((n, k), kind, read)
+
+
+def mxfp4_weight(parts: Parts) -> CodedWeight:
+    """Returns a weight of MXFP4: `weight_packed` has its codes, and `weight_scale` a power of two for 32 of them.
+
+    Raises:
+      ValueError: lists everything that is wrong with the tensors.
+    """
+    n, k = _matrix(parts["weight_packed"], "U8")
+    k *= 2
+    if problems := tensor_problems(parts, {"weight_scale": (["U8"], (n, k // PART))}) + _column_problems(k):
+        raise ValueError("; ".join(problems))
+
+    def read(first: int, end: int) -> UInt8[np.ndarray, "N _"]:
+        codes = integers(np.ascontiguousarray(parts["weight_packed"].read_rows(first, end)))
+        scales = parts["weight_scale"].read_rows(first, end)[..., None]
+        packed = packed_parts(codes).reshape(*scales.shape[:2], -1)
+        return np.concatenate([scales, packed], -1).reshape(end - first, -1)
+
+    return _coded((n, k), "MXFP4", read)
 
 
 def fp8_weight(parts: Parts, scale: str, rectangles: Sequence[Rectangle]) -> CodedWeight:

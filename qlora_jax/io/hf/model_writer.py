@@ -55,13 +55,13 @@ class CodesForm(NamedTuple):
 
     Attributes:
       specs: (name of the weight, its shape, format) -> its tensors in the file.
-      quantize: (source, entry, leaf that describes the codes) -> the codes of a weight.
+      quantize: (source, entry, leaf that describes the codes) -> the codes of a weight; None: they are always given.
       values: (codes of a weight, dtype of computation) -> the values of its tensors, in the order of `specs`.
       config: (format, modules in 16 bits) -> quantization_config.
     """
 
     specs: Callable[[str, tuple[int, ...], WeightFormat], Iterator[TensorSpec]]
-    quantize: Callable[..., object]
+    quantize: Callable[..., object] | None
     values: Callable[..., Iterator[np.ndarray]]
     config: Callable[[WeightFormat, list[str]], JsonObject]
 

@@ -12,6 +12,7 @@ from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from qlora_jax.io.hf.bnb_writer import BITSANDBYTES
+from qlora_jax.io.hf.compressed_tensors_writer import COMPRESSED_INTEGERS, COMPRESSED_MXFP4, COMPRESSED_NVFP4
 from qlora_jax.io.hf.fused_experts import name_in_files
 from qlora_jax.io.hf.model_writer import (
     TensorSpec,
@@ -23,7 +24,6 @@ from qlora_jax.io.hf.model_writer import (
     write_safetensors,
     written_dtype,
 )
-from qlora_jax.io.hf.nvfp4_writer import COMPRESSED_NVFP4
 from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.loading.loader import Progress, check_stored_quantization
 from qlora_jax.io.loading.stored_codes import with_dense_layers
@@ -31,7 +31,7 @@ from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Slot, check_tensors, slots_of
 from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource, prefetch
-from qlora_jax.models.config import NVFP4, ModelConfig, WeightFormat
+from qlora_jax.models.config import INT4, MXFP4, NVFP4, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
@@ -39,7 +39,11 @@ from qlora_jax.models.precision import check_whole_blocks
 from qlora_jax.models.tensor_names import layer_name
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-FORMS = dict.fromkeys(CODE_TABLES, BITSANDBYTES) | {NVFP4: COMPRESSED_NVFP4}  # by WeightFormat.quant_type
+FORMS = dict.fromkeys(CODE_TABLES, BITSANDBYTES) | {  # by WeightFormat.quant_type
+    NVFP4: COMPRESSED_NVFP4,
+    INT4: COMPRESSED_INTEGERS,
+    MXFP4: COMPRESSED_MXFP4,
+}
 # (slot, index of a name) -> the tensor: codes, or dense values
 Tensors = Callable[[Slot, int], object]
 
@@ -140,7 +144,11 @@ def _values(
         spec = _quantization_of(slot, index, weights)
         if spec is not None:
             form = FORMS[weights.quant_type or ""]
-            code = form.quantize(source, entry, spec) if tensors is None else tensors(slot, index)
+            if tensors is None:
+                assert form.quantize is not None, "`quantize` does not offer this form"
+                code = form.quantize(source, entry, spec)
+            else:
+                code = tensors(slot, index)
             yield from form.values(code, weights.dtype)
         else:
             dense = entry.read() if tensors is None else np.asarray(tensors(slot, index))

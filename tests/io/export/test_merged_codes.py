@@ -31,6 +31,8 @@ CASES = {
     "nf4": dict(merge_into="nf4"),
     "oft": dict(merge_into="q4_0", method="oft"),
     "nvfp4": dict(merge_into="nvfp4"),
+    "int4": dict(merge_into="int4"),
+    "mxfp4": dict(merge_into="mxfp4"),
 }
 
 

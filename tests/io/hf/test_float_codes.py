@@ -11,14 +11,17 @@ from qlora_jax.model_source import TensorEntry
 from tests.ggml_codes import dequantized
 from tests.io.float_folders import (
     FLOAT_FORMS,
+    MXFP4_CONFIG,
     NVFP4_CONFIG,
     compressed_config,
+    compressed_mxfp4,
     compressed_nvfp4,
     deepseek_config,
     fp8,
     modelopt_config,
     modelopt_nvfp4,
     random_fp8,
+    random_mxfp4,
     random_nvfp4,
 )
 from tests.io.integer_folders import write_integer_folder
@@ -68,6 +71,7 @@ def test_blocks_are_as_large_as_rows_allow(columns: int, nvfp4: str, kind: str, 
 
 
 NVFP4, FP8 = random_nvfp4(SHAPE), random_fp8(SHAPE)
+MX = compressed_mxfp4(random_mxfp4(SHAPE))
 PACKED, BLOCKS, OPTIMIZED = compressed_nvfp4(NVFP4), fp8(FP8, "weight_scale_inv"), modelopt_nvfp4(NVFP4)
 ODD = compressed_nvfp4(random_nvfp4((8, 48)))
 DAMAGED = [
@@ -93,6 +97,9 @@ DAMAGED = [
         OPTIMIZED | {"weight_scale_2": np.float32(1e38)},
         "found 9.9.*e.37, expected a number with",
     ),
+    (MXFP4_CONFIG, MX | {"weight_scale": None}, "missing weight_scale: "),
+    (MXFP4_CONFIG, MX | {"weight_scale": MX["weight_scale"][:, 1:]}, r"found U8 \[64, 3\], expected U8 \[64, 4\]"),
+    (MXFP4_CONFIG, MX | {"weight_scale": PACKED["weight_scale"]}, r"found F8_E4M3 \[64, 8\], expected U8"),
     (modelopt_config("NVFP4"), OPTIMIZED | {"weight_scale_2": None}, "missing weight_scale_2"),
     (modelopt_config("NVFP4"), OPTIMIZED | {"weight_scale": None}, "missing weight_scale"),
     (modelopt_config("NVFP4"), OPTIMIZED | {"pre_quant_scale": np.ones(2, np.uint8)}, "1 tensors have types .* U8"),
