@@ -26,6 +26,7 @@ from qlora_jax.rewards.functions import RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
 from qlora_jax.rollouts.inputs import RolloutInputs
 from qlora_jax.rollouts.prompt_rows import PromptRows
+from qlora_jax.rollouts.redraws import Draw, Redrawn, draw_with_signal
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
 from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
@@ -57,26 +58,28 @@ def roll_out(
     Raises:
       RewardError: a reward function failed, and rewards.on_error=stop.
     """
-    config, inputs = session.run.config, _inputs(session)
+    config = session.run.config
     asked, place_KM = _asked(prompts)
-    seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
-    samplings = [sampling_of(config.rollouts, seed) for seed in seeds]
-    began = time.perf_counter()
-    replies = _sample(session, lora, asked, samplings, config.rollouts.num_generations, go_on)
-    sampled = time.perf_counter()
-    go_on("rewards")
-    table = _score(session, inputs.prompts, session.run.inputs.dataset.train, asked, replies, step)
-    scored = time.perf_counter()
-    compared = _compare(session, table)
-    phase = _Phase(asked, replies, place_KM, table, compared, *_trained(session, replies, compared))
+    drawn = draw_with_signal(
+        lambda chosen, number: _draw(session, lora, step, asked, chosen, number, go_on),
+        len(asked),
+        config.policy.max_redraws,
+        lambda rewards_NF: _compare(session, rewards_NF).has_signal_P,
+    )
+    replies, compared = drawn.draw.groups, _compare(session, drawn.draw.table.rewards_NF)
+    phase = _Phase(asked, drawn, place_KM, compared, *_trained(session, replies, compared))
     batches = _batches(session, prompts, phase)
     for name, other in (OLD_LOGPS, lambda: lora), (REFERENCE_LOGPS, lambda: _reference(session)):
         if name in token_values(session.run.inputs.objective):
             own = other()
             batches = [_with_logps(session, own, batch, name) for batch in batches]
-    records = [_record(phase, k) for k in range(len(prompts))]
-    tokens = int(phase.lengths_PG.sum())
-    records[0] |= {"rollout_seconds": sampled - began, "reward_seconds": scored - sampled, "rollout_tokens": tokens}
+    records = [_record(session, phase, k) for k in range(len(prompts))]
+    sampled = drawn.draw
+    records[0] |= {
+        "rollout_seconds": sampled.sampling,
+        "reward_seconds": sampled.scoring,
+        "rollout_tokens": sampled.tokens,
+    }
     return list(zip(batches, records, strict=True))
 
 
@@ -164,19 +167,37 @@ def _score(
     return _rewards(session).score(replies_to_score(prompts, numbers, replies, rows.where, **run))
 
 
+def _draw(
+    session: Session, lora: Lora, step: int, asked: Sequence[Asked], chosen: Sequence[int], number: int, go_on: GoOn
+) -> Draw[list[Reply]]:
+    """Samples and scores replies to the chosen prompts of a phase; `number` is that of the draw."""
+    config, inputs, own = session.run.config, _inputs(session), [asked[place] for place in chosen]
+    again = (number,) if number else ()
+    seeds = [draw_seed(config.train.seed, step, place, asked[place].number, *again) for place in chosen]
+    samplings = [sampling_of(config.rollouts, seed) for seed in seeds]
+    began = time.perf_counter()
+    replies = _sample(session, lora, own, samplings, config.rollouts.num_generations, go_on)
+    sampled = time.perf_counter()
+    go_on("rewards")
+    table = _score(session, inputs.prompts, session.run.inputs.dataset.train, own, replies, step)
+    seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
+    tokens = sum(len(reply.ids) for group in replies for reply in group)
+    return Draw(groups=replies, table=table, tokens=tokens, **seconds)
+
+
 class _Phase(NamedTuple):
     """The prompts, replies and rewards of a phase.
 
     Fields:
       place_KM: number of the prompt in each place of each step; -1 in gaps.
+      compared: of the replies that count.
       trained_PG: True for each reply whose tokens train.
       lengths_PG: tokens of each reply.
     """
 
     asked: Sequence[Asked]
-    replies: Sequence[Sequence[Reply]]
+    drawn: Redrawn[list[Reply]]
     place_KM: Int64[np.ndarray, "K M"]
-    table: RewardTable
     compared: Advantages
     trained_PG: Bool[np.ndarray, "P G"]
     lengths_PG: Int64[np.ndarray, "P G"]
@@ -189,13 +210,13 @@ class _Phase(NamedTuple):
         """Returns a prompt with its replies; None for a gap."""
         if number < 0:
             return None
-        return Group(*self.asked[number], self.replies[number], self.trained_PG[number].tolist())
+        return Group(*self.asked[number], self.drawn.draw.groups[number], self.trained_PG[number].tolist())
 
 
-def _compare(session: Session, table: RewardTable) -> Advantages:
+def _compare(session: Session, rewards_NF: Float64[np.ndarray, "N F"]) -> Advantages:
     config, weights_F = session.run.config, _rewards(session).weights
     how = {"num_generations": config.rollouts.num_generations, "scale_rewards": config.policy.scale_rewards}
-    return group_advantages(table.rewards_NF, weights_F=weights_F, **how)
+    return group_advantages(rewards_NF, weights_F=weights_F, **how)
 
 
 def _trained(
@@ -234,22 +255,25 @@ def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[
     ]
 
 
-def _record(phase: _Phase, k: int) -> Record:
-    """Returns the entries of a step's record: rewards, and the replies' lengths."""
-    chosen = phase.place_KM[k][phase.place_KM[k] >= 0]
-    rewards_PG = phase.compared.rewards_N.reshape(phase.trained_PG.shape)[chosen]
-    names, functions_PGF = phase.table.names, phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)
-    is_cut = [reply.is_cut for number in chosen for reply in phase.replies[number]]
+def _record(session: Session, phase: _Phase, k: int) -> Record:
+    """Returns the entries of a step's record: rewards of the first draws, and the lengths of the replies that count."""
+    chosen, drawn = phase.place_KM[k][phase.place_KM[k] >= 0], phase.drawn
+    table, first = drawn.draw.table, _compare(session, drawn.first_NF)
+    rewards_PG = first.rewards_N.reshape(phase.trained_PG.shape)[chosen]
+    functions_PGF = drawn.first_NF.reshape(*phase.trained_PG.shape, -1)
+    is_cut = [reply.is_cut for number in chosen for reply in drawn.draw.groups[number]]
     found: Record = {
         "groups_without_signal": 1.0 - float(phase.compared.has_signal_P[chosen].mean()),
         "reply_tokens": float(phase.lengths_PG[chosen].mean()),
         "replies_cut": float(np.mean(is_cut)),
     }
-    found |= _means({REWARD: rewards_PG, f"{REWARD}_std": phase.compared.std_P[chosen]})
-    found |= _by_function(functions_PGF[chosen].reshape(-1, len(names)), names, "")
-    if phase.table.problems:
-        found["rewards_failed"] = len(phase.table.problems)
-    logged = {f"{REWARD}_metric_{name}": value for name, value in phase.table.metrics.items() if np.isfinite(value)}
+    if session.run.config.policy.max_redraws:
+        found["groups_redrawn"] = float(np.mean(drawn.draws_P[chosen] > 1))
+    found |= _means({REWARD: rewards_PG, f"{REWARD}_std": first.std_P[chosen]})
+    found |= _by_function(functions_PGF[chosen].reshape(-1, len(table.names)), table.names, "")
+    if table.problems:
+        found["rewards_failed"] = len(table.problems)
+    logged = {f"{REWARD}_metric_{name}": value for name, value in table.metrics.items() if np.isfinite(value)}
     return found | logged
 
 
