@@ -141,6 +141,7 @@ def _asked(batches: Sequence[Batch]) -> tuple[list[Asked], Int64[np.ndarray, "K 
 def _sample(
     session: Session, lora: Lora, asked: Sequence[Asked], samplings: Sequence[Sampling], count: int, go_on: GoOn
 ) -> list[list[Reply]]:
+    inputs = _inputs(session)
     return sample_replies(
         session.parts.with_lora(lora),
         session.run.inputs.dataset.tokenizer,
@@ -148,7 +149,9 @@ def _sample(
         samplings,
         session.run.config.rollouts,
         count=count,
-        stop_ids=_inputs(session).stop_ids,
+        longest=inputs.longest_prompt,
+        most=inputs.most_replies,
+        stop_ids=inputs.stop_ids,
         go_on=lambda done: go_on(f"{done:,} of {count * len(asked):,} replies"),
     )
 

@@ -168,9 +168,13 @@ def _open_rollouts(config: Config, dataset: Dataset, source: ModelSource) -> Rol
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
         held_out = read_prompt_rows(data, dataset.eval.files, forms)
     shape = dataset.buckets[-1], settings.max_completion_length, settings.num_generations
+    train, held = config.train, 0 if dataset.eval is None else len(dataset.eval)
+    asked = train.micro_batch_size * train.accumulation * config.policy.steps_per_generation
     return RolloutInputs(
         prompts=prompts,
         held_out=held_out,
+        longest_prompt=dataset.eval_buckets[-1],  # at least as long as those of training
+        most_replies=max(asked * settings.num_generations, held),
         lengths=row_lengths(*shape, data.buckets),
         stop_ids=stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None),
         pad_id=padding_id(tokenizer),
@@ -255,12 +259,10 @@ class RunSpec:
     @functools.cached_property
     def rollout_memory(self) -> ProgramMemory | None:
         """The memory of sampling replies; compiles the programs on first use. None for a run that samples none."""
-        if self.inputs.rollouts is None:
+        settings, inputs = self.config.rollouts, self.inputs.rollouts
+        if inputs is None:
             return None
-        settings, train, held_out = self.config.rollouts, self.config.train, self.inputs.dataset.eval
-        together = train.micro_batch_size * train.accumulation * self.config.policy.steps_per_generation
-        replies = max(together * settings.num_generations, 0 if held_out is None else len(held_out))
-        prompts = [range(self.inputs.dataset.eval_buckets[-1])] * replies  # at least as long as those of training
+        prompts = [range(inputs.longest_prompt)] * inputs.most_replies
         limits = settings.max_completion_length, parse_bytes(settings.cache)
         return most_memory("rollouts", lower_decoding(self.gradients.parts, prompts, *limits))
 

@@ -72,7 +72,7 @@ def test_settings_that_contradict_rollouts(tmp_path):
 @pytest.mark.parametrize(
     "policy",
     [
-        {"max_redraws": 2},
+        {"max_redraws": 1},
         pytest.param(
             {"num_iterations": 2, "steps_per_generation": 1, "beta": 0.05, "loss_type": "grpo"}, marks=pytest.mark.slow
         ),
