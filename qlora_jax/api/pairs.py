@@ -144,9 +144,11 @@ def _drawn(
 ) -> Iterator[tuple[tuple[int, ...], list[list[Reply]]]]:
     """Yields (numbers of the next rows, the replies to each), from the cache where it has them."""
     settings, count = args.rollouts, args.rollouts.num_generations
-    draw = functools.partial(sample_replies, parts, tokenizer, settings=settings, count=count, stop_ids=stops)
+    together = max(1, CACHED_TOGETHER // count)
+    how = {"longest": max(map(len, encoded)), "most": min(together, len(encoded)) * count}
+    draw = functools.partial(sample_replies, parts, tokenizer, settings=settings, count=count, stop_ids=stops, **how)
     with reporter.counting("replies", count * len(encoded)) as advance:
-        for numbers in itertools.batched(range(len(encoded)), max(1, CACHED_TOGETHER // count)):
+        for numbers in itertools.batched(range(len(encoded)), together):
             prompts = [[*encoded[number]] for number in numbers]
             samplings = [sampling_of(settings, draw_seed(args.seed, number)) for number in numbers]
 

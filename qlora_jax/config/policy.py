@@ -50,6 +50,11 @@ class PolicyArgs:
     steps_per_generation: int = setting(
         "optimizer steps that share the prompts of a rollout phase (TRL counts micro-batches)", 1, AT_LEAST_ONE
     )
+    max_redraws: int = setting(
+        "further draws, at most, for prompts whose replies have equal rewards (DAPO's dynamic sampling)",
+        0,
+        NON_NEGATIVE,
+    )
     mask_truncated_completions: bool = setting("leave out replies that were cut at max_completion_length", False)
     importance_correction: Literal["token_truncate", "sequence_mask"] | None = setting(
         "weigh losses by the ratio of the trainer's and the sampler's probability. token_truncate: of each token, at "

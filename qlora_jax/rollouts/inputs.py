@@ -14,7 +14,8 @@ class RolloutInputs:
 
     Attributes:
       prompts, held_out: rows of the training and the held-out prompts.
-      longest_prompt: positions of the longest prompt that there can be.
+      longest_prompt, most_replies: tokens of the longest prompt that there can be, and replies that are sampled
+        together at most.
       lengths: padded lengths of the rows that are trained on.
       stop_ids: ids with which the model ends a reply.
       pad_id: id at padding positions.
@@ -25,6 +26,7 @@ class RolloutInputs:
     prompts: PromptRows
     held_out: PromptRows | None
     longest_prompt: int
+    most_replies: int
     lengths: tuple[int, ...]
     stop_ids: frozenset[int]
     pad_id: int

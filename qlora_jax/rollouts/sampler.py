@@ -40,6 +40,8 @@ def sample_replies(
     settings: RolloutArgs,
     *,
     count: int,
+    longest: int,
+    most: int,
     stop_ids: frozenset[int],
     go_on: Callable[[int], None] = lambda replies: None,
     with_tools: GoOnWithTools | None = None,
@@ -49,6 +51,8 @@ def sample_replies(
     Args:
       parts: the model, with its adapter.
       samplings: settings of each prompt's draws.
+      longest, most: tokens of the longest prompt, and number of replies, of all calls of a run. The cache has room for
+        them, because another size would be another program to compile.
       go_on: called after each token of all replies with the number of complete replies; it raises to end the sampling.
       with_tools: continues replies that call tools; it gets the requests, the replies of the first turn, and a function
         that draws further turns. None: replies have one turn.
@@ -57,7 +61,7 @@ def sample_replies(
       ValueError: the cache has no room for one reply.
     """
     length = settings.max_completion_length
-    needed = cache_bytes(parts, [len(prompt) + length for prompt in prompts for _ in range(count)])
+    needed = cache_bytes(parts, [longest + length] * most)
     engine = Engine(parts, tokenizer, cache_bytes=min(needed, parse_bytes(settings.cache)))
     requests = [
         Request(

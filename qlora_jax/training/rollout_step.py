@@ -26,6 +26,7 @@ from qlora_jax.rewards.functions import RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
 from qlora_jax.rollouts.inputs import RolloutInputs
 from qlora_jax.rollouts.prompt_rows import PromptRows
+from qlora_jax.rollouts.redraws import Draw, Redrawn, draw_with_signal
 from qlora_jax.rollouts.reply import Reply
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
 from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
@@ -53,26 +54,28 @@ def roll_out(
     Raises:
       RewardError: a reward function failed, and rewards.on_error=stop.
     """
-    config, inputs = session.run.config, _inputs(session)
+    config = session.run.config
     asked, place_KM = _asked(prompts)
-    seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
-    rows = inputs.prompts, session.run.inputs.dataset.train
-    began = time.perf_counter()
-    asked, replies = _sample(session, lora, *rows, asked, seeds, config.rollouts.num_generations, go_on)
-    sampled = time.perf_counter()
-    go_on("rewards")
-    table = _score(session, *rows, asked, replies, step)
-    scored = time.perf_counter()
-    compared = _compare(session, table)
-    phase = _Phase(asked, replies, place_KM, table, compared, *_trained(session, replies, compared))
+    drawn = draw_with_signal(
+        lambda chosen, number: _draw(session, lora, step, asked, chosen, number, go_on),
+        len(asked),
+        config.policy.max_redraws,
+        lambda rewards_NF: _compare(session, rewards_NF).has_signal_P,
+    )
+    compared = _compare(session, drawn.draw.table.rewards_NF)
+    phase = _Phase(drawn, place_KM, compared, *_trained(session, drawn.draw.groups, compared))
     batches = _batches(session, prompts, phase)
     for name, other in (OLD_LOGPS, lambda: lora), (REFERENCE_LOGPS, lambda: _reference(session)):
         if name in token_values(session.run.inputs.objective):
             own = other()
             batches = [_with_logps(session, own, batch, name) for batch in batches]
     records = [_record(session, phase, k) for k in range(len(prompts))]
-    tokens = int(phase.lengths_PG.sum())
-    records[0] |= {"rollout_seconds": sampled - began, "reward_seconds": scored - sampled, "rollout_tokens": tokens}
+    sampled = drawn.draw
+    records[0] |= {
+        "rollout_seconds": sampled.sampling,
+        "reward_seconds": sampled.scoring,
+        "rollout_tokens": sampled.tokens,
+    }
     return list(zip(batches, records, strict=True))
 
 
@@ -86,25 +89,26 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     assert inputs.held_out is not None and rows is not None
     asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
     seeds = [draw_seed(session.run.config.train.seed, each.number) for each in asked]
-    asked, replies = _sample(session, lora, inputs.held_out, rows, asked, seeds, 1, go_on)
-    table = _score(session, inputs.held_out, rows, asked, replies, step)
+    answered = _sample(session, lora, inputs.held_out, rows, asked, seeds, 1, go_on)
+    table = _score(session, inputs.held_out, rows, answered, step)
     rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=_rewards(session).weights).rewards_N
     rewards = np.nan_to_num(rewards)  # a reply that no function scores earns nothing
     mean, (low, high) = float(rewards.mean()), bootstrap(rewards, np.ones(len(rewards)))
     found = {LOSS: -mean, LOSS + LOW: -high, LOSS + HIGH: -low}
     found |= {f"{EVAL}{REWARD}": mean, f"{EVAL}{REWARD}{LOW}": low, f"{EVAL}{REWARD}{HIGH}": high}
     found |= _by_function(table.rewards_NF, table.names, EVAL)
-    found[f"{EVAL}reply_tokens"] = float(np.mean([reply.length for (reply,) in replies]))
-    found |= _of_tools(session, [reply for (reply,) in replies], EVAL)
+    replies = [reply for each in answered for reply in each.replies]
+    found[f"{EVAL}reply_tokens"] = float(np.mean([reply.length for reply in replies]))
+    found |= _of_tools(session, replies, EVAL)
     samples: list[Record] = [
         {
             "step": step,
-            "prompt": {"prompt": each.prompt},
+            "prompt": {"prompt": each.asked.prompt},
             "reply": reply.text,
             "end": reply.end,
             REWARD: float(reward),
         }
-        for each, (reply,), reward in zip(asked[:SHOWN], replies, rewards, strict=False)
+        for each, reply, reward in zip(answered[:SHOWN], replies, rewards, strict=False)
     ]
     return samples, found
 
@@ -131,6 +135,13 @@ def _asked(batches: Sequence[Batch]) -> tuple[list[Asked], Int64[np.ndarray, "K 
     return asked, np.where(is_prompt_KM, is_prompt_KM.ravel().cumsum().reshape(is_prompt_KM.shape) - 1, -1)
 
 
+class _Answered(NamedTuple):
+    """A prompt as its replies start from it, and the replies."""
+
+    asked: Asked
+    replies: list[Reply]
+
+
 def _sample(
     session: Session,
     lora: Lora,
@@ -140,8 +151,8 @@ def _sample(
     seeds: Sequence[int],
     count: int,
     go_on: GoOn,
-) -> tuple[list[Asked], list[list[Reply]]]:
-    """Returns (the prompts as replies start from them, `count` replies to each).
+) -> list[_Answered]:
+    """Returns each prompt with `count` replies.
 
     Args:
       seeds: of the draws of each prompt.
@@ -161,26 +172,42 @@ def _sample(
         [sampling_of(settings, seed) for seed in seeds],
         settings,
         count=count,
+        longest=inputs.longest_prompt,
+        most=inputs.most_replies,
         stop_ids=inputs.stop_ids,
         go_on=lambda done: go_on(f"{done:,} of {count * len(asked):,} replies"),
         with_tools=with_tools,
     )
-    return asked, replies
+    return [_Answered(*each) for each in zip(asked, replies, strict=True)]
 
 
 def _score(
-    session: Session,
-    prompts: PromptRows,
-    rows: TokenRows | Mixture,
-    asked: Sequence[Asked],
-    replies: Sequence[Sequence[Reply]],
-    step: int,
+    session: Session, prompts: PromptRows, rows: TokenRows | Mixture, answered: Sequence[_Answered], step: int
 ) -> RewardTable:
     """Calls the reward functions with every reply."""
-    numbers, tools = [each.number for each in asked], _rewards(session).tools
-    how = {"step": step, "steps": session.run.total_steps, "asking": [each.prompt for each in asked]}
+    numbers, tools = [each.asked.number for each in answered], _rewards(session).tools
+    how = {"step": step, "steps": session.run.total_steps, "asking": [each.asked.prompt for each in answered]}
     how["environments"] = tools is not None and tools.environment is not None
+    replies = [each.replies for each in answered]
     return _rewards(session).score(replies_to_score(prompts, numbers, replies, rows.where, **how))
+
+
+def _draw(
+    session: Session, lora: Lora, step: int, asked: Sequence[Asked], chosen: Sequence[int], number: int, go_on: GoOn
+) -> Draw[_Answered]:
+    """Samples and scores replies to the chosen prompts of a phase; `number` is that of the draw."""
+    config, rows = session.run.config, (_inputs(session).prompts, session.run.inputs.dataset.train)
+    again = (number,) if number else ()
+    seeds = [draw_seed(config.train.seed, step, place, asked[place].number, *again) for place in chosen]
+    own = [asked[place] for place in chosen]
+    began = time.perf_counter()
+    answered = _sample(session, lora, *rows, own, seeds, config.rollouts.num_generations, go_on)
+    sampled = time.perf_counter()
+    go_on("rewards")
+    table = _score(session, *rows, answered, step)
+    seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
+    tokens = sum(reply.length for each in answered for reply in each.replies)
+    return Draw(groups=answered, table=table, tokens=tokens, **seconds)
 
 
 class _Phase(NamedTuple):
@@ -188,14 +215,13 @@ class _Phase(NamedTuple):
 
     Fields:
       place_KM: number of the prompt in each place of each step; -1 in gaps.
+      compared: of the replies that count.
       trained_PG: True for each reply whose tokens train.
       lengths_PG: tokens that the model drew for each reply.
     """
 
-    asked: Sequence[Asked]
-    replies: Sequence[Sequence[Reply]]
+    drawn: Redrawn[_Answered]
     place_KM: Int64[np.ndarray, "K M"]
-    table: RewardTable
     compared: Advantages
     trained_PG: Bool[np.ndarray, "P G"]
     lengths_PG: Int64[np.ndarray, "P G"]
@@ -208,22 +234,22 @@ class _Phase(NamedTuple):
         """Returns a prompt with its replies; None for a gap."""
         if number < 0:
             return None
-        asked = self.asked[number]
-        return Group(asked.number, asked.ids, self.replies[number], self.trained_PG[number].tolist())
+        asked, replies = self.drawn.draw.groups[number]
+        return Group(asked.number, asked.ids, replies, self.trained_PG[number].tolist())
 
 
-def _compare(session: Session, table: RewardTable) -> Advantages:
+def _compare(session: Session, rewards_NF: Float64[np.ndarray, "N F"]) -> Advantages:
     config, weights_F = session.run.config, _rewards(session).weights
     how = {"num_generations": config.rollouts.num_generations, "scale_rewards": config.policy.scale_rewards}
-    return group_advantages(table.rewards_NF, weights_F=weights_F, **how)
+    return group_advantages(rewards_NF, weights_F=weights_F, **how)
 
 
 def _trained(
-    session: Session, replies: Sequence[Sequence[Reply]], compared: Advantages
+    session: Session, answered: Sequence[_Answered], compared: Advantages
 ) -> tuple[Bool[np.ndarray, "P G"], Int64[np.ndarray, "P G"]]:
     """Returns (which replies train: those with a reward, and cut ones unless they are masked; their tokens)."""
-    is_cut_PG = np.array([[reply.is_cut for reply in group] for group in replies])
-    lengths_PG = np.array([[reply.length for reply in group] for group in replies], np.int64)
+    is_cut_PG = np.array([[reply.is_cut for reply in each.replies] for each in answered])
+    lengths_PG = np.array([[reply.length for reply in each.replies] for each in answered], np.int64)
     masked_PG = is_cut_PG & session.run.config.policy.mask_truncated_completions
     return np.isfinite(compared.rewards_N).reshape(is_cut_PG.shape) & ~masked_PG, lengths_PG
 
@@ -255,22 +281,25 @@ def _batches(session: Session, prompts: Sequence[Batch], phase: _Phase) -> list[
 
 
 def _record(session: Session, phase: _Phase, k: int) -> Record:
-    """Returns the entries of a step's record: rewards, and the replies' lengths."""
-    chosen = phase.place_KM[k][phase.place_KM[k] >= 0]
-    rewards_PG = phase.compared.rewards_N.reshape(phase.trained_PG.shape)[chosen]
-    names, functions_PGF = phase.table.names, phase.table.rewards_NF.reshape(*phase.trained_PG.shape, -1)
-    replies = [reply for number in chosen for reply in phase.replies[number]]
+    """Returns the entries of a step's record: rewards of the first draws, and the lengths of the replies that count."""
+    chosen, drawn = phase.place_KM[k][phase.place_KM[k] >= 0], phase.drawn
+    table, first = drawn.draw.table, _compare(session, drawn.first_NF)
+    rewards_PG = first.rewards_N.reshape(phase.trained_PG.shape)[chosen]
+    functions_PGF = drawn.first_NF.reshape(*phase.trained_PG.shape, -1)
+    replies = [reply for number in chosen for reply in drawn.draw.groups[number].replies]
     found: Record = {
         "groups_without_signal": 1.0 - float(phase.compared.has_signal_P[chosen].mean()),
         "reply_tokens": float(phase.lengths_PG[chosen].mean()),
         "replies_cut": float(np.mean([reply.is_cut for reply in replies])),
     }
     found |= _of_tools(session, replies, "")
-    found |= _means({REWARD: rewards_PG, f"{REWARD}_std": phase.compared.std_P[chosen]})
-    found |= _by_function(functions_PGF[chosen].reshape(-1, len(names)), names, "")
-    if phase.table.problems:
-        found["rewards_failed"] = len(phase.table.problems)
-    logged = {f"{REWARD}_metric_{name}": value for name, value in phase.table.metrics.items() if np.isfinite(value)}
+    if session.run.config.policy.max_redraws:
+        found["groups_redrawn"] = float(np.mean(drawn.draws_P[chosen] > 1))
+    found |= _means({REWARD: rewards_PG, f"{REWARD}_std": first.std_P[chosen]})
+    found |= _by_function(functions_PGF[chosen].reshape(-1, len(table.names)), table.names, "")
+    if table.problems:
+        found["rewards_failed"] = len(table.problems)
+    logged = {f"{REWARD}_metric_{name}": value for name, value in table.metrics.items() if np.isfinite(value)}
     return found | logged
 
 

@@ -182,13 +182,18 @@ def _open_rollouts(
     if dataset.eval is not None and dataset.report.eval is not None:
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
         held_out = read_prompt_rows(data, dataset.eval.files, forms)
-    stops = stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None)
     # An environment adds text to prompts while the run goes on.
-    longest = dataset.buckets[-1] if config.environment is None else data.max_length - settings.max_completion_length
+    longest = dataset.buckets[-1]
+    if config.environment is not None:
+        longest = max(data.max_length - settings.max_completion_length, dataset.eval_buckets[-1])
+    train, held = config.train, 0 if dataset.eval is None else len(dataset.eval)
+    asked = train.micro_batch_size * train.accumulation * config.policy.steps_per_generation
+    stops = stop_ids(tokenizer, source.tokenizer["stop_token_ids"], chat=tokenizer.chat_template is not None)
     return RolloutInputs(
         prompts=prompts,
         held_out=held_out,
-        longest_prompt=longest,
+        longest_prompt=max(longest, dataset.eval_buckets[-1]),
+        most_replies=max(asked * settings.num_generations, held),
         lengths=row_lengths(longest, settings.max_completion_length, settings.num_generations, data.buckets),
         stop_ids=stops if template is None else template.stop_ids,
         pad_id=padding_id(tokenizer),
@@ -274,13 +279,10 @@ class RunSpec:
     @functools.cached_property
     def rollout_memory(self) -> ProgramMemory | None:
         """The memory of sampling replies; compiles the programs on first use. None for a run that samples none."""
-        if self.inputs.rollouts is None:
+        settings, inputs = self.config.rollouts, self.inputs.rollouts
+        if inputs is None:
             return None
-        settings, train, held_out = self.config.rollouts, self.config.train, self.inputs.dataset.eval
-        together = train.micro_batch_size * train.accumulation * self.config.policy.steps_per_generation
-        replies = max(together * settings.num_generations, 0 if held_out is None else len(held_out))
-        longest = max(self.inputs.dataset.eval_buckets[-1], self.inputs.rollouts.longest_prompt)
-        prompts = [range(longest)] * replies  # at least as long as those of training
+        prompts = [range(inputs.longest_prompt)] * inputs.most_replies
         limits = settings.max_completion_length, parse_bytes(settings.cache)
         return most_memory("rollouts", lower_decoding(self.gradients.parts, prompts, *limits))
 

@@ -72,18 +72,23 @@ def test_settings_that_contradict_rollouts(tmp_path):
 @pytest.mark.parametrize(
     "policy",
     [
-        {},
+        {"max_redraws": 1},
         pytest.param(
             {"num_iterations": 2, "steps_per_generation": 1, "beta": 0.05, "loss_type": "grpo"}, marks=pytest.mark.slow
         ),
     ],
-    ids=["defaults", "iterations and a reference"],
+    ids=["further draws", "iterations and a reference"],
 )
 def test_a_resumed_run_draws_the_same_replies(tmp_path, monkeypatch, policy):
     whole, stopped = (rollout_project(tmp_path / name, policy) for name in ("whole", "stopped"))
     assert run(whole)
     stop_and_resume(stopped, 2, monkeypatch)
     assert steps_of(stopped) == steps_of(whole)
+    if "max_redraws" in policy:
+        redrawn = [record["groups_redrawn"] for record in steps_of(whole)]
+        kept = [record["groups_without_signal"] for record in steps_of(whole)]
+        assert max(redrawn) > 0 and all(left <= share for left, share in zip(kept, redrawn, strict=True))
+        assert sum(kept) < sum(redrawn)
 
 
 def test_a_changed_reward_file_is_refused(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ CORRECTIONS = {
 
 
 OURS = dataclasses.asdict(PolicyArgs()) | dataclasses.asdict(RolloutArgs())
-OWN_NAMES = {"importance_correction", "correction_max", "steps_per_generation"}
+OWN_NAMES = {"importance_correction", "correction_max", "steps_per_generation", "max_redraws"}
 SAMPLING = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k", "min_p")
 TRL_NAMES = [*(name for name in dataclasses.asdict(PolicyArgs()) if name not in OWN_NAMES), *SAMPLING]
 

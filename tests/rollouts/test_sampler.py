@@ -21,7 +21,7 @@ def parts():
 
 def replies_of(parts, settings, prompts=PROMPTS, count=5):
     samplings = [sampling_of(settings, draw_seed(3, 7, prompt[0])) for prompt in prompts]
-    how = {"count": count, "stop_ids": frozenset({END, 66, 70})}
+    how = {"count": count, "longest": 40, "most": 15, "stop_ids": frozenset({END, 66, 70})}
     return sample_replies(parts, byte_tokenizer(), prompts, samplings, settings, **how)
 
 
@@ -70,6 +70,8 @@ def test_sampling_can_be_ended(parts):
             [sampling_of(settings, 1)] * 3,
             settings,
             count=5,
+            longest=40,
+            most=15,
             stop_ids=frozenset({END}),
             go_on=go_on,
         )

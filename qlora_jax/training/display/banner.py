@@ -135,10 +135,11 @@ def _replies(session: Session) -> Rows:
     settings, policy = session.run.config.rollouts, session.run.config.policy
     passes = f", {policy.num_iterations} passes over them" if policy.num_iterations > 1 else ""
     sampled = f"{settings.num_generations} per prompt, of at most {settings.max_completion_length:,} tokens"
+    redraws = f"; up to {policy.max_redraws} further draws if rewards are equal" if policy.max_redraws else ""
     functions = session.rewards
     tools = () if functions is None or functions.tools is None else functions.tools.schemas
     return {
-        "replies": f"{sampled}, temperature {settings.temperature:g}; loss {policy.loss_type}{passes}",
+        "replies": f"{sampled}, temperature {settings.temperature:g}{redraws}; loss {policy.loss_type}{passes}",
         "rewards": "" if functions is None else ", ".join(functions.names),
     } | ({"tools": ", ".join(schema["function"]["name"] for schema in tools)} if tools else {})
 

@@ -163,6 +163,7 @@ def _rollout_charts(records: Sequence[Record], steps: Sequence[Record]) -> list[
             "%",
             [
                 line("groups_without_signal", "prompts whose replies have equal rewards", scale=100.0),
+                line("groups_redrawn", "prompts with further draws", main=False, scale=100.0),
                 line("replies_cut", "cut replies", main=False, scale=100.0),
             ],
         ),
