@@ -5,7 +5,8 @@
       --reward examples/tools/arithmetic.py:right --reward examples/tools/arithmetic.py:asked \
       --data.train prompts.jsonl --data.chat_template examples/tools/tools.jinja ...
 
-Writes 400 prompts, each with its answer. `tools.jinja` is for models whose own chat template has no tools.
+Writes 400 prompts, each with its answer and an example of a call. `tools.jinja` is for models whose own chat template
+has no tools.
 """
 
 import json
@@ -40,8 +41,20 @@ def asked(completions, answer, **columns):
     return [1.0 if right in found else 0.2 * bool(found) for found, right in zip(results, answer, strict=True)]
 
 
+def conversation(a: int, b: int) -> list[dict[str, object]]:
+    """Returns a prompt of messages: an example with a call, and the question."""
+    call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 12, "b": 34}}}
+    return [
+        {"role": "user", "content": "What is 12 times 34?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "multiply", "content": "408"},
+        {"role": "assistant", "content": "12 times 34 is 408."},
+        {"role": "user", "content": f"What is {a} times {b}?"},
+    ]
+
+
 if __name__ == "__main__":
     generator = random.Random(0)
     numbers = [(generator.randint(11, 99), generator.randint(11, 99)) for _ in range(400)]
-    rows = [{"prompt": f"What is {a} times {b}?", "answer": str(a * b)} for a, b in numbers]
+    rows = [{"prompt": conversation(a, b), "answer": str(a * b)} for a, b in numbers]
     Path(sys.argv[1]).write_text("".join(json.dumps(row) + "\n" for row in rows))
