@@ -19,7 +19,7 @@ COMMAND = Command(
         "resume": "continue from the newest checkpoint in the run folder: --config RUN/config.yaml --resume",
         "dry_run": "print and write the data report and memory plan, then stop",
         "oversized": "start even if the memory plan says that the run does not fit",
-        "accept_changed_reward": "with --resume: files of reward functions, tools and environments may have changed",
+        "accept_changed_reward": "with --resume: files of functions may have changed",
     },
 )
 

@@ -24,7 +24,7 @@ from qlora_jax.rewards.tool_calls import ENVIRONMENT, TOOL
 from qlora_jax.rewards.tools import Tools
 from qlora_jax.rewards.worker_process import Arguments, Call, Failed, Name, WorkerProcess, run_calls
 
-ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
+ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these columns either
 MOST_ENDED = 4  # calls with one reply that end their process, after which the other replies are not tried
 SHOWN = 10  # problems that an error lists
@@ -210,8 +210,8 @@ class RewardFunctions:
     def check_columns(self, columns: Sequence[str]) -> None:
         """Raises ValueError for functions that need an argument which the rows do not have as a column."""
         given = [name for name in columns if name not in _NOT_COLUMNS]
-        unknown = () if self.tools is not None and self.tools.environment is not None else ("environments",)
-        arguments = [name for name in ARGUMENTS if name not in unknown]
+        has_environments = self.tools is not None and self.tools.environment is not None
+        arguments = [*ARGUMENTS, *(["environments"] if has_environments else [])]
         problems = [f"column {name!r} has the name of an argument. Rename it" for name in given if name in arguments]
         for number, found in self._required.items():
             file, _, name = self._places[number].rpartition(":")

@@ -13,10 +13,10 @@ from tests.e2e.test_rollouts import rollout_project, steps_of
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
 
 TEMPLATE = """{% if tools %}{{ '<s>system:' + tools[0].function.name + '</s>' }}{% endif %}
-{%- for m in messages %}{{ '<s>' + m.role + ':' + (m.content or '') }}
+{%- for m in messages %}{{ '<s>' + m.role[0] + ':' + (m.content or '') }}
 {%- for c in m.tool_calls or [] %}{{ '[' + c.function.name + ']' + c.function.arguments | tojson + '.' }}{% endfor %}
 {{- '</s>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<s>a:' }}{% endif %}"""
 CODE = '''
 import random
 
@@ -53,13 +53,14 @@ def tossed(environments, **columns):
 
 ROLES = ("assistant", "tool")
 '''
+LONGEST_PROMPT = len("_system:draw_" + "_u:say a 11 Start at 0._" + "_a:")
 
 
 def tool_project(folder: Path, **changes):
     config = rollout_project(
         folder,
         {"importance_correction": "token_truncate"},
-        {"max_completion_length": 24, "num_generations": 2},
+        {"max_completion_length": 40, "num_generations": 2},
         train=dict(steps=4, micro_batch_size=2, accumulation=1, save_every=2, eval_every=4),
     )
     (folder / "code.py").write_text(CODE)
@@ -74,13 +75,18 @@ def tool_project(folder: Path, **changes):
 
 @pytest.fixture(autouse=True)
 def _a_model_that_calls(monkeypatch):
-    """Takes turns of a random model as calls, by what they say."""
+    """Ends turns of a random model early, and takes them as calls, by what they say."""
+    make = ToolTemplate.__init__
 
     def read(self, prompt, text):
         calls = [ToolCall("toss", {"text": text[:3]}), ToolCall("draw", {})][: len(text) % 3]
         return {"role": "assistant", "content": text}, calls
 
+    def make_with_ends(self, tokenizer, schemas, stop_ids):
+        make(self, tokenizer, schemas, stop_ids | frozenset(range(40)))
+
     monkeypatch.setattr(ToolTemplate, "read", read)
+    monkeypatch.setattr(ToolTemplate, "__init__", make_with_ends)
 
 
 @pytest.mark.slow
@@ -92,14 +98,14 @@ def test_a_run_with_tools_and_environments_resumes_to_the_bit(tmp_path, monkeypa
     assert steps_of(stopped) == steps
     assert max(step["sampling_logp_difference_max"] for step in steps) < 1e-4
     for step in steps:
-        assert step["rollout_tokens"] == step["supervised_tokens"]
+        assert step["rollout_tokens"] == step["supervised_tokens"] < step["tokens"] - 2 * LONGEST_PROMPT
         assert 0 < step["reward_of_tossed"] <= step["tool_calls"]
         assert 0 <= step["reward_of_Game"] <= step["reward_of_tossed"] / 4
     assert any(step["reward_of_tossed"] < step["tool_calls"] for step in steps)
     assert [record["eval_tool_calls"] > 0 for record in numbers(whole) if "eval_reward" in record] == [True] * 2
     samples = [json.loads(line) for line in (Path(whole.output) / "samples.jsonl").read_text().splitlines()]
     assert all(" Start at " in sample["prompt"]["prompt"][-1]["content"] for sample in samples)
-    assert any("<s>tool:" in sample["reply"] for sample in samples)
+    assert any("<s>t:" in sample["reply"] for sample in samples)
 
 
 @pytest.mark.parametrize(

@@ -202,3 +202,8 @@ def test_schemas_equal_those_of_transformers(oracle, file):
 def test_a_function_that_cannot_be_described(file, name, problem):
     with pytest.raises(ValueError, match=problem):
         function_schema(getattr(load(file), name))
+
+
+def test_the_example_demonstrates_the_tool_as_prompts_show_it():
+    module = load(Path(__file__).parents[2] / "examples/tools/arithmetic.py")
+    assert function_schema(module.multiply) == {"type": "function", "function": module.SCHEMA}

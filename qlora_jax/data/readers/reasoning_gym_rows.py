@@ -8,6 +8,7 @@ import difflib
 import functools
 import json
 import urllib.parse
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Protocol, cast, runtime_checkable
 
@@ -45,7 +46,9 @@ def reasoning_gym_rows(address: str) -> Iterator[JsonObject]:
 def open_task(address: str) -> Task:
     """Returns the task of an address; raises ValueError as `reasoning_gym_rows`."""
     try:
-        from reasoning_gym.factory import DATASETS, create_dataset
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # in a package that it requires
+            from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:
         raise ValueError(
             f"{address}: tasks of reasoning-gym need its package, which is not installed. "
