@@ -42,8 +42,10 @@ def merged_dtype(run: Run, form: str, options: ExportOptions) -> Dtype | None:
     merge_into, declared = run.lora_args.merge_into, EXPORTS[form]
     if options.dtype in MERGED_FOLDERS and options.dtype != merge_into:
         offered = FORMS[options.dtype].quantize is not None
-        fix = "Export in bfloat16, and use `qlora-jax quantize`" if offered else "Train with it as lora.merge_into"
-        raise ValueError(f"--dtype: found {options.dtype} for a run with lora.merge_into={merge_into}. {fix}")
+        raise ValueError(
+            f"--dtype: found {options.dtype} for a run with lora.merge_into={merge_into}. Train with lora.merge_into="
+            f"{options.dtype}" + ", or export in bfloat16 with --base, and use `qlora-jax quantize`" * offered
+        )
     if merge_into is None:
         return options.dtype
     problems = []
