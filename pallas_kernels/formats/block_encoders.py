@@ -264,7 +264,8 @@ def encode_blocks(weights: jax.Array, name: str) -> jax.Array:
 def encode_mxfp4(weights: jax.Array) -> GgmlTensor:
     """Returns f32 weights [..., N, K] in MXFP4, as compressed-tensors quantizes each; ggml has other scales.
 
-    The power of two is that below the largest magnitude, or above it from 1.75 times the lower one on.
+    The scale of a group is a quarter of a power of two: that below its largest magnitude, or if this is at least 1.75
+    times as large, the next power.
     """
     groups = _groups(jax.lax.optimization_barrier(weights), PART)
     bits = jax.lax.bitcast_convert_type(jnp.max(jnp.abs(groups), axis=-1, keepdims=True), jnp.uint32)

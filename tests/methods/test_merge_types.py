@@ -49,6 +49,23 @@ def test_an_adapter_on_a_dense_tensor_is_refused():
     assert isinstance(model.model.layers.mlp.down_proj.weight.get_value(), jax.ShapeDtypeStruct)
 
 
+@pytest.mark.parametrize(
+    ("widths", "kind"), [((256, 512), "INT4_128_BF16"), ((192, 512), "INT4_64_BF16"), ((96, 128), "INT4_32_BF16")]
+)
+def test_groups_of_integers_divide_the_rows_of_all_projections(widths, kind):
+    """Servers fuse projections, whose groups must then be alike."""
+    sizes = SIZES | dict(hidden_size=widths[0], intermediate_size=widths[1])
+    found = file_kinds(model_config(tiny_config(**sizes, head_dim=64)), LoraArgs(merge_into="int4"))
+    assert {each for kinds in found.values() for each in kinds} == {kind} and len(found) == 7
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+def test_rows_that_no_group_divides_are_refused(name):
+    features = model_config(tiny_config(**SIZES | dict(intermediate_size=48), head_dim=64))
+    with pytest.raises(ValueError, match=r"mlp.down_proj: found rows of 48 inputs, whose type is F16\."):
+        abstract_parts(features, WeightFormat(quant_type=None), LoraArgs(merge_into=name), (), None)
+
+
 def test_plans_need_no_types():
     assert planned(LORA, FEATURES) is LORA
     found = planned(LoraArgs(merge_into="q4_k_m"), FEATURES).merge_types

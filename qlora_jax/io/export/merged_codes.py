@@ -19,6 +19,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.exports import EXPORTS, Dtype, ExportOptions
 from qlora_jax.config.methods import MERGED_FOLDERS
 from qlora_jax.io.hf.model_writer import dense_tensor
+from qlora_jax.io.hf.quantized_folder import FORMS
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of
@@ -40,9 +41,10 @@ def merged_dtype(run: Run, form: str, options: ExportOptions) -> Dtype | None:
     """
     merge_into, declared = run.lora_args.merge_into, EXPORTS[form]
     if options.dtype in MERGED_FOLDERS and options.dtype != merge_into:
+        offered = FORMS[options.dtype].quantize is not None
         raise ValueError(
-            f"--dtype: found {options.dtype} for a run with lora.merge_into={merge_into}. Export in bfloat16, "
-            "and use `qlora-jax quantize`"
+            f"--dtype: found {options.dtype} for a run with lora.merge_into={merge_into}. Train with lora.merge_into="
+            f"{options.dtype}" + ", or export in bfloat16 with --base, and use `qlora-jax quantize`" * offered
         )
     if merge_into is None:
         return options.dtype

@@ -9,6 +9,7 @@ import pytest
 
 from qlora_jax.api.export import write_export
 from qlora_jax.config.exports import EXPORTS, MIXTURES, ExportOptions, dtype_problems
+from qlora_jax.config.methods import MERGED_FOLDERS
 from qlora_jax.export import main
 from qlora_jax.io.gguf.writer import TYPES
 from qlora_jax.io.hf.quantized_folder import DTYPES
@@ -19,14 +20,14 @@ from tests.inference.small_run import write_run
 
 
 def test_every_dtype_can_be_written() -> None:
-    assert set(EXPORTS["hf"].dtypes) - {"nf4", "nvfp4"} == set(EXPORTS["peft"].dtypes) == set(DTYPES)
+    assert set(EXPORTS["hf"].dtypes) - {*MERGED_FOLDERS} == set(EXPORTS["peft"].dtypes) == set(DTYPES)
     assert set(EXPORTS["gguf-lora"].dtypes) == set(TYPES)
     assert set(EXPORTS["gguf"].dtypes) == {*TYPES, *MIXTURES}
 
 
 def test_other_dtypes_are_reported_together() -> None:
     assert dtype_problems("hf", "q8_0", "float16") == [
-        "dtype: found q8_0 with --format hf, expected bfloat16, float16, float32, nf4, nvfp4",
+        "dtype: found q8_0 with --format hf, expected bfloat16, float16, float32, nf4, nvfp4, int4, mxfp4",
         "base_dtype: found float16 with --format hf, expected none, since a merged model has no base",
     ]
     assert dtype_problems("peft", "float16", "q4_0") == [

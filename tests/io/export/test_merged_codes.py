@@ -104,6 +104,10 @@ def test_exports_that_are_not_the_trained_model_are_refused(run, tmp_path):
         f"for a run with lora.merge_into={lora.merge_into}|cannot hold": ["--format", "gguf", "--dtype", "bfloat16"],
         "--base: found 'x' for a run": ["--format", "hf", "--base", "x"],
     }
+    other = "nf4" if lora.merge_into == "mxfp4" else "mxfp4"
+    problems[rf"Train with lora\.merge_into={other}($|, or export in bfloat16 with --base)"] = [
+        *("--format", "hf", "--dtype", other)
+    ]
     for message, arguments in problems.items():
         with pytest.raises(ValueError, match=message):
             export(folder, tmp_path / "out", *arguments)
