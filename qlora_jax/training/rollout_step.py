@@ -22,7 +22,7 @@ from qlora_jax.models.partition import Lora
 from qlora_jax.objectives.objective import read_by_outputs, token_values
 from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, TOKEN_SCALE
 from qlora_jax.objectives.router_losses import unrouted
-from qlora_jax.rewards.functions import RewardFunctions, RewardTable
+from qlora_jax.rewards.functions import RewardError, RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
 from qlora_jax.rollouts.inputs import RolloutInputs
 from qlora_jax.rollouts.prompt_rows import PromptRows
@@ -83,7 +83,10 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     """Returns (records of the first held-out prompts' replies, entries of the evaluation's record).
 
     Each prompt gets one reply, drawn as in training, with the same random numbers in every evaluation. The held-out
-    loss is minus the mean reward.
+    loss is minus the mean reward. Replies on which a function failed are left out and counted.
+
+    Raises:
+      RewardError: a reward function failed, and rewards.on_error=stop; or no reply has a reward.
     """
     inputs, rows = _inputs(session), session.run.inputs.dataset.eval
     assert inputs.held_out is not None and rows is not None
@@ -92,11 +95,18 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     answered = _sample(session, lora, inputs.held_out, rows, asked, seeds, 1, go_on)
     table = _score(session, inputs.held_out, rows, answered, step)
     rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=_rewards(session).weights).rewards_N
-    rewards = np.nan_to_num(rewards)  # a reply that no function scores earns nothing
-    mean, (low, high) = float(rewards.mean()), bootstrap(rewards, np.ones(len(rewards)))
+    rewards[[problem.row for problem in table.problems]] = np.nan
+    scored = rewards[np.isfinite(rewards)]
+    if not scored.size:
+        raise RewardError(
+            "reward functions: found no reward for any held-out reply, expected at least one. Correct the functions"
+        )
+    mean, (low, high) = float(scored.mean()), bootstrap(scored, np.ones(len(scored)))
     found = {LOSS: -mean, LOSS + LOW: -high, LOSS + HIGH: -low}
     found |= {f"{EVAL}{REWARD}": mean, f"{EVAL}{REWARD}{LOW}": low, f"{EVAL}{REWARD}{HIGH}": high}
     found |= _by_function(table.rewards_NF, table.names, EVAL)
+    if table.problems:
+        found[f"{EVAL}rewards_failed"] = len(table.problems)
     replies = [reply for each in answered for reply in each.replies]
     found[f"{EVAL}reply_tokens"] = float(np.mean([reply.length for reply in replies]))
     found |= _of_tools(session, replies, EVAL)
@@ -106,7 +116,7 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
             "prompt": {"prompt": each.asked.prompt},
             "reply": reply.text,
             "end": reply.end,
-            REWARD: float(reward),
+            REWARD: float(reward) if np.isfinite(reward) else None,
         }
         for each, reply, reward in zip(answered[:SHOWN], replies, rewards, strict=False)
     ]

@@ -43,7 +43,9 @@ def main() -> None:
     found: dict[str, list[Seconds]] = {"engine": [], "rollouts": [], "scoring again": []}
     for block in range(args.blocks + 1):
         words = "far " * (3 * block)
-        prompts = [tokenizer.encode(f"Tell me a {words}story about {row} rivers.") for row in range(args.prompts)]
+        prompts = [
+            tokenizer.encode(f"{block}.{row}: tell me a {words}story about rivers.") for row in range(args.prompts)
+        ]
         samplings = [sampling_of(settings, 100 * block + row) for row in range(args.prompts)]
         how = {"count": args.generations, "longest": LONGEST, "most": args.prompts * args.generations}
         groups: list[list[Reply]] = []
@@ -61,7 +63,11 @@ def main() -> None:
         scored = [Request(prompt=ids, max_new_tokens=0, score_prompt=True, likeliest=0) for ids in whole]
         for name, requests in (("engine", drawn), ("scoring again", scored)):
             seconds[name] = _seconds(lambda requests=requests: _run(engine, requests))
-        print(f"block {block}:", {name: [round(value, 2) for value in values] for name, values in seconds.items()})
+        print(
+            f"block {block}:",
+            {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+            flush=True,
+        )
         for name, values in seconds.items():
             found[name] += [values] if block else []  # the first compiles
     _print_ratios(found, args.prompts * args.generations * args.length)

@@ -2,12 +2,15 @@
 
     python -m scripts.campaign.kills --cases 40 --seed 0 --output DIR [--kinds paged_adamw packed ...]
 
-A case sends SIGKILL, SIGTERM or SIGINT one to three times: anywhere, after a step, or inside a save. Then it resumes
-the run, or starts it again if it had no checkpoint, and compares parameters, optimizer state, data position, metrics
-and samples. A case fails if they differ, or if the run cannot be resumed.
+A case sends SIGKILL, SIGTERM or SIGINT one to three times: anywhere, after a step, inside a save, or inside a reward
+function, there also SIGKILL to its process. Then it resumes the run, or starts it again if it had no checkpoint, and
+compares parameters, optimizer state, data position, metrics and samples. A case fails if they differ, if the run cannot
+be resumed, or if it leaves a process of rewards behind.
 """
 
+import contextlib
 import dataclasses
+import os
 import random
 import shutil
 import signal
@@ -23,10 +26,23 @@ from scripts.campaign.command import Campaign, main_of
 from scripts.campaign.commands import Running, run_command
 from scripts.campaign.isolation import CaseRunner, Limits
 from scripts.campaign.ledger import Case, Verdict
-from scripts.campaign.run_results import CACHE, CONFIG, DIGEST, TinyRun, moved, run_digest, write_settings
+from scripts.campaign.run_results import (
+    CACHE,
+    CONFIG,
+    DIGEST,
+    SCORING,
+    WORKERS,
+    TinyRun,
+    moved,
+    run_digest,
+    write_settings,
+)
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MOMENTS = ("anywhere", "after a step", "in a save", "in a save")
+IN_REWARD, IN_ITS_PROCESS = "in a reward", "to the process of a reward"
+WITH_REWARDS = ("anywhere", "after a step", "in a save", IN_REWARD, IN_ITS_PROCESS)
+LEFT_SECONDS = 10.0  # until a process of rewards has ended with its run
 LIMITS = Limits(wall_seconds=900.0, cases=50)
 SECONDS = "seconds.txt"
 COMPILED = 0.5  # the duration of a run that finds compiled programs, as a part of the first run's
@@ -65,6 +81,16 @@ VARIANTS: Mapping[str, TinyRun] = {
         sections=EVALUATED | {"train": EVALUATED["train"] | dict(samples="prompts.txt", sample_tokens=4)}
     ),
     "dpo": TinyRun(objective="dpo", sections=EVALUATED | {"lora": dict(dropout=0.0)}),
+    "grpo": TinyRun(
+        objective="grpo",
+        sections=EVALUATED
+        | {
+            "data": dict(eval_fraction=0.2, max_length=64),
+            "lora": dict(dropout=0.0),
+            "policy": dict(max_redraws=1),
+            "rollouts": dict(num_generations=2, max_completion_length=8),
+        },
+    ),
     "classification": TinyRun(objective="classification", sections=EVALUATED),
     "experts": TinyRun(
         family="qwen3moe",
@@ -111,13 +137,16 @@ class KilledRun:
 
 def _killed_and_resumed(chance: random.Random, sound: Path, folder: Path, expected: str, seconds: float) -> Verdict:
     run, printed, cache = folder / "run", folder / "printed.txt", sound / CACHE
-    words = write_settings(moved(read_config(sound / CONFIG), sound, run), folder / CONFIG)
+    config = moved(read_config(sound / CONFIG), sound, run)
+    words = write_settings(config, folder / CONFIG)
+    moments = WITH_REWARDS if config.objective == "grpo" else MOMENTS
     sent: list[str] = []
     status = None
     for _ in range(chance.choice((1, 1, 2, 3))):
+        (folder / SCORING).unlink(missing_ok=True)
         process = Running([*words, *_resume(run)], printed, cache)
         number = chance.choice(SIGNALS)
-        sent.append(_kill(number, chance, process, run, seconds))
+        sent.append(_kill(number, chance.choice(moments), chance, process, run, seconds))
         done = process.wait()
         # After the end, after a signal that was noticed, and from the signal itself.
         if done.status not in (0, SIGNALLED + number, -number):
@@ -127,7 +156,26 @@ def _killed_and_resumed(chance: random.Random, sound: Path, folder: Path, expect
         done = run_command([*words, *_resume(run)], printed, cache)
         if done.status != 0:
             return Verdict("lost", f"status {done.status}: {done.last_line} | {'; '.join(sent)}")
+    if left := _left(folder / WORKERS):
+        return Verdict("left", f"processes {left} | {'; '.join(sent)}")
     return Verdict("equal" if run_digest(run) == expected else "differs", f"| {'; '.join(sent)}")
+
+
+def _left(workers: Path) -> list[int]:
+    """Returns the processes of rewards that run on after their run."""
+    pids = {*map(int, workers.read_text().split())} if workers.exists() else set[int]()
+    deadline = time.monotonic() + LEFT_SECONDS
+    while (left := [pid for pid in pids if _runs(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _runs(pid: int) -> bool:
+    """Returns True if a process of rewards has this number, not one that ended and waits to be reaped."""
+    try:
+        return b"qlora_jax.rewards" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 def _resume(run: Path) -> list[str]:
@@ -138,9 +186,8 @@ def _resume(run: Path) -> list[str]:
     return []
 
 
-def _kill(number: int, chance: random.Random, process: Running, run: Path, seconds: float) -> str:
-    """Sends a signal at a random moment; returns what it did."""
-    moment = chance.choice(MOMENTS)
+def _kill(number: int, moment: str, chance: random.Random, process: Running, run: Path, seconds: float) -> str:
+    """Sends a signal at a moment; returns what it did."""
     if moment == "anywhere":
         deadline = time.monotonic() + chance.uniform(0.0, seconds)
         process.wait_until(lambda: time.monotonic() > deadline)
@@ -149,9 +196,16 @@ def _kill(number: int, chance: random.Random, process: Running, run: Path, secon
         process.wait_until(lambda: _size(run / METRICS_FILE) != before)
         if moment == "in a save":
             process.wait_until(lambda: _saving(run), every=0.0003)
-        time.sleep(chance.uniform(0.0, 0.01 if moment == "in a save" else 0.2))
+        if moment in (IN_REWARD, IN_ITS_PROCESS):
+            process.wait_until((run.parent / SCORING).exists, every=0.0003)
+        time.sleep(chance.uniform(0.0, 0.2 if moment == "after a step" else 0.01))
     saving = ", while it saved" if _saving(run) else ""
     ended = process.ended()
+    if moment == IN_ITS_PROCESS and not ended:
+        worker = int((run.parent / WORKERS).read_text().split()[-1])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+        return f"SIGKILL {moment}"
     process.send(number)
     return "ended before the signal" if ended else f"{signal.Signals(number).name} {moment}{saving}"
 

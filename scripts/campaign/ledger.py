@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-FAILURES = frozenset({"traceback", "unclear", "hang", "memory", "crash", "silent", "lost", "differs"})
+FAILURES = frozenset({"traceback", "unclear", "hang", "memory", "crash", "silent", "lost", "differs", "left"})
 EXAMPLES = 12  # groups of failures that a summary lists per kind
 
 

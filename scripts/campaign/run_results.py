@@ -25,12 +25,30 @@ from tests.io.tiny_models import write_folder
 STEPS = 8
 DIGEST, CONFIG, CACHE = "digest.txt", "config.yaml", "cache"
 MODEL, ROWS, PROMPTS = "model", "rows.jsonl", "prompts.txt"
+REWARDS, SCORING, WORKERS = "rewards.py", "scoring.txt", "workers.txt"
+REWARD = f'''
+import os
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def scored(completions, **columns):
+    """Returns rewards that differ, and says for a while in a file that it runs, and in which process."""
+    with (HERE / "{WORKERS}").open("a") as file:
+        file.write(f"{{os.getpid()}}\\n")
+    (HERE / "{SCORING}").touch()
+    time.sleep(0.03)
+    (HERE / "{SCORING}").unlink(missing_ok=True)
+    return [float(sum(map(ord, one)) % 3) for one in completions]
+'''
 PLACES = ("config", "versions")  # keys of a checkpoint's state that name paths and libraries
 
 
 TRAIN = dict(steps=STEPS, micro_batch_size=2, accumulation=1, save_every=1, eval_every=0)
 DATA = dict(eval_fraction=0.0, buckets=1)  # a bucket is a program, which each process traces
-SEPARATE = ("preference", "head", "router")  # sections that `project` does not take
+SEPARATE = ("preference", "head", "router", "policy", "rollouts")  # sections that `project` does not take
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +90,16 @@ def _labelled(number: int) -> dict[str, object]:
     return {"text": f"{number * 7 % 10} the {WORDS[number % 3]}", "label": WORDS[number % 3]}
 
 
+def _prompt(number: int) -> dict[str, object]:
+    return {"prompt": f"say {WORDS[number % 3]} {number}"}
+
+
 WORDS = ("sun", "moon", "rain")
-ROWS_OF: Mapping[ObjectiveName, Callable[[int], dict[str, object]]] = {"dpo": _pair, "classification": _labelled}
+ROWS_OF: Mapping[ObjectiveName, Callable[[int], dict[str, object]]] = {
+    "dpo": _pair,
+    "classification": _labelled,
+    "grpo": _prompt,
+}
 
 
 def _write_family(model: Path, family: str) -> None:
@@ -96,9 +122,13 @@ def moved(config: Config, folder: Path, output: Path) -> Config:
 
 
 def write_settings(config: Config, path: Path) -> list[str]:
-    """Writes the settings of a run; returns the words of the command that trains it."""
+    """Writes the settings of a run, and its reward beside them; returns the words of the command that trains it."""
     write_config(config, path)
-    return ["train", "--config", str(path)]
+    if config.objective != "grpo":
+        return ["train", "--config", str(path)]
+    rewards = path.with_name(REWARDS)
+    rewards.write_text(REWARD)
+    return ["train", "--config", str(path), "--reward", f"{rewards}:scored"]
 
 
 def run_digest(run: Path, *, records: bool = True) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import ConfigError, PolicyArgs, RolloutArgs, validate
+from qlora_jax.config.rewards import RewardArgs
 from qlora_jax.io.run_folder.checkpoint import open_run
 from tests.e2e.project import project
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
@@ -98,3 +99,19 @@ def test_a_changed_reward_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text(REWARD + "\n# changed\n")
     with pytest.raises(ValueError, match=r"rewards\.py: has changed since the run started.*accept_changed_reward"):
         run(config, resume=True)
+
+
+def test_an_evaluation_leaves_out_replies_whose_reward_failed(tmp_path):
+    config = rollout_project(tmp_path, train=dict(steps=1, eval_every=0, save_every=0))
+    values = {"train": [0.5] * 4, "eval": [1.0, None, 0.5, 0.25]}  # float(None) raises
+    for name, own in values.items():
+        rows = [{"prompt": f"say {number}", "value": value} for number, value in enumerate(own)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text("def many_a(value, **columns):\n    return [float(each) for each in value]\n")
+    data = dataclasses.replace(
+        config.data, train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"), eval_fraction=0.0
+    )
+    config = dataclasses.replace(config, data=data, rewards=RewardArgs(on_error="drop"))
+    assert run(config)
+    first = next(record for record in numbers(config) if "eval_reward" in record)
+    assert first["eval_reward"] == pytest.approx(np.mean([1.0, 0.5, 0.25])) and first["eval_rewards_failed"] == 1

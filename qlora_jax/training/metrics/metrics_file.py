@@ -232,7 +232,7 @@ class MetricsFile:
     ):
         """Opens `path` for a run that has done `first_step` steps, and drops later records.
 
-        With `first_step` 0 all records are dropped, because the evaluation of step 0 runs again.
+        A new run, with `first_step` 0 and no saved lines, drops all records.
 
         Args:
           evaluated: False if the evaluation of `first_step` runs again.
@@ -246,7 +246,7 @@ class MetricsFile:
         if exists:
             append_lines(self.path).close()
         content, kept = self.path.read_bytes() if exists else b"", b""
-        if first_step > 0 and saved is not None:
+        if saved is not None:
             kept = _at_checkpoint(self.path, content, first_step, evaluated, saved)
         elif first_step > 0 and exists:
             kept = _by_step(self.path, first_step, evaluated)

@@ -24,7 +24,10 @@ def test_damaged_files_of_every_kind(tmp_path: Path, cases: int):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cases"), some_in_ci([("paged_adamw_8bit", 1), ("sampled", 5), ("loftq", 5)], lambda index: index == 0)
+    ("kind", "cases"),
+    some_in_ci(
+        [("paged_adamw_8bit", 1), ("grpo", 2), ("sampled", 5), ("loftq", 5), ("grpo", 40)], lambda index: index < 2
+    ),
 )
 def test_killed_runs(tmp_path: Path, kind: str, cases: int):
     assert f"{cases} cases, 0 failures" in _passes(tmp_path, "kills", "--cases", str(cases), "--kinds", kind)

@@ -92,6 +92,15 @@ def test_a_run_from_step_0_starts_the_file_anew(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
 
 
+def test_a_run_stopped_after_the_evaluation_of_step_0_keeps_its_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, 0) as metrics:
+        metrics.write({"step": 0, "eval_loss": 2.0})
+        saved = metrics.sync()
+    with MetricsFile(path, 0, evaluated=True, saved=saved):
+        assert [record["step"] for record in read_metrics(path)] == [0]
+
+
 @pytest.mark.parametrize("cut", range(1, 20))
 def test_half_a_last_line_is_dropped(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
