@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import NON_NEGATIVE, NOT_EMPTY, TEMPLATE_CHOICES, setting
 from qlora_jax.config.rewards import RewardArgs, check_rewards_given, reward_problems
-from qlora_jax.config.rollouts import RolloutArgs
+from qlora_jax.config.rollouts import RolloutArgs, check_tools_given
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.inference.settings import ComputeDtype, ModelOrRunArgs, QuantType, folder_problems, model_problems
 
@@ -60,5 +60,9 @@ def check_pairs(args: PairsArgs) -> None:
         parse_bytes(args.rollouts.cache)
     except ValueError as error:
         wrong.append(f"rollouts.cache: {error}")
+    try:
+        check_tools_given(args.rollouts, (), None)
+    except ValueError as error:
+        wrong.append(str(error))
     if problems + wrong:
         raise ConfigError(problems + wrong)
