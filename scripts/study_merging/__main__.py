@@ -83,9 +83,9 @@ ARMS: Mapping[str, Mapping[str, object]] = {
 }
 PLAN: Sequence[tuple[Sequence[str], int]] = (
     *(([QLORA, *AWARE.values()], seed) for seed in (0, 1)),
-    ([LATE["q4_0"], FULL], 0),
-    ([QLORA, *AWARE.values()], 2),
-    *(([LATE["q4_0"], FULL], seed) for seed in (1, 2)),
+    ([QLORA, AWARE["q4_0"]], 2),
+    *(([LATE["q4_0"], FULL], seed) for seed in SEEDS),
+    (list(AWARE.values()), 2),
     *(([*LATE.values(), *SLOWER.values(), "LoRA on 16 bits"], seed) for seed in SEEDS),
 )
 
