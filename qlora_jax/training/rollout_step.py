@@ -119,7 +119,7 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
             "prompt": {"prompt": inputs.held_out.prompt(each.number)},
             "reply": reply.text,
             "end": reply.end,
-            REWARD: float(reward) if np.isfinite(reward) else None,
+            **({REWARD: float(reward)} if np.isfinite(reward) else {}),
         }
         for each, (reply,), reward in zip(asked[:SHOWN], replies, rewards, strict=False)
     ]
