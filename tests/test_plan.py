@@ -63,3 +63,20 @@ def test_a_config_that_is_not_supported_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config() | {"model_type": "mamba"}))
     with pytest.raises(ValueError, match="mamba"):
         command.main(["--model", str(tmp_path), "--card", "cpu"])
+
+
+def test_it_counts_the_replies_of_a_rollout_phase(tmp_path, capsys, compiler):
+    config = tiny_config()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = ["--model", str(tmp_path), "--card", "cpu", "--data.max_length", "64", "--lora.rank", "4"]
+    base += ["--model.compute_dtype", "float32", "--objective", "grpo", "--rollouts.max_completion_length", "16"]
+    base += ["--train.micro_batch_size", "2", "--train.accumulation", "3"]
+    command.main([*base, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    of_token = 2 * 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
+    least = 16 * 64 * of_token  # 16 replies are sampled together
+    assert told["rollouts"]["replies"] == 2 * 3 * 8 and least <= told["rollouts"]["cache"] <= 1.5 * least
+    assert least < told["rollouts"]["total"] < told["limit"] and told["fits"]
+    command.main([*base, "--rollouts.cache", "20KiB"])
+    assert "rollouts of 48 replies" in (table := capsys.readouterr().out) and "20.00 KiB for keys" in table

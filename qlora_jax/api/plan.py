@@ -13,6 +13,7 @@ from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import mesh_search, plan, text
 from qlora_jax.training.plan.reference import PlannedReference, reference_of_step
 from qlora_jax.training.plan.requirements import ReportedCompiler
+from qlora_jax.training.plan.rollouts import PlannedRollouts, plan_rollouts
 from qlora_jax.training.plan.roofs import StepRoofs, step_roofs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
@@ -29,6 +30,7 @@ class MemoryPlan:
       notes: why numbers are estimates, lengths unknown, or roofs missing; empty otherwise.
       reference: the pass over all rows before the first step; None for an objective without a reference.
       roofs: the step's FLOP, bytes and least time on the card, by part; None for a CPU, and for float32.
+      rollouts: the memory of sampling replies; None for an objective without them.
     """
 
     plan: plan.Plan
@@ -36,11 +38,12 @@ class MemoryPlan:
     notes: tuple[str, ...]
     reference: PlannedReference | None = None
     roofs: StepRoofs | None = None
+    rollouts: PlannedRollouts | None = None
 
     @property
     def fits(self) -> bool:
         """True if the run fits."""
-        return self.plan.fits
+        return self.plan.fits and (self.rollouts is None or self.rollouts.total <= self.plan.limit)
 
     @property
     def needed_bytes(self) -> int:
@@ -54,11 +57,15 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, object]:
         """All numbers, as the command prints them with --json."""
-        return text.as_json(self.plan, self.reference, self.roofs)
+        found = text.as_json(self.plan, self.reference, self.roofs) | {"fits": self.fits}
+        return found | ({} if self.rollouts is None else {"rollouts": self.rollouts._asdict()})
 
     def render(self, console: rich.console.Console) -> None:
         """Prints the tables and the verdict."""
         text.print_plan(self.plan, self.title, console, self.reference, self.roofs)
+        if self.rollouts is not None:
+            fits = "fit" if self.rollouts.total <= self.plan.limit else "DO NOT FIT: lower rollouts.cache"
+            console.print(f"{self.rollouts}; they {fits}", highlight=False, soft_wrap=True)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -123,10 +130,12 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
     roofs = None if target.card is None else step_roofs(setting, target.card)
     if target.card is not None and roofs is None:
         notes.append(f"no tokens per second: the peak of {setting.weights.dtype} products depends on the use of TF32")
+    planned = plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger)
     return MemoryPlan(
-        plan=plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger),
+        plan=planned,
         title=mesh_search.plan_title(args, target, setting),
         notes=tuple(notes),
         reference=reference_of_step(setting, rows.report, args.train),
         roofs=roofs,
+        rollouts=plan_rollouts(args, planned.requested),
     )

@@ -116,7 +116,7 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
             "prompt": {"prompt": each.asked.prompt},
             "reply": reply.text,
             "end": reply.end,
-            REWARD: float(reward) if np.isfinite(reward) else None,
+            **({REWARD: float(reward)} if np.isfinite(reward) else {}),
         }
         for each, reply, reward in zip(answered[:SHOWN], replies, rewards, strict=False)
     ]
