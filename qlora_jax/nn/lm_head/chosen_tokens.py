@@ -213,7 +213,7 @@ _frozen.defvjp(_forward, _backward)
 
 
 def _whole_forward(hidden_MD, head: TrainableHead, ids_MK, wanted_M):
-    found, (frozen, *_, chosen_MK, mean_MD) = _forward(hidden_MD, head.cast(hidden_MD.dtype), ids_MK, wanted_M)
+    found, (*_, chosen_MK, mean_MD) = _forward(hidden_MD, head.cast(hidden_MD.dtype), ids_MK, wanted_M)
     return found, (hidden_MD, head, ids_MK, wanted_M, found[1], chosen_MK, mean_MD)
 
 
@@ -279,7 +279,7 @@ def _top(hidden_CD: jax.Array, head: Head | ShardedHead | HeadWithRows, count: i
 
     def add(found: LikeliestTokens, tiles: Sequence[Head], start: ArrayLike) -> LikeliestTokens:
         logits_CW = tiles[0].logits(hidden_CD)
-        return _with_more(found, logits_CW, start + jnp.arange(logits_CW.shape[1], dtype=jnp.int32)[None])
+        return _with_more(found, logits_CW, jnp.arange(logits_CW.shape[1], dtype=jnp.int32)[None] + start)
 
     nothing_CK = jnp.full((tokens, count), NO_TOKEN, jnp.int32), jnp.full((tokens, count), -jnp.inf, jnp.float32)
     return fold_tiles(add, LikeliestTokens(*nothing_CK, jnp.full(tokens, -jnp.inf, jnp.float32)), (head,), tokens)
@@ -287,7 +287,7 @@ def _top(hidden_CD: jax.Array, head: Head | ShardedHead | HeadWithRows, count: i
 
 def _with_more(found: LikeliestTokens, logits_CX: jax.Array, ids_CX: jax.Array) -> LikeliestTokens:
     """Returns the largest of those found and more logits, the others added to the rest."""
-    tokens, count = found.ids_MK.shape
+    count = found.ids_MK.shape[1]
     both_CY = jnp.concatenate([found.logps_MK, logits_CX], axis=1)
     ids_CY = jnp.concatenate([found.ids_MK, jnp.broadcast_to(ids_CX, logits_CX.shape)], axis=1)
     logits_CK, places_CK = lax.top_k(both_CY, count)
