@@ -23,17 +23,6 @@ class DistillationArgs:
     teacher_quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "nvfp4", "stored", "none"] = setting(
         "4-bit data type of the teacher's linear layers; none: 16 bits. A run as teacher has that of its base", "none"
     )
-    teacher_url: str | None = setting(
-        "in place of teacher: address of an OpenAI-compatible endpoint up to /v1, whose completions echo token ids "
-        "with log-probabilities",
-        None,
-        NOT_EMPTY,
-    )
-    teacher_model: str | None = setting("teacher_url: the endpoint's name of the model", None, NOT_EMPTY)
-    teacher_key_variable: str | None = setting(
-        "teacher_url: environment variable of the key; null: no key", None, NOT_EMPTY
-    )
-    teacher_timeout: float = setting("teacher_url: seconds until a request counts as failed", 120.0, POSITIVE)
     beta: float = setting(
         "divergence from the teacher. 0: forward KL; 1: reverse KL; between: generalized Jensen-Shannon", 0.0, UP_TO_ONE
     )
@@ -47,34 +36,19 @@ class DistillationArgs:
     )
 
 
-ENDPOINT = ("teacher_model", "teacher_key_variable", "teacher_timeout")  # settings of an endpoint
-
-
 def distillation_problems(args: DistillationArgs, objective: str) -> list[str]:
-    """Reports settings that the objective ignores, and a teacher that is missing or given twice."""
+    """Reports settings that the objective ignores, and a teacher that is missing."""
     if not OBJECTIVES[objective].distillation:
         return unused_settings("distillation", args, (), objective)
-    problems, plain = [], DistillationArgs()
-    if (args.teacher is None) == (args.teacher_url is None):
-        found = "neither" if args.teacher is None else "both"
+    problems = []
+    if args.teacher is None:
         problems.append(
-            f"distillation.teacher, distillation.teacher_url: found {found}, expected one of them for "
-            f"objective={objective}. Set distillation.teacher to base, for example"
+            f"distillation.teacher: missing, expected a model for objective={objective}. Set it to base, for example"
         )
-    unused = {name: "distillation.teacher_url=null" for name in ENDPOINT if args.teacher_url is None}
-    if args.teacher_url is not None or args.teacher == OWN_BASE:
-        unused["teacher_quant_type"] = "this teacher"
-    problems += [
-        f"distillation.{name}: found {getattr(args, name)!r}, but {why} does not use it. Remove this setting"
-        for name, why in unused.items()
-        if getattr(args, name) != getattr(plain, name)
-    ]
-    if args.teacher_url is not None and args.teacher_model is None:
-        problems.append("distillation.teacher_model: missing, but distillation.teacher_url requires it. Set it")
-    if args.teacher_url is not None and args.temperature != 1:
+    if args.teacher == OWN_BASE and args.teacher_quant_type != "none":
         problems.append(
-            f"distillation.temperature: found {args.temperature:g} with distillation.teacher_url, expected 1, because "
-            "an endpoint gives log-probabilities at temperature 1. Remove this setting"
+            f"distillation.teacher_quant_type: found {args.teacher_quant_type!r}, but distillation.teacher=base is in "
+            "16 bits. Remove this setting"
         )
     if args.loss_top_k == 1 and not args.loss_add_tail:
         problems.append(

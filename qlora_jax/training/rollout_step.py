@@ -6,6 +6,7 @@ Dimension key: K steps of a phase, A micro-batches, B rows (prompts) of each, T 
 R = B G replies of a micro-batch, N replies and P prompts of the phase.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -24,12 +25,12 @@ from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENC
 from qlora_jax.objectives.router_losses import unrouted
 from qlora_jax.rewards.functions import RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
-from qlora_jax.rollouts.inputs import RolloutInputs
+from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
 from qlora_jax.rollouts.sampler import Reply, draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
-from qlora_jax.training.device_mesh import place_batch
+from qlora_jax.training.device_mesh import place_batch, rows_of_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
 from qlora_jax.training.session import Session
@@ -88,10 +89,7 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     """
     inputs, rows = _inputs(session), session.run.inputs.dataset.eval
     assert inputs.held_out is not None and rows is not None
-    asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
-    settings, seed = session.run.config.rollouts, session.run.config.train.seed
-    samplings = [sampling_of(settings, draw_seed(seed, each.number)) for each in asked]
-    replies = _sample(session, lora, asked, samplings, 1, go_on)
+    asked, replies = _held_out_replies(session, lora, go_on)
     table = _score(session, inputs.held_out, rows, asked, replies, step)
     rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=_rewards(session).weights).rewards_N
     rewards = np.nan_to_num(rewards)  # a reply that no function scores earns nothing
@@ -100,17 +98,34 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     found |= {f"{EVAL}{REWARD}": mean, f"{EVAL}{REWARD}{LOW}": low, f"{EVAL}{REWARD}{HIGH}": high}
     found |= _by_function(table.rewards_NF, table.names, EVAL)
     found[f"{EVAL}reply_tokens"] = float(np.mean([len(reply.ids) for (reply,) in replies]))
-    samples: list[Record] = [
+    shown = _samples(inputs, asked, replies, step)
+    return [{**each, REWARD: float(reward)} for each, reward in zip(shown, rewards, strict=False)], found
+
+
+def _held_out_replies(session: Session, lora: Lora, go_on: GoOn) -> tuple[list[Asked], list[list[Reply]]]:
+    """Draws one reply to each held-out prompt, with the same random numbers every time; returns (prompts, replies)."""
+    rows = session.run.inputs.dataset.eval
+    assert rows is not None
+    asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
+    settings, seed = session.run.config.rollouts, session.run.config.train.seed
+    samplings = [sampling_of(settings, draw_seed(seed, each.number)) for each in asked]
+    return asked, _sample(session, lora, asked, samplings, 1, go_on)
+
+
+def _samples(
+    inputs: RolloutInputs, asked: Sequence[Asked], replies: Sequence[Sequence[Reply]], step: int
+) -> list[Record]:
+    """Returns records of the first replies to held-out prompts."""
+    assert inputs.held_out is not None
+    return [
         {
             "step": step,
             "prompt": {"prompt": inputs.held_out.prompt(each.number)},
             "reply": reply.text,
             "end": reply.end,
-            REWARD: float(reward),
         }
-        for each, (reply,), reward in zip(asked[:SHOWN], replies, rewards, strict=False)
+        for each, (reply,) in zip(asked[:SHOWN], replies, strict=False)
     ]
-    return samples, found
 
 
 def _inputs(session: Session) -> RolloutInputs:
@@ -138,6 +153,7 @@ def _asked(batches: Sequence[Batch]) -> tuple[list[Asked], Int64[np.ndarray, "K 
 def _sample(
     session: Session, lora: Lora, asked: Sequence[Asked], samplings: Sequence[Sampling], count: int, go_on: GoOn
 ) -> list[list[Reply]]:
+    """Returns `count` replies to each prompt, drawn by the model with these parameters."""
     return sample_replies(
         session.parts.with_lora(lora),
         session.run.inputs.dataset.tokenizer,
@@ -279,3 +295,53 @@ def _with_logps(session: Session, lora: Lora, batch: Batch, name: str) -> Batch:
         outputs = session.run.gradients.forward.outputs(objective, arrays)(parts, arrays)
         found.append(np.asarray(unrouted(outputs).logps_BT, np.float32))
     return with_token_values(batch, name, np.stack(found))
+
+
+# On-policy distillation: `Session.teacher` adds its predictions to each batch of replies, as to the rows of the data.
+
+
+def draw_replies(
+    session: Session, lora: Lora, step: int, prompts: Sequence[Batch], go_on: GoOn
+) -> list[tuple[Batch, Record]]:
+    """Samples replies; returns the batches of the phase's steps, with entries for their records.
+
+    Args:
+      lora: parameters after `step` steps.
+      prompts: batches of prompts, one for each step of the phase.
+    """
+    config, inputs = session.run.config, _inputs(session)
+    asked, place_KM = _asked(prompts)
+    seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
+    samplings, began = [sampling_of(config.rollouts, seed) for seed in seeds], time.perf_counter()
+    replies = _sample(session, lora, asked, samplings, config.rollouts.num_generations, go_on)
+    seconds, found = time.perf_counter() - began, list[tuple[Batch, Record]]()
+    for batch, place_M in zip(prompts, place_KM, strict=True):
+        groups = [_all_trained(asked[at], replies[at]) if at >= 0 else None for at in place_M.tolist()]
+        shape, how = batch.inputs.shape[:2], {"pad_id": inputs.pad_id, "position": batch.position}
+        own = [reply for at in place_M[place_M >= 0].tolist() for reply in replies[at]]
+        record: Record = {
+            "reply_tokens": float(np.mean([len(reply.ids) for reply in own])),
+            "replies_cut": float(np.mean([reply.is_cut for reply in own])),
+        }
+        found.append((replies_batch(groups, {}, inputs.lengths, shape, **how), record))
+    tokens = sum(len(reply.ids) for group in replies for reply in group)
+    found[0][1].update({"rollout_seconds": seconds, "rollout_tokens": tokens})
+    return found
+
+
+def held_out_batches(session: Session, lora: Lora, step: int, go_on: GoOn) -> tuple[list[Record], list[Batch]]:
+    """Returns (records of the first held-out prompts' replies, batches of one reply to each held-out prompt)."""
+    asked, replies = _held_out_replies(session, lora, go_on)
+    rows, inputs = rows_of_batch(session.run.config, session.run.mesh), _inputs(session)
+    longest = max(len(each.ids) for each in asked)
+    lengths = row_lengths(longest, session.run.config.rollouts.max_completion_length, 1, 1)
+    groups = [_all_trained(each, own) for each, own in zip(asked, replies, strict=True)]
+    filled = [[*some, *[None] * (rows - len(some))] for some in itertools.batched(groups, rows)]
+    how = {"pad_id": inputs.pad_id, "position": None}
+    return _samples(inputs, asked, replies, step), [
+        replies_batch(some, {}, lengths, (1, rows), **how) for some in filled
+    ]
+
+
+def _all_trained(asked: Asked, replies: Sequence[Reply]) -> Group:
+    return Group(*asked, replies, [True] * len(replies))

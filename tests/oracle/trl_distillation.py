@@ -1,7 +1,7 @@
 """Losses and LoRA gradients of TRL's distillation: of the whole vocabulary (GKD), and of the teacher's top k (server).
 
-`cases`: {name: {beta, temperature, top_k, add_tail}}; a top_k of 0 is GKD's loss. The model in `base` with the adapter in
-`policy` learns from that in `teacher`. `rows`: ids of each row; `supervised`: 1 for each id that is learned.
+`cases`: {name: {beta, temperature, top_k, add_tail}}; a top_k of 0 is GKD's loss. The model in `base` with the adapter
+in `policy` learns from that in `teacher`. `rows`: ids of each row; `supervised`: 1 for each id that is learned.
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Distillation losses and LoRA gradients equal TRL's in f32, padded, packed and on a mesh; a teacher's top k as well."""
+"""Distillation losses and LoRA gradients equal TRL's in f32, also packed and on a mesh, and a teacher's top k."""
 
 from pathlib import Path
 from typing import Any

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32, Int32
 
 from qlora_jax.data.batching.packing import Batch
@@ -39,6 +40,30 @@ class Teacher(Protocol):
 
     def predict(self, arrays: Arrays) -> Predictions:
         """Returns its predictions, [B, T, ...], for the arrays of a micro-batch (`Batch.arrays` without the axis A)."""
+        ...
+
+
+@runtime_checkable
+class TeacherSource(Protocol):
+    """A teacher that is not loaded.
+
+    Attributes:
+      count: K.
+      key: a hash of all that its predictions depend on, besides the rows.
+      nbytes: bytes of its weights in memory.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def load(self, mesh: Mesh | None, progress: Callable[..., None]) -> Teacher:
+        """Loads the weights."""
         ...
 
 
