@@ -3,6 +3,7 @@
 from qlora_jax.config.command_line import Command as Command
 from qlora_jax.config.command_line import read_arguments as read_arguments
 from qlora_jax.config.command_line import run_main as run_main
+from qlora_jax.config.distillation import DistillationArgs as DistillationArgs
 from qlora_jax.config.methods import LoraArgs as LoraArgs
 from qlora_jax.config.objectives import HeadArgs as HeadArgs
 from qlora_jax.config.objectives import ObjectiveName as ObjectiveName

@@ -35,7 +35,8 @@ class ObjectiveDeclaration:
       labels: the head's outputs have names.
       preference: settings of section `preference` that it reads.
       head_settings: settings of section `head` that it reads.
-      policy: it learns from rewards of sampled replies, and reads the sections `policy` and `rollouts`.
+      policy: it learns from rewards of sampled replies, and reads the section `policy`.
+      distillation: it learns the predictions of a teacher, and reads the section `distillation`.
       loss_types: its losses, if it has several; the first is the default.
       per: the loss of a step is a mean over the supervised tokens, or over rows.
       task: the setting of `evaluate` that names the file which its head scores.
@@ -54,6 +55,7 @@ class ObjectiveDeclaration:
     preference: tuple[str, ...] = ()
     head_settings: tuple[str, ...] = ()
     policy: bool = False
+    distillation: bool = False
     loss_types: tuple[str, ...] = ()
     per: Literal["tokens", "rows"] = "rows"
     task: str = ""
@@ -160,6 +162,8 @@ OBJECTIVES: Registry[ObjectiveDeclaration] = Registry(
             pooled=True,
         ),
         "grpo": ObjectiveDeclaration(implementation=f"{_MAKE}grpo", rows="prompt", policy=True),
+        "distill": ObjectiveDeclaration(implementation=f"{_MAKE}distill", rows="text", per="tokens", distillation=True),
+        "gkd": ObjectiveDeclaration(implementation=f"{_MAKE}distill", rows="prompt", per="tokens", distillation=True),
     },
 )
 ObjectiveName = Annotated[str, OBJECTIVES]

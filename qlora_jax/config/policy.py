@@ -66,13 +66,16 @@ class PolicyArgs:
 
 def policy_problems(policy: PolicyArgs, rollouts: RolloutArgs, objective: str) -> list[str]:
     """Reports settings of both sections that the objective or its loss ignores, and values that it cannot use."""
-    if not OBJECTIVES[objective].policy:
+    declared = OBJECTIVES[objective]
+    if declared.rows != "prompt":
         return unused_settings("policy", policy, (), objective) + unused_settings("rollouts", rollouts, (), objective)
     problems = []
     try:
         parse_bytes(rollouts.cache)
     except ValueError as error:
         problems.append(f"rollouts.cache: {error}")
+    if not declared.policy:
+        return problems + unused_settings("policy", policy, (), objective)
     if policy.loss_type == "cispo" and policy.epsilon_high is None:
         problems.append(
             "policy.epsilon_high: found null with policy.loss_type=cispo, expected the largest ratio. Set it, to 5 for "

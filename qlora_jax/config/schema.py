@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal, NamedTuple
 
+from qlora_jax.config.distillation import DistillationArgs
 from qlora_jax.config.fields import (
     AT_LEAST_HUNDRED,
     AT_LEAST_ONE,
@@ -421,6 +422,7 @@ class Config:
     policy: PolicyArgs = dataclasses.field(default_factory=PolicyArgs, metadata={"later": True})
     rollouts: RolloutArgs = dataclasses.field(default_factory=RolloutArgs, metadata={"later": True})
     rewards: RewardArgs = dataclasses.field(default_factory=RewardArgs, metadata={"later": True})
+    distillation: DistillationArgs = dataclasses.field(default_factory=DistillationArgs, metadata={"later": True})
     router: RouterArgs = dataclasses.field(default_factory=RouterArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
@@ -429,7 +431,7 @@ class Config:
         "loss of the run. sft: supervised finetuning. dpo, orpo, cpo, simpo: learn from pairs of a chosen and a "
         "rejected answer; kto: from answers labelled good or bad (docs/preferences.md). classification, multi_label, "
         "regression, reward, embedding: train a head on whole sequences (docs/heads.md). grpo: learn from rewards of "
-        "sampled replies",
+        "sampled replies. distill, gkd: learn a teacher's predictions, for the data's answers or for sampled replies",
         "sft",
     )
     reward: list[str] = setting(

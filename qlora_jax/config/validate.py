@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from qlora_jax.config.distillation import distillation_problems
 from qlora_jax.config.exports import MIXTURES
 from qlora_jax.config.methods import CONDITIONAL, MERGED_FOLDERS, METHODS, LoraArgs, methods_with, uses
 from qlora_jax.config.objectives import OBJECTIVES, objective_problems
@@ -350,7 +351,8 @@ def _objective_problems(config: Config) -> list[str]:
     """Reports settings of preferences, of heads, of policies and of data that the objective does not use."""
     problems = objective_problems(config.preference, config.head, config.objective) + _head_problems(config)
     problems += policy_problems(config.policy, config.rollouts, config.objective) + _rollout_problems(config)
-    if config.objective == "sft":
+    problems += distillation_problems(config.distillation, config.objective)
+    if config.objective in ("sft", "distill"):
         return problems
     plain = DataArgs(train="")
     return problems + [
@@ -362,7 +364,7 @@ def _objective_problems(config: Config) -> list[str]:
 
 def _rollout_problems(config: Config) -> list[str]:
     """Reports settings that contradict the sampling of replies."""
-    if not OBJECTIVES[config.objective].policy:
+    if OBJECTIVES[config.objective].rows != "prompt":
         return []
     data, train, reply = config.data, config.train, config.rollouts.max_completion_length
     problems = []
@@ -415,7 +417,7 @@ def _relation_problems(config: Config) -> list[str]:
     problems += _offload_problems(config) + _merge_problems(config)
     problems += _loraplus_problems(config) + _paging_problems(config)
     problems += _token_problems(config) + _objective_problems(config)
-    from_rewards = OBJECTIVES[config.objective].rows == "prompt"
+    from_rewards = OBJECTIVES[config.objective].policy
     problems += reward_problems(config.rewards, config.reward, config.objective, used=from_rewards)
     problems += tool_problems(config.tool, config.environment, config.objective, used=from_rewards)
     if config.data.eval is not None and config.data.eval_fraction > 0:

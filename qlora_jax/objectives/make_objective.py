@@ -9,6 +9,7 @@ from qlora_jax.config.registry import load_implementation
 from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.objectives.classification import Classification, MultiLabel, Regression
 from qlora_jax.objectives.cpo import CPO, CPOLoss
+from qlora_jax.objectives.distillation import Distillation
 from qlora_jax.objectives.dpo import DPO, DPOLoss
 from qlora_jax.objectives.embedding import Embedding
 from qlora_jax.objectives.head_objective import HeadObjective, TrainedHead, head_of
@@ -123,6 +124,19 @@ def grpo(config: Config) -> Objective:
         correction=args.importance_correction,
         correction_max=args.correction_max,
         stored_old=args.num_iterations > 1 or args.steps_per_generation > 1,
+    )
+
+
+def distill(config: Config) -> Objective:
+    """Returns the learning of a teacher's predictions, for the data's tokens or for sampled replies."""
+    args, rows = config.distillation, OBJECTIVES[config.objective].rows
+    return Distillation(
+        row_kind=rows,
+        sequences_per_row=config.rollouts.num_generations if rows == "prompt" else 0,
+        beta=args.beta,
+        temperature=args.temperature,
+        count_of_tokens=args.loss_top_k,
+        has_tail=args.loss_add_tail,
     )
 
 

@@ -7,7 +7,7 @@ Dimension key: A micro-batches, B rows per micro-batch, S slots for sequences in
 """
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, PyTree
@@ -21,6 +21,13 @@ Totals = dict[str, jax.Array]
 
 # Arrays of a batch per slot, besides PRESENT: log p of the reference, and labels.
 REFERENCE, LABELS = "reference", "labels"
+
+
+class TokenValue(NamedTuple):
+    """An array of numbers per token: the axes that follow [A, B, T], and its dtype."""
+
+    inner: tuple[int, ...] = ()
+    dtype: Literal["int32", "float32"] = "float32"
 
 
 @runtime_checkable
@@ -80,10 +87,10 @@ class Objective(Protocol):
 
 @runtime_checkable
 class TokenObjective(Objective, Protocol):
-    """An objective whose losses read `weights`, `sequences` and further float32 arrays [A, B, T] of a batch."""
+    """An objective that reads further arrays [A, B, T, ...] of a batch; its losses also read `weights`, `sequences`."""
 
     @property
-    def token_values(self) -> tuple[str, ...]: ...
+    def token_values(self) -> Mapping[str, TokenValue]: ...
 
 
 class PreferenceObjective(Objective, Protocol):
@@ -111,9 +118,9 @@ def read_by_losses(objective: Objective) -> tuple[str, ...]:
     return (PRESENT, *objective.values, *(("weights", "sequences", *of_tokens) if of_tokens else ()))
 
 
-def token_values(objective: Objective) -> tuple[str, ...]:
-    """Returns the names of the arrays per token that an objective reads, besides those of every batch."""
-    return objective.token_values if isinstance(objective, TokenObjective) else ()
+def token_values(objective: Objective) -> Mapping[str, TokenValue]:
+    """Returns the arrays per token that an objective reads, besides those of every batch."""
+    return objective.token_values if isinstance(objective, TokenObjective) else {}
 
 
 def needs_reference(objective: Objective) -> bool:

@@ -28,7 +28,7 @@ from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.lm_head.cross_entropy import token_nll_and_entropy
 from qlora_jax.nn.lm_head.sharded_vocabulary import at_temperature
-from qlora_jax.objectives.objective import Arrays, Totals
+from qlora_jax.objectives.objective import Arrays, TokenValue, Totals
 from qlora_jax.objectives.sequences import per_token, spread_to_tokens, sum_by_slot
 
 ADVANTAGES, TOKEN_SCALE = "advantages", "token_scale"  # per slot
@@ -97,10 +97,10 @@ class PolicyGradient:
         return {ADVANTAGES: (), TOKEN_SCALE: ()}
 
     @property
-    def token_values(self) -> tuple[str, ...]:
+    def token_values(self) -> Mapping[str, TokenValue]:
         """Returns the arrays per token that the loss and its metrics read: log p of other models."""
         old, reference = (OLD_LOGPS,) * self.stored_old, (REFERENCE_LOGPS,) * (self.beta > 0)
-        return (*old, *reference, SAMPLER_LOGPS)
+        return dict.fromkeys((*old, *reference, SAMPLER_LOGPS), TokenValue())
 
     def outputs(self, model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> PolicyOutputs:
         """Returns the scores of a micro-batch's tokens, which need none of the values."""

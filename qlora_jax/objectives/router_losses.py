@@ -26,7 +26,7 @@ from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.router import SIGMOID, Routing
-from qlora_jax.objectives.objective import Arrays, Objective, Totals, token_values
+from qlora_jax.objectives.objective import Arrays, Objective, TokenValue, Totals, token_values
 
 FILLED = "filled"  # batch array [A, B, 1]: positions that each row fills; the others are padding
 TOKENS, COUNT = "routed tokens", "count"  # sums over a step
@@ -72,7 +72,7 @@ class Routed:
         return self.objective.values
 
     @property
-    def token_values(self) -> tuple[str, ...]:
+    def token_values(self) -> Mapping[str, TokenValue]:
         """Returns the arrays per token that the objective reads."""
         return token_values(self.objective)
 

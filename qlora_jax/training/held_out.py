@@ -4,7 +4,7 @@ Dimension key: B rows of a batch, R held-out rows, S sequences of a row, C outpu
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import jax
@@ -19,13 +19,16 @@ from qlora_jax.evaluation.heads.rows import check_are_finite
 from qlora_jax.evaluation.tasks.embeddings import retrieval_metrics
 from qlora_jax.evaluation.tasks.head_labels import form_of_labels
 from qlora_jax.evaluation.tasks.reward_pairs import reward_metrics
-from qlora_jax.measures.metrics import Metric
+from qlora_jax.measures.metrics import Metric, RowValues
 from qlora_jax.models.partition import Lora
 from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective, Totals, read_by_outputs
+from qlora_jax.objectives.router_losses import unrouted
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
 from qlora_jax.training.device_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
+from qlora_jax.training.metrics.record_summaries import DIVERGENCE, EVAL, LOSS, OBJECTIVE_ROWS
 from qlora_jax.training.metrics.step_metrics import (
+    distillation_values,
     eval_loss_metrics,
     flatten_metrics,
     means_with_intervals,
@@ -70,6 +73,9 @@ METRICS: dict[str, Callable[[TrainedHead, np.ndarray, Mapping[str, np.ndarray]],
 
 def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:
     """Returns the record entries of the held-out rows: the loss, and the metrics of the objective."""
+    if session.teacher is not None:
+        batches = session.run.inputs.dataset.eval_batches(rows_of_batch(session.run.config, session.run.mesh))
+        return distilled_metrics(session, lora, batches, before_batch)
     if session.run.inputs.objective.sequences_per_row == 0:
         return _token_loss(session, lora, before_batch)
     batches, outputs = _outputs(session, lora, before_batch)
@@ -88,6 +94,28 @@ def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], No
         numbers = [number for batch in batches for number in batch.rows[0, :, 0][is_row(batch)].tolist()]
         found |= held_out_head_metrics(session.run.inputs.head, np.asarray(outputs), arrays, numbers)
     return found
+
+
+def distilled_metrics(
+    session: Session, lora: Lora, batches: Iterable[Batch], before_batch: Callable[[], None]
+) -> dict[str, float]:
+    """Returns the mean divergence from the teacher over the tokens of batches, and what `distillation_values` has."""
+    assert session.teacher is not None, "the objective has a teacher"
+    found: list[dict[str, RowValues]] = []
+    parts, objective = session.parts.with_lora(lora), session.run.inputs.objective
+    for batch in batches:
+        before_batch()
+        named = {name: array[0] for name, array in session.teacher.attach(batch).arrays().items()}
+        arrays, there = place_batch(named, session.run.mesh), is_row(batch)
+        outputs = unrouted(session.run.gradients.forward.outputs(objective, arrays)(parts, arrays))
+        own = jax.tree.map(lambda leaf, there=there: jnp.asarray(np.asarray(leaf)[there]), outputs)
+        found.append(distillation_values(own, batch.weights[0][there]))
+    values = {
+        name: RowValues(*map(np.concatenate, zip(*(each[name] for each in found), strict=True))) for name in found[0]
+    }
+    by_name = means_with_intervals(values)
+    loss = {name.replace(EVAL + DIVERGENCE, LOSS): by_name.pop(name) for name in [*by_name] if DIVERGENCE in name}
+    return loss | by_name | {OBJECTIVE_ROWS: len(values[DIVERGENCE].values)}
 
 
 def _token_loss(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:

@@ -22,13 +22,13 @@ from qlora_jax.optim.page_pool import Transfers
 from qlora_jax.rewards.functions import RewardError
 from qlora_jax.training.device_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.early_stopping import BestEvaluation
-from qlora_jax.training.held_out import held_out_metrics
+from qlora_jax.training.held_out import distilled_metrics, held_out_metrics
 from qlora_jax.training.loss_scale import LEAST, LOSS_SCALE, SKIPPED, LossScale, all_finite
 from qlora_jax.training.metrics.memory_watch import memory_in_use
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
 from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
-from qlora_jax.training.rollout_step import held_out_rewards, roll_out
+from qlora_jax.training.rollout_step import draw_replies, held_out_batches, held_out_rewards, roll_out
 from qlora_jax.training.session import Session
 
 
@@ -140,7 +140,8 @@ def _train_on_replies(
     state = _room_for(session, state, session.run.rollout_memory)
     left = session.run.total_steps - state.step
     passes = session.run.config.policy.num_iterations
-    steps = roll_out(session, state.lora, state.step, prompts[: -(-left // passes)], _progress(reporter, stop))
+    phase = roll_out if session.teacher is None else draw_replies
+    steps = phase(session, state.lora, state.step, prompts[: -(-left // passes)], _progress(reporter, stop))
     for batch, record in steps:
         state = train_step(session, state, batch, data_seconds, reporter, record)
         data_seconds = 0.0
@@ -189,6 +190,7 @@ def train_step(
       found: further entries of the step's record.
     """
     began = time.perf_counter()
+    batch = batch if session.teacher is None else session.teacher.attach(batch)
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, state.step)
     optimizer_state, room, sent = session.state_manager.make_room(state.optimizer_state, batch.inputs.shape)
     arrays = place_batch(step_arrays(session.run.gradients.objective, batch), session.run.mesh)
@@ -314,7 +316,11 @@ def _measure(
     replies = [] if session.run.inputs.samples is None else session.run.inputs.samples.replies(parts, state.step)
     found: dict[str, float] = {}
     if session.run.inputs.dataset.eval is not None and session.run.inputs.rollouts is not None:
-        shown, found = held_out_rewards(session, state.lora, state.step, go_on)
+        if session.teacher is None:
+            shown, found = held_out_rewards(session, state.lora, state.step, go_on)
+        else:
+            shown, batches = held_out_batches(session, state.lora, state.step, go_on)
+            found = distilled_metrics(session, state.lora, batches, lambda: go_on(""))
         replies = [*replies, *shown]
     elif session.run.inputs.dataset.eval is not None:
         found = held_out_metrics(session, state.lora, lambda: go_on(""))

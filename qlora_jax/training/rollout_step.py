@@ -7,6 +7,7 @@ R = B G replies of a micro-batch, N replies and P prompts of the phase.
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENC
 from qlora_jax.objectives.router_losses import unrouted
 from qlora_jax.rewards.functions import RewardError, RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
-from qlora_jax.rollouts.inputs import RolloutInputs
+from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.redraws import Draw, Redrawn, draw_with_signal
 from qlora_jax.rollouts.reply import Reply
@@ -33,13 +34,20 @@ from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
 from qlora_jax.rollouts.started_prompts import Asked, start_prompts
 from qlora_jax.rollouts.tool_turns import continue_with_tools
-from qlora_jax.training.device_mesh import place_batch
+from qlora_jax.training.device_mesh import place_batch, rows_of_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
 from qlora_jax.training.session import Session
 
 GoOn = Callable[[str], None]  # shows the progress; raises to end the phase
 SHOWN = 4  # held-out replies in samples.jsonl
+
+
+class _Answered(NamedTuple):
+    """A prompt as its replies start from it, and the replies."""
+
+    asked: Asked
+    replies: list[Reply]
 
 
 def roll_out(
@@ -90,9 +98,7 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     """
     inputs, rows = _inputs(session), session.run.inputs.dataset.eval
     assert inputs.held_out is not None and rows is not None
-    asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
-    seeds = [draw_seed(session.run.config.train.seed, each.number) for each in asked]
-    answered = _sample(session, lora, inputs.held_out, rows, asked, seeds, 1, go_on)
+    answered = _held_out_replies(session, lora, go_on)
     table = _score(session, inputs.held_out, rows, answered, step)
     rewards = group_advantages(table.rewards_NF, num_generations=1, weights_F=_rewards(session).weights).rewards_N
     rewards[[problem.row for problem in table.problems]] = np.nan
@@ -110,17 +116,29 @@ def held_out_rewards(session: Session, lora: Lora, step: int, go_on: GoOn) -> tu
     replies = [reply for each in answered for reply in each.replies]
     found[f"{EVAL}reply_tokens"] = float(np.mean([reply.length for reply in replies]))
     found |= _of_tools(session, replies, EVAL)
-    samples: list[Record] = [
-        {
-            "step": step,
-            "prompt": {"prompt": each.asked.prompt},
-            "reply": reply.text,
-            "end": reply.end,
-            **({REWARD: float(reward)} if np.isfinite(reward) else {}),
-        }
-        for each, reply, reward in zip(answered[:SHOWN], replies, rewards, strict=False)
+    samples = [
+        {**each, **({REWARD: float(reward)} if np.isfinite(reward) else {})}
+        for each, reward in zip(_samples(answered, step), rewards, strict=False)
     ]
     return samples, found
+
+
+def _held_out_replies(session: Session, lora: Lora, go_on: GoOn) -> list[_Answered]:
+    """Returns each held-out prompt with one reply, drawn with the same random numbers every time."""
+    prompts, rows = _inputs(session).held_out, session.run.inputs.dataset.eval
+    assert prompts is not None and rows is not None
+    asked = [Asked(int(rows.numbers[index]), rows.row(index)[0][:-1].tolist()) for index in range(len(rows))]
+    seeds = [draw_seed(session.run.config.train.seed, each.number) for each in asked]
+    return _sample(session, lora, prompts, rows, asked, seeds, 1, go_on)
+
+
+def _samples(answered: Sequence[_Answered], step: int) -> list[Record]:
+    """Returns records of the first replies to held-out prompts."""
+    return [
+        {"step": step, "prompt": {"prompt": each.asked.prompt}, "reply": reply.text, "end": reply.end}
+        for each in answered[:SHOWN]
+        for reply in each.replies
+    ]
 
 
 def _inputs(session: Session) -> RolloutInputs:
@@ -145,13 +163,6 @@ def _asked(batches: Sequence[Batch]) -> tuple[list[Asked], Int64[np.ndarray, "K 
     return asked, np.where(is_prompt_KM, is_prompt_KM.ravel().cumsum().reshape(is_prompt_KM.shape) - 1, -1)
 
 
-class _Answered(NamedTuple):
-    """A prompt as its replies start from it, and the replies."""
-
-    asked: Asked
-    replies: list[Reply]
-
-
 def _sample(
     session: Session,
     lora: Lora,
@@ -167,7 +178,8 @@ def _sample(
     Args:
       seeds: of the draws of each prompt.
     """
-    inputs, settings, tools = _inputs(session), session.run.config.rollouts, _rewards(session).tools
+    inputs, settings = _inputs(session), session.run.config.rollouts
+    tools = None if session.rewards is None else session.rewards.tools
     how = {"seeds": seeds, "count": count, "longest": inputs.longest_prompt, "where": rows.where}
     asked = start_prompts(asked, prompts, tools, inputs.template, **how)
     with_tools = None
@@ -347,3 +359,52 @@ def _with_logps(session: Session, lora: Lora, batch: Batch, name: str) -> Batch:
         outputs = session.run.gradients.forward.outputs(objective, arrays)(parts, arrays)
         found.append(np.asarray(unrouted(outputs).logps_BT, np.float32))
     return with_token_values(batch, name, np.stack(found))
+
+
+# On-policy distillation: `Session.teacher` adds its predictions to each batch of replies, as to the rows of the data.
+
+
+def draw_replies(
+    session: Session, lora: Lora, step: int, prompts: Sequence[Batch], go_on: GoOn
+) -> list[tuple[Batch, Record]]:
+    """Samples replies; returns the batches of the phase's steps, with entries for their records.
+
+    Args:
+      lora: parameters after `step` steps.
+      prompts: batches of prompts, one for each step of the phase.
+    """
+    config, inputs = session.run.config, _inputs(session)
+    asked, place_KM = _asked(prompts)
+    seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
+    rows, began = (inputs.prompts, session.run.inputs.dataset.train), time.perf_counter()
+    answered = _sample(session, lora, *rows, asked, seeds, config.rollouts.num_generations, go_on)
+    seconds, found = time.perf_counter() - began, list[tuple[Batch, Record]]()
+    for batch, place_M in zip(prompts, place_KM, strict=True):
+        groups = [_all_trained(answered[at]) if at >= 0 else None for at in place_M.tolist()]
+        shape, how = batch.inputs.shape[:2], {"pad_id": inputs.pad_id, "position": batch.position}
+        own = [reply for at in place_M[place_M >= 0].tolist() for reply in answered[at].replies]
+        record: Record = {
+            "reply_tokens": float(np.mean([reply.length for reply in own])),
+            "replies_cut": float(np.mean([reply.is_cut for reply in own])),
+        }
+        found.append((replies_batch(groups, {}, inputs.lengths, shape, **how), record))
+    tokens = sum(reply.length for each in answered for reply in each.replies)
+    found[0][1].update({"rollout_seconds": seconds, "rollout_tokens": tokens})
+    return found
+
+
+def held_out_batches(session: Session, lora: Lora, step: int, go_on: GoOn) -> tuple[list[Record], list[Batch]]:
+    """Returns (records of the first held-out prompts' replies, batches of one reply to each held-out prompt)."""
+    answered = _held_out_replies(session, lora, go_on)
+    rows, inputs = rows_of_batch(session.run.config, session.run.mesh), _inputs(session)
+    longest = max(len(each.asked.ids) for each in answered)
+    lengths = row_lengths(longest, session.run.config.rollouts.max_completion_length, 1, 1)
+    groups = [_all_trained(each) for each in answered]
+    filled = [[*some, *[None] * (rows - len(some))] for some in itertools.batched(groups, rows)]
+    how = {"pad_id": inputs.pad_id, "position": None}
+    return _samples(answered, step), [replies_batch(some, {}, lengths, (1, rows), **how) for some in filled]
+
+
+def _all_trained(answered: _Answered) -> Group:
+    asked, replies = answered
+    return Group(asked.number, asked.ids, replies, [True] * len(replies))

@@ -34,6 +34,8 @@ from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.training.device_mesh import local_devices
 from qlora_jax.training.display.banner import next_commands, rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.run_display import Display, print_banner
+from qlora_jax.training.distilled_batches import FOLDER as PREDICTIONS
+from qlora_jax.training.distilled_batches import prepare_teacher
 from qlora_jax.training.loop import initial_state, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
 from qlora_jax.training.metrics.metrics_file import (
@@ -101,7 +103,7 @@ def lock_output(
 
 
 def _check_is_run_folder(run: Path, allowed: Collection[Path]) -> None:
-    known = {PAGE_FILE, JSON_FILE, LOCK_FILE, *(path.name for path in allowed)}
+    known = {PAGE_FILE, JSON_FILE, LOCK_FILE, PREDICTIONS, *(path.name for path in allowed)}
     if not run.exists() or (run / CONFIG_FILE).exists() or saved_steps(run):
         return
     if not run.is_dir() or not {entry.name for entry in run.iterdir()} <= known:
@@ -287,8 +289,9 @@ def run_training(
         planned = planned._replace(run=dataclasses.replace(planned.run, config=config))
         peak = watch_peak(local_devices(planned.run.mesh))
         connect_devices(watchdog.group, planned.run.mesh, config.hosts.stuck_after)
+        teacher = prepare_teacher(planned.run, console)  # before the weights, because it may be larger than the model
         session = with_initial(_session(planned.run, resumed, model, console), resumed)
-        session = dataclasses.replace(session, rewards=rewards)
+        session = dataclasses.replace(session, rewards=rewards, teacher=teacher)
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
             if is_first and not resume:

@@ -46,6 +46,7 @@ from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.questions import Questions, Samples, open_questions, open_samples
 from qlora_jax.training.step_spec import StepSpec
+from qlora_jax.training.teacher.predictions import TeacherSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class RunInputs:
       new_ids: ids of the new tokens.
       start: LoRA parameters to start from.
       rollouts: the prompts, if the model learns from its own replies.
+      teacher: the model whose predictions are learned, if the objective has one.
     """
 
     source: ModelSource
@@ -70,6 +72,7 @@ class RunInputs:
     samples: Samples | None
     questions: Questions | None
     rollouts: RolloutInputs | None = None
+    teacher: TeacherSource | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.training.device_mesh import replicate
 from qlora_jax.training.optimizer_state import CorrectedStateManager, OptimizerStateManager, make_state_manager
 from qlora_jax.training.run_spec import RunSpec
+from qlora_jax.training.teacher.predictions import DistilledBatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,8 @@ class Session:
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       initial_digest: of the initial adapter, with an objective that has a reference (reference.py).
       reference: the initial adapter, if held-out rows are compared with it, or each step reads it.
-      rewards: the reward functions, if the model learns from its own replies.
+      rewards: the reward functions, if the model learns from rewards of the replies that it samples.
+      teacher: gives batches a teacher's predictions, if the model learns them.
     """
 
     run: RunSpec
@@ -74,6 +76,7 @@ class Session:
     initial_digest: str | None = None
     reference: ReferenceParameters | None = None
     rewards: RewardFunctions | None = None
+    teacher: DistilledBatches | None = None
 
 
 def _initializer_range(source: ModelSource) -> float:

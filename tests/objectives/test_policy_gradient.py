@@ -100,7 +100,7 @@ def test_batches_have_arrays_of_tokens():
     objective = Routed(objective=PolicyGradient(sequences_per_row=3, stored_old=True, beta=0.1), aux_loss_coef=0.1)
     names = ("old_logps", "reference_logps", "sampler_logps")
     batch = abstract_batch((2, 4, 64), objective, packed=True, branching=True)
-    assert token_values(objective) == names
+    assert tuple(token_values(objective)) == names
     assert all(batch[name].shape == (2, 4, 64) and batch[name].dtype == jnp.float32 for name in names)
     assert batch["advantages"].shape == batch["token_scale"].shape == (2, 4, 15)
     assert not {*names, "advantages", "token_scale"} & {*read_by_outputs(batch, objective)}

@@ -121,14 +121,14 @@ STEPS = [("gspo", "mesh"), ("kl of stale replies", "packed")]  # in CI
 
 
 @functools.cache
-def _parts(folder: Path) -> ModelParts:
+def float32_parts(folder: Path) -> ModelParts:
     source = open_model(folder)
     model = load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32")).model
     add_lora(model, LORA, jax.random.key(0))
     return partition(model)
 
 
-def _random_lora(parts: ModelParts, seed: int, near: Lora | None = None) -> Lora:
+def random_lora(parts: ModelParts, seed: int, near: Lora | None = None) -> Lora:
     rng = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.15, leaf.shape), leaf.dtype), parts.lora)
     return drawn if near is None else jax.tree.map(lambda own, other: other + 0.3 * own, drawn, near)
@@ -140,7 +140,7 @@ def _in_peft_format(folder: Path, lora: Lora):
     return in_peft_format(named_leaves, LORA, features, str(folder))
 
 
-def _write_adapter(folder: Path, base: Path, lora: Lora) -> str:
+def write_start(folder: Path, base: Path, lora: Lora) -> str:
     config, tensors = _in_peft_format(base, lora)
     folder.mkdir()
     write_adapter(folder, tensors, config)
@@ -212,13 +212,13 @@ def _logps(parts: ModelParts, temperature: float) -> list[list[list[float]]]:
 
 
 def _stored(base: Path, temperature: float) -> dict[str, list[list[list[float]]]]:
-    parts = _parts(base)
-    of_old = _logps(parts.with_lora(_random_lora(parts, 1)), temperature)
+    parts = float32_parts(base)
+    of_old = _logps(parts.with_lora(random_lora(parts, 1)), temperature)
     reference = _logps(parts, temperature)  # B is 0 at the start
     return {
         "old_logps": of_old,
         "reference_logps": reference,
-        "sampler_logps": _sampler(_logps(parts.with_lora(_random_lora(parts, 1)), 1.0)),
+        "sampler_logps": _sampler(_logps(parts.with_lora(random_lora(parts, 1)), 1.0)),
     }
 
 
@@ -229,7 +229,7 @@ def _advantages(policy: PolicyArgs) -> np.ndarray:
     return group_advantages(rewards, **settings).advantages_N
 
 
-def _check_gradients(
+def check_gradients(
     grads: Lora, found: dict[str, np.ndarray], name: str, base: Path, where: str, factor: float = 1.0
 ) -> None:
     ours = _in_peft_format(base, grads)[1]
@@ -243,8 +243,8 @@ def _check_gradients(
 
 
 def _policy_parts(base: Path) -> ModelParts:
-    parts = _parts(base)
-    return parts.with_lora(_random_lora(parts, 2, near=_random_lora(parts, 1)))
+    parts = float32_parts(base)
+    return parts.with_lora(random_lora(parts, 2, near=random_lora(parts, 1)))
 
 
 def _by_step(parts: ModelParts, arrays: dict[str, np.ndarray], objective: PolicyGradient, form: str):
@@ -289,7 +289,7 @@ def _by_parts(parts: ModelParts, arrays: dict[str, np.ndarray], objective: Polic
 
 def _check(name: str, base: Path, found: dict[str, np.ndarray], grads: Lora, loss: float, where: str) -> None:
     np.testing.assert_allclose(loss, found[f"{name}/loss"], rtol=TOLERANCE, atol=1e-6, err_msg=where)
-    _check_gradients(grads, found, name, base, where)
+    check_gradients(grads, found, name, base, where)
 
 
 @pytest.fixture(scope="module")
@@ -297,8 +297,8 @@ def trl(tmp_path_factory: pytest.TempPathFactory, oracle) -> tuple[Path, dict[st
     """The base model, and TRL's results of all cases."""
     config, folder = tiny_config(), tmp_path_factory.mktemp("policies")
     base = write_folder(folder / "base", config, random_weights(config), 1, **{"tokenizer.json": tokenizer_json()})
-    parts = _parts(base)
-    old = _random_lora(parts, 1)
+    parts = float32_parts(base)
+    old = random_lora(parts, 1)
     whole = {"reward_weights": WEIGHTS, "max_completion_length": LONGEST}
     cases = {
         name: [
@@ -312,9 +312,9 @@ def trl(tmp_path_factory: pytest.TempPathFactory, oracle) -> tuple[Path, dict[st
         SCRIPT,
         base=str(base),
         tokenizer=str(base / "tokenizer.json"),
-        start=_write_adapter(folder / "start", base, parts.lora),
-        old=_write_adapter(folder / "old", base, old),
-        policy=_write_adapter(folder / "policy", base, _random_lora(parts, 2, near=old)),
+        start=write_start(folder / "start", base, parts.lora),
+        old=write_start(folder / "old", base, old),
+        policy=write_start(folder / "policy", base, random_lora(parts, 2, near=old)),
         prompts=PROMPTS,
         replies=REPLIES,
         rewards=REWARDS,
@@ -392,4 +392,4 @@ def test_rloo_is_dr_grpo_without_deviations(trl: tuple[Path, dict[str, np.ndarra
     objective = _objective(case)
     arrays = _arrays(case, "packed", _stored(base, objective.temperature), advantages)
     grads, _ = _by_parts(_policy_parts(base), arrays, objective)
-    _check_gradients(grads, found, "rloo", base, "rloo", share / LONGEST)
+    check_gradients(grads, found, "rloo", base, "rloo", share / LONGEST)

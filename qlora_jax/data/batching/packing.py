@@ -181,6 +181,7 @@ NO_ROW = -1
 
 
 PRESENT = "present"
+TokenNumbers = Float32[np.ndarray, "A B T ..."] | Int32[np.ndarray, "A B T ..."]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,9 @@ class Batch:
     depths: Int32[np.ndarray, "A B T"] | None = None
     sequences: Int32[np.ndarray, "A B T"] | None = None
     slots: Mapping[str, Float32[np.ndarray, "A B S ..."]] = dataclasses.field(default_factory=dict)
-    token_values: Mapping[str, Float32[np.ndarray, "A B T"]] = dataclasses.field(default_factory=dict)
+    token_values: Mapping[str, Float32[np.ndarray, "A B T ..."] | Int32[np.ndarray, "A B T ..."]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def tokens(self) -> int:

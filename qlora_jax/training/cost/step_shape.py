@@ -357,7 +357,7 @@ def batch_shapes(
     found["weights"] = batch, "float32"
     if isinstance(objective, Routed):
         found[FILLED] = (*batch[:2], 1), "int32"
-    found |= {name: (batch, "float32") for name in token_values(objective)}
+    found |= {name: ((*batch, *each.inner), each.dtype) for name, each in token_values(objective).items()}
     found |= {name: (batch, "int32") for name in _structure(objective, packed=packed, branching=branching)}
     if not objective.sequences_per_row:
         return found

@@ -129,12 +129,18 @@ def _high_rate(config: Config) -> str | None:
 
 
 def _replies(session: Session) -> Rows:
-    """Returns rows on the replies that a run samples, and on what rewards them."""
+    """Returns rows on the teacher, on the replies that a run samples, and on what rewards them."""
+    settings, policy, distilled = (getattr(session.run.config, name) for name in ("rollouts", "policy", "distillation"))
+    teacher = {}
+    if session.run.inputs.teacher is not None:
+        kind = {0.0: "forward KL", 1.0: "reverse KL"}.get(distilled.beta, f"Jensen-Shannon, beta {distilled.beta:g}")
+        teacher["teacher"] = f"{distilled.teacher}, its {distilled.loss_top_k:,} likeliest tokens, {kind}"
     if session.run.inputs.rollouts is None:
-        return {}
-    settings, policy = session.run.config.rollouts, session.run.config.policy
+        return teacher
     passes = f", {policy.num_iterations} passes over them" if policy.num_iterations > 1 else ""
     sampled = f"{settings.num_generations} per prompt, of at most {settings.max_completion_length:,} tokens"
+    if teacher:
+        return teacher | {"replies": f"{sampled}, temperature {settings.temperature:g}"}
     redraws = f"; up to {policy.max_redraws} further draws if rewards are equal" if policy.max_redraws else ""
     functions = session.rewards
     tools = () if functions is None or functions.tools is None else functions.tools.schemas

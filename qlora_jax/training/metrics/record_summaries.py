@@ -22,6 +22,7 @@ EVAL = "eval_"  # prefix of the held-out metrics
 CHOSEN, REJECTED, MARGIN, ACCURACY = "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"
 LOG_RATIO, KTO_KL, LOGP_CHOSEN, LOGP_REJECTED = "log_ratio_per_token", "kto_kl", "logp_chosen", "logp_rejected"
 KL_CHOSEN, KL_REJECTED = "kl_chosen", "kl_rejected"
+DIVERGENCE, CROSS_ENTROPY, TEACHER_TAIL = "divergence", "cross_entropy", "teacher_tail"
 POLICY_ENTROPY, POLICY_KL = "entropy", "kl"
 CLIPPED, CISPO_CLIPPED = "clip_ratio_region_mean", "cispo_clip_ratio"
 CLIPPED_LOW, CLIPPED_LOW_MIN = "clip_ratio_low_mean", "clip_ratio_low_min"

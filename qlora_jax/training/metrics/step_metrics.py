@@ -12,13 +12,14 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float64, Int64, PyTree
+from jaxtyping import ArrayLike, Float32, Float64, Int64, PyTree
 
 from qlora_jax.data.batching.packing import PRESENT
 from qlora_jax.measures.metrics import Metric, RowValues, perplexity
 from qlora_jax.measures.statistics import bootstrap, paired_bootstrap_of, wilson_interval
 from qlora_jax.models.config import ExpertsConfig
 from qlora_jax.nn.router import SIGMOID
+from qlora_jax.objectives.distillation import DistilledRows
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
 from qlora_jax.objectives.policy_gradient import PolicyGradient, PolicyOutputs
 from qlora_jax.objectives.router_losses import RoutedOutputs
@@ -29,7 +30,9 @@ from qlora_jax.training.metrics.record_summaries import (
     AUX_LOSS,
     BY_LAYER,
     CHOSEN,
+    CROSS_ENTROPY,
     DEAD,
+    DIVERGENCE,
     ENTROPY,
     EVAL,
     HIGH,
@@ -45,6 +48,7 @@ from qlora_jax.training.metrics.record_summaries import (
     MAX_LOAD,
     OBJECTIVE_ROWS,
     REJECTED,
+    TEACHER_TAIL,
     Z_LOSS,
 )
 
@@ -233,12 +237,23 @@ def step_metrics(objective: Objective, outputs: PyTree, arrays: Mapping[str, np.
     Args:
       arrays: those of the batch.
     """
+    if isinstance(outputs, DistilledRows):
+        found = means(distillation_values(outputs, arrays["weights"]))
+        del found[DIVERGENCE]  # the loss
+        return found
     if not isinstance(outputs, SequenceLogps | PolicyOutputs):
         return {}
     own = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), outputs)  # on a mesh they lie on all devices
     if isinstance(own, PolicyOutputs):
         return policy_metrics(cast(PolicyGradient, objective), own, arrays)
     return means(preference_values(cast(PreferenceObjective, objective), own, arrays))
+
+
+def distillation_values(outputs: DistilledRows, weights: Float32[np.ndarray, "*A B T"]) -> dict[str, RowValues]:
+    """Returns each row's part of the divergence, the cross-entropy, and the teacher's probability of the tail."""
+    tokens = weights.sum(axis=-1, dtype=np.float64).ravel()
+    named = {DIVERGENCE: outputs.divergence_B, CROSS_ENTROPY: outputs.nll_B, TEACHER_TAIL: outputs.tail_B}
+    return {name: RowValues(np.asarray(each, np.float64).ravel(), tokens) for name, each in named.items()}
 
 
 def means_with_intervals(values: Mapping[str, RowValues]) -> dict[str, float]:

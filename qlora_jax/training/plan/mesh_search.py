@@ -56,6 +56,7 @@ from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec, open_inputs, weights_of
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
 from qlora_jax.training.step_spec import StepSpec
+from qlora_jax.training.teacher.sources import open_teacher
 
 LARGEST = 16  # value of mesh.fsdp to propose
 
@@ -324,6 +325,8 @@ def plan_run(run: RunSpec) -> RunPlan:
         questions=None if questions is None else questions.memory(run.gradients.parts),
         rollouts=run.rollout_memory,
         reference=plan_reference(run),
+        teacher=0 if run.inputs.teacher is None else run.inputs.teacher.nbytes,
+        teacher_stays=run.inputs.rollouts is not None,
     )
 
 
@@ -415,6 +418,7 @@ def _open_in_turn(config: Config, model: PreparedModel | None, group: Group, too
     if cached and not group.is_first:
         group.meet("the cached rows", config.hosts.stuck_after)
     inputs = open_inputs(config, model, tools)
+    inputs = dataclasses.replace(inputs, teacher=open_teacher(config, inputs.dataset.tokenizer, inputs.model))
     if cached and group.is_first:
         group.meet("the cached rows", config.hosts.stuck_after)
     return inputs

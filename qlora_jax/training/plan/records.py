@@ -117,6 +117,8 @@ class RunPlan:
       questions: the memory of questions; None for a run without questions.
       rollouts: the memory of sampling replies to learn from; None for a run that samples none.
       reference: the work and memory of the reference; None for an objective without one.
+      teacher: bytes of the weights of the teacher; 0 without one.
+      teacher_stays: True if it stays in memory next to the model, False if it is freed before the model is loaded.
     """
 
     requirements: Requirements
@@ -125,6 +127,8 @@ class RunPlan:
     questions: ProgramMemory | None = None
     rollouts: ProgramMemory | None = None
     reference: ReferencePlan | None = None
+    teacher: int = 0
+    teacher_stays: bool = False
 
     @property
     def fits(self) -> bool:
@@ -134,7 +138,8 @@ class RunPlan:
     @property
     def peak_bytes(self) -> int:
         """Bytes on the device at the peak."""
-        return max(self.requirements.total, self.question_bytes, self.rollout_bytes, self.reference_bytes)
+        of_model = max(self.requirements.total, self.question_bytes, self.rollout_bytes, self.reference_bytes)
+        return of_model + self.teacher if self.teacher_stays else max(of_model, self.teacher)
 
     @property
     def question_bytes(self) -> int:
@@ -175,4 +180,6 @@ class RunPlan:
             rows["rollouts"] = f"{format_bytes(self.rollout_bytes)}, peak in {self.rollouts.program}"
         if self.reference is not None:
             rows["reference pass"] = f"{self.reference}; {format_bytes(self.reference_bytes)} on the device"
+        if self.teacher:
+            rows["teacher"] = f"{format_bytes(self.teacher)}, {'next to' if self.teacher_stays else 'before'} the model"
         return rows | ({"host memory": format_bytes(host)} if host else {})

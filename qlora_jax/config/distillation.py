@@ -1,0 +1,58 @@
+"""Declares the settings of distillation: section `distillation`, with TRL's names of losses."""
+
+import dataclasses
+from typing import Literal
+
+from qlora_jax.config.fields import AT_LEAST_ONE, NOT_EMPTY, POSITIVE, UP_TO_ONE, setting
+from qlora_jax.config.objectives import OBJECTIVES, unused_settings
+
+OWN_BASE = "base"  # the teacher that is the run's own base, without its 4-bit codes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationArgs:
+    """The teacher whose predictions a model learns, and the divergence from them (docs/distill.md)."""
+
+    teacher: str | None = setting(
+        "the teacher: base (the run's own base in 16 bits), or a folder, GGUF file, org/name on the Hub or run folder "
+        "with the same tokenizer",
+        None,
+        NOT_EMPTY,
+        common="the teacher: base (the own base in 16 bits), or a model or run with the same tokenizer",
+    )
+    teacher_quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "nvfp4", "stored", "none"] = setting(
+        "4-bit data type of the teacher's linear layers; none: 16 bits. A run as teacher has that of its base", "none"
+    )
+    beta: float = setting(
+        "divergence from the teacher. 0: forward KL; 1: reverse KL; between: generalized Jensen-Shannon", 0.0, UP_TO_ONE
+    )
+    temperature: float = setting("logits of both models are divided by it in the loss", 1.0, POSITIVE)
+    loss_top_k: int = setting(
+        "the teacher's likeliest tokens that the loss compares one by one; at most the vocabulary", 64, AT_LEAST_ONE
+    )
+    loss_add_tail: bool = setting(
+        "compare the probability of all other tokens, too; false: both models are normalized over the likeliest tokens",
+        True,
+    )
+
+
+def distillation_problems(args: DistillationArgs, objective: str) -> list[str]:
+    """Reports settings that the objective ignores, and a teacher that is missing."""
+    if not OBJECTIVES[objective].distillation:
+        return unused_settings("distillation", args, (), objective)
+    problems = []
+    if args.teacher is None:
+        problems.append(
+            f"distillation.teacher: missing, expected a model for objective={objective}. Set it to base, for example"
+        )
+    if args.teacher == OWN_BASE and args.teacher_quant_type != "none":
+        problems.append(
+            f"distillation.teacher_quant_type: found {args.teacher_quant_type!r}, but distillation.teacher=base is in "
+            "16 bits. Remove this setting"
+        )
+    if args.loss_top_k == 1 and not args.loss_add_tail:
+        problems.append(
+            "distillation.loss_add_tail: found false with distillation.loss_top_k=1, whose divergence is always 0. "
+            "Remove this setting"
+        )
+    return problems

@@ -1,0 +1,68 @@
+"""Opens the teacher that the settings name, without its weights."""
+
+import dataclasses
+
+import jax
+
+from qlora_jax.config import Config
+from qlora_jax.config.distillation import OWN_BASE
+from qlora_jax.config.objectives import OBJECTIVES
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.pretrained import OpenedModel, is_finetuned, open_base, open_finetuned
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.training.teacher.local import LocalSource
+
+
+def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> LocalSource | None:
+    """Returns the teacher, or None for an objective without one.
+
+    Args:
+      tokenizer, student: of the model that learns.
+
+    Raises:
+      ValueError: the teacher cannot be opened, has another tokenizer, or fewer tokens than `distillation.loss_top_k`;
+        or several processes train.
+    """
+    if not OBJECTIVES[config.objective].distillation:
+        return None
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"objective: {config.objective} trains in one process, on any number of its devices (found "
+            f"{jax.process_count()} processes). Start one process"
+        )
+    args = config.distillation
+    assert args.teacher is not None, "the settings are checked"
+    own = dataclasses.replace(config.model, quant_type="none", keep_16bit=[], new_tokens=[], new_special_tokens=[])
+    if args.teacher == OWN_BASE:
+        opened = open_base(own)
+    elif is_finetuned(args.teacher):
+        opened = open_finetuned(args.teacher)
+    else:
+        opened = open_base(dataclasses.replace(own, path=args.teacher, quant_type=args.teacher_quant_type))
+    _check_tokens(opened, args.teacher, tokenizer)
+    most = min(opened.features.vocab_size, student.vocab_size)
+    if args.loss_top_k > most:
+        raise ValueError(
+            f"distillation.loss_top_k: found {args.loss_top_k}, expected at most {most}, the rows of the smaller "
+            "embedding. Lower it"
+        )
+    weights = dataclasses.replace(opened.args, compute_dtype=config.model.compute_dtype)
+    return LocalSource(
+        opened=opened,
+        args=weights,
+        count=args.loss_top_k,
+        temperature=args.temperature,
+        tokens=student.vocab_size,
+    )
+
+
+def _check_tokens(opened: OpenedModel, name: str, tokenizer: Tokenizer) -> None:
+    """Raises ValueError unless the teacher gives every token of the student the same id."""
+    ours, theirs = tokenizer.backend.get_vocab(), opened.tokenizer.backend.get_vocab()
+    differing = sorted((number, token) for token, number in ours.items() if theirs.get(token) != number)
+    if differing:
+        number, token = differing[0]
+        raise ValueError(
+            f"distillation.teacher: {name} has another tokenizer: {len(differing):,} of {len(ours):,} tokens differ "
+            f"(found id {theirs.get(token)} for {token!r}, expected {number}). Choose a teacher with the same tokenizer"
+        )

@@ -1,0 +1,75 @@
+"""Runs that learn a teacher's predictions: they learn, resume to the bit, and refuse other tokenizers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.config import Config, DistillationArgs, RolloutArgs
+from qlora_jax.training.teacher.local import LocalSource
+from tests.e2e.project import project
+from tests.e2e.tiny_runs import numbers, run, stop_and_resume
+
+TRAIN = dict(steps=6, micro_batch_size=2, accumulation=2, save_every=2, eval_every=6)
+
+
+def distilled_project(folder: Path, objective: str = "distill", teacher: str = "base", **changes) -> Config:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = folder / "texts.jsonl"
+    texts = [{"prompt": f"say {word} {i}"} for i in range(12) for word in "ab"]
+    if objective == "distill":
+        texts = [row | {"completion": f" {row['prompt'][::-1]}"} for row in texts]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    settings = dict(train=TRAIN, data=dict(train=str(rows), max_length=64), lora=dict(rank=4, dropout=0.0))
+    settings["optim"] = dict(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
+    config = project(folder, **settings | changes)
+    return dataclasses.replace(
+        config,
+        objective=objective,
+        distillation=DistillationArgs(teacher=teacher, loss_top_k=8),
+        rollouts=RolloutArgs(num_generations=2, max_completion_length=16) if objective == "gkd" else RolloutArgs(),
+    )
+
+
+@pytest.mark.parametrize("objective", ["distill", "gkd"])
+def test_a_quantized_model_learns_from_its_base_and_resumes_to_the_bit(tmp_path, monkeypatch, objective):
+    whole, stopped = (distilled_project(tmp_path / name, objective) for name in ("whole", "stopped"))
+    assert run(whole)
+    first, last = [record for record in numbers(whole) if "eval_loss" in record]
+    assert 0 < last["eval_loss"] < first["eval_loss"]
+    assert {"eval_cross_entropy", "eval_teacher_tail"} <= last.keys()
+    stop_and_resume(stopped, 2, monkeypatch)
+    assert numbers(stopped) == numbers(whole)
+
+
+@pytest.mark.slow
+def test_packed_runs_read_the_predictions_of_others(tmp_path, monkeypatch):
+    cache = str(tmp_path / "cache")
+    data = dict(max_length=64, cache=cache)
+    plain = distilled_project(tmp_path)
+    rows = plain.data.train
+    assert run(dataclasses.replace(plain, data=dataclasses.replace(plain.data, cache=cache)))
+    monkeypatch.setattr(LocalSource, "load", lambda *_: pytest.fail("the teacher was loaded again"))
+    packed = dataclasses.replace(plain, output=str(tmp_path / "packed"))
+    packed = dataclasses.replace(packed, data=dataclasses.replace(packed.data, packing=True, **data))
+    assert packed.data.train == rows and run(packed)
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path):
+    config = distilled_project(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in Path(config.model.path).iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [*vocabulary][-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    wrong = dataclasses.replace(config.distillation, teacher=str(other))
+    with pytest.raises(ValueError, match=r"other has another tokenizer: 2 of .* tokens differ"):
+        run(dataclasses.replace(config, distillation=wrong))
+    many = dataclasses.replace(config.distillation, loss_top_k=10**6)
+    with pytest.raises(ValueError, match=r"loss_top_k: found 1000000, expected at most"):
+        run(dataclasses.replace(config, distillation=many))
