@@ -169,6 +169,7 @@ class Study:
             if seed == 0 and task == TASKS[0]:
                 exported = functools.partial(self._exported, run, str(merge_into))
                 self._measure(f"{place}/{merge_into} file", task, exported)
+                assert self._found[f"{place}/{merge_into} file"] == self._found[f"{place}/{merge_into}"]
             return
         kind = str(ARMS[arm]["model.quant_type"])
         self._measure(f"{place}/unrounded", task, lambda: partition(self._trained(run, kind)))
