@@ -3,7 +3,7 @@
     python -m scripts.bench.rollout_sampling [--prompts 8] [--generations 8] [--length 32] [--blocks 5]
 
 SmolLM2-135M in NF4 with an adapter of rank 16. Each block samples the same number of replies of the same length in
-each way, one after the other; no reply ends early. Ratios are medians over the blocks, of time and of processor time.
+each way, in turn; no reply ends early. Ratios are medians over the blocks, of time and of processor time.
 Programs are compiled before. The prompts of a block are longer than those of the one before.
 """
 
@@ -25,7 +25,7 @@ from scripts.fetch_smollm2 import fetch_smollm2
 
 LONGEST = 256  # tokens of a prompt
 
-Seconds = tuple[float, float]  # of time, and of the processor
+Seconds = tuple[float, float]  # time and processor time
 
 
 def main() -> None:
