@@ -32,7 +32,7 @@ def distilled_project(folder: Path, objective: str = "distill", teacher: str = "
     )
 
 
-@pytest.mark.parametrize("objective", ["distill", "gkd"])
+@pytest.mark.parametrize("objective", ["distill", pytest.param("gkd", marks=pytest.mark.slow)])
 def test_a_quantized_model_learns_from_its_base_and_resumes_to_the_bit(tmp_path, monkeypatch, objective):
     whole, stopped = (distilled_project(tmp_path / name, objective) for name in ("whole", "stopped"))
     assert run(whole)
