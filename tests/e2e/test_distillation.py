@@ -46,13 +46,13 @@ def test_a_quantized_model_learns_from_its_base_and_resumes_to_the_bit(tmp_path,
 @pytest.mark.slow
 def test_packed_runs_read_the_predictions_of_others(tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
-    data = dict(max_length=64, cache=cache)
+    length = 64
     plain = distilled_project(tmp_path)
     rows = plain.data.train
     assert run(dataclasses.replace(plain, data=dataclasses.replace(plain.data, cache=cache)))
     monkeypatch.setattr(LocalSource, "load", lambda *_: pytest.fail("the teacher was loaded again"))
     packed = dataclasses.replace(plain, output=str(tmp_path / "packed"))
-    packed = dataclasses.replace(packed, data=dataclasses.replace(packed.data, packing=True, **data))
+    packed = dataclasses.replace(packed, data=dataclasses.replace(packed.data, packing=True, max_length=length, cache=cache))
     assert packed.data.train == rows and run(packed)
 
 
