@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,9 @@ def distilled_project(folder: Path, objective: str = "distill", teacher: str = "
     if objective == "distill":
         texts = [row | {"completion": f" {row['prompt'][::-1]}"} for row in texts]
     rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
-    settings = dict(train=TRAIN, data=dict(train=str(rows), max_length=64), lora=dict(rank=4, dropout=0.0))
+    settings: dict[str, Any] = dict(
+        train=TRAIN, data=dict(train=str(rows), max_length=64), lora=dict(rank=4, dropout=0.0)
+    )
     settings["optim"] = dict(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
     config = project(folder, **settings | changes)
     return dataclasses.replace(
@@ -32,7 +35,7 @@ def distilled_project(folder: Path, objective: str = "distill", teacher: str = "
     )
 
 
-@pytest.mark.parametrize("objective", ["distill", "gkd"])
+@pytest.mark.parametrize("objective", ["distill", pytest.param("gkd", marks=pytest.mark.slow)])
 def test_a_quantized_model_learns_from_its_base_and_resumes_to_the_bit(tmp_path, monkeypatch, objective):
     whole, stopped = (distilled_project(tmp_path / name, objective) for name in ("whole", "stopped"))
     assert run(whole)
@@ -46,13 +49,12 @@ def test_a_quantized_model_learns_from_its_base_and_resumes_to_the_bit(tmp_path,
 @pytest.mark.slow
 def test_packed_runs_read_the_predictions_of_others(tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
-    data = dict(max_length=64, cache=cache)
     plain = distilled_project(tmp_path)
     rows = plain.data.train
     assert run(dataclasses.replace(plain, data=dataclasses.replace(plain.data, cache=cache)))
     monkeypatch.setattr(LocalSource, "load", lambda *_: pytest.fail("the teacher was loaded again"))
     packed = dataclasses.replace(plain, output=str(tmp_path / "packed"))
-    packed = dataclasses.replace(packed, data=dataclasses.replace(packed.data, packing=True, **data))
+    packed = dataclasses.replace(packed, data=dataclasses.replace(packed.data, packing=True, cache=cache))
     assert packed.data.train == rows and run(packed)
 
 
