@@ -22,9 +22,8 @@ def distilled_project(folder: Path, objective: str = "distill", teacher: str = "
     if objective == "distill":
         texts = [row | {"completion": f" {row['prompt'][::-1]}"} for row in texts]
     rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
-    settings: dict[str, Any] = dict(
-        train=TRAIN, data=dict(train=str(rows), max_length=64), lora=dict(rank=4, dropout=0.0)
-    )
+    settings: dict[str, Any] = {"train": TRAIN, "lora": {"rank": 4, "dropout": 0.0}}
+    settings["data"] = dict(train=str(rows), max_length=64)
     settings["optim"] = dict(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, max_grad_norm=0.0)
     config = project(folder, **settings | changes)
     return dataclasses.replace(
