@@ -18,7 +18,6 @@ class DistillationArgs:
         "with the same tokenizer",
         None,
         NOT_EMPTY,
-        common="the teacher: base (the own base in 16 bits), or a model or run with the same tokenizer",
     )
     teacher_quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "nvfp4", "stored", "none"] = setting(
         "4-bit data type of the teacher's linear layers; none: 16 bits. A run as teacher has that of its base", "none"
