@@ -18,7 +18,7 @@ import qlora_jax as q
 from qlora_jax import allocator, runtime
 from qlora_jax.api.provenance import parts_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.inference.engine.engine import Engine
+from qlora_jax.inference.engine.engine import PATIENCE, Engine
 from qlora_jax.inference.engine.grammar import Grammar
 from qlora_jax.inference.engine.request import Request
 from qlora_jax.models.partition import ModelParts, partition
@@ -74,6 +74,11 @@ def _cases(alone: Engine, shared: Engine, tokenizer: Tokenizer) -> dict[str, Cal
     long = (words * 100)[:1000]
     any_text = Grammar(kind="regex", text=r"(.|\n)*")
 
+    def alone_in_its_row(block: int, **settings: object) -> float:
+        # After more rows, calls get one row again when PATIENCE of them were half empty.
+        _seconds(alone, [Request(prompt=words, max_new_tokens=PATIENCE + 2)])
+        return _decoding(alone, requests(1, block, **settings))
+
     def first_token(block: int) -> float:
         prompt = [*tokenizer.encode(f"{block}. "), *long]
         return _seconds(alone, [Request(prompt=prompt, max_new_tokens=1)])
@@ -83,10 +88,11 @@ def _cases(alone: Engine, shared: Engine, tokenizer: Tokenizer) -> dict[str, Cal
         return _seconds(alone, [Request(prompt=[*prompt[:1000], *words[:8]], max_new_tokens=1)])
 
     return {
-        **{f"{n} at once": lambda block, n=n: _decoding(alone, requests(n, block)) / n for n in (1, 2, 4, 8, 16)},
+        "1 at once": alone_in_its_row,
+        **{f"{n} at once": lambda block, n=n: _decoding(alone, requests(n, block)) / n for n in (2, 4, 8, 16)},
         "8 on one adapter": lambda block: _decoding(shared, on_runs(1, block)) / RUNS,
         "8 on eight adapters": lambda block: _decoding(shared, on_runs(RUNS, block)) / RUNS,
-        "with a grammar": lambda block: _decoding(alone, requests(1, block, grammar=any_text)),
+        "with a grammar": lambda block: alone_in_its_row(block, grammar=any_text),
         "1,000 tokens, new": first_token,
         "1,000 tokens, repeated": repeated,
         "longest wait beside a prompt": lambda block: _longest_wait(alone, requests(1, block)[0], [*long, block]),
