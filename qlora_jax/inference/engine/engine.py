@@ -592,7 +592,7 @@ class Engine:
             described = [Row() if each is None else _described(each) for each in each_R]
             known = row_settings(described, vocab), row_state(described, vocab)
         asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
-        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 1
+        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 0
         local_RV = logits_RV if self._mesh is None else logits_RV.addressable_data(0)
         choice, state = choose(local_RV, *known, self._mask(each_R), likeliest=likeliest)
         return choice, known[0], state
