@@ -1,4 +1,4 @@
-"""Continues replies that call tools: the tools answer, and the model goes on, until it calls none.
+"""Continues replies that call tools: the tools answer, and the model writes another turn, until it calls none.
 
 The ids of earlier turns stay as they were drawn. Those of an answer follow them, so nothing is tokenized again. The
 rules for limits are TRL's:

@@ -185,7 +185,7 @@ def _open_rollouts(
     if dataset.eval is not None and dataset.report.eval is not None:
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}
         held_out = read_prompt_rows(data, dataset.eval.files, forms)
-    # An environment adds text to prompts while the run goes on.
+    # Environments add text to prompts during the run.
     longest = dataset.buckets[-1]
     if config.environment is not None:
         longest = max(data.max_length - settings.max_completion_length, dataset.eval_buckets[-1])

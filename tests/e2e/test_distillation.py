@@ -57,6 +57,18 @@ def test_packed_runs_read_the_predictions_of_others(tmp_path, monkeypatch):
     assert packed.data.train == rows and run(packed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a folder", "a run"])
+def test_another_model_teaches(tmp_path, kind):
+    teacher = distilled_project(tmp_path / "teacher")
+    assert run(teacher)
+    named = teacher.model.path if kind == "a folder" else teacher.output
+    config = distilled_project(tmp_path / "student", teacher=str(named))
+    assert run(config)
+    first, last = [record["eval_loss"] for record in numbers(config) if "eval_loss" in record]
+    assert 0 < last < first
+
+
 def test_a_teacher_with_other_tokens_is_refused(tmp_path):
     config = distilled_project(tmp_path)
     other = tmp_path / "other"

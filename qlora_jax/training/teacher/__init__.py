@@ -1,1 +1,1 @@
-"""The teacher of a run that distills: its predictions, from a model in memory, an endpoint, or files."""
+"""The teacher of a run that distills: its predictions, from a model in memory or from files."""

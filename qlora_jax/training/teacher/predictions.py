@@ -36,7 +36,7 @@ class Predictions(NamedTuple):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A model, here or behind an endpoint."""
+    """A loaded model."""
 
     def predict(self, arrays: Arrays) -> Predictions:
         """Returns its predictions, [B, T, ...], for the arrays of a micro-batch (`Batch.arrays` without the axis A)."""
