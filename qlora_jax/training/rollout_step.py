@@ -214,19 +214,25 @@ def _score(
     return _rewards(session).score(replies_to_score(prompts, numbers, replies, rows.where, **how))
 
 
+def _sample_prompts(
+    session: Session, lora: Lora, step: int, asked: Sequence[Asked], chosen: Sequence[int], number: int, go_on: GoOn
+) -> list[_Answered]:
+    """Returns the chosen prompts of a phase with their replies; `number` is that of the draw."""
+    config, again = session.run.config, (number,) if number else ()
+    seeds = [draw_seed(config.train.seed, step, place, asked[place].number, *again) for place in chosen]
+    rows, own = session.run.inputs.dataset.train, [asked[place] for place in chosen]
+    return _sample(session, lora, _inputs(session).prompts, rows, own, seeds, config.rollouts.num_generations, go_on)
+
+
 def _draw(
     session: Session, lora: Lora, step: int, asked: Sequence[Asked], chosen: Sequence[int], number: int, go_on: GoOn
 ) -> Draw[_Answered]:
     """Samples and scores replies to the chosen prompts of a phase; `number` is that of the draw."""
-    config, rows = session.run.config, (_inputs(session).prompts, session.run.inputs.dataset.train)
-    again = (number,) if number else ()
-    seeds = [draw_seed(config.train.seed, step, place, asked[place].number, *again) for place in chosen]
-    own = [asked[place] for place in chosen]
     began = time.perf_counter()
-    answered = _sample(session, lora, *rows, own, seeds, config.rollouts.num_generations, go_on)
+    answered = _sample_prompts(session, lora, step, asked, chosen, number, go_on)
     sampled = time.perf_counter()
     go_on("rewards")
-    table = _score(session, *rows, answered, step)
+    table = _score(session, _inputs(session).prompts, session.run.inputs.dataset.train, answered, step)
     seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
     tokens = sum(reply.length for each in answered for reply in each.replies)
     return Draw(groups=answered, table=table, tokens=tokens, **seconds)
@@ -373,11 +379,8 @@ def draw_replies(
       lora: parameters after `step` steps.
       prompts: batches of prompts, one for each step of the phase.
     """
-    config, inputs = session.run.config, _inputs(session)
-    asked, place_KM = _asked(prompts)
-    seeds = [draw_seed(config.train.seed, step, place, each.number) for place, each in enumerate(asked)]
-    rows, began = (inputs.prompts, session.run.inputs.dataset.train), time.perf_counter()
-    answered = _sample(session, lora, *rows, asked, seeds, config.rollouts.num_generations, go_on)
+    inputs, (asked, place_KM), began = _inputs(session), _asked(prompts), time.perf_counter()
+    answered = _sample_prompts(session, lora, step, asked, range(len(asked)), 0, go_on)
     seconds, found = time.perf_counter() - began, list[tuple[Batch, Record]]()
     for batch, place_M in zip(prompts, place_KM, strict=True):
         groups = [_all_trained(answered[at]) if at >= 0 else None for at in place_M.tolist()]
