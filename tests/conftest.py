@@ -121,35 +121,69 @@ def _write_inputs(path: Path, inputs: dict[str, object]) -> None:
     np.savez(path, **arrays, json=np.array(json.dumps(rest)))
 
 
-def _runner(python_of: Callable[[], Path], folder: Path) -> Oracle:
+Launch = Callable[[list[str], Path], int]  # runs a script with arguments, and returns its status
+
+
+def _runner(launch: Launch, folder: Path) -> Oracle:
     def run(script: Path, **inputs: object) -> dict[str, np.ndarray]:
-        python = python_of()
-        source, result = folder / f"{script.stem}_in.npz", folder / f"{script.stem}_out.npz"
+        source, result, output = (folder / f"{script.stem}_{name}" for name in ("in.npz", "out.npz", "printed.txt"))
         _write_inputs(source, inputs)
-        done = subprocess.run([python, script, source, result], capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.fail(f"{script.name} failed in {python}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        status = launch([str(each) for each in (script, source, result)], output)
+        if status != 0:
+            pytest.fail(f"{script.name} ended with status {status}:\n{output.read_text(errors='replace')[-8000:]}")
         with np.load(result) as arrays:
             return dict(arrays)
 
     return run
 
 
+def _launch_process(argv: list[str], output: Path) -> int:
+    python = _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python")
+    with output.open("wb") as printed:
+        return subprocess.run([python, *argv], stdout=printed, stderr=printed).returncode
+
+
+class _ForkServer:
+    """The process that forks for each script of the oracle (tests/oracle/fork_server.py); starts with the first."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def launch(self, argv: list[str], output: Path) -> int:
+        """Runs a script with arguments, and returns its status."""
+        if self._process is None:
+            python = _python_of("oracle", "QLORA_ORACLE_PYTHON", "torch, transformers, peft, bitsandbytes")
+            command = [python, ROOT / "tests/oracle/fork_server.py"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        stdin.write(json.dumps({"argv": argv, "env": dict(os.environ), "output": str(output)}) + "\n")
+        stdin.flush()
+        status = stdout.readline()
+        assert status, "the server of the oracle has ended"
+        return int(status)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.communicate()
+
+
 @pytest.fixture(scope="session")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
     """`oracle(script, **inputs) -> arrays`: runs a script of tests/oracle in the oracle's Python (see bridge.py there).
 
     NumPy arrays are passed as arrays, everything else as JSON. Skips if the oracle's Python is absent.
     """
-    holds = "torch, transformers, peft, bitsandbytes"
-    folder = tmp_path_factory.mktemp("oracle")
-    return _runner(lambda: _python_of("oracle", "QLORA_ORACLE_PYTHON", holds), folder)
+    server = _ForkServer()
+    yield _runner(server.launch, tmp_path_factory.mktemp("oracle"))
+    server.close()
 
 
 @pytest.fixture
 def llama_cpp(tmp_path: Path) -> Oracle:
     """`oracle` in the Python that has llama-cpp-python; skips if that is absent."""
-    return _runner(lambda: _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python"), tmp_path)
+    return _runner(_launch_process, tmp_path)
 
 
 @pytest.fixture
