@@ -26,6 +26,7 @@ TOOLS = ("ziglang==0.17.1", "lief==1.0.0")  # lief reads the symbols of ELF and 
 NATIVE = "pallas_kernels/native"
 # Zig's names of the variants' instruction sets. Clang would split vectors of 512 bits on server processors.
 CPUS = {
+    "amx_bf16": "x86_64_v4-prefer_256_bit+avx512bf16+avx512vnni+amx_tile+amx_bf16",
     "avx512_bf16": "x86_64_v4-prefer_256_bit+avx512bf16+avx512vnni",
     "avx512": "x86_64_v4-prefer_256_bit",
     "avx2": "x86_64_v3",

@@ -8,6 +8,7 @@ A library's name has its variant, a hash of the sources, and the version of XLA'
 later versions load it, too. XLA's flag --xla_cpu_max_isa hides instruction sets from XLA and from the loops.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -29,7 +30,9 @@ SOURCES = tuple(
     _HERE / f"{name}_cpu.cc"
     for name in ("nf4", "ggml", "dense", "attention", "paged_attention", "own_matrix", "row_moments", "scale_search")
 )
-HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "handler", "integers", "lanes", "product", "terms"))
+HEADERS = tuple(
+    _HERE / f"{name}.h" for name in ("amx", "attention", "handler", "integers", "lanes", "product", "terms")
+)
 BUILD = "python -m pallas_kernels.native.build"
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: double-quantized constants are rounded twice, as in bitsandbytes.
@@ -62,14 +65,18 @@ _AVX2 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _TO_AVX2 = {"AVX2"}
 _TO_AVX512 = _TO_AVX2 | {"AVX512", "AVX512_VNNI"}
+_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
+_FLAGS_OF_AVX512_BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
+_TILES = {"amx_tile", "amx_bf16"}
 # The best first.
 VARIANTS = {
-    "avx512_bf16": Variant(
+    "amx_bf16": Variant(
         "x86_64",
-        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
-        frozenset(_AVX512 | {"avx512_bf16", "avx512_vnni"}),
-        frozenset(_TO_AVX512),
+        (*_FLAGS_OF_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+        frozenset(_AVX512_BF16 | _TILES),
+        frozenset(_TO_AVX512 | {"AVX512_BF16"}),
     ),
+    "avx512_bf16": Variant("x86_64", _FLAGS_OF_AVX512_BF16, frozenset(_AVX512_BF16), frozenset(_TO_AVX512)),
     "avx512": Variant("x86_64", ("-march=x86-64-v4",), frozenset(_AVX512), frozenset(_TO_AVX2)),
     "avx2": Variant("x86_64", ("-march=x86-64-v3",), frozenset(_AVX2)),
     "neon_bf16": Variant("aarch64", ("-march=armv8.2-a+bf16+dotprod",), frozenset({"asimd", "asimddp", "bf16"})),
@@ -80,14 +87,21 @@ LEAST_OF_XLA = {"SSE4_2", "AVX"}  # values of --xla_cpu_max_isa that forbid ever
 
 @functools.cache
 def features() -> frozenset[str]:
-    """Returns the names of the processor's instruction sets, as Linux lists them."""
+    """Returns the names of the processor's instruction sets, as Linux lists them, that this process may use."""
     if platform.system() == "Darwin":  # Macs with Apple's processors have all of NEON
         bf16 = subprocess.run(("sysctl", "-n", "hw.optional.arm.FEAT_BF16"), capture_output=True, text=True)
         return frozenset({"asimd", "asimddp", "bf16"} if bf16.stdout.strip() == "1" else {"asimd"})
     cpuinfo = Path("/proc/cpuinfo")
     listed = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", listed, re.MULTILINE)
-    return frozenset(found[1].split() if found else ())
+    names = frozenset(found[1].split() if found else ())
+    return names if names.isdisjoint(_TILES) or _allows_tiles() else names - _TILES
+
+
+def _allows_tiles() -> bool:
+    """Asks Linux for AMX's registers, which a process has to ask for; returns False if it refuses."""
+    arch_prctl, request, tile_data = 158, 0x1023, 18  # linux/arch/x86/include/uapi/asm/prctl.h
+    return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
 
 def supported_variants() -> tuple[str, ...]:

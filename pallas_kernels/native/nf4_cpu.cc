@@ -372,7 +372,7 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
   return ffi::Error::Success();
 }
 
-// x [M, K], or [M, N] if transposed; strips: memory of as many words as x has terms.
+// x [M, K], or [M, N] if transposed; strips: memory of as many words as x has terms, both sizes rounded up for AMX.
 ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
                    ffi::Buffer<ffi::F32> nested, ffi::Buffer<ffi::F32> offset, ffi::Buffer<ffi::S32> layer,
                    ffi::Buffer<ffi::F32> table, ffi::Buffer<ffi::F32> map, int64_t nested_size,
@@ -387,7 +387,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> 
     const Made made{m, columns, terms, reinterpret_cast<const Element*>(x.untyped_data()), source,
                     reinterpret_cast<Element*>(y->untyped_data()),
                     reinterpret_cast<typename Made::Word*>(strips->typed_data())};
-    if (static_cast<int64_t>(strips->element_count()) < m * made.all_terms())
+    if (static_cast<int64_t>(strips->element_count()) < made.words())
       return ffi::Error::InvalidArgument("there is not enough room for the packed rows");
     made.run(pool);
     return ffi::Error::Success();

@@ -17,14 +17,11 @@
 
 namespace qlora {
 
-constexpr int kRows = kLanes == 16 ? 12 : 6;
 constexpr int kVectors = kLanes == 4 ? 4 : 2;  // per row of a tile, whose sums take three quarters of the registers
 constexpr int64_t kColumns = kVectors * kLanes;
-constexpr int64_t kMostRows = 528;    // rows per part, whose strips stay in the processor's caches for many panels
-constexpr int64_t kMostTerms = 1024;  // terms per chunk
-constexpr int64_t kWhole = 16;        // chunks but the last have a multiple of as many terms
-constexpr int64_t kAhead = 16;        // terms that the inner loop prefetches
-constexpr int64_t kSquare = 8;        // size of a transposition in registers
+constexpr int64_t kWhole = 16;  // chunks but the last have a multiple of as many terms
+constexpr int64_t kAhead = 16;  // terms that the inner loop prefetches
+constexpr int64_t kSquare = 8;  // size of a transposition in registers
 
 // ---- packing
 
@@ -105,6 +102,45 @@ void tile_of(int64_t rows, const typename T::Word* a, const typename T::Word* b,
   tile<T, R>(a, b, terms, add, c);
 }
 
+// ---- strips
+
+// Strips of kRows rows: how they are packed, and multiplied with a panel. Panels have kColumns columns.
+template <typename T>
+struct Strips {
+  using Word = typename T::Word;
+  static constexpr int64_t kRows = kLanes == 16 ? 12 : 6;
+  static constexpr int64_t kMostRows = 528;    // per part, whose strips stay in the processor's caches for many panels
+  static constexpr int64_t kMostTerms = 1024;  // per chunk
+
+  // Returns the size of all strips, and the place of a strip's terms from `start` on; `rows`: its rows.
+  static int64_t words(int64_t rows, int64_t terms) { return rows * terms; }
+  static int64_t place(int64_t row, int64_t rows, int64_t start, int64_t terms) { return row * terms + start * rows; }
+
+  template <typename Element>
+  static void pack(const Element* a, int64_t rows, int64_t terms, Word* to) {
+    if constexpr (T::kInPlace) {
+      pack_transposed(reinterpret_cast<const Word*>(a), terms, rows, terms, to, rows);
+    } else {
+      Buffer<Word> wide(rows * terms);
+      for (int64_t i = 0; i < rows * terms; ++i) wide.get()[i] = T::word(a + i);
+      pack_transposed(wide.get(), terms, rows, terms, to, rows);
+    }
+  }
+  struct Registers {};  // that a thread has to prepare
+  static void pad(Word*, int64_t) {}  // a panel's chunk may have any number of terms
+  static void multiply(int64_t rows, const Word* a, const Word* b, int64_t terms, bool add, float* c) {
+    tile_of<T, kRows>(rows, a, b, terms, add, c);
+  }
+};
+
+}  // namespace qlora
+
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+
+namespace qlora {
+
 // ---- the product
 
 // `Source` packs the right operand: pack(panel, start, count, to) writes terms [start, start + count) of the columns of a
@@ -112,43 +148,42 @@ void tile_of(int64_t rows, const typename T::Word* a, const typename T::Word* b,
 template <typename Element, typename Source>
 struct Product {
   using T = Terms<Element>;
+  using Strips = qlora::Strips<T>;
   using Word = typename T::Word;
+  static constexpr int64_t kRows = Strips::kRows;
   int64_t m, n, k;  // k: numbers
   const Element* a;
   const Source& source;
   Element* c;
-  Word* strips;  // a packed: [strips, terms, kRows]
+  Word* strips;  // a packed, `words()` of them
 
   int64_t all_terms() const { return k / T::kNumbers; }
+  int64_t words() const { return Strips::words(m, all_terms()); }
   int64_t panels() const { return (n + kColumns - 1) / kColumns; }
   int64_t chunk() const {  // terms per chunk: about equal ones, of whole vectors of codes
-    const int64_t chunks = (all_terms() + kMostTerms - 1) / kMostTerms, each = (all_terms() + chunks - 1) / chunks;
+    const int64_t chunks = (all_terms() + Strips::kMostTerms - 1) / Strips::kMostTerms;
+    const int64_t each = (all_terms() + chunks - 1) / chunks;
     return (each + kWhole - 1) / kWhole * kWhole;
   }
 
   void pack_strip(int64_t strip) const {
     const int64_t first = strip * kRows, rows = std::min<int64_t>(kRows, m - first);
-    Word* to = strips + first * all_terms();
-    if constexpr (T::kInPlace) {
-      pack_transposed(reinterpret_cast<const Word*>(a + first * k), all_terms(), rows, all_terms(), to, rows);
-    } else {
-      Buffer<Word> wide(rows * k);
-      for (int64_t i = 0; i < rows * k; ++i) wide.get()[i] = T::word(a + first * k + i);
-      pack_transposed(wide.get(), k, rows, k, to, rows);
-    }
+    Strips::pack(a + first * k, rows, all_terms(), strips + Strips::place(first, rows, 0, all_terms()));
   }
 
   // Computes rows [first, last) of c in the columns of a panel.
   void part(int64_t first, int64_t last, int64_t panel) const {
+    [[maybe_unused]] const typename Strips::Registers registers;
     Buffer<Word> packed(chunk() * kColumns);
-    Buffer<float> sums((last - first) * kColumns);
+    Buffer<float> sums((last - first + kRows - 1) / kRows * kRows * kColumns);
     for (int64_t start = 0; start < all_terms(); start += chunk()) {
       const int64_t count = std::min(chunk(), all_terms() - start);
       source.pack(panel, start, count, packed.get());
+      Strips::pad(packed.get(), count);
       for (int64_t row = first; row < last; row += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, last - row);
-        const Word* strip = strips + row * all_terms() + start * rows;
-        tile_of<T, kRows>(rows, strip, packed.get(), count, start > 0, sums.get() + (row - first) * kColumns);
+        const Word* strip = strips + Strips::place(row, rows, start, all_terms());
+        Strips::multiply(rows, strip, packed.get(), count, start > 0, sums.get() + (row - first) * kColumns);
       }
     }
     for (int64_t row = first; row < last; ++row) write(sums.get() + (row - first) * kColumns, row, panel * kColumns);
@@ -166,7 +201,7 @@ struct Product {
   void run(xla::ffi::ThreadPool& pool) const {
     in_parallel(pool, (m + kRows - 1) / kRows, [&](int64_t strip) { pack_strip(strip); });
     const int64_t for_threads = (2 * pool.num_threads() + panels() - 1) / panels();
-    const int64_t blocks = std::max((m + kMostRows - 1) / kMostRows, for_threads);
+    const int64_t blocks = std::max((m + Strips::kMostRows - 1) / Strips::kMostRows, for_threads);
     const int64_t each = ((m + blocks - 1) / blocks + kRows - 1) / kRows * kRows;  // rows per block
     in_parallel(pool, (m + each - 1) / each * panels(), [&](int64_t index) {
       const int64_t first = index / panels() * each;

@@ -56,9 +56,11 @@ def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Floa
 def _product(a: Float[Array, "M _"], weights: QTensor, layer: Layer, *, transposed: bool) -> Float[Array, "M _"]:
     """Computes a w if `transposed`, else a w^T."""
     numbers = 2 if a.dtype == jnp.bfloat16 and multiplies_bfloat16() else 1
+    rows, terms = a.shape[0], a.shape[1] // numbers
     results = (
-        jax.ShapeDtypeStruct((a.shape[0], weights.shape[1 if transposed else 0]), a.dtype),
-        jax.ShapeDtypeStruct((a.shape[0], a.shape[1] // numbers), jnp.uint32),  # a packed, used only by the call
+        jax.ShapeDtypeStruct((rows, weights.shape[1 if transposed else 0]), a.dtype),
+        # a packed, used only by the call: AMX multiplies 32 rows and 16 terms at once
+        jax.ShapeDtypeStruct((-(-rows // 32) * 32, -(-terms // 16) * 16), jnp.uint32),
     )
     return _call("nf4_product", results, weights, layer, a, transposed=transposed)[0]
 

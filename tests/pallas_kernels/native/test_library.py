@@ -66,8 +66,9 @@ def test_the_users_cache_is_where_the_system_has_it(monkeypatch, tmp_path):
 
 
 LIMITS = [
-    ("", "avx512_bf16"),
-    ("--xla_cpu_max_isa=AMX_FP16", "avx512_bf16"),
+    ("", "amx_bf16"),
+    ("--xla_cpu_max_isa=AMX_FP16", "amx_bf16"),
+    ("--xla_cpu_max_isa=AVX512_BF16", "avx512_bf16"),
     ("--xla_dump_to=x --xla_cpu_max_isa=avx2", "avx2"),
     ("--xla_cpu_max_isa=AVX512 --xla_cpu_max_isa=AVX2", "avx2"),  # XLA uses the last one, too
     ("--xla_cpu_max_isa=AVX512", "avx512"),
@@ -78,8 +79,20 @@ LIMITS = [
 @pytest.mark.parametrize(("flags", "expected"), LIMITS)
 def test_instruction_sets_that_xla_does_not_use_are_hidden(monkeypatch, flags, expected):
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(build, "features", lambda: build.VARIANTS["avx512_bf16"].features)
+    monkeypatch.setattr(build, "features", lambda: build.VARIANTS["amx_bf16"].features)
     monkeypatch.setenv("XLA_FLAGS", flags)
+    assert library.variant() == expected
+
+
+@pytest.mark.parametrize(("allows", "expected"), [(True, "amx_bf16"), (False, "avx512_bf16")])
+def test_registers_of_amx_are_asked_for(monkeypatch, tmp_path, allows, expected):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t\t: {' '.join(sorted(build.VARIANTS['amx_bf16'].features))}\n")
+    monkeypatch.setattr(build, "Path", lambda path: cpuinfo)
+    monkeypatch.setattr(build, "_allows_tiles", lambda: allows)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(build, "features", build.features.__wrapped__)
     assert library.variant() == expected
 
 
