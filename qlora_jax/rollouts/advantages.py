@@ -35,11 +35,6 @@ class Advantages(NamedTuple):
     std_P: Float64[np.ndarray, " P"]
     has_signal_P: Bool[np.ndarray, " P"]
 
-    @property
-    def without_signal(self) -> float:
-        """The share of prompts that teach nothing."""
-        return 1.0 - float(self.has_signal_P.mean())
-
 
 def group_advantages(
     rewards_NF: Float64[np.ndarray, "N F"],

@@ -178,10 +178,7 @@ def _put(by_room: dict[int, list[int]], rooms: list[int], room: int, chosen: int
 
 
 NO_ROW = -1
-
-
 PRESENT = "present"
-TokenNumbers = Float32[np.ndarray, "A B T ..."] | Int32[np.ndarray, "A B T ..."]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,6 @@ def check_exportable(method: str, tables: AdapterArrays, model: ModelConfig) -> 
 WHOLE = ("weight", "modules_to_save.weight")
 # Names of frozen tables: the base's, or those that contain the trained rows.
 FROZEN = ("token_adapter.base_layer.weight", "original_module.weight")
-SETTINGS = ("trainable_token_indices", "modules_to_save", "ensure_weight_tying")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
