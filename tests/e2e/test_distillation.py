@@ -9,13 +9,16 @@ import pytest
 
 from qlora_jax.config import Config, DistillationArgs, RolloutArgs
 from qlora_jax.training.teacher.local import LocalSource
-from tests.e2e.project import project
+from qlora_jax.training.teacher.predictions import TeacherError
+from tests.e2e.project import project, served_teacher, stop_after
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
 
 TRAIN = dict(steps=6, micro_batch_size=2, accumulation=2, save_every=2, eval_every=6)
 
 
-def distilled_project(folder: Path, objective: str = "distill", teacher: str = "base", **changes) -> Config:
+def distilled_project(
+    folder: Path, objective: str = "distill", teacher: str = "base", more: dict[str, Any] | None = None, **changes
+) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "texts.jsonl"
     texts = [{"prompt": f"say {word} {i}"} for i in range(12) for word in "ab"]
@@ -29,7 +32,7 @@ def distilled_project(folder: Path, objective: str = "distill", teacher: str = "
     return dataclasses.replace(
         config,
         objective=objective,
-        distillation=DistillationArgs(teacher=teacher, loss_top_k=8),
+        distillation=DistillationArgs(teacher=teacher, loss_top_k=8, **(more or {})),
         rollouts=RolloutArgs(num_generations=2, max_completion_length=16) if objective == "gkd" else RolloutArgs(),
     )
 
@@ -67,6 +70,37 @@ def test_another_model_teaches(tmp_path, kind):
     assert run(config)
     first, last = [record["eval_loss"] for record in numbers(config) if "eval_loss" in record]
     assert 0 < last < first
+
+
+@pytest.mark.slow
+def test_an_endpoint_teaches_as_the_same_model_does_and_is_not_needed_to_resume(tmp_path, monkeypatch):
+    whole = distilled_project(tmp_path / "whole")
+    assert run(whole)
+    with served_teacher(Path(whole.model.path)) as url:
+        stopped = distilled_project(tmp_path / "stopped", teacher=url, more={"teacher_model": "model"})
+        with monkeypatch.context() as patch:
+            stop_after(patch, stopped, 2)
+            assert not run(stopped)
+    assert run(stopped, resume=True)
+    for ours, local in zip(numbers(stopped), numbers(whole), strict=True):
+        assert ours == pytest.approx(local, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_endpoint_scores_sampled_replies_and_a_run_without_it_stops_at_a_checkpoint(tmp_path, monkeypatch):
+    whole = distilled_project(tmp_path / "whole", "gkd")
+    with served_teacher(Path(whole.model.path)) as url:
+        config = distilled_project(tmp_path / "remote", "gkd", teacher=url, more={"teacher_model": "model"})
+        monkeypatch.setattr("qlora_jax.training.teacher.endpoint.WAITS", ())
+        with monkeypatch.context() as patch:
+            stop_after(patch, config, 1)
+            assert not run(config)
+    with pytest.raises(TeacherError, match="no connection"):
+        run(config, resume=True)
+    stop_after(monkeypatch, whole, 1)
+    assert not run(whole)
+    for ours, local in zip(numbers(config), numbers(whole), strict=True):
+        assert ours == pytest.approx(local, rel=1e-3, abs=1e-4)
 
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path):

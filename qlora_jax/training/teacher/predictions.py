@@ -22,6 +22,10 @@ from qlora_jax.objectives.distillation import TEACHER_IDS, TEACHER_LOGPS
 Arrays = Mapping[str, np.ndarray]
 
 
+class TeacherError(ValueError):
+    """A teacher that gives no predictions, now; the run can go on later."""
+
+
 class Predictions(NamedTuple):
     """The teacher's likeliest tokens at positions; numbers of positions that are not supervised mean nothing.
 
@@ -32,6 +36,15 @@ class Predictions(NamedTuple):
 
     ids: Int32[np.ndarray, "..."]
     logps: Float32[np.ndarray, "..."]
+
+
+def check_are_known(ids: Int32[np.ndarray, "..."], tokens: int) -> None:
+    """Raises ValueError if a teacher predicts a token beyond the `tokens` that the student has."""
+    if (beyond := int(ids.max())) >= tokens:
+        raise ValueError(
+            f"distillation.teacher: predicts the token {beyond}, expected ids below {tokens}, the rows of the model's "
+            "embedding. Lower distillation.loss_top_k, or choose another teacher"
+        )
 
 
 @runtime_checkable
@@ -50,7 +63,7 @@ class TeacherSource(Protocol):
     Attributes:
       count: K.
       key: a hash of all that its predictions depend on, besides the rows.
-      nbytes: bytes of its weights in memory.
+      nbytes: bytes of its weights in this process's memory.
     """
 
     @property
