@@ -46,6 +46,14 @@ class _ScoredText(TypedDict):
     choices: Sequence[_ScoredChoice]
 
 
+class _Error(TypedDict):
+    message: str
+
+
+class _ErrorReply(TypedDict):
+    error: _Error
+
+
 class ScoredTokens(NamedTuple):
     """The tokens of a text, and for each but the first the likeliest tokens in its place.
 
@@ -212,10 +220,18 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     return b"".join(blocks)
 
 
+def _error_text(content: bytes) -> str:
+    """Returns the message of an error in OpenAI's form, or the beginning of another reply."""
+    try:
+        return decode_json(content, _ErrorReply, "reply")["error"]["message"]
+    except MetadataError:
+        return shorten(content.decode("utf-8", "replace"))
+
+
 def _status_problem(response: http.client.HTTPResponse) -> RequestFailed:
     status, wait = response.status, response.headers.get("Retry-After", "")
     try:
-        text = shorten(response.read(MAX_ERROR_BYTES).decode("utf-8", "replace"))
+        text = _error_text(response.read(MAX_ERROR_BYTES))
     except (OSError, http.client.HTTPException):
         text = "no text"
     return RequestFailed(

@@ -25,7 +25,7 @@ WAITS = (1.0, 4.0, 16.0)  # seconds before each further attempt
 LEAST_TAIL = 1e-7  # a smaller probability of all other tokens is lost in the rounding of the others, as in TRL
 MOST_SUM = 1.001  # of the probabilities of the likeliest tokens, which are rounded
 # Other tokenizers cut this text elsewhere, because it has rare words, digits, indents, accents and other scripts.
-PROBE = "Unbelievably, 12345 antidisestablishmentarians' naïveté =\n\t\tdef f(x): return x**2  # 東京 привет 🙂"
+PROBE = "Unbelievably, 12345 antidisestablishmentarians' naïveté =\n\t\tdef f(x): return x**2 // 東京 привет 🙂"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,8 @@ class EndpointTeacher:
         try:
             return ask_repeatedly(lambda: score(self.endpoint, sent, self.count), WAITS, stopped)
         except RequestFailed as error:
-            raise TeacherError(f"{self._place}: {error}. Check url, model and limits of the endpoint") from None
+            problem = str(error).rstrip(".")
+            raise TeacherError(f"{self._place}: {problem}. Check the endpoint and distillation.teacher_model") from None
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises TeacherError unless the endpoint gives a text the same ids, and perhaps one more at the start."""

@@ -159,7 +159,7 @@ def test_a_wrong_reply_is_an_error_that_says_what_is_wrong(tokenizer, change, pr
         ([Answer(status=503)] * 4, "HTTP status 503"),
         ([Answer(body=b'{"choices": [')] * 4, "not a reply of completions: reply, line 1"),
         ([Answer(status=404, body=b"no model m")], "HTTP status 404: 'no model m'"),
-        ([Answer(status=400, body=b"logprobs: at most 20")], "HTTP status 400: 'logprobs: at most 20'"),
+        ([Answer(status=400, body=b'{"error": {"message": "at most 20"}}')], r"HTTP status 400: at most 20\."),
         ([Answer(body=json.dumps(vllm_reply([*PROBE.encode()])).encode())], "has another tokenizer"),
     ],
     ids=["down", "cut", "model", "logprobs", "tokenizer"],
