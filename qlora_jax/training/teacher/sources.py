@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from qlora_jax.config import Config
+from qlora_jax.config import Config, ModelArgs
 from qlora_jax.config.distillation import OWN_BASE, is_endpoint
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
@@ -45,13 +45,7 @@ def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> 
             tokenizer=tokenizer,
             tokens=student.vocab_size,
         )
-    own = dataclasses.replace(config.model, quant_type="none", keep_16bit=[], new_tokens=[], new_special_tokens=[])
-    if args.teacher == OWN_BASE:
-        opened = open_base(own)
-    elif is_finetuned(args.teacher):
-        opened = open_finetuned(args.teacher)
-    else:
-        opened = open_base(dataclasses.replace(own, path=args.teacher, quant_type=args.teacher_quant_type))
+    opened = open_finetuned(args.teacher) if is_finetuned(args.teacher) else open_base(teacher_args(config))
     _check_tokens(opened, args.teacher, tokenizer)
     _check_count(args.loss_top_k, min(opened.features.vocab_size, student.vocab_size))
     weights = dataclasses.replace(opened.args, compute_dtype=config.model.compute_dtype)
@@ -62,6 +56,15 @@ def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> 
         temperature=args.temperature,
         tokens=student.vocab_size,
     )
+
+
+def teacher_args(config: Config) -> ModelArgs:
+    """Returns path and weight format of a teacher that is a base model."""
+    args = config.distillation
+    own = dataclasses.replace(config.model, quant_type="none", keep_16bit=[], new_tokens=[], new_special_tokens=[])
+    if args.teacher in (OWN_BASE, None):
+        return own
+    return dataclasses.replace(own, path=args.teacher, quant_type=args.teacher_quant_type)
 
 
 def _check_count(count: int, most: int) -> None:
