@@ -44,6 +44,9 @@ def test_a_quantized_model_learns_from_its_base_and_resumes_to_the_bit(tmp_path,
     first, last = [record for record in numbers(whole) if "eval_loss" in record]
     assert 0 < last["eval_loss"] < first["eval_loss"]
     assert {"eval_cross_entropy", "eval_teacher_tail"} <= last.keys()
+    is_sampled = objective == "gkd"
+    gaps = [record["sampling_logp_difference_max"] for record in numbers(whole) if "loss" in record and is_sampled]
+    assert len(gaps) == (6 if is_sampled else 0) and max(gaps, default=0) < 1e-4
     stop_and_resume(stopped, 2, monkeypatch)
     assert numbers(stopped) == numbers(whole)
 

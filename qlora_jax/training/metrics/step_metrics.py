@@ -19,12 +19,12 @@ from qlora_jax.measures.metrics import Metric, RowValues, perplexity
 from qlora_jax.measures.statistics import bootstrap, paired_bootstrap_of, wilson_interval
 from qlora_jax.models.config import ExpertsConfig
 from qlora_jax.nn.router import SIGMOID
-from qlora_jax.objectives.distillation import DistilledRows
+from qlora_jax.objectives.distillation import Distillation, DistilledRows
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
-from qlora_jax.objectives.policy_gradient import PolicyGradient, PolicyOutputs
+from qlora_jax.objectives.policy_gradient import SAMPLER_LOGPS, PolicyGradient, PolicyOutputs
 from qlora_jax.objectives.router_losses import RoutedOutputs
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
-from qlora_jax.training.metrics.policy_metrics import policy_metrics
+from qlora_jax.training.metrics.policy_metrics import policy_metrics, sampler_gap
 from qlora_jax.training.metrics.record_summaries import (
     ACCURACY,
     AUX_LOSS,
@@ -240,7 +240,9 @@ def step_metrics(objective: Objective, outputs: PyTree, arrays: Mapping[str, np.
     if isinstance(outputs, DistilledRows):
         found = means(distillation_values(outputs, arrays["weights"]))
         del found[DIVERGENCE]  # the loss
-        return found
+        own = cast(Distillation, objective)
+        is_comparable = SAMPLER_LOGPS in arrays and own.temperature == own.sampler_temperature
+        return found | (sampler_gap(outputs.logps_BT, arrays) if is_comparable else {})
     if not isinstance(outputs, SequenceLogps | PolicyOutputs):
         return {}
     own = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), outputs)  # on a mesh they lie on all devices

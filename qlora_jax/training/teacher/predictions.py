@@ -192,4 +192,5 @@ def _rows(batch: Batch) -> Iterator[_Row]:
 
 
 def _with_predictions(batch: Batch, found: Predictions) -> Batch:
-    return dataclasses.replace(batch, token_values={TEACHER_IDS: found.ids, TEACHER_LOGPS: found.logps})
+    predicted = {TEACHER_IDS: found.ids, TEACHER_LOGPS: found.logps}
+    return dataclasses.replace(batch, token_values={**batch.token_values, **predicted})
