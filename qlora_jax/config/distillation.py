@@ -33,6 +33,13 @@ class DistillationArgs:
         "divergence from the teacher. 0: forward KL; 1: reverse KL; between: generalized Jensen-Shannon", 0.0, UP_TO_ONE
     )
     temperature: float = setting("logits of both models are divided by it in the loss", 1.0, POSITIVE)
+    lmbda: float = setting(
+        "gkd: probability that a step learns replies which the model samples; otherwise it learns the completions of "
+        "the data",
+        1.0,
+        UP_TO_ONE,
+        later=True,
+    )
     loss_top_k: int = setting(
         "the teacher's likeliest tokens that the loss compares one by one; at most the vocabulary", 64, AT_LEAST_ONE
     )
@@ -57,6 +64,11 @@ def distillation_problems(args: DistillationArgs, objective: str) -> list[str]:
             f"distillation.teacher: missing, expected a model for objective={objective}. Set it to base, for example"
         )
     problems += _endpoint_problems(args)
+    if args.lmbda != 1 and OBJECTIVES[objective].rows != "prompt":
+        problems.append(
+            f"distillation.lmbda: found {args.lmbda:g}, but objective={objective} samples no replies. Set objective to "
+            "gkd, or remove this setting"
+        )
     if args.teacher == OWN_BASE and args.teacher_quant_type != "none":
         problems.append(
             f"distillation.teacher_quant_type: found {args.teacher_quant_type!r}, but distillation.teacher=base is in "

@@ -62,4 +62,8 @@ def test_settings_that_contradict_each_other():
         f"distillation.{name}: found {value}, but distillation.teacher=base is not an address. Remove this setting"
         for name, value in (("teacher_model", "'m'"), ("teacher_timeout", "1.0"))
     ]
+    assert problems_of(teacher="base", lmbda=0.5) == [
+        "distillation.lmbda: found 0.5, but objective=distill samples no replies. Set objective to gkd, or remove this "
+        "setting"
+    ]
     assert "lora.dropout" in problems_of("gkd", more={"lora": {"dropout": 0.1}}, teacher="base")[0]

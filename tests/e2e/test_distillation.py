@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DistillationArgs, RolloutArgs
+from qlora_jax.rollouts.sampler import draw_seed
 from qlora_jax.training.teacher.local import LocalSource
 from qlora_jax.training.teacher.predictions import TeacherError
 from tests.e2e.project import project, served_teacher, stop_after
@@ -22,7 +24,7 @@ def distilled_project(
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "texts.jsonl"
     texts = [{"prompt": f"say {word} {i}"} for i in range(12) for word in "ab"]
-    if objective == "distill":
+    if objective == "distill" or "lmbda" in (more or {}):
         texts = [row | {"completion": f" {row['prompt'][::-1]}"} for row in texts]
     rows.write_text("".join(json.dumps(row) + "\n" for row in texts))
     settings: dict[str, Any] = {"train": TRAIN, "lora": {"rank": 4, "dropout": 0.0}}
@@ -73,6 +75,42 @@ def test_another_model_teaches(tmp_path, kind):
     assert run(config)
     first, last = [record["eval_loss"] for record in numbers(config) if "eval_loss" in record]
     assert 0 < last < first
+
+
+@pytest.mark.slow
+def test_a_mixture_learns_the_completions_of_the_data_or_replies_as_the_seed_says(tmp_path, monkeypatch):
+    whole, stopped = (distilled_project(tmp_path / name, "gkd", more={"lmbda": 0.5}) for name in ("whole", "stopped"))
+    assert run(whole)
+    steps = [record for record in numbers(whole) if "loss" in record]
+    assert [record["on_policy"] for record in steps] == [draw_seed(0, step) < 2**31 for step in range(6)]
+    assert len({record["on_policy"] for record in steps}) == 2
+    assert all(("reply_tokens" in record) == record["on_policy"] for record in steps)
+    assert all(("sampling_logp_difference_max" in record) == record["on_policy"] for record in steps)
+    stop_and_resume(stopped, 3, monkeypatch)
+    assert numbers(stopped) == numbers(whole)
+
+
+@pytest.mark.slow
+def test_completions_in_place_of_replies_have_the_loss_of_supervised_rows(tmp_path):
+    found = []
+    for objective, more in ("distill", None), ("gkd", {"lmbda": 0.0}):
+        config = distilled_project(tmp_path / objective, objective, more=more)
+        data = dataclasses.replace(config.data, eval_fraction=0.0, max_length=100)
+        train = dataclasses.replace(config.train, steps=1, accumulation=12, save_every=0)  # a step has all rows
+        config = dataclasses.replace(config, data=data, train=train)
+        assert run(config)
+        (record,) = [record for record in numbers(config) if "loss" in record]
+        found.append([record[name] for name in ("loss", "cross_entropy", "teacher_tail", "supervised_tokens")])
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+def test_a_mixture_needs_completions(tmp_path):
+    config = distilled_project(tmp_path, "gkd", more={"lmbda": 0.5})
+    rows = Path(str(config.data.train))
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([lines[0], '{"prompt": "say nothing"}', *lines[2:]]))
+    with pytest.raises(ValueError, match=r"lmbda: below 1, but 1 of 24 rows have no completion.*\n .*texts.jsonl:2: "):
+        run(config)
 
 
 @pytest.mark.slow

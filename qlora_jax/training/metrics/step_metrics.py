@@ -52,6 +52,8 @@ from qlora_jax.training.metrics.record_summaries import (
     Z_LOSS,
 )
 
+NO_LOGPS = np.zeros(0)
+
 
 def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
     """Returns each measure by task and name, and the ends of its interval if it has one.
@@ -241,7 +243,8 @@ def step_metrics(objective: Objective, outputs: PyTree, arrays: Mapping[str, np.
         found = means(distillation_values(outputs, arrays["weights"]))
         del found[DIVERGENCE]  # the loss
         own = cast(Distillation, objective)
-        is_comparable = SAMPLER_LOGPS in arrays and own.temperature == own.sampler_temperature
+        is_sampled = arrays.get(SAMPLER_LOGPS, NO_LOGPS).any()  # the completions of the data have no such numbers
+        is_comparable = is_sampled and own.temperature == own.sampler_temperature
         return found | (sampler_gap(outputs.logps_BT, arrays) if is_comparable else {})
     if not isinstance(outputs, SequenceLogps | PolicyOutputs):
         return {}

@@ -23,7 +23,7 @@ FORM = 1  # raised by a change after which stored predictions no longer hold
 AT_ONCE = 8  # requests
 WAITS = (1.0, 4.0, 16.0)  # seconds before each further attempt
 LEAST_TAIL = 1e-7  # a smaller probability of all other tokens is lost in the rounding of the others, as in TRL
-MOST_SUM = 1.001  # of the probabilities of the likeliest tokens, which are rounded
+MOST_SUM = 1.001  # largest sum of rounded probabilities
 # Other tokenizers cut this text elsewhere, because it has rare words, digits, indents, accents and other scripts.
 PROBE = "Unbelievably, 12345 antidisestablishmentarians' naïveté =\n\t\tdef f(x): return x**2 // 東京 привет 🙂"
 
