@@ -80,15 +80,6 @@ class TeacherSource(Protocol):
         ...
 
 
-@runtime_checkable
-class DistilledBatches(Protocol):
-    """Gives batches the teacher's predictions."""
-
-    def attach(self, batch: Batch) -> Batch:
-        """Returns the batch with TEACHER_IDS and TEACHER_LOGPS."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class LiveTeacher:
     """A teacher that predicts each batch when it is needed."""
@@ -160,6 +151,9 @@ class StoredTeacher:
 
     def _path(self, batch: Batch, row: "_Row") -> Path:
         return self.folder / f"{digest([self.key, *row.content(batch)])}{SUFFIX}"
+
+
+DistilledBatches = LiveTeacher | StoredTeacher  # give batches the teacher's predictions
 
 
 class _Row(NamedTuple):
