@@ -154,10 +154,12 @@ def score(endpoint: Endpoint, text: str | Sequence[int], count: int) -> ScoredTo
     most = (len(text) + 1) * (count + 4) * SCORE_BYTES
     found = _post(endpoint, "completions", body, _ScoredText, most)["choices"]
     try:
+        if not found:
+            raise ValueError("found no choices")
         logprobs = found[0]["logprobs"]
         ids = [_id_of(token) for token in logprobs["tokens"]]
         likeliest = [_likeliest(each or {}, count) for each in logprobs["top_logprobs"][1:]]
-    except (IndexError, ValueError) as error:
+    except ValueError as error:
         raise RequestFailed(f"not a scored text: {error}", retry=False) from None
     if len(likeliest) != len(ids) - 1:
         problem = f"found {len(ids)} tokens and the likeliest in {len(likeliest) + 1} places, expected the same number"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import qlora_jax as q
 from qlora_jax import plan as command
 from qlora_jax.config import DataArgs
 from qlora_jax.config.sizes import format_bytes
@@ -97,6 +98,8 @@ def test_it_counts_the_teacher(tmp_path, capsys, compiler):
     assert f"teacher: {format_bytes(in_16_bits)}, next to the model\n" in capsys.readouterr().out
     command.main([*base, "http://a/v1", "--objective", "distill", "--distillation.teacher_model", "m"])
     assert "teacher: behind an endpoint, takes no memory here\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"distillation.teacher: missing"):
+        q.make_plan(str(tmp_path), card="cpu", config={"objective": "distill"})
     memory = f"{told['asked']['total'] + in_16_bits // 2}B"
     with pytest.raises(SystemExit):
         command.main([*base, "base", *sampled, "--memory", memory])

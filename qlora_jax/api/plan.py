@@ -122,6 +122,7 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
       ValueError: as `make_plan`.
     """
     target = plan_target(args.card, args.memory)
+    teacher = plan_teacher(args, target)
     rows, unknown_lengths = mesh_search.planned_rows(args)
     settings = mesh_search.step_configs(args, target, rows)
     compile_step, problem = mesh_search.compiler_for(target)
@@ -150,5 +151,5 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
         reference=reference_of_step(setting, rows.report, args.train),
         roofs=roofs,
         rollouts=plan_rollouts(args, planned.requested),
-        teacher=plan_teacher(args, target),
+        teacher=teacher,
     )

@@ -4,8 +4,8 @@ import dataclasses
 
 from flax import nnx
 
-from qlora_jax.config import Config
-from qlora_jax.config.distillation import is_endpoint
+from qlora_jax.config import Config, ConfigError
+from qlora_jax.config.distillation import distillation_problems, is_endpoint
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.io.pretrained import is_finetuned, open_finetuned
 from qlora_jax.models.decoder import CausalLM
@@ -19,17 +19,18 @@ def plan_teacher(config: Config, target: PlanTarget) -> PlannedTeacher | None:
     """Returns the teacher of a run before any file is opened; None for an objective without one.
 
     Raises:
-      ValueError: the teacher is not a model.
+      ValueError: the teacher is not a model, or is missing; or its settings contradict each other.
     """
     declared, teacher = OBJECTIVES[config.objective], config.distillation.teacher
     if not declared.distillation:
         return None
-    assert teacher is not None, "the settings are checked"
+    if problems := distillation_problems(config.distillation, config.objective):
+        raise ConfigError(problems)
     stays = declared.rows == "prompt"
     if is_endpoint(teacher):
         return PlannedTeacher(0, stays)
     args = teacher_args(config)
-    if is_finetuned(teacher):
+    if teacher is not None and is_finetuned(teacher):
         args = dataclasses.replace(open_finetuned(teacher).args, compute_dtype=config.model.compute_dtype)
     features = model_features(args.path)
     weights = planned_weights(args, features, *target.device)

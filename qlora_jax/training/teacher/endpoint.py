@@ -20,7 +20,7 @@ from qlora_jax.terminal.visible import without_passwords
 from qlora_jax.training.teacher.predictions import Arrays, Predictions, TeacherError, check_are_known
 
 FORM = 1  # raised by a change after which stored predictions no longer hold
-AT_ONCE = 8  # requests
+AT_ONCE = 8  # requests, and rows of the data whose predictions are stored together
 WAITS = (1.0, 4.0, 16.0)  # seconds before each further attempt
 LEAST_TAIL = 1e-7  # a smaller probability of all other tokens is lost in the rounding of the others, as in TRL
 MOST_SUM = 1.001  # largest sum of rounded probabilities
@@ -93,7 +93,7 @@ class EndpointTeacher:
         pairs = np.array(found.likeliest[-len(text.positions) :], np.float64)
         log_p_NK = pairs[..., 1]
         sum_N = np.exp(log_p_NK).sum(axis=1)
-        if sum_N.max() > MOST_SUM:
+        if not sum_N.max() <= MOST_SUM:  # nan, too
             raise TeacherError(
                 f"{self._place}: the probabilities of the likeliest tokens add up to {sum_N.max():.3f}, expected at "
                 "most 1. Set the endpoint to log-probabilities of the unchanged logits"

@@ -122,7 +122,7 @@ def logprobs_of(reply: Reply) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda reply: reply["choices"].clear(), "not a scored text: list index out of range"),
+        (lambda reply: reply["choices"].clear(), "not a scored text: found no choices"),
         (lambda reply: reply["choices"][0].update(logprobs=None), "logprobs: found None, expected an object"),
         (lambda reply: logprobs_of(reply)["tokens"].pop(), "not a scored text: found .* the same number"),
         (lambda reply: logprobs_of(reply)["tokens"].__setitem__(1, "the"), "found the token 'the', expected token_id:"),
@@ -137,13 +137,30 @@ def logprobs_of(reply: Reply) -> dict[str, Any]:
         ),
         (
             lambda reply: logprobs_of(reply)["top_logprobs"].__setitem__(
+                -1, {f"token_id:{i}": float("nan") for i in range(5)}
+            ),
+            "add up to nan, expected at most 1",
+        ),
+        (
+            lambda reply: logprobs_of(reply)["top_logprobs"].__setitem__(
                 -1, {f"token_id:{i}": -3.0 for i in range(VOCABULARY, VOCABULARY + 5)}
             ),
             "predicts the token 262, expected ids below 258",
         ),
         (lambda reply: reply.update(padding="." * 2_000_000), r"the reply is too large \(found more than \d+ bytes\)"),
     ],
-    ids=["no choice", "no logprobs", "other lengths", "texts", "other ids", "too few", "sum", "vocabulary", "large"],
+    ids=[
+        "no choice",
+        "no logprobs",
+        "other lengths",
+        "texts",
+        "other ids",
+        "too few",
+        "sum",
+        "nan",
+        "vocabulary",
+        "large",
+    ],
 )
 def test_a_wrong_reply_is_an_error_that_says_what_is_wrong(tokenizer, change, problem):
     arrays, _ = packed_trees()
