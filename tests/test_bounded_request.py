@@ -14,8 +14,8 @@ import pytest
 
 from qlora_jax import bounded_request
 from qlora_jax.bounded_request import ReplyTooLarge, send
-from qlora_jax.chat_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
 from qlora_jax.evaluation.lm_eval import preflight
+from qlora_jax.openai_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
 
 SECONDS = 0.4
 WATCHDOG = 30.0  # a test fails if a request takes as long
@@ -146,8 +146,8 @@ def test_connecting_has_the_same_deadline(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_judge_s_endpoint_is_bounded_and_keeps_the_status_of_a_slow_error():
     def ask(address: str) -> str:
-        endpoint = Endpoint(f"http://{address}/v1", "m", None, temperature=0, max_tokens=1, timeout=SECONDS)
-        return complete(endpoint, "system", "user")
+        endpoint = Endpoint(f"http://{address}/v1", "m", None, SECONDS)
+        return complete(endpoint, "system", "user", temperature=0, max_tokens=1)
 
     with attacker(b"", SLOW["100 Continue"][1]) as slow, attacker(b"HTTP/1.1 401 No\r\n" + LENGTH, b"x") as refusing:
         assert outcome(lambda: ask(slow.address)) is RequestTimedOut

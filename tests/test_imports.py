@@ -31,7 +31,7 @@ LAYERS = {
     "qlora_jax.sandbox": 0,
     "qlora_jax.sharding": 0,
     "qlora_jax.answer_text": 1,
-    "qlora_jax.chat_endpoint": 1,
+    "qlora_jax.openai_endpoint": 1,
     "qlora_jax.page_template": 1,
     "qlora_jax.config": 1,
     "qlora_jax.hosts": 1,

@@ -4,14 +4,16 @@ import json
 
 import pytest
 
+import qlora_jax as q
 from qlora_jax import plan as command
 from qlora_jax.config import DataArgs
+from qlora_jax.config.sizes import format_bytes
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.training.plan import mesh_search
 from tests.e2e.project import write_model, write_rows
-from tests.io.tiny_models import tiny_config
+from tests.io.tiny_models import random_weights, tiny_config
 from tests.training.plan.steps import Compiler
 
 
@@ -80,3 +82,25 @@ def test_it_counts_the_replies_of_a_rollout_phase(tmp_path, capsys, compiler):
     assert least < told["rollouts"]["total"] < told["limit"] and told["fits"]
     command.main([*base, "--rollouts.cache", "20KiB"])
     assert "rollouts of 48 replies" in (table := capsys.readouterr().out) and "20.00 KiB for keys" in table
+
+
+def test_it_counts_the_teacher(tmp_path, capsys, compiler):
+    config = tiny_config()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = ["--model", str(tmp_path), "--card", "cpu", "--data.max_length", "64", "--lora.rank", "4"]
+    base += ["--distillation.teacher"]
+    command.main([*base, "base", "--objective", "distill", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    in_16_bits = sum(2 * array.size for array in random_weights(config).values())
+    assert told["teacher"] == {"nbytes": in_16_bits, "stays": False} and told["fits"]
+    sampled = ["--objective", "gkd", "--rollouts.max_completion_length", "16"]
+    command.main([*base, "base", *sampled])
+    assert f"teacher: {format_bytes(in_16_bits)}, next to the model\n" in capsys.readouterr().out
+    command.main([*base, "http://a/v1", "--objective", "distill", "--distillation.teacher_model", "m"])
+    assert "teacher: behind an endpoint, takes no memory here\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"distillation.teacher: missing"):
+        q.make_plan(str(tmp_path), card="cpu", config={"objective": "distill"})
+    memory = f"{told['asked']['total'] + in_16_bits // 2}B"
+    with pytest.raises(SystemExit):
+        command.main([*base, "base", *sampled, "--memory", memory])
+    assert "with it the run DOES NOT FIT: choose a smaller teacher" in capsys.readouterr().out

@@ -11,12 +11,14 @@ from qlora_jax.config.parse import from_dict
 from qlora_jax.metadata import JsonObject
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import mesh_search, plan, text
+from qlora_jax.training.plan.records import PlannedTeacher
 from qlora_jax.training.plan.reference import PlannedReference, reference_of_step
 from qlora_jax.training.plan.requirements import ReportedCompiler
 from qlora_jax.training.plan.rollouts import PlannedRollouts, plan_rollouts
 from qlora_jax.training.plan.roofs import StepRoofs, step_roofs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
+from qlora_jax.training.plan.teacher import plan_teacher
 from qlora_jax.training.step_spec import StepSpec
 
 
@@ -31,6 +33,7 @@ class MemoryPlan:
       reference: the pass over all rows before the first step; None for an objective without a reference.
       roofs: the step's FLOP, bytes and least time on the card, by part; None for a CPU, and for float32.
       rollouts: the memory of sampling replies; None for an objective without them.
+      teacher: its memory; None for an objective without one.
     """
 
     plan: plan.Plan
@@ -39,11 +42,16 @@ class MemoryPlan:
     reference: PlannedReference | None = None
     roofs: StepRoofs | None = None
     rollouts: PlannedRollouts | None = None
+    teacher: PlannedTeacher | None = None
 
     @property
     def fits(self) -> bool:
         """True if the run fits."""
-        return self.plan.fits and (self.rollouts is None or self.rollouts.total <= self.plan.limit)
+        return self._fits(self.plan.requested.total) and (self.rollouts is None or self._fits(self.rollouts.total))
+
+    def _fits(self, of_model: int) -> bool:
+        """Returns True if so many bytes and the teacher fit."""
+        return (of_model if self.teacher is None else self.teacher.peak(of_model)) <= self.plan.limit
 
     @property
     def needed_bytes(self) -> int:
@@ -58,14 +66,18 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, object]:
         """All numbers, as the command prints them with --json."""
         found = text.as_json(self.plan, self.reference, self.roofs) | {"fits": self.fits}
-        return found | ({} if self.rollouts is None else {"rollouts": self.rollouts._asdict()})
+        named = {"rollouts": self.rollouts, "teacher": self.teacher}
+        return found | {name: part._asdict() for name, part in named.items() if part is not None}
 
     def render(self, console: rich.console.Console) -> None:
         """Prints the tables and the verdict."""
         text.print_plan(self.plan, self.title, console, self.reference, self.roofs)
         if self.rollouts is not None:
-            fits = "fit" if self.rollouts.total <= self.plan.limit else "DO NOT FIT: lower rollouts.cache"
+            fits = "fit" if self._fits(self.rollouts.total) else "DO NOT FIT: lower rollouts.cache"
             console.print(f"{self.rollouts}; they {fits}", highlight=False, soft_wrap=True)
+        if self.teacher is not None:
+            fits = "" if self._fits(self.needed_bytes) else "; with it the run DOES NOT FIT: choose a smaller teacher"
+            console.print(f"teacher: {self.teacher}{fits}", highlight=False, soft_wrap=True)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -110,6 +122,7 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
       ValueError: as `make_plan`.
     """
     target = plan_target(args.card, args.memory)
+    teacher = plan_teacher(args, target)
     rows, unknown_lengths = mesh_search.planned_rows(args)
     settings = mesh_search.step_configs(args, target, rows)
     compile_step, problem = mesh_search.compiler_for(target)
@@ -138,4 +151,5 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
         reference=reference_of_step(setting, rows.report, args.train),
         roofs=roofs,
         rollouts=plan_rollouts(args, planned.requested),
+        teacher=teacher,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ UP_TO_ONE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
 WORD = Bound("from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)
 BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**n for n in range(5, 13)])
 NOT_EMPTY = Bound("not empty", lambda value: len(value) > 0)
+_WEB = re.compile(r"https?://[^/\s]+")
+WEB_ADDRESS = Bound("an address that begins with http:// or https://", lambda value: bool(_WEB.match(value)))
 
 
 def _is_date(text: str) -> bool:

@@ -24,6 +24,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.lm_head.chosen_tokens import chosen_logits
 from qlora_jax.nn.lm_head.sharded_vocabulary import at_temperature
 from qlora_jax.objectives.objective import Arrays, TokenValue, Totals
+from qlora_jax.objectives.policy_gradient import SAMPLER_LOGPS
 
 TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"  # per token, [K] and [L]; the last log p is the tail's
 
@@ -31,17 +32,19 @@ TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"  # per token, [K] an
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DistilledRows:
-    """Sums over the supervised tokens of rows.
+    """Sums over the supervised tokens of rows, and log-probabilities of these tokens.
 
     Attributes:
       divergence_B: of J, in nats.
       nll_B: of -log p(target) at the temperature of the objective, in nats.
       tail_B: of the teacher's probability of the tail.
+      logps_BT: log p(target) of each token at the temperature of the objective, 0 elsewhere.
     """
 
     divergence_B: Float[Array, "*A B"]
     nll_B: Float[Array, "*A B"]
     tail_B: Float[Array, "*A B"]
+    logps_BT: Float[Array, "*A B T"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ class Distillation:
       sequences_per_row: replies to each prompt.
       count_of_tokens: K.
       has_tail: False normalizes both models over the K tokens.
+      sampler_temperature: that with which replies were sampled.
     """
 
     row_kind: RowKind = "text"
@@ -61,6 +65,7 @@ class Distillation:
     temperature: float = 1.0
     count_of_tokens: int = 64
     has_tail: bool = True
+    sampler_temperature: float = 1.0
     kl_pairs: bool = dataclasses.field(default=False, init=False)
     is_coupled: bool = dataclasses.field(default=False, init=False)
 
@@ -73,7 +78,8 @@ class Distillation:
     def token_values(self) -> Mapping[str, TokenValue]:
         """Returns the arrays per token that the outputs read."""
         count = self.count_of_tokens
-        return {TEACHER_IDS: TokenValue((count,), "int32"), TEACHER_LOGPS: TokenValue((count + 1,))}
+        sampled = {SAMPLER_LOGPS: TokenValue()} if self.row_kind == "prompt" else {}
+        return sampled | {TEACHER_IDS: TokenValue((count,), "int32"), TEACHER_LOGPS: TokenValue((count + 1,))}
 
     def outputs(self, model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> DistilledRows:
         """Returns the sums of a micro-batch's rows."""
@@ -88,7 +94,9 @@ class Distillation:
         logits_ML = jnp.concatenate([known_MK, tail_M[:, None]], axis=1)
         lse_M1 = jax.nn.logsumexp(logits_ML, axis=1, keepdims=True)
         each = self.divergence(logits_ML - lse_M1, log_q_ML), lse_M1[:, 0] - target_M, jnp.exp(log_q_ML[:, -1])
-        return DistilledRows(*(jnp.sum(one.reshape(weights_BT.shape) * weights_BT, axis=1) for one in each))
+        divergence_BT, nll_BT, tail_BT = (one.reshape(weights_BT.shape) * weights_BT for one in each)
+        divergence_B, nll_B, tail_B = (jnp.sum(one, axis=1) for one in (divergence_BT, nll_BT, tail_BT))
+        return DistilledRows(divergence_B=divergence_B, nll_B=nll_B, tail_B=tail_B, logps_BT=-nll_BT)
 
     def divergence(self, log_p_ML: Float[Array, "M L"], log_q_ML: Float[Array, "M L"]) -> Float[Array, " M"]:
         """Returns J of each token from the log-probabilities of model and teacher."""

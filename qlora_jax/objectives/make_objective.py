@@ -137,6 +137,7 @@ def distill(config: Config) -> Objective:
         temperature=args.temperature,
         count_of_tokens=args.loss_top_k,
         has_tail=args.loss_add_tail,
+        sampler_temperature=config.rollouts.temperature,
     )
 
 

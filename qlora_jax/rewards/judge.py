@@ -1,13 +1,12 @@
 """A ready-made reward: the score that a model behind an OpenAI-compatible endpoint gives."""
 
 import concurrent.futures
-import os
 import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.chat_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
+from qlora_jax.openai_endpoint import Endpoint, RequestFailed, ask_repeatedly, complete, read_key
 from qlora_jax.rewards.answers import Completion, text_of
 
 AT_ONCE = 8  # requests
@@ -32,10 +31,8 @@ def judge(
     **columns: object,
 ) -> list[float | Exception]:
     """A tenth of the judge's score. A judge that is down is asked no more."""
-    key = None if judge_key_variable is None else os.environ.get(judge_key_variable, "").strip()
-    if key == "":
-        raise ValueError(f"rewards.judge_key_variable: {judge_key_variable} is not set. Put the key in it")
-    endpoint = Endpoint(judge_url, judge_model, key, temperature=0.0, max_tokens=MAX_TOKENS, timeout=judge_timeout)
+    key = read_key(judge_key_variable, "rewards.judge_key_variable")
+    endpoint = Endpoint(judge_url, judge_model, key, judge_timeout)
     template = MESSAGE if judge_prompt is None else Path(judge_prompt).read_text(encoding="utf-8")
     down = threading.Event()
 
@@ -54,16 +51,10 @@ def judge(
 
 
 def _review(endpoint: Endpoint, message: str, down: threading.Event) -> str:
-    for wait in (*WAITS, None):
-        if down.is_set():
-            raise ValueError("not asked, because the judge did not reply before")
-        try:
-            return complete(endpoint, SYSTEM, message)
-        except RequestFailed as error:
-            if wait is None or not error.retry or isinstance(error, RequestTimedOut):
-                raise
-            down.wait(wait if error.wait is None else error.wait)
-    raise AssertionError
+    if down.is_set():
+        raise ValueError("not asked, because the judge did not reply before")
+    how = {"temperature": 0.0, "max_tokens": MAX_TOKENS}
+    return ask_repeatedly(lambda: complete(endpoint, SYSTEM, message, **how), WAITS, down)
 
 
 def _score(review: str) -> float:

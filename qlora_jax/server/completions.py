@@ -1,14 +1,13 @@
 """Answers /v1/completions, also for harnesses that only score a text (`echo` with `logprobs`)."""
 
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.request import Request, Scored, Step
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.server.errors import bad_request, too_long
 from qlora_jax.server.openai_chat import Json, token_text, usage
-from qlora_jax.server.openai_schemas import MOST_CHOICES, CompletionBody
+from qlora_jax.server.openai_schemas import MOST_CHOICES, MOST_SCORES, CompletionBody
 from qlora_jax.server.served_models import ServedModel
 from qlora_jax.server.service import (
     Service,
@@ -46,7 +45,7 @@ def prepare_completion(service: Service, body: CompletionBody) -> tuple[ServedMo
     """Encodes the prompts of a body; raises ApiError for what is wrong with it."""
     model = service.models.writing(body.model, chat=False)
     prompts = _prompts(body, model)
-    if problems := _problems(body, model, len(prompts)):
+    if problems := _problems(body, model, len(prompts), sum(len(ids) for ids, _ in prompts)):
         raise bad_request(problems)
     request = Request(
         prompt=(),
@@ -92,7 +91,8 @@ def _rows(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | l
     return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
 
 
-def _problems(body: CompletionBody, model: ServedModel, prompts: int) -> list[str]:
+def _problems(body: CompletionBody, model: ServedModel, prompts: int, tokens: int) -> list[str]:
+    """Returns what is wrong with a body of so many prompts, with so many tokens in all."""
     problems = sampling_problems(body, model)
     if body.stream_options is not None and not body.stream:
         problems.append("stream_options: requires stream. Set stream to true")
@@ -102,6 +102,12 @@ def _problems(body: CompletionBody, model: ServedModel, prompts: int) -> list[st
         problems.append("echo: not implemented with stream. Remove one of them")
     if prompts * body.n > MOST_CHOICES * (1 if body.n > 1 else 32):
         problems.append(f"prompt: found {prompts} prompts with {body.n} choices each, which are too many. Send fewer")
+    scores = body.n * tokens * (1 + (body.logprobs or 0)) if body.echo else 0
+    if scores > MOST_SCORES:
+        problems.append(
+            f"logprobs: found {scores:,} log-probabilities of prompts, expected at most {MOST_SCORES:,} in a request. "
+            "Send fewer prompts, or lower it"
+        )
     return problems
 
 
@@ -113,7 +119,7 @@ async def complete(service: Service, model: ServedModel, body: CompletionBody, c
     found = []
     for index, choice in enumerate(choices):
         text = choice.prompt_text + choice.text if body.echo else choice.text
-        found.append({**_choice(index, text, choice.finish), "logprobs": _logprobs(body, choice, model.tokenizer)})
+        found.append({**_choice(index, text, choice.finish), "logprobs": _logprobs(body, choice, _namer(body, model))})
         if body.return_token_ids:
             found[-1] |= {"token_ids": choice.ids, "prompt_token_ids": [*choice.request.prompt]}
     return {**_head(body), "choices": found, "usage": _usage(body, choices)}
@@ -134,7 +140,7 @@ async def stream_completion(
             chunk = _choice(index, step.text, choice.finish)
             if body.logprobs is not None:
                 scored = [] if step.scored is None else [step.scored]
-                chunk["logprobs"] = _scored_logprobs(scored, offset, model.tokenizer)
+                chunk["logprobs"] = _scored_logprobs(scored, offset, _namer(body, model))
             if body.return_token_ids:
                 chunk["token_ids"] = [] if step.token is None else [step.token]
                 chunk |= {"prompt_token_ids": [*choice.request.prompt]} if is_first else {}
@@ -157,25 +163,32 @@ def _usage(body: CompletionBody, choices: Sequence[_Choice]) -> Json:
     return usage(prompts, sum(len(choice.ids) for choice in choices))
 
 
-def _logprobs(body: CompletionBody, choice: _Choice, tokenizer: Tokenizer) -> Mapping[str, object] | None:
+def _namer(body: CompletionBody, model: ServedModel) -> Callable[[int], str]:
+    """Returns a function from a token to its name in the response: its text, or its id, with which texts have none."""
+    if body.return_tokens_as_token_ids:
+        return lambda token: f"token_id:{token}"
+    return lambda token: token_text(token, model.tokenizer)
+
+
+def _logprobs(body: CompletionBody, choice: _Choice, name: Callable[[int], str]) -> Mapping[str, object] | None:
     """Returns the log-probabilities of the reply, and with `echo` those of the prompt before it."""
     if body.logprobs is None:
         return None
     if not body.echo:
-        return _scored_logprobs(choice.scored, 0, tokenizer)
-    first = choice.request.prompt[0]
-    rest = _scored_logprobs([*choice.prompt_scored, *choice.scored], len(token_text(first, tokenizer)), tokenizer)
+        return _scored_logprobs(choice.scored, 0, name)
+    first = name(choice.request.prompt[0])
+    rest = _scored_logprobs([*choice.prompt_scored, *choice.scored], len(first), name)
     return {
-        "tokens": [token_text(first, tokenizer), *rest["tokens"]],
+        "tokens": [first, *rest["tokens"]],
         "token_logprobs": [None, *rest["token_logprobs"]],
         "top_logprobs": [None, *rest["top_logprobs"]],
         "text_offset": [0, *rest["text_offset"]],
     }
 
 
-def _scored_logprobs(scored: Sequence[Scored], offset: int, tokenizer: Tokenizer) -> dict[str, list]:
+def _scored_logprobs(scored: Sequence[Scored], offset: int, name: Callable[[int], str]) -> dict[str, list]:
     """Returns log-probabilities in OpenAI's shape, whose likeliest tokens include the one itself."""
-    tokens = [token_text(one.token, tokenizer) for one in scored]
+    tokens = [name(one.token) for one in scored]
     offsets = []
     for text in tokens:
         offsets.append(offset)
@@ -184,7 +197,7 @@ def _scored_logprobs(scored: Sequence[Scored], offset: int, tokenizer: Tokenizer
         "tokens": tokens,
         "token_logprobs": [one.log_p for one in scored],
         "top_logprobs": [
-            {token_text(token, tokenizer): log_p for token, log_p in [*reversed(one.likeliest), (one.token, one.log_p)]}
+            {name(token): log_p for token, log_p in [*reversed(one.likeliest), (one.token, one.log_p)]}
             for one in scored
         ],
         "text_offset": offsets,

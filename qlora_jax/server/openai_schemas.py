@@ -5,10 +5,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from qlora_jax.inference.engine.request import LIKELIEST
 from qlora_jax.metadata import JsonObject
 from qlora_jax.server.json_body import ANY, Body, Fields
 
-MOST_LIKELY = 20  # tokens whose log-probabilities may be asked for
+MOST_LIKELY = 20  # tokens whose log-probabilities a chat may ask for
+MOST_SCORES = 1 << 20  # log-probabilities of prompts in one response, which takes about 200 bytes for each
 MOST_CHOICES = 64
 MOST_PROMPTS = 2048
 
@@ -198,6 +200,7 @@ class ChatBody(SampledBody):
         "documents": (),
         "chat_template": (),
         "include_reasoning": (True,),
+        "return_tokens_as_token_ids": (False,),
     }
 
 
@@ -207,7 +210,8 @@ class CompletionBody(SampledBody):
     prompt: str | Annotated[list[str] | list[Id] | list[list[Id]], Field(min_length=1, max_length=1 << 20)]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 16
     echo: bool = False
-    logprobs: Likeliest | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LIKELIEST[-1])] | None = None
+    return_tokens_as_token_ids: bool = False
     response_format: ResponseFormat | None = None
 
     inert: ClassVar[Mapping[str, Collection[object]]] = {**_INERT, "suffix": ("",), "add_special_tokens": (True,)}

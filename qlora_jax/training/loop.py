@@ -30,6 +30,9 @@ from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
 from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
 from qlora_jax.training.rollout_step import draw_replies, held_out_batches, held_out_rewards, roll_out
 from qlora_jax.training.session import Session
+from qlora_jax.training.teacher.predictions import TeacherError
+
+FAILED_OUTSIDE = RewardError, TeacherError
 
 
 @runtime_checkable
@@ -113,7 +116,7 @@ def run_steps(
                 state = _train_on_replies(session, state, batches, data_seconds, reporter, stop)
             except _Stopped:
                 break
-            except RewardError:  # a run with corrected functions resumes here
+            except FAILED_OUTSIDE:  # a run with corrected functions or a teacher that replies resumes here
                 save(session, state, checkpoints, reporter)
                 raise
         if _is_evaluated(session, state.step):  # before the checkpoint, which then counts this evaluation as done
@@ -277,7 +280,7 @@ def evaluate(
         replies, found = _measure(session, state, reporter, stop)
     except _Stopped:
         return due
-    except RewardError:
+    except FAILED_OUTSIDE:
         save(session, due, checkpoints, reporter)
         raise
     if replies:

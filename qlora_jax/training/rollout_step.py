@@ -34,6 +34,7 @@ from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
 from qlora_jax.rollouts.started_prompts import Asked, start_prompts
 from qlora_jax.rollouts.tool_turns import continue_with_tools
+from qlora_jax.training.data_replies import replies_of_data
 from qlora_jax.training.device_mesh import place_batch, rows_of_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
@@ -367,33 +368,49 @@ def _with_logps(session: Session, lora: Lora, batch: Batch, name: str) -> Batch:
     return with_token_values(batch, name, np.stack(found))
 
 
-# On-policy distillation: `Session.teacher` adds its predictions to each batch of replies, as to the rows of the data.
+# Distillation of replies: `Session.teacher` adds its predictions to each batch of them, as to the rows of the data.
 
 
 def draw_replies(
     session: Session, lora: Lora, step: int, prompts: Sequence[Batch], go_on: GoOn
 ) -> list[tuple[Batch, Record]]:
-    """Samples replies; returns the batches of the phase's steps, with entries for their records.
+    """Samples replies, or takes those of the data; returns the phase's batches, with entries for their records.
+
+    The choice is drawn for each phase from the run's seed and the number of steps before.
 
     Args:
       lora: parameters after `step` steps.
       prompts: batches of prompts, one for each step of the phase.
     """
     inputs, (asked, place_KM), began = _inputs(session), _asked(prompts), time.perf_counter()
-    answered = _sample_prompts(session, lora, step, asked, range(len(asked)), 0, go_on)
+    lmbda = session.run.config.distillation.lmbda
+    is_sampled = draw_seed(session.run.config.train.seed, step) < lmbda * 2**32
+    if is_sampled:
+        answered = _sample_prompts(session, lora, step, asked, range(len(asked)), 0, go_on)
+    else:
+        answered = _completions(session, asked)
     seconds, found = time.perf_counter() - began, list[tuple[Batch, Record]]()
     for batch, place_M in zip(prompts, place_KM, strict=True):
         groups = [_all_trained(answered[at]) if at >= 0 else None for at in place_M.tolist()]
         shape, how = batch.inputs.shape[:2], {"pad_id": inputs.pad_id, "position": batch.position}
         own = [reply for at in place_M[place_M >= 0].tolist() for reply in answered[at].replies]
-        record: Record = {
-            "reply_tokens": float(np.mean([reply.length for reply in own])),
-            "replies_cut": float(np.mean([reply.is_cut for reply in own])),
-        }
+        record: Record = {} if lmbda == 1 else {"on_policy": float(is_sampled)}
+        if is_sampled:
+            record["reply_tokens"] = float(np.mean([reply.length for reply in own]))
+            record["replies_cut"] = float(np.mean([reply.is_cut for reply in own]))
         found.append((replies_batch(groups, {}, inputs.lengths, shape, **how), record))
-    tokens = sum(reply.length for each in answered for reply in each.replies)
-    found[0][1].update({"rollout_seconds": seconds, "rollout_tokens": tokens})
+    if is_sampled:
+        tokens = sum(reply.length for each in answered for reply in each.replies)
+        found[0][1].update({"rollout_seconds": seconds, "rollout_tokens": tokens})
     return found
+
+
+def _completions(session: Session, asked: Sequence[Asked]) -> list[_Answered]:
+    """Returns each prompt with the completion of its row, as the first reply."""
+    dataset, settings = session.run.inputs.dataset, session.run.config.rollouts
+    how = {"count": settings.num_generations, "most": settings.max_completion_length}
+    replies = replies_of_data(_inputs(session).prompts, dataset.tokenizer, asked, dataset.train.where, **how)
+    return [_Answered(*each) for each in zip(asked, replies, strict=True)]
 
 
 def held_out_batches(session: Session, lora: Lora, step: int, go_on: GoOn) -> tuple[list[Record], list[Batch]]:

@@ -41,6 +41,7 @@ from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import read_prompt_rows
 from qlora_jax.rollouts.tool_template import ToolTemplate
 from qlora_jax.training.cost.step_shape import StepShape
+from qlora_jax.training.data_replies import check_completions
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.programs import CompiledGradients
@@ -181,6 +182,8 @@ def _open_rollouts(
     data, settings, tokenizer = config.data, config.rollouts, dataset.tokenizer
     forms = {split.path: split.form for split, _ in dataset.report.sources}
     prompts = read_prompt_rows(data, dataset.train.files, forms)
+    if config.distillation.lmbda < 1:
+        check_completions(prompts, dataset.train.where)
     held_out = None
     if dataset.eval is not None and dataset.report.eval is not None:
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
 
+import qlora_jax as q
 from qlora_jax.config import Config, DataArgs, LoraArgs, MeshArgs, ModelArgs, OptimArgs, QuestionArgs, TrainArgs
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 
@@ -45,6 +46,14 @@ def write_rows(path: Path, count: int = 40) -> Path:
     rows = [{"prompt": f"say {words[i % 3]} {i}", "completion": f"{words[i % 2]}"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@contextlib.contextmanager
+def served_teacher(model: Path) -> Iterator[str]:
+    """Serves a model in float32; yields the address."""
+    settings = {"port": 0, "cache": "16MiB", "quant_type": "none", "compute_dtype": "float32"}
+    with q.serve_models(str(model), background=True, **settings) as server:
+        yield f"{server.url}/v1"
 
 
 def stop_after(patch: pytest.MonkeyPatch, config: Config, steps: int) -> None:

@@ -63,4 +63,6 @@ def test_the_objective_of_the_settings(name: str, kind: RowKind, sequences: int)
         count_of_tokens=4,
         has_tail=False,
     )
-    assert token_values(made) == {"teacher_ids": TokenValue((4,), "int32"), "teacher_logps": TokenValue((5,))}
+    sampled = {"sampler_logps": TokenValue()} if kind == "prompt" else {}
+    predicted = {"teacher_ids": TokenValue((4,), "int32"), "teacher_logps": TokenValue((5,))}
+    assert token_values(made) == sampled | predicted

@@ -152,6 +152,30 @@ def test_a_harness_gets_the_log_probabilities_of_its_prompts(client, tokenizer, 
         ] == [True, True]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_student_gets_the_likeliest_tokens_by_their_ids(client, tokenizer, stream):
+    ids = tokenizer.encode("The cat sat.")
+    asked = {"max_tokens": 2, "echo": True} if not stream else {"stream": True, "max_tokens": 1}
+    named = {"return_tokens_as_token_ids": True}
+    found = client.completions.create(model="a", prompt=ids, logprobs=64, extra_body=named, **asked)
+    logprobs = (next(iter(found)) if stream else found).choices[0].logprobs
+    tokens, top = [int(token.removeprefix("token_id:")) for token in logprobs.tokens], logprobs.top_logprobs[-1]
+    assert stream or tokens[: len(ids)] == ids
+    assert top == {f"token_id:{token}": log_p for token, log_p in scored(tokens[-1], 64).likeliest}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logprobs": 257}, "logprobs: found 257, expected at most 256"),
+        ({"logprobs": 256, "prompt": [[1] * 500] * 9}, "logprobs: found 1,156,500 log-probabilities of prompts, expe"),
+    ],
+)
+def test_too_many_log_probabilities_are_refused(client, fields, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.completions.create(**{"model": "a", "prompt": [1, 2], "echo": True, "max_tokens": 0, **fields})
+
+
 def test_embeddings_of_runs_with_that_head(client, tokenizer):
     found = client.embeddings.create(model="vectors", input=["one", "two three"])
     lengths = [len(tokenizer.encode(text)) for text in ("one", "two three")]

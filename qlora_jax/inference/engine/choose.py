@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from qlora_jax.inference.sampling import GREEDY, Sampling
 
-MOST_LIKELIEST = 20  # tokens whose log-probabilities a request can ask for
 _LIMB = 2.0**19  # a mass has two limbs of 19 bits, of which a uint32 can sum _CHUNK
 _CHUNK = 4096
 _NO_MASS = 27.0  # tokens further below the likeliest have no mass: exp(-27) < 2**-38
@@ -175,8 +174,8 @@ def choose(
     Args:
       logits_RV: float32.
       mask_RW: has bit i of word w set if token 32 w + i is allowed; None: all tokens are.
-      likeliest: number of likeliest tokens to report besides the log-probability of the chosen one, at most
-        MOST_LIKELIEST; None: report neither.
+      likeliest: number of likeliest tokens to report besides the log-probability of the chosen one; None: report
+        neither.
     """
     scores_RV = _apart(adjusted(logits_RV, settings, state.history_RV))
     if mask_RW is not None:
@@ -345,7 +344,7 @@ def log_probabilities(
     own_R1 = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)
     values_RN, ids_RN = logits_RV[:, :0], jnp.zeros((len(logits_RV), 0), jnp.int32)
     if likeliest:  # a `top_k` takes milliseconds on a CPU
-        values_RN, ids_RN = jax.lax.top_k(logits_RV, likeliest)
+        values_RN, ids_RN = jax.lax.top_k(logits_RV, min(likeliest, logits_RV.shape[1]))
     return (own_R1 - largest_R1 - log_sum_R1)[:, 0], ids_RN, values_RN - largest_R1 - log_sum_R1
 
 

@@ -22,7 +22,6 @@ from pallas_kernels.attention.pages import PAGE
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.adapters import ByProjection, adapters_of, with_adapters
 from qlora_jax.inference.engine.choose import (
-    MOST_LIKELIEST,
     Choice,
     Row,
     RowSettings,
@@ -47,7 +46,7 @@ from qlora_jax.inference.engine.programs import (
     table_blocks,
 )
 from qlora_jax.inference.engine.reply_text import ReplyText
-from qlora_jax.inference.engine.request import Request, Scored, Step, prompt_problems
+from qlora_jax.inference.engine.request import LIKELIEST, Request, Scored, Step, prompt_problems
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
 from qlora_jax.sharding import mesh_of
@@ -264,8 +263,9 @@ class Engine:
             problems.append("grammar, stop_texts: the engine has no tokenizer. Give it one")
         if self._mesh is not None and request.score_prompt:
             problems.append("score_prompt: several devices share the model. Score prompts with `evaluate`")
-        if request.likeliest is not None and not 0 <= request.likeliest <= MOST_LIKELIEST:
-            problems.append(f"likeliest: found {request.likeliest}, expected 0 to {MOST_LIKELIEST}")
+        most = min(LIKELIEST[-1], self._num_ids)
+        if request.likeliest is not None and not 0 <= request.likeliest <= most:
+            problems.append(f"likeliest: found {request.likeliest}, expected 0 to {most}")
         if wrong := [token for token, _ in request.sampling.logit_bias if token >= self._num_ids]:
             problems.append(f"logit_bias: found id {wrong[0]}, expected 0 to {self._num_ids - 1}")
         needed = most_pages(self._groups, self._most_positions(request), PROMPT_TOKENS[-1])
@@ -536,7 +536,7 @@ class Engine:
         upcoming = each.prompt[start + 1 : start + 1 + count]
         next_M = np.zeros(tokens_M.size, np.int32)
         next_M[: len(upcoming)] = upcoming
-        likeliest = MOST_LIKELIEST if each.request.likeliest else 1
+        likeliest = round_up(each.request.likeliest or 0, LIKELIEST)
         inputs = tokens_M, rows_BT, positions_BT, last_R, cache, own_BT if self._adapters else None, next_M
         logits_RV, self._cache, choice = advance_and_score(self._parts, *inputs, likeliest=likeliest, length=length)
         choice = jax.tree.map(np.asarray, choice)
@@ -592,7 +592,7 @@ class Engine:
             described = [Row() if each is None else _described(each) for each in each_R]
             known = row_settings(described, vocab), row_state(described, vocab)
         asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
-        likeliest = None if not asked else MOST_LIKELIEST if max(asked) else 0
+        likeliest = round_up(max(asked), LIKELIEST) if asked else None
         local_RV = logits_RV if self._mesh is None else logits_RV.addressable_data(0)
         choice, state = choose(local_RV, *known, self._mask(each_R), likeliest=likeliest)
         return choice, known[0], state
@@ -613,5 +613,5 @@ def _described(each: Generation) -> Row:
 def _scored(request: Request, choice: Choice, row: int) -> Scored:
     log_p_R, likeliest_RN, log_p_RN = choice[1:]
     assert log_p_R is not None and likeliest_RN is not None and log_p_RN is not None
-    shown = [(int(token), float(log_p)) for token, log_p in zip(likeliest_RN[row], log_p_RN[row], strict=True)]
-    return Scored(int(choice.token_R[row]), float(log_p_R[row]), tuple(shown[: request.likeliest]))
+    ids, log_ps = (each[row, : request.likeliest or 0].tolist() for each in (likeliest_RN, log_p_RN))
+    return Scored(int(choice.token_R[row]), float(log_p_R[row]), tuple(zip(ids, log_ps, strict=True)))

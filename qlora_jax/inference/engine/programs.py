@@ -138,7 +138,7 @@ def advance_and_score(
     model, hidden_MD, cache = _extended(parts, tokens_M, rows_BT, positions_BT, cache, own_BT, length)
     groups = hidden_MD.reshape(-1, SCORED_TOGETHER, hidden_MD.shape[1]), next_M.reshape(-1, SCORED_TOGETHER)
     scores = jax.lax.map(lambda each: log_probabilities(model.head.logits(each[0]), each[1], likeliest), groups)
-    flat = [values.reshape(-1, *values.shape[2:]) for values in scores]
+    flat = [values.reshape(len(next_M), *values.shape[2:]) for values in scores]
     return model.head.logits(hidden_MD[last_R]), cache, Choice(next_M, *flat)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qlora_jax.inference.engine.grammar import Grammar
 
 EndReason = Literal["stop", "length", "context", "error"]
+LIKELIEST = (0, 20, 64, 256)  # numbers of likeliest tokens that programs report: 20 for chats, others for students
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

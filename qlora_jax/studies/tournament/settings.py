@@ -6,14 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from qlora_jax.config import ConfigError
-from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, Bound, setting
+from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, WEB_ADDRESS, setting
 from qlora_jax.config.parse import find_problems, from_dict
 from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs
 from qlora_jax.terminal.visible import without_passwords
 
 Value = str | int | float | bool | None
-WEB_ADDRESS = Bound("an address that begins with http:// or https://", lambda value: bool(_WEB.match(value)))
-_WEB = re.compile(r"https?://[^/\s]+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 

@@ -31,6 +31,7 @@ from qlora_jax.models.prefetched_layers import split_host
 from qlora_jax.nn.frozen_weight import OPS, ops_of
 from qlora_jax.objectives.head_objective import TrainedHead, head_of
 from qlora_jax.optim.schedule import warmup_steps
+from qlora_jax.terminal.visible import without_passwords
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.session import Session
@@ -134,13 +135,15 @@ def _replies(session: Session) -> Rows:
     teacher = {}
     if session.run.inputs.teacher is not None:
         kind = {0.0: "forward KL", 1.0: "reverse KL"}.get(distilled.beta, f"Jensen-Shannon, beta {distilled.beta:g}")
-        teacher["teacher"] = f"{distilled.teacher}, its {distilled.loss_top_k:,} likeliest tokens, {kind}"
+        name = without_passwords(" at ".join(filter(None, (distilled.teacher_model, distilled.teacher))))
+        teacher["teacher"] = f"{name}, its {distilled.loss_top_k:,} likeliest tokens, {kind}"
     if session.run.inputs.rollouts is None:
         return teacher
     passes = f", {policy.num_iterations} passes over them" if policy.num_iterations > 1 else ""
     sampled = f"{settings.num_generations} per prompt, of at most {settings.max_completion_length:,} tokens"
     if teacher:
-        return teacher | {"replies": f"{sampled}, temperature {settings.temperature:g}"}
+        steps = "" if distilled.lmbda == 1 else f"; in about {distilled.lmbda:.0%} of the steps, else those of the data"
+        return teacher | {"replies": f"{sampled}, temperature {settings.temperature:g}{steps}"}
     redraws = f"; up to {policy.max_redraws} further draws if rewards are equal" if policy.max_redraws else ""
     functions = session.rewards
     tools = () if functions is None or functions.tools is None else functions.tools.schemas

@@ -35,20 +35,22 @@ Numbers = Float[np.ndarray, "A B T"]
 def policy_metrics(
     objective: PolicyGradient, outputs: PolicyOutputs, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """Returns the metrics of a step; none for a step without tokens that train.
-
-    The gap to the sampler is |log p_old - log p| of the drawn tokens: the same weights, computed in two ways.
-    """
+    """Returns the metrics of a step; none for a step without tokens that train."""
     is_trained = arrays["weights"] > 0
     if not is_trained.any():
         return {}
     read = {name: jnp.asarray(arrays[name]) for name in read_by_losses(objective)}
     terms: TokenTerms = jax.tree.map(np.asarray, objective.token_terms(outputs, read))
-    gaps = np.abs(np.asarray(objective.old_logps(outputs, read)) - arrays[SAMPLER_LOGPS])[is_trained]
     found = {POLICY_ENTROPY: _mean(outputs.entropy_BT, is_trained)}
     found |= {} if terms.kl_BT is None else {POLICY_KL: _mean(terms.kl_BT, is_trained)}
     found |= _clipped(objective, np.asarray(terms.ratios_BT), read)
-    return found | {SAMPLER_GAP: float(gaps.mean(dtype=np.float64)), SAMPLER_GAP_MAX: float(gaps.max())}
+    return found | sampler_gap(objective.old_logps(outputs, read), arrays)
+
+
+def sampler_gap(logps: jax.typing.ArrayLike, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns |log p of the sampler - log p| of the drawn tokens that train: the same weights, computed in two ways."""
+    gaps = np.abs(np.asarray(logps) - arrays[SAMPLER_LOGPS])[arrays["weights"] > 0]
+    return {SAMPLER_GAP: float(gaps.mean(dtype=np.float64)), SAMPLER_GAP_MAX: float(gaps.max())}
 
 
 def _mean(values: jax.typing.ArrayLike, is_trained: Bool[np.ndarray, "A B T"]) -> float:

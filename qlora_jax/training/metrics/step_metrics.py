@@ -19,12 +19,12 @@ from qlora_jax.measures.metrics import Metric, RowValues, perplexity
 from qlora_jax.measures.statistics import bootstrap, paired_bootstrap_of, wilson_interval
 from qlora_jax.models.config import ExpertsConfig
 from qlora_jax.nn.router import SIGMOID
-from qlora_jax.objectives.distillation import DistilledRows
+from qlora_jax.objectives.distillation import Distillation, DistilledRows
 from qlora_jax.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
-from qlora_jax.objectives.policy_gradient import PolicyGradient, PolicyOutputs
+from qlora_jax.objectives.policy_gradient import SAMPLER_LOGPS, PolicyGradient, PolicyOutputs
 from qlora_jax.objectives.router_losses import RoutedOutputs
 from qlora_jax.objectives.sequences import ComparedLogps, SequenceLogps
-from qlora_jax.training.metrics.policy_metrics import policy_metrics
+from qlora_jax.training.metrics.policy_metrics import policy_metrics, sampler_gap
 from qlora_jax.training.metrics.record_summaries import (
     ACCURACY,
     AUX_LOSS,
@@ -51,6 +51,8 @@ from qlora_jax.training.metrics.record_summaries import (
     TEACHER_TAIL,
     Z_LOSS,
 )
+
+NO_LOGPS = np.zeros(0)
 
 
 def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
@@ -240,7 +242,10 @@ def step_metrics(objective: Objective, outputs: PyTree, arrays: Mapping[str, np.
     if isinstance(outputs, DistilledRows):
         found = means(distillation_values(outputs, arrays["weights"]))
         del found[DIVERGENCE]  # the loss
-        return found
+        own = cast(Distillation, objective)
+        is_sampled = arrays.get(SAMPLER_LOGPS, NO_LOGPS).any()  # the completions of the data have no such numbers
+        is_comparable = is_sampled and own.temperature == own.sampler_temperature
+        return found | (sampler_gap(outputs.logps_BT, arrays) if is_comparable else {})
     if not isinstance(outputs, SequenceLogps | PolicyOutputs):
         return {}
     own = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), outputs)  # on a mesh they lie on all devices

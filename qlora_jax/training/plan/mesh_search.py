@@ -41,7 +41,7 @@ from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.optimizer_state import device_bytes
 from qlora_jax.training.plan.plan import first_fitting
-from qlora_jax.training.plan.records import RunPlan
+from qlora_jax.training.plan.records import PlannedTeacher, RunPlan
 from qlora_jax.training.plan.reference import forward_batch, plan_reference
 from qlora_jax.training.plan.requirements import (
     CompileStep,
@@ -51,7 +51,7 @@ from qlora_jax.training.plan.requirements import (
     compiled_requirements,
 )
 from qlora_jax.training.plan.settings import PlanArgs
-from qlora_jax.training.plan.target import CPU, PlanTarget, model_features, planned_weights
+from qlora_jax.training.plan.target import PlanTarget, model_features, planned_weights
 from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec, open_inputs, weights_of
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
@@ -178,8 +178,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
             f"data.max_length={args.data.max_length} is longer than the model allows (at most {model.max_positions} "
             f"positions). Set data.max_length to at most {model.max_positions}."
         )
-    device = (CPU, None) if target.card is None else ("gpu", target.card.compute_capability)
-    weights = planned_weights(args.model, model, *device)
+    weights = planned_weights(args.model, model, *target.device)
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
     config = run_step_config(args, model, weights, rows, ids)
@@ -316,7 +315,7 @@ def compile_run(config: Config, inputs: RunInputs, mesh: Mesh | None = None) -> 
 
 def plan_run(run: RunSpec) -> RunPlan:
     """Plans the run's step for its longest bucket; uses the program that the run has compiled."""
-    questions = run.inputs.questions
+    questions, teacher = run.inputs.questions, run.inputs.teacher
     limit, device = device_bytes(memory_of(run.mesh))
     return RunPlan(
         requirements=compiled_requirements(run.step, _compiled_by(run.gradients)),
@@ -325,8 +324,7 @@ def plan_run(run: RunSpec) -> RunPlan:
         questions=None if questions is None else questions.memory(run.gradients.parts),
         rollouts=run.rollout_memory,
         reference=plan_reference(run),
-        teacher=0 if run.inputs.teacher is None else run.inputs.teacher.nbytes,
-        teacher_stays=run.inputs.rollouts is not None,
+        teacher=None if teacher is None else PlannedTeacher(teacher.nbytes, run.inputs.rollouts is not None),
     )
 
 

@@ -101,6 +101,27 @@ class ReferencePlan:
         }
 
 
+class PlannedTeacher(NamedTuple):
+    """The memory of a teacher.
+
+    Fields:
+      nbytes: bytes of its weights; 0 behind an endpoint.
+      stays: True if it stays in memory next to the model, False if it is freed before the model is loaded.
+    """
+
+    nbytes: int
+    stays: bool
+
+    def peak(self, of_model: int) -> int:
+        """Returns the bytes on the device at the peak, if the model takes so many."""
+        return of_model + self.nbytes if self.stays else max(of_model, self.nbytes)
+
+    def __str__(self) -> str:
+        if not self.nbytes:
+            return "behind an endpoint, takes no memory here"
+        return f"{format_bytes(self.nbytes)}, {'next to' if self.stays else 'before'} the model"
+
+
 STEP_ONLY = ("gradients", ACTIVATIONS, "scratch")  # kinds that an evaluation does not need
 
 
@@ -117,8 +138,7 @@ class RunPlan:
       questions: the memory of questions; None for a run without questions.
       rollouts: the memory of sampling replies to learn from; None for a run that samples none.
       reference: the work and memory of the reference; None for an objective without one.
-      teacher: bytes of the weights of the teacher; 0 without one.
-      teacher_stays: True if it stays in memory next to the model, False if it is freed before the model is loaded.
+      teacher: the memory of the teacher; None for an objective without one.
     """
 
     requirements: Requirements
@@ -127,8 +147,7 @@ class RunPlan:
     questions: ProgramMemory | None = None
     rollouts: ProgramMemory | None = None
     reference: ReferencePlan | None = None
-    teacher: int = 0
-    teacher_stays: bool = False
+    teacher: PlannedTeacher | None = None
 
     @property
     def fits(self) -> bool:
@@ -139,7 +158,7 @@ class RunPlan:
     def peak_bytes(self) -> int:
         """Bytes on the device at the peak."""
         of_model = max(self.requirements.total, self.question_bytes, self.rollout_bytes, self.reference_bytes)
-        return of_model + self.teacher if self.teacher_stays else max(of_model, self.teacher)
+        return of_model if self.teacher is None else self.teacher.peak(of_model)
 
     @property
     def question_bytes(self) -> int:
@@ -180,6 +199,6 @@ class RunPlan:
             rows["rollouts"] = f"{format_bytes(self.rollout_bytes)}, peak in {self.rollouts.program}"
         if self.reference is not None:
             rows["reference pass"] = f"{self.reference}; {format_bytes(self.reference_bytes)} on the device"
-        if self.teacher:
-            rows["teacher"] = f"{format_bytes(self.teacher)}, {'next to' if self.teacher_stays else 'before'} the model"
+        if self.teacher is not None:
+            rows["teacher"] = str(self.teacher)
         return rows | ({"host memory": format_bytes(host)} if host else {})

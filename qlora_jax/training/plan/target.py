@@ -34,6 +34,11 @@ class PlanTarget:
     card: Card | None
     memory_bytes: int
 
+    @property
+    def device(self) -> tuple[str, tuple[int, int] | None]:
+        """JAX's platform, and the compute capability of a card."""
+        return (CPU, None) if self.card is None else ("gpu", self.card.compute_capability)
+
 
 def plan_target(card: str | None, memory: str | None) -> PlanTarget:
     """Returns the device of a plan from the settings `card` and `memory`.

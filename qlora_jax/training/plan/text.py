@@ -206,9 +206,10 @@ def nearest_fix(plan: RunPlan) -> str:
     if plan.reference_bytes > plan.limit:
         required = f"the reference needs {format_bytes(plan.reference_bytes)} of {format_bytes(plan.limit)}"
         lines.append(f"DOES NOT FIT: {required}. Lower train.micro_batch_size or data.max_length.")
-    if plan.teacher and plan.requirements.total + plan.teacher > plan.limit:
+    of_model = plan.requirements.total
+    if plan.teacher is not None and plan.teacher.peak(of_model) > max(of_model, plan.limit):
         lines.append(
-            f"The teacher needs {format_bytes(plan.teacher)}. Choose a smaller one, or set "
+            f"The teacher needs {format_bytes(plan.teacher.nbytes)}. Choose a smaller one, or set "
             "distillation.teacher_quant_type."
         )
     return "\n  ".join(lines)

@@ -10,6 +10,7 @@ from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import (
     AUX_LOSS,
     BY_LAYER,
+    CROSS_ENTROPY,
     DEAD,
     ENTROPY,
     HIGH,
@@ -20,6 +21,7 @@ from qlora_jax.training.metrics.record_summaries import (
     REWARD,
     SAMPLER_GAP,
     SAMPLER_GAP_MAX,
+    TEACHER_TAIL,
     Z_LOSS,
     TaskMetric,
     task_metrics,
@@ -27,6 +29,13 @@ from qlora_jax.training.metrics.record_summaries import (
 
 GIB = 2**30
 ENDS = ("", LOW, HIGH)  # endings of the keys of a metric and its interval
+IN_STEPS_AND_HELD_OUT = {  # metrics, with the caption, unit and factor of their charts
+    CROSS_ENTROPY: ("Cross-entropy of the learned tokens", "nats per token", 1.0),
+    TEACHER_TAIL: ("Probability outside the teacher's likeliest tokens", "%", 100.0),
+    "reply_tokens": ("Length of replies", "tokens", 1.0),
+    "tool_calls": ("Calls of tools", "per reply", 1.0),
+    "tool_failures": ("Calls of tools with an error", "%", 100.0),
+}
 _SMOOTHING_SHARE = 0.05  # share of the steps over which a moving average averages
 
 
@@ -150,14 +159,17 @@ def _both_lines(
 
 
 def _rollout_charts(records: Sequence[Record], steps: Sequence[Record]) -> list[Chart]:
-    """Returns the charts of a run that samples replies and learns from their rewards."""
+    """Returns the charts of a run that samples replies, or learns from a teacher."""
 
     def line(key: str, label: str, *, main: bool = True, scale: float = 1.0) -> Line:
         return _line(label, _with(steps, key), lambda r: scale * r[key], main)
 
     return [
         Chart("Reward", "", _both_lines(records, steps, REWARD), from_zero=False),
-        Chart("Length of replies", "tokens", _both_lines(records, steps, "reply_tokens")),
+        *(
+            Chart(caption, unit, _both_lines(records, steps, name, scale=factor))
+            for name, (caption, unit, factor) in IN_STEPS_AND_HELD_OUT.items()
+        ),
         Chart(
             "Shares of a step",
             "%",

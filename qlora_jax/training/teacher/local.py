@@ -31,7 +31,7 @@ from qlora_jax.nn.lm_head.sharded_vocabulary import at_temperature
 from qlora_jax.sharding import AnyMesh, gather_rows, part_bytes
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.step import text_separation
-from qlora_jax.training.teacher.predictions import Arrays, Predictions
+from qlora_jax.training.teacher.predictions import Arrays, Predictions, check_are_known
 
 FORM = 1  # raised by a change after which stored predictions no longer hold
 BLOCK = 16 * 2**20  # bytes of a file that are hashed at once
@@ -85,11 +85,7 @@ class LocalTeacher:
         read = place_batch({name: arrays[name] for name in READ if name in arrays}, self.mesh)
         how = {"count": self.count, "temperature": self.temperature, "mesh": self.mesh}
         ids, logps = map(np.asarray, predict_likeliest(self.parts, read, **how))
-        if (beyond := int(ids.max())) >= self.tokens:
-            raise ValueError(
-                f"distillation.teacher: predicts the token {beyond}, expected ids below {self.tokens}, the rows of the "
-                "model's embedding. Lower distillation.loss_top_k, or choose another teacher"
-            )
+        check_are_known(ids, self.tokens)
         return Predictions(ids, logps)
 
 
@@ -118,9 +114,9 @@ class LocalSource:
         features, weights = self.opened.features, self.weights
         return part_bytes(nnx.state(nnx.eval_shape(lambda: CausalLM(features, weights))))
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
-        """A hash of all that its predictions depend on, besides the rows: reads the files once."""
+        """A hash of all that its predictions depend on, besides the rows: reads the files."""
         run, source = self.opened.run, self.opened.source
         ranges = {each for entry in source.tensors.values() for each in entry.ranges_of(0, entry.rows)}
         adapter = [] if run is None else [run.lora_args, json_digest(tree_digests(run.lora))]

@@ -22,6 +22,10 @@ from qlora_jax.objectives.distillation import TEACHER_IDS, TEACHER_LOGPS
 Arrays = Mapping[str, np.ndarray]
 
 
+class TeacherError(ValueError):
+    """A teacher that gives no predictions, now; the run can go on later."""
+
+
 class Predictions(NamedTuple):
     """The teacher's likeliest tokens at positions; numbers of positions that are not supervised mean nothing.
 
@@ -32,6 +36,15 @@ class Predictions(NamedTuple):
 
     ids: Int32[np.ndarray, "..."]
     logps: Float32[np.ndarray, "..."]
+
+
+def check_are_known(ids: Int32[np.ndarray, "..."], tokens: int) -> None:
+    """Raises ValueError if a teacher predicts a token beyond the `tokens` that the student has."""
+    if (beyond := int(ids.max())) >= tokens:
+        raise ValueError(
+            f"distillation.teacher: predicts the token {beyond}, expected ids below {tokens}, the rows of the model's "
+            "embedding. Lower distillation.loss_top_k, or choose another teacher"
+        )
 
 
 @runtime_checkable
@@ -50,7 +63,7 @@ class TeacherSource(Protocol):
     Attributes:
       count: K.
       key: a hash of all that its predictions depend on, besides the rows.
-      nbytes: bytes of its weights in memory.
+      nbytes: bytes of its weights in this process's memory.
     """
 
     @property
@@ -64,15 +77,6 @@ class TeacherSource(Protocol):
 
     def load(self, mesh: Mesh | None, progress: Callable[..., None]) -> Teacher:
         """Loads the weights."""
-        ...
-
-
-@runtime_checkable
-class DistilledBatches(Protocol):
-    """Gives batches the teacher's predictions."""
-
-    def attach(self, batch: Batch) -> Batch:
-        """Returns the batch with TEACHER_IDS and TEACHER_LOGPS."""
         ...
 
 
@@ -149,6 +153,9 @@ class StoredTeacher:
         return self.folder / f"{digest([self.key, *row.content(batch)])}{SUFFIX}"
 
 
+DistilledBatches = LiveTeacher | StoredTeacher  # give batches the teacher's predictions
+
+
 class _Row(NamedTuple):
     """A data row in a batch: the batch's row [A, B], and its first and last position there."""
 
@@ -179,4 +186,5 @@ def _rows(batch: Batch) -> Iterator[_Row]:
 
 
 def _with_predictions(batch: Batch, found: Predictions) -> Batch:
-    return dataclasses.replace(batch, token_values={TEACHER_IDS: found.ids, TEACHER_LOGPS: found.logps})
+    predicted = {TEACHER_IDS: found.ids, TEACHER_LOGPS: found.logps}
+    return dataclasses.replace(batch, token_values={**batch.token_values, **predicted})

@@ -4,16 +4,19 @@ import dataclasses
 
 import jax
 
-from qlora_jax.config import Config
-from qlora_jax.config.distillation import OWN_BASE
+from qlora_jax.config import Config, ModelArgs
+from qlora_jax.config.distillation import OWN_BASE, is_endpoint
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.pretrained import OpenedModel, is_finetuned, open_base, open_finetuned
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.openai_endpoint import Endpoint, read_key
+from qlora_jax.training.teacher.endpoint import EndpointSource
 from qlora_jax.training.teacher.local import LocalSource
+from qlora_jax.training.teacher.predictions import TeacherSource
 
 
-def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> LocalSource | None:
+def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> TeacherSource | None:
     """Returns the teacher, or None for an objective without one.
 
     Args:
@@ -32,20 +35,19 @@ def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> 
         )
     args = config.distillation
     assert args.teacher is not None, "the settings are checked"
-    own = dataclasses.replace(config.model, quant_type="none", keep_16bit=[], new_tokens=[], new_special_tokens=[])
-    if args.teacher == OWN_BASE:
-        opened = open_base(own)
-    elif is_finetuned(args.teacher):
-        opened = open_finetuned(args.teacher)
-    else:
-        opened = open_base(dataclasses.replace(own, path=args.teacher, quant_type=args.teacher_quant_type))
-    _check_tokens(opened, args.teacher, tokenizer)
-    most = min(opened.features.vocab_size, student.vocab_size)
-    if args.loss_top_k > most:
-        raise ValueError(
-            f"distillation.loss_top_k: found {args.loss_top_k}, expected at most {most}, the rows of the smaller "
-            "embedding. Lower it"
+    if is_endpoint(args.teacher):
+        _check_count(args.loss_top_k, student.vocab_size)
+        key = read_key(args.teacher_key_variable, "distillation.teacher_key_variable")
+        assert args.teacher_model is not None, "the settings are checked"
+        return EndpointSource(
+            endpoint=Endpoint(args.teacher, args.teacher_model, key, args.teacher_timeout),
+            count=args.loss_top_k,
+            tokenizer=tokenizer,
+            tokens=student.vocab_size,
         )
+    opened = open_finetuned(args.teacher) if is_finetuned(args.teacher) else open_base(teacher_args(config))
+    _check_tokens(opened, args.teacher, tokenizer)
+    _check_count(args.loss_top_k, min(opened.features.vocab_size, student.vocab_size))
     weights = dataclasses.replace(opened.args, compute_dtype=config.model.compute_dtype)
     return LocalSource(
         opened=opened,
@@ -54,6 +56,23 @@ def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> 
         temperature=args.temperature,
         tokens=student.vocab_size,
     )
+
+
+def teacher_args(config: Config) -> ModelArgs:
+    """Returns path and weight format of a teacher that is a base model."""
+    args = config.distillation
+    own = dataclasses.replace(config.model, quant_type="none", keep_16bit=[], new_tokens=[], new_special_tokens=[])
+    if args.teacher in (OWN_BASE, None):
+        return own
+    return dataclasses.replace(own, path=args.teacher, quant_type=args.teacher_quant_type)
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise ValueError(
+            f"distillation.loss_top_k: found {count}, expected at most {most}, the rows of the smaller embedding. "
+            "Lower it"
+        )
 
 
 def _check_tokens(opened: OpenedModel, name: str, tokenizer: Tokenizer) -> None:

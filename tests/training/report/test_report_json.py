@@ -148,6 +148,17 @@ def test_preferences_in_figures_and_charts():
         assert low <= min(map(min, (line.values for line in chart.lines))) and (high >= 0) == from_zero
 
 
+def test_a_teacher_and_tools_have_charts():
+    known = {"learning_rate": 0.1, "length": 64}
+    names = {"cross_entropy": 2.0, "teacher_tail": 0.5, "tool_calls": 3.0, "tool_failures": 0.25}
+    held = {f"eval_{name}{end}": value for name, value in names.items() for end in ("", "_low", "_high")}
+    found = charts([{"step": 0} | held, step(1) | known | names], 0)[:-1]
+    assert [[[*line.values] for line in chart.lines] for chart in found] == [
+        [[value], [value]] for value in (2.0, 50.0, 3.0, 25.0)
+    ]
+    assert [chart.unit for chart in found] == ["nats per token", "%", "per reply", "%"]
+
+
 def test_charts_leave_out_what_is_not_known():
     known = {"learning_rate": 0.1, "length": 64}
     assert charts([], 0) == charts([{"step": 0, "eval_loss": 3.0}], 0) == []

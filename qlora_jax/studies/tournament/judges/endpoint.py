@@ -1,14 +1,13 @@
 """A judge behind an OpenAI-compatible endpoint."""
 
 import functools
-import os
 import queue
 import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.chat_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
+from qlora_jax.openai_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete, read_key
 from qlora_jax.studies.tournament.judges.judge import (
     UNREADABLE,
     Attempts,
@@ -44,14 +43,7 @@ class EndpointJudge:
         """Raises ValueError if the key is missing, or the file of prompts cannot be used."""
         self._args = args
         self._prompts: JudgePrompts = read_judge_prompts(args.prompts)
-        self._endpoint = Endpoint(
-            url=args.url,
-            model=args.model,
-            key=_key(args.key_variable),
-            temperature=args.temperature,
-            max_tokens=args.max_tokens,
-            timeout=args.timeout,
-        )
+        self._endpoint = Endpoint(args.url, args.model, read_key(args.key_variable, "key_variable"), args.timeout)
 
     def inputs(self) -> dict[str, str | int | float | bool | None]:
         """The endpoint without its key, the settings of the review, and the prompts."""
@@ -91,10 +83,11 @@ class EndpointJudge:
         prompt = self._prompts.of(transcripts.category(match))
         message = prompt.message(transcripts.question(match), transcripts.answers(match))
         attempts, judgement = Attempts(), Judgement(match, None)
+        how = {"temperature": self._args.temperature, "max_tokens": self._args.max_tokens}
         for attempt in range(self._args.retries + 1):
             wait = None
             try:
-                review = complete(self._endpoint, prompt.system, message)
+                review = complete(self._endpoint, prompt.system, message, **how)
             except RequestFailed as error:
                 if error.refused:
                     url = without_passwords(self._args.url)
@@ -172,11 +165,3 @@ class _Work:
                     f"no reply to {self._failures} matches in succession (last: {judgement.problem}). Start again when "
                     "the endpoint answers"
                 )
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not (key := os.environ.get(variable, "").strip()):
-        raise ValueError(f"key_variable: the environment variable {variable} is not set. Put the key in it")
-    return key

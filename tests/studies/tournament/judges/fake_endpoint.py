@@ -22,7 +22,7 @@ class Answer(NamedTuple):
     trickle: float = 0
 
 
-Plan = Callable[[str, int], Answer]  # the user's message, the number of requests with this message before
+Plan = Callable[[str, int], Answer]  # the user's message or the prompt, the number of requests with it before
 
 
 class FakeEndpoint(http.server.ThreadingHTTPServer):
@@ -56,9 +56,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
+        assert self.path == ("/v1/chat/completions" if "messages" in body else "/v1/completions")
         with self.server.lock:
-            message = body["messages"][-1]["content"]
+            message = body["messages"][-1]["content"] if "messages" in body else json.dumps(body["prompt"])
             before = self.server.seen[message]
             self.server.seen[message] += 1
             self.server.requests.append(body)

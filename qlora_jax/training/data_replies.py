@@ -1,0 +1,77 @@
+"""The completions that the data has, in the form of sampled replies."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from qlora_jax.data.encoder import encode_rows
+from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.readers.files import Place, Row
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.metadata import JsonObject
+from qlora_jax.rollouts.prompt_rows import PromptRows
+from qlora_jax.rollouts.reply import Reply
+from qlora_jax.rollouts.started_prompts import Asked
+
+SHOWN = 20  # rows that one error lists
+
+
+def check_completions(prompts: PromptRows, where: Callable[[int], str]) -> None:
+    """Raises ValueError for rows without a completion; `where` returns file and line of a row."""
+    found = {number: FORMATS[name].check(row) for number in prompts.rows for name, row in [_answered(prompts, number)]}
+    problems = [f"{where(number)}: {'; '.join(wrong)}" for number, wrong in found.items() if wrong]
+    if problems:
+        lines = "\n  ".join(problems[:SHOWN])
+        raise ValueError(
+            f"distillation.lmbda: below 1, but {len(problems):,} of {len(found):,} rows have no completion to learn. "
+            f"Add a column completion, or an assistant's last message:\n  {lines}"
+        )
+
+
+def replies_of_data(
+    prompts: PromptRows,
+    tokenizer: Tokenizer,
+    asked: Sequence[Asked],
+    where: Callable[[int], str],
+    *,
+    count: int,
+    most: int,
+) -> list[list[Reply]]:
+    """Returns `count` replies to each prompt: its row's completion, and others that have one token and do not train.
+
+    So the batch has the form of one with sampled replies, for the same compiled step.
+
+    Args:
+      where: returns file and line of a row.
+      most: tokens of a completion; the rest is cut.
+
+    Raises:
+      ValueError: the template writes a prompt in another way once its completion follows.
+    """
+    return [_replies(prompts, tokenizer, each, where(each.number), count, most) for each in asked]
+
+
+def _replies(prompts: PromptRows, tokenizer: Tokenizer, asked: Asked, place: str, count: int, most: int) -> list[Reply]:
+    name, columns = _answered(prompts, asked.number)
+    (row,) = encode_rows(place, [Row(Place(1, 0), columns)], FORMATS[name], tokenizer)
+    start = len(asked.ids)
+    if row.branches or row.ids[:start].tolist() != asked.ids:
+        raise ValueError(
+            f"{place}: the chat template writes the prompt in another way once its completion follows. Set "
+            "distillation.lmbda to 1, or data.chat_template to a template that does not"
+        )
+    own = slice(start, min(start + most, int(np.flatnonzero(row.supervised)[-1]) + 1))
+    completion = _reply(row.ids[own].tolist(), row.supervised[own].tolist())
+    return [completion, *[_reply(asked.ids[-1:], [False])] * (count - 1)]
+
+
+def _reply(ids: list[int], drawn: list[bool]) -> Reply:
+    return Reply(ids=ids, logps=[0.0] * len(ids), drawn=drawn, text="", end="stop", messages=[])
+
+
+def _answered(prompts: PromptRows, number: int) -> tuple[str, JsonObject]:
+    """Returns the name of a format of texts, and the row's columns in it."""
+    row = prompts.rows[number]
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return "messages", row | {"messages": [*row["prompt"], *row["completion"]]}
+    return ("completion" if "prompt" in row else "messages"), row
