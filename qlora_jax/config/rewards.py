@@ -8,6 +8,7 @@ from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, POSIT
 from qlora_jax.config.registry import Registry
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.regex import text_pattern_problems
+from qlora_jax.verifiers.process import is_address
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,6 +206,11 @@ def tool_problems(tools: Sequence[str], environment: str | None, objective: str,
             if values
         ]
     problems: list[str] = []
+    if is_address(environment):
+        given["--environment"] = []
+        problems += ["--tool: found with an environment of verifiers, which has its own. Remove it"] if tools else []
+        if "?" in str(environment):
+            problems.append(f"--environment: found settings in {environment!r}. Write them in data.train and data.eval")
     for flag, values in given.items():
         try:
             names = [split_code(each, flag)[1] for each in values]

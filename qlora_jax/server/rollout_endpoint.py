@@ -1,0 +1,61 @@
+"""Serves an engine to the programs of a rollout phase, on a free port of this machine and with a key of its own."""
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.server.app import make_app
+from qlora_jax.server.engine_thread import AnyEngine, EngineThread
+from qlora_jax.server.metrics import Metrics
+from qlora_jax.server.run import Server
+from qlora_jax.server.served_models import ServedModel, ServedModels, chat_format
+from qlora_jax.server.service import Limits, Service
+
+MODEL = "policy"
+SECONDS = 7 * 24 * 3600.0  # of a request: the phase has limits of its own
+BODY_BYTES = 64 << 20
+PLACES = 1 << 16
+STOP_SECONDS = 1
+
+
+class RolloutEndpoint(NamedTuple):
+    """A running endpoint; `failure` returns the error that ended its engine, if any."""
+
+    url: str
+    key: str
+    model: str
+    failure: Callable[[], BaseException | None]
+
+
+@contextlib.contextmanager
+def serve_rollouts(
+    engine: AnyEngine, tokenizer: Tokenizer, stop_ids: frozenset[int], positions: int
+) -> Iterator[RolloutEndpoint]:
+    """Yields the endpoint of an engine; leaving it ends what still runs.
+
+    Args:
+      stop_ids: ids with which the model ends a turn.
+      positions: of the model.
+    """
+    model = ServedModel(
+        name=MODEL,
+        adapter=None,
+        tokenizer=tokenizer,
+        form=chat_format(tokenizer),
+        stop_ids=stop_ids,
+        turn_end_ids=stop_ids,
+        positions=positions,
+        root=MODEL,
+    )
+    service = Service(
+        models=ServedModels([model]),
+        thread=EngineThread(engine, places=PLACES),
+        limits=Limits(max_body=BODY_BYTES, max_tokens=(1 << 31) - 1, seconds=SECONDS),
+        metrics=Metrics(),
+        key=secrets.token_urlsafe(),
+    )
+    assert service.key is not None
+    with Server(make_app(service), service, "127.0.0.1", 0, STOP_SECONDS).start() as server:
+        yield RolloutEndpoint(f"{server.url}/v1", service.key, MODEL, lambda: service.thread.failure)
