@@ -86,6 +86,7 @@ def play_episodes(
     Raises:
       RewardError: the texts of the replies to a prompt are too long for a training row.
     """
+    asked = [each._replace(prompt=prompts.prompt(each.number)) for each in asked]
     rollouts = [Recorded(draw_seed(seed, repeat)) for seed in seeds for repeat in range(count)]
     tasks = [prompts.others(each.number) for each in asked for _ in range(count)]
     recording = RecordingEngine(engine, rollouts, phase.settings, phase.longest)

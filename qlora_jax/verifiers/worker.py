@@ -138,9 +138,9 @@ async def _rollout(environment, task, ctx, gate, rollout):
 
 def _outcome(episode, client):
     own = [trace for trace in episode.traces if trace.agent.config.client.base_url == client.base_url]
-    errors = [*episode.errors, *(error for trace in own for error in trace.errors)]
+    errors = {f"{each.type}: {each.message}": None for part in (episode, *own) for each in part.errors}
     if not episode.ok or errors:
-        return {"problem": "; ".join(f"{each.type}: {each.message}" for each in errors) or "the episode failed"}
+        return {"problem": "; ".join(errors) or "the episode failed"}
     if len(own) != 1:
         fix = "Give the other agents a client.base_url of their own"
         return {"problem": f"found {len(own)} agents that the trained model plays, expected one. {fix}"}

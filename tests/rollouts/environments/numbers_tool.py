@@ -1,0 +1,39 @@
+"""A task set of verifiers with a tool."""
+
+import verifiers.v1 as vf
+
+__all__ = ["Numbers"]
+
+
+class Adder(vf.Toolset[vf.ToolsetConfig, vf.State]):
+    """Adds."""
+
+    @vf.tool
+    async def add(self, a: int, b: int) -> str:
+        """Adds two numbers."""
+        return str(a + b)
+
+
+class Task(vf.Task[vf.TaskData]):
+    """Rewards calls of the tool."""
+
+    @classmethod
+    def toolsets(cls, config):
+        """The tools of each rollout."""
+        return [Adder(vf.ToolsetConfig())]
+
+    @vf.reward
+    async def called(self, trace) -> float:
+        """The number of answers."""
+        return float(len(trace.tool_messages))
+
+
+class Numbers(vf.Taskset[Task]):
+    """Two sums."""
+
+    def load(self):
+        """Yields tasks."""
+        return [
+            Task(vf.TaskData(prompt=f"What is {n} + 2?", system_prompt="Use the tool."), self.config.task)
+            for n in range(6)
+        ]
