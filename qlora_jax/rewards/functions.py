@@ -286,7 +286,7 @@ class RewardFunctions:
             }
         )
         outcomes |= {number: self._score_here(number, calls[number]) for number in self._in_process.keys() & calls}
-        if self._played in calls:
+        if self._played is not None and self._played in calls:
             outcomes[self._played] = _as_outcome(calls[self._played].given)
         for number, outcome in outcomes.items():
             expected = len(calls[number].prompts)

@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 from qlora_jax.config.registry import load_implementation
 from qlora_jax.config.rollouts import RolloutArgs
@@ -22,14 +22,13 @@ from qlora_jax.verifiers.process import (
     START_SECONDS,
     TASK_COLUMN,
     Address,
+    JsonObject,
     Stopped,
     verifiers_process,
 )
 
-Json = Mapping[str, Any]  # of the process
 
-
-class Endpoint(Protocol):
+class Endpoint(NamedTuple):
     """A running endpoint; `failure` returns the error that ended its engine, if any."""
 
     url: str
@@ -99,12 +98,12 @@ def play_episodes(
 def _play(
     engine: RecordingEngine,
     endpoint: Endpoint,
-    tasks: Sequence[Json],
+    tasks: Sequence[JsonObject],
     settings: RolloutArgs,
     go_on: Callable[[int], None],
-) -> list[Json]:
+) -> list[JsonObject]:
     """Returns the outcome of each rollout as the process sends it."""
-    found: dict[int, Json] = {}
+    found: dict[int, JsonObject] = {}
     began = latest = time.monotonic()
 
     def tick() -> None:
@@ -137,13 +136,13 @@ def _play(
     return [found.get(number, late) for number in range(len(tasks))]
 
 
-def _task(columns: Json) -> Json:
+def _task(columns: JsonObject) -> JsonObject:
     address = Address.parse(str(columns[ADDRESS_COLUMN]))
     return {"task": columns[TASK_COLUMN], "size": address.size, "settings": address.settings}
 
 
 def _group(
-    asked: Asked, recorded: Sequence[Recorded], outcomes: Sequence[Json], phase: Phase, place: str
+    asked: Asked, recorded: Sequence[Recorded], outcomes: Sequence[JsonObject], phase: Phase, place: str
 ) -> tuple[Asked, list[Reply]]:
     """Returns a prompt as all replies continue it, with the replies."""
     texts = [join_turns(each.turns) for each in recorded]
@@ -161,14 +160,12 @@ def _group(
     return asked._replace(ids=prompt), [_reply(*each, depth, phase) for each in together]
 
 
-def _reply(recorded: Recorded, texts: Sequence[Text], outcome: Json, depth: int, phase: Phase) -> Reply:
+def _reply(recorded: Recorded, texts: Sequence[Text], outcome: JsonObject, depth: int, phase: Phase) -> Reply:
     problem = recorded.problem or outcome["problem"] or (None if texts else "found no turn of the model")
     last = max(recorded.turns, key=lambda turn: len(turn.prompt), default=None)
     is_cut = recorded.is_cut or outcome.get("is_cut") or last is None or last.end != "stop"
     # A rollout without turns still has a branch, of one token that does not train.
-    first, *others = [Text(*(part[depth:] for part in text)) for text in texts] or [
-        Text([min(phase.stop_ids)], [0.0], [False])
-    ]
+    first, *others = [text.after(depth) for text in texts] or [Text([min(phase.stop_ids)], [0.0], [False])]
     said = [token for text in (first, *others)[-1:] for token in text.ids]
     return Reply(
         *first,

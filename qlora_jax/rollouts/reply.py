@@ -15,6 +15,10 @@ class Text(NamedTuple):
     logps: list[float]
     drawn: list[bool]
 
+    def after(self, depth: int) -> "Text":
+        """Returns the text without its first tokens."""
+        return Text(self.ids[depth:], self.logps[depth:], self.drawn[depth:])
+
 
 class Reply(NamedTuple):
     """A reply to a prompt.

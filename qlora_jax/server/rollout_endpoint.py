@@ -2,10 +2,10 @@
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.rollouts.episodes import Endpoint
 from qlora_jax.server.app import make_app
 from qlora_jax.server.engine_thread import AnyEngine, EngineThread
 from qlora_jax.server.metrics import Metrics
@@ -20,19 +20,10 @@ PLACES = 1 << 16
 STOP_SECONDS = 1
 
 
-class RolloutEndpoint(NamedTuple):
-    """A running endpoint; `failure` returns the error that ended its engine, if any."""
-
-    url: str
-    key: str
-    model: str
-    failure: Callable[[], BaseException | None]
-
-
 @contextlib.contextmanager
 def serve_rollouts(
     engine: AnyEngine, tokenizer: Tokenizer, stop_ids: frozenset[int], positions: int
-) -> Iterator[RolloutEndpoint]:
+) -> Iterator[Endpoint]:
     """Yields the endpoint of an engine; leaving it ends what still runs.
 
     Args:
@@ -58,4 +49,4 @@ def serve_rollouts(
     )
     assert service.key is not None
     with Server(make_app(service), service, "127.0.0.1", 0, STOP_SECONDS).start() as server:
-        yield RolloutEndpoint(f"{server.url}/v1", service.key, MODEL, lambda: service.thread.failure)
+        yield Endpoint(f"{server.url}/v1", service.key, MODEL, lambda: service.thread.failure)

@@ -16,9 +16,9 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SCHEME = "verifiers:"
 ADDRESS_COLUMN, TASK_COLUMN = "verifiers", "task"  # of rows: the address, and the number of the task
@@ -26,9 +26,9 @@ PYTHON_VARIABLE = "QLORA_JAX_VERIFIERS_PYTHON"
 START_SECONDS = 120.0  # for a command's imports, and for the data that an environment loads
 TICK_SECONDS = 0.2
 END_SECONDS = 2.0
-_WORKER = Path(__file__).with_name("worker.py")
+_HERE = Path(__file__).parent
 
-JsonObject = Mapping[str, object]
+JsonObject = Mapping[str, Any]
 _allowed: set[str] = set()
 
 
@@ -96,7 +96,7 @@ class VerifiersProcess:
 
         return next(self.results(command, tick))
 
-    def results(self, command: JsonObject, tick: Callable[[], None]) -> Iterator[JsonObject]:
+    def results(self, command: JsonObject, tick: Callable[[], None]) -> Generator[JsonObject]:
         """Yields results until the caller leaves; the process ends if it leaves by an error.
 
         Args:
@@ -129,7 +129,7 @@ class VerifiersProcess:
             self.stop()
             self._buffer = b""
             self._process = subprocess.Popen(
-                [self._python, "-P", str(_WORKER)],
+                [self._python, "-P", str(_HERE / "worker.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONHASHSEED": "0"},
@@ -189,7 +189,7 @@ def verifiers_process() -> VerifiersProcess:
     Raises:
       ValueError: no Python with the package is found.
     """
-    named, beside = os.environ.get(PYTHON_VARIABLE), Path(__file__).parents[2] / ".verifiers/bin/python"
+    named, beside = os.environ.get(PYTHON_VARIABLE), _HERE.parents[1] / ".verifiers/bin/python"
     if named:
         return VerifiersProcess(named)
     if importlib.util.find_spec("verifiers") is not None:

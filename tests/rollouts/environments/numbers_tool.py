@@ -29,7 +29,7 @@ class Task(vf.Task[vf.TaskData]):
 
 
 class Numbers(vf.Taskset[Task]):
-    """Two sums."""
+    """Some sums."""
 
     def load(self):
         """Yields tasks."""
