@@ -11,6 +11,7 @@ from qlora_jax.config.rollouts import RolloutArgs
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.engine import Engine
+from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.functions import GivenReward, RewardError
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.recorded_turns import Recorded, RecordingEngine, join_turns, shared_depth
@@ -22,7 +23,6 @@ from qlora_jax.verifiers.process import (
     START_SECONDS,
     TASK_COLUMN,
     Address,
-    JsonObject,
     Stopped,
     verifiers_process,
 )
@@ -47,7 +47,7 @@ def open_endpoint() -> Serve:
 
 
 class Phase(NamedTuple):
-    """What all rollouts of a phase share.
+    """The settings that all rollouts of a phase share.
 
     Fields:
       longest: most tokens of a prompt.

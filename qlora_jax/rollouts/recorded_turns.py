@@ -112,7 +112,7 @@ class RecordingEngine:
         """Adds a request, with the settings of the run; returns its number.
 
         Raises:
-          ValueError: the rollout has no room for it, or there is no such rollout.
+          ValueError: the rollout has no room for it, or no rollout has the number.
         """
         if request.sampling.seed >= len(self._rollouts):
             raise ValueError("seed: not that of a rollout. Leave it to the run")

@@ -1,4 +1,4 @@
-"""Serves an engine to the programs of a rollout phase, on a free port of this machine and with a key of its own."""
+"""Serves an engine to the programs of a rollout phase, on a free port of this machine and with a new key."""
 
 import contextlib
 import secrets
@@ -14,7 +14,7 @@ from qlora_jax.server.served_models import ServedModel, ServedModels, chat_forma
 from qlora_jax.server.service import Limits, Service
 
 MODEL = "policy"
-SECONDS = 7 * 24 * 3600.0  # of a request: the phase has limits of its own
+SECONDS = 7 * 24 * 3600.0  # for a request; a phase has other limits
 BODY_BYTES = 64 << 20
 PLACES = 1 << 16
 STOP_SECONDS = 1

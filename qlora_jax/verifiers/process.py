@@ -18,17 +18,17 @@ import time
 import urllib.parse
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SCHEME = "verifiers:"
-ADDRESS_COLUMN, TASK_COLUMN = "verifiers", "task"  # of rows: the address, and the number of the task
+ADDRESS_COLUMN, TASK_COLUMN = "verifiers", "task"  # the address, and the number of a task
 PYTHON_VARIABLE = "QLORA_JAX_VERIFIERS_PYTHON"
 START_SECONDS = 120.0  # for a command's imports, and for the data that an environment loads
 TICK_SECONDS = 0.2
 END_SECONDS = 2.0
 _HERE = Path(__file__).parent
 
-JsonObject = Mapping[str, Any]
+JsonObject = Mapping[str, object]
 _allowed: set[str] = set()
 
 
@@ -86,7 +86,7 @@ class VerifiersProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
 
-    def call(self, command: JsonObject) -> JsonObject:
+    def call(self, command: JsonObject) -> dict:
         """Returns the result of a command; raises Stopped without one."""
         deadline = time.monotonic() + START_SECONDS
 
@@ -96,11 +96,11 @@ class VerifiersProcess:
 
         return next(self.results(command, tick))
 
-    def results(self, command: JsonObject, tick: Callable[[], None]) -> Generator[JsonObject]:
+    def results(self, command: JsonObject, tick: Callable[[], None]) -> Generator[dict]:
         """Yields results until the caller leaves; the process ends if it leaves by an error.
 
         Args:
-          tick: called while there is no result; it raises to end the process.
+          tick: called while results are missing; it raises to end the process.
 
         Raises:
           Stopped: the process has ended.
@@ -162,9 +162,13 @@ class VerifiersProcess:
         process, self._process = self._process, None
         if process is None:
             return 0
+        assert process.stdin is not None and process.stdout is not None
         atexit.unregister(self.stop)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             return process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -197,7 +201,7 @@ def verifiers_process() -> VerifiersProcess:
     if beside.exists():
         return VerifiersProcess(str(beside))
     raise ValueError(
-        "--environment: the package verifiers is not installed. Install it in a virtual environment of its own, and "
+        "--environment: the package verifiers is not installed. Install it in a separate virtual environment, and "
         f"set {PYTHON_VARIABLE} to the python in it"
     )
 
@@ -228,7 +232,7 @@ def verifiers_digest(place: str) -> str:
     return str(_call(place, {"kind": "digest", "name": Address.parse(place).name})["sha256"])
 
 
-def _call(place: str, command: JsonObject) -> JsonObject:
+def _call(place: str, command: JsonObject) -> dict:
     try:
         result = verifiers_process().call(command)
     except (Stopped, OSError) as error:

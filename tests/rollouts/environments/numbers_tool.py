@@ -34,6 +34,6 @@ class Numbers(vf.Taskset[Task]):
     def load(self):
         """Yields tasks."""
         return [
-            Task(vf.TaskData(prompt=f"What is {n} + 2?", system_prompt="Use the tool."), self.config.task)
-            for n in range(6)
+            Task(vf.TaskData(prompt=f"Add 2 to {number}.", system_prompt="Use the tool."), self.config.task)
+            for number in range(6)
         ]
