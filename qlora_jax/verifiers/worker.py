@@ -71,10 +71,11 @@ async def _answer(function, places, connections):
 
 
 class Environments:
-    """The environments of this process, each loaded once."""
+    """The environments of this process, each loaded once, and started with its first rollout."""
 
     def __init__(self):
-        self._loaded = {}
+        self._loaded, self._serving = {}, set()
+        self.stack = contextlib.AsyncExitStack()
 
     def load(self, settings, size, turns=None):
         """Returns (the environment, its tasks); seats without a harness get ours, in this process."""
@@ -119,12 +120,12 @@ class Environments:
         os.environ[KEY_VARIABLE] = command["key"]
         client = vf.EvalClientConfig(base_url=command["url"], api_key_var=KEY_VARIABLE)
         gate = asyncio.Semaphore(TOGETHER)
-        async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-            serving = {}
+        async with asyncio.TaskGroup() as group:
             for rollout, each in enumerate(command["rollouts"]):
                 environment, tasks = self.load(each["settings"], each["size"], command["turns"])
-                if id(environment) not in serving:
-                    serving[id(environment)] = await stack.enter_async_context(environment.serving())
+                if environment not in self._serving:
+                    await self.stack.enter_async_context(environment.serving())
+                    self._serving.add(environment)
                 sampling = vf.SamplingConfig(seed=rollout, parallel_tool_calls=True)
                 ctx = vf.ModelContext(model=command["model"], client=client, sampling=sampling)
                 group.create_task(_rollout(environment, tasks[each["task"]], ctx, gate, rollout))
@@ -171,23 +172,27 @@ def _send(result):
     _OUT.flush()
 
 
-def main():
+async def _answers(environments, command):
+    """Sends the results of a command."""
+    try:
+        if command["kind"] == "play":
+            await environments.play(command)
+            _send({"done": True})
+        else:
+            _send(getattr(environments, command["kind"])(command))
+    except Exception as error:
+        found = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+        text = str(found) if type(found) is ValueError else f"{type(found).__name__}: {found}"
+        _send({"problem": text})
+
+
+async def main():
     """Answers commands until the standard input ends."""
     sys.modules[HARNESS] = sys.modules[__name__]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # programs of rollouts are ended at exit
     environments = Environments()
-    for line in sys.stdin:
-        command = json.loads(line)
-        try:
-            if command["kind"] == "play":
-                asyncio.run(environments.play(command))
-                _send({"done": True})
-            else:
-                _send(getattr(environments, command["kind"])(command))
-        except Exception as error:
-            found = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
-            text = str(found) if type(found) is ValueError else f"{type(found).__name__}: {found}"
-            _send({"problem": text})
+    async with environments.stack:
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            await _answers(environments, json.loads(line))
 
 
 _OUT = sys.stdout
@@ -197,4 +202,5 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # environments print there
     sys.stdin = os.fdopen(os.dup(0), "r")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    main()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # programs of rollouts are ended at exit
+    asyncio.run(main())

@@ -86,7 +86,9 @@ def test_a_dialogue_trains_the_tokens_that_were_drawn_and_resumes_to_the_bit(
 def test_an_environment_that_fails_names_the_row(verifiers_python, tmp_path, fault, problem):
     config = environment_project(tmp_path, f"&taskset.fault={fault}", longest=16)
     config = dataclasses.replace(config, rollouts=dataclasses.replace(config.rollouts, tool_timeout=1.0))
-    with pytest.raises(ValueError, match=rf"verifiers:letters\?size=2&taskset.fault={fault}:2: verifiers:letters: {problem}"):
+    with pytest.raises(
+        ValueError, match=rf"verifiers:letters\?size=2&taskset.fault={fault}:2: verifiers:letters: {problem}"
+    ):
         run(config)
     if fault != "raises":
         return

@@ -1,6 +1,5 @@
 """Environments of verifiers reach an engine through the endpoint: the ids of turns, tools' answers and masks."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from qlora_jax.config.rollouts import RolloutArgs
 from qlora_jax.data.rows import File
 from qlora_jax.inference.engine.engine import Engine
 from qlora_jax.inference.prompts import stop_ids
-from qlora_jax.rewards.functions import RewardError
 from qlora_jax.rollouts.episodes import Phase, play_episodes
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.started_prompts import Asked
@@ -87,11 +85,10 @@ def test_tools_answer_and_their_tokens_are_not_drawn():
 
 @pytest.mark.slow
 def test_a_template_that_drops_reasoning_gives_branches():
-    prompt, replies, tokenizer = play(
-        lambda request: "<think>\nwhy\n</think>\n\nsaid", "verifiers:letters?size=2&id=dialogue&agent.sampling.max_tokens=40", REASONING
-    )
-    assert prompt == "<|im_start|>user\nsay a 1<|im_end|>\n<|im_start|>assistant\n"
     turn = "<think>\nwhy\n</think>\n\nsaid"
+    address = "verifiers:letters?size=2&id=dialogue&agent.sampling.max_tokens=40"
+    prompt, replies, tokenizer = play(lambda request: turn, address, REASONING)
+    assert prompt == "<|im_start|>user\nsay a 1<|im_end|>\n<|im_start|>assistant\n"
     more = [f"said<|im_end|>\n<|im_start|>user\nmore {n}<|im_end|>\n<|im_start|>assistant\n" for n in range(2)]
     for reply in replies:
         assert [tokenizer.decode(text.ids) for text in reply.texts] == [turn, more[0] + turn, "".join(more) + turn]

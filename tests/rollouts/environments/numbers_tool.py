@@ -5,7 +5,7 @@ import verifiers.v1 as vf
 __all__ = ["Numbers"]
 
 
-class Adder(vf.Toolset[vf.ToolsetConfig, vf.State]):
+class Adder(vf.Toolset[vf.SharedToolsetConfig, vf.State]):
     """Adds."""
 
     @vf.tool
@@ -17,11 +17,6 @@ class Adder(vf.Toolset[vf.ToolsetConfig, vf.State]):
 class Task(vf.Task[vf.TaskData]):
     """Rewards calls of the tool."""
 
-    @classmethod
-    def toolsets(cls, config):
-        """The tools of each rollout."""
-        return [Adder(vf.ToolsetConfig())]
-
     @vf.reward
     async def called(self, trace) -> float:
         """The number of answers."""
@@ -31,9 +26,18 @@ class Task(vf.Task[vf.TaskData]):
 class Numbers(vf.Taskset[Task]):
     """Some sums."""
 
+    @classmethod
+    def toolsets(cls, config):
+        """The tools of all rollouts."""
+        return [Adder(vf.SharedToolsetConfig())]
+
     def load(self):
         """Yields tasks."""
         return [
             Task(vf.TaskData(prompt=f"Add 2 to {number}.", system_prompt="Use the tool."), self.config.task)
             for number in range(6)
         ]
+
+
+if __name__ == "__main__":
+    Adder.run()
