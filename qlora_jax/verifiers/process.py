@@ -7,7 +7,6 @@ tasks, and the settings are those of the environment, such as `taskset.split`. A
 import atexit
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import select
@@ -153,6 +152,9 @@ class VerifiersProcess:
         return line if newline else None
 
     def _ended(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process is not None:
+                self._process.wait(END_SECONDS)
         status = self.stop()
         found = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return f"ended its process ({found})"
@@ -194,16 +196,12 @@ def verifiers_process() -> VerifiersProcess:
       ValueError: no Python with the package is found.
     """
     named, beside = os.environ.get(PYTHON_VARIABLE), _HERE.parents[1] / ".verifiers/bin/python"
-    if named:
-        return VerifiersProcess(named)
-    if importlib.util.find_spec("verifiers") is not None:
-        return VerifiersProcess(sys.executable)
-    if beside.exists():
-        return VerifiersProcess(str(beside))
-    raise ValueError(
-        "--environment: the package verifiers is not installed. Install it in a separate virtual environment, and "
-        f"set {PYTHON_VARIABLE} to the python in it"
-    )
+    for python in [named] if named else [sys.executable, str(beside)]:
+        with contextlib.suppress(OSError):
+            if not subprocess.run([python, "-P", "-c", "import verifiers"], capture_output=True).returncode:
+                return VerifiersProcess(python)
+    found = f"found no package verifiers for {named or sys.executable}. Install it in a separate virtual environment"
+    raise ValueError(f"--environment: {found}, and set {PYTHON_VARIABLE} to the python in it")
 
 
 def verifiers_rows(address: str) -> Iterator[dict[str, object]]:
@@ -235,7 +233,7 @@ def verifiers_digest(place: str) -> str:
 def _call(place: str, command: JsonObject) -> dict:
     try:
         result = verifiers_process().call(command)
-    except (Stopped, OSError) as error:
+    except Stopped as error:
         raise ValueError(f"{place}: the process of verifiers {error}. Correct the environment") from None
     if result.get("problem"):
         raise ValueError(f"{place}: {result['problem']}")

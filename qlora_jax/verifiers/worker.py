@@ -183,7 +183,7 @@ async def _answers(environments, command):
     except Exception as error:
         found = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
         text = str(found) if type(found) is ValueError else f"{type(found).__name__}: {found}"
-        _send({"problem": text})
+        _send({"problem": " ".join(text.split())})
 
 
 async def main():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,11 +113,12 @@ def test_addresses_that_cannot_be_loaded(verifiers_python, tmp_path, name, setti
         run(environment_project(tmp_path, settings, name))
 
 
-def test_a_package_that_is_missing(tmp_path, monkeypatch):
-    monkeypatch.delenv(process.PYTHON_VARIABLE, raising=False)
+@pytest.mark.parametrize("named", ["", "/none/python", sys.executable])
+def test_a_package_that_is_missing(tmp_path, monkeypatch, named):
+    monkeypatch.setenv(process.PYTHON_VARIABLE, named)
     monkeypatch.setattr(process, "_HERE", tmp_path)
-    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"the package verifiers is not installed.*QLORA_JAX_VERIFIERS_PYTHON"):
+    problem = f"found no package verifiers for {named or sys.executable}.*QLORA_JAX_VERIFIERS_PYTHON"
+    with pytest.raises(ValueError, match=problem):
         run(environment_project(tmp_path))
 
 
