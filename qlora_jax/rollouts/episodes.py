@@ -91,6 +91,7 @@ def play_episodes(
     recording = RecordingEngine(engine, rollouts, phase.settings, phase.longest)
     with open_endpoint()(recording, phase.tokenizer, phase.stop_ids, phase.positions) as endpoint:
         outcomes = _play(recording, endpoint, tasks, phase.settings, go_on)
+    recording.release()
     groups = zip(asked, itertools.batched(rollouts, count), itertools.batched(outcomes, count), strict=True)
     return [_group(each, recorded, own, phase, where(each.number)) for each, recorded, own in groups]
 

@@ -146,6 +146,10 @@ class RecordingEngine:
         depth = shared_depth(turns, texts)
         return self._settings.max_completion_length - sum(len(text.ids) - depth for text in texts)
 
+    def release(self) -> None:
+        """Lets go of the engine with its cache; objects of the server may still hold this one."""
+        del self._engine
+
     def cancel(self, number: int) -> None:
         """Drops a request; its turn does not count."""
         self._running.pop(number, None)

@@ -1,6 +1,7 @@
 """Environments of verifiers reach an engine through the endpoint: the ids of turns, tools' answers and masks."""
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,11 @@ def play(script, address, template=None, **settings):
         positions=4000,
     )
     engine = Scripted(tokenizer, script, 4000)
+    freed = weakref.ref(engine)
     how = {"seeds": [5], "count": 2, "where": lambda number: "row 1", "go_on": lambda done: None}
     ((asked, replies),) = play_episodes(engine, phase, [Asked(0, [1])], prompts, **how)
+    del engine
+    assert freed() is None  # its cache has to go before the first gradient
     return tokenizer.decode(asked.ids), replies, tokenizer
 
 
