@@ -28,11 +28,9 @@ def code_digests(config: Config) -> CodeDigests:
 
 
 def _digests(places: Sequence[str], flag: str) -> dict[str, dict[str, str]]:
-    if played := [place for place in places if is_address(place)]:
-        return {
-            Address.parse(place).name: {"file": SCHEME.rstrip(":"), "sha256": verifiers_digest(place)}
-            for place in played
-        }
+    if any(map(is_address, places)):
+        (place,) = places
+        return {Address.parse(place).name: {"file": SCHEME.rstrip(":"), "sha256": verifiers_digest(place)}}
     named = {name: file for file, name in (split_code(place, flag) for place in places)}
     return {
         name: {"file": file, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}

@@ -113,7 +113,8 @@ def _play(
             raise failure
         if engine.busy:
             return
-        seconds = settings.tool_timeout if engine.active > began or found else max(START_SECONDS, settings.tool_timeout)
+        is_first = engine.active < began and not found
+        seconds = max(START_SECONDS * is_first, settings.tool_timeout)
         if time.monotonic() - max(latest, engine.active) > seconds:
             raise Stopped(f"took more than {seconds:g} s (rollouts.tool_timeout is {settings.tool_timeout:g})")
 

@@ -104,15 +104,12 @@ class Environments:
     def digest(self, command):
         """Returns the digest of the package's version and of the files of the task set's module."""
         module = command["name"].rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
-        inside = Path(vf.__file__).parent / "tasksets" / module
-        spec = None if inside.exists() else importlib.util.find_spec(module)
-        if spec is None and not inside.exists():
-            raise ValueError(f"found no module {module!r} in the environment of {sys.executable}. Install it there")
-        folders = [inside] if spec is None else [Path(each) for each in spec.submodule_search_locations or ()]
-        files = sorted(itertools.chain.from_iterable(folder.rglob("*.py") for folder in folders))
+        spec = importlib.util.find_spec(module)  # None: one of the package, whose version is enough
         found = hashlib.sha256(importlib.metadata.version("verifiers").encode())
-        for file in files or [Path(spec.origin)]:
-            found.update(file.read_bytes())
+        if spec is not None:
+            folders = [Path(each) for each in spec.submodule_search_locations or ()]
+            for file in sorted(each for folder in folders for each in folder.rglob("*.py")) or [Path(spec.origin)]:
+                found.update(file.read_bytes())
         return {"sha256": found.hexdigest()}
 
     async def play(self, command):

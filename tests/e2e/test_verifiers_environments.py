@@ -125,9 +125,14 @@ def test_a_package_that_is_missing(tmp_path, monkeypatch, named):
 
 def test_settings_that_contradict_an_environment(tmp_path):
     config = environment_project(tmp_path, tool=["a.py:f"], environment="verifiers:letters?size=2")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval="rows.jsonl"))
     with pytest.raises(ConfigError) as error:
         validate(config)
     assert error.value.problems == [
         "--tool: found with an environment of verifiers, which has its own. Remove it",
-        "--environment: found settings in 'verifiers:letters?size=2'. Write them in data.train and data.eval",
+        *(
+            f"data: found {path!r}, expected 'verifiers:letters?size=2', with settings after a question mark. Change "
+            "data.train and data.eval, or --environment, which has no settings"
+            for path in ("verifiers:letters?size=6", "rows.jsonl")
+        ),
     ]
