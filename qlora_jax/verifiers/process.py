@@ -1,7 +1,7 @@
 """The process that plays environments of the package `verifiers`, in that package's Python (worker.py).
 
 An address is `verifiers:NAME[?size=100&SETTING=VALUE]`: NAME is an installed task set, `size` the number of its first
-tasks, and the settings are those of the environment, such as `taskset.split`. A value is JSON, or else text.
+tasks, and the settings are those of the environment, such as `taskset.split`. A value is JSON, or else text, as `null`.
 """
 
 import atexit
@@ -242,6 +242,6 @@ def _call(place: str, command: JsonObject) -> dict:
 
 def _value(text: str) -> object:
     try:
-        return json.loads(text)
+        return text if text == "null" else json.loads(text)  # a harness has this name
     except ValueError:
         return text

@@ -21,8 +21,13 @@ for line in sys.stdin:
 
 
 def test_an_address_has_a_size_and_settings_below_each_other():
-    found = Address.parse("verifiers:org/name?size=3&taskset.split=test&agent.max_turns=2&agent.x.y=[1]&id=user-sim")
-    settings = {"taskset": {"id": "org/name", "split": "test"}, "agent": {"max_turns": 2, "x": {"y": [1]}}}
+    found = Address.parse(
+        "verifiers:org/name?size=3&taskset.split=test&agent.max_turns=2&agent.x.y=[1]&id=user-sim&agent.id=null"
+    )
+    settings = {
+        "taskset": {"id": "org/name", "split": "test"},
+        "agent": {"max_turns": 2, "x": {"y": [1]}, "id": "null"},
+    }
     assert found == ("org/name", 3, settings | {"id": "user-sim"})
     assert Address.parse("verifiers:name") == ("name", None, {"taskset": {"id": "name"}})
 
