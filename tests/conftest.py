@@ -187,6 +187,12 @@ def llama_cpp(tmp_path: Path) -> Oracle:
 
 
 @pytest.fixture
+def verifiers_python() -> Path:
+    """The Python that has verifiers; skips if it is absent."""
+    return _python_of("verifiers", "QLORA_JAX_VERIFIERS_PYTHON", "verifiers")
+
+
+@pytest.fixture
 def quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets this process and its children import llama-cpp-python; skips if it is absent or of another Python."""
     python = _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python")

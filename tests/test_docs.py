@@ -36,6 +36,7 @@ FOREIGN = {
     "qlora.py",
     "scripts/finetune_guanaco_7b.sh",
     "FILE.py",
+    "counting.py",
     "game.py",
     "families/NAME.py",
     "methods/NAME.py",

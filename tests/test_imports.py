@@ -30,6 +30,7 @@ LAYERS = {
     "qlora_jax.runtime": 0,
     "qlora_jax.sandbox": 0,
     "qlora_jax.sharding": 0,
+    "qlora_jax.verifiers": 0,
     "qlora_jax.answer_text": 1,
     "qlora_jax.openai_endpoint": 1,
     "qlora_jax.page_template": 1,

@@ -8,6 +8,7 @@ from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, POSIT
 from qlora_jax.config.registry import Registry
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.regex import text_pattern_problems
+from qlora_jax.verifiers.process import is_address
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,8 +196,15 @@ def reward_problems(args: RewardArgs, rewards: Sequence[str], objective: str, *,
     ]
 
 
-def tool_problems(tools: Sequence[str], environment: str | None, objective: str, *, used: bool) -> list[str]:
-    """Reports values of --tool and --environment that cannot be used; `used` as in `reward_problems`."""
+def tool_problems(
+    tools: Sequence[str], environment: str | None, objective: str, *, used: bool, sources: Sequence[str]
+) -> list[str]:
+    """Reports values of --tool and --environment that cannot be used.
+
+    Args:
+      used: as in `reward_problems`.
+      sources: files of the run's data, or other names of rows.
+    """
     given = {"--tool": tools, "--environment": [] if environment is None else [environment]}
     if not used:
         return [
@@ -205,6 +213,15 @@ def tool_problems(tools: Sequence[str], environment: str | None, objective: str,
             if values
         ]
     problems: list[str] = []
+    if is_address(environment):
+        given["--environment"] = []
+        problems += ["--tool: found with an environment of verifiers, which has its own. Remove it"] if tools else []
+        problems += [
+            f"data: found {path!r}, expected {environment!r}, with settings after a question mark. Change data.train "
+            "and data.eval, or --environment, which has no settings"
+            for path in sources
+            if path.partition("?")[0] != environment
+        ]
     for flag, values in given.items():
         try:
             names = [split_code(each, flag)[1] for each in values]

@@ -40,7 +40,9 @@ class RolloutArgs:
     max_tool_calling_iterations: int | None = setting(
         "turns of a reply that tools answer; null: no limit but max_completion_length", None, AT_LEAST_ONE
     )
-    tool_timeout: float = setting("seconds of one call of a tool or of an environment", 10.0, POSITIVE)
+    tool_timeout: float = setting(
+        "seconds of one call of a tool or of an environment; for those of verifiers, between two events", 10.0, POSITIVE
+    )
 
 
 def check_tools_given(settings: RolloutArgs, tools: Sequence[str], environment: str | None) -> None:

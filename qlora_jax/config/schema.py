@@ -447,7 +447,8 @@ class Config:
         command_line=True,
     )
     environment: str | None = setting(
-        "a class as FILE.py:NAME, whose objects the replies act on: TRL's environment_factory (docs/rl.md)",
+        "a class as FILE.py:NAME, whose objects the replies act on: TRL's environment_factory; or verifiers:NAME, a "
+        "task set of that package (docs/rl.md)",
         None,
         NOT_EMPTY,
         command_line=True,

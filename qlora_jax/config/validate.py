@@ -419,7 +419,10 @@ def _relation_problems(config: Config) -> list[str]:
     problems += _token_problems(config) + _objective_problems(config)
     from_rewards = OBJECTIVES[config.objective].policy
     problems += reward_problems(config.rewards, config.reward, config.objective, used=from_rewards)
-    problems += tool_problems(config.tool, config.environment, config.objective, used=from_rewards)
+    train, held_out = config.data.train, config.data.eval
+    sources = [*([train] if isinstance(train, str) else train), *filter(None, [held_out])]
+    given = config.tool, config.environment, config.objective
+    problems += tool_problems(*given, used=from_rewards, sources=sources)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "

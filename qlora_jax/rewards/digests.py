@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_jax.config import Config
 from qlora_jax.config.rewards import split_code
+from qlora_jax.verifiers.process import SCHEME, Address, is_address, verifiers_digest
 
 # Option -> name of a function -> `file`, as given, and `sha256` of its bytes. It can be stored as JSON.
 CodeDigests = Mapping[str, Mapping[str, Mapping[str, str]]]
@@ -27,6 +28,9 @@ def code_digests(config: Config) -> CodeDigests:
 
 
 def _digests(places: Sequence[str], flag: str) -> dict[str, dict[str, str]]:
+    if any(map(is_address, places)):
+        (place,) = places
+        return {Address.parse(place).name: {"file": SCHEME.rstrip(":"), "sha256": verifiers_digest(place)}}
     named = {name: file for file, name in (split_code(place, flag) for place in places)}
     return {
         name: {"file": file, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}

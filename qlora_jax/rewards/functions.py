@@ -23,6 +23,7 @@ from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.tool_calls import ENVIRONMENT, TOOL
 from qlora_jax.rewards.tools import Tools
 from qlora_jax.rewards.worker_process import Arguments, Call, Failed, Name, WorkerProcess, run_calls
+from qlora_jax.verifiers.process import Address, is_address
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # TRL does not pass these columns either
@@ -30,6 +31,14 @@ MOST_ENDED = 4  # calls with one reply that end their process, after which the o
 SHOWN = 10  # problems that an error lists
 
 Messages = Sequence[Mapping[str, object]]
+
+
+class GivenReward(NamedTuple):
+    """The reward that an environment gave a reply, or the problem for which it gave none, and its metrics."""
+
+    reward: float | None
+    problem: str | None
+    metrics: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,7 @@ class Replies:
       labels: file and line of each reply's prompt, for messages.
       step, steps: optimizer steps done, and those of the run.
       environments: number of each reply's environment; None without environments.
+      given: of each reply, by an environment that rewards its replies itself; empty without one.
     """
 
     prompts: Sequence[str | Messages]
@@ -54,6 +64,7 @@ class Replies:
     step: int = 0
     steps: int = 0
     environments: Sequence[int] | None = None
+    given: Sequence[GivenReward] = ()
 
     def rows(self, rows: Sequence[int]) -> "Replies":
         """Returns some of the replies."""
@@ -148,6 +159,7 @@ class RewardFunctions:
         sources = [[*itertools.chain.from_iterable(share)] for share in shares]
         called: list[tuple[Name, str, Arguments]] = [(TOOL, place, {}) for place in tools]
         limits = args.timeout, parse_bytes(args.memory)
+        played, environment = (environment, None) if is_address(environment) else (None, environment)
         if environment is None:
             self._workers = [WorkerProcess(own, *limits) for own in sources]
             callers = [WorkerProcess(called, *limits) for _ in range(args.workers if tools else 0)]
@@ -159,6 +171,10 @@ class RewardFunctions:
         atexit.register(self.close)
         self._required: dict[int, JsonObject] = {}
         schemas = self._load(environment)
+        self._played = None
+        if played is not None:
+            self._played = len(self.names)
+            self._add_reward(played, Address.parse(played).name)
         self.tools = None
         if callers:
             self.tools = Tools(schemas=schemas, workers=callers, seconds=tool_timeout, environment=environment)
@@ -270,6 +286,8 @@ class RewardFunctions:
             }
         )
         outcomes |= {number: self._score_here(number, calls[number]) for number in self._in_process.keys() & calls}
+        if self._played is not None and self._played in calls:
+            outcomes[self._played] = _as_outcome(calls[self._played].given)
         for number, outcome in outcomes.items():
             expected = len(calls[number].prompts)
             if not isinstance(outcome, Failed) and (count := len(outcome["values"])) != expected:
@@ -308,6 +326,12 @@ class RewardFunctions:
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         fix = "Correct the function or the rows, or set rewards.on_error=drop"
         return RewardError("\n  ".join(["reward functions failed:", *lines[:SHOWN], *more, fix]))
+
+
+def _as_outcome(given: Sequence[GivenReward]) -> JsonObject:
+    """Returns the rewards and metrics of an environment as the outcome of a function."""
+    values = [each.reward if each.problem is None else each.problem for each in given]
+    return {"values": values, "metrics": [pair for each in given for pair in each.metrics.items()]}
 
 
 def _open_here(args: RewardArgs, name: str) -> InProcess:

@@ -5,6 +5,19 @@ from typing import NamedTuple
 
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.inference.engine.request import EndReason
+from qlora_jax.rewards.functions import GivenReward
+
+
+class Text(NamedTuple):
+    """Tokens after a prompt; see Reply."""
+
+    ids: list[int]
+    logps: list[float]
+    drawn: list[bool]
+
+    def after(self, depth: int) -> "Text":
+        """Returns the text without its first tokens."""
+        return Text(self.ids[depth:], self.logps[depth:], self.drawn[depth:])
 
 
 class Reply(NamedTuple):
@@ -18,6 +31,9 @@ class Reply(NamedTuple):
       end: why the last turn ended; "stop" if the model ended it.
       messages: the turns, of the assistant and of tools.
       calls, failed_calls: number of the tools' calls, and of those that gave an error.
+      others: further texts after the same prompt, whose earlier turns a template wrote in another way than they were
+        drawn; no token is drawn in two of them.
+      given: by an environment that rewards its replies itself.
     """
 
     ids: list[int]
@@ -28,6 +44,13 @@ class Reply(NamedTuple):
     messages: list[Message]
     calls: int = 0
     failed_calls: int = 0
+    others: tuple[Text, ...] = ()
+    given: GivenReward | None = None
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """All texts of the reply."""
+        return Text(self.ids, self.logps, self.drawn), *self.others
 
     @property
     def is_cut(self) -> bool:
@@ -37,7 +60,7 @@ class Reply(NamedTuple):
     @property
     def length(self) -> int:
         """The number of tokens that the model drew."""
-        return sum(self.drawn)
+        return sum(sum(text.drawn) for text in self.texts)
 
     def with_answers(self, ids: Sequence[int], text: str, messages: Sequence[Message]) -> "Reply":
         """Returns the reply with the answers of tools after it; it is cut until another turn follows.

@@ -32,6 +32,14 @@ def draw_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+def rollout_engine(
+    parts: ModelParts, tokenizer: Tokenizer, settings: RolloutArgs, *, longest: int, most: int
+) -> Engine:
+    """Returns an engine for a phase; the arguments are those of `sample_replies`."""
+    needed = cache_bytes(parts, [longest + settings.max_completion_length] * most)
+    return Engine(parts, tokenizer, cache_bytes=min(needed, parse_bytes(settings.cache)))
+
+
 def sample_replies(
     parts: ModelParts,
     tokenizer: Tokenizer,
@@ -61,8 +69,7 @@ def sample_replies(
       ValueError: the cache has no room for one reply.
     """
     length = settings.max_completion_length
-    needed = cache_bytes(parts, [longest + length] * most)
-    engine = Engine(parts, tokenizer, cache_bytes=min(needed, parse_bytes(settings.cache)))
+    engine = rollout_engine(parts, tokenizer, settings, longest=longest, most=most)
     requests = [
         Request(
             prompt=prompt,

@@ -39,4 +39,5 @@ def replies_to_score(
         step=step,
         steps=steps,
         environments=[*range(len(pairs))] if environments else None,
+        given=[reply.given for _, _, reply in pairs if reply.given is not None],
     )

@@ -25,12 +25,13 @@ from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENC
 from qlora_jax.objectives.router_losses import unrouted
 from qlora_jax.rewards.functions import RewardError, RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
+from qlora_jax.rollouts.episodes import Phase, play_episodes
 from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.redraws import Draw, Redrawn, draw_with_signal
 from qlora_jax.rollouts.reply import Reply
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
-from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
+from qlora_jax.rollouts.sampler import draw_seed, rollout_engine, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
 from qlora_jax.rollouts.started_prompts import Asked, start_prompts
 from qlora_jax.rollouts.tool_turns import continue_with_tools
@@ -39,6 +40,7 @@ from qlora_jax.training.device_mesh import place_batch, rows_of_batch
 from qlora_jax.training.metrics.metrics_file import Record
 from qlora_jax.training.metrics.record_summaries import EVAL, HIGH, LOSS, LOW, REWARD
 from qlora_jax.training.session import Session
+from qlora_jax.verifiers.process import is_address
 
 GoOn = Callable[[str], None]  # shows the progress; raises to end the phase
 SHOWN = 4  # held-out replies in samples.jsonl
@@ -180,6 +182,24 @@ def _sample(
       seeds: of the draws of each prompt.
     """
     inputs, settings = _inputs(session), session.run.config.rollouts
+    parts, tokenizer = session.parts.with_lora(lora), session.run.inputs.dataset.tokenizer
+    most = {"longest": inputs.longest_prompt, "most": inputs.most_replies}
+
+    def show(done: int) -> None:
+        go_on(f"{done:,} of {count * len(asked):,} replies")
+
+    if is_address(session.run.config.environment):
+        phase = Phase(
+            tokenizer=tokenizer,
+            settings=settings,
+            stop_ids=inputs.stop_ids,
+            longest=inputs.longest_prompt,
+            longest_row=inputs.lengths[-1],
+            positions=session.run.inputs.model.max_positions,
+        )
+        engine = rollout_engine(parts, tokenizer, settings, **most)
+        how = {"seeds": seeds, "count": count, "where": rows.where, "go_on": show}
+        return [_Answered(*each) for each in play_episodes(engine, phase, asked, prompts, **how)]
     tools = None if session.rewards is None else session.rewards.tools
     how = {"seeds": seeds, "count": count, "longest": inputs.longest_prompt, "where": rows.where}
     asked = start_prompts(asked, prompts, tools, inputs.template, **how)
@@ -189,16 +209,15 @@ def _sample(
         how = {"tools": tools, "template": inputs.template, "variables": variables, "settings": settings}
         with_tools = functools.partial(continue_with_tools, **how)
     replies = sample_replies(
-        session.parts.with_lora(lora),
-        session.run.inputs.dataset.tokenizer,
+        parts,
+        tokenizer,
         [each.ids for each in asked],
         [sampling_of(settings, seed) for seed in seeds],
         settings,
         count=count,
-        longest=inputs.longest_prompt,
-        most=inputs.most_replies,
+        **most,
         stop_ids=inputs.stop_ids,
-        go_on=lambda done: go_on(f"{done:,} of {count * len(asked):,} replies"),
+        go_on=show,
         with_tools=with_tools,
     )
     return [_Answered(*each) for each in zip(asked, replies, strict=True)]

@@ -31,6 +31,7 @@ from qlora_jax.io.run_folder.checkpoint import (
 from qlora_jax.io.run_folder.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
 from qlora_jax.rewards.functions import RewardFunctions
+from qlora_jax.rollouts.episodes import open_endpoint
 from qlora_jax.training.device_mesh import local_devices
 from qlora_jax.training.display.banner import next_commands, rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.run_display import Display, print_banner
@@ -67,6 +68,7 @@ from qlora_jax.training.several_processes import (
     without_place,
 )
 from qlora_jax.training.time_limit import finishes_within
+from qlora_jax.verifiers.process import allow, is_address
 
 OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
 PLOT_FILE, TRACE_FOLDER = "loss.png", "trace"
@@ -158,6 +160,9 @@ def _reward_functions(config: Config) -> Iterator[RewardFunctions | None]:
         return
     check_rewards_given(config.rewards, config.reward, f"objective={config.objective}", config.environment)
     check_tools_given(config.rollouts, config.tool, config.environment)
+    if config.environment is not None and is_address(config.environment):
+        allow(config.environment)
+        open_endpoint()
     code = config.reward, config.tool, config.environment, config.rollouts.tool_timeout
     with RewardFunctions(config.rewards, *code) as functions:
         yield functions

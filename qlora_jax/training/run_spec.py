@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, ModelArgs
+from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.dataset import Dataset, load_dataset, padding_id, with_template
 from qlora_jax.data.formats.turn_fields import Tools
@@ -48,6 +49,7 @@ from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.questions import Questions, Samples, open_questions, open_samples
 from qlora_jax.training.step_spec import StepSpec
 from qlora_jax.training.teacher.predictions import TeacherSource
+from qlora_jax.verifiers.process import is_address
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,11 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None, tools: To
     check_decomposable(source, config.lora)
     tokenizer = open_tokenizer(source, config.model, model.vocab_size) if prepared is None else prepared.tokenizer
     objective = make_objective(config)
-    has_tools = bool(tools) or config.environment is not None
+    has_tools = bool(tools) or not (config.environment is None or is_address(config.environment))
+    if is_address(config.environment) and with_template(tokenizer, config.data).chat_template is None:
+        raise ValueError(
+            f"--environment: found a model without a chat template. Set data.chat_template to {TEMPLATE_CHOICES}"
+        )
     template = _tool_template(config, tokenizer, source, tools) if has_tools else None
     dataset = load_dataset(
         config.data,

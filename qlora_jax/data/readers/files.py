@@ -35,6 +35,7 @@ from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
 from qlora_jax.data.readers.reasoning_gym_rows import SCHEME as TASKS
 from qlora_jax.data.readers.reasoning_gym_rows import reasoning_gym_rows
 from qlora_jax.metadata import JsonObject
+from qlora_jax.verifiers.process import is_address, verifiers_rows
 
 _SHOWN = 8
 _TOKENS = re.compile(r"(?<=found )\d+(?= tokens)")
@@ -101,7 +102,8 @@ def stream_rows(path: str | Path) -> Iterator[Row | BrokenRow]:
 
     .csv and .tsv are detected by name, and Parquet, JSON Lines, a JSON array and gzip by content. Text is UTF-8, with
     or without a byte order mark. Blank lines are skipped. `hf://datasets/...` names a data set on a Hub (hub_rows.py),
-    and `reasoning_gym:...` a task of that package (reasoning_gym_rows.py).
+    `reasoning_gym:...` a task of that package (reasoning_gym_rows.py), and `verifiers:...` an environment
+    (verifiers/process.py).
 
     Raises:
       ValueError: the file does not exist, a broken gzip or Parquet file, or bytes that are not UTF-8.
@@ -158,6 +160,8 @@ def _addressed(name: str) -> Iterator[JsonObject] | None:
     """Returns the rows of a name that is an address; None for a file."""
     if name.startswith(TASKS):
         return reasoning_gym_rows(name)
+    if is_address(name):
+        return verifiers_rows(name)
     hub = HubRows.parse(name)
     return None if hub is None else hub_rows(hub)
 
