@@ -305,7 +305,7 @@ def _has_kernel(leaf: object) -> bool:
 
 def _chosen(choices: Sequence[Choice]) -> str:
     """Returns the implementations, and why others before them are not used."""
-    names = dict.fromkeys(str(choice.name) for choice in choices)
+    names = dict.fromkeys(_shown_name(choice) for choice in choices)
     refusals = dict.fromkeys(
         f"; not {name}: {reason}" for choice in choices for name, reason in choice.refusals.items()
     )
@@ -315,8 +315,12 @@ def _chosen(choices: Sequence[Choice]) -> str:
 def _attention(session: Session) -> str:
     step = session.run.step
     choice = choose_attention(target_device(), step.weights.dtype, step.model.head_dim)
-    names = {"cpu": f"C++ ({variant()})", "mma": "mma", "tiles": "XLA, tiled"}
-    return "; ".join([names[str(choice.name)], *choice.refusals.values()])
+    return "; ".join([_shown_name(choice), *choice.refusals.values()])
+
+
+def _shown_name(choice: Choice) -> str:
+    """Returns an implementation's name; for the C++ loops with their instruction set."""
+    return {"cpu": f"C++ ({variant()})", "tiles": "XLA, tiled"}.get(name := str(choice.name), name)
 
 
 def _unused(config: Config) -> list[str]:
