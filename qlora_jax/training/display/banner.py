@@ -62,6 +62,7 @@ def _facts(session: Session) -> Rows:
         **({"not loaded": parts} if (parts := session.run.inputs.source.not_loaded) else {}),
         **_whole_on_each(session),
         "weights": _weight_format(session),
+        **_merged(session),
         **({"in 16 bits": kept} if (kept := kept_text(session.run.inputs.model, session.run.step.weights)) else {}),
         **_host_experts(session),
         "matmuls": _matmuls(session),
@@ -275,6 +276,15 @@ def _weight_format(session: Session) -> str:
     again = f" (quantized again, from {session.run.stored_types}; model.quant_type=stored keeps these codes)"
     twice = again if session.run.stored_types else ""
     return f"{weights.quant_type} in {block}{twice}; {rest}"
+
+
+def _merged(session: Session) -> Rows:
+    """Returns a row on the format of the merged weights that products are with."""
+    if (form := session.run.config.lora.merge_into) is None:
+        return {}
+    first = session.run.first_rounded
+    since = f", from step {first + 1:,} on" if first else ""
+    return {"merged": f"products are with base and adapter merged and rounded to {form}, as exported{since}"}
 
 
 def _matmuls(session: Session) -> str:
