@@ -218,9 +218,9 @@ class RewardFunctions:
             is_ours = not file.endswith(".py")
             where = f"rewards.functions: {name}" if is_ours else f"{file}:{found['line']}: {name}"
             fix = "Rename or add the column" if is_ours else "Rename the argument or the column"
+            columns_found = f"the columns {', '.join(given)}" if given else "no columns"
             problems += [
-                f"{where} needs the argument {each!r} (found {', '.join(('the columns', *given)) if given else 'no columns'}, "
-                f"besides {', '.join(arguments)}). {fix}"
+                f"{where} needs the argument {each!r} (found {columns_found}, besides {', '.join(arguments)}). {fix}"
                 for each in found["required"]
                 if each not in (*given, *arguments)
             ]
