@@ -34,7 +34,7 @@ class ToolTemplate:
         fix = "Set data.chat_template to a jinja file that writes tools, or use a model that was trained to call them"
         if tokenizer.chat_template is None:
             raise ValueError(
-                "--tool, --environment: prompts of plain text cannot have tools (found a model without a chat template). "
+                "--tool, --environment: plain text cannot have tools (found a model without a chat template). "
                 f"Set data.chat_template to {TEMPLATE_CHOICES}, with tools in it"
             )
         self._tokenizer, self._schemas = tokenizer, schemas or None
