@@ -27,10 +27,12 @@ class CodeFiles:
         """Returns the object that "file.py:name" or "module:name" names; None if the file lacks it.
 
         Raises:
-          ImportError: the file cannot be imported; the message names its line.
+          ImportError: the file is missing or cannot be imported; the message names its line.
         """
         source, _, name = place.rpartition(":")
         is_file = source.endswith(".py")
+        if is_file and not Path(source).exists():
+            raise ImportError(f"{source}: no such file. Correct the path")
         try:
             if source not in self._modules:
                 self._modules[source] = _import_file(source) if is_file else importlib.import_module(source)
@@ -40,6 +42,14 @@ class CodeFiles:
                 f"{place_of(source, error)}: cannot be imported (found {described(error)}). {fix}"
             ) from error
         return getattr(self._modules[source], name, None)
+
+    def unfit(self, place: str, found: object, kind: str) -> str:
+        """Returns the problem of a place that `find` has looked up: what it names is not of a kind, such as a tool."""
+        source, _, name = place.rpartition(":")
+        module = self._modules[source]
+        own = [each for each, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        what = f"{', '.join(own) or 'no function'} in the file" if found is None else type(found).__name__
+        return f"{source}: {name} is not a {kind} (found {what}). Name one of the file"
 
     def awaited(self, value: object) -> object:
         """Returns the result of a coroutine, and any other value as it is."""

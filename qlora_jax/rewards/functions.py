@@ -231,9 +231,12 @@ class RewardFunctions:
         problems = [f"column {name!r} has the name of an argument. Rename it" for name in given if name in arguments]
         for number, found in self._required.items():
             file, _, name = self._places[number].rpartition(":")
+            is_ours = not file.endswith(".py")
+            where = f"rewards.functions: {name}" if is_ours else f"{file}:{found['line']}: {name}"
+            fix = "Rename or add the column" if is_ours else "Rename the argument or the column"
+            columns_found = f"the columns {', '.join(given)}" if given else "no columns"
             problems += [
-                f"{file}:{found['line']}: {name} needs the argument {each!r} (found the columns "
-                f"{', '.join(given) or 'none'}, besides {', '.join(arguments)}). Rename the argument or the column"
+                f"{where} needs the argument {each!r} (found {columns_found}, besides {', '.join(arguments)}). {fix}"
                 for each in found["required"]
                 if each not in (*given, *arguments)
             ]
@@ -322,7 +325,8 @@ class RewardFunctions:
 
     def _error(self, problems: Sequence[RewardProblem], replies: Replies) -> RewardError:
         places = {name: self._places.get(number, name) for number, name in enumerate(self.names)}
-        lines = [f"{replies.labels[row]}: {places[function]}: {text}" for row, function, text in problems]
+        each = (f"{replies.labels[row]}: {places[function]}: {text}" for row, function, text in problems)
+        lines = [*dict.fromkeys(each)]  # replies to one prompt may fail alike
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         fix = "Correct the function or the rows, or set rewards.on_error=drop"
         return RewardError("\n  ".join(["reward functions failed:", *lines[:SHOWN], *more, fix]))

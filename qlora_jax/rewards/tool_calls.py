@@ -51,8 +51,7 @@ class ToolCalls:
         except ImportError as error:
             return {"problem": str(error)}
         if not callable(found) or (kind == TOOL and not hasattr(found, "__code__")):
-            what = "no such name" if found is None else type(found).__name__
-            return {"problem": f"{source}: {name} is not a {kind} (found {what}). Name one of the file"}
+            return {"problem": self._files.unfit(place, found, kind)}
         if kind == TOOL:
             self._tools[name] = found
             return _described([found], source)

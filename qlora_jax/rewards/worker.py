@@ -46,8 +46,7 @@ class _Functions:
         except ImportError as error:
             return {"problem": str(error)}
         if not callable(found) or isinstance(found, type):
-            what = "no such name" if found is None else type(found).__name__
-            return {"problem": f"{source}: {name} is not a function (found {what}). Name a function of the file"}
+            return {"problem": self._files.unfit(place, found, "function")}
         self._functions[number] = _Function(found, source, settings)
         line, needed = first_line(found), [each for each in _parameters(found) if each.default is each.empty]
         if positional := [each.name for each in needed if each.kind is each.POSITIONAL_ONLY]:

@@ -34,18 +34,18 @@ class ToolTemplate:
         fix = "Set data.chat_template to a jinja file that writes tools, or use a model that was trained to call them"
         if tokenizer.chat_template is None:
             raise ValueError(
-                "--tool: prompts of plain text cannot have tools (found a model without a chat template). Set "
-                f"data.chat_template to {TEMPLATE_CHOICES}, with tools in it"
+                "--tool, --environment: plain text cannot have tools (found a model without a chat template). "
+                f"Set data.chat_template to {TEMPLATE_CHOICES}, with tools in it"
             )
         self._tokenizer, self._schemas = tokenizer, schemas or None
         self.stop_ids = stop_ids
         if not schemas:
             return
         if tokenizer.render([_USER], True, schemas) == tokenizer.render([_USER], True):
-            raise ValueError(f"--tool: the chat template does not write tools. {fix}")
+            raise ValueError(f"--tool, --environment: the chat template does not write tools. {fix}")
         form = reply_format(tokenizer)
         if form.calls is None:
-            raise ValueError(f"--tool: the chat template does not write calls in a known way. {fix}")
+            raise ValueError(f"--tool, --environment: the chat template does not write calls in a known way. {fix}")
         self._form: ReplyFormat = form
         self.stop_ids |= frozenset() if form.calls.end_id is None else {form.calls.end_id}
         answer = {"role": "tool", "name": schemas[0]["function"]["name"], "content": "Qz7ANSWERx9Zq"}
@@ -77,7 +77,7 @@ class ToolTemplate:
         start = ends[count - 1] if 0 < count <= len(ends) else len(before)
         if count > len(ends) or (not count and whole[:start] != before):
             raise ValueError(
-                "--tool: the chat template writes a call in another way once its answer follows. Set "
+                "--tool, --environment: the chat template writes a call in another way once its answer follows. Set "
                 "data.chat_template to a jinja file that does not"
             )
         return whole[start:]

@@ -13,6 +13,7 @@ from qlora_jax.export import main as export
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.methods.merge_into import without_rounding
 from qlora_jax.models.partition import combine, prepare_for_decoding
+from qlora_jax.training.display.banner import start_banner
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs
 from tests.e2e.test_preferences import pairs_project
@@ -94,6 +95,8 @@ def test_rounding_may_begin_after_a_share_of_the_steps(tmp_path, monkeypatch):
     config = merged_project(tmp_path, dict(lora=dict(merge_into="q4_0", merge_from=0.5)))
     session = session_of(config)
     assert session.run.first_rounded == 5
+    merged = start_banner(session)[1]["merged"]
+    assert merged == "products are with base and adapter merged and rounded to q4_0, as exported, from step 6 on"
     _, arrays = first_batch(session)
     rounded = float(session.run.gradients(session.parts, arrays, None)[1].total)
     programs = len(session.run.gradients)

@@ -130,6 +130,12 @@ def test_marked_text_is_what_the_mask_decodes_to(reported):
         assert [s["text"] for s in row["segments"] if s["supervised"]] == [dataset.tokenizer.decode(ids[mask].tolist())]
 
 
+def test_three_rows_are_unfolded(reported):
+    config, _ = reported
+    rows = page_of(config).split('<details class="card"')[1:33]
+    assert [n for n, row in enumerate(rows) if row.startswith(" open")] == [0, 16, 31]
+
+
 def test_what_people_wrote_stays_text_and_nothing_is_loaded(reported):
     config, _ = reported
     page = Page(page_of(config))

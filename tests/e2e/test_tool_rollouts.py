@@ -111,7 +111,7 @@ def test_a_run_with_tools_and_environments_resumes_to_the_bit(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"template": None}, "--tool: the chat template does not write tools"),
+        ({"template": None}, "--tool, --environment: the chat template does not write tools"),
         (
             {"template": "{{ tools }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"},
             "write calls in a known way",

@@ -1,5 +1,6 @@
 """Reward functions run in processes with limits, and the replies that they fail on are named."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -147,6 +148,15 @@ def test_the_reply_at_fault_is_named(file, name, text):
     np.testing.assert_array_equal(table.rewards_NF[:, 1], [1, 2, 0, 2])
 
 
+def test_replies_to_a_prompt_that_fail_alike_have_one_line(tmp_path):
+    path = tmp_path / "one.py"
+    path.write_text("def one(**columns): return [1.0]\n")
+    given = dataclasses.replace(replies("a", "b", "c"), labels=["p:1", "p:1", "p:2"])
+    with pytest.raises(RewardError) as error:
+        score(path, ["one"], given)
+    assert [line.split()[0] for line in str(error.value).splitlines()[1:-1]] == ["p:1:", "p:2:"]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
@@ -239,8 +249,9 @@ def test_a_killed_trainer_leaves_no_process(file):
         ("def f(:\n", "f", ":1: cannot be imported (found SyntaxError"),
         ("import sys\nsys.exit(3)\n", "f", ":2: cannot be imported (found SystemExit: 3"),
         ("import os\nos._exit(3)\n", "f", ": cannot be imported (ended its process (exit status 3))"),
-        ("def g(x): ...\nf = 3\n", "f", ": f is not a function (found int). Name a function"),
-        ("def g(x): ...\n", "f", ": f is not a function (found no such name). Name a function"),
+        ("def g(x): ...\nf = 3\n", "f", ": f is not a function (found int). Name one of"),
+        ("def g(x): ...\n", "f", ": f is not a function (found g in the file). Name one of"),
+        ("x = 3\n", "f", ": f is not a function (found no function in the file). Name one of"),
         ("\ndef f(prompts, /): ...\n", "f", ":2: f cannot be called with keywords (found the positional-only"),
     ],
 )
@@ -249,6 +260,11 @@ def test_files_that_cannot_be_used(tmp_path, text, name, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(f"{path}{message}")):
         RewardFunctions(RewardArgs(), [f"{path}:{name}"])
+
+
+def test_a_missing_file():
+    with pytest.raises(ValueError, match=r"\n  missing\.py: no such file\. Correct the path$"):
+        RewardFunctions(RewardArgs(), ["missing.py:f"])
 
 
 def test_an_import_that_hangs(tmp_path, monkeypatch):

@@ -161,7 +161,8 @@ def test_code_that_cannot_be_used(tools, game, tmp_path):
         RewardFunctions(ARGS, [], given)
     found = str(error.value).replace(f"{tmp_path}/", "").splitlines()[1:]
     assert found[:2] == [
-        "  tools.py: missing is not a tool (found no such name). Name one of the file",
+        "  tools.py: missing is not a tool (found add, fails, later, hangs, eats, draws in the file). "
+        "Name one of the file",
         "  tools.py: calls is not a tool (found int). Name one of the file",
     ]
     assert found[2].startswith("  bad.py:1: cannot be imported (found SyntaxError")

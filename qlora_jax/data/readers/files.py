@@ -222,11 +222,11 @@ def _columns(path: Path, records: Iterator[tuple[int, object]]) -> Iterator[tupl
         raise ValueError(f"{path}: {error}") from None
 
 
-def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) -> None:
+def raise_problems(path: str | Path, problems: Sequence[Problem], total: int, fix: str = "") -> None:
     """Raises one ValueError with the number of rows with problems, and the first few problems by line.
 
-    Rows whose problems are equal, or differ in a number of tokens, share a line of the message. Without problems it
-    returns.
+    Rows whose problems are equal, or differ in a number of tokens, share a line of the message. `fix` ends it. Without
+    problems it returns.
     """
     if not problems:
         return
@@ -240,7 +240,7 @@ def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) ->
     )
     left = len(problems) - sum(map(len, first))
     more = f"\n  ... and {left} more" if left else ""
-    raise ValueError(f"{path}: {len(problems)} of {total} rows can't be used:{shown}{more}")
+    raise ValueError(f"{path}: {len(problems)} of {total} rows can't be used:{shown}{more}{fix and f'\n{fix}'}")
 
 
 def _with_range(problems: Sequence[str]) -> str:

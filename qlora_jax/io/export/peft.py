@@ -167,5 +167,7 @@ def _lines(output: Path, run: Run, base: str, resized_rows: int | None, notes: l
         lines.append(f"PEFT requires a longer embedding first: base.resize_token_embeddings({resized_rows})")
     lines += notes
     if is_gguf(base):
-        lines.append("peft cannot load a GGUF file: export again with --with_base to get a base that it loads")
+        lines.append(
+            "peft cannot load a GGUF file: export with --with_base and another --output to get a base that it loads"
+        )
     return tuple(lines)

@@ -143,7 +143,8 @@ class _Cursor:
         begin, count = self.position, self.number("<Q", f"the number of {what}")
         possible = (len(self.data) - self.position) // MIN_BYTES[what]
         if count > min(limit, possible):
-            raise self.corrupt(begin, f"the number of {what} is {count}, expected at most {min(limit, possible)}")
+            size = f" in a file of {len(self.data):,} bytes" if possible < limit else ""
+            raise self.corrupt(begin, f"the number of {what} is {count}, expected at most {min(limit, possible)}{size}")
         return count
 
     def add_elements(self, count: int, key: str) -> None:

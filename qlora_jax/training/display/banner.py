@@ -63,6 +63,7 @@ def _facts(session: Session) -> Rows:
         **({"not loaded": parts} if (parts := session.run.inputs.source.not_loaded) else {}),
         **_whole_on_each(session),
         "weights": _weight_format(session),
+        **_merged(session),
         **({"in 16 bits": kept} if (kept := kept_text(session.run.inputs.model, session.run.step.weights)) else {}),
         **_host_experts(session),
         "matmuls": _matmuls(session),
@@ -280,6 +281,15 @@ def _weight_format(session: Session) -> str:
     return f"{weights.quant_type} in {block}{twice}; {rest}"
 
 
+def _merged(session: Session) -> Rows:
+    """Returns a row on the format of the merged weights that products are with."""
+    if (form := session.run.config.lora.merge_into) is None:
+        return {}
+    first = session.run.first_rounded
+    since = f", from step {first + 1:,} on" if first else ""
+    return {"merged": f"products are with base and adapter merged and rounded to {form}, as exported{since}"}
+
+
 def _matmuls(session: Session) -> str:
     """Returns the implementations that multiply by packed weights, and why the preferred ones are not used."""
     device, micro_batch_size = target_device(), session.run.config.train.micro_batch_size
@@ -308,7 +318,7 @@ def _has_kernel(leaf: object) -> bool:
 
 def _chosen(choices: Sequence[Choice]) -> str:
     """Returns the implementations, and why others before them are not used."""
-    names = dict.fromkeys(str(choice.name) for choice in choices)
+    names = dict.fromkeys(_shown_name(choice) for choice in choices)
     refusals = dict.fromkeys(
         f"; not {name}: {reason}" for choice in choices for name, reason in choice.refusals.items()
     )
@@ -318,8 +328,12 @@ def _chosen(choices: Sequence[Choice]) -> str:
 def _attention(session: Session) -> str:
     step = session.run.step
     choice = choose_attention(target_device(), step.weights.dtype, step.model.head_dim)
-    names = {"cpu": f"C++ ({variant()})", "mma": "mma", "tiles": "XLA, tiled"}
-    return "; ".join([names[str(choice.name)], *choice.refusals.values()])
+    return "; ".join([_shown_name(choice), *choice.refusals.values()])
+
+
+def _shown_name(choice: Choice) -> str:
+    """Returns an implementation's name; for the C++ loops with their instruction set."""
+    return {"cpu": f"C++ ({variant()})", "tiles": "XLA, tiled"}.get(name := str(choice.name), name)
 
 
 def _unused(config: Config) -> list[str]:

@@ -228,8 +228,6 @@ class Display:
         for problem in set(record.get("paging_problems", ())) - self._shown_problems:
             self._shown_problems.add(problem)  # once, because it will recur at every step
             self.message(f"step {step}: {problem}")
-        if step == 1 and record["learning_rate"] == 0:
-            self.message("step 1: the learning rate is 0, because warm-up starts at 0 (optim.warmup_start)")
         self._pace.add(record, time.monotonic())
         fields = status_fields(record, self._pace, self._total - step)
         room = self._console.width - len(f"step {self._total}/{self._total}") - len("  ") - _SHORTEST_BAR

@@ -118,13 +118,20 @@ function runPanel(root) {
   const title = part("h1"), base = part("div", { class: "soft" }), message = part("div", { role: "status" });
   const bar = part("div", { class: "progress" }, element("div")), state = part("div", { class: "state soft" });
   const problems = part("div", { class: "bad" }), tiles = part("div", { class: "tiles" });
-  const slider = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0.9, oninput: () => lossChart.draw(seen.loss, +slider.value) });
+  const slider = element("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, oninput: () => { chosen = true; lossChart.draw(seen.loss, +slider.value); } });
   const lossTitle = element("figcaption"), loss = part("figure", { class: "card chart" }, lossTitle);
   const lossChart = chartIn(loss, 300), more = part("div", { class: "pair" }), charts = new Map();
   loss.append(element("label", {}, "smoothing ", slider));
   const samples = part("section"), settings = element("pre");
   const configuration = part("details", { class: "card" }, element("summary", {}, "all settings"), settings);
-  let seen = {};
+  let seen = {}, chosen = false;
+
+  // Averages a twentieth of the steps, as the report does, until somebody moves the slider.
+  function smoothing() {
+    const steps = Math.max(...seen.loss.lines.map(line => line.steps.length));
+    if (!chosen) slider.value = Math.min(0.9, 1 - 1 / Math.max(1, 0.05 * steps));
+    return +slider.value;
+  }
 
   function showCharts(found) {
     for (const [name, one] of charts) if (!found.some(chart => chart.title === name)) { one.figure.remove(); charts.delete(name); }
@@ -167,7 +174,7 @@ function runPanel(root) {
       [loss.hidden, configuration.hidden] = [!status.loss, !status.settings];
       const redrawn = { loss: changed("loss"), charts: changed("charts") };
       seen = status;
-      if (status.loss && redrawn.loss) { lossTitle.textContent = status.loss.title; lossChart.draw(status.loss, +slider.value); }
+      if (status.loss && redrawn.loss) { lossTitle.textContent = status.loss.title; lossChart.draw(status.loss, smoothing()); }
       if (redrawn.charts) showCharts(status.charts);
       age();
     },

@@ -84,7 +84,10 @@ def test_optional_columns_may_be_absent_from_a_row_but_not_from_all(tokenizer: T
     [
         ({"prompt": "Question", "completion": "answer"}, r"no column 'Question' .*; did you mean 'question'\?"),
         ({"prompt": "quesion", "completion": "answr"}, r"no column 'quesion' or 'answr' .*mean 'question', 'answer'\?"),
-        ({"prompt": "xyz", "completion": "answer"}, r"no column 'xyz' \(found 'question', 'answer', 'id'\)$"),
+        (
+            {"prompt": "xyz", "completion": "answer"},
+            r"no column 'xyz' \(found 'question', 'answer', 'id'\)\nCorrect the rows\.$",
+        ),
     ],
 )
 def test_a_missing_column_is_reported_with_the_nearest(

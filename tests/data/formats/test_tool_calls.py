@@ -115,7 +115,8 @@ def test_turns_that_a_template_leaves_out_are_refused(smollm2_source: dict, writ
     turns = [{"role": role, "content": f"the {role}"} for role in ("system", "user", "assistant")]
     with pytest.raises(ValueError, match=r"2 of 3 rows") as error:
         learned(silent, write_rows([{"messages": turns}, {"messages": turns[1:]}, {"messages": turns[1:] + turns}]))
-    _, told = str(error.value).splitlines()  # once, wherever the message stands
+    _, told, fix = str(error.value).splitlines()  # once, wherever the message stands
+    assert fix == "Correct the rows, or set data.bad_rows=drop."
     assert "jsonl:1, 3: the chat template drops the text of a message of the role 'system'. " in told
     assert told.endswith("or set chat_template (data.chat_template in training) to a jinja file that writes them.")
     assert learned(silent, write_rows([{"messages": turns[1:]}])) == "assistantthe assistant<|im_end|>"

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from pallas_kernels.native.library import variant
 from pallas_kernels.nf4_matmul import api, dispatch, reference
-from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Choice, Implementation
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.config.schema import RouterArgs
 from qlora_jax.models.families import model_config
@@ -18,6 +19,7 @@ from qlora_jax.training.display.banner import (
     _host_experts,
     _matmuls,
     _router_losses,
+    _shown_name,
     _trained,
     rate_rows,
     short_run_warning,
@@ -98,6 +100,14 @@ def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run
     products = _matmuls.__wrapped__(session_of(weight((64, 128)), weight((96, 192)), jnp.ones(3)))
     assert products == "reference; not few: takes 1 to 64 rows, not 128"
     assert _matmuls.__wrapped__(session_of(jnp.ones((4, 4)))) == "XLA, dense weights"
+
+
+def test_the_loops_are_shown_with_their_instruction_set():
+    assert [_shown_name(Choice(name, {})) for name in ("cpu", "tiles", "hopper")] == [
+        f"C++ ({variant()})",
+        "XLA, tiled",
+        "hopper",
+    ]
 
 
 def test_experts_are_multiplied_in_tiles():

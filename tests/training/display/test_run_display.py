@@ -38,16 +38,6 @@ def test_plain_lines_at_every_nth_step_and_the_last():
     assert "\x1b" not in out.getvalue()
 
 
-def test_a_first_step_that_changes_nothing_says_so():
-    console, out = plain()
-    with Display(2, 0, 1, console) as display:
-        for step, rate in ((1, 0.0), (2, 2e-4)):
-            display.step(record(step, learning_rate=rate))
-    first, *others = out.getvalue().splitlines()
-    assert first == "step 1: the learning rate is 0, because warm-up starts at 0 (optim.warmup_start)"
-    assert [line[:8] for line in others] == ["step 1/2", "step 2/2"]
-
-
 def test_questions_have_a_line_for_each_kind():
     console, out = plain()
     right = {"letters_right_by_letter": 0.25, "letters_right_by_letter_low": 0.1, "letters_right_by_letter_high": 0.482}

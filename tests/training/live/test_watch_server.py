@@ -126,9 +126,15 @@ class TestInABrowser:
         with watching(run.folder) as server, opened(browser, server.address) as page:
             curve = page.locator("figure >> nth=0 >> path.first:not(.faint)")
             curve.wait_for()
-            before = curve.get_attribute("d")
-            page.locator("input[type=range]").fill("0")
-            assert curve.get_attribute("d") != before and page.locator("path.faint").count() == 0
+            before, slider = curve.get_attribute("d"), page.locator("input[type=range]")
+            assert (
+                slider.input_value() == "0" and page.locator("path.faint").count() == 0
+            )  # so few steps are not averaged
+            slider.fill("0.9")
+            assert curve.get_attribute("d") != before and page.locator("path.faint").count() == 1
+            run.steps(6, 7)
+            page.wait_for_selector("text=step 6")
+            assert slider.input_value() == "0.9"
 
     def test_a_page_waits_for_a_run_and_for_a_server(self, browser, tmp_path):
         with watching(tmp_path / "later") as server, opened(browser, server.address) as page:
