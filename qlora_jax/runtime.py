@@ -1,7 +1,10 @@
-"""Prepares the process for a command before its first array, and returns freed memory to the system."""
+"""Prepares the process for a command before its first array, and frees memory after its start."""
 
 import ctypes
+import gc
 import os
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -33,8 +36,34 @@ def start() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def skip_unusable_plugins() -> None:
+    """Makes jax load no CUDA plugin, which takes 80 MB, if JAX_PLATFORMS names no GPU, or without a driver.
+
+    Such a process cannot compile for absent cards. Does nothing after the first use of a device.
+    """
+    wanted = (jax.config.jax_platforms or "cuda").split(",")
+    if not {"cuda", "gpu"}.isdisjoint(wanted) and any(Path(path).exists() for path in DRIVERS):
+        return
+    for name in ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"):
+        plugin = types.ModuleType(name)
+        plugin.__dict__["initialize"] = lambda: None  # jax calls it instead of the plugin's
+        sys.modules.setdefault(name, plugin)
+
+
 def give_memory_back() -> None:
     """Returns freed memory to the system if the C library is glibc; a compilation leaves 200 MB allocated."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+def settle() -> None:
+    """Frees what a start leaves behind, and lets Python's collector ignore what stays, which takes it 0.2 s each time.
+
+    Programs that were compiled so far are compiled again if they are needed.
+    """
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    give_memory_back()

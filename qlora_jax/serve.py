@@ -1,5 +1,7 @@
 """`qlora-jax serve`: answers requests of OpenAI's and Anthropic's clients with a base and the runs on it."""
 
+import gc
+
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
 from qlora_jax.server.settings import ServeArgs, check_serve
@@ -16,13 +18,16 @@ COMMAND = Command(
 def main(argv: list[str]) -> None:
     """Serves until SIGINT or SIGTERM; raises ValueError or OSError for bad input."""
     args, _ = COMMAND.read(argv)
+    gc.disable()  # until `settle`, because nearly all objects of a start stay
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
     from qlora_jax.api.serve import open_server
     from qlora_jax.terminal.console import Console
 
     runtime.start()
+    runtime.skip_unusable_plugins()
     server = open_server(args, progress=True)
+    runtime.settle()
     messages = Console(stderr=True)
     names = ", ".join(server.models)
     messages.print(f"serving {names} at {server.url}", markup=False, highlight=False, soft_wrap=True)

@@ -224,6 +224,12 @@ def test_the_package_imports_neither_jax_nor_numpy():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_server_imports_orbax_only_to_read_a_run():
+    code = "import sys, qlora_jax.server.loading; print('jax' in sys.modules, 'orbax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True False"
+
+
 def test_public_names_do_not_initialize_a_backend():
     code = (
         "import qlora_jax\n"

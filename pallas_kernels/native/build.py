@@ -28,7 +28,10 @@ import jax
 _HERE = Path(__file__).parent
 SOURCES = tuple(
     _HERE / f"{name}_cpu.cc"
-    for name in ("nf4", "ggml", "dense", "attention", "paged_attention", "own_matrix", "row_moments", "scale_search")
+    for name in (
+        *("nf4", "ggml", "dense", "attention", "paged_attention"),
+        *("lazy_zeros", "own_matrix", "row_moments", "scale_search"),
+    )
 )
 HEADERS = tuple(
     _HERE / f"{name}.h" for name in ("amx", "attention", "handler", "integers", "lanes", "product", "terms")

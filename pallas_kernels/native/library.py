@@ -24,6 +24,7 @@ HANDLERS = (
     "attention_forward",
     "attention_backward",
     "attention_paged",
+    "lazy_zeros",
     "own_matrix",
     "row_moments",
     "scale_search",

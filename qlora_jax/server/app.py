@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 
 from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
@@ -30,6 +30,7 @@ from qlora_jax.server.openai_schemas import (
     LoadAdapterBody,
     UnloadAdapterBody,
 )
+from qlora_jax.server.openapi import openapi_document
 from qlora_jax.server.service import Service
 
 # The page has its style and script inside, and calls nothing but this server.
@@ -52,14 +53,6 @@ def make_app(service: Service) -> ASGIApp:
         yield
         service.thread.stop()
 
-    posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
-        "/v1/chat/completions": lambda request: _chat(service, request),
-        "/v1/completions": lambda request: _completion(service, request),
-        "/v1/messages": lambda request: _messages(service, request),
-        "/v1/embeddings": lambda request: _embeddings(service, request),
-        "/v1/load_lora_adapter": lambda request: _load(service, request),
-        "/v1/unload_lora_adapter": lambda request: _unload(service, request),
-    }
     gets: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/": lambda request: _page(service),
         "/health": lambda request: _health(service),
@@ -67,17 +60,29 @@ def make_app(service: Service) -> ASGIApp:
         "/v1/models": lambda request: _models(service),
         "/v1/models/{name:path}": lambda request: _model(service, request),
         "/runs/{name:path}": lambda request: _run(service, request),
+        "/openapi.json": lambda request: _openapi(gets),
     }
-    routes = [Route(path, _endpoint(handler), methods=["POST"]) for path, handler in posts.items()]
-    routes += [Route(path, _endpoint(handler), methods=["GET"]) for path, handler in gets.items()]
+    routes = [Route(path, _post(service, path), methods=["POST"]) for path in POSTS]
+    routes += [Route(path, _get(answer), methods=["GET"]) for path, answer in gets.items()]
     handlers = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: _gone, Exception: _failure}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
-    return _Guard(app, service, frozenset([*posts, *gets]))
+    return _Guard(app, service, frozenset([*POSTS, *gets]))
 
 
-def _endpoint(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Coroutine]:
+def _get(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Coroutine]:
     async def endpoint(request: Request) -> Response:
-        return await handler(request)
+        return await answer(request)
+
+    return endpoint
+
+
+def _post(service: Service, path: str) -> Callable[[Request], Coroutine]:
+    kind, answer = POSTS[path]
+
+    async def endpoint(request: Request) -> Response:
+        content = await read_body(request, service.limits.max_body)
+        body = await run_in_threadpool(lambda: kind.parse(decode_body(content)))
+        return await answer(service, request, body)
 
     return endpoint
 
@@ -151,11 +156,6 @@ async def _failure(request: Request, error: Exception) -> Response:
 # ---- answers
 
 
-async def _body[T: Body](service: Service, request: Request, kind: type[T]) -> T:
-    content = await read_body(request, service.limits.max_body)
-    return await run_in_threadpool(lambda: kind.parse(decode_body(content)))
-
-
 async def _while_connected[T](request: Request, work: Coroutine[None, None, T]) -> T:
     """Returns what `work` returns; ends it when the client leaves."""
 
@@ -204,8 +204,7 @@ def _event(value: Json) -> Json:
     return {**name, "data": json.dumps(value, ensure_ascii=False, allow_nan=False)}
 
 
-async def _chat(service: Service, request: Request) -> Response:
-    body = await _body(service, request, ChatBody)
+async def _chat(service: Service, request: Request, body: ChatBody) -> Response:
     prepared = await run_in_threadpool(openai_chat.prepare, service, body)
     model, task, chat = prepared
     if body.stream:
@@ -216,8 +215,7 @@ async def _chat(service: Service, request: Request) -> Response:
     return JSONResponse(found)
 
 
-async def _completion(service: Service, request: Request) -> Response:
-    body = await _body(service, request, CompletionBody)
+async def _completion(service: Service, request: Request, body: CompletionBody) -> Response:
     model, choices = await run_in_threadpool(completions.prepare_completion, service, body)
     if body.stream:
         events = completions.stream_completion(service, model, body, choices)
@@ -225,8 +223,7 @@ async def _completion(service: Service, request: Request) -> Response:
     return JSONResponse(await _while_connected(request, completions.complete(service, model, body, choices)))
 
 
-async def _messages(service: Service, request: Request) -> Response:
-    body = await _body(service, request, MessagesBody)
+async def _messages(service: Service, request: Request, body: MessagesBody) -> Response:
     model, task, chat = await run_in_threadpool(prepare_messages, service, body)
     events = message_events(service, model, body, task, chat)
     if body.stream:
@@ -234,16 +231,27 @@ async def _messages(service: Service, request: Request) -> Response:
     return JSONResponse(await _while_connected(request, complete_message(events)))
 
 
-async def _embeddings(service: Service, request: Request) -> Response:
-    return JSONResponse(await embeddings(service, await _body(service, request, EmbeddingBody)))
+async def _embeddings(service: Service, request: Request, body: EmbeddingBody) -> Response:
+    return JSONResponse(await embeddings(service, body))
 
 
-async def _load(service: Service, request: Request) -> Response:
-    return PlainTextResponse(await load_adapter(service, await _body(service, request, LoadAdapterBody)))
+async def _load(service: Service, request: Request, body: LoadAdapterBody) -> Response:
+    return PlainTextResponse(await load_adapter(service, body))
 
 
-async def _unload(service: Service, request: Request) -> Response:
-    return PlainTextResponse(await unload_adapter(service, await _body(service, request, UnloadAdapterBody)))
+async def _unload(service: Service, request: Request, body: UnloadAdapterBody) -> Response:
+    return PlainTextResponse(await unload_adapter(service, body))
+
+
+# Path -> the class of its bodies, and the function that answers them.
+POSTS: Mapping[str, tuple[type[Body], Callable[..., Awaitable[Response]]]] = {
+    "/v1/chat/completions": (ChatBody, _chat),
+    "/v1/completions": (CompletionBody, _completion),
+    "/v1/messages": (MessagesBody, _messages),
+    "/v1/embeddings": (EmbeddingBody, _embeddings),
+    "/v1/load_lora_adapter": (LoadAdapterBody, _load),
+    "/v1/unload_lora_adapter": (UnloadAdapterBody, _unload),
+}
 
 
 async def _models(service: Service) -> Response:
@@ -265,6 +273,10 @@ async def _page(service: Service) -> Response:
     if service.page is None:
         raise ApiError(404, "this server has no page. Send requests to /v1")
     return HTMLResponse(service.page, headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+async def _openapi(gets: Iterable[str]) -> Response:
+    return JSONResponse(openapi_document({path: kind for path, (kind, _) in POSTS.items()}, gets))
 
 
 async def _health(service: Service) -> Response:

@@ -1,5 +1,6 @@
 """Loads a base and the runs on it into one engine, and makes the server of them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def make_server(args: ServeArgs, progress: Progress | None = None) -> Server:
     engine = Engine(
         # A smaller head is faster, where that changes no weight.
         for_fast_decoding(partition(loader.model), integer=False, head_bits=None),
-        loader.base.tokenizer,
+        loader.tokenizer,
         adapters=loader.adapters,
         cache_bytes=parse_bytes(args.cache),
         cache_dtype=None if args.cache_dtype == "auto" else args.cache_dtype,
@@ -77,7 +78,7 @@ class _Loader:
 
     Attributes:
       model: the base.
-      base: its files and tokenizer.
+      tokenizer: of the base.
       served: a model per name.
       adapters: the parts of each run that writes text, which share the base's arrays.
     """
@@ -86,15 +87,17 @@ class _Loader:
         self._args = args
         runs = [(run_name(run), run, self._open(run)) for run in args.runs]
         path = args.model or str(runs[0][2].source.path)
-        self.base = open_pretrained(model=path, chat_template=args.chat_template)
-        trained = runs[0][2] if runs else self.base
+        base = open_pretrained(model=path, chat_template=args.chat_template)
+        trained = runs[0][2] if runs else base
         self._settings = weight_settings(trained, args.quant_type, args.compute_dtype)
-        loaded = load_checked(self.base, self._settings, progress)
+        loaded = load_checked(base, self._settings, progress)
         self.model, self._fingerprint = loaded.model, loaded.fingerprint
+        # Not `base` itself, whose lists of tokens have 16 MB.
+        self.tokenizer, self._path, self._features = base.tokenizer, base.source.path, base.features
         self._name = base_name(args.model or (trained.source.hub_name or path))
         if self._name in [name for name, *_ in runs]:
             raise ValueError(f"run: {self._name!r} is the name of the base too. Rename the run's folder")
-        self.served = [self._served(self._name, path, self.base, None)]
+        self.served = [self._served(self._name, path, base, None)]
         self.adapters: dict[str, ModelParts] = {}
         for name, run, opened in runs:
             model, parts = self._adapted(name, run, opened)
@@ -111,11 +114,11 @@ class _Loader:
     def _adapted(self, name: str, run: str, opened: OpenedModel) -> tuple[ServedModel, ModelParts | None]:
         found = opened.run
         assert found is not None, "open_pretrained opens a run"
-        if opened.source.path != self.base.source.path and opened.features != self.base.features:
-            raise ValueError(f"{run}: its base is {opened.source.path}, and the server's {self.base.source.path}")
+        if opened.source.path != self._path and opened.features != self._features:
+            raise ValueError(f"{run}: its base is {opened.source.path}, and the server's {self._path}")
         same_codes = self._settings.quant_type == opened.args.quant_type
         if same_codes and found.fingerprint not in (None, self._fingerprint):
-            raise ValueError(f"{run}: was trained on another base than {self.base.source.path}. Serve it by itself")
+            raise ValueError(f"{run}: was trained on another base than {self._path}. Serve it by itself")
         if found.initial is not None:
             raise ValueError(
                 f"{run}: lora.init={found.lora_args.init} changes the base, which runs share here. Export it with "
@@ -135,6 +138,9 @@ class _Loader:
 
     def _served(self, name: str, root: str, opened: OpenedModel, embed: "Embed | None") -> ServedModel:
         tokenizer, listed = opened.tokenizer, opened.source.tokenizer["stop_token_ids"]
+        if tokenizer.exported == self.tokenizer.exported:  # one copy in memory
+            shared = self.tokenizer
+            tokenizer = dataclasses.replace(tokenizer, backend=shared.backend, exported=shared.exported)
         is_adapter = opened.run is not None
         return ServedModel(
             name=name,
@@ -162,11 +168,11 @@ Embed = Callable[[Sequence[str]], tuple[Float64[np.ndarray, "texts width"], int]
 def _embedder(opened: OpenedModel, parts: ModelParts) -> Embed:
     """Returns a function of texts: (their embeddings, which have length 1, and the number of their tokens)."""
     assert opened.run is not None and opened.run.head is not None, "the caller asks"
-    head = opened.run.head
+    head, tokenizer, positions = opened.run.head, opened.tokenizer, opened.features.max_positions
 
     def embed(texts: Sequence[str]) -> tuple[Float64[np.ndarray, "texts width"], int]:
         rows = [Row(Place(number + 1, number), {"text": text}) for number, text in enumerate(texts)]
-        encoded = encode_texts("input", rows, head, opened.tokenizer, opened.features.max_positions)
+        encoded = encode_texts("input", rows, head, tokenizer, positions)
         return normalized(encoded.outputs(parts)), sum(map(len, encoded.texts))
 
     return embed

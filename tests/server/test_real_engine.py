@@ -44,6 +44,7 @@ def client(runs):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
     ):
         assert server.models == ["model", "first", "second"]
+        assert len({id(model.tokenizer.backend) for model in server._service.models}) == 1
         yield client
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import PAGE
+from pallas_kernels.lazy_zeros import lazy_zeros
 from qlora_jax.inference.engine.choose import Choice, log_probabilities
 from qlora_jax.inference.engine.page_pool import groups_of, most_pages
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
@@ -72,8 +73,10 @@ def pages_for(config: ModelConfig, positions: Sequence[int], devices: int) -> in
 
 
 def empty_cache(config: ModelConfig, pages: int, dtype: DTypeLike, mesh: AnyMesh | None) -> KVPages:
-    """Returns `pages` pages of zeros on each device, without a table."""
+    """Returns `pages` pages of zeros on each device, without a table; one CPU allocates pages when they are written."""
     shapes = row_shapes(cache_shapes(config, pages * row_shards(mesh), dtype), mesh)
+    if mesh is None:
+        return jax.tree.map(lambda leaf: lazy_zeros(leaf.shape, leaf.dtype), shapes)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
 
 

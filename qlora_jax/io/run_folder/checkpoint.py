@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from qlora_jax.atomic_files import make_folder, sync_tree
@@ -102,6 +101,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int):
+        import orbax.checkpoint as ocp
+
         silence_threads()
         self._keep = keep
         self._retained_step: int | None = None
@@ -142,6 +143,8 @@ class Checkpoints:
         Raises:
           CheckpointError: it cannot be written; earlier checkpoints are untouched.
         """
+        import orbax.checkpoint as ocp
+
         if step in self._manager.all_steps():
             return
         last = self.latest_step()
@@ -216,6 +219,8 @@ class Checkpoints:
     def _read(
         self, step: int, lora_like: PyTree, optimizer_like: PyTree, check: Callable[[JsonObject], None]
     ) -> Restored:
+        import orbax.checkpoint as ocp
+
         folder = self.folder / str(step)
         state, digests = read_state(folder)
         check(state)

@@ -11,18 +11,21 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
-from orbax.checkpoint import multihost
 from pydantic import NonNegativeInt, PositiveInt
 
 from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.line_digests import LinesDigest
 from qlora_jax.metadata import JsonObject, MetadataError, check_value, read_json
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+# Functions import orbax, because that takes 0.2 s and 30 MB, and serving a base or a PEFT adapter does not need it.
 
 # The processes that read or write a checkpoint together, as orbax wants to hear of them.
 #
@@ -31,14 +34,18 @@ from qlora_jax.metadata import JsonObject, MetadataError, check_value, read_json
 SECONDS = 600
 
 
-def named_processes() -> ocp.options.MultiprocessingOptions:
+def named_processes() -> "ocp.options.MultiprocessingOptions":
     """Returns orbax's options with all processes by number; its defaults for one process."""
+    import orbax.checkpoint as ocp
+
     count = jax.process_count()
     return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
 
 
 def meet(name: str) -> None:
     """Waits for all processes; each name is used once."""
+    from orbax.checkpoint import multihost
+
     multihost.sync_global_processes(name, processes=set(range(jax.process_count())), timeout=SECONDS)
 
 
@@ -198,7 +205,9 @@ def _saved_template(folder: Path) -> PyTree:
     )
 
 
-def _with_orbax[Result](folder: Path, read: Callable[[ocp.StandardCheckpointer], Result]) -> Result:
+def _with_orbax[Result](folder: Path, read: "Callable[[ocp.StandardCheckpointer], Result]") -> Result:
+    import orbax.checkpoint as ocp
+
     silence_threads()
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=named_processes()) as checkpointer:
