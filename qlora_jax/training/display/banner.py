@@ -315,8 +315,8 @@ def _chosen(choices: Sequence[Choice]) -> str:
 def _attention(session: Session) -> str:
     step = session.run.step
     choice = choose_attention(target_device(), step.weights.dtype, step.model.head_dim)
-    names = {"cpu": f"C++ ({variant()})", "mma": "mma", "tiles": "XLA, tiled"}
-    return "; ".join([names[str(choice.name)], *choice.refusals.values()])
+    names = {"cpu": f"C++ ({variant()})", "tiles": "XLA, tiled"}
+    return "; ".join([names.get(str(choice.name), str(choice.name)), *choice.refusals.values()])
 
 
 def _unused(config: Config) -> list[str]:
