@@ -53,5 +53,5 @@ def _problems(kernels: str, device: Device, dtype: DTypeLike, head_dim: int) -> 
 
 
 def _missing(kernels: str) -> str | None:
-    missing = installation.problem()
+    missing = installation.problem() or (installation.masks_problem() if kernels == "wgmma" else None)
     return missing and f"{kernels} kernels: {missing}"

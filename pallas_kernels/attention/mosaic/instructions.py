@@ -130,6 +130,8 @@ class _Registers:
 class _Mma(_Registers):
     """Products by mma.sync."""
 
+    counts_from_block = False
+
     def __init__(self, dtype: DTypeLike) -> None:
         super().__init__(dtype, plgpu.Layout.MMA_ACC(dtype, m_warps=4))
         self.lhs = plgpu.Layout.MMA_LHS(dtype, m_warps=4)
@@ -184,6 +186,8 @@ class Tma(_Barriers, _Mma):
 class Wgmma(_Barriers, _Registers):
     """The instructions of sm_90 alone: a warpgroup multiplies operands in shared memory while its threads go on."""
 
+    counts_from_block = True  # masks count keys from the first one of a block: fewer registers here, but not in `_Mma`
+
     def __init__(self, dtype: DTypeLike) -> None:
         super().__init__(dtype, plgpu.Layout.WGMMA)
 
@@ -216,6 +220,8 @@ class Wgmma(_Barriers, _Registers):
 
 class Interpreted(_Barriers):
     """The twin's instructions, which Pallas can interpret."""
+
+    counts_from_block = False
 
     def __init__(self, dtype: DTypeLike, params: plgpu.InterpretGPUParams) -> None:
         self.dtype = jnp.dtype(dtype)
@@ -265,6 +271,8 @@ class Interpreted(_Barriers):
 
 class InterpretedWgmma(Interpreted):
     """The twin of `Wgmma`; a fence stands for wgmma's way to memory, which is that of the copies that follow."""
+
+    counts_from_block = True
 
     def multiply_add(self, sums: jax.Array, tile: jax.Array, ref_s: MosaicValue) -> jax.Array:
         """Computes sums + tile @ ref, the last product of a step."""

@@ -53,6 +53,15 @@ def test_an_old_jax_takes_tiles(monkeypatch):
     assert choice.name == "tiles" and choice.refusals["mma"].startswith("mma kernels: requires jax 99.0")
 
 
+@pytest.mark.parametrize(("runtime", "taken"), [(12060, "wgmma"), (12080, "mma"), (12090, "mma"), (13000, "wgmma")])
+def test_a_cuda_that_miscompiles_masks_takes_mma_on_hopper(monkeypatch, runtime, taken):
+    monkeypatch.setattr(installation, "_versions_in_use", lambda: (13000, runtime))
+    choice = choose(gpu(9, 0), "bfloat16", 128)
+    assert choice.name == taken and ("wgmma" in choice.refusals) == (taken == "mma")
+    assert taken == "wgmma" or "whose ptxas miscompiles masks. Install jax[cuda13]" in choice.refusals["wgmma"]
+    assert choose(gpu(8, 0), "bfloat16", 128) == ("mma", {})
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "cache_dtype", "reason"),
     [
