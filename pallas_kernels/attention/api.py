@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import cpu, mma, reference
-from pallas_kernels.attention.bounds import Bounds
+from pallas_kernels.attention.bounds import BLOCKS, Bounds
 from pallas_kernels.attention.branching import Spans
 from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose, choose_decoding
 from pallas_kernels.attention.pages import KVPages
@@ -59,7 +59,7 @@ def causal_attention(
         raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
     chosen = IMPLEMENTATIONS[str(choose(target_device(), q_BTNH.dtype, q_BTNH.shape[3], q_BTNH.size).name)]
     texts = bounds or (segments_BT if spans is None else spans)
-    return chosen.attention(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
+    return chosen(q_BTNH, k_BTKH, v_BTKH, texts, window, ScoreScaling(scale, softcap), sinks_N)
 
 
 def shared_bounds(
@@ -80,10 +80,11 @@ def shared_bounds(
       dtype: of the queries.
     """
     batch, length, _, head_dim = shape_BTNH
-    if choose(target_device(), dtype, head_dim, math.prod(shape_BTNH)).name != "mma":
+    name = str(choose(target_device(), dtype, head_dim, math.prod(shape_BTNH)).name)
+    if name not in BLOCKS:
         return None
     texts = segments_BT if spans is None else spans
-    return mma.bounds_of(batch, length, texts, window, head_dim, softcap)
+    return mma.bounds_of(batch, length, texts, window, BLOCKS[name](head_dim, capped=softcap is not None))
 
 
 def _check(scale: float, window: int | jax.Array | None, softcap: float | None) -> None:

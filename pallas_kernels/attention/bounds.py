@@ -24,18 +24,37 @@ class Block(NamedTuple):
     keys: int
 
 
+class Blocks(NamedTuple):
+    """The tiles of the three kernels: of queries and their step of keys; in dk and dv the other way round."""
+
+    forward: Block
+    dq: Block
+    dkv: Block
+
+    @property
+    def longest(self) -> int:
+        """Returns the number of positions that all sizes divide."""
+        return max(size for block in self for size in block)
+
+
 IN_REGISTERS = 128  # up to this head_dim, tiles of queries stay in registers
-DQ = Block(64, 32)  # the tile of queries and the step of keys of dq
 
 
-def forward_block(head_dim: int) -> Block:
-    """Returns the tile of queries and the step of keys of the forward kernel."""
-    return Block(64, 64 if head_dim <= IN_REGISTERS else 16)
+def mma_blocks(head_dim: int, *, capped: bool) -> Blocks:
+    """Returns the tiles of `mma`; larger steps would spill."""
+    wide = head_dim > IN_REGISTERS
+    dkv = Block(16 if wide or (capped and head_dim == IN_REGISTERS) else 32, 64)
+    return Blocks(Block(64, 16 if wide else 64), Block(64, 32), dkv)
 
 
-def dkv_block(head_dim: int, *, capped: bool) -> Block:
-    """Returns the step of queries and the tile of keys of dk and dv; a larger step would spill."""
-    return Block(16 if head_dim > IN_REGISTERS or (capped and head_dim == IN_REGISTERS) else 32, 64)
+def wgmma_blocks(head_dim: int, *, capped: bool) -> Blocks:
+    """Returns the tiles of `wgmma`: forward has two warpgroups. Wide heads have the backward pass of `mma`."""
+    if head_dim > IN_REGISTERS:
+        return mma_blocks(head_dim, capped=capped)._replace(forward=Block(128, 64))
+    return Blocks(Block(128, 128), Block(64, 64), Block(64, 64))
+
+
+BLOCKS = {"mma": mma_blocks, "wgmma": wgmma_blocks}
 
 
 class Visible(NamedTuple):
@@ -170,32 +189,32 @@ def _two_ranges(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Ar
 
 
 class Bounds(NamedTuple):
-    """Visible keys and visits of rows of whole blocks, for the kernels of `mma`; layers of equal windows share them.
+    """Visible keys and visits of rows of whole blocks, for Mosaic's kernels; layers of equal windows share them.
 
     Attributes:
       visible: the keys that each query sees.
-      whole: `whole_from` of the tiles of queries of forward and dq.
-      forward, dq: `key_visits` of these kernels.
+      forward, forward_whole: `key_visits` of this kernel, and `whole_from` of its tiles.
+      dq, dq_whole: the same of dq.
       dkv, dkv_whole: `query_visits` of dk and dv, and `whole_from` of their steps.
     """
 
     visible: Visible
-    whole: Int[Array, "B I 3"]
     forward: Int[Array, "B I 4"]
-    dq: Int[Array, "B I 4"]
+    forward_whole: Int[Array, "B I 3"]
+    dq: Int[Array, "B P 4"]
+    dq_whole: Int[Array, "B P 3"]
     dkv: Int[Array, "B J 4"]
     dkv_whole: Int[Array, "B Q 3"]
 
     @classmethod
-    def of(cls, visible: Visible, head_dim: int, *, capped: bool) -> "Bounds":
-        """Returns the bounds of queries that see these keys; arguments as in `dkv_block`."""
-        own, dkv = forward_block(head_dim), dkv_block(head_dim, capped=capped)
-        assert own.queries == DQ.queries
+    def of(cls, visible: Visible, blocks: Blocks) -> "Bounds":
+        """Returns the bounds of queries that see these keys."""
         return cls(
             visible,
-            whole_from(visible, own.queries),
-            key_visits(visible, own),
-            key_visits(visible, DQ),
-            query_visits(visible, dkv),
-            whole_from(visible, dkv.queries),
+            key_visits(visible, blocks.forward),
+            whole_from(visible, blocks.forward.queries),
+            key_visits(visible, blocks.dq),
+            whole_from(visible, blocks.dq.queries),
+            query_visits(visible, blocks.dkv),
+            whole_from(visible, blocks.dkv.queries),
         )

@@ -1,6 +1,6 @@
 """The work of the attention loops that visit blocks, by arithmetic: pairs of a query and a key, and products."""
 
-from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Block, dkv_block, forward_block
+from pallas_kernels.attention.bounds import IN_REGISTERS, Block, mma_blocks
 
 
 def visited_pairs(length: int, window: int, block: Block) -> int:
@@ -16,7 +16,7 @@ def visited_pairs(length: int, window: int, block: Block) -> int:
 
 def forward_passes(head_dim: int) -> tuple[tuple[int, Block], ...]:
     """Returns (products per pair, block) of each kernel of `mma`'s forward pass: q k^T, p v."""
-    return ((2, forward_block(head_dim)),)
+    return ((2, mma_blocks(head_dim, capped=False).forward),)
 
 
 def backward_passes(head_dim: int, *, capped: bool) -> tuple[tuple[int, Block], ...]:
@@ -24,5 +24,5 @@ def backward_passes(head_dim: int, *, capped: bool) -> tuple[tuple[int, Block], 
 
     q k^T, dp, dq; q k^T, dp, dk, dv. The last kernel is two if the sums of both results do not fit the registers.
     """
-    tile = dkv_block(head_dim, capped=capped)
-    return ((3, DQ), (4, tile)) if head_dim <= IN_REGISTERS else ((3, DQ), (3, tile), (2, tile))
+    _, dq, dkv = mma_blocks(head_dim, capped=capped)
+    return ((3, dq), (4, dkv)) if head_dim <= IN_REGISTERS else ((3, dq), (3, dkv), (2, dkv))

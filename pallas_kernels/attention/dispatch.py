@@ -3,8 +3,10 @@
 The choice is a function of (device, dtype, sizes), so a report for an absent card uses the same code.
 """
 
-from types import ModuleType
+import functools
+from collections.abc import Callable
 
+import jax
 from jax.typing import DTypeLike
 
 from pallas_kernels.attention import cpu, mma, tiles
@@ -12,23 +14,30 @@ from pallas_kernels.attention.mosaic import capabilities
 from pallas_kernels.devices import Device
 from pallas_kernels.nf4_matmul.dispatch import Choice
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"cpu": cpu, "mma": mma, "tiles": tiles}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "cpu": cpu.attention,
+    "wgmma": functools.partial(mma.attention, kernels="wgmma"),
+    "mma": functools.partial(mma.attention, kernels="mma"),
+    "tiles": tiles.attention,
+}
 
 
 def choose(device: Device, dtype: DTypeLike, head_dim: int, numbers: int = 0) -> Choice:
-    """Returns the implementation that runs attention on a device; if it is `tiles`, why a faster one does not.
+    """Returns the implementation that runs attention on a device, and why those of this device before it do not.
 
     Args:
       numbers: in the array of queries.
     """
     match device.platform:
         case "cpu":
-            name, reason = "cpu", cpu.unsupported_reason(device.platform, dtype)
+            reasons = {"cpu": cpu.unsupported_reason(device.platform, dtype)}
         case "gpu":
-            name, reason = "mma", capabilities.unsupported_reason(device, dtype, head_dim, numbers)
+            names = [name for name in ("wgmma", "mma") if device.names[0] in capabilities.DEVICES[name]] or ["mma"]
+            reasons = {name: capabilities.unsupported_reason(name, device, dtype, head_dim, numbers) for name in names}
         case _:
-            return Choice("tiles", {})
-    return Choice(name, {}) if reason is None else Choice("tiles", {name: reason})
+            reasons = {}
+    chosen = next((name for name, reason in reasons.items() if reason is None), "tiles")
+    return Choice(chosen, {name: reason for name, reason in reasons.items() if reason is not None})
 
 
 def choose_decoding(device: Device, dtype: DTypeLike, head_dim: int, cache_dtype: DTypeLike) -> Choice:

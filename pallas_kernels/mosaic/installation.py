@@ -15,6 +15,7 @@ import jax
 
 LEAST_JAX = (0, 11, 2)
 LEAST_CUDA = 12000  # CUDA's encoding: 1000 major + 10 minor
+WRONG_MASKS = 12080, 12091  # CUDA 12.8, and 12.9 until its first update
 _VERSIONS = ("jax_cuda13_plugin._versions", "jax_cuda12_plugin._versions")
 
 
@@ -25,15 +26,30 @@ def problem() -> str | None:
     """
     if jax.__version_info__ < LEAST_JAX:
         return f"requires jax {'.'.join(map(str, LEAST_JAX))} or newer (found {jax.__version__}). Update jax"
-    # In this order, so that without a driver no jax backend is started.
-    on_gpu = driver_is_here() and jax.default_backend() == "gpu"
-    driver, runtime = cuda_versions() if on_gpu else (None, None)
+    driver, runtime = _versions_in_use()
     if driver is None or runtime is None:
         return None
     least = max(LEAST_CUDA, runtime // 1000 * 1000)
     if driver >= least:
         return None
     return f"requires a driver of CUDA {_name(least)} or newer (found one of CUDA {_name(driver)}). Update the driver"
+
+
+def masks_problem() -> str | None:
+    """Returns why this CUDA cannot be trusted with masks of wgmma kernels, and how to fix it, or None.
+
+    JAX refuses causal masks of its own kernel for this range, because ptxas miscompiles them.
+    """
+    _, runtime = _versions_in_use()
+    if runtime is None or not WRONG_MASKS[0] <= runtime < WRONG_MASKS[1]:
+        return None
+    return f"requires a jax without CUDA {_name(runtime)}, whose ptxas miscompiles masks. Install jax[cuda13]"
+
+
+def _versions_in_use() -> tuple[int | None, int | None]:
+    """Returns `cuda_versions` if jax computes on a GPU; without a driver, no jax backend is started."""
+    on_gpu = driver_is_here() and jax.default_backend() == "gpu"
+    return cuda_versions() if on_gpu else (None, None)
 
 
 def driver_is_here() -> bool:

@@ -1,4 +1,4 @@
-"""Flash attention backward by mma.sync: dq, and dk and dv. No atomics, so results are deterministic.
+"""Flash attention backward: dq, and dk and dv. No atomics, so results are deterministic.
 
 Both recompute the weights from the log-sum-exp. `dq` has tiles of queries and visits the keys that forward visits.
 `dkv` has tiles of keys and visits the queries that see them, of every head of a group, so the sums over a group stay in
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import DQ, IN_REGISTERS, Block, Bounds, dkv_block
+from pallas_kernels.attention.bounds import IN_REGISTERS, Block, Bounds
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, rem_div, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, hide_unless_whole
 from pallas_kernels.attention.tiles import ScoreScaling
@@ -34,11 +34,12 @@ def dq(
     bounds: Bounds,
     scores: ScoreScaling,
     do: Instructions,
+    block: Block,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns (dq, the sum over features of out * d_out in f32)."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
-    rows, keys = DQ
-    task = _Dq(do, scores, length // rows, kv_heads, heads // kv_heads, width)
+    rows, keys = block
+    task = _Dq(do, scores, block, length // rows, kv_heads, heads // kv_heads, width)
     call = plgpu.kernel(
         task.kernel,
         out_type=(
@@ -56,7 +57,7 @@ def dq(
         **do.options,
     )
     arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, do_BTNH))
-    d_q, mean_BNT = call(*arrays, lse_BNT, bounds.visible, bounds.dq, bounds.whole)
+    d_q, mean_BNT = call(*arrays, lse_BNT, bounds.visible, bounds.dq, bounds.dq_whole)
     return d_q.reshape(q_BTNH.shape), mean_BNT
 
 
@@ -65,6 +66,7 @@ class _Dq(NamedTuple):
 
     do: Instructions
     scores: ScoreScaling
+    block: Block
     blocks: int
     kv_heads: int
     group: int
@@ -74,7 +76,7 @@ class _Dq(NamedTuple):
         self, q_g, k_g, v_g, out_g, do_g, lse_g, visible_g, visits_g, whole_g, dq_g, mean_g, q_s, do_s, k_s, v_s, *here
     ):
         """Computes dq of a block of queries of one head."""
-        do, (rows, keys), width = self.do, DQ, self.width
+        do, (rows, keys), width = self.do, self.block, self.width
         q_here, do_here, k_here, v_here = here
         b, i, n, kv = query_tile(self.blocks, self.kv_heads, self.group)
         row, visits = i * rows, Visits.load(visits_g.at[b, i], visible_g)
@@ -149,18 +151,20 @@ def dkv(
     bounds: Bounds,
     scores: ScoreScaling,
     do: Instructions,
+    block: Block,
 ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Returns (dk, dv): from one kernel, or from two if the sums of both do not fit the registers."""
-    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, bounds, scores=scores, do=do)
+    how = {"scores": scores, "do": do, "block": block}
+    run = functools.partial(_dkv, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, mean_BNT, bounds, **how)
     if k_BTKH.shape[3] <= IN_REGISTERS:
         dk, dv = run(("dk", "dv"))
         return dk, dv
     return *run(("dk",)), *run(("dv",))
 
 
-def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, bounds: Bounds, names: tuple[str, ...], *, scores, do):
+def _dkv(q, k, v, do_BTNH, lse_BNT, mean_BNT, bounds: Bounds, names: tuple[str, ...], *, scores, do, block):
     (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
-    queries, keys = block = dkv_block(width, capped=scores.softcap is not None)
+    queries, keys = block
     task = _Dkv(do, scores, names, block, length // keys, kv_heads, heads // kv_heads, width)
     call = plgpu.kernel(
         task.kernel,

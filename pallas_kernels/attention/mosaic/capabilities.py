@@ -5,27 +5,26 @@ from jax.typing import DTypeLike
 from pallas_kernels.devices import Device
 from pallas_kernels.mosaic import installation
 
-# sm_90 and sm_100 have faster tensor-core instructions, which the kernels do not use.
-DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+# sm_100 has faster tensor-core instructions, which no kernel uses.
+MMA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+DEVICES = {"wgmma": ("sm_90",), "mma": MMA_DEVICES, "decode": MMA_DEVICES}  # by kernels
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 80, 96, 128, 256)
 WITH_CP_ASYNC = ("sm_80", "sm_86", "sm_89")
 MOST_NUMBERS = 2**31  # that a signed 32-bit offset reaches; TMA, on newer cards, has coordinates along each axis
-
-
 CODES = "int8"
 
 
-def unsupported_reason(device: Device, dtype: DTypeLike, head_dim: int, numbers: int = 0) -> str | None:
+def unsupported_reason(kernels: str, device: Device, dtype: DTypeLike, head_dim: int, numbers: int = 0) -> str | None:
     """Returns all reasons why the kernels cannot compute attention on a device, or None if they can.
 
     Args:
       numbers: in the array of queries.
     """
-    problems = _problems("mma", device, dtype, head_dim)
+    problems = _problems(kernels, device, dtype, head_dim)
     if numbers >= MOST_NUMBERS and device.names[0] in WITH_CP_ASYNC:
-        problems.append(f"mma kernels on {device} take fewer than 2^31 numbers, not {numbers:,}")
-    return "; ".join(problems) or _missing("mma")
+        problems.append(f"{kernels} kernels on {device} take fewer than 2^31 numbers, not {numbers:,}")
+    return "; ".join(problems) or _missing(kernels)
 
 
 def undecodable_reason(device: Device, dtype: DTypeLike, head_dim: int, cache_dtype: DTypeLike) -> str | None:
@@ -42,7 +41,7 @@ def undecodable_reason(device: Device, dtype: DTypeLike, head_dim: int, cache_dt
 
 def _problems(kernels: str, device: Device, dtype: DTypeLike, head_dim: int) -> list[str]:
     table = (
-        ("run on", DEVICES, device.names[0], device),
+        ("run on", DEVICES[kernels], device.names[0], device),
         ("take", DTYPES, str(dtype), dtype),
         ("take head dims", HEAD_DIMS, head_dim, head_dim),
     )
@@ -54,5 +53,5 @@ def _problems(kernels: str, device: Device, dtype: DTypeLike, head_dim: int) -> 
 
 
 def _missing(kernels: str) -> str | None:
-    missing = installation.problem()
+    missing = installation.problem() or (installation.masks_problem() if kernels == "wgmma" else None)
     return missing and f"{kernels} kernels: {missing}"

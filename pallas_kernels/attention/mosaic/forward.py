@@ -18,10 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.attention.bounds import IN_REGISTERS, Block, Bounds, forward_block
+from pallas_kernels.attention.bounds import IN_REGISTERS, Block, Bounds
 from pallas_kernels.attention.mosaic.instructions import Instructions, flat, part, query_tile, swizzled
 from pallas_kernels.attention.mosaic.mask import Visits, hide_unless_whole
 from pallas_kernels.attention.tiles import ScoreScaling
+from pallas_kernels.mosaic.registers import MosaicValue
 
 HIDDEN = float("-inf")  # a finite one would give NaN if a multiply-add made the exponent infinite
 LOWEST = -1e30  # first maximum: finite, so that rows which see no key of a block get weights of 0, never NaN
@@ -35,12 +36,12 @@ def forward(
     sinks_N: Float[Array, " N"] | None,
     scores: ScoreScaling,
     do: Instructions,
+    block: Block,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns (out, log2-sum-exp2 in f32, of scores and sink)."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
-    rows, keys = block = forward_block(width)
-    task = _Task(do, scores, block, length // rows, kv_heads, heads // kv_heads, width)
-    sinks_log2 = () if sinks_N is None else (sinks_N.astype(jnp.float32) * math.log2(math.e),)
+    rows, keys = block
+    task = _Task(Softmax(do, scores), block, length // rows, kv_heads, heads // kv_heads, width)
     call = plgpu.kernel(
         task.kernel,
         out_type=(
@@ -58,15 +59,49 @@ def forward(
         **do.options,
     )
     arrays = (flat(x) for x in (q_BTNH, k_BTKH, v_BTKH))
-    out, lse_BNT = call(*arrays, bounds.visible, bounds.forward, bounds.whole, sinks_log2)
+    out, lse_BNT = call(*arrays, bounds.visible, bounds.forward, bounds.forward_whole, in_log2(sinks_N))
     return out.reshape(q_BTNH.shape), lse_BNT
 
 
-class _Task(NamedTuple):
-    """One forward pass: its instructions, scores and sizes; `blocks` of queries per row, `group` heads per key head."""
+def in_log2(sinks_N: Float[Array, " N"] | None) -> tuple[Float[Array, " N"], ...]:
+    """Returns the sinks as base-2 logarithms, or nothing."""
+    return () if sinks_N is None else (sinks_N.astype(jnp.float32) * math.log2(math.e),)
+
+
+type Running = tuple[jax.Array, jax.Array, jax.Array]  # sums of weighted values, largest score, total of weights
+
+
+class Softmax(NamedTuple):
+    """The running softmax of a tile of queries: its instructions and scores."""
 
     do: Instructions
     scores: ScoreScaling
+
+    def start(self, rows: int, width: int, sinks_g: tuple[MosaicValue, ...], n: jax.Array) -> Running:
+        """Returns the sums before the first keys; a sink is a key that has a score and no value."""
+        top, total = (sinks_g[0][n], 1.0) if sinks_g else (LOWEST, 0.0)
+        return self.do.full((rows, width), 0.0), self.do.full_rows(rows, top), self.do.full_rows(rows, total)
+
+    def weigh(self, running: Running, s: jax.Array) -> tuple[Running, jax.Array]:
+        """Returns the sums to which the products of weights and values are to be added, and the weights."""
+        sums, top, total = running
+        new = jnp.maximum(top, jnp.max(s, axis=1) * self.scores.to_log2)
+        fade = jnp.exp2(top - new)
+        weights = jnp.exp2(s * self.scores.to_log2 - lax.broadcast_in_dim(new, s.shape, (0,)))
+        total = total * fade + jnp.sum(weights, axis=1)
+        return (sums * lax.broadcast_in_dim(fade, sums.shape, (0,)), new, total), weights
+
+    def store(self, running: Running, lse_g: MosaicValue, through_s: MosaicValue, out_g: MosaicValue) -> None:
+        """Stores the log-sum-exp and the mean of the values."""
+        sums, top, total = running
+        self.do.store_rows(top + jnp.log2(total), lse_g)
+        self.do.store(sums * lax.broadcast_in_dim(1 / total, sums.shape, (0,)), through_s, out_g)
+
+
+class _Task(NamedTuple):
+    """One forward pass: its softmax and sizes; `blocks` of queries per row, `group` heads per key head."""
+
+    softmax: Softmax
     block: Block
     blocks: int
     kv_heads: int
@@ -75,7 +110,7 @@ class _Task(NamedTuple):
 
     def kernel(self, q_g, k_g, v_g, visible_g, visits_g, whole_g, sinks_g, out_g, lse_g, q_s, k_s, v_s, *arrived):
         """Computes a block of queries of one head."""
-        do, (rows, keys), width = self.do, self.block, self.width
+        softmax, do, (rows, keys), width = self.softmax, self.softmax.do, self.block, self.width
         q_here, k_here, v_here = arrived
         b, i, n, kv = query_tile(self.blocks, self.kv_heads, self.group)
         row, visits = i * rows, Visits.load(visits_g.at[b, i], visible_g)
@@ -88,11 +123,11 @@ class _Task(NamedTuple):
         do.wait(q_here)
         kept = list(do.left(q_s)) if width <= IN_REGISTERS else None
 
-        def step(visited, carry):
+        def step(visited, running):
             column = visits.block(visited) * keys
             do.wait(k_here)
             copy_keys(v_g, visited, v_s, v_here)
-            s = self.scores.capped_by_exp2(do.multiply_transposed(do.left(q_s) if kept is None else kept, k_s))
+            s = softmax.scores.capped_by_exp2(do.multiply_transposed(do.left(q_s) if kept is None else kept, k_s))
             do.wait(v_here)
 
             @pl.when(visited + 1 < visits.count)
@@ -100,21 +135,8 @@ class _Task(NamedTuple):
                 copy_keys(k_g, visited + 1, k_s, k_here)
 
             s = hide_unless_whole(do, visible_g, whole_g.at[b, i], b, row, column, 0, s, HIDDEN)
-            return self.add(carry, s, v_s)
+            (sums, top, total), weights = softmax.weigh(running, s)
+            return do.multiply_add(sums, weights, v_s), top, total
 
-        # A sink is a key that has a score and no value.
-        top, total = (sinks_g[0][n], 1.0) if sinks_g else (LOWEST, 0.0)
-        start = do.full((rows, width), 0.0), do.full_rows(rows, top), do.full_rows(rows, total)
-        sums, top, total = lax.fori_loop(0, visits.count, step, start)
-        do.store_rows(top + jnp.log2(total), lse_g.at[b, n, pl.ds(row, rows)])
-        do.store(sums * lax.broadcast_in_dim(1 / total, sums.shape, (0,)), q_s, part(out_g, b, row, rows, n, width))
-
-    def add(self, carry, s, v_s):
-        """Adds weights times values of one block of keys to (sums, largest score, total of weights)."""
-        sums, top, total = carry
-        new = jnp.maximum(top, jnp.max(s, axis=1) * self.scores.to_log2)
-        fade = jnp.exp2(top - new)
-        weights = jnp.exp2(s * self.scores.to_log2 - lax.broadcast_in_dim(new, s.shape, (0,)))
-        total = total * fade + jnp.sum(weights, axis=1)
-        sums = sums * lax.broadcast_in_dim(fade, sums.shape, (0,))
-        return self.do.multiply_add(sums, weights, v_s), new, total
+        running = lax.fori_loop(0, visits.count, step, softmax.start(rows, width, sinks_g, n))
+        softmax.store(running, lse_g.at[b, n, pl.ds(row, rows)], q_s, part(out_g, b, row, rows, n, width))

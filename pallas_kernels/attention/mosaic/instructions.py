@@ -1,8 +1,9 @@
-"""Copies, waits, products and stores of the attention kernels, for three kinds of device.
+"""Copies, waits, products and stores of the attention kernels, for each kind of device.
 
 `CpAsync`: sm_80, sm_86, sm_89. Copies are cp.async, products mma.sync.
 `Tma`: sm_90 and newer, among them sm_120, which has TMA and mbarriers but neither wgmma nor tcgen05. Products are
 mma.sync.
+`Wgmma`: sm_90 alone. Copies are those of `Tma`.
 `Interpreted`: the twin that JAX interprets on a CPU, with its race detector. Copies and waits are those of `Tma`,
 products are jnp.dot, and it takes f32, too.
 
@@ -14,7 +15,7 @@ The twin and the race detector do not check that cp.async's waits count groups (
 a barrier precedes each refill of a buffer. Dimension key: _g device memory, _s shared memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -91,13 +92,11 @@ class _Groups:
 
 
 class _Registers:
-    """Arrays in the registers of mma.sync, for operands of one 16-bit dtype."""
+    """Arrays in the registers of accumulators, for operands of one 16-bit dtype."""
 
-    def __init__(self, dtype: DTypeLike) -> None:
+    def __init__(self, dtype: DTypeLike, acc: MosaicValue) -> None:
         self.dtype = jnp.dtype(dtype)
-        self.acc = plgpu.Layout.MMA_ACC(dtype, m_warps=4)
-        self.lhs = plgpu.Layout.MMA_LHS(dtype, m_warps=4)
-        self.rhs = plgpu.Layout.MMA_RHS(dtype, m_warps=4)
+        self.acc = acc
         # No automatic barriers; and no scratch for sums across warps: a row is in one warp, and 2 KiB more would leave
         # one block per SM on sm_86.
         params = plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True, reduction_scratch_bytes=0)
@@ -122,6 +121,21 @@ class _Registers:
     def tile(self, ref: MosaicValue) -> jax.Array:
         """Loads a tile as f32."""
         return plgpu.load(ref, layout=self.acc, optimized=False).astype(jnp.float32)
+
+    def store_rows(self, values: jax.Array, target_g: MosaicValue) -> None:
+        """Stores one value for each row to device memory."""
+        _store(values, self.acc.reduce(1), target_g)
+
+
+class _Mma(_Registers):
+    """Products by mma.sync."""
+
+    counts_from_block = False
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        super().__init__(dtype, plgpu.Layout.MMA_ACC(dtype, m_warps=4))
+        self.lhs = plgpu.Layout.MMA_LHS(dtype, m_warps=4)
+        self.rhs = plgpu.Layout.MMA_RHS(dtype, m_warps=4)
 
     def left(self, ref_s: MosaicValue) -> Iterator[jax.Array]:
         """Loads a left operand [rows, contraction] from shared memory (ldmatrix), in parts of the contraction."""
@@ -154,10 +168,6 @@ class _Registers:
         result = plgpu.ShapeDtypeStruct(sums.shape, jnp.dtype(jnp.float32), layout=self.acc)
         return plgpu.inline_mgpu(arg_types=(self.acc, layout, self.rhs), return_type=result)(emit)(sums, left, right)
 
-    def store_rows(self, values: jax.Array, target_g: MosaicValue) -> None:
-        """Stores one value for each row to device memory."""
-        _store(values, self.acc.reduce(1), target_g)
-
 
 def _store(values: jax.Array, layout: MosaicValue, target_g: MosaicValue) -> None:
     """Stores registers of a layout to device memory; `plgpu.store` came with jax 0.12."""
@@ -165,16 +175,53 @@ def _store(values: jax.Array, layout: MosaicValue, target_g: MosaicValue) -> Non
     store(lambda ctx, held, target: held.store_untiled(target, optimized=False))(values, target_g)
 
 
-class CpAsync(_Groups, _Registers):
+class CpAsync(_Groups, _Mma):
     """The instructions of sm_80, sm_86 and sm_89."""
 
 
-class Tma(_Barriers, _Registers):
+class Tma(_Barriers, _Mma):
     """The instructions of sm_90 and newer."""
+
+
+class Wgmma(_Barriers, _Registers):
+    """The instructions of sm_90 alone: a warpgroup multiplies operands in shared memory while its threads go on."""
+
+    counts_from_block = True  # masks count keys from the first one of a block: fewer registers here, but not in `_Mma`
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        super().__init__(dtype, plgpu.Layout.WGMMA)
+
+    def left(self, ref_s: MosaicValue) -> Iterator[MosaicValue]:
+        """Returns a left operand, in one part, which products read from shared memory."""
+        yield ref_s
+
+    def multiply_transposed(
+        self, left: Iterable[MosaicValue], ref_s: MosaicValue, issued: Callable[[], None] = lambda: None
+    ) -> jax.Array:
+        """Computes left @ ref^T; calls `issued` before it waits for the product."""
+        (whole,) = left
+
+        def product(sums):
+            plgpu.wgmma(sums, whole, ref_s.T)
+            issued()
+            return sums[...]
+
+        return pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((TILE, ref_s.shape[0]), jnp.float32))
+
+    def multiply_add(self, sums: jax.Array, tile: jax.Array, ref_s: MosaicValue) -> jax.Array:
+        """Computes sums + tile @ ref for a tile of f32, rounded to 16 bits in its registers."""
+
+        def product(sums_ref):
+            plgpu.wgmma(sums_ref, tile.astype(self.dtype), ref_s)
+
+        added: MosaicValue = pl.run_state(product)(plgpu.WGMMAAccumulatorRef.init(sums))
+        return added
 
 
 class Interpreted(_Barriers):
     """The twin's instructions, which Pallas can interpret."""
+
+    counts_from_block = False
 
     def __init__(self, dtype: DTypeLike, params: plgpu.InterpretGPUParams) -> None:
         self.dtype = jnp.dtype(dtype)
@@ -204,10 +251,14 @@ class Interpreted(_Barriers):
         """Loads a left operand, in one part."""
         yield ref_s[...]
 
-    def multiply_transposed(self, left: Iterable[jax.Array], ref_s: MosaicValue) -> jax.Array:
-        """Computes left @ ref^T."""
+    def multiply_transposed(
+        self, left: Iterable[jax.Array], ref_s: MosaicValue, issued: Callable[[], None] = lambda: None
+    ) -> jax.Array:
+        """Computes left @ ref^T, then calls `issued`."""
         (whole,) = left
-        return jnp.dot(whole, ref_s[...].T, preferred_element_type=jnp.float32)
+        product = jnp.dot(whole, ref_s[...].T, preferred_element_type=jnp.float32)
+        issued()
+        return product
 
     def multiply_add(self, sums: jax.Array, tile: jax.Array, ref_s: MosaicValue) -> jax.Array:
         """Computes sums + tile @ ref for a tile of f32, rounded to the operands' dtype."""
@@ -218,18 +269,33 @@ class Interpreted(_Barriers):
         target_g[...] = values
 
 
-type Instructions = CpAsync | Tma | Interpreted
+class InterpretedWgmma(Interpreted):
+    """The twin of `Wgmma`; a fence stands for wgmma's way to memory, which is that of the copies that follow."""
+
+    counts_from_block = True
+
+    def multiply_add(self, sums: jax.Array, tile: jax.Array, ref_s: MosaicValue) -> jax.Array:
+        """Computes sums + tile @ ref, the last product of a step."""
+        added = super().multiply_add(sums, tile, ref_s)
+        self.sync()
+        return added
 
 
-def swizzled(rows: int, width: int, dtype: DTypeLike) -> MosaicValue:
-    """Returns a buffer [rows, width] in shared memory, in swizzled tiles."""
+type Instructions = CpAsync | Tma | Wgmma | Interpreted
+
+
+def swizzled(rows: int, width: int, dtype: DTypeLike, *, count: tuple[int, ...] = ()) -> MosaicValue:
+    """Returns a buffer [rows, width] in shared memory, in swizzled tiles, or `count` of them."""
+    return plgpu.SMEM((*count, rows, width), dtype, transforms=tiles_of(width, dtype))
+
+
+def tiles_of(width: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Returns the transforms to tiles whose rows are the longest that divide rows of `width` numbers."""
     row_bytes = _swizzle(width, jnp.dtype(dtype).itemsize)
-    columns = row_bytes // jnp.dtype(dtype).itemsize
-    transforms = (
-        plgpu.TilingTransform((EIGHT, columns)),  # pyright: ignore[reportAbstractUsage]
+    return (
+        plgpu.TilingTransform((EIGHT, row_bytes // jnp.dtype(dtype).itemsize)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(row_bytes),  # pyright: ignore[reportAbstractUsage]
     )
-    return plgpu.SMEM((rows, width), dtype, transforms=transforms)
 
 
 def _swizzle(width: int, itemsize: int = 2) -> int:

@@ -54,18 +54,20 @@ def hide(
     """Returns a tile whose axis `q` has the queries from `row` on, and the other the keys from `column` on, masked."""
     shape = (tile.shape[0], tile.shape[1])
 
-    def spread(values_g, first, axis):
-        values = do.along(values_g.at[b, pl.ds(pl.multiple_of(first, shape[axis]), shape[axis])], axis)
-        return lax.broadcast_in_dim(values, shape, (axis,))
+    origin = column if do.counts_from_block else 0
 
-    query, key = do.indices(shape, q) + row, do.indices(shape, 1 - q) + column
+    def spread(values_g, first, axis, shift: jax.Array | int = origin):
+        values = do.along(values_g.at[b, pl.ds(pl.multiple_of(first, shape[axis]), shape[axis])], axis)
+        return lax.broadcast_in_dim(values - shift, shape, (axis,))
+
+    query, key = do.indices(shape, q) + (row - origin), do.indices(shape, 1 - q) + (column - origin)
     seen = key <= query
     if visible_g.masked_start_BT is not None:
         seen &= key >= spread(visible_g.masked_start_BT, row, q)
     if visible_g.trunk_BT is not None:
         seen |= (key >= spread(visible_g.trunk_BT, row, q)) & (key < spread(visible_g.trunk_end_BT, row, q))
     if visible_g.id_BT is not None:
-        seen &= spread(visible_g.id_BT, row, q) == spread(visible_g.id_BT, column, 1 - q)
+        seen &= spread(visible_g.id_BT, row, q, 0) == spread(visible_g.id_BT, column, 1 - q, 0)
     return jnp.where(seen, tile, hidden)
 
 

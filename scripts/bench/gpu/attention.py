@@ -73,8 +73,10 @@ def measure(device: Device, case: Case, warm_up: int, samples: int) -> Record:
 
 def _attentions(device: Device, case: Case) -> Iterator[tuple[str, Attention]]:
     scale = case.head_dim**-0.5
-    for name in dict.fromkeys((str(choose(device, jnp.bfloat16, case.head_dim).name), "tiles")):
-        run = IMPLEMENTATIONS[name].attention
+    chosen = str(choose(device, jnp.bfloat16, case.head_dim).name)
+    others = ("mma", "tiles") if chosen == "wgmma" else ("tiles",)
+    for name in dict.fromkeys((chosen, *others)):
+        run = IMPLEMENTATIONS[name]
         yield name, functools.partial(run, texts=None, window=case.window, scores=ScoreScaling(scale, None))
     if device.platform == "gpu":
         window = None if case.window is None else (case.window - 1, 0)

@@ -1,6 +1,7 @@
 """The loops of attention that this machine runs: tiles in plain JAX, each variant of the C++ loops, and the twin.
 
-The twin is the interpreted kernels for NVIDIA GPUs. Seconds per case, so it runs smaller shapes in `mosaic/test_twin`.
+The twins are the interpreted kernels for NVIDIA GPUs. Seconds per case, so they run smaller shapes in
+`mosaic/test_twin`.
 """
 
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import api, mma
 from pallas_kernels.attention import cpu as attention_cpu
-from pallas_kernels.attention.mosaic.instructions import Interpreted
+from pallas_kernels.attention.bounds import BLOCKS
+from pallas_kernels.attention.mosaic.instructions import Interpreted, InterpretedWgmma
 from pallas_kernels.native import build, library
 from pallas_kernels.nf4_matmul.dispatch import Choice
 
 NATIVE = build.supported_variants() if library.problem() is None else ()
-TILES, TWIN = "tiles", "twin"
+TILES = "tiles"
+TWINS = {f"twin of {name}": name for name in BLOCKS}
 DETECTING = plgpu.InterpretGPUParams(detect_races=True)
 LOOPS = [TILES, *NATIVE[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in NATIVE[1:])]
 
@@ -45,9 +48,10 @@ def using(name: str) -> Iterator[str]:
         if name == TILES:
             patch.setattr(attention_cpu, "problem", lambda: "left out")
             patch.setattr(api, "choose", lambda *call: Choice(TILES, {}))
-        elif name == TWIN:
-            patch.setattr(api, "choose", lambda *call: Choice("mma", {}))
-            patch.setattr(mma, "instructions", lambda dtype: Interpreted(dtype, DETECTING))
+        elif name in TWINS:
+            patch.setattr(api, "choose", lambda *call: Choice(TWINS[name], {}))
+            kinds = {"mma": Interpreted, "wgmma": InterpretedWgmma}
+            patch.setattr(mma, "instructions", lambda dtype, kernels: kinds[kernels](dtype, DETECTING))
         else:
             build.build(name)
             library.register(name)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import costs
-from pallas_kernels.attention.bounds import DQ, Block, Visible, dkv_block, forward_block, key_visits, query_visits
+from pallas_kernels.attention.bounds import BLOCKS, Block, Visible, key_visits, query_visits
 from pallas_kernels.attention.dispatch import choose, choose_decoding
-from pallas_kernels.attention.mosaic.capabilities import DEVICES, DTYPES, HEAD_DIMS
+from pallas_kernels.attention.mosaic.capabilities import DEVICES, DTYPES, HEAD_DIMS, MMA_DEVICES
 from pallas_kernels.devices import Device
 from pallas_kernels.mosaic import installation
 from tests.nn.trees import random_trees, row_of_trees, visible_keys
@@ -20,10 +20,11 @@ def gpu(major, minor):
 
 
 def test_supported_cards_take_the_kernels():
-    for name in DEVICES:
+    for name in MMA_DEVICES:
         device = gpu(int(name[3:-1]), int(name[-1]))
         assert device.names[0] == name
-        assert {choose(device, dtype, head_dim).name for dtype in DTYPES for head_dim in HEAD_DIMS} == {"mma"}
+        best = "wgmma" if name in DEVICES["wgmma"] else "mma"
+        assert {choose(device, dtype, head_dim).name for dtype in DTYPES for head_dim in HEAD_DIMS} == {best}
 
 
 @pytest.mark.parametrize(
@@ -43,13 +44,22 @@ def test_other_calls_take_tiles_for_all_reasons(device, dtype, head_dim, reasons
 def test_arrays_beyond_32_bit_offsets_take_tiles_where_offsets_are_computed():
     names = {numbers: choose(gpu(8, 0), "bfloat16", 128, numbers).name for numbers in (2**31 - 1, 2**31)}
     assert names == {2**31 - 1: "mma", 2**31: "tiles"}
-    assert choose(gpu(9, 0), "bfloat16", 128, 2**32).name == "mma"
+    assert choose(gpu(9, 0), "bfloat16", 128, 2**32).name == "wgmma"
 
 
 def test_an_old_jax_takes_tiles(monkeypatch):
     monkeypatch.setattr(installation, "LEAST_JAX", (99, 0))
     choice = choose(gpu(8, 9), "bfloat16", 128)
     assert choice.name == "tiles" and choice.refusals["mma"].startswith("mma kernels: requires jax 99.0")
+
+
+@pytest.mark.parametrize(("runtime", "taken"), [(12060, "wgmma"), (12080, "mma"), (12090, "mma"), (13000, "wgmma")])
+def test_a_cuda_that_miscompiles_masks_takes_mma_on_hopper(monkeypatch, runtime, taken):
+    monkeypatch.setattr(installation, "_versions_in_use", lambda: (13000, runtime))
+    choice = choose(gpu(9, 0), "bfloat16", 128)
+    assert choice.name == taken and ("wgmma" in choice.refusals) == (taken == "mma")
+    assert taken == "wgmma" or "whose ptxas miscompiles masks. Install jax[cuda13]" in choice.refusals["wgmma"]
+    assert choose(gpu(8, 0), "bfloat16", 128) == ("mma", {})
 
 
 @pytest.mark.parametrize(
@@ -89,7 +99,7 @@ def needed(visible_BTS, block):
     return visible_BTS.reshape(shape).any(axis=(2, 4))
 
 
-BLOCKS = [forward_block(64), forward_block(256), DQ, dkv_block(64, capped=False), dkv_block(256, capped=False)]
+TILES = dict.fromkeys(block for of in BLOCKS.values() for width in (64, 256) for block in of(width, capped=False))
 
 
 @pytest.mark.parametrize("window", [None, 1, 70, 200])
@@ -104,7 +114,7 @@ def test_wholly_hidden_blocks_are_skipped(window, texts):
         "pairs": (spans_of(trees), visible_keys(trees, window)),  # two answers to each prompt
     }[texts]
     visible = Visible.of(len(mask), length, of_texts, None if window is None else jnp.int32(window))
-    for block in BLOCKS:
+    for block in TILES:
         right = needed(np.asarray(mask), block)
         np.testing.assert_array_equal(visited(key_visits(visible, block), length // block.keys), right)
         by_keys = visited(query_visits(visible, block), length // block.queries)
@@ -123,7 +133,7 @@ def test_no_needed_block_is_skipped(kind):
             texts = jnp.asarray(rng.integers(0, 5, (1, length)), jnp.int32)
             mask = _visible(length, 90, texts)
         visible = Visible.of(1, length, texts, 90)
-        for block in BLOCKS:
+        for block in TILES:
             right = needed(np.asarray(mask), block)
             assert not (right & ~visited(key_visits(visible, block), length // block.keys)).any()
             by_keys = visited(query_visits(visible, block), length // block.queries).swapaxes(1, 2)
@@ -131,7 +141,7 @@ def test_no_needed_block_is_skipped(kind):
 
 
 @pytest.mark.parametrize("window", [1, 100, 130, 1000])
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", TILES)
 def test_pairs_are_those_of_visited_blocks(window, block):
     right = needed(_visible(640, window), block)
     assert costs.visited_pairs(640, window, block) == right.sum() * block.queries * block.keys

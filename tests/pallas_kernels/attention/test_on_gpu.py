@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.attention import paged_attention
+from pallas_kernels.attention.bounds import BLOCKS
 from pallas_kernels.attention.dispatch import choose
 from pallas_kernels.attention.mosaic.capabilities import HEAD_DIMS
 from pallas_kernels.devices import target_device
@@ -28,7 +29,7 @@ FEATURES = ({}, {"window": 70}, {"softcap": 0.7}, {"window": 33, "softcap": 0.7}
 def _kernels():
     """Skips on a card without kernels, with the reason; the plain softmax multiplies in f32 and not in TF32."""
     choice = choose(target_device(), BF16, HEAD_DIMS[0])
-    if choice.name != "mma":
+    if choice.name not in BLOCKS:
         pytest.skip("; ".join(choice.refusals.values()))
     with jax.default_matmul_precision("highest"):
         yield

@@ -13,14 +13,14 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # has th
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import causal_attention, mma
-from pallas_kernels.attention.bounds import Bounds, Visible
+from pallas_kernels.attention.bounds import Bounds, Visible, mma_blocks
 from pallas_kernels.attention.mosaic import backward, forward, mask
-from pallas_kernels.attention.mosaic.instructions import Interpreted, Tma
+from pallas_kernels.attention.mosaic.instructions import Interpreted, Tma, Wgmma
 from pallas_kernels.attention.tiles import ScoreScaling
-from tests.marks import some_in_ci
+from tests.marks import EXHAUSTIVE, some_in_ci
 from tests.nn.trees import random_trees, visible_keys
 from tests.pallas_kernels.attention import test_sinks as sinks
-from tests.pallas_kernels.attention.loops import DETECTING, TWIN, using
+from tests.pallas_kernels.attention.loops import DETECTING, TWINS, using
 from tests.pallas_kernels.attention.test_branching import branching_errors, rows_of_trees, spans_of
 from tests.pallas_kernels.attention.test_contract import (
     ROUNDINGS,
@@ -40,9 +40,12 @@ TOLERANCES = {F32: EXACT, BF16: ROUNDINGS, F16: ROUNDINGS / 8}
 IDS = ((40, 2, 60), (66, 1, 30))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _twin():
-    yield from using(TWIN)
+MMA, WGMMA = TWINS
+
+
+@pytest.fixture(autouse=True, scope="module", params=[MMA, pytest.param(WGMMA, marks=EXHAUSTIVE)])
+def _twin(request):
+    yield from using(request.param)
 
 
 @pytest.fixture
@@ -119,7 +122,7 @@ def test_large_scores_neither_overflow_nor_vanish(no_race):
 
 
 def test_a_remat_policy_that_saves_the_named_residuals_computes_attention_once(monkeypatch):
-    monkeypatch.setattr(mma, "instructions", Tma)
+    monkeypatch.setattr(mma, "instructions", lambda dtype, kernels: {"mma": Tma, "wgmma": Wgmma}[kernels](dtype))
     q, k, v, _ = _inputs(70, 2, 1, head_dim=64, dtype=BF16)
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     loss = jax.checkpoint(lambda *qkv: jnp.sum(causal_attention(*qkv, SCALE).astype(F32)), policy=policy)
@@ -192,16 +195,19 @@ class WithoutSync(Interpreted):
 def _errors_of(kernel, do):
     """Returns the largest relative error of one kernel's results; of 192 positions, each query sees at most 100."""
     q, k, v, cotangent = inputs = _inputs(192, 2, 1, 1)
-    bounds = Bounds.of(Visible.of(1, 192, None, 100), q.shape[3], capped=False)
+    blocks = mma_blocks(q.shape[3], capped=False)
+    bounds = Bounds.of(Visible.of(1, 192, None, 100), blocks)
     scores = ScoreScaling(SCALE, None)
     value, *gradients = _plain_value_and_gradients(*inputs, _visible(192, 100)[:1], softcap=None)
     products = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, axis=2)) * SCALE
     lse_BNT = jax.scipy.special.logsumexp(products, axis=-1, where=_visible(192, 100)) / np.log(2)
     mean_BNT = jnp.swapaxes(jnp.sum(value * cotangent, axis=3), 1, 2)
+    of_dq = q, k, v, value, cotangent, lse_BNT, bounds, scores, do, blocks.dq
+    of_dkv = q, k, v, cotangent, lse_BNT, mean_BNT, bounds, scores, do, blocks.dkv
     runs = {
-        "forward": lambda: (forward.forward(q, k, v, bounds, None, scores, do)[:1], [value]),
-        "dq": lambda: (backward.dq(q, k, v, value, cotangent, lse_BNT, bounds, scores, do)[:1], gradients[:1]),
-        "dkv": lambda: (backward.dkv(q, k, v, cotangent, lse_BNT, mean_BNT, bounds, scores, do), gradients[1:]),
+        "forward": lambda: (forward.forward(q, k, v, bounds, None, scores, do, blocks.forward)[:1], [value]),
+        "dq": lambda: (backward.dq(*of_dq)[:1], gradients[:1]),
+        "dkv": lambda: (backward.dkv(*of_dkv), gradients[1:]),
     }
     return _largest_errors(*runs[kernel]())
 
