@@ -10,10 +10,10 @@ from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.suggestions import suggests_arguments
-from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.readers.json_rows import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.objectives.make_objective import make_objective
+from qlora_jax.training.run_spec import read_dataset
 
 # A path or hf://datasets/org/name; several paths with weights; or rows as they stand in a JSON Lines file.
 Data = str | Path | Mapping[str, float] | Sequence[Mapping[str, object]]
@@ -59,7 +59,8 @@ def prepare_data(
 
     Args:
       data: as for `finetune`. Settings that are None have the defaults of `finetune`.
-      config: more settings by dotted name, such as {"data.format": "sharegpt"} or {"objective": "dpo"}.
+      config: more settings by dotted name, such as {"data.format": "sharegpt"} or {"objective": "dpo"}. Prompts of
+        "grpo" leave `rollouts.max_completion_length` tokens for a reply; they are without the texts of tools.
 
     Raises:
       ValueError: a file is missing or rows are malformed; the message lists all of them by line.
@@ -77,16 +78,7 @@ def prepare_data(
     with tempfile.TemporaryDirectory() as folder:
         files = write_data(data, eval_data, Path(folder), resume=False)
         resolved = training_config(ModelArgs(path="unused"), None, settings | files, config, output="unused")
-        return load_dataset(
-            resolved.data,
-            tokenizer,
-            seed=resolved.train.seed,
-            micro_batch_size=resolved.train.micro_batch_size,
-            accumulation=resolved.train.accumulation,
-            objective=resolved.objective,
-            labels=resolved.head.labels or (),
-            kl_pairs=make_objective(resolved).kl_pairs,
-        )
+        return read_dataset(resolved, tokenizer)
 
 
 def write_data(train: Data, evaluation: Data | None, folder: Path, *, resume: bool) -> dict[str, object]:

@@ -99,6 +99,7 @@ def finetune(
     on_evaluation: Callback | None = None,
     resume: bool = False,
     oversized: bool = False,
+    accept_changed_reward: bool = False,
     progress: bool = False,
 ) -> FinetuneRun:
     """Trains the model's adapter and returns the run; the given model and its arrays stay valid.
@@ -144,6 +145,7 @@ def finetune(
       on_evaluation: the same after each evaluation on held-out data or questions.
       resume: continue the run in `output` from its newest checkpoint.
       oversized: start even if the memory plan says that the run does not fit.
+      accept_changed_reward: with `resume`, files of reward functions and tools may have changed (docs/rl.md).
       progress: print the data report, the memory plan and each step.
 
     Raises:
@@ -183,6 +185,7 @@ def finetune(
             oversized=oversized,
             console=console_for(progress),
             model=_prepared(parts, provenance, tokenizer),
+            accept_changed_reward=accept_changed_reward,
             listener=Listener(functools.partial(_asks_to_stop, on_step, on_evaluation)),
         )
     head = read_head(folder)

@@ -132,18 +132,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None, tools: To
             f"--environment: found a model without a chat template. Set data.chat_template to {TEMPLATE_CHOICES}"
         )
     template = _tool_template(config, tokenizer, source, tools) if has_tools else None
-    dataset = load_dataset(
-        config.data,
-        tokenizer,
-        seed=config.train.seed,
-        micro_batch_size=config.train.micro_batch_size,
-        accumulation=config.train.accumulation,
-        objective=config.objective,
-        labels=config.head.labels or (),
-        kl_pairs=objective.kl_pairs,
-        reply_tokens=config.rollouts.max_completion_length if objective.row_kind == "prompt" else 0,
-        tools=tools,
-    )
+    dataset = read_dataset(config, tokenizer, tools)
     columns = learned_columns(side.form for side, _ in dataset.report.sources)
     head = head_of(config.objective, dataset.labels, config.head.pooling, columns)
     if prepared is not None:
@@ -168,6 +157,23 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None, tools: To
         samples=open_samples(config.train, *reads),
         questions=open_questions(config.questions, *reads),
         rollouts=_open_rollouts(config, dataset, source, template) if objective.row_kind == "prompt" else None,
+    )
+
+
+def read_dataset(config: Config, tokenizer: Tokenizer, tools: Tools = ()) -> Dataset:
+    """Reads the rows that a run trains on; `tools` are the schemas of its functions."""
+    objective = make_objective(config)
+    return load_dataset(
+        config.data,
+        tokenizer,
+        seed=config.train.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=config.train.accumulation,
+        objective=config.objective,
+        labels=config.head.labels or (),
+        kl_pairs=objective.kl_pairs,
+        reply_tokens=config.rollouts.max_completion_length if objective.row_kind == "prompt" else 0,
+        tools=tools,
     )
 
 

@@ -71,6 +71,7 @@ class StepSpec:
       packed: True if each row of a batch packs several data rows.
       branching: True if data rows have branches.
       compared: True if held-out rows are compared with the reference, whose adapter stays in host memory.
+      reward_model: bytes of a model that rewards replies, which stays on the device next to the one that trains.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       router: losses of a mixture's routers, which are added to the objective's.
       mesh: the devices that share the rows and the model; None: one device. Those of an AbstractMesh may be absent.
@@ -87,6 +88,7 @@ class StepSpec:
     packed: bool = False
     branching: bool = False
     compared: bool = False
+    reward_model: int = 0
     neftune_noise_alpha: float | None = None
     objective: Objective = SUPERVISED
     router: RouterArgs = NO_ROUTER_LOSSES

@@ -23,7 +23,7 @@ from qlora_jax.inference.engine.request import Request
 from qlora_jax.rollouts.sampler import Reply, sample_replies, sampling_of
 from scripts.fetch_smollm2 import fetch_smollm2
 
-LONGEST = 256  # tokens of a prompt
+LONGEST = 64  # tokens of a prompt
 
 Seconds = tuple[float, float]  # time and processor time
 

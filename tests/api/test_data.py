@@ -41,6 +41,16 @@ def test_columns_and_bad_rows_are_arguments(tokenizer):
     assert (report.train.kept, report.train.bad, report.train.form) == (7, 1, "completion")
 
 
+def test_prompts_leave_room_for_a_reply(tokenizer):
+    rows = [{"prompt": f"Is {n} odd?"} for n in range(4)]
+    settings = {"objective": "grpo", "rollouts.max_completion_length": 8}
+    train = q.prepare_data(rows, tokenizer, config=settings).train
+    longest = max(len(train.row(row)[0]) - 1 for row in range(len(train)))  # a filler follows the prompt
+    q.prepare_data(rows, tokenizer, max_length=longest + 8, config=settings)
+    with pytest.raises(ValueError, match=r"train\.jsonl:1"):
+        q.prepare_data(rows, tokenizer, max_length=longest + 7, config=settings)
+
+
 def test_malformed_rows_in_memory_are_reported(tokenizer):
     with pytest.raises(ValueError, match=r"train\.jsonl"):
         q.prepare_data([{"neither": "column"}], tokenizer)

@@ -108,6 +108,24 @@ def test_rows_in_memory_train_like_a_file_and_resume(project, tmp_path):
     assert resumed.step == 2 and resumed.finished
 
 
+def test_a_changed_reward_file_is_refused_unless_accepted(project, tmp_path):
+    file = tmp_path / "rewards.py"
+    settings = {"rollouts.num_generations": 2, "rollouts.max_completion_length": 4, "reward": [f"{file}:long"]}
+
+    model = q.add_adapter(project.base, q.LoRA(rank=2))
+
+    def finetune(factor: int, **more):
+        file.write_text(f"def long(completion_ids, **columns): return [{factor} * len(ids) for ids in completion_ids]")
+        how = {"output": tmp_path / "run", "objective": "grpo", "steps": 2, "micro_batch_size": 2, "accumulation": 1}
+        rows = [{"prompt": f"say {number}"} for number in range(4)]
+        return q.finetune(model, project.tokenizer, rows, **how, max_length=32, config=settings, **more)
+
+    assert finetune(1, on_step=lambda record: True).step == 1
+    with pytest.raises(ValueError, match=r"rewards\.py: has changed since .*in Python accept_changed_reward=True"):
+        finetune(2, resume=True)
+    assert finetune(2, resume=True, accept_changed_reward=True).step == 2
+
+
 def test_the_merged_model_has_the_adapter(project, tmp_path):
     result = project.run.merge(tmp_path / "merged", dtype="float32")
     assert result.difference is not None and result.difference.is_small

@@ -3,11 +3,12 @@
 import pytest
 
 from qlora_jax.config import Config, DataArgs, ModelArgs
+from qlora_jax.config.rewards import RewardArgs
 from qlora_jax.rewards.digests import check_same_code, code_digests
 
 
-def digests(rewards=(), **code):
-    config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o", reward=[*rewards], **code)
+def digests(functions=(), **code):
+    config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o", reward=[*functions], **code)
     return code_digests(config)
 
 
@@ -48,3 +49,17 @@ def test_tools_and_environments_are_compared_as_well(tmp_path):
     ) as error:
         check_same_code(stored, digests(environment=f"{path}:Other"), accept_changed=True)
     assert f"Add --environment {path}:Game" in str(error.value)
+
+
+def test_files_that_rewards_name_are_compared_as_well(tmp_path):
+    schema, prompt = tmp_path / "schema.json", tmp_path / "judge.txt"
+    rewards = RewardArgs(functions=["json", "judge"], schema=str(schema), judge_prompt=str(prompt))
+    with pytest.raises(ValueError, match=r"rewards\.schema: .*schema\.json cannot be read \(found No such file"):
+        digests(rewards=rewards)
+    schema.write_text("{}")
+    prompt.write_text("{prompt}")
+    stored = digests(rewards=rewards)
+    prompt.write_text("{completion}")
+    check_same_code(stored, digests(rewards=rewards), accept_changed=True)
+    with pytest.raises(ValueError, match=r"differ:\n  \S*judge\.txt: has changed since"):
+        check_same_code(stored, digests(rewards=rewards), accept_changed=False)

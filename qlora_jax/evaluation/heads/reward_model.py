@@ -3,10 +3,18 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+from flax import nnx
+
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.evaluation.heads.predictions import encode_texts
-from qlora_jax.io.pretrained import apply_adapter, load_base, open_finetuned
+from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_finetuned
+from qlora_jax.io.run_folder.checkpoint import Run
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.models.precision import weight_format
+from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.sharding import part_bytes
 
 Text = str | Sequence[Mapping[str, object]]
 
@@ -20,12 +28,7 @@ def open_scorer(run: str) -> Callable[[Sequence[Text], Sequence[Text]], list[flo
     Raises:
       ValueError: the folder is another one. The function raises it for replies that are too long, and lists them.
     """
-    opened = open_finetuned(run)
-    finetuned = opened.run
-    head = None if finetuned is None else finetuned.head
-    if finetuned is None or head is None or head.objective != "reward":
-        found = "a model without a sequence head" if head is None else f"objective={head.objective}"
-        raise ValueError(f"rewards.run: {run} gives no rewards (found {found}, expected objective=reward). Name one")
+    opened, finetuned, head = _open(run)
 
     @functools.cache
     def parts() -> ModelParts:
@@ -52,3 +55,25 @@ def open_scorer(run: str) -> Callable[[Sequence[Text], Sequence[Text]], list[flo
         return found
 
     return score
+
+
+def reward_model_bytes(run: str) -> int:
+    """Returns the bytes of the model that `open_scorer` loads; raises ValueError as it does."""
+    opened, finetuned, head = _open(run)
+
+    def base() -> CausalLM:
+        model = CausalLM(opened.features, weight_format(opened.args, opened.features))
+        model.add_sequence_head(head.spec(), jax.random.key(0))  # in place of the language-model head
+        return model
+
+    return part_bytes(nnx.state(nnx.eval_shape(base), nnx.Not(nnx.LoRAParam))) + part_bytes(finetuned.lora)
+
+
+def _open(run: str) -> tuple[OpenedModel, Run, TrainedHead]:
+    opened = open_finetuned(run)
+    finetuned = opened.run
+    head = None if finetuned is None else finetuned.head
+    if finetuned is None or head is None or head.objective != "reward":
+        found = "a model without a sequence head" if head is None else f"objective={head.objective}"
+        raise ValueError(f"rewards.run: {run} gives no rewards (found {found}, expected objective=reward). Name one")
+    return opened, finetuned, head

@@ -117,8 +117,9 @@ def row_settings(rows: Sequence[Row], vocab: int) -> RowSettings:
     if any(each.temperature for each in settings):
         drawn = [each.temperature > 0 for each in settings]
         inverse = np.float32(1) / np.array([each.temperature or 1 for each in settings], np.float32)
-        keys = [_row_key(row.sampling.seed, row.repeat) for row in rows]
-        draws = Draws(jnp.asarray(np.array(drawn)), jnp.asarray(inverse), jnp.asarray(np.stack(keys)))
+        seeds_R = np.array([row.sampling.seed & 0xFFFFFFFF for row in rows], np.uint32)
+        keys_R2 = _row_keys(seeds_R, np.array([row.repeat for row in rows], np.uint32))
+        draws = Draws(jnp.asarray(np.array(drawn)), jnp.asarray(inverse), keys_R2)
     if any(each.temperature and (each.top_k or each.top_p < 1 or each.min_p) for each in settings):
         top_k = np.array([min(each.top_k, vocab) for each in settings], np.int32)
         log_min_p = [np.log(each.min_p) if each.min_p else -np.inf for each in settings]
@@ -155,9 +156,12 @@ def _penalizes(sampling: Sampling) -> bool:
     return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
-@functools.lru_cache(maxsize=1024)
-def _row_key(seed: int, repeat: int) -> np.ndarray:
-    return np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), repeat)))
+@jax.jit
+def _row_keys(seeds_R: UInt32[Array, " R"], repeats_R: UInt32[Array, " R"]) -> UInt32[Array, "R 2"]:
+    """Returns the random key of each row; of a seed, JAX reads the low 32 bits."""
+    return jax.vmap(lambda seed, n: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), n)))(
+        seeds_R, repeats_R
+    )
 
 
 @functools.partial(jax.jit, static_argnames="likeliest", donate_argnames="state")

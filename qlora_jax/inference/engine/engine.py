@@ -42,6 +42,7 @@ from qlora_jax.inference.engine.programs import (
     empty_cache,
     page_bytes,
     prompt_call,
+    rotation_length,
     round_up,
     table_blocks,
 )
@@ -53,7 +54,6 @@ from qlora_jax.sharding import mesh_of
 
 BESIDE_REPLIES = 128  # tokens of prompts per call while replies wait for it
 PATIENCE = 64  # decode calls with half of their rows empty, after which they get a smaller shape
-FIRST_LENGTH = 256  # rotations that depend on a row's length take it from 256, 512, 1024, ...
 
 
 class Usage(NamedTuple):
@@ -222,17 +222,14 @@ class Engine:
         """
         if problems := self.problems(request):
             raise ValueError("\n".join(problems))
-        prompt, length = np.asarray(request.prompt, np.int32), self._length(request)
+        prompt = np.asarray(request.prompt, np.int32)
+        length = rotation_length(self._most_positions(request), self._config)
         root = repr((request.adapter, length)).encode()
         keys = [] if request.score_prompt else block_keys(prompt[:-1], root)
         text = None if self._tokenizer is None else ReplyText(self._tokenizer, request.stop_texts)
-        matcher = self._matcher(request)
+        reply = {"length": length, "text": text, "matcher": self._matcher(request)}
         number = next(self._numbers)
-        self._waiting.append(
-            Generation(
-                number=number, request=request, prompt=prompt, keys=keys, length=length, text=text, matcher=matcher
-            )
-        )
+        self._waiting.append(Generation(number=number, request=request, prompt=prompt, keys=keys, **reply))
         return number
 
     def prepare(self, request: Request) -> None:
@@ -306,14 +303,6 @@ class Engine:
 
     def _most_positions(self, request: Request) -> int:
         return min(len(request.prompt) + request.max_new_tokens, self._config.max_positions)
-
-    def _length(self, request: Request) -> int | None:
-        if not self._config.rotations_depend_on_length:
-            return None
-        length = FIRST_LENGTH
-        while length < self._most_positions(request):
-            length *= 2
-        return min(length, self._config.max_positions)
 
     def _admit(self) -> None:
         """Gives waiting requests a place, in their order, while pages for their prompts are left."""
@@ -480,17 +469,16 @@ class Engine:
 
     def _decode_rows(self, length: int | None, flight: _Flight | None) -> Rows:
         """Returns the rows of each device that take part in the next call, with pages for it."""
-        for each in sorted((one for one in self._running if one.length == length), key=lambda one: one.number):
-            if each in self._running and self._wants_more(each, flight):
-                self._take_pages(each, 1)
-        own = [each for each in self._running if each.length == length and self._wants_more(each, flight)]
-        return [[each for each in own if each.device == device] for device in range(len(self._pools))]
 
-    def _wants_more(self, each: Generation, flight: _Flight | None) -> bool:
-        """Returns False if a reply ends by its length with the token of the call that has not been read."""
-        expected = len(each.generated) + (flight is not None and flight.indices.get(each) == len(each.generated))
-        ends = expected >= each.request.max_new_tokens
-        return not ends and len(each.prompt) + expected < self._config.max_positions
+        def wants_more(each: Generation) -> bool:
+            is_chosen = flight is not None and flight.indices.get(each) == len(each.generated)
+            return each.length == length and each.has_room(int(is_chosen), self._config.max_positions)
+
+        for each in sorted(filter(wants_more, self._running), key=lambda one: one.number):
+            if each in self._running:  # none had to give way
+                self._take_pages(each, 1)
+        own = [*filter(wants_more, self._running)]
+        return [[each for each in own if each.device == device] for device in range(len(self._pools))]
 
     def _dispatch(
         self, rows: Rows, count: int, length: int | None, unread: Choice | None
@@ -589,7 +577,7 @@ class Engine:
         filled = [own + [None] * (count - len(own)) for own in rows]
         each_R, vocab = [each for own in filled for each in own], logits_RV.shape[1]
         if known is None:
-            described = [Row() if each is None else _described(each) for each in each_R]
+            described = [Row() if each is None else each.row for each in each_R]
             known = row_settings(described, vocab), row_state(described, vocab)
         asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
         likeliest = round_up(max(asked), LIKELIEST) if asked else None
@@ -601,13 +589,6 @@ class Engine:
         """Returns which tokens the grammars of rows allow next; None without grammars."""
         matchers = [None if each is None or each.ended or each.is_replaying else each.matcher for each in each_R]
         return self._grammars.masks(matchers) if self._grammars is not None and any(matchers) else None
-
-
-def _described(each: Generation) -> Row:
-    """Returns what the next token depends on besides the logits."""
-    request = each.request
-    generated = each.generated[: max(0, each.fed)]
-    return Row(request.sampling, request.repeat, request.prompt, generated, request.score_draw)
 
 
 def _scored(request: Request, choice: Choice, row: int) -> Scored:

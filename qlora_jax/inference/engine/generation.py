@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pallas_kernels.attention.pages import PAGE
+from qlora_jax.inference.engine.choose import Row
 from qlora_jax.inference.engine.grammar import Matcher
 from qlora_jax.inference.engine.page_pool import Block, Key, PagePool
 from qlora_jax.inference.engine.reply_text import ReplyText
@@ -60,6 +61,17 @@ class Generation:
     def is_replaying(self) -> bool:
         """True if the call that was fed last chooses a token that is known."""
         return self.fed < len(self.generated)
+
+    @property
+    def row(self) -> Row:
+        """Everything but the logits that the next token depends on."""
+        request, generated = self.request, self.generated[: max(0, self.fed)]
+        return Row(request.sampling, request.repeat, request.prompt, generated, request.score_draw)
+
+    def has_room(self, chosen: int, max_positions: int) -> bool:
+        """Returns False if the reply ends by its length after `chosen` further tokens."""
+        expected = len(self.generated) + chosen
+        return expected < self.request.max_new_tokens and len(self.prompt) + expected < max_positions
 
     def share(self, pool: PagePool) -> None:
         """Takes over blocks that other prompts with the same beginning filled, from its next position on."""

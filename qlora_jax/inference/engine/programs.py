@@ -30,6 +30,7 @@ from qlora_jax.sharding import AnyMesh, gather_rows
 
 ROW_COUNTS = (1, 2, 4, 8, 16)  # rows of a decode call on each device
 PROMPT_TOKENS = (32, 128, 512)  # tokens of a prompt call on each device
+FIRST_LENGTH = 256  # rotations that depend on a row's length take it from 256, 512, 1024, ...
 FIRST_BLOCKS = 32  # a table has room for 32, 128, 512, ... pages of each row
 
 
@@ -51,6 +52,16 @@ def table_blocks(positions: int, config: ModelConfig) -> int:
     while blocks * PAGE < positions:
         blocks *= 4
     return min(blocks, -(-config.max_positions // PAGE))
+
+
+def rotation_length(positions: int, config: ModelConfig) -> int | None:
+    """Returns the length by which a row of so many positions rotates; None for rotations that depend on none."""
+    if not config.rotations_depend_on_length:
+        return None
+    length = FIRST_LENGTH
+    while length < positions:
+        length *= 2
+    return min(length, config.max_positions)
 
 
 def page_bytes(config: ModelConfig, dtype: DTypeLike) -> int:

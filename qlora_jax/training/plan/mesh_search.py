@@ -22,6 +22,7 @@ from qlora_jax.data.batching.packing import UNIT
 from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import print_report
+from qlora_jax.evaluation.heads.reward_model import reward_model_bytes
 from qlora_jax.hosts.group import Group
 from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.methods.merge_into import planned
@@ -263,6 +264,7 @@ def run_step_config(
         packed=config.data.packing,
         branching=rows.branching,
         compared=rows.compared,
+        reward_model=0 if config.rewards.run is None else reward_model_bytes(config.rewards.run),
         neftune_noise_alpha=train.neftune_noise_alpha,
         objective=rows.objective,
         router=config.router,

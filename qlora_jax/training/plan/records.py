@@ -10,12 +10,11 @@ from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.step_spec import StepSpec
 
 STATE, ACTIVATIONS, REFERENCE = "optimizer state", "saved activations", "reference"
-
-
-PROGRAMS = "programs"
-
-
-KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", REFERENCE, PROGRAMS)
+REWARD_MODEL, PROGRAMS = "reward model", "programs"
+KINDS = (
+    *("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", REFERENCE),
+    *(REWARD_MODEL, PROGRAMS),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,15 @@ from qlora_jax.optim.page_layout import PAGE_BYTES, PAGES_PER_BUDGET
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.cost.step_shape import DOWN, F32, IN_LAYERS, StepShape
-from qlora_jax.training.plan.records import ACTIVATIONS, KINDS, PROGRAMS, REFERENCE, STATE, Requirements
+from qlora_jax.training.plan.records import (
+    ACTIVATIONS,
+    KINDS,
+    PROGRAMS,
+    REFERENCE,
+    REWARD_MODEL,
+    STATE,
+    Requirements,
+)
 from qlora_jax.training.step_spec import Program, StepSpec
 
 # On a CPU, programs take part of the planned memory. This covers the programs of the loader and the update, and the
@@ -60,6 +68,7 @@ def _requirements(config: StepSpec, scratch: int, source: str) -> Requirements:
         ACTIVATIONS: _saved_bytes(step),
         "scratch": scratch,
         REFERENCE: reference if on_cpu else 0,
+        REWARD_MODEL: config.reward_model,
         PROGRAMS: CPU_PROGRAMS if on_cpu else 0,
     }
     on_host = {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded_bytes(step)}

@@ -5,9 +5,11 @@ import pytest
 
 import qlora_jax as q
 from qlora_jax.config.rewards import RewardArgs
-from qlora_jax.evaluation.heads.reward_model import open_scorer
+from qlora_jax.evaluation.heads.reward_model import open_scorer, reward_model_bytes
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_finetuned
 from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.rewards.functions import Replies, RewardFunctions
+from qlora_jax.sharding import part_bytes
 from tests.inference.head_run import write_head_run
 
 
@@ -32,3 +34,19 @@ def test_a_run_of_another_objective_is_refused(tmp_path):
     run = write_head_run(tmp_path, TrainedHead(objective="regression"))
     with pytest.raises(ValueError, match=r"rewards.run: .* gives no rewards .found objective=regression, expected obj"):
         open_scorer(str(run))
+
+
+def test_a_plan_counts_the_reward_model_in_both_phases(tmp_path):
+    run = write_head_run(tmp_path, TrainedHead(objective="reward"))
+    opened = open_finetuned(run)
+    assert opened.run is not None
+    loaded = part_bytes(apply_adapter(load_base(opened, opened.args), opened.run))
+    assert reward_model_bytes(str(run)) == loaded
+    settings = {"objective": "grpo", "data.max_length": 64, "rollouts.max_completion_length": 16, "lora.rank": 4}
+    with_model = {"rewards.functions": ["model"], "rewards.run": str(run)}
+    without, planned = (
+        q.make_plan(str(opened.source.path), card="cpu", config=settings | more) for more in ({}, with_model)
+    )
+    assert planned.needed_bytes - without.needed_bytes == loaded
+    assert planned.rollouts is not None and without.rollouts is not None
+    assert planned.rollouts.total - without.rollouts.total == loaded
