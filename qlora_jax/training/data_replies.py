@@ -16,16 +16,29 @@ from qlora_jax.rollouts.started_prompts import Asked
 SHOWN = 20  # rows that one error lists
 
 
-def check_completions(prompts: PromptRows, where: Callable[[int], str]) -> None:
-    """Raises ValueError for rows without a completion; `where` returns file and line of a row."""
-    found = {number: FORMATS[name].check(row) for number in prompts.rows for name, row in [_answered(prompts, number)]}
-    problems = [f"{where(number)}: {'; '.join(wrong)}" for number, wrong in found.items() if wrong]
+def check_completions(prompts: PromptRows) -> None:
+    """Raises ValueError for rows of the training files without a completion, held-out ones included."""
+    found = {number: _problems(prompts, number) for number in prompts.rows}
+    files = {number: [file for file in prompts.files if file.first <= number][-1] for number in found}
+    problems = [
+        f"{files[number].path}: row {number - files[number].first + 1}: {'; '.join(wrong)}"
+        for number, wrong in found.items()
+        if wrong
+    ]
     if problems:
         lines = "\n  ".join(problems[:SHOWN])
         raise ValueError(
             f"distillation.lmbda: below 1, but {len(problems):,} of {len(found):,} rows have no completion to learn. "
             f"Add a column completion, or an assistant's last message:\n  {lines}"
         )
+
+
+def _problems(prompts: PromptRows, number: int) -> list[str]:
+    name, columns = _answered(prompts, number)
+    found = FORMATS[name].check(columns)
+    if not found and name == "messages" and len(prompts.prompt(number)) == len(columns[name]):
+        return ["the last message is not the assistant's"]
+    return found
 
 
 def replies_of_data(

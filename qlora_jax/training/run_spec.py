@@ -195,7 +195,7 @@ def _open_rollouts(
     forms = {split.path: split.form for split, _ in dataset.report.sources}
     prompts = read_prompt_rows(data, dataset.train.files, forms)
     if config.distillation.lmbda < 1:
-        check_completions(prompts, dataset.train.where)
+        check_completions(prompts)
     held_out = None
     if dataset.eval is not None and dataset.report.eval is not None:
         forms |= {} if data.eval is None else {data.eval: dataset.report.eval.form}

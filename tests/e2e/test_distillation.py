@@ -109,7 +109,12 @@ def test_a_mixture_needs_completions(tmp_path):
     rows = Path(str(config.data.train))
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([lines[0], '{"prompt": "say nothing"}', *lines[2:]]))
-    with pytest.raises(ValueError, match=r"lmbda: below 1, but 1 of 24 rows have no completion.*\n .*texts.jsonl:2: "):
+    with pytest.raises(ValueError, match=r"lmbda: below 1, but 1 of 24 rows have no .*\n .*texts.jsonl: row 2: "):
+        run(config)
+    roles = ("user", "assistant", "user")
+    chats = [[{"role": role, "content": f"x{i}"} for role in roles[: 2 + i // 9]] for i in range(18)]
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    with pytest.raises(ValueError, match=r"9 of 18 rows .*\n .*texts.jsonl: row 10: the last message is not the "):
         run(config)
 
 
