@@ -67,7 +67,6 @@ class MeshArgs:
         "auto: 1 if the run fits on one device, else the fewest that it fits on",
         AUTO,
         _SIZE,
-        common="devices that share the weights and the rows; auto: the fewest that the run fits on",
     )
 
 
@@ -433,6 +432,7 @@ class Config:
         "regression, reward, embedding: train a head on whole sequences (docs/heads.md). grpo: learn from rewards of "
         "sampled replies. distill, gkd: learn a teacher's predictions, for the data's answers or for sampled replies",
         "sft",
+        common="loss of the run: sft, dpo, kto, classification, grpo, distill or another (docs/README.md)",
     )
     reward: list[str] = setting(
         "a reward function as FILE.py:NAME, with TRL's signature (docs/rl.md); may be given several times",

@@ -44,7 +44,7 @@ class CodeFiles:
         return getattr(self._modules[source], name, None)
 
     def unfit(self, place: str, found: object, kind: str) -> str:
-        """Returns the problem of a place that `find` has looked up, if it names no function of the kind that is needed."""
+        """Returns the problem of a place whose object, from `find`, is not of the kind that is needed."""
         source, _, name = place.rpartition(":")
         module = self._modules[source]
         own = [each for each, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]

@@ -55,7 +55,10 @@ def test_the_page_has_the_figures_and_runs_nothing(results, text):
         assert f"{one.mean.value:.4f}" in text and f"{one.parameters:,}" in text
     for one in results.differences:
         assert f"{one.mean.value:+.4f}" in text
-    assert "corrected by Holm for all 2 tests" in text and "chosen (at the end of the grid)" in text
+    assert (
+        "corrected by Holm for the number of tests on this page (2)" in text
+        and "chosen (at the end of the grid)" in text
+    )
     assert "<script" not in text and "&lt;script&gt;x()" in text and "\x1b" not in text
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # only names of SVG
 
