@@ -38,7 +38,7 @@ def problem() -> str | None:
 def masks_problem() -> str | None:
     """Returns why this CUDA cannot be trusted with masks of wgmma kernels, and how to fix it, or None.
 
-    JAX refuses causal masks of its own kernel for this range, because ptxas miscompiles them.
+    JAX has a kernel that refuses causal masks for this range, because ptxas miscompiles them.
     """
     _, runtime = _versions_in_use()
     if runtime is None or not WRONG_MASKS[0] <= runtime < WRONG_MASKS[1]:
