@@ -8,7 +8,7 @@ trunks, a block that is between two visited ones is visited, too, and wholly mas
 Dimension key: B batch, T positions, I blocks of queries, J blocks of keys.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,25 @@ class Block(NamedTuple):
     keys: int
 
 
+Kernels = Literal["mma", "wgmma"]
+
+
 class Blocks(NamedTuple):
-    """The tiles of the three kernels: of queries and their step of keys; in dk and dv the other way round."""
+    """The tiles of the three kernels: of queries and their step of keys; in dk and dv the other way round.
+
+    Attributes:
+      backward: the kernels whose instructions dq, dk and dv have.
+    """
 
     forward: Block
     dq: Block
     dkv: Block
+    backward: Kernels
 
     @property
     def longest(self) -> int:
         """Returns the number of positions that all sizes divide."""
-        return max(size for block in self for size in block)
+        return max(*self.forward, *self.dq, *self.dkv)
 
 
 IN_REGISTERS = 128  # up to this head_dim, tiles of queries stay in registers
@@ -44,14 +52,15 @@ def mma_blocks(head_dim: int, *, capped: bool) -> Blocks:
     """Returns the tiles of `mma`; larger steps would spill."""
     wide = head_dim > IN_REGISTERS
     dkv = Block(16 if wide or (capped and head_dim == IN_REGISTERS) else 32, 64)
-    return Blocks(Block(64, 16 if wide else 64), Block(64, 32), dkv)
+    return Blocks(Block(64, 16 if wide else 64), Block(64, 32), dkv, "mma")
 
 
 def wgmma_blocks(head_dim: int, *, capped: bool) -> Blocks:
-    """Returns the tiles of `wgmma`: forward has two warpgroups. Wide heads have the backward pass of `mma`."""
-    if head_dim > IN_REGISTERS:
-        return mma_blocks(head_dim, capped=capped)._replace(forward=Block(128, 64))
-    return Blocks(Block(128, 128), Block(64, 64), Block(64, 64))
+    """Returns the tiles of `wgmma`: forward has two warpgroups; backward is by `mma` where its sums would spill."""
+    forward = Block(128, 64 if head_dim > IN_REGISTERS else 128)
+    if head_dim > IN_REGISTERS or (capped and head_dim == IN_REGISTERS):
+        return mma_blocks(head_dim, capped=capped)._replace(forward=forward)
+    return Blocks(forward, Block(64, 64), Block(64, 64), "wgmma")
 
 
 BLOCKS = {"mma": mma_blocks, "wgmma": wgmma_blocks}

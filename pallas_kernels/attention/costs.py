@@ -24,5 +24,5 @@ def backward_passes(head_dim: int, *, capped: bool) -> tuple[tuple[int, Block], 
 
     q k^T, dp, dq; q k^T, dp, dk, dv. The last kernel is two if the sums of both results do not fit the registers.
     """
-    _, dq, dkv = mma_blocks(head_dim, capped=capped)
+    _, dq, dkv, _ = mma_blocks(head_dim, capped=capped)
     return ((3, dq), (4, dkv)) if head_dim <= IN_REGISTERS else ((3, dq), (3, dkv), (2, dkv))

