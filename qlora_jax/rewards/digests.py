@@ -12,7 +12,7 @@ from qlora_jax.config.rewards import split_code
 
 # Option or setting -> name of a function -> `file`, as given, and `sha256` of its bytes. It can be stored as JSON.
 CodeDigests = Mapping[str, Mapping[str, Mapping[str, str]]]
-FILE_SETTINGS = ("schema", "judge_prompt")  # of section `rewards`
+FILE_SETTINGS = ("schema", "judge_prompt")
 
 
 def code_digests(config: Config) -> CodeDigests:
