@@ -13,7 +13,7 @@ from qlora_jax.verifiers.process import SCHEME, Address, is_address, verifiers_d
 
 # Option or setting -> name of a function -> `file`, as given, and `sha256` of its bytes. It can be stored as JSON.
 CodeDigests = Mapping[str, Mapping[str, Mapping[str, str]]]
-FILE_SETTINGS = ("schema", "judge_prompt")  # in the section `rewards`
+FILE_SETTINGS = ("schema", "judge_prompt")
 
 
 def code_digests(config: Config) -> CodeDigests:

@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from qlora_jax import runtime
 from qlora_jax.data.batching.batches import START
 from qlora_jax.data.batching.packing import Batch
 from qlora_jax.inference.lowering import ProgramMemory
@@ -145,6 +146,7 @@ def _train_on_replies(
     passes = session.run.config.policy.num_iterations
     phase = roll_out if session.teacher is None else draw_replies
     steps = phase(session, state.lora, state.step, prompts[: -(-left // passes)], _progress(reporter, stop))
+    runtime.give_memory_back()  # freed memory of the sampling is not held together with that of gradients
     for batch, record in steps:
         state = train_step(session, state, batch, data_seconds, reporter, record)
         data_seconds = 0.0

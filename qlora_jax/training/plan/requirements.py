@@ -30,6 +30,8 @@ from qlora_jax.training.step_spec import Program, StepSpec
 # On a CPU, programs take part of the planned memory. This covers the programs of the loader and the update, and the
 # library pages that they touch. Measured by scripts/bench/plan_memory.py, nearly the same for every model.
 CPU_PROGRAMS = 80 * 2**20
+# This covers the programs of an engine, in a run that samples replies. SmolLM2-135M's take 38 MiB.
+CPU_SAMPLING_PROGRAMS = 40 * 2**20
 PAGES_IN_FLIGHT = PAGES_PER_BUDGET * PAGE_BYTES  # bytes of a paged state on the device during an update
 
 
@@ -69,7 +71,7 @@ def _requirements(config: StepSpec, scratch: int, source: str) -> Requirements:
         "scratch": scratch,
         REFERENCE: reference if on_cpu else 0,
         REWARD_MODEL: config.reward_model,
-        PROGRAMS: CPU_PROGRAMS if on_cpu else 0,
+        PROGRAMS: on_cpu * (CPU_PROGRAMS + (config.objective.row_kind == "prompt") * CPU_SAMPLING_PROGRAMS),
     }
     on_host = {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded_bytes(step)}
     on_host |= {REFERENCE: 0 if on_cpu else reference}
