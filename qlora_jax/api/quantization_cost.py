@@ -5,9 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import Literal
 
-import jax
-from flax import nnx
-
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.readers.files import stream_rows
@@ -18,8 +15,8 @@ from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.pretrained import OpenedModel, load_base, open_base
 from qlora_jax.measures.metrics import RowScores
-from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import CausalLM, bytes_of
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import full_names, names_of
 from qlora_jax.progress_reporter import ProgressReporter
@@ -102,9 +99,3 @@ def _loaded(
     args = dataclasses.replace(opened.args, quant_type=quant_type, keep_16bit=keep or [])
     with reporter.loading() as progress:
         return load_base(opened, args, progress)
-
-
-def bytes_of(config: ModelConfig, weights: WeightFormat) -> int:
-    """Returns the bytes of a base in memory."""
-    model = nnx.eval_shape(lambda: CausalLM(config, weights))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))

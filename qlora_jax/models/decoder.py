@@ -38,7 +38,7 @@ from qlora_jax.nn.random_keys import fold_in_each, name_number, named_key
 from qlora_jax.nn.router import Routing
 from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
 from qlora_jax.nn.variables import Frozen, StatePath
-from qlora_jax.sharding import Shard, gathered
+from qlora_jax.sharding import Shard, gathered, part_bytes
 
 # Runs of consecutive layers of one kind, for models whose layers differ in their adapters or in their MLPs.
 #
@@ -472,6 +472,11 @@ class CausalLM(nnx.Module):
         hidden_MD, longer, _ = self.model(tokens_BT, positions, remat="none", cache=cache)
         assert longer is not None  # the model returns a cache if it gets one
         return hidden_MD, longer
+
+
+def bytes_of(config: ModelConfig, weights: WeightFormat) -> int:
+    """Returns the bytes of a base's weights in memory; none needs to be read."""
+    return part_bytes(nnx.state(nnx.eval_shape(lambda: CausalLM(config, weights))))
 
 
 def _index_in_segment(segments_BT: jax.Array) -> jax.Array:

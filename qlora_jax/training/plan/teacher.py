@@ -2,14 +2,11 @@
 
 import dataclasses
 
-from flax import nnx
-
 from qlora_jax.config import Config, ConfigError
 from qlora_jax.config.distillation import distillation_problems, is_endpoint
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.io.pretrained import is_finetuned, open_finetuned
-from qlora_jax.models.decoder import CausalLM
-from qlora_jax.sharding import part_bytes
+from qlora_jax.models.decoder import bytes_of
 from qlora_jax.training.plan.records import PlannedTeacher
 from qlora_jax.training.plan.target import PlanTarget, model_features, planned_weights
 from qlora_jax.training.teacher.sources import teacher_args
@@ -33,5 +30,4 @@ def plan_teacher(config: Config, target: PlanTarget) -> PlannedTeacher | None:
     if teacher is not None and is_finetuned(teacher):
         args = dataclasses.replace(open_finetuned(teacher).args, compute_dtype=config.model.compute_dtype)
     features = model_features(args.path)
-    weights = planned_weights(args, features, *target.device)
-    return PlannedTeacher(part_bytes(nnx.state(nnx.eval_shape(lambda: CausalLM(features, weights)))), stays)
+    return PlannedTeacher(bytes_of(features, planned_weights(args, features, *target.device)), stays)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xxhash
-from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -23,12 +22,12 @@ from qlora_jax.inference.result_cache import code_digest, digest
 from qlora_jax.io.digests import json_digest, tree_digests
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.decoder import bytes_of
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine, partition, place_parts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.lm_head.chosen_tokens import likeliest_tokens
 from qlora_jax.nn.lm_head.sharded_vocabulary import at_temperature
-from qlora_jax.sharding import AnyMesh, gather_rows, part_bytes
+from qlora_jax.sharding import AnyMesh, gather_rows
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.step import text_separation
 from qlora_jax.training.teacher.predictions import Arrays, Predictions, check_are_known
@@ -111,8 +110,7 @@ class LocalSource:
     @property
     def nbytes(self) -> int:
         """Bytes of its weights in memory, without an adapter."""
-        features, weights = self.opened.features, self.weights
-        return part_bytes(nnx.state(nnx.eval_shape(lambda: CausalLM(features, weights))))
+        return bytes_of(self.opened.features, self.weights)
 
     @property
     def key(self) -> str:

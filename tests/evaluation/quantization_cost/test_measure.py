@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import quantize, train
-from qlora_jax.api.quantization_cost import bytes_of, measure_quantization
+from qlora_jax.api.quantization_cost import measure_quantization
 from qlora_jax.config import ConfigError
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.quantization_cost.choose import Choice
@@ -17,6 +17,7 @@ from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.io.pretrained import load_base, open_base
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.measures.statistics import paired_bootstrap
+from qlora_jax.models.decoder import bytes_of
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format
 from tests.e2e.project import write_model, write_rows

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from qlora_jax import quantize, train
-from qlora_jax.api.quantization_cost import bytes_of
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.quantization_cost.measure import quantized_one_by_one
@@ -17,6 +16,7 @@ from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.io.hf.fused_experts import name_in_files
 from qlora_jax.io.pretrained import load_base, open_base
 from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import bytes_of
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import full_names, layer_bytes
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, write_rows
