@@ -215,9 +215,9 @@ def _check_settings(preparation: Preparation) -> None:
 
 def _check_whole(preparation: Preparation, reader: "_FileReader", whole: RowCounts) -> None:
     """Raises ValueError for the problems of a file that was read to its end."""
-    problems = sorted(reader.problems + reader.errors)
-    drop = ", or set data.bad_rows=drop" if len(problems) < reader.seen else ""
-    raise_problems(preparation.path, problems, reader.seen, f"Correct the rows{drop}.")
+    drop = ", or set data.bad_rows=drop" if len(reader.problems) < reader.seen else ""
+    fix = f"Correct the rows{drop}." if reader.problems else ""  # others have a fix in their text
+    raise_problems(preparation.path, sorted(reader.problems + reader.errors), reader.seen, fix)
     if not reader.seen:
         raise ValueError(no_rows_message(preparation.path))
     if not whole.rows and not reader.others:
