@@ -99,7 +99,7 @@ BUDGET: dict[str, tuple[int, int]] = {
     f"{NN}/test_model_quantization.py::test_orbax_saves_and_restores": (2, 5),
     f"{NN}/test_model_quantization.py::test_optimizer_under_jit_trains_the_adapters_alone": (2, 5),
     # Kernels by tile, shape and card.
-    f"{KERNELS}/test_contract.py::test_values_and_input_gradients": (1, 4),
+    f"{KERNELS}/test_contract.py::test_values_and_input_gradients": (1, 2),
     "tests/pallas_kernels/test_kernel_report.py::test_reduced_shapes_are_right": (3, 5),
     "tests/pallas_kernels/test_kernel_report.py::test_compiled_products_use_tensor_cores": (0, 1),
     f"{AOT}/test_mosaic_hopper.py::test_every_tile_is_lean_machine_code": (1, 4),
@@ -257,10 +257,14 @@ BUDGET: dict[str, tuple[int, int]] = {
             "tests/hosts/test_processes.py::test_four_processes_of_slurm_train_and_leave_well_although_one_comes_late",
             "tests/training/plan/test_requirements.py::test_the_update_of_65b_in_8_bits_takes_no_more_scratch_than_it_did",
             "tests/training/test_step_spec.py::test_the_step_of_smollm2_compiles_for_an_h100",
+            "tests/training/plan/test_requirements.py::test_the_step_takes_no_more_than_it_did",
+            "tests/parity/test_transformers_logits.py::test_smollm2",
+            "tests/e2e/test_merge_into.py::test_a_checkpoint_from_before_the_first_rounded_step_is_not_exported",
         ),
         (0, 0),
     ),
     "tests/e2e/test_families.py::test_a_whole_run": (0, 1),
+    "tests/e2e/test_resume_bases.py::test_four_steps_are_two_and_two": (1, 1),
     "tests/e2e/test_methods.py::test_training_goes_on_from_the_exported_adapter": (0, 1),
     # One case in CI. Methods of each kind are resumed and exported there, too.
     "tests/parity/test_peft_initial.py::test_loftq_begins_as_pefts": (0, 1),

@@ -66,13 +66,7 @@ def partition(model: nnx.Module) -> ModelParts:
     """Returns the parts of a model; `combine` is the inverse."""
     graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
     untrained = sorted({leaf.name for leaf in trained_leaves(model) if not leaf.trained})
-    return ModelParts(_interned(graphdef), _to_dict(lora), base, tuple(untrained))
-
-
-@functools.lru_cache(maxsize=64)
-def _interned(graphdef: nnx.GraphDef) -> nnx.GraphDef:
-    """Returns the first of equal structures: each call of a jitted function compares those that are not one object."""
-    return graphdef
+    return ModelParts(graphdef, _to_dict(lora), base, tuple(untrained))
 
 
 def trained_leaves(model: nnx.Module) -> set[TrainedLeaf]:

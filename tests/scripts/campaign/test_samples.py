@@ -26,7 +26,7 @@ def test_damaged_files_of_every_kind(tmp_path: Path, cases: int):
 @pytest.mark.parametrize(
     ("kind", "cases"),
     some_in_ci(
-        [("paged_adamw_8bit", 1), ("grpo", 1), ("sampled", 5), ("loftq", 5), ("grpo", 40)], lambda index: index < 2
+        [("paged_adamw_8bit", 1), ("grpo", 1), ("sampled", 5), ("loftq", 5), ("grpo", 40)], lambda index: index == 0
     ),
 )
 def test_killed_runs(tmp_path: Path, kind: str, cases: int):
