@@ -16,6 +16,6 @@ processor=$(grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null | cksum | 
 programs=${XDG_CACHE_HOME:-${HOME:-$PWD}/.cache}/qlora_jax/test_programs-$processor
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$programs}"
 mkdir -p "$programs" && find "$programs" -type f -mtime +14 -delete # older ones compile again
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.02
 # Two processes; all tests of a file run in one, because they may share fixtures.
 exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -34,6 +34,6 @@ def run(case: Case) -> Verdict:
 if __name__ == "__main__":
     names = ("sound", "spins", "sound", "sleeps", "allocates", "reserves", "segfaults", "exits", "sound")
     cases = [Case(name, 0, number) for number, name in enumerate(names)]
-    limits = Limits(cpu_seconds=0.5, wall_seconds=2.0, memory=100 << 20)
+    limits = Limits(cpu_seconds=0.5, wall_seconds=5.0, memory=100 << 20)
     for case, verdict in run_isolated(cases, start, limits):
         print(case.kind, verdict.outcome)
