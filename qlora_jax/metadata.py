@@ -35,7 +35,7 @@ FileName = str | os.PathLike
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "an object",
-    "extra_forbidden": "no such field",
+    "extra_forbidden": "no field of this name. Remove it",
     "float_type": "a number",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
@@ -49,8 +49,8 @@ _EXPECTED = {
     "none_required": "null",
     "string_too_long": "at most {max_length} characters",
     "string_type": "text",
-    "too_long": "at most {max_length} elements",
-    "too_short": "at least {min_length} elements",
+    "too_long": "{max_length} or fewer elements",
+    "too_short": "{min_length} or more elements",
     "typed_dict_type": "an object",
 }
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}:"'))

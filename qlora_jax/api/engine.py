@@ -102,7 +102,7 @@ class Engine:
             stop_ids=stop_ids(self._model, self._tokenizer, chat=prompter.chat),
             stop_texts=tuple(stop),
             adapter=adapter,
-            grammar=None if json_schema is None else Grammar(kind="json_schema", text=json_schema),
+            grammar=None if json_schema is None else Grammar(kind="json_schema", text=json_schema, field="json_schema"),
         )
 
     def stream(self, asked: Iterable[Prompt | Request], **settings: object) -> Iterator[Step]:

@@ -30,7 +30,7 @@ def call_grammar(
             lines += [f"arguments_{number}: %json {json.dumps({**parameters, **_COMPACT})}"]
         else:
             lines += _tagged(number, name, parameters, form, tokenizer)
-    return Grammar(kind="lark", text="\n".join(lines))
+    return Grammar(kind="lark", text="\n".join(lines), field="tools")
 
 
 def _tagged(number: int, name: str, parameters: JsonObject, form: CallFormat, tokenizer: Tokenizer) -> Iterator[str]:

@@ -119,7 +119,7 @@ def grammar_of(body: ChatBody | CompletionBody) -> Grammar | None:
     if chosen is not None and (chosen.type == "json_schema") != (schema is not None):
         raise bad_request(["response_format.json_schema.schema: expected for the type 'json_schema', and only there"])
     if schema is not None:
-        given.append(Grammar(kind="json_schema", text=json.dumps(schema)))
+        given.append(Grammar(kind="json_schema", text=json.dumps(schema), field="response_format.json_schema.schema"))
     elif chosen is not None and chosen.type == "json_object":
         given.append(Grammar(kind="json_object"))
     if outputs is not None:
@@ -130,7 +130,7 @@ def grammar_of(body: ChatBody | CompletionBody) -> Grammar | None:
             "lark": outputs.grammar,
             "choice": None if outputs.choice is None else json.dumps(outputs.choice),
         }
-        found = [Grammar(kind=kind, text=text) for kind, text in texts.items() if text is not None]
+        found = [Grammar(kind=kind, text=text, field="structured_outputs") for kind, text in texts.items() if text is not None]
         if len(found) != 1:
             raise bad_request([f"structured_outputs: found {len(found)} restrictions of the reply, expected one"])
         given += found

@@ -134,8 +134,14 @@ def test_json_mode_gives_json(client):
         logit_bias={str(b): -100 for b in b" \n\t\r"},
     )
     assert isinstance(json.loads(text)["a"], bool)
-    with pytest.raises(openai.BadRequestError, match="grammar"):
-        say(client, "first", extra_body={"structured_outputs": {"regex": "("}})
+    form["json_schema"]["schema"] = {"type": "vector"}
+    for wrong, field in (
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"response_format": form}, "response_format.json_schema.schema"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=f"{field}: the ") as refused:
+            say(client, "first", extra_body=wrong)
+        assert refused.value.param == field
     assert say(client, "first")
 
 

@@ -31,10 +31,12 @@ class Grammar:
       kind: language in which `text` is written.
       text: a JSON schema, a regular expression that the whole reply matches, a grammar in llguidance's dialect of Lark,
         or a JSON list of texts of which the reply is one; empty for "json_object", which is any JSON object.
+      field: the field of a request that has it, with which messages begin.
     """
 
     kind: GrammarKind
     text: str = ""
+    field: str = dataclasses.field(default="grammar", compare=False)
 
 
 class Matcher:
@@ -130,26 +132,26 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> "llguidance.LLMatcher":
         if len(grammar.text) > MOST_CHARACTERS:
             raise ValueError(
-                f"grammar: the {grammar.kind} is too long (found {len(grammar.text)} characters, expected at most "
+                f"{grammar.field}: the {grammar.kind} is too long (found {len(grammar.text)} characters, expected at most "
                 f"{MOST_CHARACTERS})"
             )
         try:
             text = _WRITERS[grammar.kind](self._matcher, grammar.text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"grammar: the {grammar.kind} is not valid JSON ({_first_line(str(error))})") from error
+            raise ValueError(f"{grammar.field}: the {grammar.kind} is not valid JSON ({_first_line(str(error))})") from error
         try:
             self._trial.check(text)
         except ValueError as error:
-            raise ValueError(f"grammar: the {grammar.kind} is {error}") from error
+            raise ValueError(f"{grammar.field}: the {grammar.kind} is {error}") from error
         compiled = self._matcher(self._tokenizer, text, log_level=0, limits=self._limits)
         problems = [compiled.get_error()] if compiled.is_error() else compiled.get_grammar_warnings()
         if problems:
             reasons = "; ".join(problem.strip() for problem in problems)
-            raise ValueError(f"grammar: the {grammar.kind} cannot be followed ({reasons[:500]})")
+            raise ValueError(f"{grammar.field}: the {grammar.kind} cannot be followed ({reasons[:500]})")
         compiled.compute_bitmask()
         if compiled.is_error():
             reason = _first_line(compiled.get_error())
-            raise ValueError(f"grammar: the {grammar.kind} allows no text of this model's tokens ({reason})")
+            raise ValueError(f"{grammar.field}: the {grammar.kind} allows no text of this model's tokens ({reason})")
         return compiled
 
     def _words(self, tokens: frozenset[int] | set[int]) -> np.ndarray:
