@@ -130,7 +130,11 @@ def grammar_of(body: ChatBody | CompletionBody) -> Grammar | None:
             "lark": outputs.grammar,
             "choice": None if outputs.choice is None else json.dumps(outputs.choice),
         }
-        found = [Grammar(kind=kind, text=text, field="structured_outputs") for kind, text in texts.items() if text is not None]
+        found = [
+            Grammar(kind=kind, text=text, field="structured_outputs")
+            for kind, text in texts.items()
+            if text is not None
+        ]
         if len(found) != 1:
             raise bad_request([f"structured_outputs: found {len(found)} restrictions of the reply, expected one"])
         given += found

@@ -10,6 +10,7 @@ import pytest
 from qlora_jax.config import ConfigError, PolicyArgs, RolloutArgs, validate
 from qlora_jax.config.rewards import RewardArgs
 from qlora_jax.io.run_folder.checkpoint import open_run
+from qlora_jax.training.plan import mesh_search
 from tests.e2e.project import project
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
 
@@ -99,6 +100,14 @@ def test_a_changed_reward_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "rewards.py").write_text(REWARD + "\n# changed\n")
     with pytest.raises(ValueError, match=r"rewards\.py: has changed since the run started.*accept_changed_reward"):
         run(config, resume=True)
+
+
+def test_a_reward_that_needs_another_column_is_refused_before_the_step_compiles(tmp_path, monkeypatch):
+    config = rollout_project(tmp_path)
+    (tmp_path / "rewards.py").write_text(REWARD.replace("(completions", "(answer, completions"))
+    monkeypatch.setattr(mesh_search, "longest_step", lambda *_: pytest.fail("planned a step"))
+    with pytest.raises(ValueError, match=r"rewards\.py:\d+: many_a needs the argument 'answer'"):
+        run(config)
 
 
 def test_an_evaluation_leaves_out_replies_whose_reward_failed(tmp_path):

@@ -65,7 +65,11 @@ def test_a_field_with_any_other_name_is_refused(client, path, name, value):
     known = {*kind.inert, *(field.alias or name for name, field in kind.model_fields.items())}
     if name not in known:
         response = client.post(path, json={**body, name: value})
-        assert response.status_code == 400 and is_error(response) and "expected no field of this name. Remove it" in response.text
+        assert (
+            response.status_code == 400
+            and is_error(response)
+            and "expected no field of this name. Remove it" in response.text
+        )
 
 
 @pytest.mark.parametrize("path", BODIES)

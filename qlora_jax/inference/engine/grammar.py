@@ -130,28 +130,28 @@ class GrammarCompiler:
         return np.ascontiguousarray(mask_RW[:, : -(-self._vocab // 32)])
 
     def _compile(self, grammar: Grammar) -> "llguidance.LLMatcher":
+        start = f"{grammar.field}: the {grammar.kind}"
         if len(grammar.text) > MOST_CHARACTERS:
             raise ValueError(
-                f"{grammar.field}: the {grammar.kind} is too long (found {len(grammar.text)} characters, expected at most "
-                f"{MOST_CHARACTERS})"
+                f"{start} is too long (found {len(grammar.text)} characters, expected at most {MOST_CHARACTERS})"
             )
         try:
             text = _WRITERS[grammar.kind](self._matcher, grammar.text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{grammar.field}: the {grammar.kind} is not valid JSON ({_first_line(str(error))})") from error
+            raise ValueError(f"{start} is not valid JSON ({_first_line(str(error))})") from error
         try:
             self._trial.check(text)
         except ValueError as error:
-            raise ValueError(f"{grammar.field}: the {grammar.kind} is {error}") from error
+            raise ValueError(f"{start} is {error}") from error
         compiled = self._matcher(self._tokenizer, text, log_level=0, limits=self._limits)
         problems = [compiled.get_error()] if compiled.is_error() else compiled.get_grammar_warnings()
         if problems:
             reasons = "; ".join(problem.strip() for problem in problems)
-            raise ValueError(f"{grammar.field}: the {grammar.kind} cannot be followed ({reasons[:500]})")
+            raise ValueError(f"{start} cannot be followed ({reasons[:500]})")
         compiled.compute_bitmask()
         if compiled.is_error():
             reason = _first_line(compiled.get_error())
-            raise ValueError(f"{grammar.field}: the {grammar.kind} allows no text of this model's tokens ({reason})")
+            raise ValueError(f"{start} allows no text of this model's tokens ({reason})")
         return compiled
 
     def _words(self, tokens: frozenset[int] | set[int]) -> np.ndarray:

@@ -388,8 +388,12 @@ def plan_before_weights(
     group: Group,
     model: PreparedModel | None = None,
     tools: Tools = (),
+    check: Callable[[RunInputs], None],
 ) -> PlannedRun:
     """Reads the data, chooses the mesh and compiles the step; prints the memory plan and, if `full`, the data report.
+
+    Args:
+      check: raises ValueError for inputs that the run cannot use, before the step is compiled.
 
     Raises:
       ValueError: bad input, or a mesh that the run cannot use.
@@ -399,6 +403,7 @@ def plan_before_weights(
     sizes, refused = _choices(config if model is None else _without_choice(config), group)
     inputs = _open_in_turn(config, model, group, tools)
     agree_on_inputs(group, inputs)
+    check(inputs)
     config = _pinned(config, inputs)
     steps = usable_meshes([longest_step(config, inputs, run_mesh(size)) for size in sizes])
     if full:
