@@ -5,7 +5,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.config.rewards import check_rewards_given
 from qlora_jax.config.rollouts import check_tools_given
 from qlora_jax.config.schema import MeshSize
+from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.watchdog import Watchdog, stop_on_signals
 from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_run_head, write_head
@@ -136,7 +136,8 @@ def dry_run(
     with lock_together(group, first, config, run):
         config = _settings(config, run, accept_changed_reward) if resume else config
         with _reward_functions(config) as rewards:
-            planned = plan_before_weights(config, console, full=True, group=group, **_checked_by(rewards))
+            how = {"group": group, "tools": _schemas(rewards), "check": functools.partial(_check_columns, rewards)}
+            planned = plan_before_weights(config, console, full=True, **how)
         if group.is_first:
             page, steps = write_report(_report_of(planned, run, None), run), planned.run.total_steps
             rows = {"steps": f"{steps:,}", **rate_rows(planned.run.config, steps), "report": f"{page}"}
@@ -168,10 +169,8 @@ def _reward_functions(config: Config) -> Iterator[RewardFunctions | None]:
         yield functions
 
 
-def _checked_by(functions: RewardFunctions | None) -> dict[str, Any]:
-    """Returns the arguments of `plan_before_weights` that depend on the run's functions."""
-    tools = () if functions is None or functions.tools is None else functions.tools.schemas
-    return {"tools": tools, "check": functools.partial(_check_columns, functions)}
+def _schemas(functions: RewardFunctions | None) -> Tools:
+    return () if functions is None or functions.tools is None else functions.tools.schemas
 
 
 def _check_columns(rewards: RewardFunctions | None, inputs: RunInputs) -> None:
@@ -284,8 +283,8 @@ def run_training(
     config = _settings(config, run, accept_changed_reward) if resume else config
     with contextlib.ExitStack() as stack:
         rewards = stack.enter_context(_reward_functions(config))
-        how = {"model": model, "group": watchdog.group, **_checked_by(rewards)}
-        planned = plan_before_weights(config, console, full=not resume, **how)
+        how = {"tools": _schemas(rewards), "check": functools.partial(_check_columns, rewards)}
+        planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group, **how)
         if resume:
             check_same_head(f"{run / HEAD_FILE}", read_run_head(run, config.objective), planned.run.inputs.head)
         _refuse_oversized(planned, oversized)
