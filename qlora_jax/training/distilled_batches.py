@@ -9,7 +9,6 @@ from qlora_jax.config import Config
 from qlora_jax.io.loading.progress import loading
 from qlora_jax.training.device_mesh import rows_of_batch
 from qlora_jax.training.run_spec import RunSpec
-from qlora_jax.training.teacher.endpoint import AT_ONCE, EndpointSource
 from qlora_jax.training.teacher.predictions import DistilledBatches, LiveTeacher, StoredTeacher, Teacher
 
 FOLDER = "teacher"  # predictions, in `data.cache` or in the run's folder
@@ -32,7 +31,7 @@ def prepare_teacher(run: RunSpec, console: Console) -> DistilledBatches | None:
         return LiveTeacher(load())
     folder, dataset = predictions_folder(run.config), run.inputs.dataset
     stored = StoredTeacher(folder=folder, key=source.key, count=source.count)
-    rows = AT_ONCE if isinstance(source, EndpointSource) else rows_of_batch(run.config, run.mesh)
+    rows = source.rows or rows_of_batch(run.config, run.mesh)
     held_out = 0 if dataset.report.eval is None else dataset.report.eval.kept
     total = dataset.report.train.kept + held_out
     batches = itertools.chain(dataset.each_row_once(rows), dataset.eval_batches(rows))

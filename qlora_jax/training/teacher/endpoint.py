@@ -120,6 +120,7 @@ class EndpointSource:
     tokenizer: Tokenizer
     tokens: int
     nbytes = 0
+    rows = AT_ONCE
 
     @property
     def key(self) -> str:

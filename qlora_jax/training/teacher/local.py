@@ -101,6 +101,7 @@ class LocalSource:
     count: int
     temperature: float
     tokens: int
+    rows = None
 
     @property
     def weights(self) -> WeightFormat:

@@ -64,6 +64,7 @@ class TeacherSource(Protocol):
       count: K.
       key: a hash of all that its predictions depend on, besides the rows.
       nbytes: bytes of its weights in this process's memory.
+      rows: rows of the data that it predicts together; None: those of the run's batches.
     """
 
     @property
@@ -74,6 +75,9 @@ class TeacherSource(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def rows(self) -> int | None: ...
 
     def load(self, mesh: Mesh | None, progress: Callable[..., None]) -> Teacher:
         """Loads the weights."""
