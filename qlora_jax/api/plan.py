@@ -12,7 +12,7 @@ from qlora_jax.metadata import JsonObject
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import mesh_search, plan, text
 from qlora_jax.training.plan.records import PlannedTeacher
-from qlora_jax.training.plan.reference import PlannedReference, reference_of_step
+from qlora_jax.training.plan.reference_pass import PlannedReference, reference_of_step
 from qlora_jax.training.plan.requirements import ReportedCompiler
 from qlora_jax.training.plan.rollouts import PlannedRollouts, plan_rollouts
 from qlora_jax.training.plan.roofs import StepRoofs, step_roofs

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.engine import Engine
-from qlora_jax.inference.engine.programs import page_bytes, pages_for
+from qlora_jax.inference.engine.model_calls import page_bytes, pages_for
 from qlora_jax.inference.engine.request import EndReason, Request, Step, prompt_problems
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.inference.sampling import Sampling

@@ -13,7 +13,7 @@ import numpy as np
 
 from pallas_kernels import aot
 from qlora_jax import runtime
-from qlora_jax.inference.engine.programs import (
+from qlora_jax.inference.engine.model_calls import (
     PROMPT_TOKENS,
     ROW_COUNTS,
     advance,

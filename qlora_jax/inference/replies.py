@@ -11,7 +11,7 @@ from rich.progress import Progress
 from qlora_jax.data.readers.files import Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import Reply, generate
-from qlora_jax.inference.engine.programs import ROW_COUNTS
+from qlora_jax.inference.engine.model_calls import ROW_COUNTS
 from qlora_jax.inference.engine.request import EndReason, Step
 from qlora_jax.inference.lowering import LoweredProgram, lower_decoding
 from qlora_jax.inference.mesh_inference import row_shards

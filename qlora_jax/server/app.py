@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qlora_jax.metadata import shorten
 from qlora_jax.server import completions, openai_chat
 from qlora_jax.server.adapters import load_adapter, unload_adapter
+from qlora_jax.server.anthropic_messages import complete_message, message_events, prepare_messages
 from qlora_jax.server.anthropic_schemas import MessagesBody
 from qlora_jax.server.embeddings import embeddings
 from qlora_jax.server.errors import ApiError, anthropic_error, error_response, openai_error
 from qlora_jax.server.json_body import Body, decode_body, read_body
-from qlora_jax.server.messages import complete_message, message_events, prepare_messages
 from qlora_jax.server.openai_schemas import (
     ChatBody,
     CompletionBody,

@@ -41,8 +41,8 @@ from qlora_jax.optim.pager import (
 )
 from qlora_jax.optim.updates import global_norm, in_f32
 from qlora_jax.sharding import named, part_bytes, placed_shapes
+from qlora_jax.training.compiled_programs import CompiledGradients, Shape
 from qlora_jax.training.metrics.metrics_file import Record
-from qlora_jax.training.programs import CompiledGradients, Shape
 from qlora_jax.training.step import update
 
 # Device memory for optimizer pages: a fixed number of bytes, or what the compiled gradients leave free.

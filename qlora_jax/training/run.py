@@ -53,7 +53,7 @@ from qlora_jax.training.plan.mesh_search import PlannedRun, plan_before_weights
 from qlora_jax.training.plan.records import RunPlan
 from qlora_jax.training.plan.text import explain_out_of_memory, nearest_fix
 from qlora_jax.training.profiler import traced_steps
-from qlora_jax.training.reference import ReferenceStopped, record_start, with_initial, with_reference
+from qlora_jax.training.reference_logps import ReferenceStopped, record_start, with_initial, with_reference
 from qlora_jax.training.report.page import write_json, write_report
 from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.report.report_json import RunReport, report_rows

@@ -41,11 +41,11 @@ from qlora_jax.rewards.digests import code_digests
 from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import read_prompt_rows
 from qlora_jax.rollouts.tool_template import ToolTemplate
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.data_replies import check_completions
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
-from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.questions import Questions, Samples, open_questions, open_samples
 from qlora_jax.training.step_spec import StepSpec
 from qlora_jax.training.teacher.predictions import TeacherSource

@@ -61,7 +61,7 @@ class Session:
       dropout_key: base PRNG key, folded with step, row index, layer and module name; None without dropout and noise.
       fingerprint: of the base, from io.loading.base_fingerprint.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
-      initial_digest: of the initial adapter, with an objective that has a reference (reference.py).
+      initial_digest: of the initial adapter, with an objective that has a reference (reference_logps.py).
       reference: the initial adapter, if held-out rows are compared with it, or each step reads it.
       rewards: the reward functions, if the model learns from rewards of the replies that it samples.
       teacher: gives batches a teacher's predictions, if the model learns them.

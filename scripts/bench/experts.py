@@ -33,7 +33,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.precision import weight_format
 from qlora_jax.objectives.router_losses import FILLED
-from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.support.interleave import Record, ratio_interval
 from scripts.bench.support.progress import phase, phases

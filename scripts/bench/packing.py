@@ -28,7 +28,7 @@ from qlora_jax.data.batching.packing import Batch
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
-from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.support.progress import phase, phases
 from scripts.bench.support.real_step import LoadedStep, load_step

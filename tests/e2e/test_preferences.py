@@ -19,7 +19,7 @@ from qlora_jax.api.evaluate import evaluate_side_by_side
 from qlora_jax.config import Config, MeshArgs
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.evaluation.settings import EvaluateArgs
-from qlora_jax.training import reference
+from qlora_jax.training import reference_logps
 from qlora_jax.training.metrics.metrics_file import read_metrics
 from qlora_jax.training.run import dry_run, train
 from qlora_jax.training.session import Session, prepare
@@ -144,7 +144,7 @@ def test_a_resumed_run_has_the_same_reference_to_the_bit(finished, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_in_its_reference_pass_continues_there(finished, tmp_path, monkeypatch):
     config, calls = pairs_project(tmp_path / "stopped"), []
-    monkeypatch.setattr(reference, "PIECE_ROWS", 2)
+    monkeypatch.setattr(reference_logps, "PIECE_ROWS", 2)
 
     def stop() -> bool:
         calls.append(1)

@@ -25,7 +25,7 @@ from qlora_jax.models.partition import (
 from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.frozen_weight import MixedStack, PaddedStack
 from qlora_jax.objectives.router_losses import FILLED
-from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.step_spec import StepSpec
 from tests.ggml_codes import padded_stack, random_ggml
 from tests.io.tiny_models import tiny_config

@@ -14,10 +14,10 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import lora_specs, place_parts, split_leaves
 from qlora_jax.sharding import ROWS, make_mesh, named, place
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.cost.memory_use import activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.optimizer_state import CorrectedStateManager, make_state_manager
-from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.step import gradients
 from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE

@@ -11,8 +11,8 @@ from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise
 from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.optim.page_pool import Memory
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.optimizer_state import make_state_manager
-from qlora_jax.training.programs import CompiledGradients
 from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import assert_same, gradients, tree
 

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from qlora_jax.optim.page_pool import Memory
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.optimizer_state import KIB, Room, agreed_budget, measured_budget
-from qlora_jax.training.programs import CompiledGradients
 from tests.optim.memory_pressure import SimulatedMemory
 
 MIB = 2**20

@@ -10,8 +10,8 @@ import pytest
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.io.run_folder.start_parameters import NO_CHANGE
-from qlora_jax.training import reference
-from qlora_jax.training.reference import (
+from qlora_jax.training import reference_logps
+from qlora_jax.training.reference_logps import (
     ReferencePass,
     reference_folder,
     reference_key,
@@ -79,7 +79,7 @@ def test_every_batch_has_the_values_of_its_sequences(tmp_path, changes):
 
 
 def test_values_are_read_again_and_stale_or_damaged_ones_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PIECE_ROWS", 16)
+    monkeypatch.setattr(reference_logps, "PIECE_ROWS", 16)
     first, again, other = Model(), Model(), Model()
     folder, dataset = tmp_path / "kept", dataset_of(tmp_path)
     expected = batches_of(pass_of(first, folder).run(dataset))
@@ -101,7 +101,7 @@ def test_values_are_read_again_and_stale_or_damaged_ones_are_not(tmp_path, monke
 
 
 def test_an_interrupted_pass_continues_after_its_last_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "PIECE_ROWS", 16)
+    monkeypatch.setattr(reference_logps, "PIECE_ROWS", 16)
     interrupted, resumed = Model(stop_after=5), Model()
     with pytest.raises(KeyboardInterrupt):
         pass_of(interrupted, tmp_path / "kept").run(dataset_of(tmp_path))
@@ -124,7 +124,7 @@ def test_the_key_has_all_that_values_depend_on(tmp_path, monkeypatch):
     keys = {reference_key(*one) for one in given}
     assert len(keys) == len(given)
     assert reference_key(lora_of(config, start="elsewhere"), "f", trained, "float32") in keys
-    monkeypatch.setattr(reference, "code_digest", lambda: "another version")
+    monkeypatch.setattr(reference_logps, "code_digest", lambda: "another version")
     assert reference_key(*given[0]) not in keys
     assert reference_folder(config) == tmp_path / "reference"
     cached = dataclasses.replace(config, data=DataArgs(train="t", cache=str(tmp_path / "cache")))

@@ -32,8 +32,7 @@ from qlora_jax.inference.engine.choose import (
 )
 from qlora_jax.inference.engine.generation import Generation
 from qlora_jax.inference.engine.grammar import GrammarCompiler, Matcher
-from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages
-from qlora_jax.inference.engine.programs import (
+from qlora_jax.inference.engine.model_calls import (
     PROMPT_TOKENS,
     ROW_COUNTS,
     advance,
@@ -46,6 +45,7 @@ from qlora_jax.inference.engine.programs import (
     round_up,
     table_blocks,
 )
+from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages
 from qlora_jax.inference.engine.reply_text import ReplyText
 from qlora_jax.inference.engine.request import LIKELIEST, Request, Scored, Step, prompt_problems
 from qlora_jax.inference.mesh_inference import row_shards

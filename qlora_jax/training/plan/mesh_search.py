@@ -33,6 +33,7 @@ from qlora_jax.objectives.policy_gradient import OLD_LOGPS, REFERENCE_LOGPS
 from qlora_jax.optim.page_pool import memory_of
 from qlora_jax.rollouts.inputs import row_lengths
 from qlora_jax.sharding import DATA, FSDP, AnyMesh, absent_mesh, axis_size, make_mesh
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.memory_use import frozen_bytes
 from qlora_jax.training.cost.step_shape import CODES
@@ -43,7 +44,7 @@ from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.optimizer_state import device_bytes
 from qlora_jax.training.plan.plan import first_fitting
 from qlora_jax.training.plan.records import PlannedTeacher, RunPlan
-from qlora_jax.training.plan.reference import forward_batch, plan_reference
+from qlora_jax.training.plan.reference_pass import forward_batch, plan_reference
 from qlora_jax.training.plan.requirements import (
     CompileStep,
     Temporaries,
@@ -53,7 +54,6 @@ from qlora_jax.training.plan.requirements import (
 )
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import PlanTarget, model_features, planned_weights
-from qlora_jax.training.programs import CompiledGradients
 from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec, open_inputs, weights_of
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
 from qlora_jax.training.step_spec import StepSpec

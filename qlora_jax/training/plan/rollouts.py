@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes, parse_bytes
-from qlora_jax.inference.engine.programs import page_bytes, pages_for
+from qlora_jax.inference.engine.model_calls import page_bytes, pages_for
 from qlora_jax.training.plan.records import KINDS, STEP_ONLY, Requirements
 
 

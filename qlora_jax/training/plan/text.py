@@ -11,7 +11,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.precision import kept_text
 from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan, make_plan
 from qlora_jax.training.plan.records import KINDS, STATE, Requirements, RunPlan
-from qlora_jax.training.plan.reference import PlannedReference
+from qlora_jax.training.plan.reference_pass import PlannedReference
 from qlora_jax.training.plan.requirements import compile_here
 from qlora_jax.training.plan.roofs import StepRoofs
 from qlora_jax.training.step_spec import StepSpec

@@ -20,7 +20,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.optim import make_optimizer
-from qlora_jax.training.programs import CompiledGradients
+from qlora_jax.training.compiled_programs import CompiledGradients
 from qlora_jax.training.step_spec import StepSpec
 from scripts.bench.support.progress import phase
 

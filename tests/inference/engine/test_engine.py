@@ -10,7 +10,7 @@ from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.inference.engine.engine import BESIDE_REPLIES, PATIENCE, Engine
-from qlora_jax.inference.engine.programs import advance, page_bytes
+from qlora_jax.inference.engine.model_calls import advance, page_bytes
 from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.methods.attach import add_lora

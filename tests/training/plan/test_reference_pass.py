@@ -9,7 +9,7 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.objectives.dpo import DPO
 from qlora_jax.objectives.objective import read_by_outputs
-from qlora_jax.training.plan.reference import reference_of_step
+from qlora_jax.training.plan.reference_pass import reference_of_step
 from qlora_jax.training.plan.requirements import estimated_requirements
 from qlora_jax.training.step import compared_outputs, evaluation_outputs
 from qlora_jax.training.step_spec import abstract_batch

@@ -30,8 +30,8 @@ from qlora_jax.io.run_folder.start_parameters import NO_CHANGE, read_start, star
 from qlora_jax.models.partition import AdapterArrays, Lora, ModelParts
 from qlora_jax.objectives.objective import REFERENCE, needs_reference, read_by_outputs, token_values
 from qlora_jax.objectives.policy_gradient import REFERENCE_LOGPS
+from qlora_jax.training.compiled_programs import ForwardBatch
 from qlora_jax.training.device_mesh import is_row, place_batch, rows_of_batch
-from qlora_jax.training.programs import ForwardBatch
 from qlora_jax.training.resume import TrainState
 from qlora_jax.training.session import ReferenceParameters, Session
 from qlora_jax.training.several_processes import all_of
