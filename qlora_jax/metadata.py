@@ -49,7 +49,7 @@ _EXPECTED = {
     "none_required": "null",
     "string_too_long": "at most {max_length} characters",
     "string_type": "text",
-    "too_long": "{max_length} or fewer elements",
+    "too_long": "at most {max_length} elements",
     "too_short": "{min_length} or more elements",
     "typed_dict_type": "an object",
 }
