@@ -29,7 +29,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An int is accepted where a float is annotated, as in PEP 484.
 TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-if os.environ.get("JAXTYPING_DISABLE") != "1":  # checks take a tenth of the time
+if os.environ.get("JAXTYPING_DISABLE") != "1":  # the variable of jaxtyping itself
     jaxtyping.install_import_hook(["qlora_jax", "pallas_kernels"], TYPECHECKER)
 jax.config.update("jax_num_cpu_devices", 8)  # virtual devices for tests of meshes; other tests use the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
