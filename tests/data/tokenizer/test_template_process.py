@@ -44,18 +44,20 @@ MARKED = [pytest.param(name, marks=SLOW if name in IN_CI else EXHAUSTIVE) for na
 
 
 @pytest.fixture(scope="module")
-def small_process() -> Iterator[TemplateProcess]:
-    process = TemplateProcess(Limits(seconds=0.1, memory=192 << 20))
-    yield process
-    process.stop()
+def processes() -> Iterator[dict[float, TemplateProcess]]:
+    """Processes with little memory, by the seconds that a rendering may take."""
+    found = {seconds: TemplateProcess(Limits(seconds=seconds, memory=192 << 20)) for seconds in (0.1, 5.0)}
+    yield found
+    for process in found.values():
+        process.stop()
 
 
 @pytest.fixture
-def limited(small_process: TemplateProcess, monkeypatch: pytest.MonkeyPatch) -> TemplateProcess:
-    """Rendering with small limits, so that they are reached sooner."""
-    monkeypatch.setattr(chat_template, "_process", small_process)
+def limited(processes: dict[float, TemplateProcess], monkeypatch: pytest.MonkeyPatch) -> TemplateProcess:
+    """Rendering with a small limit of memory, so that it is reached sooner."""
+    monkeypatch.setattr(chat_template, "_process", processes[5.0])
     monkeypatch.setattr(chat_template, "_refusals", {})
-    return small_process
+    return processes[5.0]
 
 
 def render_all(template: str, chats: Sequence[Rendering], name: str = "own.jinja") -> list[str | ValueError]:
@@ -67,7 +69,10 @@ def rendered(template: str, count: int = 1) -> list[str | ValueError]:
 
 
 @pytest.mark.parametrize("name", [*ALWAYS, *MARKED])
-def test_a_template_without_end_is_an_error(limited: TemplateProcess, name: str):
+def test_a_template_without_end_is_an_error(
+    limited: TemplateProcess, processes: dict[float, TemplateProcess], monkeypatch: pytest.MonkeyPatch, name: str
+):
+    monkeypatch.setattr(chat_template, "_process", processes[0.1])
     started = time.monotonic()
     (error,) = rendered(ENDLESS[name])
     assert isinstance(error, ValueError) and re.search(REACHED, str(error)), error
