@@ -2,9 +2,11 @@
 
 import ctypes
 import gc
+import mmap
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -51,10 +53,26 @@ def skip_unusable_plugins() -> None:
 
 
 def give_memory_back() -> None:
-    """Returns freed memory to the system if the C library is glibc; a compilation leaves 200 MB allocated."""
+    """Returns freed memory to the system if the C library is glibc, and on Linux the pages of jaxlib's code.
+
+    A compilation leaves 200 MB of freed memory, and uses 80 MB of code that no step needs. Code that is needed again is
+    read from the system's cache of files.
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+    for start, size in _code_of_jaxlib():
+        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+def _code_of_jaxlib() -> Iterator[tuple[int, int]]:
+    """Yields (address, bytes) of mapped code, which nothing has written to, on Linux."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        addresses, permissions, *_, path = line.split(maxsplit=5)
+        if permissions == "r-xp" and "/jaxlib/" in path:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            yield start, end - start
 
 
 def settle() -> None:

@@ -1,4 +1,4 @@
-"""A command starts silently, even if jax's CUDA plugin finds no driver; a server does not load that plugin."""
+"""A command starts silently and without plugins that it cannot use, and returns memory that it no longer needs."""
 
 import importlib.util
 import os
@@ -32,3 +32,32 @@ def test_a_plugin_that_cannot_be_used_is_not_loaded(skipped):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["cpu", str(not skipped)] and done.stderr == ""
+
+
+CODE_AND_RESULT = """
+import jax, jax.numpy as jnp
+from qlora_jax import runtime
+
+def code_mib():
+    sizes, of_jaxlib = 0, False
+    for line in open("/proc/self/smaps"):
+        name, second, *_ = line.split()
+        if not name.endswith(":"):
+            of_jaxlib = second == "r-xp" and "/jaxlib/" in line
+        elif of_jaxlib and name == "Rss:":
+            sizes += int(second)
+    return sizes / 1024
+
+f = jax.jit(lambda x: jnp.tanh(x) @ x.T)
+x = jnp.arange(12.0).reshape(3, 4)
+first, before = f(x), code_mib()
+runtime.give_memory_back()
+print(before, code_mib(), bool((f(x) == first).all()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="requires Linux")
+def test_code_that_only_compiling_needs_is_returned():
+    done = subprocess.run([sys.executable, "-c", CODE_AND_RESULT], capture_output=True, text=True, check=True)
+    before, after, is_same = done.stdout.split()
+    assert float(before) > 30 and float(after) < 5 and is_same == "True"

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_jax import runtime
+from qlora_jax.server import app
 from qlora_jax.server.anthropic_schemas import MessagesBody
 from qlora_jax.server.openai_schemas import ChatBody, CompletionBody, EmbeddingBody
 from qlora_jax.server.service import Limits
@@ -366,6 +368,15 @@ def test_running_requests_finish_before_the_server_stops(serve):
             assert "[DONE]" in running[0].result().text
         with pytest.raises(httpx.HTTPError):
             chat(served)
+
+
+def test_freed_memory_is_returned_while_it_runs(serve, monkeypatch: pytest.MonkeyPatch):
+    returned = threading.Semaphore(0)
+    monkeypatch.setattr(app, "TIDY_SECONDS", 0.01)
+    monkeypatch.setattr(runtime, "give_memory_back", returned.release)
+    with serve(lambda request: "one") as served:
+        assert all(returned.acquire(timeout=10) for _ in range(3))
+        assert chat(served).status_code == 200
 
 
 # ---- adapters
