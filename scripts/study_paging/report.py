@@ -179,7 +179,7 @@ def costs_table(numbers: Numbers) -> Iterator[str]:
     """Yields the table of measured costs."""
     costs = numbers["costs"]
     yield f"gradients {costs['gradients_ms']:.0f} ms, plain update {costs['plain_ms']:.1f} ms\n"
-    yield "| | pages | of MB | MB moved per step | update, ms | beyond plain, of a step |"
+    yield "| setting | pages | MB per page | MB moved per step | update, ms | time beyond the plain update, of a step |"
     yield "|---|---|---|---|---|---|"
     for row in costs["rows"]:
         what = f"budget {row['value']:.0%}" if row["kind"] == "budget" else f"all {row['kind']}"
