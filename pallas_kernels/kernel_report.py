@@ -24,6 +24,7 @@ from pallas_kernels import aot
 from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.attention.dispatch import choose_decoding
 from pallas_kernels.devices import Device
+from pallas_kernels.dispatch import DIRECTIONS, Call, Choice, Direction, preference
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, block_layout, held_bytes, split_problem
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
@@ -31,7 +32,6 @@ from pallas_kernels.ggml_matmul import api as ggml
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation, nf4_matmul
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, roofline, weight_bytes
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Choice, Direction, preference
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape

@@ -14,7 +14,7 @@ from pallas_kernels.formats.fsdp_parts import Rows
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 PREFETCH_DEPTH = 4  # tensors
 CHUNK = 1 << 20  # bytes per read

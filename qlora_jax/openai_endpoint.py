@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 from qlora_jax.bounded_request import ReplyTooLarge, send
-from qlora_jax.metadata import MetadataError, decode_json, shorten
+from qlora_jax.untrusted_json import MetadataError, decode_json, shorten
 
 MAX_BYTES = 8 << 20  # largest reply to a chat
 SCORE_BYTES = 256  # most bytes of one log-probability in a reply, which vLLM writes twice

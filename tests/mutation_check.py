@@ -107,10 +107,10 @@ MUTATIONS = [
         "tests/pallas_kernels/formats/test_block_encoders.py",
     ),
     Mutation(
-        "qlora_jax/inference/engine/choose.py",
+        "qlora_jax/inference/engine/token_sampler.py",
         "mass, top_p_R * mass(lowest_R), least",
         "mass, 0.999 * top_p_R * mass(lowest_R), least",
-        "tests/inference/engine/test_choose.py",
+        "tests/inference/engine/test_token_sampler.py",
     ),
     Mutation(
         "qlora_jax/inference/engine/grammar.py",

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A unit is a top-level folder or file of qlora_jax. It imports from itself and from strictly lower layers.
 LAYERS = {
     "pallas_kernels": 0,
-    "qlora_jax.metadata": 0,
+    "qlora_jax.untrusted_json": 0,
     "qlora_jax.regex": 0,
     "qlora_jax.terminal": 0,
     "qlora_jax.allocator": 0,

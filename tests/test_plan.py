@@ -11,7 +11,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
-from qlora_jax.training.plan import mesh_search
+from qlora_jax.training.plan import run_plan
 from tests.e2e.project import write_model, write_rows
 from tests.io.tiny_models import random_weights, tiny_config
 from tests.training.plan.steps import Compiler
@@ -21,7 +21,7 @@ from tests.training.plan.steps import Compiler
 def compiler(monkeypatch) -> Compiler:
     """A compiler in place of XLA's, for the sake of speed."""
     made = Compiler()
-    monkeypatch.setattr(mesh_search, "compiler_for", lambda target: (made, None))
+    monkeypatch.setattr(run_plan, "compiler_for", lambda target: (made, None))
     return made
 
 

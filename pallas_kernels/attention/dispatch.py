@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.attention import cpu, mma, tiles
 from pallas_kernels.attention.mosaic import capabilities
 from pallas_kernels.devices import Device
-from pallas_kernels.nf4_matmul.dispatch import Choice
+from pallas_kernels.dispatch import Choice
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "cpu": cpu.attention,

@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
+from pallas_kernels.dispatch import Call, Capabilities, Choice, Implementation, choose, preference
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import BLOCKS, SPLIT_K, GgmlTensor, held_bytes, split_problem
 from pallas_kernels.frozen_product import Direction, Layer, frozen_product, operand_problems
 from pallas_kernels.ggml_matmul import cpu, reference
 from pallas_kernels.native.library import problem as native_problem
-from pallas_kernels.nf4_matmul.dispatch import Call, Capabilities, Choice, Implementation, choose, preference
 from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY, mosaic_kernel
 
 # A device's order of preference is that of nf4_matmul.

@@ -12,11 +12,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.dense_matmul import FEW_ROWS, dot
+from pallas_kernels.dispatch import Capabilities
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.formats.ggml_tensor import BLOCKS, GgmlTensor
 from pallas_kernels.frozen_product import Layer
 from pallas_kernels.native.library import handler
-from pallas_kernels.nf4_matmul.dispatch import Capabilities
 
 CAPABILITIES = Capabilities(devices=("cpu",), layouts=(BLOCKS,), dtypes=("bfloat16", "float32"))
 

@@ -1,7 +1,8 @@
 """Products of grouped rows with frozen weights of experts: each tile of rows is multiplied by the weight of its expert.
 
 `groups` sorts rows by expert and puts results back, `api` holds the op, its gradient and the choice among its
-implementations, `experts` reads one expert of any kind of stack. `loop` runs on every device, `mosaic` on NVIDIA cards.
+implementations. `experts` reads one expert of any kind of stack, and loops over them on every device; `mosaic` runs on
+NVIDIA cards.
 """
 
 from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul

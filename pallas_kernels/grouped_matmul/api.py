@@ -15,11 +15,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
+from pallas_kernels.dispatch import Capabilities, Choice, Implementation, choose, preference
 from pallas_kernels.frozen_product import DTYPES, Direction, differentiable
 from pallas_kernels.grouped_matmul.experts import ExpertWeights, Layer, kind_of, loop_backward, loop_forward
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.mosaic.installation import problem as mosaic_problem
-from pallas_kernels.nf4_matmul.dispatch import Capabilities, Choice, Implementation, choose, preference
 from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY
 
 

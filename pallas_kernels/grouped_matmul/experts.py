@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dense_matmul import FEW_ROWS, dot
 from pallas_kernels.devices import target_device
+from pallas_kernels.dispatch import Call
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.frozen_product import Direction
 from pallas_kernels.ggml_matmul import api as ggml
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul import api as nf4
-from pallas_kernels.nf4_matmul.dispatch import Call
 
 ExpertWeights = QTensor | GgmlTensor | jax.Array  # 4-bit, ggml's blocks, or dense [S, E, N, K]
 Layer = Int[Array, ""] | int

@@ -12,14 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
-from pallas_kernels.formats.dequantize import dequantize
-from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
-from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.formats.tables import CODE_TABLES
-from pallas_kernels.frozen_product import FAST, frozen_product, operand_problems
-from pallas_kernels.native.library import problem as native_problem
-from pallas_kernels.nf4_matmul import cpu, reference
-from pallas_kernels.nf4_matmul.dispatch import (
+from pallas_kernels.dispatch import (
     Call,
     Capabilities,
     Choice,
@@ -29,6 +22,13 @@ from pallas_kernels.nf4_matmul.dispatch import (
     choose,
     preference,
 )
+from pallas_kernels.formats.dequantize import dequantize
+from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.frozen_product import FAST, frozen_product, operand_problems
+from pallas_kernels.native.library import problem as native_problem
+from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY, mosaic_kernel
 
 INTEGER = "integer"

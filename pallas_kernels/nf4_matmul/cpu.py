@@ -16,10 +16,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.dense_matmul import FEW_ROWS
+from pallas_kernels.dispatch import Capabilities, Layer
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from pallas_kernels.native.library import handler, multiplies_bfloat16
-from pallas_kernels.nf4_matmul.dispatch import Capabilities, Layer
 
 # The handlers read whole vectors of 16 weights, in the one layout that gives two rows per load.
 CAPABILITIES = Capabilities(

@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.dense_matmul import dot
+from pallas_kernels.dispatch import Layer
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.nf4_matmul.dispatch import Layer
 
 
 def _dequantize(weights: QTensor, layer: Layer, dtype: DTypeLike) -> jax.Array:

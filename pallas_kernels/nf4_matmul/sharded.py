@@ -29,10 +29,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import Direction, Layer
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.shards import AnyMesh, Cut, cut_problems, shard, specs
 from pallas_kernels.nf4_matmul import api
-from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 
 EVERYWHERE = P()
 

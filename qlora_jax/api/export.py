@@ -19,7 +19,7 @@ from qlora_jax.config.registry import load_implementation
 from qlora_jax.data.branch_tree import whole_texts
 from qlora_jax.data.dataset import load_held_out
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.evaluation.input_squares import mean_squares
+from qlora_jax.evaluation.importance_matrix import mean_squares
 from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.result_cache import NO_CACHE

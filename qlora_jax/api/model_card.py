@@ -20,9 +20,9 @@ from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
-from qlora_jax.metadata import JsonObject, read_json
 from qlora_jax.model_source import ModelSource
 from qlora_jax.training.metrics.metrics_file import JSON_FILE, METRICS_FILE, read_metrics
+from qlora_jax.untrusted_json import JsonObject, read_json
 
 CARD = "README.md"
 LIBRARIES = {"peft": "peft", "hf": "transformers", "gguf": "llama.cpp", "gguf-lora": "llama.cpp"}

@@ -27,7 +27,6 @@ from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, 
 from qlora_jax.inference.replies import CACHED_TOGETHER
 from qlora_jax.inference.result_cache import ResultCache, open_cache
 from qlora_jax.io.pretrained import OpenedModel, open_pretrained, weight_settings
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.rewards.functions import RewardFunctions, RewardTable
@@ -38,6 +37,7 @@ from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.reply import Reply
 from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
+from qlora_jax.untrusted_json import JsonObject
 
 _FORMS = {"prompt": "prompt", "messages": "prompt-messages"}  # column of the prompt -> format of the row
 

@@ -8,18 +8,18 @@ import rich.console
 
 from qlora_jax import runtime
 from qlora_jax.config.parse import from_dict
-from qlora_jax.metadata import JsonObject
 from qlora_jax.terminal.console import Console
-from qlora_jax.training.plan import mesh_search, plan, text
+from qlora_jax.training.plan import plan, run_plan, text
 from qlora_jax.training.plan.records import PlannedTeacher
 from qlora_jax.training.plan.reference_pass import PlannedReference, reference_of_step
 from qlora_jax.training.plan.requirements import ReportedCompiler
 from qlora_jax.training.plan.rollouts import PlannedRollouts, plan_rollouts
-from qlora_jax.training.plan.roofs import StepRoofs, step_roofs
+from qlora_jax.training.plan.roofline import StepRoofs, step_roofs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.plan.teacher import plan_teacher
 from qlora_jax.training.step_spec import StepSpec
+from qlora_jax.untrusted_json import JsonObject
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,9 +123,9 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
     """
     target = plan_target(args.card, args.memory)
     teacher = plan_teacher(args, target)
-    rows, unknown_lengths = mesh_search.planned_rows(args)
-    settings = mesh_search.step_configs(args, target, rows)
-    compile_step, problem = mesh_search.compiler_for(target)
+    rows, unknown_lengths = run_plan.planned_rows(args)
+    settings = run_plan.step_configs(args, target, rows)
+    compile_step, problem = run_plan.compiler_for(target)
     notes = []
     if unknown_lengths:
         notes.append(f"every row counts as {args.data.max_length} tokens (data.max_length): {unknown_lengths}")
@@ -139,14 +139,14 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
     if compile_step is not None:
         compile_step = ReportedCompiler(compile_step, report, plan.MAX_COMPILES + len(settings) - 1)
     setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
-    larger = mesh_search.larger_meshes(setting, target)
+    larger = run_plan.larger_meshes(setting, target)
     roofs = None if target.card is None else step_roofs(setting, target.card)
     if target.card is not None and roofs is None:
         notes.append(f"no tokens per second: the peak of {setting.weights.dtype} products depends on the use of TF32")
     planned = plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger)
     return MemoryPlan(
         plan=planned,
-        title=mesh_search.plan_title(args, target, setting),
+        title=run_plan.plan_title(args, target, setting),
         notes=tuple(notes),
         reference=reference_of_step(setting, rows.report, args.train),
         roofs=roofs,

@@ -34,8 +34,8 @@ from qlora_jax.config.registry import choices_of
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 from qlora_jax.config.yaml_files import parse_yaml, read_yaml
-from qlora_jax.metadata import JsonObject
 from qlora_jax.terminal.visible import fit_to_print
+from qlora_jax.untrusted_json import JsonObject
 
 # `--model X` is `--model.path X` where there is such a setting.
 SHORT_NAMES = {"model": "model.path"}

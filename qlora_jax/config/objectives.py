@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # prompt, an answer, and whether it is desirable. class: a text and its label. embedding: texts of equal meaning.
 # prompt: a prompt, to which the model itself replies.
 RowKind = Literal["text", "pair", "labelled", "class", "embedding", "prompt"]
-# Values that a row's sequences have besides their ids; see data/labels.py.
+# Values that a row's sequences have besides their ids; see data/class_labels.py.
 ValueKind = Literal["none", "desirable", "margin", "class", "classes", "number"]
 HEAD_TASKS, LABEL_VALUES = ("labels", "pairs", "embeddings"), ("class", "classes", "number")
 SMOOTHED = ("sigmoid", "robust")  # losses that use label_smoothing

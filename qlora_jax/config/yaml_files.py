@@ -15,7 +15,7 @@ from qlora_jax.config.fields import is_left_out
 from qlora_jax.config.parse import ConfigError, from_dict, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
-from qlora_jax.metadata import shorten
+from qlora_jax.untrusted_json import shorten
 
 MAX_DEPTH = 100  # levels of mappings and lists
 MAX_NODES = 20_000

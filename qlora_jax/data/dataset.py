@@ -18,10 +18,10 @@ from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.batching.batches import START, eval_batches, train_batches, window_order
 from qlora_jax.data.batching.mixture import Mixture, Part, check_kinds, check_weights, count_sequences
 from qlora_jax.data.batching.packing import UNIT, Batch, choose_buckets, count_units, pack_length
+from qlora_jax.data.class_labels import find_labels
 from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.holdout import Split, shared_rows
-from qlora_jax.data.kl_pairs import PairedRows, kl_shift, pair_rows, paired_digest
-from qlora_jax.data.labels import find_labels
+from qlora_jax.data.kto_pairs import PairedRows, kl_shift, pair_rows, paired_digest
 from qlora_jax.data.prepare import Preparation, row_chunks
 from qlora_jax.data.report.stats import (
     DataReport,
@@ -177,7 +177,7 @@ def load_dataset(
     Args:
       objective: a key of OBJECTIVES, which determines the kind of the rows.
       labels: names of the classes, in order; empty: those in the training data, if the objective has classes.
-      kl_pairs: gives each row the completion of another one, too (kl_pairs.py).
+      kl_pairs: gives each row the completion of another one, too (kto_pairs.py).
       reply_tokens: positions of data.max_length that prompts leave for a reply.
       tools: schemas of functions that every row has.
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from qlora_jax.data.bad_rows import BadRow, first_rows, merge_reasons, merge_rows
 from qlora_jax.data.branch_tree import Branch, branch_ends
-from qlora_jax.data.labels import TRUTH_NAMES
+from qlora_jax.data.class_labels import TRUTH_NAMES
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 PERCENTILES = (1, 25, 50, 75, 95, 100)
 _HISTOGRAMS = ("lengths", "new_tokens")  # by numbers

@@ -24,7 +24,7 @@ from qlora_jax.atomic_files import staged_file, staged_folder, write_text
 from qlora_jax.data.branch_tree import Branches, no_branches
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.rows import File, RowDigest, TokenRows, Values, check_ids, format_place, positions_filled
-from qlora_jax.metadata import Count, MetadataError, read_json
+from qlora_jax.untrusted_json import Count, MetadataError, read_json
 
 _FACTS = "facts.json"
 _MAX_FACTS = 64 << 20  # bytes; it has the number of rows of each length

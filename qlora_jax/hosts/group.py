@@ -14,7 +14,7 @@ from jax._src import distributed  # the client of the coordination service has n
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.hosts.messages import grouped
+from qlora_jax.hosts.rank_text import grouped
 
 
 class AgreedMinimum:

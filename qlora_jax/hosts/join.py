@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax.hosts.gpus import Seen, divide, visible_gpus
 from qlora_jax.hosts.group import Disagreement, Group, MissingProcess
 from qlora_jax.hosts.launchers import Place
-from qlora_jax.hosts.messages import numbered
+from qlora_jax.hosts.rank_text import numbered
 from qlora_jax.hosts.watchdog import Report, Watchdog, calls_when_lost
 
 # Notes which processes of a run have started, so that those that never connect can be named.

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.devices import target_device
+from pallas_kernels.dispatch import Call
 from pallas_kernels.formats.block_encoders import encode_blocks
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
 from pallas_kernels.formats.layouts import layout_problem, repack
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul.api import INTEGER, choose_implementation
-from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.nn.linear import QLinear

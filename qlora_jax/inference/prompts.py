@@ -12,7 +12,7 @@ from qlora_jax.data.loss_mask.turns import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 # Column that makes a row a prompt -> the format of training data that the row then has.
 PROMPT_COLUMNS = {"messages": "messages", "prompt": "completion", "instruction": "alpaca"}

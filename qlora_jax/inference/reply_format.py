@@ -18,7 +18,7 @@ from qlora_jax.data.formats.turn_fields import REASONING, TAGS
 from qlora_jax.data.loss_mask.turns import PLACEHOLDER, opened_reasoning, text_behind
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 NAME, KEY, OTHER_KEY, VALUE, OTHER_VALUE, ANSWER, THOUGHT = (PLACEHOLDER.format(number) for number in range(7))
 CALL_ID = "Qz7callx9"  # Mistral's templates expect nine letters and digits

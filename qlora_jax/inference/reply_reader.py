@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from qlora_jax.data.loss_mask.turns import opened_reasoning
-from qlora_jax.inference.engine.reply_text import overlap
+from qlora_jax.inference.engine.detokenizer import overlap
 from qlora_jax.inference.reply_format import CallFormat, ReasoningFormat, ReplyFormat
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 
 class Text(NamedTuple):

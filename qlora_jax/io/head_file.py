@@ -11,10 +11,10 @@ from qlora_jax.config.objectives import OBJECTIVES, objectives_with
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.digests import json_digest
 from qlora_jax.line_digests import warn_without_digests
-from qlora_jax.metadata import JsonObject, read_json, shorten
 from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.nn.sequence_head import Pooling
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import JsonObject, read_json, shorten
 
 HEAD_FILE = "head.json"
 COPY_IT = "Copy the file from where the head was trained, or from a backup"

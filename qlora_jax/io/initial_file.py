@@ -20,8 +20,8 @@ from qlora_jax.atomic_files import write_bytes
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.digests import ArrayDigest, array_digest, changes, tree_digests
 from qlora_jax.line_digests import warn_without_digests
-from qlora_jax.metadata import decode_json
 from qlora_jax.methods.method import Factors
+from qlora_jax.untrusted_json import decode_json
 
 FILE = "initial.safetensors"
 FACTORS, SUBTRACTED = "factors", "taken"  # the first parts of names in the file

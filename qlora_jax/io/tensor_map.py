@@ -10,7 +10,6 @@ from flax import nnx
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ACT_ORDER, ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -18,6 +17,7 @@ from qlora_jax.models.families.multimodal import with_text_attributes
 from qlora_jax.models.tensor_names import MAX_LINES, MAX_WIDTH, expert_name, layer_name, lines_by_layer
 from qlora_jax.nn.frozen_weight import Weight, is_packed, ops_of
 from qlora_jax.nn.variables import StatePath
+from qlora_jax.untrusted_json import JsonObject
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -18,8 +18,8 @@ from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.method import Given, Method
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.activations import ACTIVATIONS
 from qlora_jax.nn.lora import initial_factors
-from qlora_jax.nn.mlp import ACTIVATIONS
 from qlora_jax.nn.random_keys import named_key
 from qlora_jax.nn.variables import TrainedLeaf
 

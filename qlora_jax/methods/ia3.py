@@ -15,7 +15,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.adapter_cost import AdapterShape, every_layer, names_within_layers
 from qlora_jax.methods.method import Given, Method, linears
 from qlora_jax.methods.peft_form import (
@@ -36,6 +35,7 @@ from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.linear import BatchedAdapter, FrozenLayer, LinearAdapter
 from qlora_jax.nn.variables import Frozen, TrainedLeaf, select_layer
 from qlora_jax.regex import matches_end
+from qlora_jax.untrusted_json import JsonObject
 
 
 class BatchedIA3(BatchedAdapter):

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS
-from qlora_jax.metadata import JsonObject, shorten
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.expert_lora import add_expert_adapters
 from qlora_jax.methods.low_rank_cost import low_rank_work, ranked_parameters, ranked_projections, saved_products
@@ -57,6 +56,7 @@ from qlora_jax.nn.lora import LoRA, initial_factors
 from qlora_jax.nn.random_keys import named_key
 from qlora_jax.regex import file_pattern_problems, matches_end
 from qlora_jax.sharding import born_cut
+from qlora_jax.untrusted_json import JsonObject, shorten
 
 MATRICES = ("lora_a", "lora_b")
 MAX_PATTERNS = 10_000  # each is compiled

@@ -9,7 +9,6 @@ from typing import ClassVar
 import numpy as np
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.adapter_cost import AdapterShape
 from qlora_jax.methods.method import FINAL_NORM, Given, Method, norm_widths, norms
 from qlora_jax.methods.peft_form import (
@@ -27,6 +26,7 @@ from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.tensor_names import layer_name
+from qlora_jax.untrusted_json import JsonObject
 
 
 def norm_targets(config: ModelConfig, spec: LoraArgs) -> list[str]:

@@ -23,7 +23,6 @@ from pydantic import Field
 
 from pallas_kernels.dense_matmul import dot_nn, dot_tn, row_major
 from qlora_jax.config import LoraArgs
-from qlora_jax.metadata import JsonObject, shorten
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work, every_layer, within_layers
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
 from qlora_jax.methods.peft_form import (
@@ -45,6 +44,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter, Weight
 from qlora_jax.nn.variables import TrainedLeaf
 from qlora_jax.sharding import AnyMesh
+from qlora_jax.untrusted_json import JsonObject, shorten
 
 
 def block_elements(size: int) -> int:

@@ -15,13 +15,13 @@ import numpy as np
 from pydantic import Field, with_config
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.peft_names import EVERY_LAYER, SomeLayers, linears_of, target_settings
 from qlora_jax.methods.targets import Layers, adapter_layers, some_layers
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.models.tensor_names import EXPERT, LAYER, MAX_LINES, layer_name
+from qlora_jax.untrusted_json import JsonObject
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.tensor_names import layer_name
 from qlora_jax.regex import matches_whole, pattern_problems
+from qlora_jax.untrusted_json import JsonObject
 
 # The settings in adapter_config.json.
 Settings = Mapping[str, Any]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.methods import METHODS, methods_with
 from qlora_jax.config.parse import parse_layers
-from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ROUTER, ModelConfig
 from qlora_jax.nn.lora import lora_scaling
 from qlora_jax.regex import file_pattern_problems, matches_end, matches_whole, pattern_problems
+from qlora_jax.untrusted_json import shorten
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 

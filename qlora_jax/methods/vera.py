@@ -19,7 +19,6 @@ from pydantic import Field
 
 from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.config import LoraArgs
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.adapter_cost import AdapterShape, StepSizes, Work
 from qlora_jax.methods.low_rank_cost import low_rank_work, ranked_projections, saved_products
 from qlora_jax.methods.method import Given, Method, linears, target_shapes
@@ -45,6 +44,7 @@ from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import FrozenLayer, LinearAdapter
 from qlora_jax.nn.lora import adapter_deltas
 from qlora_jax.nn.variables import Frozen, TrainedLeaf
+from qlora_jax.untrusted_json import JsonObject
 
 A, B = "vera_A", "vera_B"  # PEFT's names of the frozen matrices
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
-from qlora_jax.nn.mlp import ClampedSwiglu, GateActivation
+from qlora_jax.nn.activations import ClampedSwiglu, GateActivation
 from qlora_jax.nn.rope import LENGTH_DEPENDENT, SCALINGS, QueryPositionScale, Rope
 from qlora_jax.nn.router import RoutingRule
 

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.nn.activations import apply_activation, gated_activation
 from qlora_jax.nn.experts import ExpertLinear, Experts
 from qlora_jax.nn.linear import ModuleAdapter, QLinear, project
-from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.random_keys import fold_in_rows
 from qlora_jax.nn.router import route, routing_sums
 from qlora_jax.nn.variables import Frozen, select_layer

@@ -14,10 +14,10 @@ from pallas_kernels.formats.ggml_blocks import PART
 from pallas_kernels.native.library import fast_bfloat16
 from qlora_jax.config import ModelArgs
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.abstract_init import frozen_expert_leaves, frozen_linear_leaves
 from qlora_jax.models.config import NVFP4, ModelConfig, WeightFormat
 from qlora_jax.regex import matches_end, matches_whole, pattern_problems
+from qlora_jax.untrusted_json import shorten, shorten_key
 
 # Selects the projections and layers that `model.keep_16bit` leaves in 16 bits, and counts the bytes that they add.
 #

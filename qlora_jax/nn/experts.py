@@ -22,8 +22,8 @@ from pallas_kernels.grouped_matmul.groups import (
     rows_of_pairs,
     weights_of_slots,
 )
+from qlora_jax.nn.activations import GateActivation, gated_gradients, gated_value
 from qlora_jax.nn.frozen_weight import Weight, frozen_grouped
-from qlora_jax.nn.mlp import GateActivation, gated_gradients, gated_value
 from qlora_jax.nn.variables import Frozen, select_layer
 
 # Rows whose gradients are computed together on CPUs, where XLA writes several f32 intermediates: they stay in cache. On

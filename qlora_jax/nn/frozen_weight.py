@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from pallas_kernels.dense_matmul import dot_nn, dot_nt
 from pallas_kernels.devices import Device
+from pallas_kernels.dispatch import Call, Choice
 from pallas_kernels.formats.ggml_blocks import row_bytes
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml
 from pallas_kernels.formats.qtensor import Leaf, QTensor
@@ -29,7 +30,6 @@ from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.grouped_matmul.api import product as grouped_product
 from pallas_kernels.grouped_matmul.groups import Groups
 from pallas_kernels.nf4_matmul import api as nf4
-from pallas_kernels.nf4_matmul.dispatch import Call, Choice
 from qlora_jax.nn.variables import select_layer
 from qlora_jax.quant import dequantize
 from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.data.batching.packing import PRESENT
-from qlora_jax.objectives.margin_losses import MARGIN_LOSSES
 from qlora_jax.objectives.objective import Arrays, Totals
 from qlora_jax.objectives.pairs import PairObjective, in_pairs
+from qlora_jax.objectives.preference_losses import MARGIN_LOSSES
 from qlora_jax.objectives.sequences import SequenceLogps, per_token
 
 CPOLoss = Literal["sigmoid", "hinge", "ipo", "simpo"]

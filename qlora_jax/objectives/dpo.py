@@ -12,9 +12,9 @@ from typing import Literal
 
 from jaxtyping import Array, Float
 
-from qlora_jax.objectives.margin_losses import MARGIN_LOSSES
 from qlora_jax.objectives.objective import REFERENCE, Arrays, Totals
 from qlora_jax.objectives.pairs import PairObjective, in_pairs
+from qlora_jax.objectives.preference_losses import MARGIN_LOSSES
 from qlora_jax.objectives.sequences import SequenceLogps, per_token
 
 DPOLoss = Literal["sigmoid", "hinge", "ipo", "robust"]

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 _TYPES: dict[object, str] = {
     int: "integer",

@@ -19,10 +19,10 @@ from jaxtyping import Float64
 from qlora_jax.config.registry import load_implementation
 from qlora_jax.config.rewards import REWARDS, RewardArgs, reward_names
 from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.tool_calls import ENVIRONMENT, TOOL
 from qlora_jax.rewards.tools import Tools
 from qlora_jax.rewards.worker_process import Arguments, Call, Failed, Name, WorkerProcess, run_calls
+from qlora_jax.untrusted_json import JsonObject
 from qlora_jax.verifiers.process import Address, is_address
 
 ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from qlora_jax.data.readers.reasoning_gym_rows import open_task
-from qlora_jax.metadata import JsonObject
 from qlora_jax.regex import last_match
 from qlora_jax.rewards.answers import Completion, text_of
+from qlora_jax.untrusted_json import JsonObject
 
 _TAGS = r"(?s)<answer>(.*?)</answer>"  # as the package's own prompts ask for
 

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
-from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.code_files import CodeFiles, described, first_line, place_of
 from qlora_jax.rewards.function_schema import function_schema
+from qlora_jax.untrusted_json import JsonObject
 
 MEMORY_REACHED = 113  # exit status
 TOOL, ENVIRONMENT = "tool", "environment"  # kinds of sources, and of calls

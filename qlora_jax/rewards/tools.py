@@ -5,9 +5,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.tool_calls import ENVIRONMENT, TOOL, error_text
 from qlora_jax.rewards.worker_process import Arguments, Call, Failed, Limit, WorkerProcess, run_calls
+from qlora_jax.untrusted_json import JsonObject
 
 
 class ToolCall(NamedTuple):

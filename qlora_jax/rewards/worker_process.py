@@ -16,10 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.worker import LONGEST_MESSAGE, MEMORY_REACHED
 from qlora_jax.sandbox.limits import python_environment
 from qlora_jax.sandbox.programs import receive, send
+from qlora_jax.untrusted_json import JsonObject
 
 IMPORT_SECONDS = 120.0  # for a file's imports, if the limit of a call is lower
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit statuses of a process that somebody killed

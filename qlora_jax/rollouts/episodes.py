@@ -11,13 +11,13 @@ from qlora_jax.config.rollouts import RolloutArgs
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.engine import Engine
-from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.functions import GivenReward, RewardError
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.recorded_turns import Recorded, RecordingEngine, join_turns, shared_depth
 from qlora_jax.rollouts.reply import Reply, Text
 from qlora_jax.rollouts.sampler import draw_seed
 from qlora_jax.rollouts.started_prompts import Asked
+from qlora_jax.untrusted_json import JsonObject
 from qlora_jax.verifiers.process import (
     ADDRESS_COLUMN,
     START_SECONDS,

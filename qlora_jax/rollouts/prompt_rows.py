@@ -11,7 +11,7 @@ from qlora_jax.data.formats.prompts import asked
 from qlora_jax.data.formats.turn_fields import read_template_kwargs
 from qlora_jax.data.readers.files import Row, stream_rows
 from qlora_jax.data.rows import File
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 Prompt = str | Sequence[Mapping[str, object]]
 

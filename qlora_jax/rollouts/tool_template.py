@@ -8,8 +8,8 @@ from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.reply_format import ReplyFormat, reply_format
 from qlora_jax.inference.reply_reader import Call, ReplyReader, Text
-from qlora_jax.metadata import JsonObject
 from qlora_jax.rewards.tools import ToolCall
+from qlora_jax.untrusted_json import JsonObject
 
 _USER = {"role": "user", "content": "Hi"}
 _PROMPT_END = 64  # ids of a prompt's end, which may open a block of reasoning

@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 from qlora_jax.sandbox.landlock_seccomp import end_with_parent, library_folders, platform_problem, seal
 from qlora_jax.sandbox.limits import limit_resources
+from qlora_jax.sandbox.program_tests import run_program, run_tests
 from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome, receive, send
-from qlora_jax.sandbox.run_tests import run_program, run_tests
 
 _MOST_DESCRIPTORS = 1 << 16
 _LONGEST_REQUEST = 1 << 30  # bytes

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
-from qlora_jax.metadata import shorten
 from qlora_jax.server.errors import ApiError
 from qlora_jax.server.openai_schemas import LoadAdapterBody, UnloadAdapterBody
 from qlora_jax.server.service import Service
+from qlora_jax.untrusted_json import shorten
 
 _one_at_a_time = asyncio.Lock()
 

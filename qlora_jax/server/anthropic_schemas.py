@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_jax.metadata import JsonObject
 from qlora_jax.server.json_body import ANY, Body, Fields
 from qlora_jax.server.openai_schemas import Count, FunctionName, Text
+from qlora_jax.untrusted_json import JsonObject
 
 
 class CacheControl(Fields):

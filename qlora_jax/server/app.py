@@ -16,7 +16,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlora_jax import runtime
-from qlora_jax.metadata import shorten
 from qlora_jax.server import completions, openai_chat
 from qlora_jax.server.adapters import load_adapter, unload_adapter
 from qlora_jax.server.anthropic_messages import complete_message, message_events, prepare_messages
@@ -33,6 +32,7 @@ from qlora_jax.server.openai_schemas import (
 )
 from qlora_jax.server.openapi import openapi_document
 from qlora_jax.server.service import Service
+from qlora_jax.untrusted_json import shorten
 
 # The page has its style and script inside, and calls nothing but this server.
 PAGE_POLICY = (

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from starlette.responses import JSONResponse
 
-from qlora_jax.metadata import MAX_LINES
+from qlora_jax.untrusted_json import MAX_LINES
 
 # Status -> type of the error, by Anthropic's names; OpenAI's clients go by the status.
 TYPES = {

@@ -14,8 +14,8 @@ from typing import ClassVar, Never
 from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 
-from qlora_jax.metadata import MAX_DEPTH, find_problems, is_too_deep, shorten, shorten_key
 from qlora_jax.server.errors import ApiError, bad_request
+from qlora_jax.untrusted_json import MAX_DEPTH, find_problems, is_too_deep, shorten, shorten_key
 
 ANY = object()  # in Body.inert: every value changes nothing
 BODY_SECONDS = 30.0  # for a body to arrive

@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from qlora_jax.inference.engine.request import LIKELIEST
-from qlora_jax.metadata import JsonObject
 from qlora_jax.server.json_body import ANY, Body, Fields
+from qlora_jax.untrusted_json import JsonObject
 
 MOST_LIKELY = 20  # tokens whose log-probabilities a chat may ask for
 MOST_SCORES = 1 << 20  # log-probabilities of prompts in one response, which takes about 200 bytes for each

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.grammar import Grammar
 from qlora_jax.inference.reply_format import CALL_ID, CallFormat
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 ANY_OBJECT: JsonObject = {"type": "object"}
 _COMPACT = {"x-guidance": {"whitespace_flexible": False}}  # as templates write arguments

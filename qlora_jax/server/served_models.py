@@ -9,8 +9,8 @@ from jaxtyping import Float64
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.reply_format import ReplyFormat, reply_format
-from qlora_jax.metadata import shorten
 from qlora_jax.server.errors import ApiError
+from qlora_jax.untrusted_json import shorten
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

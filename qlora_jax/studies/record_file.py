@@ -12,7 +12,7 @@ from typing import TypedDict
 
 from qlora_jax.atomic_files import LineFile, append_lines, sync_folder, write_text
 from qlora_jax.line_digests import with_digest, without_digest
-from qlora_jax.metadata import decode_json, shorten
+from qlora_jax.untrusted_json import decode_json, shorten
 
 type Inputs = Mapping[str, str | int | float | bool | None]  # JSON values
 

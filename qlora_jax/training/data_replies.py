@@ -8,10 +8,10 @@ from qlora_jax.data.encoder import encode_rows
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.metadata import JsonObject
 from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.reply import Reply
 from qlora_jax.rollouts.started_prompts import Asked
+from qlora_jax.untrusted_json import JsonObject
 
 SHOWN = 20  # rows that one error lists
 

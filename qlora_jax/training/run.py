@@ -36,8 +36,6 @@ from qlora_jax.rollouts.episodes import open_endpoint
 from qlora_jax.training.device_mesh import local_devices
 from qlora_jax.training.display.banner import next_commands, rate_rows, resume_banner, start_banner
 from qlora_jax.training.display.run_display import Display, print_banner
-from qlora_jax.training.distilled_batches import FOLDER as PREDICTIONS
-from qlora_jax.training.distilled_batches import prepare_teacher
 from qlora_jax.training.loop import initial_state, run_steps, save
 from qlora_jax.training.metrics.memory_watch import watch_peak
 from qlora_jax.training.metrics.metrics_file import (
@@ -49,9 +47,11 @@ from qlora_jax.training.metrics.metrics_file import (
     read_metrics,
 )
 from qlora_jax.training.metrics.trackers import Log, trackers
-from qlora_jax.training.plan.mesh_search import PlannedRun, plan_before_weights
 from qlora_jax.training.plan.records import RunPlan
+from qlora_jax.training.plan.run_plan import PlannedRun, plan_before_weights
 from qlora_jax.training.plan.text import explain_out_of_memory, nearest_fix
+from qlora_jax.training.prepare_teacher import FOLDER as PREDICTIONS
+from qlora_jax.training.prepare_teacher import prepare_teacher
 from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.reference_logps import ReferenceStopped, record_start, with_initial, with_reference
 from qlora_jax.training.report.page import write_json, write_report

@@ -12,10 +12,10 @@ from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, ModelArgs
 from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.data.class_labels import check_format
 from qlora_jax.data.dataset import Dataset, load_dataset, padding_id, with_template
 from qlora_jax.data.formats.turn_fields import Tools
 from qlora_jax.data.formats.unlabelled import learned_columns
-from qlora_jax.data.labels import check_format
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.registry import check_files
 from qlora_jax.inference.lowering import ProgramMemory, lower_decoding, most_memory

@@ -24,7 +24,7 @@ from qlora_jax.data.formats.conversations import GUANACO
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 from scripts.bench.support.progress import phases
 from scripts.fetch_smollm2 import fetch_smollm2
 

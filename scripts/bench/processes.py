@@ -3,10 +3,10 @@
     python -m scripts.bench.processes [--model llama-7b] [--layers 4] [--processes 1 2 4]
 
 All runs have four virtual CPU devices, 1 x 4. The checkpoint has the shapes of a published model in bf16 with random
-weights, as in scripts/bench/load.py, and is removed at the end. Each process joins the others, then loads its parts as
-training does. Prints one line per number of processes: seconds from the first start until all have joined, seconds of
-loading, bytes of tensors read by each process, and the peak resident memory of loading, beyond the process before it
-and its own parts of the model.
+weights, as in scripts/bench/load_checkpoint.py, and is removed at the end. Each process joins the others, then loads
+its parts as training does. Prints one line per number of processes: seconds from the first start until all have joined,
+seconds of loading, bytes of tensors read by each process, and the peak resident memory of loading, beyond the process
+before it and its own parts of the model.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.sharding import make_mesh
-from scripts.bench.load import drop_from_cache, make
+from scripts.bench.load_checkpoint import drop_from_cache, make
 from scripts.bench.plan_memory import reset_peak, resident
 from scripts.bench.support.progress import phases
 

@@ -19,7 +19,7 @@ from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.row_kinds import objectives_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.hostile_templates import SNIPPETS, tokens_of
 from scripts.campaign.mutations import TEXTS, damage_bytes, damage_text, damage_value, to_json

@@ -12,7 +12,7 @@ from pathlib import Path
 import atheris  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
 with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
-    include=["qlora_jax.io", "qlora_jax.data.tokenizer", "qlora_jax.metadata"]
+    include=["qlora_jax.io", "qlora_jax.data.tokenizer", "qlora_jax.untrusted_json"]
 ):
     from qlora_jax.io.gguf.reader import open_gguf
     from qlora_jax.io.hf.bnb_reader import group_quantized

@@ -13,7 +13,7 @@ from flax import nnx
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_base, open_finetuned
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 from scripts.campaign.file_kind import FileKind
 from scripts.campaign.mutations import damage_bytes, damage_json, damage_value, to_json
 from tests.data.tokenizer.hostile_tokenizers import PUBLISHED, REFUSED, TABLE, TRIED, precompiled, split

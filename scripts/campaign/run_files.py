@@ -22,7 +22,7 @@ from qlora_jax.line_digests import LinesDigest
 from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE, MetricsFile, Record, read_metrics
 from qlora_jax.training.metrics.record_summaries import before_and_after, question_summary, training_summary
-from qlora_jax.training.plan.mesh_search import compile_run
+from qlora_jax.training.plan.run_plan import compile_run
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.resume import RECORDS, restore
 from qlora_jax.training.run import train

@@ -13,9 +13,9 @@ from qlora_jax.config import Config, write_config
 from qlora_jax.config.schema import ObjectiveName
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_folder.checkpoint import CHECKPOINT_FOLDER, saved_steps
-from qlora_jax.metadata import JsonObject
 from qlora_jax.training.metrics.metrics_file import METRICS_FILE, SAMPLES_FILE
 from qlora_jax.training.resume import RESUME_KEYS
+from qlora_jax.untrusted_json import JsonObject
 from scripts.campaign.isolation import FORK
 from tests.e2e.project import project
 from tests.e2e.run_records import comparable_records

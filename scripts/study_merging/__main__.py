@@ -45,12 +45,12 @@ from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_base, open_finetuned
 from qlora_jax.measures.statistics import t_quantile
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.merge_into import replace_by_codes, train_merged
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.train import main as train
 from qlora_jax.training.metrics.metrics_file import read_metrics
+from qlora_jax.untrusted_json import JsonObject
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("q4_0", "q4_k_m", "nf4")

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from qlora_jax.config.objectives import ValueKind
 from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.class_labels import value_reader
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.labels import value_reader
 from qlora_jax.data.readers.files import Row, read_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.sound_rows import SOUND_ROWS

@@ -22,7 +22,7 @@ from qlora_jax.api.provenance import parts_of
 from qlora_jax.config import Config, ConfigError, LoraArgs, MeshArgs
 from qlora_jax.io.run_folder.checkpoint import open_run
 from qlora_jax.training.metrics.metrics_file import read_metrics
-from qlora_jax.training.plan import mesh_search
+from qlora_jax.training.plan import run_plan
 from qlora_jax.training.run import train
 from tests.e2e.project import project, stop_after
 from tests.e2e.run_records import comparable_records
@@ -186,14 +186,14 @@ def test_a_stopped_run_resumes_on_its_mesh_to_the_bit_and_on_one_device_within_r
 @pytest.mark.slow
 def test_auto_takes_the_fewest_devices_that_a_run_fits(one, tmp_path, monkeypatch):
     """The limit of one device is set to a byte here."""
-    real, tried = mesh_search.plan_run, []
+    real, tried = run_plan.plan_run, []
 
     def too_small_alone(config, inputs, gradients):
         plan = real(config, inputs, gradients)
         tried.append(gradients.mesh)
         return plan if gradients.mesh is not None else dataclasses.replace(plan, limit=1)
 
-    monkeypatch.setattr(mesh_search, "plan_run", too_small_alone)
+    monkeypatch.setattr(run_plan, "plan_run", too_small_alone)
     config = on(one, MeshArgs(), tmp_path / "run")
     assert "device  " in (text := run(config)) and "2 x cpu: data 1, fsdp 2" in text
     assert len(tried) == 2
@@ -235,7 +235,7 @@ def test_other_commands_open_a_run_of_eight_devices_where_there_is_one(one, eigh
 
 
 def test_what_cannot_be_is_refused_before_data_and_weights_are_read(one, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_jax.training.plan.mesh_search.open_inputs", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr("qlora_jax.training.plan.run_plan.open_inputs", lambda *_: pytest.fail("data was read"))
     train_args = dataclasses.replace(one.train, micro_batch_size=3, accumulation=4, remat="none")
     bad = dataclasses.replace(on(one, MeshArgs(data=4, fsdp=4), tmp_path / "run"), train=train_args)
     with pytest.raises(ConfigError) as error:

@@ -27,7 +27,7 @@ from qlora_jax.io.pretrained import (
 from qlora_jax.io.run_folder.checkpoint import Run, open_run
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
-from qlora_jax.training.plan.mesh_search import compile_run
+from qlora_jax.training.plan.run_plan import compile_run
 from qlora_jax.training.run import train
 from qlora_jax.training.run_spec import open_inputs
 from qlora_jax.training.session import prepare

@@ -11,7 +11,7 @@ from qlora_jax.evaluation import loglikelihood
 from qlora_jax.evaluation.tasks import letters
 from qlora_jax.inference.engine import engine
 from qlora_jax.sharding import part_bytes
-from qlora_jax.training.plan import mesh_search
+from qlora_jax.training.plan import run_plan
 from qlora_jax.training.run import dry_run
 from tests.e2e.project import project
 from tests.e2e.test_questions import asking
@@ -80,12 +80,12 @@ def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path
     config = asking(tmp_path, train=dict(accumulation=1, micro_batch_size=1))
     printed = planned(config)
     assert "questions  " in printed and ", peak in questions." in printed
-    asked = mesh_search.RunPlan.question_bytes.fget
+    asked = run_plan.RunPlan.question_bytes.fget
     seen = []
     watched = property(lambda plan: seen.append(asked(plan)) or seen[-1])
-    monkeypatch.setattr(mesh_search.RunPlan, "question_bytes", watched)
+    monkeypatch.setattr(run_plan.RunPlan, "question_bytes", watched)
     planned(config)
-    monkeypatch.setattr(mesh_search, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
+    monkeypatch.setattr(run_plan, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
     with pytest.raises(ValueError, match=r"questions need .* peak in questions\..*Shorten these questions"):
         planned(config)
 

@@ -20,7 +20,7 @@ from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import token_rows
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.metrics.metrics_file import read_metrics
-from qlora_jax.training.plan.mesh_search import compile_run, planned_rows, step_configs
+from qlora_jax.training.plan.run_plan import compile_run, planned_rows, step_configs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.run import train

@@ -10,7 +10,7 @@ import pytest
 from qlora_jax.config import ConfigError, PolicyArgs, RolloutArgs, validate
 from qlora_jax.config.rewards import RewardArgs
 from qlora_jax.io.run_folder.checkpoint import open_run
-from qlora_jax.training.plan import mesh_search
+from qlora_jax.training.plan import run_plan
 from tests.e2e.project import project
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
 
@@ -105,7 +105,7 @@ def test_a_changed_reward_file_is_refused(tmp_path, monkeypatch):
 def test_a_reward_that_needs_another_column_is_refused_before_the_step_compiles(tmp_path, monkeypatch):
     config = rollout_project(tmp_path)
     (tmp_path / "rewards.py").write_text(REWARD.replace("(completions", "(answer, completions"))
-    monkeypatch.setattr(mesh_search, "longest_step", lambda *_: pytest.fail("planned a step"))
+    monkeypatch.setattr(run_plan, "longest_step", lambda *_: pytest.fail("planned a step"))
     with pytest.raises(ValueError, match=r"rewards\.py:\d+: many_a needs the argument 'answer'"):
         run(config)
 

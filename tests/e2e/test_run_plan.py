@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.training import run
-from qlora_jax.training.plan import mesh_search
+from qlora_jax.training.plan import run_plan
 from qlora_jax.training.plan.requirements import CPU_PROGRAMS
 from tests.e2e.project import project
 
@@ -21,7 +21,7 @@ def start(config, *, oversized=False) -> str:
 
 
 def device_of(size: int, monkeypatch) -> None:
-    monkeypatch.setattr(mesh_search, "device_bytes", lambda memory: (size, "a small device"))
+    monkeypatch.setattr(run_plan, "device_bytes", lambda memory: (size, "a small device"))
 
 
 def test_the_plan_comes_first(tmp_path):

@@ -13,7 +13,7 @@ from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.io.run_folder.checkpoint import open_run
 from qlora_jax.training import loop
-from qlora_jax.training.plan.mesh_search import compile_run
+from qlora_jax.training.plan.run_plan import compile_run
 from qlora_jax.training.run import train
 from qlora_jax.training.run_spec import open_inputs
 from qlora_jax.training.session import prepare

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.inference.decode import generate, stream
-from qlora_jax.inference.engine.choose import Row, choose, row_settings, row_state
 from qlora_jax.inference.engine.model_calls import ROW_COUNTS, advance
+from qlora_jax.inference.engine.token_sampler import Row, choose, row_settings, row_state
 from qlora_jax.inference.sampling import Sampling
 from tests.inference.tiny import VOCAB, full_logits, tiny_parts
 

@@ -3,7 +3,7 @@
 import hypothesis
 from hypothesis import strategies as st
 
-from qlora_jax.inference.engine.reply_text import TextStream
+from qlora_jax.inference.engine.detokenizer import TextStream
 from tests.inference.tiny import VOCAB, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

@@ -7,7 +7,7 @@ import signal
 import pytest
 from rich.console import Console
 
-from qlora_jax.inference.engine.reply_text import TextStream
+from qlora_jax.inference.engine.detokenizer import TextStream
 from qlora_jax.inference.engine.request import Step
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.terminal_chat import HELP, chat, show_reply

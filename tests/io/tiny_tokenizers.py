@@ -5,7 +5,16 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qlora_jax.data.tokenizer.from_gguf import BYTE, CONTROL, KNOWN_PRE, NORMAL, SPACE, UNKNOWN, USER_DEFINED, rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    KNOWN_PRE,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    rebuild,
+)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LINES = ["\n", "\n\n", "\n\n\n"]

@@ -8,8 +8,8 @@ import pytest
 from pallas_kernels.aot.memory import read_memory
 from pallas_kernels.grouped_matmul import group_rows, weights_of_slots
 from qlora_jax.nn import experts
+from qlora_jax.nn.activations import ACTIVATIONS, ClampedSwiglu
 from qlora_jax.nn.experts import BLOCK, weighted_activation
-from qlora_jax.nn.mlp import ACTIVATIONS, ClampedSwiglu
 from qlora_jax.training.cost.step_shape import F32
 from tests.nn.gradients import check_vjp, random_array
 from tests.pallas_kernels.grouped_matmul.experts import choices

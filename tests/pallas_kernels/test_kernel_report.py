@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pallas_kernels import aot, kernel_report
+from pallas_kernels import aot, dispatch, kernel_report
 from pallas_kernels.devices import Device
+from pallas_kernels.dispatch import Capabilities, Implementation
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.native.library import problem as native_problem
-from pallas_kernels.nf4_matmul import api, costs, dispatch, reference
-from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
+from pallas_kernels.nf4_matmul import api, costs, reference
 from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
 from pallas_kernels.nf4_matmul.shapes import REDUCED, SHAPES, TILE, reduced
 from tests.pallas_kernels.nf4_matmul import contract as contract

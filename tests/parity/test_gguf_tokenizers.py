@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE, SPACE, rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE, SPACE, rebuild
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.tokenizer import PREFIX, tokenizer_from_metadata, tokenizer_metadata

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from qlora_jax.data.tokenizer.from_gguf import SPACE
+from qlora_jax.data.tokenizer.gguf_tokenizer import SPACE
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.gguf.header import parse_header

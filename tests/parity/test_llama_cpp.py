@@ -13,7 +13,7 @@ from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.exports import EXPORTS
 from qlora_jax.config.exports import MIXTURES as MIXED_TYPES
-from qlora_jax.data.tokenizer.from_gguf import rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import rebuild
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export.gguf_metadata import export_spec
@@ -26,7 +26,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import with_text_attributes
 from qlora_jax.models.partition import combine
-from tests.data.tokenizer.test_from_gguf import TRICKY, _strings
+from tests.data.tokenizer.test_gguf_tokenizer import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import FAMILIES, MIXTURES, TEXT_HALVES, random_tensors, with_images
 from tests.io.tiny_models import write_folder

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import aot
+from pallas_kernels.dispatch import DIRECTIONS, Call
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.kernel_report import abstract_weight, device_of_card
 from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.methods.attach import add_lora
 from qlora_jax.models.config import WeightFormat

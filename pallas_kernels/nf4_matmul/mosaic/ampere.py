@@ -48,7 +48,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
-from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
+from pallas_kernels.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine, TmaMachine
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS

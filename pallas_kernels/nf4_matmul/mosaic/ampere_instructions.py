@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
-from pallas_kernels.nf4_matmul.dispatch import Direction
+from pallas_kernels.dispatch import Direction
 from pallas_kernels.nf4_matmul.mosaic import fragments, inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.dispatch import Capabilities, Direction, Implementation
 from pallas_kernels.mosaic.installation import problem
-from pallas_kernels.nf4_matmul.dispatch import Capabilities, Direction, Implementation
 
 
 class MostRows(NamedTuple):

@@ -32,8 +32,8 @@ from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels.dispatch import Direction
 from pallas_kernels.mosaic.registers import MosaicValue, assembly, fragmented, tiled, value
-from pallas_kernels.nf4_matmul.dispatch import Direction
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.inline_ptx import THREADS
 

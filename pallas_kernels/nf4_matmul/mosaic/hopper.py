@@ -36,8 +36,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import Direction, Layer
 from pallas_kernels.mosaic.registers import MosaicValue
-from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import decode
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, Weights, operands, pad_rows, place_of
 

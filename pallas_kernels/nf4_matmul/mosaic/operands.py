@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import Layer
 from pallas_kernels.formats.dequantize import expand_absmax
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, FourBitCode
 from pallas_kernels.formats.ggml_tensor import GgmlTensor, header_range
@@ -21,7 +22,6 @@ from pallas_kernels.formats.layouts import RUN
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.mosaic.registers import MosaicValue
-from pallas_kernels.nf4_matmul.dispatch import Layer
 
 PAIR = 2 * RUN  # columns whose codes share bytes
 type Weights = QTensor | GgmlTensor

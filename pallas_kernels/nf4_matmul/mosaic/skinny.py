@@ -34,7 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.nf4_matmul.dispatch import Layer
+from pallas_kernels.dispatch import Layer
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, Weights, operands

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from qlora_jax.data.kl_pairs import PairedRows, wrapped_ranges
+from qlora_jax.data.kto_pairs import PairedRows, wrapped_ranges
 from qlora_jax.data.row_store import StoredRows
 from qlora_jax.data.rows import (
     File,

@@ -19,6 +19,7 @@ from jaxtyping import Int32
 
 from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.data.branch_tree import MIN_BRANCH, Branch
+from qlora_jax.data.class_labels import ValueReader, Values, value_reader
 from qlora_jax.data.encoder import Finish, check_encodable
 from qlora_jax.data.formats.preference import EQUAL_ANSWERS
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
@@ -32,7 +33,6 @@ from qlora_jax.data.formats.turn_fields import (
     read_thought,
     read_tools,
 )
-from qlora_jax.data.labels import ValueReader, Values, value_reader
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.spans import is_always_found
 from qlora_jax.data.loss_mask.token_spans import is_lossy

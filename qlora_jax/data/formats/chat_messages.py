@@ -11,7 +11,7 @@ from qlora_jax.data.formats.columns import text_problem
 from qlora_jax.data.formats.conversations import role_problems
 from qlora_jax.data.formats.turn_fields import call_problems, has_other_name, reasoning_problems, with_our_name
 from qlora_jax.data.tokenizer.template_pipe import Message
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 # Types of parts that hold text, in OpenAI's Chat Completions and Responses.
 TEXT_PARTS = ("text", "input_text", "output_text")

@@ -12,7 +12,7 @@ from qlora_jax.config.yaml_files import one_line_yaml
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
 from qlora_jax.data.readers.json_rows import shorten
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 # Our columns, in training data and in question files, and names that other tools and data sets use for the same.
 SYNONYMS = {

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from qlora_jax.data.tokenizer.template_pipe import Message
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 # Roles in `messages`. Besides the usual four: gpt-oss's templates call the system developer. Other templates call a
 # tool function, ipython (Llama 3) or observation (GLM-4).

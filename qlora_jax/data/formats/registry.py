@@ -12,7 +12,7 @@ from qlora_jax.data.formats.columns import text_problems
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Segment
 from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS, tools_problems, with_parsed_arguments
 from qlora_jax.data.tokenizer.template_pipe import Message
-from qlora_jax.metadata import shorten
+from qlora_jax.untrusted_json import shorten
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.
 ALPACA_WITH_INPUT = (

@@ -9,7 +9,7 @@ from qlora_jax.config.objectives import RowKind
 from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS, read_template_kwargs, template_kwargs_problems
 from qlora_jax.data.row_kinds import objectives_of
 from qlora_jax.data.tokenizer.template_pipe import Message
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 Columns = JsonObject  # one row's values by column name
 Text = str | Sequence[Message]  # plain text, or a conversation or the end of one

@@ -9,7 +9,7 @@ from qlora_jax.config.fields import TemplateValue
 from qlora_jax.data.readers.json_rows import describe_json_error
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_template_kwargs
-from qlora_jax.metadata import MAX_DEPTH, JsonObject, is_too_deep
+from qlora_jax.untrusted_json import MAX_DEPTH, JsonObject, is_too_deep
 
 Tools = Sequence[JsonObject]
 

@@ -34,7 +34,7 @@ from qlora_jax.data.readers.json_rows import (
 from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
 from qlora_jax.data.readers.reasoning_gym_rows import SCHEME as TASKS
 from qlora_jax.data.readers.reasoning_gym_rows import reasoning_gym_rows
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 from qlora_jax.verifiers.process import is_address, verifiers_rows
 
 _SHOWN = 8

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qlora_jax.metadata import MAX_DEPTH, is_too_deep
+from qlora_jax.untrusted_json import MAX_DEPTH, is_too_deep
 
 SPACE = " \t\r\n"
 MAX_ROW = 64 << 20  # characters; a row of text that models can use has a few millions

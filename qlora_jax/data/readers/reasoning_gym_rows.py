@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Protocol, cast, runtime_checkable
 
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 SCHEME = "reasoning_gym:"
 ADDRESS = "reasoning_gym"  # the column with the address, by which the reward finds the task

@@ -12,9 +12,9 @@ from qlora_jax.config.objectives import ValueKind
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import bucket_of, pack, packed_lengths, steps_by_bucket
 from qlora_jax.data.branch_tree import branch_ends
+from qlora_jax.data.class_labels import label_text
 from qlora_jax.data.formats.registry import format_of
 from qlora_jax.data.formats.turn_fields import TEMPLATE_KWARGS
-from qlora_jax.data.labels import label_text
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_kinds import TEXT_NAMES, row_use
 from qlora_jax.data.rows import TokenRows

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int64
 
-from qlora_jax.data.tokenizer.from_gguf import SPACE
+from qlora_jax.data.tokenizer.gguf_tokenizer import SPACE
 
 # Where a tokenizer adds a space: never, before a text, or also after every added token.
 Prefix = Literal["never", "first", "every"]

@@ -19,7 +19,7 @@ from qlora_jax.data.tokenizer.byte_lengths import (
     make_token_bytes,
 )
 from qlora_jax.data.tokenizer.chat_template import Rendering, read_template, render, start_process, start_rendering
-from qlora_jax.data.tokenizer.from_gguf import rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import rebuild
 from qlora_jax.data.tokenizer.render_batches import check_variables
 from qlora_jax.data.tokenizer.template_pipe import STRFTIME_NOW, Message
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE
+from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE
 from qlora_jax.data.tokenizer.template_pipe import MEMORY_REACHED, Limits
 from qlora_jax.regex import MAX_LENGTH
 from qlora_jax.sandbox.limits import python_environment

@@ -18,8 +18,8 @@ from qlora_jax.inference.decode import Reply, generate
 from qlora_jax.inference.replies import greedy_replies
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.untrusted_json import JsonObject
 
 MAX_NEW_TOKENS = 256  # the default of the harness' own backends
 ContextAndContinuation = tuple[list[int], list[int]]

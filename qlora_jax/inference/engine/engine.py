@@ -21,17 +21,10 @@ from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import PAGE
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.adapters import ByProjection, adapters_of, with_adapters
-from qlora_jax.inference.engine.choose import (
-    Choice,
-    Row,
-    RowSettings,
-    RowState,
-    choose,
-    row_settings,
-    row_state,
-)
+from qlora_jax.inference.engine.detokenizer import ReplyText
 from qlora_jax.inference.engine.generation import Generation
 from qlora_jax.inference.engine.grammar import GrammarCompiler, Matcher
+from qlora_jax.inference.engine.kv_page_pool import PagePool, block_keys, groups_of, most_pages
 from qlora_jax.inference.engine.model_calls import (
     PROMPT_TOKENS,
     ROW_COUNTS,
@@ -45,9 +38,16 @@ from qlora_jax.inference.engine.model_calls import (
     round_up,
     table_blocks,
 )
-from qlora_jax.inference.engine.page_pool import PagePool, block_keys, groups_of, most_pages
-from qlora_jax.inference.engine.reply_text import ReplyText
 from qlora_jax.inference.engine.request import LIKELIEST, Request, Scored, Step, prompt_problems
+from qlora_jax.inference.engine.token_sampler import (
+    Choice,
+    Row,
+    RowSettings,
+    RowState,
+    choose,
+    row_settings,
+    row_state,
+)
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
 from qlora_jax.sharding import mesh_of

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from pallas_kernels.attention.pages import PAGE
-from qlora_jax.inference.engine.choose import Row
+from qlora_jax.inference.engine.detokenizer import ReplyText
 from qlora_jax.inference.engine.grammar import Matcher
-from qlora_jax.inference.engine.page_pool import Block, Key, PagePool
-from qlora_jax.inference.engine.reply_text import ReplyText
+from qlora_jax.inference.engine.kv_page_pool import Block, Key, PagePool
 from qlora_jax.inference.engine.request import EndReason, Request, Scored, Step
+from qlora_jax.inference.engine.token_sampler import Row
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import KVPages
 from pallas_kernels.attention.pages import PAGE
 from pallas_kernels.lazy_zeros import lazy_zeros
-from qlora_jax.inference.engine.choose import Choice, log_probabilities
-from qlora_jax.inference.engine.page_pool import groups_of, most_pages
+from qlora_jax.inference.engine.kv_page_pool import groups_of, most_pages
+from qlora_jax.inference.engine.token_sampler import Choice, log_probabilities
 from qlora_jax.inference.mesh_inference import cache_specs, row_shapes, row_shards, run_on_mesh
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM

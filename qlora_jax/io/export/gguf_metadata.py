@@ -21,13 +21,13 @@ from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, ty
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.tensor_map import slots_of, tensor_shapes
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.merge_into import file_matrices
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import text_config, text_only, text_only_name
+from qlora_jax.untrusted_json import JsonObject
 
 WINDOW = "attention.sliding_window"
 WINDOW_UNUSED = {"phi3"}  # llama.cpp reads the window but ignores it: every token attends to all before it

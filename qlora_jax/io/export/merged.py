@@ -51,7 +51,6 @@ from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import Slot, slots_of, with_tables
 from qlora_jax.measures.metrics import RowScores
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.merge_into import block_weights
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -61,6 +60,7 @@ from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import merged_tables
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import JsonObject
 
 # Merged models with a sequence head: transformers' classes for sequence classification.
 #

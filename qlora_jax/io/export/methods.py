@@ -2,9 +2,9 @@
 
 from qlora_jax.config.methods import METHODS
 from qlora_jax.config.objectives import OBJECTIVES
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families.multimodal import WRAPPERS
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import JsonObject
 
 GGUF_FORMS = ("gguf-lora", "gguf")
 PREDICT = "Use the run itself: qlora-jax predict --run RUN"

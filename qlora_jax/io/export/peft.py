@@ -22,9 +22,9 @@ from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.run_folder.checkpoint import Run
 from qlora_jax.io.tensor_map import slots_of, with_tables
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
+from qlora_jax.untrusted_json import JsonObject
 
 # Notes for users of vLLM and llama.cpp, which read PEFT's adapters but not all of their features.
 #

@@ -23,8 +23,8 @@ from qlora_jax.io.gguf.architectures import (
     Variant,
 )
 from qlora_jax.io.gguf.header import Metadata
-from qlora_jax.metadata import Count, JsonObject, Kind, check_value, find_problems, shorten
 from qlora_jax.models.families.attributes import LIMITS
+from qlora_jax.untrusted_json import Count, JsonObject, Kind, check_value, find_problems, shorten
 
 ROPE_FACTOR_KEYS = ("rope.scaling.factor", "rope.scale_linear")  # the second in old files; 0 means unset
 # LongRoPE's, and yarn's in files of OLMo 3 from 2025; yarn's in later files.

@@ -12,11 +12,11 @@ import numpy as np
 
 from qlora_jax.io.gguf.architectures import DEEPSTACK, LONGROPE_FACTORS, PATTERN, ROPE_FACTORS, SECTIONS, Architecture
 from qlora_jax.io.gguf.config_reader import F32, FLOATS, YARN_ATTENTION_FACTOR, llama3_factors, yarn_attention_factor
-from qlora_jax.metadata import JsonObject, check_value
 from qlora_jax.models.config import ExpertsConfig, ModelConfig, config_differences
 from qlora_jax.models.families.mrope import sections_of
 from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.nn.rope import SCALINGS, Rope
+from qlora_jax.untrusted_json import JsonObject, check_value
 
 # transformers' default of the layers of Qwen3-VL's vision tower whose features the first layers of the text half add.
 DEEPSTACK_LAYERS = (8, 16, 24)

@@ -24,8 +24,8 @@ from qlora_jax.io.gguf.expert_stacks import split_experts
 from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer import tokenizer_from_metadata
 from qlora_jax.io.loading.draft_layers import split_drafts, without_drafts
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, aligned_empty, map_bytes
+from qlora_jax.untrusted_json import JsonObject
 
 # Types of plain numbers, and types in blocks, which the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

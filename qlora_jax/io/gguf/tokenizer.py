@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.data.tokenizer.from_gguf import (
+from qlora_jax.data.tokenizer.gguf_tokenizer import (
     BYTE,
     CONTROL,
     KNOWN_PRE,
@@ -18,8 +18,8 @@ from qlora_jax.data.tokenizer.from_gguf import (
 )
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf.header import Metadata
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import TokenizerData
+from qlora_jax.untrusted_json import JsonObject
 
 PREFIX = "tokenizer.ggml."
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id")

@@ -30,8 +30,8 @@ from qlora_jax.io.gguf.header import TensorInfo, parse_header
 from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of, weights_of
 from qlora_jax.io.read_back import StoredTensor, TensorDigest, check_read_back
 from qlora_jax.io.rounding import check_range
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import map_bytes
+from qlora_jax.untrusted_json import JsonObject
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 TYPES = {

@@ -19,8 +19,8 @@ from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.metadata import MAX_BYTES, Count, decode_json
 from qlora_jax.model_source import ByteRange, TensorEntry
+from qlora_jax.untrusted_json import MAX_BYTES, Count, decode_json
 
 STATE = re.compile(r"(?P<name>.+)\.quant_state\.bitsandbytes__(?P<quant_type>nf4|fp4)")
 CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

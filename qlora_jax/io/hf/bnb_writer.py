@@ -10,8 +10,8 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from qlora_jax.io.hf.model_writer import CodesForm, TensorSpec
 from qlora_jax.io.loading.loader import read_quantized
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import WeightFormat
+from qlora_jax.untrusted_json import JsonObject
 
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 STATE_BYTES = 512  # size of a quant_state: spaces pad its JSON, because the header is written first

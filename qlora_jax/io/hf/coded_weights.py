@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.metadata import check_value, shorten
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.tensor_names import MAX_LINES, lines_by_layer
+from qlora_jax.untrusted_json import check_value, shorten
 
 GIVE_16_BITS = "Give the folder of the 16-bit model that these weights were made from: loading quantizes it"
 CODE_TYPES = ("U8", "F8_E4M3")  # types of a tensor `weight` that has codes

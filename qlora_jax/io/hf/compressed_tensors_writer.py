@@ -20,10 +20,10 @@ from pallas_kernels.formats.ggml_blocks import (
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
 from qlora_jax.io.hf.model_writer import CodesForm, TensorSpec
 from qlora_jax.io.loading.loader import read_finite
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource, TensorEntry
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.quant.nvfp4 import E4M3, Nvfp4, quantize_nvfp4
+from qlora_jax.untrusted_json import JsonObject
 
 BYTES, BF16 = np.dtype(np.uint8), np.dtype(ml_dtypes.bfloat16)
 _NVFP4: JsonObject = {

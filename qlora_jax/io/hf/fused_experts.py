@@ -16,11 +16,11 @@ import numpy as np
 
 from qlora_jax.io.hf import gpt_oss_experts
 from qlora_jax.io.hf.gpt_oss_experts import ExpertRows, transposed_matrix
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ByteRange, TensorEntry
 from qlora_jax.models.config import FUSED_PROJECTIONS
 from qlora_jax.models.families.attributes import expert_count
 from qlora_jax.models.families.multimodal import text_config
+from qlora_jax.untrusted_json import JsonObject
 
 # model_type -> (part of a name in files, the same part in transformers' class).
 RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {

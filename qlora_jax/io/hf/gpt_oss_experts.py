@@ -19,10 +19,10 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from pallas_kernels.formats.ggml_tensor import GgmlTensor
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ByteRange, TensorEntry
 from qlora_jax.models.config import FUSED_PROJECTIONS
 from qlora_jax.models.families.multimodal import text_config
+from qlora_jax.untrusted_json import JsonObject
 
 MODEL_TYPE = "gpt_oss"
 FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)\.(?P<part>gate_up_proj|down_proj)(?P<kind>|_bias|_blocks|_scales)")

@@ -27,11 +27,11 @@ from qlora_jax.io.hf.tokenizer import GENERATION_CONFIG, PROCESSOR_FILES, TOKENI
 from qlora_jax.io.read_back import StoredTensor, check_read_back
 from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Slot
-from qlora_jax.metadata import JsonObject, read_json
 from qlora_jax.model_source import ModelSource, MultimodalParts, TensorEntry, map_bytes
 from qlora_jax.models.config import FUSED_PROJECTIONS, WeightFormat
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, text_config
 from qlora_jax.nn.frozen_weight import Part, dense_weight, ops_of
+from qlora_jax.untrusted_json import JsonObject, read_json
 
 TYPES = DTYPES | CODE_TYPES
 FILE_TYPES = {dtype: file_type for file_type, dtype in TYPES.items()}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import MultimodalParts, TensorEntry
 from qlora_jax.models.families.multimodal import (
     ALONE,
@@ -23,6 +22,7 @@ from qlora_jax.models.families.multimodal import (
     ties_without_head,
     wrapper_of,
 )
+from qlora_jax.untrusted_json import JsonObject
 
 # (beginning of a name in files, the same in transformers' class).
 OLDER_NAMES = (

@@ -29,7 +29,6 @@ from qlora_jax.io.loading.loader import Progress, check_stored_quantization
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Slot, check_tensors, slots_of
-from qlora_jax.metadata import JsonObject
 from qlora_jax.model_source import ModelSource, prefetch
 from qlora_jax.models.config import INT4, MXFP4, NVFP4, ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -37,6 +36,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
 from qlora_jax.models.precision import check_whole_blocks
 from qlora_jax.models.tensor_names import layer_name
+from qlora_jax.untrusted_json import JsonObject
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 FORMS = dict.fromkeys(CODE_TABLES, BITSANDBYTES) | {  # by WeightFormat.quant_type

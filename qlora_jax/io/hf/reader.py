@@ -24,9 +24,9 @@ from qlora_jax.io.hf.modelopt_reader import MODELOPT
 from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loading.draft_layers import draft_layers, split_drafts, without_drafts
-from qlora_jax.metadata import JsonObject, MetadataError, Offset, check_value, decode_json, read_json, shorten
 from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
 from qlora_jax.models.families import model_config
+from qlora_jax.untrusted_json import JsonObject, MetadataError, Offset, check_value, decode_json, read_json, shorten
 
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}  # U8: codes of quantized weights

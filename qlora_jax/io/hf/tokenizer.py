@@ -7,7 +7,8 @@ from typing import Annotated, TypedDict
 from pydantic import FailFast, Field
 
 from qlora_jax.data.tokenizer.validation import check_tokenizer
-from qlora_jax.metadata import (
+from qlora_jax.model_source import TokenizerData
+from qlora_jax.untrusted_json import (
     MetadataError,
     check_value,
     decode_json,
@@ -17,7 +18,6 @@ from qlora_jax.metadata import (
     read_text,
     shorten,
 )
-from qlora_jax.model_source import TokenizerData
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 # Files that describe a tokenizer and how replies end; those of multimodal models that describe their images.

@@ -6,7 +6,7 @@ transformers leaves them out, too.
 import re
 from collections.abc import Mapping
 
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 ANNOUNCED = "num_nextn_predict_layers"  # the attribute of a config that has their number
 MODEL_TYPES = ("glm4_moe",)

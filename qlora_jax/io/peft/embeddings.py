@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from qlora_jax.config.methods import LORA, METHODS
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.peft_form import PREFIX, PeftKeys
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays, is_table
+from qlora_jax.untrusted_json import JsonObject
 
 DELTA = "token_adapter.trainable_tokens_delta"  # PEFT's name of trained rows, although they are the rows themselves
 PEFT_NAMES = {"rows": DELTA, "weight": "weight"}

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.io.head_file import read_head
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.peft_form import PREFIX, PeftKeys
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import JsonObject
 
 SEQ_CLS, FEATURES = "SEQ_CLS", "FEATURE_EXTRACTION"  # task types of PEFT
 MATRIX = f"{PREFIX}{SCORE}.weight"

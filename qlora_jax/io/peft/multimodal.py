@@ -5,11 +5,11 @@ import re
 from collections.abc import Sequence
 
 from qlora_jax.io.hf.multimodal import module_name
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.peft_form import PREFIX, PeftForm
 from qlora_jax.model_source import TensorEntry
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.multimodal import OTHER_MODULES, WRAPPED, is_text_half
+from qlora_jax.untrusted_json import JsonObject
 
 
 def text_half_only(config: JsonObject, form: PeftForm, model: ModelConfig) -> JsonObject:

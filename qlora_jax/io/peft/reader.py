@@ -18,11 +18,11 @@ from qlora_jax.io.hf.reader import read_header
 from qlora_jax.io.peft.embeddings import read_tables, setting_problems
 from qlora_jax.io.peft.head_adapters import head_modules, named_as_causal, read_score, without_lm_head
 from qlora_jax.io.peft.multimodal import with_current_names
-from qlora_jax.metadata import read_json, shorten, shorten_key
 from qlora_jax.methods.method import form_of
 from qlora_jax.methods.peft_form import CONFIG, NO_ARRAYS, WEIGHTS, PeftFile, PeftKeys
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import read_json, shorten, shorten_key
 
 PICKLE = "adapter_model.bin"
 # Settings of every method that do not change the computation; the tensors show which modules are targets.

@@ -2,9 +2,9 @@
 
 from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.io.head_file import Padding
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.method import form_of
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import JsonObject
 
 README = """\
 ---

@@ -12,12 +12,12 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.io.head_file import Padding, write_head
 from qlora_jax.io.peft.multimodal import text_half_only
 from qlora_jax.io.peft.readme import readme
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.method import method_of
 from qlora_jax.methods.peft_form import CONFIG, NO_ARRAYS, WEIGHTS, TrainedAdapter
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import AdapterArrays
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import JsonObject
 
 
 def in_peft_format(

@@ -53,9 +53,9 @@ from qlora_jax.io.run_folder.checkpoint_reader import (
 from qlora_jax.io.run_folder.run_lock import CONFIG_FILE, RunLock
 from qlora_jax.io.run_folder.start_parameters import STATE_KEY, read_start
 from qlora_jax.line_digests import warn_without_digests
-from qlora_jax.metadata import JsonObject
 from qlora_jax.methods.peft_form import NO_ARRAYS
 from qlora_jax.objectives.head_objective import TrainedHead
+from qlora_jax.untrusted_json import JsonObject
 
 CHECKPOINT_FOLDER = "checkpoints"
 REMOVED = "removed"  # in the folder of checkpoints; an old one moves there at once, and is deleted file by file

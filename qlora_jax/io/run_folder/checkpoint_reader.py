@@ -20,7 +20,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.line_digests import LinesDigest
-from qlora_jax.metadata import JsonObject, MetadataError, check_value, read_json
+from qlora_jax.untrusted_json import JsonObject, MetadataError, check_value, read_json
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp

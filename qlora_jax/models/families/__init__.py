@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TypedDict
 
-from qlora_jax.metadata import check_value, shorten
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import (
     cohere2,
@@ -35,6 +34,7 @@ from qlora_jax.models.families import (
 from qlora_jax.models.families.attributes import COUNTS
 from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
 from qlora_jax.models.families.unsupported import REASONS
+from qlora_jax.untrusted_json import check_value, shorten
 
 MODULES = (
     *(llama, mistral, ministral3, qwen2, qwen3, smollm3, olmo2, olmo3, gemma, phi3, phi, gpt_neox),

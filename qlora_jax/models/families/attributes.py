@@ -6,9 +6,9 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field
 
-from qlora_jax.metadata import JsonObject, Kind, find_problems, shorten, shorten_key
 from qlora_jax.models.config import MAX_EXPERTS, ExpertsConfig
 from qlora_jax.nn.router import BEST_OF_GROUP
+from qlora_jax.untrusted_json import JsonObject, Kind, find_problems, shorten, shorten_key
 
 MAX_NUMBER = 1e30  # f32 holds it, and its product with a size
 type Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.rope_config import rope_from_hf
 from qlora_jax.nn.rope import Rope
+from qlora_jax.untrusted_json import JsonObject
 
 MODEL_TYPES = ("llama",)
 

@@ -8,8 +8,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from qlora_jax.metadata import MetadataError, shorten
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.untrusted_json import MetadataError, shorten
 
 TEXT_CONFIG, TIED = "text_config", "tie_word_embeddings"
 ALONE, WRAPPED = "model", "model.language_model"  # names of the decoder's module

@@ -6,10 +6,10 @@ from typing import Annotated, TypedDict
 
 from pydantic import FailFast, Field
 
-from qlora_jax.metadata import JsonObject, shorten, shorten_key
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import MAX_NUMBER, Attributes, NotNegative, Positive
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, Rope, RopeScaling
+from qlora_jax.untrusted_json import JsonObject, shorten, shorten_key
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LONGROPE = ("longrope", "su", "yarn")  # its name, and older names in Phi-3 configs

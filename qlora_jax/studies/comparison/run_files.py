@@ -17,7 +17,7 @@ from typing import Literal, TypedDict
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.line_digests import warn_without_digests, with_digest, without_digest
-from qlora_jax.metadata import decode_json, read_json, read_text
+from qlora_jax.untrusted_json import decode_json, read_json, read_text
 
 SETTINGS_FILE, JOB_FILE, RUN_FOLDER, LOG_FILE = "settings.yaml", "job.json", "run", "log.txt"
 FAILURE_FILE, OUTCOME_FILE = "failure.txt", "outcome.json"

@@ -16,8 +16,8 @@ from qlora_jax.data.readers.files import Row, content_digest, stream_rows
 from qlora_jax.evaluation.registry import TASKS
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 from qlora_jax.evaluation.task import MEASURES, Better, measures_of
-from qlora_jax.metadata import JsonObject
 from qlora_jax.studies.comparison.settings import Settings, StudySettings, TaskSettings
+from qlora_jax.untrusted_json import JsonObject
 
 
 def shared_row_problems(task: TaskSettings, training: Sequence[str]) -> list[str]:

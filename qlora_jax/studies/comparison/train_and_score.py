@@ -15,7 +15,6 @@ from typing import TypedDict
 from qlora_jax.atomic_files import write_text
 from qlora_jax.config.command_line import SIGNALLED
 from qlora_jax.io.run_folder.run_lock import lock_run
-from qlora_jax.metadata import read_json
 from qlora_jax.studies.comparison.run_files import (
     FAILURE_FILE,
     LOG_FILE,
@@ -29,6 +28,7 @@ from qlora_jax.studies.comparison.run_files import (
     write_outcome,
 )
 from qlora_jax.training.metrics.metrics_file import Record, read_metrics
+from qlora_jax.untrusted_json import read_json
 
 TRAINED_FILE, SCORES_FILE, CACHE_FOLDER = "trained", "scores.json", "scored"
 POLL_SECONDS = 0.1

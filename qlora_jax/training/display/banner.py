@@ -9,11 +9,11 @@ import jax
 
 from pallas_kernels.attention.dispatch import choose as choose_attention
 from pallas_kernels.devices import target_device
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.formats.ggml_blocks import NVFP4_GROUP
 from pallas_kernels.grouped_matmul import api as grouped_api
 from pallas_kernels.grouped_matmul.groups import choose_tile
 from pallas_kernels.native.library import variant
-from pallas_kernels.nf4_matmul.dispatch import Choice
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.methods import MERGED_FOLDERS, METHODS, uses
 from qlora_jax.config.objectives import OBJECTIVES
@@ -22,7 +22,6 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.io.export.methods import head_refusal, refusal
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.config import DENSE, NVFP4, STORED, ModelConfig
 from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import Lora, is_table, module_of
@@ -35,6 +34,7 @@ from qlora_jax.terminal.visible import without_passwords
 from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.session import Session
+from qlora_jax.untrusted_json import JsonObject
 
 Rows = dict[str, str]
 SHORT_RUN = 10  # steps; in a longer run, the first step of a warm-up is less than a tenth

@@ -17,7 +17,6 @@ from typing import Literal, TypedDict
 from qlora_jax.config import Config, ConfigError, read_config
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.io.run_folder.run_lock import CONFIG_FILE, LOCK_FILE, read_holder
-from qlora_jax.metadata import MetadataError, read_json, read_text
 from qlora_jax.terminal.visible import visible, without_passwords
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics.metrics_file import (
@@ -32,6 +31,7 @@ from qlora_jax.training.metrics.record_summaries import LOSS, Sample, before_and
 from qlora_jax.training.report.curves import Chart, charts, loss_chart, thinned, warm
 from qlora_jax.training.report.plot import loss_label
 from qlora_jax.training.report.tiles import result_tiles
+from qlora_jax.untrusted_json import MetadataError, read_json, read_text
 
 State = Literal["waiting", "starting", "training", "stopped", "finished", "not a run"]
 

@@ -17,9 +17,9 @@ import xxhash
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from qlora_jax.atomic_files import append_lines, write_bytes
-from qlora_jax.hosts.messages import ranges
+from qlora_jax.hosts.rank_text import ranges
 from qlora_jax.line_digests import LinesDigest, warn_without_digests, with_digest, without_digest
-from qlora_jax.metadata import JsonObject, MetadataError, decode_json, find_problems
+from qlora_jax.untrusted_json import JsonObject, MetadataError, decode_json, find_problems
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"  # in a run's folder, with its report:
 PAGE_FILE, JSON_FILE = "report.html", "report.json"

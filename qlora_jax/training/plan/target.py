@@ -12,12 +12,12 @@ from qlora_jax.io.hf.hub import fetch_config, hub_name_of
 from qlora_jax.io.hf.reader import read_config
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.open_model import open_model
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.catalog import PUBLISHED, nearest
 from qlora_jax.models.config import DENSE, STORED, ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.optimizer_state import physical_memory
+from qlora_jax.untrusted_json import JsonObject
 
 CPU = "cpu"
 

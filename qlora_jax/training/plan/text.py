@@ -13,7 +13,7 @@ from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan, make_plan
 from qlora_jax.training.plan.records import KINDS, STATE, Requirements, RunPlan
 from qlora_jax.training.plan.reference_pass import PlannedReference
 from qlora_jax.training.plan.requirements import compile_here
-from qlora_jax.training.plan.roofs import StepRoofs
+from qlora_jax.training.plan.roofline import StepRoofs
 from qlora_jax.training.step_spec import StepSpec
 
 GIB = 2**30

@@ -18,17 +18,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_matmul import dot
 from pallas_kernels.devices import Device, target_device
+from pallas_kernels.dispatch import DIRECTIONS, Direction, preference
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.costs import product_flops, roofline, weight_bytes
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Direction, preference
 from pallas_kernels.nf4_matmul.mosaic import ampere, ampere_instructions, hopper, skinny, skinny_instructions
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.synthetic_weights import synthetic_like
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 
 LAYOUT = "split_k"
 TARGET_S = 2e-3  # minimum duration of a program, which decides how many products it has

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 from scripts.bench.profile.parts import DIRECTIONS
 
 Row = JsonObject

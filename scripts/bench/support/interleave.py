@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.metadata import JsonObject
+from qlora_jax.untrusted_json import JsonObject
 from scripts.bench.support.progress import phase
 
 Record = JsonObject  # one measurement of a benchmark

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from qlora_jax.data.tokenizer import validation
-from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE
+from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.data.tokenizer.validation import check_tokenizer, table_of, table_problems
 from tests.data.tokenizer.hostile_tokenizers import PUBLISHED, REFUSED, TABLE, TRIED, Parts, precompiled, split

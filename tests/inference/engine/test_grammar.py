@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from qlora_jax.inference.engine.choose import Row, choose, row_settings, row_state
 from qlora_jax.inference.engine.grammar import MOST_CHARACTERS, Grammar, GrammarCompiler, GrammarKind, Matcher
+from qlora_jax.inference.engine.token_sampler import Row, choose, row_settings, row_state
 from tests.inference.engine.random_schemas import random_schema
 from tests.io.tiny_tokenizers import byte_level, gemma, sentencepiece, sentencepiece_metadata
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata
-from qlora_jax.metadata import JsonObject
 from qlora_jax.models.families import model_config
+from qlora_jax.untrusted_json import JsonObject
 
 SIZES = {
     "block_count": 4,

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.dispatch import DIRECTIONS
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.kernel_report import abstract_weight, device_of_card
 from pallas_kernels.nf4_matmul import nf4_matmul
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS
 from pallas_kernels.nf4_matmul.mosaic import ampere
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import TmaMachine
 from pallas_kernels.nf4_matmul.shapes import SHAPES

@@ -14,8 +14,8 @@ from pallas_kernels.attention import api, mma
 from pallas_kernels.attention import cpu as attention_cpu
 from pallas_kernels.attention.bounds import BLOCKS
 from pallas_kernels.attention.mosaic.instructions import Interpreted, InterpretedWgmma
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.native import build, library
-from pallas_kernels.nf4_matmul.dispatch import Choice
 
 NATIVE = build.supported_variants() if library.problem() is None else ()
 TILES = "tiles"

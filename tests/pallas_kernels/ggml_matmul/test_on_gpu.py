@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.devices import target_device
+from pallas_kernels.dispatch import DIRECTIONS, refusal
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
 from pallas_kernels.ggml_matmul import ggml_matmul
 from pallas_kernels.ggml_matmul.api import IMPLEMENTATIONS, call_of
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, refusal
 from tests.ggml_codes import dequantized, in_split_k, random_ggml
 from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 

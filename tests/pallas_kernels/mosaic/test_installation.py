@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from pallas_kernels.devices import Device
+from pallas_kernels.dispatch import Call
 from pallas_kernels.mosaic import installation
 from pallas_kernels.nf4_matmul import api
-from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.models import precision
 from qlora_jax.training.display import banner
 from qlora_jax.training.run import train

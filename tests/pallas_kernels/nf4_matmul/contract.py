@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.devices import target_device
+from pallas_kernels.dispatch import Call, refusal
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
-from pallas_kernels.nf4_matmul.dispatch import Call, refusal
 from qlora_jax.quant import quantize_numpy
 from tests.pallas_kernels.nf4_matmul.tolerances import FUSED, UNFUSED, relative_error, tolerance
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.devices import target_device
+from pallas_kernels.dispatch import Call
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.frozen_product import FAST
 from pallas_kernels.native import build, library
 from pallas_kernels.nf4_matmul import cpu, nf4_matmul
 from pallas_kernels.nf4_matmul.api import choose_implementation
-from pallas_kernels.nf4_matmul.dispatch import Call
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
 needs_handlers = pytest.mark.skipif(bool(library.problem()), reason=f"implementation cpu {library.problem()}")

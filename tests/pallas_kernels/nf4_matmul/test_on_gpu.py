@@ -14,10 +14,10 @@ import pytest
 
 from pallas_kernels.dense_matmul import dot
 from pallas_kernels.devices import target_device
+from pallas_kernels.dispatch import DIRECTIONS, Call, refusal
 from pallas_kernels.formats.dequantize import dequantize, dequantize_numpy
 from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, refusal
 from pallas_kernels.nf4_matmul.shapes import SHAPES
 from pallas_kernels.synthetic_weights import synthetic_like
 from tests.pallas_kernels.nf4_matmul import contract as contract

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import frozen_product
+from pallas_kernels.dispatch import Capabilities, Implementation
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
-from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
 LAYERS = 3

@@ -10,7 +10,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.sharding import absent_mesh
 from qlora_jax.training.cost.traffic import Traffic
-from qlora_jax.training.plan.roofs import ADAPTERS, ATTENTION, FROZEN, HEAD_AND_LOSS, REST, activation_traffic
+from qlora_jax.training.plan.roofline import ADAPTERS, ATTENTION, FROZEN, HEAD_AND_LOSS, REST, activation_traffic
 from qlora_jax.training.step_spec import StepSpec
 from tests.training.cost.step_cases import LAYERS, LIKE_PHI, MODEL
 

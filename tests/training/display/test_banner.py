@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Capabilities, Choice, Implementation
 from pallas_kernels.native.library import variant
-from pallas_kernels.nf4_matmul import api, dispatch, reference
-from pallas_kernels.nf4_matmul.dispatch import Capabilities, Choice, Implementation
+from pallas_kernels.nf4_matmul import api, reference
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.config.schema import RouterArgs
 from qlora_jax.models.families import model_config

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.config.parse import from_dict
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.plan.mesh_search import plan_title, planned_rows, step_configs
+from qlora_jax.training.plan.run_plan import plan_title, planned_rows, step_configs
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.step_spec import StepSpec

@@ -15,13 +15,13 @@ from qlora_jax.models.families import model_config
 from qlora_jax.sharding import absent_mesh
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.memory_use import activation_bytes
-from qlora_jax.training.plan import mesh_search
-from qlora_jax.training.plan.mesh_search import larger_meshes, planned_rows, step_configs, usable_meshes
+from qlora_jax.training.plan import run_plan
 from qlora_jax.training.plan.plan import first_fitting, fits, make_plan
 from qlora_jax.training.plan.requirements import (
     Temporaries,
     estimated_requirements,
 )
+from qlora_jax.training.plan.run_plan import larger_meshes, planned_rows, step_configs, usable_meshes
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.plan.text import as_json, verdict
@@ -127,7 +127,7 @@ def plan_of(folder, capsys, *given: str) -> dict:
 
 
 def test_the_command_plans_one_devices_share(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mesh_search, "compiler_for", lambda target: (None, None))
+    monkeypatch.setattr(run_plan, "compiler_for", lambda target: (None, None))
     given = ["--card", "cpu", "--train.micro_batch_size", "4"]
     one, two = (plan_of(tmp_path, capsys, *given, *mesh) for mesh in ([], ["--mesh.fsdp", "2"]))
     assert "mesh" not in one["asked"] and two["asked"]["mesh"] == {"data": 1, "fsdp": 2}

@@ -17,13 +17,13 @@ from typing import Literal, TypedDict
 from markupsafe import Markup
 
 from qlora_jax.atomic_files import write_text
-from qlora_jax.metadata import read_json
 from qlora_jax.page_template import package_text, page_template, script_source
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.tournament.judges.judge import Judgement, Record, Verdict
 from qlora_jax.studies.tournament.matches import Match, Transcripts, unordered
 from qlora_jax.studies.tournament.settings import PersonArgs
 from qlora_jax.terminal.visible import visible
+from qlora_jax.untrusted_json import read_json
 
 # Characters that could end a script element, or a line of it.
 _ESCAPED = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}

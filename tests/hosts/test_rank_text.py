@@ -1,7 +1,7 @@
 """Texts about processes."""
 
 from qlora_jax.hosts.group import Group
-from qlora_jax.hosts.messages import grouped, ranges
+from qlora_jax.hosts.rank_text import grouped, ranges
 from qlora_jax.hosts.watchdog import stuck_text
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.mlp import ACTIVATIONS, ClampedSwiglu, apply_activation, gated_activation
+from qlora_jax.nn.activations import ACTIVATIONS, ClampedSwiglu, apply_activation, gated_activation
 from tests.nn.gradients import check_vjp, random_array
 
 PLAIN_ACTIVATIONS = {

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_jax.inference.engine.choose import Row, RowState, adjusted, choose, kept_tokens, row_settings, row_state
+from qlora_jax.inference.engine.token_sampler import (
+    Row,
+    RowState,
+    adjusted,
+    choose,
+    kept_tokens,
+    row_settings,
+    row_state,
+)
 from qlora_jax.inference.sampling import GREEDY, Sampling
 from tests.marks import EXHAUSTIVE
 

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.config.objectives import ValueKind
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.labels import find_labels, value_reader
+from qlora_jax.data.class_labels import find_labels, value_reader
 from tests.data.loading import load
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_jax.data.kl_pairs import PairedRows, kl_shift, pair_rows, wrapped_ranges
+from qlora_jax.data.kto_pairs import PairedRows, kl_shift, pair_rows, wrapped_ranges
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import TokenRows, token_rows

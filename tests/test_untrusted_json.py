@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, with_config
 
-from qlora_jax.metadata import MAX_DEPTH, Count, MetadataError, decode_json, find_problems, read_json
+from qlora_jax.untrusted_json import MAX_DEPTH, Count, MetadataError, decode_json, find_problems, read_json
 
 
 class Scaling(TypedDict):

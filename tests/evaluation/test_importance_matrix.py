@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.evaluation import batches
-from qlora_jax.evaluation.input_squares import mean_squares
+from qlora_jax.evaluation.importance_matrix import mean_squares
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.llama_quantizer import quantize_file
 from qlora_jax.io.gguf.reader import stored_names

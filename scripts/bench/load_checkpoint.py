@@ -1,6 +1,6 @@
 """Measures loading of a large sharded checkpoint, compared with reading and quantizing, and its memory.
 
-    python -m scripts.bench.load [--model llama-7b] [--layers N] [--folder PLACE] [--blocks 3]
+    python -m scripts.bench.load_checkpoint [--model llama-7b] [--layers N] [--folder PLACE] [--blocks 3]
 
 The checkpoint has the shapes of a published model in bf16 with random weights, in shards of 5 GB, and is removed at the
 end. Each block measures three jobs, each in a separate process with the files dropped from the system's cache: reading
@@ -132,7 +132,7 @@ def load(folder: Path) -> dict[str, float]:
 def run_in_process(work: str, folder: Path) -> dict[str, float]:
     """Returns the result of one job of WORK, run in a new process with the files dropped from the cache."""
     drop_from_cache(folder)
-    command = [sys.executable, "-m", "scripts.bench.load", "--work", work, "--folder", str(folder)]
+    command = [sys.executable, "-m", "scripts.bench.load_checkpoint", "--work", work, "--folder", str(folder)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 

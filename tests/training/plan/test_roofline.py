@@ -17,8 +17,8 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.sharding import absent_mesh
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.flops import flops
-from qlora_jax.training.plan import mesh_search, roofs, text
-from qlora_jax.training.plan.roofs import ADAPTERS, ATTENTION, FROZEN, HEAD_AND_LOSS, OPTIMIZER, PARTS, step_roofs
+from qlora_jax.training.plan import roofline, run_plan, text
+from qlora_jax.training.plan.roofline import ADAPTERS, ATTENTION, FROZEN, HEAD_AND_LOSS, OPTIMIZER, PARTS, step_roofs
 from qlora_jax.training.step_spec import StepSpec
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
@@ -50,7 +50,7 @@ OTHERS = [
 def test_parts_have_all_flop_of_the_formulas(case):
     """The formulas equal compiled steps (tests/training/cost/test_flops.py)."""
     sizes = setting_of(case).sizes
-    found, every = roofs.part_flops(sizes), flops(sizes)
+    found, every = roofline.part_flops(sizes), flops(sizes)
     assert found.total() == sum(every.values()) and set(found) <= set(PARTS)
     assert found[ATTENTION] == sum(flop for name, flop in every.items() if name.startswith("attention"))
     assert found[HEAD_AND_LOSS] >= every["head forward"] + every["head backward"] > 0
@@ -81,7 +81,7 @@ def test_each_product_reads_its_codes_and_constants(remat, card, rows, fused):
         stored = weight_bytes((n, k), "split_k")
         through = 2 * n * (k // 64) if fused else 2 * n * k
         expected += products_per_weight(sizes)[name] * (stored.codes + stored.constants + 2 * through)
-    assert roofs.frozen_weight_bytes(sizes, device_of_card(card)[0]) == expected
+    assert roofline.frozen_weight_bytes(sizes, device_of_card(card)[0]) == expected
 
 
 def test_a_card_without_fused_kernels_dequantizes_every_weight():
@@ -90,7 +90,7 @@ def test_a_card_without_fused_kernels_dequantizes_every_weight():
         count * sum(dataclasses.astuple(weight_bytes(dict(sizes.shapes())[name], "split_k")))
         for name, count in products_per_weight(sizes).items()
     )
-    found = roofs.frozen_weight_bytes(sizes, device_of_card("t4")[0])
+    found = roofline.frozen_weight_bytes(sizes, device_of_card("t4")[0])
     assert 3 * found == 3 * stored + memory_use.dequantized_traffic(sizes)
 
 
@@ -101,14 +101,14 @@ def test_every_expert_is_read_in_every_product():
         experts = sizes.experts.count if name.startswith("mlp.experts.") else 1
         stored = sum(dataclasses.astuple(weight_bytes((n, k), "split_k")))
         expected += 2 * LAYERS * experts * (stored + 2 * 2 * n * 2 * math.ceil(k / 128))
-    assert roofs.frozen_weight_bytes(sizes, device_of_card("a100")[0]) == expected
+    assert roofline.frozen_weight_bytes(sizes, device_of_card("a100")[0]) == expected
 
 
 def test_the_head_reads_its_table_once():
     model = real("llama-3-8b", (1, 1, 512)).model
-    assert roofs.head_weight_bytes(toy().sizes) == 2 * MODEL.vocab_size * MODEL.embed_dim
+    assert roofline.head_weight_bytes(toy().sizes) == 2 * MODEL.vocab_size * MODEL.embed_dim
     tied = dataclasses.replace(model, tie_embeddings=True)
-    assert roofs.head_weight_bytes(real("llama-3-8b", (1, 1, 512), model=tied).sizes) == 2 * 128256 * 4096
+    assert roofline.head_weight_bytes(real("llama-3-8b", (1, 1, 512), model=tied).sizes) == 2 * 128256 * 4096
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_32bit", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
@@ -116,7 +116,7 @@ def test_the_optimizer_reads_and_writes_what_the_compiled_update_does(optimizer)
     setting = toy(weights=WeightFormat(), optim=OptimArgs(name=optimizer))
     program = setting.update()
     memory = program.function.lower(*program.args, **program.kwargs).compile(TO_READ).memory_analysis()
-    found = roofs.part_bytes(setting, H100)[OPTIMIZER]
+    found = roofline.part_bytes(setting, H100)[OPTIMIZER]
     results = len(jax.tree.leaves((program.args[1], program.args[2])))
     compiled = memory.argument_size_in_bytes + memory.output_size_in_bytes - 8 * results  # XLA's table of results
     assert compiled == pytest.approx(found, abs=256)  # and the norm of the gradients
@@ -157,7 +157,7 @@ def test_a_compiled_step_moves_at_least_as_many_bytes(remat):
     setting = toy(weights=WeightFormat(), batch=(1, 3, 512), remat=remat)
     function, args, kwargs = setting.gradients()
     compiled = bytes_of_kernels(function.lower(*args, **kwargs).compile().as_text())
-    least = roofs.activation_traffic(setting).total()
+    least = roofline.activation_traffic(setting).total()
     assert least <= compiled <= 8 * least
 
 
@@ -192,7 +192,7 @@ def test_a_t4_multiplies_bfloat16_in_f32_and_float16_on_tensor_cores(dtype, peak
 
 @pytest.mark.slow
 def test_plan_says_why_there_are_no_roofs_of_float32(monkeypatch):
-    monkeypatch.setattr(mesh_search, "compiler_for", lambda target: (None, "left out"))
+    monkeypatch.setattr(run_plan, "compiler_for", lambda target: (None, "left out"))
     plan = make_plan("llama-3.2-1b", card="h100", config={"data.max_length": 64, "model.compute_dtype": "float32"})
     assert plan.roofs is None and "roofs" not in str(plan)
     assert "no tokens per second: the peak of float32 products depends on the use of TF32" in plan.notes
@@ -212,7 +212,7 @@ def test_every_method_and_family_has_roofs(case):
     setting = setting_of(case)
     found = step_roofs(setting, H100)
     assert set(found.parts) >= {ATTENTION, HEAD_AND_LOSS, OPTIMIZER}
-    adapted = {name for name, scope in roofs.scopes_of(setting.sizes).items() if scope == ADAPTERS}
+    adapted = {name for name, scope in roofline.scopes_of(setting.sizes).items() if scope == ADAPTERS}
     has_products = any(name.split()[0] in adapted and flop for name, flop in flops(setting.sizes).items())
     assert (ADAPTERS in found.parts) >= has_products
     assert (FROZEN in found.parts) == (setting.lora.method != "full")
@@ -222,7 +222,7 @@ def test_every_method_and_family_has_roofs(case):
 
 
 def test_plan_prints_the_parts_and_says_that_no_card_was_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(mesh_search, "compiler_for", lambda target: (None, "left out"))
+    monkeypatch.setattr(run_plan, "compiler_for", lambda target: (None, "left out"))
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
     plan = make_plan(str(tmp_path), card="rtx5090", config={"data.max_length": 64})
     printed = " ".join(str(plan).split())
@@ -236,7 +236,7 @@ def test_plan_prints_the_parts_and_says_that_no_card_was_measured(monkeypatch, t
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / found["seconds"])
     assert printed.count("bandwidth │") == len(PARTS) == len(found["parts"])
     assert {part["bound"] for part in found["parts"].values()} == {"bandwidth"}
-    monkeypatch.setitem(roofs.MEASURED_SHARES, "rtx5090", 0.5)
+    monkeypatch.setitem(roofline.MEASURED_SHARES, "rtx5090", 0.5)
     assert text.roofs_verdict(plan.roofs)[1] == (
         f"{plan.roofs.tokens_per_second / 2:,.0f} tokens per second at 50% of that speed, as measured on this card"
     )

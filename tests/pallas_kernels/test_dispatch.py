@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels import aot, devices
+from pallas_kernels import aot, devices, dispatch
 from pallas_kernels.devices import Device, device_of, target_device
+from pallas_kernels.dispatch import DIRECTIONS, Call, Capabilities, Implementation, choose, refusal
 from pallas_kernels.grouped_matmul import api as grouped
 from pallas_kernels.kernel_report import device_of_card
-from pallas_kernels.nf4_matmul import api, dispatch, nf4_matmul, reference
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Capabilities, Implementation, choose, refusal
+from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
 CPU = Device(platform="cpu", kind="cpu")

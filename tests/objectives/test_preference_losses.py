@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.objectives.margin_losses import MARGIN_LOSSES
+from qlora_jax.objectives.preference_losses import MARGIN_LOSSES
 
 MARGINS = np.array([-40.0, -3.0, -0.1, 0.0, 0.7, 5.0, 60.0], np.float32)
 BETA, SMOOTHING = 0.3, 0.2

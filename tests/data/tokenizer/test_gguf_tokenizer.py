@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE, SPACE, rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE, SPACE, rebuild
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.tokenizer.hard_texts import hard_texts
 from tests.io.tiny_tokenizers import sentencepiece_metadata
