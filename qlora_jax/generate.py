@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.inference.decode import Conversation, stream
     from qlora_jax.inference.fast_decoding import for_fast_decoding
     from qlora_jax.inference.replies import write_replies
-    from qlora_jax.inference.sampling import Sampling
+    from qlora_jax.inference.sampling_params import Sampling
     from qlora_jax.inference.terminal_chat import END_MESSAGES, chat, show_reply
     from qlora_jax.io.pretrained import open_pretrained
     from qlora_jax.terminal.console import Console

@@ -22,7 +22,7 @@ from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.prompts import prompter, stop_ids
 from qlora_jax.inference.result_cache import NO_CACHE
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.training.display.banner import next_commands

@@ -43,7 +43,7 @@ MUTATIONS = [
         "tests/nn/test_lora.py",
     ),
     Mutation(
-        "pallas_kernels/attention/tiling.py",
+        "pallas_kernels/attention/tile_mask.py",
         "return behind >= 0 if",
         "return behind > 0 if",
         "tests/pallas_kernels/attention/test_contract.py",

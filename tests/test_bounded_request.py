@@ -15,7 +15,7 @@ import pytest
 from qlora_jax import bounded_request
 from qlora_jax.bounded_request import ReplyTooLarge, send
 from qlora_jax.evaluation.lm_eval import preflight
-from qlora_jax.openai_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
+from qlora_jax.openai_client import Endpoint, RequestFailed, RequestTimedOut, complete
 
 SECONDS = 0.4
 WATCHDOG = 30.0  # a test fails if a request takes as long

@@ -12,7 +12,7 @@ from qlora_jax.evaluation.tasks.choices import choices_task, score_choices
 from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.evaluation.tasks.text import text_task
 from qlora_jax.inference.decode import generate
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.measures.statistics import mcnemar, paired_bootstrap, wilson_interval
 from qlora_jax.models.partition import partition

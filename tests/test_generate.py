@@ -13,7 +13,7 @@ from qlora_jax import evaluate, export, generate
 from qlora_jax.config import ConfigError
 from qlora_jax.inference import decode
 from qlora_jax.inference.prompts import stop_ids
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.models.partition import partition

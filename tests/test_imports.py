@@ -32,7 +32,7 @@ LAYERS = {
     "qlora_jax.sharding": 0,
     "qlora_jax.verifiers": 0,
     "qlora_jax.answer_text": 1,
-    "qlora_jax.openai_endpoint": 1,
+    "qlora_jax.openai_client": 1,
     "qlora_jax.page_template": 1,
     "qlora_jax.config": 1,
     "qlora_jax.hosts": 1,

@@ -9,7 +9,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import cpu, mma, reference
+from pallas_kernels.attention import cpu, gpu, reference
 from pallas_kernels.attention.bounds import BLOCKS, Bounds
 from pallas_kernels.attention.branching import Spans
 from pallas_kernels.attention.dispatch import IMPLEMENTATIONS, choose, choose_decoding
@@ -84,7 +84,7 @@ def shared_bounds(
     if name not in BLOCKS:
         return None
     texts = segments_BT if spans is None else spans
-    return mma.bounds_of(batch, length, texts, window, BLOCKS[name](head_dim, capped=softcap is not None))
+    return gpu.bounds_of(batch, length, texts, window, BLOCKS[name](head_dim, capped=softcap is not None))
 
 
 def _check(scale: float, window: int | jax.Array | None, softcap: float | None) -> None:
@@ -123,5 +123,5 @@ def paged_attention(
     device, scores = target_device(), ScoreScaling(scale, softcap)
     loops = cpu if cpu.unsupported_pages(device.platform, q_BTNH.dtype, pages) is None else reference
     if q_BTNH.shape[1] == 1 and choose_decoding(device, q_BTNH.dtype, q_BTNH.shape[3], pages.k.dtype).name == "mma":
-        loops = mma
+        loops = gpu
     return loops.paged_attention(q_BTNH, pages, layer, rows_BT, positions_BT, window, scores, sinks_N)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.attention.tiling import KeyTile, Tiling, hide
+from pallas_kernels.attention.tile_mask import KeyTile, Tiling, hide
 
 
 class Branching(NamedTuple):

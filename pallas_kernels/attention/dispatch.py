@@ -9,15 +9,15 @@ from collections.abc import Callable
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels.attention import cpu, mma, tiles
+from pallas_kernels.attention import cpu, gpu, tiles
 from pallas_kernels.attention.mosaic import capabilities
 from pallas_kernels.devices import Device
 from pallas_kernels.dispatch import Choice
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "cpu": cpu.attention,
-    "wgmma": functools.partial(mma.attention, kernels="wgmma"),
-    "mma": functools.partial(mma.attention, kernels="mma"),
+    "wgmma": functools.partial(gpu.attention, kernels="wgmma"),
+    "mma": functools.partial(gpu.attention, kernels="mma"),
     "tiles": tiles.attention,
 }
 

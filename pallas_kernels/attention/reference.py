@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.pages import KVPages, dequantize
 from pallas_kernels.attention.sinks import softmax_with_sinks
+from pallas_kernels.attention.tile_mask import Tiling
 from pallas_kernels.attention.tiles import MASKED, ScoreScaling
-from pallas_kernels.attention.tiling import Tiling
 from pallas_kernels.dense_matmul import dot_nn, dot_nt
 
 CHUNK = 64  # queries whose scores exist at a time

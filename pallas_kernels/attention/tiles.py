@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.branching import BranchingMask, Spans
 from pallas_kernels.attention.sinks import add_sinks, sinks_gradient
-from pallas_kernels.attention.tiling import AttentionMask, Tiling
+from pallas_kernels.attention.tile_mask import AttentionMask, Tiling
 from pallas_kernels.dense_matmul import dot_nn, dot_nt, dot_tn
 
 MASKED = -1e30  # finite: a row of nothing but -inf would give NaN

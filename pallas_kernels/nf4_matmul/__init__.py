@@ -1,6 +1,6 @@
 """Products with frozen 4-bit weights: y = x w^T, and dx = dy w from the same packed codes.
 
-`nf4_matmul` is the op. `api` holds the implementations, `dispatch` each device's preference among them and the choice,
+`nf4_matmul` is the op. `api` holds the implementations, and chooses among them by `pallas_kernels.dispatch`,
 `sharded` runs the op on several devices, `costs` counts FLOPs and bytes, and `mosaic` holds the Pallas kernels.
 """
 

@@ -13,7 +13,7 @@ from qlora_jax.inference import prompts
 from qlora_jax.inference.engine import engine as inference
 from qlora_jax.inference.engine.grammar import Grammar
 from qlora_jax.inference.engine.request import Request, Step
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.decoder import CausalLM
 
 Prompt = str | Sequence[Mapping[str, object]]

@@ -8,7 +8,7 @@ from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference import prompts
 from qlora_jax.inference.decode import generate
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.decoder import CausalLM
 
 

@@ -9,13 +9,13 @@ import rich.console
 from qlora_jax import runtime
 from qlora_jax.config.parse import from_dict
 from qlora_jax.terminal.console import Console
-from qlora_jax.training.plan import plan, run_plan, text
+from qlora_jax.training.plan import fit_search, run_plan, text
 from qlora_jax.training.plan.records import PlannedTeacher
 from qlora_jax.training.plan.reference_pass import PlannedReference, reference_of_step
-from qlora_jax.training.plan.requirements import ReportedCompiler
 from qlora_jax.training.plan.rollouts import PlannedRollouts, plan_rollouts
 from qlora_jax.training.plan.roofline import StepRoofs, step_roofs
 from qlora_jax.training.plan.settings import PlanArgs
+from qlora_jax.training.plan.step_memory import ReportedCompiler
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.plan.teacher import plan_teacher
 from qlora_jax.training.step_spec import StepSpec
@@ -36,7 +36,7 @@ class MemoryPlan:
       teacher: its memory; None for an objective without one.
     """
 
-    plan: plan.Plan
+    plan: fit_search.Plan
     title: str
     notes: tuple[str, ...]
     reference: PlannedReference | None = None
@@ -137,13 +137,13 @@ def plan_of(args: PlanArgs, report: Callable[[str], None] = lambda line: None) -
         return total if target.card is not None else total // step.devices  # CPU devices share the machine's memory
 
     if compile_step is not None:
-        compile_step = ReportedCompiler(compile_step, report, plan.MAX_COMPILES + len(settings) - 1)
-    setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
+        compile_step = ReportedCompiler(compile_step, report, fit_search.MAX_COMPILES + len(settings) - 1)
+    setting = fit_search.first_fitting(settings, usable, lambda step: fit_search.fits(step, usable(step), compile_step))
     larger = run_plan.larger_meshes(setting, target)
     roofs = None if target.card is None else step_roofs(setting, target.card)
     if target.card is not None and roofs is None:
         notes.append(f"no tokens per second: the peak of {setting.weights.dtype} products depends on the use of TF32")
-    planned = plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger)
+    planned = fit_search.make_plan(setting, usable(setting), compile_step, rows.buckets, larger)
     return MemoryPlan(
         plan=planned,
         title=run_plan.plan_title(args, target, setting),

@@ -8,7 +8,7 @@ from qlora_jax.inference.engine.engine import Engine
 from qlora_jax.inference.engine.model_calls import page_bytes, pages_for
 from qlora_jax.inference.engine.request import EndReason, Request, Step, prompt_problems
 from qlora_jax.inference.mesh_inference import row_shards
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import mesh_of

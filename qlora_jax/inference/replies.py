@@ -16,7 +16,7 @@ from qlora_jax.inference.engine.request import EndReason, Step
 from qlora_jax.inference.lowering import LoweredProgram, lower_decoding
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.inference.sampling_params import GREEDY, Sampling
 from qlora_jax.models.partition import ModelParts, prepare_for_decoding
 from qlora_jax.sharding import mesh_of
 

@@ -31,7 +31,7 @@ from qlora_jax.io.peft.reader import base_model_of, is_adapter, read_adapter
 from qlora_jax.io.peft.start_adapter import check_shapes, read_start_adapter, starting_parameters
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Run, open_run
 from qlora_jax.io.run_folder.start_parameters import FILE, start_digest
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.model_source import ModelSource, TokenizerData
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -367,7 +367,7 @@ def _start_of(run: Run, config: ModelConfig, fresh: Lora) -> Lora:
 def _with_fresh_adapter(model: CausalLM, run: Run) -> ModelParts:
     """Adds an adapter of the run's shapes to the model, in place, and returns the model's parts."""
     initial = None if run.initial is None else run.initial.factors
-    add_lora(model, run.lora_args, jax.random.key(0), initial, frozen=run.frozen)
+    attach_method(model, run.lora_args, jax.random.key(0), initial, frozen=run.frozen)
     if run.head is not None:
         model.add_sequence_head(run.head.spec(), jax.random.key(0))
     set_tables(model, run.tables)
@@ -385,7 +385,7 @@ def parts_before_training(model: CausalLM, run: Run | None) -> ModelParts:
     """
     if run is not None:
         if run.initial is not None:
-            add_lora(model, run.lora_args, jax.random.key(0), run.initial.factors)
+            attach_method(model, run.lora_args, jax.random.key(0), run.initial.factors)
         longest = max((0, *map(len, run.tables.values())))
         beyond = tuple(range(model.config.vocab_size, longest))
         add_token_rows(model, run.new_ids or beyond, run.lora_args.dtype)

@@ -17,7 +17,7 @@ from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.nn.sequence_head import HeadSpec
 
 
-def add_lora(
+def attach_method(
     model: CausalLM,
     spec: LoraArgs,
     key: jax.Array,
@@ -58,12 +58,12 @@ def abstract_parts(
       head: the sequence head, if there is one.
 
     Raises:
-      ValueError: as `add_lora`.
+      ValueError: as `attach_method`.
     """
 
     def parts() -> ModelParts:
         model, key = CausalLM(config, weights), jax.random.key(0)
-        add_lora(model, spec, key)
+        attach_method(model, spec, key)
         if head is not None:
             model.add_sequence_head(head, key)
         add_tables(model, new_ids, spec)
@@ -73,5 +73,5 @@ def abstract_parts(
 
 
 def check_targets(config: ModelConfig, spec: LoraArgs) -> None:
-    """Raises ValueError, as `add_lora` would, if the settings name layers that a model does not have."""
+    """Raises ValueError, as `attach_method` would, if the settings name layers that a model does not have."""
     method_of(spec.method).targets(config, spec)

@@ -39,7 +39,7 @@ def bottleneck(
     their dtypes. The backward pass reads x and x down + down_bias, both in x's dtype.
 
     Args:
-      activation: a key of nn.mlp.ACTIVATIONS.
+      activation: a key of nn.activations.ACTIVATIONS.
     """
     return _forward(x_MD, down_DR, down_bias_R, up_RD, up_bias_D, activation)[0]
 

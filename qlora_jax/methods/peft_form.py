@@ -98,7 +98,7 @@ class ReadAdapter(NamedTuple):
 
     Fields:
       lora: trained arrays in f32 by our names, in the form of `ModelParts.lora`.
-      args: the settings with which `add_lora` adds adapters of these shapes and scalings.
+      args: the settings with which `attach_method` adds adapters of these shapes and scalings.
       frozen: arrays that the method would draw from `args`, if the file has others.
     """
 

@@ -141,8 +141,8 @@ class ModelConfig:
       residual_scale: factor of the results of attention and MLP that are added to the residual stream; None: 1.
       logit_scale: factor of the logits, before their cap; None: 1.
       attention_sinks: True if each query head has a logit that takes part in its softmax and has no value.
-      activation: a key of nn.mlp.ACTIVATIONS, or "clamped_swiglu" with `swiglu_alpha` and `swiglu_limit`.
-      swiglu_alpha, swiglu_limit: numbers of nn.mlp.ClampedSwiglu.
+      activation: a key of nn.activations.ACTIVATIONS, or "clamped_swiglu" with `swiglu_alpha` and `swiglu_limit`.
+      swiglu_alpha, swiglu_limit: numbers of nn.activations.ClampedSwiglu.
       gated: True for an MLP down(act(gate(x)) * up(x)), False for down(act(up(x))).
       fused_qkv: order of one fused projection: "parts" (all queries, all keys, all values) or "heads" (query, key and
         value of the first head, of the second, ...); None: three projections.
@@ -258,7 +258,7 @@ class ModelConfig:
 
     @property
     def gate_activation(self) -> GateActivation:
-        """The activation of a gated MLP, for `nn.mlp.gated_activation`."""
+        """The activation of a gated MLP, for `nn.activations.gated_activation`."""
         if self.activation != "clamped_swiglu":
             return self.activation
         assert self.swiglu_alpha is not None and self.swiglu_limit is not None, "clamped_swiglu has both numbers"

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_jax.openai_endpoint import Endpoint, RequestFailed, ask_repeatedly, complete, read_key
+from qlora_jax.openai_client import Endpoint, RequestFailed, ask_repeatedly, complete, read_key
 from qlora_jax.rewards.answers import Completion, text_of
 
 AT_ONCE = 8  # requests

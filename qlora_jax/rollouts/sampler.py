@@ -13,7 +13,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import cache_bytes
 from qlora_jax.inference.engine.engine import Engine
 from qlora_jax.inference.engine.request import Request, Step
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.rollouts.reply import Reply
 

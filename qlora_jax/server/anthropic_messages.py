@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from qlora_jax.data.formats.turn_fields import REASONING
 from qlora_jax.data.tokenizer.template_pipe import Message
 from qlora_jax.inference.reply_reader import Call, Text
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.server.anthropic_schemas import AnthropicMessage, Block, MessagesBody, TextBlock
 from qlora_jax.server.chat import ChatTask, FinishReason, PreparedChat, chat_events, new_seed, prepare_chat
 from qlora_jax.server.errors import bad_request

@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from qlora_jax.server.json_body import ANY, Body, Fields
 from qlora_jax.server.openai_schemas import Count, FunctionName, Text
+from qlora_jax.server.request_validation import ANY, Body, Fields
 from qlora_jax.untrusted_json import JsonObject
 
 

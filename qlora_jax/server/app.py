@@ -22,7 +22,6 @@ from qlora_jax.server.anthropic_messages import complete_message, message_events
 from qlora_jax.server.anthropic_schemas import MessagesBody
 from qlora_jax.server.embeddings import embeddings
 from qlora_jax.server.errors import ApiError, anthropic_error, error_response, openai_error
-from qlora_jax.server.json_body import Body, decode_body, read_body
 from qlora_jax.server.openai_schemas import (
     ChatBody,
     CompletionBody,
@@ -31,6 +30,7 @@ from qlora_jax.server.openai_schemas import (
     UnloadAdapterBody,
 )
 from qlora_jax.server.openapi import openapi_document
+from qlora_jax.server.request_validation import Body, decode_body, read_body
 from qlora_jax.server.service import Service
 from qlora_jax.untrusted_json import shorten
 

@@ -14,7 +14,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.engine.grammar import Grammar
 from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.inference.reply_reader import Call, Part, ReplyReader
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.server.engine_thread import EngineThread, Replies
 from qlora_jax.server.errors import ApiError, bad_request, too_long
 from qlora_jax.server.reply_grammar import call_grammar

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from qlora_jax.inference.engine.request import LIKELIEST
-from qlora_jax.server.json_body import ANY, Body, Fields
+from qlora_jax.server.request_validation import ANY, Body, Fields
 from qlora_jax.untrusted_json import JsonObject
 
 MOST_LIKELY = 20  # tokens whose log-probabilities a chat may ask for

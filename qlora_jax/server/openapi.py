@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pydantic.json_schema import JsonSchemaValue, models_json_schema
 
 from qlora_jax.server.errors import TYPES
-from qlora_jax.server.json_body import ANY, Body
+from qlora_jax.server.request_validation import ANY, Body
 
 REFERENCE = "#/components/schemas/{model}"
 _TEXT, _TEXT_OR_NULL = {"type": "string"}, {"type": ["string", "null"]}

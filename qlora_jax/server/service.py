@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_jax.inference.engine.grammar import Grammar, GrammarKind
 from qlora_jax.inference.engine.request import Request
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.server.engine_thread import EngineThread, Replies
 from qlora_jax.server.errors import bad_request
 from qlora_jax.server.metrics import Metrics

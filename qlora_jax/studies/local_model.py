@@ -11,7 +11,7 @@ from qlora_jax.inference import prompts
 from qlora_jax.inference.decode import Reply, complete, stream
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.result_cache import digest
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.inference.settings import LocalModelArgs
 from qlora_jax.io.loading.loader import Progress
 from qlora_jax.io.pretrained import (

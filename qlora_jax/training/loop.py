@@ -31,7 +31,7 @@ from qlora_jax.training.metrics.step_metrics import router_metrics, step_metrics
 from qlora_jax.training.resume import EVALUATION_DUE, RECORDS, TrainState, checkpoint_state
 from qlora_jax.training.rollout_step import draw_replies, held_out_batches, held_out_rewards, roll_out
 from qlora_jax.training.session import Session
-from qlora_jax.training.teacher.predictions import TeacherError
+from qlora_jax.training.teacher.logprob_cache import TeacherError
 
 FAILED_OUTSIDE = RewardError, TeacherError
 

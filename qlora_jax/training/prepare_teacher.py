@@ -9,7 +9,7 @@ from qlora_jax.config import Config
 from qlora_jax.io.loading.progress import loading
 from qlora_jax.training.device_mesh import rows_of_batch
 from qlora_jax.training.run_spec import RunSpec
-from qlora_jax.training.teacher.predictions import DistilledBatches, LiveTeacher, StoredTeacher, Teacher
+from qlora_jax.training.teacher.logprob_cache import DistilledBatches, LiveTeacher, StoredTeacher, Teacher
 
 FOLDER = "teacher"  # predictions, in `data.cache` or in the run's folder
 

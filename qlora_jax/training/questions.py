@@ -12,7 +12,7 @@ from qlora_jax.inference.decode import generate
 from qlora_jax.inference.lowering import ProgramMemory, most_memory
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, stop_ids
 from qlora_jax.inference.result_cache import NO_CACHE
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.metrics.metrics_file import Record

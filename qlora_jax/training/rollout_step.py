@@ -25,10 +25,10 @@ from qlora_jax.objectives.policy_gradient import ADVANTAGES, OLD_LOGPS, REFERENC
 from qlora_jax.objectives.router_losses import unrouted
 from qlora_jax.rewards.functions import RewardError, RewardFunctions, RewardTable
 from qlora_jax.rollouts.advantages import Advantages, group_advantages, token_scale
+from qlora_jax.rollouts.dynamic_sampling import Draw, Redrawn, draw_with_signal
 from qlora_jax.rollouts.episodes import Phase, play_episodes
 from qlora_jax.rollouts.inputs import RolloutInputs, row_lengths
 from qlora_jax.rollouts.prompt_rows import PromptRows
-from qlora_jax.rollouts.redraws import Draw, Redrawn, draw_with_signal
 from qlora_jax.rollouts.reply import Reply
 from qlora_jax.rollouts.rows import Group, replies_batch, with_token_values
 from qlora_jax.rollouts.sampler import draw_seed, rollout_engine, sample_replies, sampling_of

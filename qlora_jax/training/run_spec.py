@@ -48,7 +48,7 @@ from qlora_jax.training.device_mesh import mesh_size
 from qlora_jax.training.metrics.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.questions import Questions, Samples, open_questions, open_samples
 from qlora_jax.training.step_spec import StepSpec
-from qlora_jax.training.teacher.predictions import TeacherSource
+from qlora_jax.training.teacher.logprob_cache import TeacherSource
 from qlora_jax.verifiers.process import is_address
 
 

@@ -12,7 +12,7 @@ from qlora_jax.io.loading.adapter_init import subtract_initial
 from qlora_jax.io.loading.loader import Loaded, Progress, load_model
 from qlora_jax.io.peft.start_adapter import starting_parameters
 from qlora_jax.io.pretrained import load_for_training
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.methods.method import method_of
 from qlora_jax.model_source import ModelSource
 from qlora_jax.models.decoder import CausalLM
@@ -27,7 +27,7 @@ from qlora_jax.rewards.functions import RewardFunctions
 from qlora_jax.training.device_mesh import replicate
 from qlora_jax.training.optimizer_state import CorrectedStateManager, OptimizerStateManager, make_state_manager
 from qlora_jax.training.run_spec import RunSpec
-from qlora_jax.training.teacher.predictions import DistilledBatches
+from qlora_jax.training.teacher.logprob_cache import DistilledBatches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def training_parts(
     Raises:
       ValueError: the parameters to start from do not fit the model.
     """
-    add_lora(model, lora, key, None if initial is None else initial.factors, mesh)
+    attach_method(model, lora, key, None if initial is None else initial.factors, mesh)
     if head is not None:
         model.add_sequence_head(head, key, head_std)
     add_tables(model, new_ids, lora)

@@ -38,7 +38,7 @@ from qlora_jax.data.rows import TokenRows, token_rows
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
@@ -98,7 +98,7 @@ def load_parts(model: str) -> ModelParts:
     source, adapters = open_model(model), LoraArgs(rank=16)
     config = model_config(source.config)
     loaded = load_model(source, config, weight_format(ModelArgs(path=model), config)).model
-    add_lora(loaded, adapters, jax.random.key(0))
+    attach_method(loaded, adapters, jax.random.key(0))
     return partition(loaded)
 
 

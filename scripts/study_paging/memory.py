@@ -18,7 +18,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.plan.requirements import PAGES_IN_FLIGHT
+from qlora_jax.training.plan.step_memory import PAGES_IN_FLIGHT
 from qlora_jax.training.step_spec import StepSpec
 
 RANK = 64

@@ -11,7 +11,7 @@ import pytest
 from qlora_jax.config import Config, DistillationArgs, RolloutArgs
 from qlora_jax.rollouts.sampler import draw_seed
 from qlora_jax.training.teacher.local import LocalSource
-from qlora_jax.training.teacher.predictions import TeacherError
+from qlora_jax.training.teacher.logprob_cache import TeacherError
 from tests.e2e.project import project, served_teacher, stop_after
 from tests.e2e.tiny_runs import numbers, run, stop_and_resume
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.inference.decode import generate
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.open_model import open_model

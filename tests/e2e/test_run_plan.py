@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qlora_jax.training import run
 from qlora_jax.training.plan import run_plan
-from qlora_jax.training.plan.requirements import CPU_PROGRAMS
+from qlora_jax.training.plan.step_memory import CPU_PROGRAMS
 from tests.e2e.project import project
 
 

@@ -16,7 +16,7 @@ from qlora_jax.evaluation.tasks.programs import ProgramScores, ProgramsTask
 from qlora_jax.evaluation.tasks.reward_pairs import RewardPairsTask
 from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.evaluation.tasks.text import TextTask
-from qlora_jax.inference.sampling import GREEDY
+from qlora_jax.inference.sampling_params import GREEDY
 from qlora_jax.measures.metrics import RowScores
 from qlora_jax.objectives.head_objective import TrainedHead
 from qlora_jax.sandbox.programs import Limits

@@ -12,7 +12,7 @@ from qlora_jax.io.head_file import write_head
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format
@@ -34,7 +34,7 @@ def write_head_run(folder: Path, head: TrainedHead) -> Path:
     source = open_model(path)
     features = model_config(source.config)
     loaded = load_model(source, features, weight_format(config.model, features))
-    add_lora(loaded.model, config.lora, jax.random.key(0))
+    attach_method(loaded.model, config.lora, jax.random.key(0))
     loaded.model.add_sequence_head(head.spec(), jax.random.key(0))
     run, rng = folder / "run", np.random.default_rng(0)
     run.mkdir()

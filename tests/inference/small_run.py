@@ -11,7 +11,7 @@ from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format
@@ -32,7 +32,7 @@ def write_run(folder: Path, seed: int = 0, keep_16bit: Sequence[str] = ()) -> Pa
     source = open_model(path)
     features = model_config(source.config)
     loaded = load_model(source, features, weight_format(config.model, features))
-    add_lora(loaded.model, config.lora, jax.random.key(0))
+    attach_method(loaded.model, config.lora, jax.random.key(0))
     lora = partition(loaded.model).lora
     run = folder / "run"
     run.mkdir()

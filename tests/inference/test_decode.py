@@ -7,8 +7,8 @@ import pytest
 
 from qlora_jax.inference.decode import generate, stream
 from qlora_jax.inference.engine.model_calls import ROW_COUNTS, advance
-from qlora_jax.inference.engine.token_sampler import Row, choose, row_settings, row_state
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.engine.token_sampler import Row, row_settings, row_state, sample_tokens
+from qlora_jax.inference.sampling_params import Sampling
 from tests.inference.tiny import VOCAB, full_logits, tiny_parts
 
 GREEDY = Sampling()
@@ -31,7 +31,7 @@ def naive(parts, prompt: list[int], count: int, sampling: Sampling) -> list[int]
     for _ in range(count):
         rows = [Row(sampling, 0, prompt, ids[len(prompt) :])]
         logits_1V = full_logits(parts, ids)[-1:]
-        choice, _ = choose(logits_1V, row_settings(rows, VOCAB), row_state(rows, VOCAB))
+        choice, _ = sample_tokens(logits_1V, row_settings(rows, VOCAB), row_state(rows, VOCAB))
         ids.append(int(choice.token_R[0]))
     return ids[len(prompt) :]
 

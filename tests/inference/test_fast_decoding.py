@@ -11,7 +11,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.native import library
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.fast_decoding import for_fast_decoding
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.partition import ModelParts, combine, partition, place_parts
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import make_mesh

@@ -5,7 +5,7 @@ import numpy as np
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.replies import sampled_replies
 from qlora_jax.inference.result_cache import open_cache
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from tests.inference.tiny import VOCAB, tiny_parts
 
 

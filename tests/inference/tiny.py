@@ -11,7 +11,7 @@ from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine, partition
@@ -47,7 +47,7 @@ def tiny_parts(seed: int = 0, max_positions: int = MAX_POSITIONS, **changes: Any
 
     def build() -> CausalLM:
         model = CausalLM(dataclasses.replace(tiny_config(max_positions), **changes), weights)
-        add_lora(model, LoraArgs(rank=2), jax.random.key(0))
+        attach_method(model, LoraArgs(rank=2), jax.random.key(0))
         return model
 
     graphdef, shapes = nnx.split(nnx.eval_shape(build))

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.export.gguf_metadata import export_spec
-from qlora_jax.io.gguf.tokenizer import PREFIX
+from qlora_jax.io.gguf.tokenizer_metadata import PREFIX
 from qlora_jax.io.gguf.writer import typed_keys, write_gguf
 from qlora_jax.io.pretrained import open_base
 from tests.io.tiny_models import random_weights, tiny_config, write_folder

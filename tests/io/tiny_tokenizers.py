@@ -13,7 +13,7 @@ from qlora_jax.data.tokenizer.gguf_tokenizer import (
     SPACE,
     UNKNOWN,
     USER_DEFINED,
-    rebuild,
+    tokenizer_from_gguf,
 )
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -44,13 +44,13 @@ def byte_level(split: str = "smollm", size: int = 384, normalizer: str | None = 
 
 def sentencepiece(size: int = 460, prefixed: bool = True) -> str:
     """SentencePiece BPE with byte fallback and visible spaces, like Llama's (prefixed) and Gemma's."""
-    return rebuild(sentencepiece_metadata(size, prefixed, ["\n\n", "<table>"])).to_str()
+    return tokenizer_from_gguf(sentencepiece_metadata(size, prefixed, ["\n\n", "<table>"])).to_str()
 
 
 def gemma(size: int = 600) -> str:
     """SentencePiece BPE in the form of Gemma 3: user-defined runs of SPACE, of newlines and of tabs."""
     runs = [SPACE * count for count in range(2, 32)]
-    return rebuild(sentencepiece_metadata(size, False, [*LINES, *runs, "<table>", "\t", "\t\t"])).to_str()
+    return tokenizer_from_gguf(sentencepiece_metadata(size, False, [*LINES, *runs, "<table>", "\t", "\t\t"])).to_str()
 
 
 def sentencepiece_metadata(

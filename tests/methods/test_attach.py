@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.methods.bitfit import bias_targets
 from qlora_jax.methods.method import linears
 from qlora_jax.methods.norms import norm_targets
@@ -28,7 +28,7 @@ def adapted(**settings):
     """Returns {last part of a projection's name: its adapter} of a tiny model."""
     config = model_config(tiny_config(num_hidden_layers=3))
     model = nnx.eval_shape(lambda: CausalLM(config, WeightFormat()))
-    add_lora(model, LoraArgs(**settings), jax.random.key(0))
+    attach_method(model, LoraArgs(**settings), jax.random.key(0))
     return {name.rsplit(".")[-1]: linear.adapter for name, linear in linears(model) if linear.adapter}
 
 
@@ -92,7 +92,7 @@ def test_initial_values_are_pefts_and_belong_to_the_name():
 def test_partition_and_combine_are_inverse():
     config = model_config(tiny_config())
     model = CausalLM(config, WeightFormat(dtype="float32"))
-    add_lora(model, LoraArgs(rank=2), jax.random.key(0))
+    attach_method(model, LoraArgs(rank=2), jax.random.key(0))
     parts = partition(model)
     assert parts.lora["model.layers.mlp.up_proj"].keys() == {"lora_a", "lora_b"}
     again = partition(combine(parts))
@@ -149,7 +149,7 @@ def test_biases_that_there_are_train():
 @pytest.mark.parametrize(("method", "modules"), [("houlsby", ["mlp", "self_attn"]), ("pfeiffer", ["mlp"])])
 def test_bottlenecks_follow_attention_and_mlp(method, modules):
     model = nnx.eval_shape(lambda: CausalLM(model_config(tiny_config()), WeightFormat()))
-    add_lora(model, LoraArgs(method=method, rank=3), jax.random.key(0))
+    attach_method(model, LoraArgs(method=method, rank=3), jax.random.key(0))
     lora = partition(model).lora
     assert sorted(lora) == [f"model.layers.{module}" for module in modules]
     shapes = {leaf: values.shape for leaf, values in lora["model.layers.mlp"].items()}
@@ -193,7 +193,7 @@ def test_vera_shares_frozen_matrices_of_the_largest_sizes():
 
 def test_veras_matrices_are_one_frozen_pair_of_the_model():
     model = CausalLM(model_config(tiny_config()), WeightFormat(dtype="float32"))
-    add_lora(model, LoraArgs(method="vera", rank=5), jax.random.key(0))
+    attach_method(model, LoraArgs(method="vera", rank=5), jax.random.key(0))
     parts = partition(model)
     assert all(leaves.keys() == {"lambda_d", "lambda_b"} for leaves in parts.lora.values())
     assert [leaf.shape for leaf in jax.tree.leaves(parts.base)].count((128, 5)) == 2  # A and B, once each

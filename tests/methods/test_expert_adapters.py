@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.methods.expert_lora import initial_parameter_factors
 from qlora_jax.methods.targets import target_parameters
 from qlora_jax.models.config import WeightFormat
@@ -27,7 +27,7 @@ def parts_of(spec: LoraArgs):
 
     def make():
         model = CausalLM(model_config(CONFIG), WeightFormat())
-        add_lora(model, spec, jax.random.key(0))
+        attach_method(model, spec, jax.random.key(0))
         return partition(model)
 
     return jax.eval_shape(make)

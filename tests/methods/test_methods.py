@@ -15,7 +15,7 @@ from qlora_jax.config.methods import METHODS
 from qlora_jax.config.validate import validate
 from qlora_jax.io.peft.reader import read_adapter
 from qlora_jax.io.peft.writer import in_peft_format, write_adapter
-from qlora_jax.methods.attach import add_lora, check_targets
+from qlora_jax.methods.attach import attach_method, check_targets
 from qlora_jax.methods.method import Method, form_of, linears, method_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -47,7 +47,7 @@ def tiny() -> tuple[ModelConfig, CausalLM]:
 
 def adapted(name: str) -> CausalLM:
     _, model = tiny()
-    add_lora(model, LoraArgs(method=name, **SETTINGS.get(name, {})), jax.random.key(0))
+    attach_method(model, LoraArgs(method=name, **SETTINGS.get(name, {})), jax.random.key(0))
     return model
 
 
@@ -121,7 +121,7 @@ def test_adapters_return_from_files_with_the_settings_that_add_them(tmp_path: Pa
     read = read_adapter(tmp_path, config)
     jax.tree.map(np.testing.assert_array_equal, read.lora, lora)
     again = CausalLM(config, WeightFormat(quant_type=None, dtype="float32"))
-    add_lora(again, read.args, jax.random.key(1))
+    attach_method(again, read.args, jax.random.key(1))
     shapes = jax.tree.map(np.shape, partition(again).lora)
     assert shapes == jax.tree.map(np.shape, lora)
     assert form.differences(args, read.args, config) == []

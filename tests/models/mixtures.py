@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -37,7 +37,7 @@ def random_mixture(config: dict[str, object], lora: LoraArgs, weights: WeightFor
 
     def shapes() -> ModelParts:
         model = CausalLM(features, weights)
-        add_lora(model, lora, jax.random.key(0))
+        attach_method(model, lora, jax.random.key(0))
         return partition(model)
 
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _random(rng, path, leaf), jax.eval_shape(shapes))

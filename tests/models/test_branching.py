@@ -8,7 +8,7 @@ from flax import nnx
 
 from pallas_kernels.attention.branching import Branching
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -32,7 +32,7 @@ def _marks(name):
 def _parts(config):
     def build():
         model = CausalLM(config, WeightFormat(quant_type=None, dtype="float32"))
-        add_lora(model, LoraArgs(rank=2), jax.random.key(0))
+        attach_method(model, LoraArgs(rank=2), jax.random.key(0))
         return model
 
     graphdef, shapes = nnx.split(nnx.eval_shape(build))

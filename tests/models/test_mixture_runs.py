@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -73,7 +73,7 @@ def test_other_methods_train_every_layer_that_has_their_modules(method):
 
     def step(batch):
         model = CausalLM(features, WeightFormat())
-        add_lora(model, LoraArgs(method=method), jax.random.key(0))
+        attach_method(model, LoraArgs(method=method), jax.random.key(0))
         parts = partition(model)
         prepare_for_decoding(parts)
         return parts.trained, gradients(parts, batch, None, remat="names")[0]

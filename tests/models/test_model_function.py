@@ -12,7 +12,7 @@ from qlora_jax.evaluation import loglikelihood
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.inference import lowering
 from qlora_jax.inference.decode import generate
-from qlora_jax.inference.sampling import GREEDY
+from qlora_jax.inference.sampling_params import GREEDY
 from qlora_jax.models import partition
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelFunction, has_experts_on_host

@@ -14,7 +14,7 @@ from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.methods.method import linears
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
@@ -173,7 +173,7 @@ def test_mixtures_of_experts(tmp_path: Path, oracle) -> None:
 
 
 def _loss_and_gradients(model, remat: str):
-    add_lora(model, LoraArgs(rank=2), jax.random.key(0))
+    attach_method(model, LoraArgs(rank=2), jax.random.key(0))
     parts = partition(model)
     lora = jax.tree.map(lambda leaf: leaf + 0.05, parts.lora)
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, model.config.vocab_size)

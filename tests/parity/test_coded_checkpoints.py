@@ -18,7 +18,7 @@ from qlora_jax.config import Config, LoraArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import STORED, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
@@ -56,7 +56,7 @@ def _loaded(folder: Path, quant_type: str | None) -> Any:
 
 def _logits_and_gradients(model: Any) -> tuple[Any, np.ndarray, Any]:
     """Returns the adapters, the logits of TOKENS, and the gradient of sum(logits * COTANGENT) by the adapters."""
-    add_lora(model, LoraArgs(rank=4, alpha=8.0), jax.random.key(0))
+    attach_method(model, LoraArgs(rank=4, alpha=8.0), jax.random.key(0))
     parts = partition(model)
 
     @jax.jit

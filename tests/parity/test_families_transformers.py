@@ -17,7 +17,7 @@ from flax import nnx
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -158,7 +158,7 @@ def adapted(model, spec: LoraArgs) -> ModelParts:
 
     Weights in codes cannot change, so their B stays zero.
     """
-    add_lora(model, spec, jax.random.key(0))
+    attach_method(model, spec, jax.random.key(0))
     parts, rng = partition(model), np.random.default_rng(0)
     base, lora = dict(nnx.to_flat_state(parts.base)), {}
     for name, leaves in parts.lora.items():

@@ -11,7 +11,7 @@ from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.embeddings import module_name
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
@@ -32,7 +32,7 @@ def _ours(folder: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.n
     config = model_config(source.config)
     args = ModelArgs(path=str(folder), quant_type="none", compute_dtype="float32")
     model = load_model(source, config, weight_format(args, config)).model
-    add_lora(model, WHOLE, jax.random.key(0))
+    attach_method(model, WHOLE, jax.random.key(0))
     add_tables(model, (), WHOLE)
     parts = partition(model)
 

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.inference.decode import generate
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.io.pretrained import load_base, open_pretrained
 from qlora_jax.models.partition import partition
 

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE, SPACE, rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE, SPACE, tokenizer_from_gguf
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf.header import parse_header
-from qlora_jax.io.gguf.tokenizer import PREFIX, tokenizer_from_metadata, tokenizer_metadata
+from qlora_jax.io.gguf.tokenizer_metadata import PREFIX, tokenizer_from_metadata, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, typed_keys, write_gguf
 from tests.data.tokenizer.hard_texts import hard_texts
 from tests.io.tiny_tokenizers import LINES, SPECIAL, sentencepiece_metadata
@@ -47,7 +47,7 @@ def _sentencepiece(name: str) -> str:
     """Returns tokenizer.json of a small SentencePiece vocabulary."""
     runs = [SPACE * count for count in range(2, 32)] if name == "gemma3" else []
     own = [*LINES, *runs, "<table>", "\t", "\t\t"] if name != "llama" else []
-    return rebuild(sentencepiece_metadata(1200, name == "llama", own, _training_texts())).to_str()
+    return tokenizer_from_gguf(sentencepiece_metadata(1200, name == "llama", own, _training_texts())).to_str()
 
 
 @functools.cache

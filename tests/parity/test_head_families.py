@@ -14,7 +14,7 @@ from qlora_jax.io.export.methods import NO_CLASSIFIER, head_refusal
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import FAMILIES, WRAPPERS, model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -43,7 +43,7 @@ def headed(folder: Path) -> tuple[ModelParts, str]:
     """(the model with a head and adapters that are not zero, its fingerprint)."""
     source = open_model(folder)
     loaded = load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32"))
-    add_lora(loaded.model, LORA, jax.random.key(0))
+    attach_method(loaded.model, LORA, jax.random.key(0))
     loaded.model.add_sequence_head(CASE.head.spec(), jax.random.key(1), 0.1)
     parts, rng = partition(loaded.model), np.random.default_rng(7)
     lora = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), parts.lora)

@@ -13,7 +13,7 @@ from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.config.exports import EXPORTS
 from qlora_jax.config.exports import MIXTURES as MIXED_TYPES
-from qlora_jax.data.tokenizer.gguf_tokenizer import rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export.gguf_metadata import export_spec
@@ -320,7 +320,7 @@ def test_sentencepiece(tmp_path: Path, llama_cpp, oracle, kind: str, name: str) 
     metadata = json.loads(str(made[f"{kind}/metadata"]))
     config = FAMILIES[name][1] | {"vocab_size": len(metadata["tokens"])}
     files: dict[str, Any] = {
-        "tokenizer.json": rebuild(metadata).to_str(),
+        "tokenizer.json": tokenizer_from_gguf(metadata).to_str(),
         "tokenizer_config.json": '{"bos_token": "<s>"}',
     }
     tensors = random_tensors(config)

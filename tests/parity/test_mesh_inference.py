@@ -17,7 +17,7 @@ from qlora_jax.evaluation.tasks import letters
 from qlora_jax.evaluation.tasks.letters import LetterQuestion, score_letters
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.lowering import lower_decoding
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.partition import ModelParts, place_parts, prepare_for_decoding
 from qlora_jax.sharding import make_mesh, part_bytes
 from tests.marks import first_always

@@ -17,7 +17,7 @@ from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, open_tokenizer, weight_settings
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
@@ -54,7 +54,7 @@ def _write_run(
     features = model_config(source.config)
     loaded = load_model(source, features, weight_format(config.model, features))
     base = loaded.model
-    add_lora(base, lora_args, jax.random.key(0))
+    attach_method(base, lora_args, jax.random.key(0))
     ids = open_tokenizer(source, config.model, base.config.vocab_size).new_ids if new else ()
     add_tables(base, ids, lora_args)
     parts = partition(base)

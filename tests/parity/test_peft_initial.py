@@ -17,7 +17,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.tensor_map import slots_of
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
@@ -51,7 +51,7 @@ def _begun(path: Path, spec: LoraArgs, **held):
     decomposer = WeightDecomposer(config, weights, spec, jax.random.key(0))
     loaded = load_model(source, config, weights, transform=decomposer)
     base = slots_of(loaded.model)
-    add_lora(loaded.model, spec, jax.random.key(0), decomposer.initial_adapter().factors)
+    attach_method(loaded.model, spec, jax.random.key(0), decomposer.initial_adapter().factors)
     return loaded, decomposer.initial_adapter(), base
 
 

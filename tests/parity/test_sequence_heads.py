@@ -24,7 +24,7 @@ from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.peft.writer import in_peft_format
 from qlora_jax.io.pretrained import OpenedModel, open_finetuned
 from qlora_jax.io.run_folder.checkpoint import CONFIG_FILE, Checkpoints
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -109,7 +109,7 @@ def loaded(folder: Path) -> Loaded:
 def body(loaded: Loaded) -> ModelParts:
     """The model without a head, with adapters that are not zero."""
     model = combine(partition(loaded.model))
-    add_lora(model, LORA, jax.random.key(0))
+    attach_method(model, LORA, jax.random.key(0))
     return _random(partition(model))
 
 

@@ -17,7 +17,7 @@ from qlora_jax.objectives.distillation import Distillation
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.step import gradients
 from qlora_jax.training.teacher.local import LocalTeacher
-from qlora_jax.training.teacher.predictions import LiveTeacher
+from qlora_jax.training.teacher.logprob_cache import LiveTeacher
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 from tests.parity.test_trl_policies import TOLERANCE, check_gradients, float32_parts, random_lora, write_start
 from tests.training.preference_rows import random_ids, tree

@@ -20,7 +20,7 @@ from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, PolicyArgs, 
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.writer import in_peft_format, write_adapter
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, ModelParts, combine, partition, place_parts
@@ -124,7 +124,7 @@ STEPS = [("gspo", "mesh"), ("kl of stale replies", "packed")]  # in CI
 def float32_parts(folder: Path) -> ModelParts:
     source = open_model(folder)
     model = load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32")).model
-    add_lora(model, LORA, jax.random.key(0))
+    attach_method(model, LORA, jax.random.key(0))
     return partition(model)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.config.rollouts import RolloutArgs
 from qlora_jax.inference.engine.request import Request
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.rollouts.recorded_turns import Recorded, RecordingEngine, Turn, join_turns, shared_depth
 from qlora_jax.rollouts.reply import Reply, Text
 from qlora_jax.rollouts.rows import Group, replies_batch

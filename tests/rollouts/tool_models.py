@@ -8,7 +8,7 @@ import tokenizers
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.engine.request import Request
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.rollouts.reply import Reply
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

@@ -11,7 +11,7 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.tensor_map import slots_of
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -39,7 +39,7 @@ def mesh_parts(
         layers = [_leaf(slot.leaf, tensors[name]) for name in slot.names]
         value = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if slot.stacked else layers[0]
         _variable(model, slot.path).set_value(value)
-    add_lora(model, lora or LoraArgs(rank=16), jax.random.key(0))
+    attach_method(model, lora or LoraArgs(rank=16), jax.random.key(0))
     if head is not None:
         model.add_sequence_head(head, jax.random.key(1))
     parts, rng = partition(model), np.random.default_rng(7)

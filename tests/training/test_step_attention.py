@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pallas_kernels import aot
-from pallas_kernels.attention import api, mma
+from pallas_kernels.attention import api, gpu
 from pallas_kernels.devices import Device
 from qlora_jax.config import LoraArgs
 from qlora_jax.models import catalog
@@ -40,7 +40,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("name", "how"), FAMILIES)
 def test_every_feature_of_a_family_takes_the_kernels(monkeypatch, name, how):
-    for module in (api, mma):
+    for module in (api, gpu):
         monkeypatch.setattr(module, "target_device", lambda: A100)
     function, args, kwargs = spec(text_only(model_config(catalog.PUBLISHED[name])), **how).gradients()
     found = set(re.findall(r"name=(attention_\w+)", str(function.trace(*args, **kwargs).jaxpr)))
@@ -81,7 +81,7 @@ def loops(jaxpr, length):
 
 @pytest.mark.parametrize(("name", "once"), [("llama-3-8b", True), ("gemma-3-1b", False)])
 def test_bounds_are_computed_once_per_step_if_layers_have_equal_windows(monkeypatch, name, once):
-    for module in (api, mma):
+    for module in (api, gpu):
         monkeypatch.setattr(module, "target_device", lambda: A100)
     config = REAL_MODELS[name] if name in REAL_MODELS else text_only(model_config(catalog.PUBLISHED[name]))
     function, args, kwargs = spec(config, (1, 1, 640)).gradients()  # beyond Gemma 3's window

@@ -14,7 +14,7 @@ from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.kernel_report import abstract_weight, device_of_card
 from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -49,7 +49,7 @@ def _described(tree):
 def test_it_is_what_a_run_holds(lora, optim):
     config, weights = model_config(tiny_config()), WeightFormat(dtype="float32")
     model = CausalLM(config, weights)
-    add_lora(model, lora, jax.random.key(0))
+    attach_method(model, lora, jax.random.key(0))
     parts = partition(model)
     abstract = StepSpec(model=config, weights=weights, lora=lora, batch=(2, 3, 16), optim=optim)
     assert abstract.arrays.parts.graphdef == parts.graphdef and hash(abstract.arrays.parts.graphdef) == hash(
@@ -69,7 +69,7 @@ def test_the_compiled_program_takes_a_runs_arrays():
     assert function is step.gradients
     compiled = function.lower(*args, **kwargs).compile()
     model = CausalLM(config, weights)
-    add_lora(model, lora, jax.random.key(0))
+    attach_method(model, lora, jax.random.key(0))
     parts = partition(model)
     tokens = jnp.ones((1, 2, 16), jnp.int32)
     batch = {"inputs": tokens, "targets": tokens, "weights": jnp.ones((1, 2, 16))}

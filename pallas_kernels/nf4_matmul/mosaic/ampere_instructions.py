@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from pallas_kernels.dispatch import Direction
 from pallas_kernels.nf4_matmul.mosaic import fragments, inline_ptx
-from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
+from pallas_kernels.nf4_matmul.mosaic.code_lookup import select_pair
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 
 COPIES = 4  # copies per round, each a group of cp.async; the scales are in the first group

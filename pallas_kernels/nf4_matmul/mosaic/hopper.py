@@ -38,11 +38,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Direction, Layer
 from pallas_kernels.mosaic.registers import MosaicValue
-from pallas_kernels.nf4_matmul.mosaic import decode
+from pallas_kernels.nf4_matmul.mosaic import code_lookup
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, Weights, operands, pad_rows, place_of
 
 WARPGROUPS = 2  # compute warpgroups
-RUN = decode.RUN  # columns with one constant per row, and rows of a warpgroup's part of the weight
+RUN = code_lookup.RUN  # columns with one constant per row, and rows of a warpgroup's part of the weight
 GROUP = 2 * RUN  # columns whose codes share bytes
 EIGHT = 8  # rows of a wgmma tile in shared memory
 MEMORY_REGISTERS = 40  # registers of the warpgroup that starts copies; the others share the rest
@@ -252,9 +252,9 @@ class Decoder(NamedTuple):
 
 def _decoder(weight: Operands, dtype: DTypeLike, interpret: Interpret) -> Decoder:
     pair, factors = (
-        (decode.decode_pair, decode.group_factors)
+        (code_lookup.decode_pair, code_lookup.group_factors)
         if interpret is None
-        else (decode.select_pair, decode.repeated_factors)
+        else (code_lookup.select_pair, code_lookup.repeated_factors)
     )
     look_up = functools.partial(pair, rows=RUN, layout=REGISTERS, table=weight.table, dtype=dtype)
     return Decoder(look_up, factors, GROUP // weight.group)

@@ -1,7 +1,7 @@
 """Look-ups of packed codes in PTX.
 
-The look-ups are those of pallas_kernels.nf4_matmul.mosaic.decode, for kernels that run them in the innermost loop: half
-of the constants are operands, and a word of eight codes shares its masks.
+The look-ups are those of pallas_kernels.nf4_matmul.mosaic.code_lookup, for kernels that run them in the innermost loop:
+half of the constants are operands, and a word of eight codes shares its masks.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.mosaic.registers import MosaicValue
-from pallas_kernels.nf4_matmul.mosaic.decode import table_words
+from pallas_kernels.nf4_matmul.mosaic.code_lookup import table_words
 
 # One word per thread, so that the compiler keeps it in a register: see `constant_words`.
 THREADS = plgpu.Layout.WG_STRIDED((128,), 1)

@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.mosaic.registers import MosaicValue, assembly, fragmented, tiled, value
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
-from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
+from pallas_kernels.nf4_matmul.mosaic.code_lookup import select_pair
 
 WARPS = 4
 RUN = 64

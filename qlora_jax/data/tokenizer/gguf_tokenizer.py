@@ -94,7 +94,7 @@ def _pieces(
     return [piece for piece, _ in split.pre_tokenize_str(normal)] if split else [normal]
 
 
-def rebuild(metadata: Metadata, bos: str | None = None) -> Tokenizer:
+def tokenizer_from_gguf(metadata: Metadata, bos: str | None = None) -> Tokenizer:
     """Builds the tokenizer that `tokenizer.ggml.*` describes.
 
     Args:

@@ -19,7 +19,7 @@ from qlora_jax.data.tokenizer.byte_lengths import (
     make_token_bytes,
 )
 from qlora_jax.data.tokenizer.chat_template import Rendering, read_template, render, start_process, start_rendering
-from qlora_jax.data.tokenizer.gguf_tokenizer import rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 from qlora_jax.data.tokenizer.render_batches import check_variables
 from qlora_jax.data.tokenizer.template_pipe import STRFTIME_NOW, Message
 
@@ -205,7 +205,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
 
     Args:
       source: `chat_template`, `bos_token`, `eos_token`, `pad_token`, `unk_token` (each a str or None),
-        `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (dict, see from_gguf.rebuild). `missing` may give
+        `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (see `tokenizer_from_gguf`). `missing` may give
         the error message if the source has neither, and `tokenizer_name` and `template_name` the files, for messages.
 
     Raises:
@@ -221,7 +221,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
             raise ValueError(source["missing"])
         if "gguf" not in source:
             raise ValueError(f"tokenizer source: found {sorted(source)}, expected 'tokenizer_json' or 'gguf' in it")
-        backend = rebuild(source["gguf"], bos)
+        backend = tokenizer_from_gguf(source["gguf"], bos)
     unknown = [f"{name} {token!r}" for name, token in special_tokens.items() if not _contains(backend, token)]
     if unknown:
         raise ValueError(

@@ -17,7 +17,7 @@ from qlora_jax.evaluation.loglikelihood import ScoredIds, score_rows
 from qlora_jax.inference.decode import Reply, generate
 from qlora_jax.inference.replies import greedy_replies
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.untrusted_json import JsonObject
 

@@ -18,7 +18,7 @@ from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import lower_replies, sampled_replies
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.measures.metrics import Comparison, Metric, RowValues, share, share_change
 from qlora_jax.measures.statistics import mean_change_interval, mean_interval
 from qlora_jax.models.partition import ModelParts

@@ -44,9 +44,9 @@ from qlora_jax.inference.engine.token_sampler import (
     Row,
     RowSettings,
     RowState,
-    choose,
     row_settings,
     row_state,
+    sample_tokens,
 )
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.models.partition import ModelParts, combine, prepare_for_decoding
@@ -582,7 +582,7 @@ class Engine:
         asked = [each.request.likeliest for each in each_R if each is not None and each.request.likeliest is not None]
         likeliest = round_up(max(asked), LIKELIEST) if asked else None
         local_RV = logits_RV if self._mesh is None else logits_RV.addressable_data(0)
-        choice, state = choose(local_RV, *known, self._mask(each_R), likeliest=likeliest)
+        choice, state = sample_tokens(local_RV, *known, self._mask(each_R), likeliest=likeliest)
         return choice, known[0], state
 
     def _mask(self, each_R: Sequence[Generation | None]) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """Restricts replies to a JSON schema, a regular expression, a Lark grammar or a choice, by llguidance.
 
-A matcher follows one reply. It knows which tokens may come next as a mask, whose words `choose` unpacks.
+A matcher follows one reply. It knows which tokens may come next as a mask, whose words `sample_tokens` unpacks.
 
 Dimension key: R rows, W words of 32 tokens.
 """

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.inference.sampling_params import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from qlora_jax.inference.engine.grammar import Grammar

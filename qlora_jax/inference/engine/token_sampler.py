@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.inference.sampling_params import GREEDY, Sampling
 
 _LIMB = 2.0**19  # a mass has two limbs of 19 bits, of which a uint32 can sum _CHUNK
 _CHUNK = 4096
@@ -140,7 +140,7 @@ def row_settings(rows: Sequence[Row], vocab: int) -> RowSettings:
 
 
 def row_state(rows: Sequence[Row], vocab: int) -> RowState:
-    """Arrays of the rows' replies so far; `choose` keeps them up to date until other rows run."""
+    """Arrays of the rows' replies so far; `sample_tokens` keeps them up to date until other rows run."""
     index_R = jnp.asarray(np.array([len(row.reply) for row in rows], np.int32))
     if not any(_penalizes(row.sampling) for row in rows):
         return RowState(index_R, None)
@@ -165,7 +165,7 @@ def _row_keys(seeds_R: UInt32[Array, " R"], repeats_R: UInt32[Array, " R"]) -> U
 
 
 @functools.partial(jax.jit, static_argnames="likeliest", donate_argnames="state")
-def choose(
+def sample_tokens(
     logits_RV: Float[Array, "R V"],
     settings: RowSettings,
     state: RowState,
@@ -181,7 +181,7 @@ def choose(
       likeliest: number of likeliest tokens to report besides the log-probability of the chosen one; None: report
         neither.
     """
-    scores_RV = _apart(adjusted(logits_RV, settings, state.history_RV))
+    scores_RV = _apart(apply_penalties(logits_RV, settings, state.history_RV))
     if mask_RW is not None:
         scores_RV = _apart(jnp.where(_unpacked(mask_RW, logits_RV.shape[1]), scores_RV, -jnp.inf))
     if settings.draws is not None:
@@ -199,7 +199,7 @@ def choose(
 _apart = jax.lax.optimization_barrier
 
 
-def adjusted(
+def apply_penalties(
     logits_RV: Float[Array, "R V"], settings: RowSettings, history_RV: Int32[Array, "R V"] | None
 ) -> Float[Array, "R V"]:
     """Returns the logits after penalties and biases."""
@@ -225,11 +225,11 @@ def _with_noise(scores_RV: jax.Array, draws: Draws, filters: Filters | None, ind
     noise_RV = _apart(jax.vmap(lambda key: jax.random.gumbel(key, scores_RV.shape[1:]))(keys_R))
     divided_RV = _apart(scores_RV * draws.inverse_temperature_R[:, None])
     if filters is not None:
-        divided_RV = _apart(jnp.where(kept_tokens(divided_RV, filters), divided_RV, -jnp.inf))
+        divided_RV = _apart(jnp.where(top_k_top_p_mask(divided_RV, filters), divided_RV, -jnp.inf))
     return _apart(jnp.where(draws.drawn_R[:, None], noise_RV + divided_RV, scores_RV))
 
 
-def kept_tokens(logits_RV: Float[Array, "R V"], filters: Filters) -> Bool[Array, "R V"]:
+def top_k_top_p_mask(logits_RV: Float[Array, "R V"], filters: Filters) -> Bool[Array, "R V"]:
     """Returns which tokens all filters keep; equal logits are kept together.
 
     Args:

@@ -16,7 +16,7 @@ from qlora_jax.io.gguf.config_reader import config_from_metadata
 from qlora_jax.io.gguf.config_writer import config_metadata, features_lost, image_metadata, tensors_misplaced
 from qlora_jax.io.gguf.header import TensorInfo
 from qlora_jax.io.gguf.llama_quantizer import mixture_types
-from qlora_jax.io.gguf.tokenizer import STOP_KEYS, tokenizer_metadata
+from qlora_jax.io.gguf.tokenizer_metadata import STOP_KEYS, tokenizer_metadata
 from qlora_jax.io.gguf.writer import GgufSpec, output_tensor, spec_from_file, typed_keys
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel

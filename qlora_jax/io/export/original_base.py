@@ -106,7 +106,7 @@ class ExportedAdapter(NamedTuple):
 
     Attributes:
       lora: LoRA parameters by our names.
-      args: settings with which PEFT and `add_lora` give these parameters the scalings of training.
+      args: settings with which PEFT and `attach_method` give these parameters the scalings of training.
       notes: lines for users of the adapter.
     """
 

@@ -22,7 +22,7 @@ from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Arch
 from qlora_jax.io.gguf.config_reader import DRAFT_LAYERS, architecture_of, config_from_metadata, number_of_layers
 from qlora_jax.io.gguf.expert_stacks import split_experts
 from qlora_jax.io.gguf.header import GgufHeader, TensorInfo, parse_header
-from qlora_jax.io.gguf.tokenizer import tokenizer_from_metadata
+from qlora_jax.io.gguf.tokenizer_metadata import tokenizer_from_metadata
 from qlora_jax.io.loading.draft_layers import split_drafts, without_drafts
 from qlora_jax.model_source import ByteRange, ModelSource, TensorEntry, aligned_empty, map_bytes
 from qlora_jax.untrusted_json import JsonObject

@@ -42,7 +42,7 @@ class PeftAdapter:
     """The contents of a PEFT adapter folder.
 
     Attributes:
-      args: settings with which `add_lora` creates adapters of these shapes and scalings.
+      args: settings with which `attach_method` creates adapters of these shapes and scalings.
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}} in f32, by our names;
         other leaves for other methods, and {"rows": [N, D]} of embedding and head.
       new_ids: ids of the tokens that these rows belong to.

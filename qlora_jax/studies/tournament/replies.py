@@ -10,7 +10,7 @@ import xxhash
 from qlora_jax.data.readers.files import Place, Problem, raise_problems, read_rows
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.prompts import encode_prompts
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.local_model import LocalModel, open_local_model
 from qlora_jax.studies.record_file import Inputs, RecordFile, stored_records

@@ -16,7 +16,7 @@ from jaxtyping import Float64
 from qlora_jax.config.fields import TEMPLATE_CHOICES
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.inference.result_cache import digest
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.inference.settings import LocalModelArgs
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.local_model import LocalModel, OpenedLocalModel, open_local_model

@@ -16,7 +16,7 @@ from pallas_kernels.attention import costs
 from pallas_kernels.attention import cpu as attention_cpu
 from pallas_kernels.attention.bounds import Block
 from pallas_kernels.attention.dispatch import choose as choose_attention
-from pallas_kernels.attention.tiling import Tiling
+from pallas_kernels.attention.tile_mask import Tiling
 from pallas_kernels.devices import FUSED_FROM, Device
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.methods.adapter_cost import Work

@@ -18,7 +18,7 @@ from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.device_mesh import MAX_ROWS, rows_of_batch, rows_that_divide
 from qlora_jax.training.metrics.mfu import Utilization, utilization
 from qlora_jax.training.plan.records import ACTIVATIONS, ReferencePlan, ReferenceWork
-from qlora_jax.training.plan.requirements import estimated_requirements
+from qlora_jax.training.plan.step_memory import estimated_requirements
 from qlora_jax.training.run_spec import RunSpec
 from qlora_jax.training.step_spec import StepSpec, abstract_batch
 

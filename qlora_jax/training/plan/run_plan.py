@@ -42,17 +42,17 @@ from qlora_jax.training.display.banner import short_run_warning
 from qlora_jax.training.display.run_display import print_banner
 from qlora_jax.training.metrics.trackers import check_installed
 from qlora_jax.training.optimizer_state import device_bytes
-from qlora_jax.training.plan.plan import first_fitting
+from qlora_jax.training.plan.fit_search import first_fitting
 from qlora_jax.training.plan.records import PlannedTeacher, RunPlan
 from qlora_jax.training.plan.reference_pass import forward_batch, plan_reference
-from qlora_jax.training.plan.requirements import (
+from qlora_jax.training.plan.settings import PlanArgs
+from qlora_jax.training.plan.step_memory import (
     CompileStep,
     Temporaries,
     compile_here,
     compile_on_card,
     compiled_requirements,
 )
-from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import PlanTarget, model_features, planned_weights
 from qlora_jax.training.run_spec import PreparedModel, RunInputs, RunSpec, open_inputs, weights_of
 from qlora_jax.training.several_processes import agree_on_inputs, all_of

@@ -9,11 +9,11 @@ from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.precision import kept_text
-from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan, make_plan
+from qlora_jax.training.plan.fit_search import MOST_ROWS, Change, Plan, make_plan
 from qlora_jax.training.plan.records import KINDS, STATE, Requirements, RunPlan
 from qlora_jax.training.plan.reference_pass import PlannedReference
-from qlora_jax.training.plan.requirements import compile_here
 from qlora_jax.training.plan.roofline import StepRoofs
+from qlora_jax.training.plan.step_memory import compile_here
 from qlora_jax.training.step_spec import StepSpec
 
 GIB = 2**30

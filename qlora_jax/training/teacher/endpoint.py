@@ -15,9 +15,9 @@ from jaxtyping import Int32, Int64
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.result_cache import digest
-from qlora_jax.openai_endpoint import Endpoint, RequestFailed, ScoredTokens, ask_repeatedly, score
+from qlora_jax.openai_client import Endpoint, RequestFailed, ScoredTokens, ask_repeatedly, score
 from qlora_jax.terminal.visible import without_passwords
-from qlora_jax.training.teacher.predictions import Arrays, Predictions, TeacherError, check_are_known
+from qlora_jax.training.teacher.logprob_cache import Arrays, Predictions, TeacherError, check_are_known
 
 FORM = 1  # raised by a change after which stored predictions no longer hold
 AT_ONCE = 8  # requests, and rows of the data whose predictions are stored together

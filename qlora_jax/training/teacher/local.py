@@ -30,7 +30,7 @@ from qlora_jax.nn.lm_head.sharded_vocabulary import at_temperature
 from qlora_jax.sharding import AnyMesh, gather_rows
 from qlora_jax.training.device_mesh import place_batch
 from qlora_jax.training.step import text_separation
-from qlora_jax.training.teacher.predictions import Arrays, Predictions, check_are_known
+from qlora_jax.training.teacher.logprob_cache import Arrays, Predictions, check_are_known
 
 FORM = 1  # raised by a change after which stored predictions no longer hold
 BLOCK = 16 * 2**20  # bytes of a file that are hashed at once

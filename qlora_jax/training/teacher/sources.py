@@ -10,10 +10,10 @@ from qlora_jax.config.objectives import OBJECTIVES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.pretrained import OpenedModel, is_finetuned, open_base, open_finetuned
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.openai_endpoint import Endpoint, read_key
+from qlora_jax.openai_client import Endpoint, read_key
 from qlora_jax.training.teacher.endpoint import EndpointSource
 from qlora_jax.training.teacher.local import LocalSource
-from qlora_jax.training.teacher.predictions import TeacherSource
+from qlora_jax.training.teacher.logprob_cache import TeacherSource
 
 
 def open_teacher(config: Config, tokenizer: Tokenizer, student: ModelConfig) -> TeacherSource | None:

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.attention import mma, reference
+from pallas_kernels.attention import gpu, reference
 from pallas_kernels.attention.dispatch import choose_decoding
 from pallas_kernels.attention.mosaic.decode_instructions import Interpreted
 from pallas_kernels.attention.pages import KVPages
@@ -35,7 +35,7 @@ from pallas_kernels.synthetic_weights import synthetic_like
 from qlora_jax import runtime
 from qlora_jax.config import LoraArgs
 from qlora_jax.inference.decode import stream
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.step_spec import StepSpec
@@ -90,7 +90,7 @@ def attention(case: Case, layers: int, heads: int) -> Record:
 
         return jax.lax.fori_loop(0, layers, one, q)
 
-    for name, attend in (("mma", mma.paged_attention), ("reference", reference.paged_attention)):
+    for name, attend in (("mma", gpu.paged_attention), ("reference", reference.paged_attention)):
         run = jax.jit(functools.partial(of_layers, attend))
         try:
             found["seconds"][name] = _seconds(lambda run=run: run(q, pages)) / layers
@@ -145,7 +145,7 @@ def main() -> None:
     device = target_device()
     choice = choose_decoding(device, DTYPE.dtype, HEAD_DIM, "int8")
     if args.rehearse:
-        mma.decoding_instructions = lambda: functools.partial(Interpreted, params=plgpu.InterpretGPUParams())
+        gpu.decoding_instructions = lambda: functools.partial(Interpreted, params=plgpu.InterpretGPUParams())
     elif choice.name != "mma":
         raise SystemExit(f"bench.gpu.decode: no kernel on {device}: {choice.refusals or 'not a GPU'}")
     cases, layers, heads = (TINY, 1, 2) if args.rehearse else (CASES, LAYERS, HEADS)

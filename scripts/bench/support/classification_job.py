@@ -28,7 +28,7 @@ from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.head_adapters import split_head, with_head
 from qlora_jax.io.peft.writer import in_peft_format
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -201,7 +201,7 @@ def load_base(model: str, compute_dtype: str = "auto") -> tuple[ModelConfig, Mod
 def with_new_head(base: ModelParts, seed: int) -> ModelParts:
     """Returns the parts with a new adapter on all linear layers and a new head."""
     model, key = combine(base), jax.random.key(seed)
-    add_lora(model, LORA, key)
+    attach_method(model, LORA, key)
     model.add_sequence_head(HEAD.spec(), key)
     return partition(model)
 

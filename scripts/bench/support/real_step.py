@@ -14,7 +14,7 @@ from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.loading.stored_codes import with_dense_layers
 from qlora_jax.io.open_model import open_model
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
@@ -67,7 +67,7 @@ def load_step(
     compiled()
     phase("loading the model")
     model = load_model(source, config, weights).model
-    add_lora(model, adapters, jax.random.key(0))
+    attach_method(model, adapters, jax.random.key(0))
     parts = partition(model)
     optimizer = make_optimizer(OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0), 1000)
     return LoadedStep(config, weights, gradients, parts, optimizer, optimizer.init(parts.lora))

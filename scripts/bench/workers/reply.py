@@ -19,7 +19,7 @@ from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.inference.decode import stream
 from qlora_jax.inference.fast_decoding import for_fast_decoding
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.io.loading.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qlora_jax.config import LoraArgs
 from qlora_jax.data.batching.batches import START, train_batches
 from qlora_jax.data.batching.packing import NO_ROW, pack, pack_length
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -103,7 +103,7 @@ def test_order_follows_seed_and_epoch():
 def parts(request):
     """The parts of a tiny NF4 model, computed in f32, whose LoRA updates are not zero."""
     model = CausalLM(model_config(tiny_config()), WeightFormat(dtype="float32"))
-    add_lora(model, LoraArgs(rank=4, merge_into=request.param), jax.random.key(0))
+    attach_method(model, LoraArgs(rank=4, merge_into=request.param), jax.random.key(0))
     parts = partition(model)
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1, parts.lora)
     return ModelParts(parts.graphdef, lora, jax.tree.map(_filled, parts.base))

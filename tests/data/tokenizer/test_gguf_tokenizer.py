@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE, SPACE, rebuild
+from qlora_jax.data.tokenizer.gguf_tokenizer import KNOWN_PRE, SPACE, tokenizer_from_gguf
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.tokenizer.hard_texts import hard_texts
 from tests.io.tiny_tokenizers import sentencepiece_metadata
@@ -93,7 +93,7 @@ def test_real_gguf_gives_tokenizer_json_back(smollm2_gguf: Path, tokenizer: Toke
     fields = gguf.GGUFReader(smollm2_gguf).fields
     names = ("model", "pre", "tokens", "token_type", "merges")
     metadata = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in names}
-    assert json.loads(rebuild(metadata).to_str()) == json.loads(tokenizer.to_json())
+    assert json.loads(tokenizer_from_gguf(metadata).to_str()) == json.loads(tokenizer.to_json())
     assert fields["tokenizer.chat_template"].contents() == smollm2_template
 
 
@@ -130,7 +130,7 @@ def test_each_kind_splits_as_transformers_does(
         ends = theirs[f"{pre}/lengths"].cumsum()[:-1]
         expected = [part.tolist() for part in np.split(theirs[f"{pre}/ids"], ends)]
         plain = {**smollm2_metadata, "pre": pre, "token_type": [1] * len(smollm2_metadata["tokens"])}
-        ours = [encoding.ids for encoding in rebuild(plain).encode_batch(strings)]
+        ours = [encoding.ids for encoding in tokenizer_from_gguf(plain).encode_batch(strings)]
         assert _difference(ours, expected, strings) == [], pre
 
 
@@ -155,8 +155,8 @@ def test_kinds_differ_in_digits_line_ends_and_composing(pre: str) -> None:
 def test_llama3_kinds_take_whole_words_before_merging():
     """Llama 3's published tokenizer.json says ignore_merges: a word in the vocabulary is one token."""
     metadata = {"model": "gpt2", "tokens": ["a", "b", "c", "ab", "abc"], "token_type": [1] * 5, "merges": ["a b"]}
-    assert rebuild({**metadata, "pre": "llama-bpe"}).encode("abc").ids == [4]
-    assert rebuild({**metadata, "pre": "gpt-2"}).encode("abc").ids == [3, 2]
+    assert tokenizer_from_gguf({**metadata, "pre": "llama-bpe"}).encode("abc").ids == [4]
+    assert tokenizer_from_gguf({**metadata, "pre": "gpt-2"}).encode("abc").ids == [3, 2]
 
 
 @pytest.mark.parametrize(
@@ -181,19 +181,19 @@ def test_llama3_kinds_take_whole_words_before_merging():
 def test_metadata_that_can_not_be_right_is_refused(change: dict[str, Any], told: str):
     metadata = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
     with pytest.raises(ValueError, match=told):
-        rebuild({**metadata, **change})
+        tokenizer_from_gguf({**metadata, **change})
 
 
 def test_a_first_token_that_is_spelt_in_another_way_is_refused():
     metadata = _gemma_metadata()
     with pytest.raises(ValueError, match=r"bos_token_id: its token is not in the rebuilt vocabulary \(found '  '\)"):
-        rebuild(metadata, bos="  ")
+        tokenizer_from_gguf(metadata, bos="  ")
 
 
 def test_every_known_kind_builds():
     metadata = {"model": "gpt2", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
     for pre in KNOWN_PRE:
-        assert rebuild({**metadata, "pre": pre}).encode("ab").ids == [2]
+        assert tokenizer_from_gguf({**metadata, "pre": pre}).encode("ab").ids == [2]
 
 
 def test_sentencepiece_metadata_gives_sentencepieces_ids(oracle: Callable):
@@ -210,7 +210,7 @@ def test_sentencepiece_metadata_gives_sentencepieces_ids(oracle: Callable):
     theirs = oracle(ROOT / "tests/oracle/sentencepiece_bpe.py", corpus=corpus, strings=strings)
     for name in ("prefixed", "bare"):
         metadata, ids, texts = (json.loads(str(theirs[f"{name}/{part}"])) for part in ("metadata", "ids", "texts"))
-        rebuilt = rebuild(metadata)
+        rebuilt = tokenizer_from_gguf(metadata)
         ours = [encoding.ids for encoding in rebuilt.encode_batch(strings)]
         assert _difference(ours, ids, strings) == []
         assert [rebuilt.decode(row, skip_special_tokens=False) for row in ids] == texts
@@ -219,27 +219,27 @@ def test_sentencepiece_metadata_gives_sentencepieces_ids(oracle: Callable):
 def test_runs_of_spaces_in_gemmas_vocabulary_keep_their_ids():
     """Its files spell them with spaces, its tokenizer.json with SPACE; each run is one token of the vocabulary."""
     metadata = _gemma_metadata()
-    rebuilt, ids = rebuild(metadata), {token: index for index, token in enumerate(metadata["tokens"])}
+    rebuilt, ids = tokenizer_from_gguf(metadata), {token: index for index, token in enumerate(metadata["tokens"])}
     assert rebuilt.get_vocab_size(with_added_tokens=True) == len(metadata["tokens"])
     for length in range(2, 32):
         text = f"a{' ' * length}b"
         assert rebuilt.encode(text).ids == [ids["a"], ids[" " * length], ids["b"]]
         assert rebuilt.decode(rebuilt.encode(text).ids) == text
-    again = rebuild({**metadata, "tokens": [token.replace(" ", SPACE) for token in metadata["tokens"]]})
+    again = tokenizer_from_gguf({**metadata, "tokens": [token.replace(" ", SPACE) for token in metadata["tokens"]]})
     assert again.to_str() == rebuilt.to_str()  # older files spell them so
 
 
 def test_tokens_of_spaces_in_other_vocabularies_are_found_as_they_are_spelt():
     metadata = _gemma_metadata()
     scores = [-1000.0 if token.isspace() else -float(index) for index, token in enumerate(metadata["tokens"])]
-    rebuilt = rebuild({**metadata, "scores": scores})
-    assert rebuilt.encode("a  b").ids == rebuild(metadata).encode("a  b").ids
+    rebuilt = tokenizer_from_gguf({**metadata, "scores": scores})
+    assert rebuilt.encode("a  b").ids == tokenizer_from_gguf(metadata).encode("a  b").ids
     assert rebuilt.get_vocab_size(with_added_tokens=True) == len(metadata["tokens"])
 
 
 def test_the_unknown_token_is_found_in_a_text():
     """Llama's tokenizer.json and llama.cpp find it too."""
-    rebuilt = rebuild(sentencepiece_metadata(460, False, []))
+    rebuilt = tokenizer_from_gguf(sentencepiece_metadata(460, False, []))
     assert rebuilt.encode("<unk>").ids == [0]
 
 

@@ -12,8 +12,8 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.inference.engine.engine import BESIDE_REPLIES, PATIENCE, Engine
 from qlora_jax.inference.engine.model_calls import advance, page_bytes
 from qlora_jax.inference.engine.request import Request, Step
-from qlora_jax.inference.sampling import Sampling
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.inference.sampling_params import Sampling
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.partition import ModelParts, combine, partition
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_config, tiny_parts
@@ -226,7 +226,7 @@ def bare(parts: ModelParts) -> ModelParts:
 
 def run_on(base: ModelParts, seed: int, **settings) -> ModelParts:
     model = combine(base)
-    add_lora(model, LoraArgs(**settings), jax.random.key(seed))
+    attach_method(model, LoraArgs(**settings), jax.random.key(seed))
     own, rng = partition(model), np.random.default_rng(seed)
     return own.with_lora(jax.tree.map(lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), own.lora))
 

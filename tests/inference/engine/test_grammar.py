@@ -14,7 +14,7 @@ import pytest
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.engine.grammar import MOST_CHARACTERS, Grammar, GrammarCompiler, GrammarKind, Matcher
-from qlora_jax.inference.engine.token_sampler import Row, choose, row_settings, row_state
+from qlora_jax.inference.engine.token_sampler import Row, row_settings, row_state, sample_tokens
 from tests.inference.engine.random_schemas import random_schema
 from tests.io.tiny_tokenizers import byte_level, gemma, sentencepiece, sentencepiece_metadata
 
@@ -193,7 +193,7 @@ def test_rows_are_masked_together_and_others_are_free(compiler, tokenizer):
     assert (together[1] == -1).all()
     rows = [Row()] * 4
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 1, (4, 49_160)).astype(np.float32))
-    choice, _ = choose(logits, row_settings(rows, 49_160), row_state(rows, 49_160), together)
+    choice, _ = sample_tokens(logits, row_settings(rows, 49_160), row_state(rows, 49_160), together)
     texts = [tokenizer.decode([token]) for token in choice.token_R.tolist()]
     assert re.fullmatch("[0-9]+", texts[0]) and texts[2] in ("x", "y") and re.fullmatch(r"z*|<\|im_end\|>", texts[3])
     assert int(choice.token_R[1]) == int(jnp.argmax(logits[1]))

@@ -12,13 +12,13 @@ from scipy import stats
 from qlora_jax.inference.engine.token_sampler import (
     Row,
     RowState,
-    adjusted,
-    choose,
-    kept_tokens,
+    apply_penalties,
     row_settings,
     row_state,
+    sample_tokens,
+    top_k_top_p_mask,
 )
-from qlora_jax.inference.sampling import GREEDY, Sampling
+from qlora_jax.inference.sampling_params import GREEDY, Sampling
 from tests.marks import EXHAUSTIVE
 
 ORACLE = Path(__file__).parents[2] / "oracle/sampling_processors.py"
@@ -34,7 +34,7 @@ def logits_of(seed: int, rows: int = 1, vocab: int = VOCAB, digits: int | None =
 def tokens_of(rows: list[Row], logits: np.ndarray, mask: np.ndarray | None = None) -> list[int]:
     vocab = logits.shape[1]
     words = None if mask is None else packed(mask)
-    choice, _ = choose(jnp.asarray(logits), row_settings(rows, vocab), row_state(rows, vocab), words)
+    choice, _ = sample_tokens(jnp.asarray(logits), row_settings(rows, vocab), row_state(rows, vocab), words)
     return choice.token_R.tolist()
 
 
@@ -48,7 +48,7 @@ def kept_by(sampling: Sampling, logits: np.ndarray) -> np.ndarray:
     """Returns which tokens the sampler may draw from logits that the temperature has divided."""
     filters = row_settings([Row(sampling)] * len(logits), logits.shape[1]).filters
     assert filters is not None
-    return np.asarray(jax.jit(kept_tokens)(jnp.asarray(logits), filters))
+    return np.asarray(jax.jit(top_k_top_p_mask)(jnp.asarray(logits), filters))
 
 
 def reference_kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +128,7 @@ def test_processors_equal_those_of_transformers(oracle):
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         np.testing.assert_array_equal(kept_by(sampling, logits / np.float32(temperature)), expected[name], name)
     rows = [Row(Sampling(repetition_penalty=1.3), 0, each[:30], each[30:]) for each in ids.tolist()]
-    actual = adjusted(jnp.asarray(logits), row_settings(rows, 2000), row_state(rows, 2000).history_RV)
+    actual = apply_penalties(jnp.asarray(logits), row_settings(rows, 2000), row_state(rows, 2000).history_RV)
     np.testing.assert_allclose(actual, expected["repetition"], rtol=2.5e-7)  # a product with 1 / 1.3, and a quotient
 
 
@@ -163,7 +163,7 @@ def test_penalties_and_biases_equal_a_loop_over_tokens():
     ]
     logits = logits_of(3, len(rows))
     logits[:, 30] = -np.inf
-    actual = adjusted(jnp.asarray(logits), row_settings(rows, VOCAB), row_state(rows, VOCAB).history_RV)
+    actual = apply_penalties(jnp.asarray(logits), row_settings(rows, VOCAB), row_state(rows, VOCAB).history_RV)
     expected = [reference_adjusted(each, row) for each, row in zip(logits, rows, strict=True)]
     np.testing.assert_allclose(actual, np.stack(expected), rtol=4e-7, atol=2e-6)
     np.testing.assert_array_equal(actual[-1], logits[-1])
@@ -173,7 +173,7 @@ def test_the_state_follows_the_reply():
     rows = [Row(sampling, 0, [1, 2, 2], [5, 5]) for sampling in PENALTIES]
     settings, state = row_settings(rows, VOCAB), row_state(rows, VOCAB)
     for step in range(3):
-        choice, state = choose(jnp.asarray(logits_of(step, len(rows))), settings, state)
+        choice, state = sample_tokens(jnp.asarray(logits_of(step, len(rows))), settings, state)
         grown = zip(rows, choice.token_R.tolist(), strict=True)
         rows = [row._replace(reply=[*row.reply, token]) for row, token in grown]
     rebuilt, needs = row_state(rows, VOCAB), slice(0, 4)  # the others' rows of the history are not read
@@ -200,7 +200,7 @@ def test_draws_have_the_probabilities_of_the_kept_tokens(sampling):
     settings = row_settings([Row(sampling)], 8)
     settings = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), settings)
     state = RowState(jnp.arange(count, dtype=jnp.int32), None)
-    choice, _ = choose(jnp.tile(logits, (count, 1)), settings, state)
+    choice, _ = sample_tokens(jnp.tile(logits, (count, 1)), settings, state)
     found = np.bincount(np.asarray(choice.token_R), minlength=8)
     assert not found[~kept].any()
     assert stats.chisquare(found[kept], count * shares[kept] / shares.sum()).pvalue > 0.01
@@ -232,7 +232,7 @@ MANY = [
 def answers(rows: list[Row], logits: np.ndarray, masks: np.ndarray | None) -> list[tuple]:
     """Each row's token and log-probabilities."""
     settings, state = row_settings(rows, logits.shape[1]), row_state(rows, logits.shape[1])
-    choice, _ = choose(jnp.asarray(logits), settings, state, masks, likeliest=4)
+    choice, _ = sample_tokens(jnp.asarray(logits), settings, state, masks, likeliest=4)
     return list(zip(*(np.asarray(leaf).tolist() for leaf in choice), strict=True))
 
 
@@ -274,7 +274,7 @@ def test_log_probabilities_equal_the_softmax_of_the_logits_that_nothing_changed(
     logits = logits_of(11, len(rows), 30_000)
     logits[0, 5] = 40  # a probability of almost 1
     logits[1] = 0
-    choice, _ = choose(jnp.asarray(logits), row_settings(rows, 30_000), row_state(rows, 30_000), likeliest=20)
+    choice, _ = sample_tokens(jnp.asarray(logits), row_settings(rows, 30_000), row_state(rows, 30_000), likeliest=20)
     wide = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     log_p = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
     token = np.asarray(choice.token_R)[:, None]
@@ -286,7 +286,8 @@ def test_log_probabilities_equal_the_softmax_of_the_logits_that_nothing_changed(
 
 def test_no_likeliest_tokens_leave_the_log_probability():
     choices = [
-        choose(jnp.zeros((1, 8)), row_settings([Row()], 8), row_state([Row()], 8), likeliest=n)[0] for n in (0, 3)
+        sample_tokens(jnp.zeros((1, 8)), row_settings([Row()], 8), row_state([Row()], 8), likeliest=n)[0]
+        for n in (0, 3)
     ]
     assert [choice.likeliest_RN.shape for choice in choices if choice.likeliest_RN is not None] == [(1, 0), (1, 3)]
     np.testing.assert_allclose([choice.log_p_R for choice in choices], -np.log(8), rtol=2e-7)

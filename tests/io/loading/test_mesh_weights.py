@@ -20,7 +20,7 @@ from qlora_jax.io.loading.base_fingerprint import SUFFIX
 from qlora_jax.io.loading.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_for_training
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition, parts_specs
@@ -175,7 +175,7 @@ def test_adapters_and_new_rows_are_those_of_one_device_to_the_bit(folder: Path, 
     found = []
     for each in (None, mesh):
         loaded, _ = load_for_training(source, features, FORMAT, lora, jax.random.key(3), mesh=each, new_ids=new)
-        add_lora(loaded.model, lora, jax.random.key(3), mesh=each)
+        attach_method(loaded.model, lora, jax.random.key(3), mesh=each)
         add_tables(loaded.model, new, lora)
         found.append(partition(loaded.model))
     for ours, theirs in zip(jax.tree.leaves(found[1].lora), jax.tree.leaves(found[0].lora), strict=True):

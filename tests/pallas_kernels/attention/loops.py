@@ -10,7 +10,7 @@ import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import api, mma
+from pallas_kernels.attention import api, gpu
 from pallas_kernels.attention import cpu as attention_cpu
 from pallas_kernels.attention.bounds import BLOCKS
 from pallas_kernels.attention.mosaic.instructions import Interpreted, InterpretedWgmma
@@ -51,7 +51,7 @@ def using(name: str) -> Iterator[str]:
         elif name in TWINS:
             patch.setattr(api, "choose", lambda *call: Choice(TWINS[name], {}))
             kinds = {"mma": Interpreted, "wgmma": InterpretedWgmma}
-            patch.setattr(mma, "instructions", lambda dtype, kernels: kinds[kernels](dtype, DETECTING))
+            patch.setattr(gpu, "instructions", lambda dtype, kernels: kinds[kernels](dtype, DETECTING))
         else:
             build.build(name)
             library.register(name)

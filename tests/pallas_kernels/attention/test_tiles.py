@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import aot
 from pallas_kernels.attention import causal_attention
 from pallas_kernels.attention.branching import Branching, BranchingMask
-from pallas_kernels.attention.tiling import AttentionMask, Tiling
+from pallas_kernels.attention.tile_mask import AttentionMask, Tiling
 from tests.nn.trees import row_of_trees
 from tests.pallas_kernels.attention.loops import tiles  # noqa: F401
 from tests.pallas_kernels.attention.test_branching import spans_of

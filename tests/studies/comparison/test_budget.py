@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
-from qlora_jax.methods.attach import add_lora
+from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.partition import partition
 from qlora_jax.studies.comparison.budget import matching_rank, steps_within, trainable_parameters
 from tests.e2e.project import write_model
@@ -35,7 +35,7 @@ def test_the_number_is_that_of_the_adapters_in_memory(tmp_path):
     for lora in (LoraArgs(rank=3), LoraArgs(method="dora", rank=2, target_modules=["q_proj"]), LoraArgs(method="ia3")):
         opened = open_pretrained(model=path)
         model = load_base(opened, weight_settings(opened, "nf4", "float32"))
-        add_lora(model, lora, jax.random.key(0))
+        attach_method(model, lora, jax.random.key(0))
         held = sum(leaf.size for leaf in jax.tree.leaves(partition(model).lora))
         plain = dataclasses.replace(config(), model=ModelArgs(path=path), lora=lora)
         assert trainable_parameters(plain) == held

@@ -9,7 +9,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import host_paths
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
-from qlora_jax.training.plan.requirements import Temporaries, compiled_requirements
+from qlora_jax.training.plan.step_memory import Temporaries, compiled_requirements
 from qlora_jax.training.step_spec import StepSpec
 from tests.io.tiny_models import tiny_config
 

@@ -7,8 +7,8 @@ import pytest
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import DENSE, STORED
 from qlora_jax.objectives.dpo import DPO
-from qlora_jax.training.plan.plan import MAX_COMPILES, can_offload_experts, changes, make_plan
-from qlora_jax.training.plan.requirements import (
+from qlora_jax.training.plan.fit_search import MAX_COMPILES, can_offload_experts, changes, make_plan
+from qlora_jax.training.plan.step_memory import (
     compiled_requirements,
     estimated_requirements,
     fitted_requirements,

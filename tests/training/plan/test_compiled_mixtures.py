@@ -16,7 +16,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.nn import frozen_weight
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.plan.requirements import Temporaries, compiled_requirements, estimated_requirements
+from qlora_jax.training.plan.step_memory import Temporaries, compiled_requirements, estimated_requirements
 from qlora_jax.training.plan.target import planned_weights
 from qlora_jax.training.step_spec import StepSpec
 from tests.marks import EXHAUSTIVE

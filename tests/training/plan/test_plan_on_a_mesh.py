@@ -16,13 +16,13 @@ from qlora_jax.sharding import absent_mesh
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.memory_use import activation_bytes
 from qlora_jax.training.plan import run_plan
-from qlora_jax.training.plan.plan import first_fitting, fits, make_plan
-from qlora_jax.training.plan.requirements import (
+from qlora_jax.training.plan.fit_search import first_fitting, fits, make_plan
+from qlora_jax.training.plan.run_plan import larger_meshes, planned_rows, step_configs, usable_meshes
+from qlora_jax.training.plan.settings import PlanArgs
+from qlora_jax.training.plan.step_memory import (
     Temporaries,
     estimated_requirements,
 )
-from qlora_jax.training.plan.run_plan import larger_meshes, planned_rows, step_configs, usable_meshes
-from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.plan.text import as_json, verdict
 from qlora_jax.training.step_spec import StepSpec

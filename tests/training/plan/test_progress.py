@@ -1,13 +1,13 @@
 """Reports of the steps that a plan compiles."""
 
-from qlora_jax.training.plan import requirements
-from qlora_jax.training.plan.requirements import ReportedCompiler
+from qlora_jax.training.plan import step_memory
+from qlora_jax.training.plan.step_memory import ReportedCompiler
 from tests.training.plan.steps import TINY, Compiler
 
 
 def test_each_step_is_reported_before_it_is_compiled_and_compiled_once(monkeypatch):
     seconds = iter((0.0, 27.4, 30.0, 31.0))
-    monkeypatch.setattr(requirements.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(step_memory.time, "perf_counter", lambda: next(seconds))
     lines, inner = [], Compiler()
     compiler = ReportedCompiler(inner, lines.append, most=3)
     first, second = TINY, TINY.resized(2, 256)

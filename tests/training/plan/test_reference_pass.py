@@ -10,7 +10,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.objectives.dpo import DPO
 from qlora_jax.objectives.objective import read_by_outputs
 from qlora_jax.training.plan.reference_pass import reference_of_step
-from qlora_jax.training.plan.requirements import estimated_requirements
+from qlora_jax.training.plan.step_memory import estimated_requirements
 from qlora_jax.training.step import compared_outputs, evaluation_outputs
 from qlora_jax.training.step_spec import abstract_batch
 from tests.e2e.project import write_model, write_rows

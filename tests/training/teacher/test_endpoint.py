@@ -14,10 +14,10 @@ from qlora_jax.data.batching.batches import fill_batch
 from qlora_jax.data.branch_tree import whole_texts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.pretrained import open_base
-from qlora_jax.openai_endpoint import Endpoint
+from qlora_jax.openai_client import Endpoint
 from qlora_jax.training.teacher import endpoint as of_endpoint
 from qlora_jax.training.teacher.endpoint import PROBE, EndpointSource
-from qlora_jax.training.teacher.predictions import Arrays, Predictions, TeacherError
+from qlora_jax.training.teacher.logprob_cache import Arrays, Predictions, TeacherError
 from qlora_jax.training.teacher.sources import open_teacher
 from tests.e2e.project import served_teacher, write_model
 from tests.studies.tournament.judges.fake_endpoint import Answer, FakeEndpoint, Plan, fake_endpoint

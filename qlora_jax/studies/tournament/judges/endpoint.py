@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.openai_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete, read_key
+from qlora_jax.openai_client import Endpoint, RequestFailed, RequestTimedOut, complete, read_key
 from qlora_jax.studies.tournament.judges.judge import (
     UNREADABLE,
     Attempts,

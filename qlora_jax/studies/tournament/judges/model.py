@@ -7,7 +7,7 @@ import numpy as np
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.shared_prefixes import ScoredIds
 from qlora_jax.inference.prompts import Prompter
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.progress_reporter import ProgressReporter
 from qlora_jax.studies.local_model import LocalModel, open_local_model
 from qlora_jax.studies.tournament.judges.judge import (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # has the race detector's result
 
-from pallas_kernels.attention import mma
+from pallas_kernels.attention import gpu
 from pallas_kernels.attention.mosaic import decode, decode_registers
 from pallas_kernels.attention.mosaic.capabilities import HEAD_DIMS
 from pallas_kernels.attention.mosaic.decode_instructions import Interpreted
@@ -30,7 +30,7 @@ TOLERANCES = {F32: EXACT, BF16: 2 * 2**-8, F16: 2 * 2**-11}  # weights and the r
 
 @pytest.fixture(autouse=True)
 def _twin(monkeypatch):
-    monkeypatch.setattr(mma, "decoding_instructions", lambda: lambda tile: Interpreted(tile, DETECTING))
+    monkeypatch.setattr(gpu, "decoding_instructions", lambda: lambda tile: Interpreted(tile, DETECTING))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def no_race():
 def attend(one, rows=None, window=None, softcap=None, sinks_N=None):
     rows = jnp.arange(len(one.positions)) if rows is None else rows
     positions, scores = jnp.asarray(one.positions), ScoreScaling(SCALE, softcap)
-    run = functools.partial(mma.paged_attention, window=window, scores=scores, sinks_N=sinks_N)
+    run = functools.partial(gpu.paged_attention, window=window, scores=scores, sinks_N=sinks_N)
     found = jax.jit(run)(one.q[:, None], one.pages, LAYER, rows[:, None], positions[:, None])
     return np.asarray(found[:, 0], np.float64)
 
@@ -121,7 +121,7 @@ def caught(twin=Interpreted):
     """True if a broken kernel is detected: by its values, by a race, or by an unfinished operation."""
     one = call((540, 100), 2, 1, 64, coded=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mma, "decoding_instructions", lambda: lambda tile: twin(tile, DETECTING))
+        patch.setattr(gpu, "decoding_instructions", lambda: lambda tile: twin(tile, DETECTING))
         try:
             return not error(one, window=520) < 20 * EXACT or interpret_pallas_call.get_races().races_found
         except jax.errors.JaxRuntimeError as failed:

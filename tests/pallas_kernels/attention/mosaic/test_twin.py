@@ -12,7 +12,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # has the race detector's result
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import causal_attention, mma
+from pallas_kernels.attention import causal_attention, gpu
 from pallas_kernels.attention.bounds import Bounds, Visible, mma_blocks
 from pallas_kernels.attention.mosaic import backward, forward, mask
 from pallas_kernels.attention.mosaic.instructions import Interpreted, Tma, Wgmma
@@ -122,7 +122,7 @@ def test_large_scores_neither_overflow_nor_vanish(no_race):
 
 
 def test_a_remat_policy_that_saves_the_named_residuals_computes_attention_once(monkeypatch):
-    monkeypatch.setattr(mma, "instructions", lambda dtype, kernels: {"mma": Tma, "wgmma": Wgmma}[kernels](dtype))
+    monkeypatch.setattr(gpu, "instructions", lambda dtype, kernels: {"mma": Tma, "wgmma": Wgmma}[kernels](dtype))
     q, k, v, _ = _inputs(70, 2, 1, head_dim=64, dtype=BF16)
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
     loss = jax.checkpoint(lambda *qkv: jnp.sum(causal_attention(*qkv, SCALE).astype(F32)), policy=policy)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS
-from pallas_kernels.nf4_matmul.mosaic import ampere, decode, hopper, skinny, skinny_instructions
+from pallas_kernels.nf4_matmul.mosaic import ampere, code_lookup, hopper, skinny, skinny_instructions
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted
 from tests.marks import EXHAUSTIVE, SLOW
 from tests.pallas_kernels.nf4_matmul import twins
@@ -146,6 +146,6 @@ def test_a_wrong_group_and_a_missing_wait_are_caught(direction, twin):
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_wrong_group_is_caught_on_hopper(monkeypatch, direction):
-    right = decode.repeated_factors
-    monkeypatch.setattr(decode, "repeated_factors", lambda scales, layout: right(scales[::-1], layout))
+    right = code_lookup.repeated_factors
+    monkeypatch.setattr(code_lookup, "repeated_factors", lambda scales, layout: right(scales[::-1], layout))
     assert caught("hopper", direction, "NVFP4_64")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.nf4_matmul.mosaic import decode, hopper
+from pallas_kernels.nf4_matmul.mosaic import code_lookup, hopper
 from pallas_kernels.nf4_matmul.mosaic.hopper import Tile
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
@@ -147,8 +147,8 @@ def test_a_wrong_layer_is_caught(monkeypatch, direction):
 
 @pytest.mark.parametrize("direction", PRODUCTS)
 def test_a_wrong_nibble_is_caught(monkeypatch, direction):
-    right = decode.select_pair
-    monkeypatch.setattr(decode, "select_pair", lambda *args, **kwargs: right(*args, **kwargs)[::-1])
+    right = code_lookup.select_pair
+    monkeypatch.setattr(code_lookup, "select_pair", lambda *args, **kwargs: right(*args, **kwargs)[::-1])
     assert caught(direction)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.training.plan.plan import MAX_COMPILES, estimated_range, make_plan
+from qlora_jax.training.plan.fit_search import MAX_COMPILES, estimated_range, make_plan
 from tests.training.plan.steps import TINY, Compiler, total
 
 
@@ -51,7 +51,7 @@ def test_nothing_longer_than_the_model_was_made_for():
     ids=["paging", "remat"],
 )
 def test_the_nearest_change_is_the_first_that_fits_and_is_compiled(spare, options, monkeypatch):
-    monkeypatch.setattr("qlora_jax.training.plan.requirements.PAGES_IN_FLIGHT", 1000)
+    monkeypatch.setattr("qlora_jax.training.plan.step_memory.PAGES_IN_FLIGHT", 1000)
     compiler = Compiler()
     plan = make_plan(TINY, spare(), compiler)
     assert not plan.fits and plan.change.options == options

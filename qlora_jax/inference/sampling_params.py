@@ -1,4 +1,4 @@
-"""Settings by which the next token is chosen; `engine.choose` chooses it."""
+"""Settings by which the next token is chosen; `engine.token_sampler` chooses it."""
 
 import collections
 import dataclasses

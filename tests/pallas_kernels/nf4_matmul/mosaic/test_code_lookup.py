@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.formats.dequantize import expand_absmax_numpy
 from pallas_kernels.formats.tables import CODE_TABLES
-from pallas_kernels.nf4_matmul.mosaic.decode import decode_ptx, select_pair
+from pallas_kernels.nf4_matmul.mosaic.code_lookup import decode_ptx, select_pair
 from pallas_kernels.nf4_matmul.mosaic.operands import expanded_scales
 from qlora_jax.quant import quantize_numpy
 from tests.pallas_kernels.nf4_matmul import ptx

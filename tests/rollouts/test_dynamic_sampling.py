@@ -4,7 +4,7 @@ import numpy as np
 
 from qlora_jax.rewards.functions import RewardProblem, RewardTable
 from qlora_jax.rollouts.advantages import group_advantages
-from qlora_jax.rollouts.redraws import Draw, draw_with_signal
+from qlora_jax.rollouts.dynamic_sampling import Draw, draw_with_signal
 
 NAN = float("nan")
 DRAWS = {  # rewards of two replies, by prompt and number of the draw

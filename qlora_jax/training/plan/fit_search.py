@@ -21,7 +21,7 @@ from qlora_jax.models.partition import partly_dense
 from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size
 from qlora_jax.training.plan.records import Requirements
-from qlora_jax.training.plan.requirements import (
+from qlora_jax.training.plan.step_memory import (
     CompileStep,
     compiled_requirements,
     estimated_requirements,

@@ -146,7 +146,7 @@ def _without_batch(need: Requirements) -> int:
 
 
 def working_set(step: StepShape) -> int:
-    """Estimates a step's scratch in bytes; tests/training/plan/test_requirements.py compares it with compiled steps.
+    """Estimates a step's scratch in bytes; tests/training/plan/test_step_memory.py compares it with compiled steps.
 
     It is the larger of two, which are not live together: one tile of logits, or the backward pass of one layer. A
     model that is cut over devices adds two gathered layers, and experts in host memory add those of two layers.

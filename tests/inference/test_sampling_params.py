@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling_params import Sampling
 
 
 def test_settings_out_of_bounds_are_told_all_at_once():

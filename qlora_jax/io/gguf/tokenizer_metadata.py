@@ -70,7 +70,7 @@ def tokenizer_from_metadata(path: Path, metadata: Metadata) -> TokenizerData:
     }
 
 
-# Translates a tokenizer to GGUF metadata, the inverse of data/tokenizer/from_gguf.
+# Translates a tokenizer to GGUF metadata, the inverse of data/tokenizer/gguf_tokenizer.
 #
 # Vocabularies are "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE). The metadata is read back, and must give
 # the same ids as the tokenizer.

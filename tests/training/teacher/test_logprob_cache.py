@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.data.batching.batches import eval_batches, fill_batch
 from qlora_jax.data.batching.packing import Batch
 from qlora_jax.data.rows import TokenRows
-from qlora_jax.training.teacher.predictions import Arrays, LiveTeacher, Predictions, StoredTeacher
+from qlora_jax.training.teacher.logprob_cache import Arrays, LiveTeacher, Predictions, StoredTeacher
 from tests.training.preference_rows import pair_rows, random_pairs
 
 COUNT, LENGTH = 3, 64

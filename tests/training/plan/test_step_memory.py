@@ -15,9 +15,9 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import host_paths
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.memory_use import activation_bytes, offloaded_activation_bytes
-from qlora_jax.training.plan.plan import make_plan
+from qlora_jax.training.plan.fit_search import make_plan
 from qlora_jax.training.plan.records import ACTIVATIONS, KINDS, PROGRAMS, REFERENCE, STATE
-from qlora_jax.training.plan.requirements import (
+from qlora_jax.training.plan.step_memory import (
     Temporaries,
     compile_here,
     compile_on_card,
