@@ -14,10 +14,10 @@ ATTENTION = "tests/pallas_kernels/attention"
 
 BUDGET: dict[str, tuple[int, int]] = {
     # Formulas held to compiled programs: one case per adapter and rematerialization is enough between releases.
-    "tests/training/cost/test_flops.py::test_products_are_exactly_those_of_the_compiled_step": (4, 8),
-    "tests/training/cost/test_flops.py::test_each_part_is_its_share_of_the_compiled_step": (8, 14),
-    "tests/training/cost/test_flops.py::test_arguments_and_results_are_the_formulas_bytes": (8, 14),
-    "tests/training/cost/test_flops.py::test_stacks_between_forward_and_backward_are_the_saved_activations": (8, 14),
+    "tests/training/cost/test_flops.py::test_products_are_exactly_those_of_the_compiled_step": (2, 6),
+    "tests/training/cost/test_flops.py::test_each_part_is_its_share_of_the_compiled_step": (3, 8),
+    "tests/training/cost/test_flops.py::test_arguments_and_results_are_the_formulas_bytes": (3, 8),
+    "tests/training/cost/test_flops.py::test_stacks_between_forward_and_backward_are_the_saved_activations": (3, 8),
     # A mesh of every shape, dtype and rematerialization.
     "tests/training/test_step.py::test_losses_equal_one_device_to_the_bit": (0, 2),
     "tests/training/test_step.py::test_packed_weights_cross_twice_and_nothing_else_is_large": (0, 2),
@@ -36,6 +36,8 @@ BUDGET: dict[str, tuple[int, int]] = {
     "tests/parity/test_llama_cpp.py::test_smollm2": (0, 0),
     # No run uses these products: a run gathers whole layers.
     "tests/pallas_kernels/nf4_matmul/test_sharded.py::test_on_eight_devices": (0, 0),
+    # Ten losses, each with one or two of the three forms of a batch.
+    "tests/parity/test_trl_distillation.py::test_losses_and_gradients_equal_trl": (0, 11),
     # Whole runs.
     "tests/e2e/test_resume.py::test_mixtures_and_windows_resume_to_the_bit": (0, 0),
     "tests/e2e/test_questions.py::test_every_evaluation_has_what_evaluate_says_of_its_checkpoint": (0, 1),

@@ -1,10 +1,13 @@
-"""The JSON part of a checkpoint: the warning for checkpoints of an earlier version."""
+"""The JSON part of a checkpoint: the warning for those of an earlier version, and the settings that may differ."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
+from qlora_jax.training import resume
 from qlora_jax.training.resume import MESH_KEY, warn_of_other_masks
 
 
@@ -24,3 +27,13 @@ def test_equal_masks_are_not(dropout, state):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_other_masks(config_with(dropout), {"step": 6} | state)
+
+
+def test_the_page_names_the_settings_that_may_differ():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = page[page.index("### Settings that may differ") : page.index("### Digests and damage")]
+    named = {*re.findall(r"`([\w.]+(?:\.\*)?)`", table)}
+    sections = {name.removesuffix(".*") for name in named if name.endswith(".*")}
+    settings = {name for name in resume.MAY_DIFFER | resume.SPLIT if name.partition(".")[0] not in sections}
+    assert settings == {name for name in named if not name.endswith(".*")}
+    assert sections == {name.partition(".")[0] for name in (resume.MAY_DIFFER | resume.SPLIT) - settings}
