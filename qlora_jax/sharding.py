@@ -196,7 +196,7 @@ def mesh_of(tree: PyTree) -> AnyMesh | None:
     return next((mesh for mesh in meshes if mesh.axis_names == ROWS), None)
 
 
-def born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
+def init_sharded(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
     """Draws A and B of one module; on a mesh each device draws only its part."""
     if mesh is None:
         return draw(key)

@@ -76,7 +76,7 @@ class Group:
         """True in process 0, the only one that writes files of the whole run."""
         return self.process == 0
 
-    def meet(self, name: str, seconds: float = SECONDS) -> None:
+    def barrier(self, name: str, seconds: float = SECONDS) -> None:
         """Waits until all processes have called this with the same name.
 
         It waits by the coordination service. A collective would give up after 30 s on CPUs, and one process may compile
@@ -146,7 +146,7 @@ class Group:
 
     def refuse(self, name: str, message: str) -> None:
         """Raises Disagreement; all processes call this, and none leaves before the others have read what they need."""
-        self.meet(f"{name} refused")
+        self.barrier(f"{name} refused")
         raise Disagreement(message)
 
 

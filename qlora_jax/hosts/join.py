@@ -108,7 +108,7 @@ def connect_groups(group: Group, mesh: Mesh, seconds: float) -> None:
 
     mapped = jax.shard_map(sums, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False)
     compiled = jax.jit(mapped).lower().compile()
-    group.meet("the groups of devices", seconds)
+    group.barrier("the groups of devices", seconds)
     jax.block_until_ready(compiled())
 
 
@@ -153,7 +153,7 @@ def joined(
         watchdog.group.names[:] = _introduce(watchdog.group, _wanted(devices))
         watchdog.start()
         yield watchdog
-        watchdog.group.meet("the end", join_seconds)
+        watchdog.group.barrier("the end", join_seconds)
     except Disagreement:
         _leave(watchdog)
         if watchdog.group.is_first:

@@ -208,9 +208,9 @@ def sees_first(group: Group, folder: Path, seconds: float = SECONDS) -> bool:
     if group.is_first:
         write_text(file, name)
     try:
-        group.meet("shared folder: written")
+        group.barrier("shared folder: written")
         seen = _appears(file, name, seconds)
-        group.meet("shared folder: read")
+        group.barrier("shared folder: read")
         return seen
     finally:
         if group.is_first:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.methods.merge_into import train_merged
+from qlora_jax.methods.merge_into import multiply_by_codes
 from qlora_jax.methods.method import Factors, Given, method_of
 from qlora_jax.methods.peft_form import NO_ARRAYS
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -45,7 +45,7 @@ def attach_method(
     """
     method_of(spec.method).attach(model, spec, Given(key=key, initial=initial, frozen=frozen, mesh=mesh))
     if spec.merge_into is not None:
-        train_merged(model, spec)
+        multiply_by_codes(model, spec)
 
 
 def abstract_parts(

@@ -26,7 +26,7 @@ from qlora_jax.models.mlp import MixtureMLP
 from qlora_jax.nn.lora import LoRA, initial_factors
 from qlora_jax.nn.random_keys import named_key
 from qlora_jax.nn.variables import TrainedLeaf
-from qlora_jax.sharding import born_cut
+from qlora_jax.sharding import init_sharded
 
 
 class ExpertLoRA(nnx.Module):
@@ -179,7 +179,7 @@ def add_expert_adapters(model: CausalLM, spec: LoraArgs, key: jax.Array, mesh: M
         draw = functools.partial(
             initial_parameter_factors, config=config, spec=spec, inner=inner, shape=shape, rank=rank, dtype=spec.dtype
         )
-        a, b = born_cut(functools.partial(draw, layers=layers_of[name]), named_key(key, name), mesh)
+        a, b = init_sharded(functools.partial(draw, layers=layers_of[name]), named_key(key, name), mesh)
         if inner == ROUTER:
             mlp.gate.adapter = LoRA(a, b, scaling, 0.0, layers_of[name])
         else:

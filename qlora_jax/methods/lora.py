@@ -55,7 +55,7 @@ from qlora_jax.nn.linear import LinearAdapter, QLinear
 from qlora_jax.nn.lora import LoRA, initial_factors
 from qlora_jax.nn.random_keys import named_key
 from qlora_jax.regex import file_pattern_problems, matches_end
-from qlora_jax.sharding import born_cut
+from qlora_jax.sharding import init_sharded
 from qlora_jax.untrusted_json import JsonObject, shorten
 
 MATRICES = ("lora_a", "lora_b")
@@ -310,7 +310,7 @@ def _starts(model: CausalLM, spec: LoraArgs, given: Given) -> Iterator[LowRankSt
             draw = functools.partial(
                 initial_factors, stack=num_layers, shape=linear.shape, rank=rank, dtype=spec.dtype, layers=layers
             )
-            a, b = born_cut(draw, named_key(given.key, name), given.mesh)
+            a, b = init_sharded(draw, named_key(given.key, name), given.mesh)
         else:
             a, b = (jnp.asarray(given.initial[ours[name]][leaf], spec.dtype) for leaf in ("lora_a", "lora_b"))
         yield LowRankStart(linear, a, b, scaling, None if len(layers) == num_layers else layers)

@@ -123,7 +123,7 @@ def file_matrices(config: ModelConfig, projections_only: bool = False) -> dict[s
     return stacks | dict.fromkeys(heads, (config.embed_dim, 1))
 
 
-def train_merged(model: CausalLM, lora: LoraArgs) -> None:
+def multiply_by_codes(model: CausalLM, lora: LoraArgs) -> None:
     """Makes a model with adapters compute with the weights that its export will store, in place.
 
     Raises:

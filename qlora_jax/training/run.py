@@ -365,7 +365,7 @@ def _train_on(
         traced_steps(run / TRACE_FOLDER, settings.trace_steps if is_first else 0) as before_step,
     ):
         stop = stop_together(watchdog, asked, session.run.mesh)
-        watchdog.group.meet("the first step", session.run.config.hosts.stuck_after)
+        watchdog.group.barrier("the first step", session.run.config.hosts.stuck_after)
         with watchdog.limited(session.run.config.hosts.stuck_after):
             try:
                 session = with_reference(

@@ -53,12 +53,12 @@ def lock_together(
     elif group.is_first:
         with first as lock:
             agree_on_settings(group, config, run)
-            group.meet(LOCKED)  # an error here would delete the lock before the others have opened it
+            group.barrier(LOCKED)  # an error here would delete the lock before the others have opened it
             yield lock
     else:
         agree_on_settings(group, config, run)
         with follow_lock(run) as lock:
-            group.meet(LOCKED)
+            group.barrier(LOCKED)
             yield lock
 
 

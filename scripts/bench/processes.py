@@ -85,7 +85,7 @@ def work(folder: Path, process: int, processes: int, port: int) -> None:
     place = Place(f"127.0.0.1:{port}", processes, process) if processes > 1 else None
     options = {"run": folder.parent / "run", "devices": None, "heartbeat": 30}
     with joined(place, **options, report=lambda error: print(error, file=sys.stderr)) as watchdog:
-        watchdog.group.meet("joined", 60)
+        watchdog.group.barrier("joined", 60)
         joined_at = time.time()
         print(json.dumps({"joined_at": joined_at, **load(folder)}), flush=True)
 

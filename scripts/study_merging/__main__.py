@@ -45,7 +45,7 @@ from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.export.gguf_metadata import with_merge_types
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_base, open_finetuned
 from qlora_jax.measures.statistics import t_quantile
-from qlora_jax.methods.merge_into import replace_by_codes, train_merged
+from qlora_jax.methods.merge_into import multiply_by_codes, replace_by_codes
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.train import main as train
@@ -232,7 +232,7 @@ class Study:
         """Returns the model in codes of a format."""
         model = self._trained(run, quant_type)
         lora = LoraArgs(merge_into=name, merge_types=self._types if name == "q4_k_m" else {})  # pyright: ignore
-        train_merged(model, lora)
+        multiply_by_codes(model, lora)
         replace_by_codes(model)
         return partition(model)
 

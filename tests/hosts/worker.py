@@ -51,7 +51,7 @@ def train(watchdog: Watchdog, options: dict[str, Any]) -> int:
     mesh = jax.make_mesh((2, len(jax.devices()) // 2), ("data", "fsdp"))
     stop, least = StopSignal(lambda: asked[0] if asked else 0, mesh), AgreedMinimum(mesh, 2)
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    watchdog.group.meet("compiled")
+    watchdog.group.barrier("compiled")
     with watchdog.limited(options.get("stuck_after", 60)):
         for step in range(STEPS):
             _act_before(options, step)

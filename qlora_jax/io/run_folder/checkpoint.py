@@ -43,7 +43,7 @@ from qlora_jax.io.run_folder.checkpoint_reader import (
     STATE,
     CheckpointError,
     DamagedCheckpoint,
-    meet,
+    barrier,
     named_processes,
     read_arrays,
     read_state,
@@ -172,7 +172,7 @@ class Checkpoints:
         old = [one for one in sorted(self._manager.all_steps())[: -self._keep] if one != self._retained_step]
         if not old:
             return
-        meet(f"checkpoint {step} is flushed")
+        barrier(f"checkpoint {step} is flushed")
         for one in old:
             self._manager.delete(one)
         if jax.process_index() == 0:
@@ -235,10 +235,10 @@ class Checkpoints:
         """Renames a damaged checkpoint, so that orbax no longer counts it, and warns."""
         names = itertools.chain([f"{damage.step}.damaged"], (f"{damage.step}.damaged-{i}" for i in itertools.count(2)))
         name = next(name for name in names if not (self.folder / name).exists())
-        meet("damaged checkpoint found")
+        barrier("damaged checkpoint found")
         if jax.process_index() == 0:
             (self.folder / damage.step).rename(self.folder / name)
-        meet("damaged checkpoint renamed")
+        barrier("damaged checkpoint renamed")
         self._manager.reload()
         warnings.warn(
             f"{damage}\nIt was renamed to {name}. The run continues from step {sound}, the newest sound checkpoint",

@@ -42,7 +42,7 @@ def named_processes() -> "ocp.options.MultiprocessingOptions":
     return ocp.options.MultiprocessingOptions(active_processes=set(range(count)) if count > 1 else None)
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits for all processes; each name is used once."""
     from orbax.checkpoint import multihost
 

@@ -421,11 +421,11 @@ def _open_in_turn(config: Config, model: PreparedModel | None, group: Group, too
     """Opens the model and the data; in process 0 first if it writes a cache of rows, which the others then read."""
     cached = config.data.cache is not None
     if cached and not group.is_first:
-        group.meet("the cached rows", config.hosts.stuck_after)
+        group.barrier("the cached rows", config.hosts.stuck_after)
     inputs = open_inputs(config, model, tools)
     inputs = dataclasses.replace(inputs, teacher=open_teacher(config, inputs.dataset.tokenizer, inputs.model))
     if cached and group.is_first:
-        group.meet("the cached rows", config.hosts.stuck_after)
+        group.barrier("the cached rows", config.hosts.stuck_after)
     return inputs
 
 
