@@ -74,7 +74,7 @@ def make_app(service: Service) -> ASGIApp:
 
 
 async def _give_memory_back() -> None:
-    """Returns what programs and requests leave behind, for ever."""
+    """Returns the memory that programs and requests leave behind, every TIDY_SECONDS."""
     while True:
         await asyncio.sleep(TIDY_SECONDS)
         await run_in_threadpool(runtime.give_memory_back)

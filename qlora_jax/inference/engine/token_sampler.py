@@ -225,11 +225,11 @@ def _with_noise(scores_RV: jax.Array, draws: Draws, filters: Filters | None, ind
     noise_RV = _apart(jax.vmap(lambda key: jax.random.gumbel(key, scores_RV.shape[1:]))(keys_R))
     divided_RV = _apart(scores_RV * draws.inverse_temperature_R[:, None])
     if filters is not None:
-        divided_RV = _apart(jnp.where(top_k_top_p_mask(divided_RV, filters), divided_RV, -jnp.inf))
+        divided_RV = _apart(jnp.where(top_k_top_p_min_p_mask(divided_RV, filters), divided_RV, -jnp.inf))
     return _apart(jnp.where(draws.drawn_R[:, None], noise_RV + divided_RV, scores_RV))
 
 
-def top_k_top_p_mask(logits_RV: Float[Array, "R V"], filters: Filters) -> Bool[Array, "R V"]:
+def top_k_top_p_min_p_mask(logits_RV: Float[Array, "R V"], filters: Filters) -> Bool[Array, "R V"]:
     """Returns which tokens all filters keep; equal logits are kept together.
 
     Args:

@@ -16,7 +16,7 @@ from qlora_jax.inference.engine.token_sampler import (
     row_settings,
     row_state,
     sample_tokens,
-    top_k_top_p_mask,
+    top_k_top_p_min_p_mask,
 )
 from qlora_jax.inference.sampling_params import GREEDY, Sampling
 from tests.marks import EXHAUSTIVE
@@ -48,7 +48,7 @@ def kept_by(sampling: Sampling, logits: np.ndarray) -> np.ndarray:
     """Returns which tokens the sampler may draw from logits that the temperature has divided."""
     filters = row_settings([Row(sampling)] * len(logits), logits.shape[1]).filters
     assert filters is not None
-    return np.asarray(jax.jit(top_k_top_p_mask)(jnp.asarray(logits), filters))
+    return np.asarray(jax.jit(top_k_top_p_min_p_mask)(jnp.asarray(logits), filters))
 
 
 def reference_kept(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> tuple[np.ndarray, np.ndarray]:
