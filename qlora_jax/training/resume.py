@@ -59,7 +59,8 @@ MAY_DIFFER = {
     ),
 }
 
-# They may differ as well, if their product, the rows of an optimizer step, is the same.
+# They may differ as well, if their product, the rows of an optimizer step, is the same, and no loss is a mean over a
+# micro-batch (bnpo).
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
 MESH_KEY = "mesh"
@@ -217,7 +218,8 @@ def check_resumable(session: Session, state: Record) -> None:
 
 
 def _changed_settings(config: Config, saved: Config) -> list[str]:
-    may_differ = MAY_DIFFER | (SPLIT if _rows_per_step(saved) == _rows_per_step(config) else set())
+    may_split = _rows_per_step(saved) == _rows_per_step(config) and config.policy.loss_type != "bnpo"
+    may_differ = MAY_DIFFER | (SPLIT if may_split else set())
     return [
         f"{key}: {then!r} in the checkpoint, {now!r} now"
         for key, (then, now) in differences(_unpaged(saved), _unpaged(config)).items()

@@ -1,5 +1,6 @@
 """The JSON part of a checkpoint: the warning for those of an earlier version, and the settings that may differ."""
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
+from qlora_jax.config.policy import PolicyArgs
 from qlora_jax.training import resume
 from qlora_jax.training.resume import MESH_KEY, warn_of_other_masks
 
@@ -27,6 +29,13 @@ def test_equal_masks_are_not(dropout, state):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_other_masks(config_with(dropout), {"step": 6} | state)
+
+
+@pytest.mark.parametrize(("loss_type", "changed"), [("dapo", 0), ("grpo", 0), ("bnpo", 2)])
+def test_a_loss_that_is_a_mean_over_a_micro_batch_keeps_the_split(loss_type, changed):
+    config = dataclasses.replace(config_with(0.0), policy=PolicyArgs(loss_type=loss_type))
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=4, accumulation=4))
+    assert len(resume._changed_settings(other, config)) == changed
 
 
 def test_the_page_names_the_settings_that_may_differ():
