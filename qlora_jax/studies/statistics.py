@@ -56,6 +56,17 @@ class MeanEstimate(NamedTuple):
             return float(self.value == 0)
         return two_sided_p(self.value / self.error, self.degrees_of_freedom)
 
+    def p_at_least(self, margin: float) -> float:
+        """The p-value of the hypothesis that the mean is at least `margin` away from 0.
+
+        The larger p-value of two one-sided tests (Schuirmann 1987): a small one shows that the mean is nearer to 0.
+        """
+        inside = margin - abs(self.value)
+        if self.error == 0:
+            return float(inside <= 0)
+        tail = two_sided_p(inside / self.error, self.degrees_of_freedom) / 2
+        return tail if inside > 0 else 1 - tail
+
 
 def ratio_scores(values_SR: Float64[np.ndarray, "S R"], weights_R: Float64[np.ndarray, " R"]) -> np.ndarray:
     """Returns scores [S, R] whose mean over rows is (sum of values) / (sum of weights) for each seed.

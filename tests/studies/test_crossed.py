@@ -33,10 +33,21 @@ def test_without_differences_between_seeds_it_is_students_interval_over_rows():
         assert found.p == pytest.approx(stats.ttest_1samp(rows, 0).pvalue, rel=1e-9)
 
 
+@pytest.mark.parametrize("margin", [0.05, 0.5, 1.0])
+def test_equality_is_tested_as_two_one_sided_t_tests(margin):
+    rows = np.random.default_rng(0).normal(0.1, 1.0, size=30)
+    below = stats.ttest_1samp(rows, -margin, alternative="greater").pvalue
+    above = stats.ttest_1samp(rows, margin, alternative="less").pvalue
+    for sign in (1, -1):
+        found = crossed_mean(sign * np.repeat(rows[None], 3, axis=0))
+        assert found.p_at_least(margin) == pytest.approx(max(below, above), rel=1e-9)
+
+
 def test_equal_scores_have_no_error():
     same = crossed_mean(np.zeros((3, 5)))
-    assert same.interval == (0.0, 0.0) and same.p == 1.0
-    assert crossed_mean(np.ones((3, 5))).p == 0.0
+    assert same.interval == (0.0, 0.0) and same.p == 1.0 and same.p_at_least(0.1) == 0.0
+    one = crossed_mean(np.ones((3, 5)))
+    assert one.p == 0.0 and (one.p_at_least(1.0), one.p_at_least(1.1)) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
@@ -232,10 +233,11 @@ def _methods(results: Results) -> Table:
 def _section(results: Results, task: StudyTask) -> Section:
     estimates, measure = results.of_task(task.name), task.settings.measure
     of_task = [difference for difference in results.differences if difference.task == task.name]
+    margin = f"; differences below {task.settings.margin:g} count as equal" if task.settings.margin else ""
     costs = [cost for cost in COSTS if front(estimates, cost, task.better)]
     return Section(
         name=task.name,
-        measure=f"{measure} ({task.better} is better)",
+        measure=f"{measure} ({task.better} is better{margin})",
         estimates=estimate_table(results, task),
         runs=_runs(estimates, measure),
         differences=Table(DIFFERENCE, [difference_row(one) for one in of_task]),
@@ -284,23 +286,31 @@ def difference_row(one: MethodDifference) -> tuple[str, ...]:
         f"{one.method} - {one.reference}",
         figure(one.mean.value, sign=True),
         interval(one.mean.interval, sign=True),
-        f"{one.p:.2g}" if one.p >= 1e-4 else "< 0.0001",
-        one.verdict,
+        _p_value(one.p),
+        f"equal (p {_p_value(one.p_unequal)})" if one.verdict == "equal" and one.p_unequal is not None else one.verdict,
     )
 
 
+def _p_value(p: float) -> str:
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
 def _search(results: Results) -> Table | None:
-    searched = [one for one in results.runs if one.run.stage == "search"]
-    if not searched:
+    losses: dict[tuple[str, str, float], list[float | None]] = {}
+    for run, outcome in results.runs:
+        if run.stage == "search":
+            where = run.method, run.task, run.config.optim.learning_rate
+            losses.setdefault(where, []).append(outcome["search_loss"])
+    if not losses:
         return None
     chosen = {(one.method, one.task): one.learning_rate for one in results.estimates}
     rows = []
-    for run, outcome in searched:
-        rate, grid = run.config.optim.learning_rate, results.study.learning_rates(run.method)
-        edge = " (at the end of the grid)" if len(grid) > 1 and rate in (min(grid), max(grid)) else ""
-        mark = f"chosen{edge}" if chosen[run.method, run.task] == rate else ""
-        loss = outcome["search_loss"]
-        rows.append((run.method, run.task, f"{rate:g}", "not finite" if loss is None else figure(loss), mark))
+    for (method, task, rate), found in losses.items():
+        grid, finite = results.study.learning_rates(method), [loss for loss in found if loss is not None]
+        edge = " (at the end of the grid)" if rate in (min(grid), max(grid)) else ""
+        mark = f"chosen{edge}" if chosen[method, task] == rate else ""
+        loss = figure(fmean(finite)) if len(finite) == len(found) else "not finite"
+        rows.append((method, task, f"{rate:g}", loss, mark))
     return Table(("method", "task", "learning rate", "loss", ""), rows)
 
 

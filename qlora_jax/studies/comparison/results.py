@@ -21,7 +21,7 @@ from qlora_jax.studies.statistics import MeanEstimate, crossed_mean, holm, ratio
 
 LEVEL = 0.05  # significance level, shared by all tests of a study
 
-Verdict = Literal["better", "worse", "not decided"]
+Verdict = Literal["better", "worse", "equal", "not decided"]
 
 
 class Finished(NamedTuple):
@@ -68,6 +68,8 @@ class MethodDifference:
     Attributes:
       mean: of (method - reference).
       p: of the hypothesis that the difference is 0, corrected for all tests of the study (Holm).
+      p_unequal: of the hypothesis that the difference is at least the task's margin, corrected for all such tests;
+        None without a margin.
     """
 
     method: str
@@ -75,6 +77,7 @@ class MethodDifference:
     task: str
     mean: MeanEstimate
     p: float
+    p_unequal: float | None
     verdict: Verdict
 
 
@@ -143,12 +146,26 @@ def _differences(study: Study, by_pair: Mapping[Pair, Sequence[Finished]]) -> li
     tested = [(task, reference, method) for task in study.tasks.values() for reference, method in couples]
     means = [_difference(by_pair[a, task.name], by_pair[b, task.name], task) for task, a, b in tested]
     corrected = holm([mean.p for mean in means])
+    unequal = _corrected_equivalence([task.settings.margin for task, _, _ in tested], means)
     return [
         MethodDifference(
-            method=method, reference=reference, task=task.name, mean=mean, p=p, verdict=_verdict(mean, p, task)
+            method=method,
+            reference=reference,
+            task=task.name,
+            mean=mean,
+            p=p,
+            p_unequal=p_unequal,
+            verdict=_verdict(mean, p, p_unequal, task),
         )
-        for (task, reference, method), mean, p in zip(tested, means, corrected, strict=True)
+        for (task, reference, method), mean, p, p_unequal in zip(tested, means, corrected, unequal, strict=True)
     ]
+
+
+def _corrected_equivalence(margins: Sequence[float | None], means: Sequence[MeanEstimate]) -> list[float | None]:
+    pairs = zip(margins, means, strict=True)
+    p_values = {index: mean.p_at_least(margin) for index, (margin, mean) in enumerate(pairs) if margin is not None}
+    corrected = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    return [corrected.get(index) for index in range(len(means))]
 
 
 def _difference(reference: Sequence[Finished], method: Sequence[Finished], task: StudyTask) -> MeanEstimate:
@@ -163,7 +180,9 @@ def _difference(reference: Sequence[Finished], method: Sequence[Finished], task:
     return crossed_mean(ratio_scores(others_SR, weights_R) - ratio_scores(values_SR, weights_R))
 
 
-def _verdict(mean: MeanEstimate, p: float, task: StudyTask) -> Verdict:
+def _verdict(mean: MeanEstimate, p: float, p_unequal: float | None, task: StudyTask) -> Verdict:
+    if p_unequal is not None and p_unequal < LEVEL:
+        return "equal"
     if not p < LEVEL:  # also true if p is NaN
         return "not decided"
     return "better" if (mean.value > 0) == (task.better == "higher") else "worse"

@@ -49,8 +49,8 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the run's folder."""
-        rate = f"learning rate {self.settings.get('optim.learning_rate')}"
-        return {"calibration": "calibration", "search": rate, "final": f"seed {self.seed}"}[self.stage]
+        search = f"learning rate {self.settings.get('optim.learning_rate')}, seed {self.seed}"
+        return {"calibration": "calibration", "search": search, "final": f"seed {self.seed}"}[self.stage]
 
     @property
     def label(self) -> str:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import rich.table
 from rich import box
@@ -32,17 +33,13 @@ def search_rates(
 ) -> dict[Pair, list[Run]]:
     """Performs the runs of the search; returns those of each method and task.
 
-    A single learning rate needs no run.
-
     Raises:
       ConfigError: a run failed, or all learning rates of a method and a task diverged.
     """
-    seed = {"train.seed": study.settings.search_seed}
     runs = {
         pair: [
-            run_of(study, "search", pair, {**settings[pair], **seed, "optim.learning_rate": rate})
-            for rate in study.learning_rates(pair[0])
-            if len(study.learning_rates(pair[0])) > 1
+            run_of(study, "search", pair, {**settings[pair], "train.seed": seed, "optim.learning_rate": rate})
+            for rate, seed in study.searches(pair[0])
         ]
         for pair in study.pairs()
     }
@@ -58,12 +55,15 @@ def search_rates(
 
 
 def best_rate(runs: Sequence[Run]) -> Settings:
-    """Returns the learning rate with the lowest loss on the rows of the search; no setting if none is finite."""
-    losses = {run: run.outcome()["search_loss"] for run in runs}
-    finite = {run: loss for run, loss in losses.items() if loss is not None}
-    if not finite:
-        return {}
-    return {"optim.learning_rate": min(finite, key=lambda run: finite[run]).settings["optim.learning_rate"]}
+    """Returns the learning rate with the lowest mean loss over the seeds of the search, on its rows.
+
+    A learning rate that diverged with any seed is passed over; if all of them did, there is no setting.
+    """
+    losses: dict[float, list[float | None]] = {}
+    for run in runs:
+        losses.setdefault(run.config.optim.learning_rate, []).append(run.outcome()["search_loss"])
+    finite = {rate: [loss for loss in found if loss is not None] for rate, found in losses.items() if None not in found}
+    return {"optim.learning_rate": min(finite, key=lambda rate: fmean(finite[rate]))} if finite else {}
 
 
 def sized_settings(study: Study) -> tuple[dict[Pair, Settings], dict[Pair, int]]:
@@ -131,7 +131,7 @@ def _lengths(study: Study, sizes: Mapping[Pair, Settings], perform: Perform, rep
     budget = study.settings.budget
     if budget.seconds is None:
         return dict.fromkeys(study.pairs(), {} if budget.steps is None else {"train.steps": budget.steps})
-    first = {"train.seed": study.settings.search_seed, "train.steps": budget.calibration_steps}
+    first = {"train.seed": study.settings.search_seeds[0], "train.steps": budget.calibration_steps}
     runs = {
         pair: run_of(study, "calibration", pair, {**sizes[pair], **first, **first_rate(study, pair)})
         for pair in study.pairs()
@@ -178,7 +178,7 @@ def compare(args: CompareArgs, *, dry_run: bool = False) -> Results | None:
 
 def _overview(study: Study, parameters: dict[tuple[str, str], str]) -> rich.table.Table:
     rows = [
-        (method, task, parameters[method, task], str(len(study.learning_rates(method))), str(len(study.settings.seeds)))
+        (method, task, parameters[method, task], str(len(study.searches(method))), str(len(study.settings.seeds)))
         for method, task in study.pairs()
     ]
     return _drawn(

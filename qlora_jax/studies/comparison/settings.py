@@ -40,6 +40,7 @@ class TaskSettings:
         "held-out rows or questions, as settings of qlora-jax evaluate: {rows: heldout.jsonl}", bound=NOT_EMPTY
     )
     measure: str = setting("the measure of qlora-jax evaluate that counts, such as 'loss per token'", bound=NOT_EMPTY)
+    margin: float | None = setting("the largest difference between methods that counts as equal", None, POSITIVE)
     settings: Settings = setting("training settings of this task: {data.max_length: 256}", {})
 
 
@@ -55,7 +56,7 @@ class StudySettings:
         bound=NOT_EMPTY,
     )
     tasks: dict[str, dict[str, Value | dict[str, Value]]] = setting(
-        "by name: train, search or search_fraction, evaluate, measure, settings", bound=NOT_EMPTY
+        "by name: train, search or search_fraction, evaluate, measure, margin, settings", bound=NOT_EMPTY
     )
     seeds: list[int] = setting("seeds of the runs whose results count", [0, 1, 2], NOT_EMPTY)
     budget: BudgetArgs = dataclasses.field(default_factory=BudgetArgs)
@@ -64,7 +65,7 @@ class StudySettings:
         None,
         NOT_EMPTY,
     )
-    search_seed: int = setting("seed of the search, not one of seeds", 1000, NON_NEGATIVE)
+    search_seeds: list[int] = setting("seeds of the search, none of them in seeds", [1000], NOT_EMPTY)
     pairs: Literal["first", "all"] = setting(
         "methods to test against each other: each against the first, or all pairs", "first"
     )

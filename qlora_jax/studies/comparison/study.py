@@ -111,9 +111,14 @@ class Study:
         return itertools.product(self.methods, self.tasks)
 
     def learning_rates(self, method: str) -> Sequence[float]:
-        """Returns the learning rates to search for a method; empty without a search."""
+        """Returns the learning rates of a method; empty if its settings have the only one."""
         rates = self.settings.learning_rates
         return rates[method] if isinstance(rates, dict) else rates or []
+
+    def searches(self, method: str) -> list[tuple[float, int]]:
+        """Returns the learning rates and seeds of a method's search; empty if there is at most one learning rate."""
+        rates = self.learning_rates(method)
+        return list(itertools.product(rates, self.settings.search_seeds)) if len(rates) > 1 else []
 
     def config(self, method: str, task: str, settings: Settings) -> Config:
         """Returns the configuration of a run; raises ConfigError."""
@@ -166,10 +171,11 @@ def _study_problems(settings: StudySettings) -> list[str]:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         problems.append(f"budget: found {found}, expected exactly one of steps, trainable_parameters, seconds")
-    if len({*settings.seeds}) < len(settings.seeds) or min(settings.seeds) < 0:
-        problems.append(f"seeds: found {settings.seeds}, expected different numbers of 0 or more")
-    if settings.search_seed in settings.seeds:
-        problems.append(f"search_seed: found {settings.search_seed}, which is in seeds. Choose another seed")
+    for key, seeds in {"seeds": settings.seeds, "search_seeds": settings.search_seeds}.items():
+        if len({*seeds}) < len(seeds) or min(seeds) < 0:
+            problems.append(f"{key}: found {seeds}, expected different numbers of 0 or more")
+    if shared := sorted({*settings.search_seeds} & {*settings.seeds}):
+        problems.append(f"search_seeds: found {shared}, which are in seeds. Choose other seeds")
     for section, names in {"methods": settings.methods, "tasks": settings.tasks}.items():
         wrong = [name for name in names if not name.strip() or "/" in name or name.startswith(".")]
         problems += [f"{section}: found the name {name!r}, expected a valid folder name" for name in wrong]

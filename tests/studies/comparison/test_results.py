@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from qlora_jax.studies.comparison.page import page
 from qlora_jax.studies.comparison.results import LEVEL, _verdict, summarize
 from qlora_jax.studies.comparison.run import Run
 from qlora_jax.studies.statistics import MeanEstimate, holm
@@ -70,7 +71,21 @@ def test_one_row_decides_nothing(tmp_path):
 @pytest.mark.parametrize(("p", "verdict"), [(float("nan"), "not decided"), (LEVEL, "not decided"), (0.01, "better")])
 def test_only_a_small_p_value_decides(tmp_path, p, verdict):
     (task,) = read(tmp_path).tasks.values()
-    assert _verdict(MeanEstimate(-1.0, 0.1, 5.0), p, task) == verdict
+    assert _verdict(MeanEstimate(-1.0, 0.1, 5.0), p, None, task) == verdict
+
+
+def test_a_difference_below_the_margin_is_equal(tmp_path):
+    """One method differs by less than the margin, the other by as much; both tests are corrected together."""
+    from tests.studies.comparison.studies import study_of
+
+    task = study_of(tmp_path)["tasks"]["numbers"] | {"margin": 0.3}
+    base = {"lora": 2.0, "low rank": 2.1, "vectors": 2.3}
+    results = results_of(tmp_path, lambda method, seed: base[method], rows=200, tasks={"numbers": task})
+    near, far = results.differences
+    assert (near.verdict, far.verdict) == ("equal", "worse")
+    assert [near.p_unequal, far.p_unequal] == holm([near.mean.p_at_least(0.3), far.mean.p_at_least(0.3)])
+    text = page(results)
+    assert "differences below 0.3 count as equal" in text and "equal (p &lt; 0.0001)" in text
 
 
 def test_rows_with_other_numbers_of_tokens_cannot_be_paired(tmp_path):

@@ -41,7 +41,9 @@ def test_other_failures_end_the_study_with_their_logs(tmp_path):
     with pytest.raises(ConfigError) as error:
         conduct(read(tmp_path, methods={"lora": {}}), lambda run: "data.train: no such file")
     assert len(error.value.problems) == 3
-    assert error.value.problems[0].startswith("lora, numbers, learning rate 0.001: data.train: no such file\n  log: ")
+    assert error.value.problems[0].startswith(
+        "lora, numbers, learning rate 0.001, seed 1000: data.train: no such file\n  log: "
+    )
 
 
 def test_equal_times_become_steps_of_measured_length(tmp_path):

@@ -67,14 +67,14 @@ def test_all_contradictions_are_listed_at_once(tmp_path):
         tmp_path,
         methods=methods,
         seeds=[1, 1],
-        search_seed=1,
+        search_seeds=[1],
         budget={"steps": 1, "seconds": 2.0},
         learning_rates={"a": [0.1, -1]},
     )
     assert found == [
         "budget: found steps and seconds, expected exactly one of steps, trainable_parameters, seconds",
         "seeds: found [1, 1], expected different numbers of 0 or more",
-        "search_seed: found 1, which is in seeds. Choose another seed",
+        "search_seeds: found [1], which are in seeds. Choose other seeds",
         "methods: found the name 'b/c', expected a valid folder name",
         "learning_rates: found a, expected the methods a, b/c",
         "learning_rates: found [0.1, -1.0] for a, expected different numbers above 0",
