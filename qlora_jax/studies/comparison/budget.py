@@ -5,9 +5,8 @@ import math
 
 from qlora_jax.config import Config
 from qlora_jax.config.methods import uses
-from qlora_jax.models.precision import weight_format
 from qlora_jax.training.cost.step_shape import StepShape
-from qlora_jax.training.plan.target import model_features
+from qlora_jax.training.plan.target import model_features, planned_weights
 
 MAX_RANK = 1 << 16
 
@@ -23,7 +22,7 @@ def trainable_parameters(config: Config) -> int:
     model, features = config.model, model_features(config.model.path)
     step = StepShape(
         model=features,
-        weights=weight_format(model, features, "cpu"),  # the number does not depend on the device
+        weights=planned_weights(model, features, "cpu"),  # the number does not depend on the device
         lora=config.lora,
         batch=(1, 1, 1),
         remat=config.train.remat,

@@ -57,7 +57,7 @@ def search_rates(
 def best_rate(runs: Sequence[Run]) -> Settings:
     """Returns the learning rate with the lowest mean loss over the seeds of the search, on its rows.
 
-    A learning rate that diverged with any seed is passed over; if all of them did, there is no setting.
+    A learning rate that diverged with any seed is passed over. If all of them did, the result is empty.
     """
     losses: dict[float, list[float | None]] = {}
     for run in runs:

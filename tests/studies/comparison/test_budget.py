@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import gguf
 import jax
 import pytest
 
@@ -11,6 +12,7 @@ from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.partition import partition
 from qlora_jax.studies.comparison.budget import matching_rank, steps_within, trainable_parameters
 from tests.e2e.project import write_model
+from tests.io.tiny_models import random_weights, tiny_config, write_gguf
 
 # Llama 7B: sums of (in + out) over a layer's projections, times layers.
 PER_RANK = 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
@@ -26,6 +28,16 @@ def test_the_number_of_a_published_model():
     assert trainable_parameters(config(rank=64)) == 64 * PER_RANK == 159_907_840  # as the QLoRA paper's Guanaco 7B
     assert trainable_parameters(config(method="ia3")) == 32 * (2 * 4096 + 11008)
     assert trainable_parameters(config(method="full")) == 6_738_415_616
+
+
+def test_the_number_does_not_depend_on_the_format_of_the_base(tmp_path):
+    shape = tiny_config()
+    path = str(write_gguf(tmp_path / "model.gguf", shape, random_weights(shape), gguf.GGMLQuantizationType.Q4_0))
+    counts = [
+        trainable_parameters(dataclasses.replace(config(rank=3), model=ModelArgs(path=path, quant_type=quant_type)))
+        for quant_type in ("none", "nf4", "stored")
+    ]
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 @pytest.mark.slow

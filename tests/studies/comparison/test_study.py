@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 
 from qlora_jax.config import ConfigError
@@ -12,6 +13,7 @@ from qlora_jax.studies.comparison.run import Run, run_of
 from qlora_jax.studies.comparison.run_study import sized_settings
 from qlora_jax.studies.comparison.study import data_settings, read_study
 from scripts import make_noisy_titles
+from tests.io.tiny_models import random_weights, tiny_config, write_gguf
 from tests.studies.comparison.studies import METHODS, read, study_of, write_rows, write_study
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -191,6 +193,11 @@ def test_a_changed_chat_template_is_another_input(tmp_path):
     assert [f"content of {template}" in each for each in found] == [True, True, False]
 
 
+def _with_codes(path):
+    config = tiny_config()
+    return write_gguf(path, config, random_weights(config), gguf.GGMLQuantizationType.Q4_0)
+
+
 STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
 
 
@@ -201,7 +208,8 @@ def test_the_studies_of_the_project_are_valid(path, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setattr(sys, "argv", ["make_noisy_titles.py"])
     make_noisy_titles.main()
-    study = read_study(str(path), model="smollm2-135m")
+    model = _with_codes(tmp_path / "model.gguf") if path.stem == "stored_codes" else "smollm2-135m"
+    study = read_study(str(path), model=str(model))
     _, parameters = sized_settings(study)
     assert len(study.settings.seeds) >= 3 and min(parameters.values()) > 0
 
