@@ -33,6 +33,7 @@ _MARKS, _ASCII_MARKS = ("⟦", "⟧"), ("[[", "]]")
 _SUPERVISED_STYLE = "bold green"
 _CONTEXT_CHARS, _SUPERVISED_CHARS = 600, 900
 _LABELS_SHOWN = 20
+_MUCH_PADDING = 0.3  # share of positions from which packing is advised
 _CUT = "rows with a token across the start or end of an answer; its parts are encoded separately"
 _MOVED = "rows whose answers begin before the end of the prompt, because a token or the chat template crosses it"
 
@@ -67,7 +68,7 @@ def report_lines(report: DataReport) -> list[tuple[str, str]]:
         *_split_lines("train", report.train, report),
         *_unseen(report.unseen),
         ("steps per epoch", _steps(report)),
-        ("positions used", f"{1 - report.padding_share:.1%} of those in an epoch's batches; the rest is padding"),
+        ("positions used", _positions(report)),
         *(_split_lines("held out", report.eval, report) if report.eval else [("held out", "none")]),
         *_warning(report.shared, "held-out rows that are also trained on, so their loss is not that of new data"),
     ]
@@ -81,6 +82,13 @@ def _steps(report: DataReport) -> str:
         return f"{report.steps_per_epoch:,} of {report.rows_per_step} packs{by_window}; {rows}"
     by_length = ", ".join(f"{length}: {steps:,}" for length, steps in zip(report.buckets, report.steps, strict=True))
     return f"{report.steps_per_epoch:,} of {report.rows_per_step} rows{by_window}; by padded length {by_length}"
+
+
+def _positions(report: DataReport) -> str:
+    used = f"{1 - report.padding_share:.1%} of those in an epoch's batches; the rest is padding"
+    if report.packs is not None or report.parts != ONE_TEXT or report.padding_share < _MUCH_PADDING:
+        return used
+    return f"{used}. With data.packing=true rows share the positions of a pack, so a step has more rows"
 
 
 def _source_lines(sources: Sequence[SourceReport]) -> list[tuple[str, str]]:

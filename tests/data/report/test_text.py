@@ -1,5 +1,6 @@
 """The printed data report: its lines, its example, and characters that would move the cursor."""
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.data.dataset import Dataset
-from qlora_jax.data.report.stats import ShownText
+from qlora_jax.data.report.stats import RowParts, ShownText
 from qlora_jax.data.report.text import format_example, print_report, report_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_new_tokens
 from tests.data.loading import load, question, rows_of_lengths
@@ -29,11 +30,21 @@ def test_report_of_a_known_data_set(plain_tokenizer: Tokenizer, write_rows: Call
         "data: supervised: 8.3% of 96 targets (8)\n"
         "data: too long: none (data.max_length 1,024)\n"
         "data: steps per epoch: 1 of 4 rows; by padded length 64: 1\n"
-        "data: positions used: 37.5% of those in an epoch's batches; the rest is padding\n"
+        "data: positions used: 37.5% of those in an epoch's batches; the rest is padding. With data.packing=true rows "
+        "share the positions of a pack, so a step has more rows\n"
         "data: held out: none\n"
         f"data: example: {path}:1, the loss sees the text in ⟦ ⟧\n"
         "  |  word word word word word word word word⟦ yes<|im_end|>⟧\n"
     )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"padding_share": 0.29}, {"packs": 1}, {"parts": RowParts(("chosen", "rejected"), head=False)}]
+)
+def test_packing_is_advised_only_where_it_helps(plain_tokenizer: Tokenizer, write_rows: Callable, changes: dict):
+    report = load(plain_tokenizer, train=rows_of_lengths(plain_tokenizer, write_rows)).report
+    assert "data.packing" in dict(report_lines(report))["positions used"]
+    assert "data.packing" not in dict(report_lines(dataclasses.replace(report, **changes)))["positions used"]
 
 
 def test_report_on_a_terminal_has_colour_and_marks(tokenizer: Tokenizer, write_rows: Callable):
