@@ -129,7 +129,10 @@ def test_a_stopped_command_resumes_with_the_same_replies(folder, whole, tmp_path
 
 def test_equal_rewards_give_no_file(folder, tmp_path):
     output = tmp_path / "pairs.jsonl"
-    with pytest.raises(ValueError, match=r"two\.jsonl: no prompt gives a pair \(left out: 2 with equal rewards\)"):
+    message = (
+        r"two\.jsonl: no prompt gives a pair \(left out: 2 with equal rewards; reward 1 of the first reply, '.+'\)"
+    )
+    with pytest.raises(ValueError, match=message):
         pairs.main(words(folder, output, "two", "same"))
     assert not output.exists()
 

@@ -37,7 +37,7 @@ from qlora_jax.rollouts.prompt_rows import PromptRows
 from qlora_jax.rollouts.reply import Reply
 from qlora_jax.rollouts.sampler import draw_seed, sample_replies, sampling_of
 from qlora_jax.rollouts.scored_replies import replies_to_score
-from qlora_jax.untrusted_json import JsonObject
+from qlora_jax.untrusted_json import JsonObject, shorten
 
 _FORMS = {"prompt": "prompt", "messages": "prompt-messages"}  # column of the prompt -> format of the row
 
@@ -58,6 +58,7 @@ class PairsFound:
       chosen, rejected: rewards of the replies in pairs.
       cut: number of replies that ended before the model ended them.
       failed: number of rewards that are missing because a function failed.
+      example: the first reply and its reward.
     """
 
     opened: OpenedModel
@@ -68,6 +69,7 @@ class PairsFound:
     rejected: list[float] = dataclasses.field(default_factory=list)
     cut: int = 0
     failed: int = 0
+    example: tuple[str, float] = ("", 0.0)
 
     @property
     def reasons(self) -> str:
@@ -103,7 +105,9 @@ def write_pairs(args: PairsArgs, reporter: ProgressReporter) -> PairsFound:
             scored = functions.score(replies_to_score(prompts, numbers, groups, where, step=step))
             _add_pairs(found, prompts, numbers, groups, scored, functions.weights)
     if not found.rows:
-        raise ValueError(f"{args.prompts}: no prompt gives a pair ({found.reasons}). {_ADVICE}")
+        text, reward = found.example
+        example = f"reward {reward:g} of the first reply, {shorten(text)}"
+        raise ValueError(f"{args.prompts}: no prompt gives a pair ({found.reasons}; {example}). {_ADVICE}")
     write_named_text(Path(args.output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows))
     return found
 
@@ -172,6 +176,8 @@ def _add_pairs(
 ) -> None:
     """Adds the pairs of these rows."""
     compared = group_advantages(scored.rewards_NF, num_generations=len(groups[0]), weights_F=weights_F)
+    if not found.rewards:
+        found.example = groups[0][0].text, float(compared.rewards_N[0])
     found.rewards += compared.rewards_N.tolist()
     found.failed += len(scored.problems)
     rewards_PG = compared.rewards_N.reshape(len(groups), -1)
