@@ -17,5 +17,6 @@ programs=${XDG_CACHE_HOME:-${HOME:-$PWD}/.cache}/qlora_jax/test_programs-$proces
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$programs}"
 mkdir -p "$programs" && find "$programs" -type f -mtime +14 -delete # older ones compile again
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.02
+export PYTHONDONTWRITEBYTECODE= # else each of some hundred processes compiles the modules again
 # Two processes; all tests of a file run in one, because they may share fixtures.
 exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@"
