@@ -6,9 +6,9 @@ browser from running scripts.
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup
@@ -17,7 +17,7 @@ from qlora_jax.atomic_files import write_text
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.evaluation.task import Better
 from qlora_jax.page_template import page_template
-from qlora_jax.studies.comparison.results import LEVEL, MethodDifference, MethodEstimate, Results
+from qlora_jax.studies.comparison.results import LEVEL, MethodDifference, MethodEstimate, Results, search_losses
 from qlora_jax.studies.comparison.study import StudyTask
 from qlora_jax.studies.statistics import pareto_front
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, page_svg
@@ -296,21 +296,17 @@ def _p_value(p: float) -> str:
 
 
 def _search(results: Results) -> Table | None:
-    losses: dict[tuple[str, str, float], list[float | None]] = {}
-    for run, outcome in results.runs:
-        if run.stage == "search":
-            where = run.method, run.task, run.config.optim.learning_rate
-            losses.setdefault(where, []).append(outcome["search_loss"])
-    if not losses:
+    searched = [one for one in results.runs if one.run.stage == "search"]
+    if not searched:
         return None
-    chosen = {(one.method, one.task): one.learning_rate for one in results.estimates}
     rows = []
-    for (method, task, rate), found in losses.items():
-        grid, finite = results.study.learning_rates(method), [loss for loss in found if loss is not None]
-        edge = " (at the end of the grid)" if rate in (min(grid), max(grid)) else ""
-        mark = f"chosen{edge}" if chosen[method, task] == rate else ""
-        loss = figure(fmean(finite)) if len(finite) == len(found) else "not finite"
-        rows.append((method, task, f"{rate:g}", loss, mark))
+    for estimate in results.estimates:
+        pair = estimate.method, estimate.task
+        losses = search_losses([one for one in searched if (one.run.method, one.run.task) == pair])
+        for rate, loss in losses.items():
+            edge = " (at the end of the grid)" if rate in (min(losses), max(losses)) else ""
+            mark = f"chosen{edge}" if rate == estimate.learning_rate else ""
+            rows.append((*pair, f"{rate:g}", figure(loss) if math.isfinite(loss) else "not finite", mark))
     return Table(("method", "task", "learning rate", "loss", ""), rows)
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,15 @@ class Finished(NamedTuple):
         """The measure on the held-out rows; None if the run was not scored."""
         weights = sum(self.outcome["weights"])
         return sum(self.outcome["values"]) / weights if weights else None
+
+
+def search_losses(searched: Sequence[Finished]) -> dict[float, float]:
+    """Returns the mean loss of each learning rate over the seeds of the search; nan if it diverged with any."""
+    by_rate: dict[float, list[float]] = {}
+    for run, outcome in searched:
+        loss = outcome["search_loss"]
+        by_rate.setdefault(run.config.optim.learning_rate, []).append(math.nan if loss is None else loss)
+    return {rate: statistics.fmean(losses) for rate, losses in by_rate.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

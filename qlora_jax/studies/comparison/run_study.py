@@ -1,9 +1,9 @@
 """Performs the stages of a study: measures steps, searches learning rates, trains and scores the runs that count."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 import rich.table
 from rich import box
@@ -13,7 +13,7 @@ from qlora_jax.io.run_folder.run_lock import lock_run
 from qlora_jax.studies.comparison.budget import matching_rank, steps_within, trainable_parameters
 from qlora_jax.studies.comparison.dispatch import Launcher, Report, launcher_of, raise_failures, run_all
 from qlora_jax.studies.comparison.page import DIFFERENCE, Table, difference_row, estimate_table, write_page
-from qlora_jax.studies.comparison.results import Results, summarize, write_table
+from qlora_jax.studies.comparison.results import Finished, Results, search_losses, summarize, write_table
 from qlora_jax.studies.comparison.run import Run, check_unchanged, run_of
 from qlora_jax.studies.comparison.settings import CompareArgs, Settings
 from qlora_jax.studies.comparison.study import Pair, Study, data_settings, output_of, read_study
@@ -55,15 +55,10 @@ def search_rates(
 
 
 def best_rate(runs: Sequence[Run]) -> Settings:
-    """Returns the learning rate with the lowest mean loss over the seeds of the search, on its rows.
-
-    A learning rate that diverged with any seed is passed over. If all of them did, the result is empty.
-    """
-    losses: dict[float, list[float | None]] = {}
-    for run in runs:
-        losses.setdefault(run.config.optim.learning_rate, []).append(run.outcome()["search_loss"])
-    finite = {rate: [loss for loss in found if loss is not None] for rate, found in losses.items() if None not in found}
-    return {"optim.learning_rate": min(finite, key=lambda rate: fmean(finite[rate]))} if finite else {}
+    """Returns the learning rate with the lowest mean loss of the search; no setting if all of them diverged."""
+    losses = search_losses([Finished(run, run.outcome()) for run in runs])
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    return {"optim.learning_rate": min(finite, key=lambda rate: finite[rate])} if finite else {}
 
 
 def sized_settings(study: Study) -> tuple[dict[Pair, Settings], dict[Pair, int]]:
