@@ -41,33 +41,44 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ff
 constexpr int64_t kNeighbours = 4;            // rows of w that are read side by side
 constexpr int kMostSums = kLanes == 16 ? 4 : 2;  // rows of x whose sums with these fit the registers
 
-template <typename Element, typename Out>
+// X: numbers of x, which are f32 or those of w.
+template <typename X, typename Element, typename Out>
 struct FewRows {
+  static constexpr bool kSame = std::is_same_v<X, Element>;
+  using T = std::conditional_t<kSame, Terms<Element>, Singles<Element>>;
+  static constexpr int64_t kNumbers = T::kNumbers * kLanes;  // per vector
   int64_t n, k;
-  const float* x;
+  const X* x;
   const Element* w;
   Out* y;
 
+  template <typename From>
+  static typename T::Words words(const From* at) {
+    if constexpr (T::kNumbers == 2)
+      return load<typename T::Words>(at);
+    else
+      return load(at);
+  }
   // Computes y of M rows of x, from `row`, and P rows of w, from `first`. Sums are in the order of k.
   template <int M, int P>
   void block(int64_t row, int64_t first) const {
     Floats sums[P][M] = {};
-    const int64_t whole = k / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes)
+    const int64_t whole = k / kNumbers * kNumbers;
+    for (int64_t i = 0; i < whole; i += kNumbers)
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         const Element* at = w + (first + p) * k + i;
         if (i % (64 / sizeof(Element)) == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kBytesAhead);
-        const Floats weights = load(at);
+        const typename T::Words weights = words(at);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) sums[p][m] = multiply_add(weights, load(x + (row + m) * k + i), sums[p][m]);
+        for (int m = 0; m < M; ++m) sums[p][m] = T::add_product(weights, words(x + (row + m) * k + i), sums[p][m]);
       }
     float totals[P][M];
     totals_of<P * M>(&sums[0][0], &totals[0][0]);
     for (int p = 0; p < P; ++p)
       for (int m = 0; m < M; ++m) {
         float total = totals[p][m];
-        for (int64_t i = whole; i < k; ++i) total += number(w[(first + p) * k + i]) * x[(row + m) * k + i];
+        for (int64_t i = whole; i < k; ++i) total += number(w[(first + p) * k + i]) * number(x[(row + m) * k + i]);
         put(total, y + (row + m) * n + first + p);
       }
   }
@@ -153,7 +164,6 @@ void with_numbers(const ffi::DataType type, const Work& work) {
 // x [m, k], w [n, k] or [k, n], y [m, n]: each f32 or bf16.
 ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
                     bool transposed) {
-  const Buffer<float> x_MK = in_f32(x);
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
   with_numbers(w.element_type(), [&](auto element) {
     with_numbers(y->element_type(), [&](auto out) {
@@ -161,8 +171,12 @@ ffi::Error few_rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ff
       using Out = decltype(out);
       const auto* from = reinterpret_cast<const Element*>(w.untyped_data());
       auto* to = reinterpret_cast<Out*>(y->untyped_data());
+      if (transposed && Terms<Element>::kNumbers == 2 && x.element_type() == w.element_type())
+        return FewRows<Element, Element, Out>{n, k, reinterpret_cast<const Element*>(x.untyped_data()), from, to}.run(
+            pool, m);
+      const Buffer<float> x_MK = in_f32(x);
       if (transposed)
-        FewRows<Element, Out>{n, k, x_MK.get(), from, to}.run(pool, m);
+        FewRows<float, Element, Out>{n, k, x_MK.get(), from, to}.run(pool, m);
       else
         FewRowsOfColumns<Element, Out>{n, k, x_MK.get(), from, to}.run(pool, m);
     });

@@ -1,8 +1,9 @@
 // Products with frozen 4-bit weights: three XLA FFI handlers.
 //
 //   dequantize:  w[n, k] = table[code(n, k)] * absmax[n, k / block], in f32, rounded once if the result is bf16
-//   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w exists only in registers. If `integer`, x and
-//                the table are rounded to 8 bits, with a scale for every 64 numbers of x
+//   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w exists only in registers, rounded to bf16 if x
+//                is bf16 and AVX-512 multiplies pairs. If `integer`, x and the table are rounded to 8 bits, with a scale
+//                for every 64 numbers of x
 //   product:     the same for many rows, or, if `transposed`, x[m, k] = sum_n y[m, n] w[n, k]; w is dequantized into the
 //                panels that the product reads, one chunk at a time, so that it never exists as a whole
 //
@@ -97,11 +98,21 @@ void write_pairs(const Floats (&sums)[P][2][M], float factor, int64_t n, Out* y)
       for (int m = 0; m < M; ++m) put(totals[p][half][m] * factor, y + m * n + p + half * (n / 2));
 }
 
+// Rows of x in f32, the most that are multiplied together, so that their sums within a block fit the registers, and the
+// most pairs of rows that one row is multiplied by.
+struct Wide {
+  static constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostPairs = 2;
+  using Constant = float;  // of a row's block
+  const Buffer<float> numbers;
+
+  static void constants(const Weight& w, int64_t row, float*, Constant* to) { w.constants(row, to); }
+};
+
 // Multiplies M rows of x by P pairs of rows, so that 2 M P sums overlap. Each sum is in the order of k for all M and P:
 // of products with numbers of the table within a block, and of these times the constants [P, 2, blocks].
 template <int M, int P, typename Out>
-void multiply_pairs(const Weight& w, const Buffer<float>& x_MK, int64_t row, Out* y, int64_t first, const float* constants) {
-  const float* x = x_MK.get() + row * w.k;
+void multiply_pairs(const Weight& w, const Wide& x_MK, int64_t row, Out* y, int64_t first, const float* constants) {
+  const float* x = x_MK.numbers.get() + row * w.k;
   const Table table(w.table);
   Floats sums[P][2][M] = {};
   for (int64_t block = 0; block < w.blocks; ++block) {
@@ -134,8 +145,71 @@ void multiply_pairs(const Weight& w, const Buffer<float>& x_MK, int64_t row, Out
   write_pairs<M, P>(sums, 1.0f, w.n, y + first);
 }
 
+#if defined(__AVX512BF16__)
+// Rows of x in bf16, as vectors [K / 32, M, 32], so that a loop over k reads one stream.
+struct Bfloat16 {
+  static constexpr int kMostRows = 8, kMostPairs = 4;
+  static constexpr int64_t kNumbers = 2 * kLanes;  // per vector
+  struct Constant {
+    uint16_t numbers[16];  // that codes of a row's block stand for
+  };
+  int64_t m;
+  Buffer<uint16_t> numbers;
+
+  Bfloat16(const uint16_t* x, int64_t rows, int64_t k) : m(rows), numbers(rows * k) {
+    for (int64_t row = 0; row < m; ++row)
+      for (int64_t i = 0; i < k; i += kNumbers)
+        std::memcpy(numbers.get() + i * m + row * kNumbers, x + row * k + i, kNumbers * sizeof(uint16_t));
+  }
+  static void constants(const Weight& w, int64_t row, float* scratch, Constant* to) {
+    w.constants(row, scratch);
+    const Floats table = load(w.table);
+    for (int64_t block = 0; block < w.blocks; ++block) Pairs::store(table * scratch[block], to[block].numbers);
+  }
+};
+
+// The same with weights that are rounded to bf16, as training multiplies them.
+template <int M, int P, typename Out>
+void multiply_pairs(const Weight& w, const Bfloat16& x_KM, int64_t row, Out* y, int64_t first,
+                    const Bfloat16::Constant* constants) {
+  constexpr int64_t kNumbers = Bfloat16::kNumbers;
+  const uint16_t* x = x_KM.numbers.get() + row * kNumbers;
+  const uint8_t* from = w.codes + first * w.k;
+  const int64_t k = w.k, vectors = w.block_size / kNumbers, blocks = w.blocks, step = x_KM.m * kNumbers;
+  Floats sums[P][2][M] = {};
+  for (const auto* end = constants + blocks; constants < end; ++constants) {
+    __m512i tables[P][2];  // twice the numbers of a block
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+        tables[p][half] = _mm512_broadcast_i64x4(load<__m256i>(constants[(2 * p + half) * blocks].numbers));
+#pragma GCC unroll 2
+    for (int64_t vector = 0; vector < vectors; ++vector, x += step, from += kNumbers) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        __builtin_prefetch(from + p * k + kBytesAhead);
+        const __m512i codes = _mm512_cvtepu8_epi16(load<__m256i>(from + p * k));
+        // The permutation reads five bits of an index, and 16 more find the same number.
+        const Integers high = (Integers)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), tables[p][0]);
+        const Integers low = (Integers)_mm512_permutexvar_epi16(codes, tables[p][1]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const Integers x_m = load<Integers>(x + m * kNumbers);
+          sums[p][0][m] = Pairs::add_product(high, x_m, sums[p][0][m]);
+          sums[p][1][m] = Pairs::add_product(low, x_m, sums[p][1][m]);
+        }
+      }
+    }
+  }
+  write_pairs<M, P>(sums, 1.0f, w.n, y + first);
+}
+#endif
+
 // Rows of x and the numbers of the table, as integers with scales.
 struct Coded {
+  static constexpr int kMostRows = 4, kMostPairs = 2;
+  using Constant = float;
   CodedRows rows;
   int8_t table[16];
   float table_scale;
@@ -146,6 +220,8 @@ struct Coded {
     for (int i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(std::lround(numbers[i] / greatest * 127) + kZero);
     table_scale = greatest / 127;
   }
+
+  static void constants(const Weight& w, int64_t row, float*, Constant* to) { w.constants(row, to); }
 };
 
 // The same with integers.
@@ -193,26 +269,23 @@ void multiply_pairs(const Weight& w, const Coded& coded, int64_t row, Out* y, in
   write_pairs<M, P>(sums, coded.table_scale, w.n, y + first);
 }
 
-
-// Rows of x that are multiplied together, so that their sums within a block fit the registers.
-template <typename X>
-constexpr int kMostRows = kLanes == 16 && std::is_same_v<X, Buffer<float>> ? 8 : 4;
-
 // Multiplies the rows of x from `row` on by P pairs of rows, M rows at a time and then fewer.
 template <int M, int P, typename X, typename Out>
-void multiply_rows(const Weight& w, const X& x, int64_t row, int64_t m, Out* y, int64_t first, const float* constants) {
+void multiply_rows(const Weight& w, const X& x, int64_t row, int64_t m, Out* y, int64_t first,
+                   const typename X::Constant* constants) {
   for (; row + M <= m; row += M) multiply_pairs<M, P>(w, x, row, y + row * w.n, first, constants);
   if constexpr (M > 1)
     if (row < m) multiply_rows<M - 1, P>(w, x, row, m, y, first, constants);
 }
 
-// Multiplies all m rows by pairs of rows, P at a time.
+// Multiplies all m rows by pairs of rows, P at a time; returns the first pair that is left.
 template <int M, int P, typename X, typename Out>
-int64_t multiply_all(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last, float* constants) {
+int64_t multiply_all(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last,
+                     float* scratch, typename X::Constant* constants) {
   for (; first + P <= last; first += P) {
     for (int p = 0; p < P; ++p) {
-      w.constants(first + p, constants + 2 * p * w.blocks);
-      w.constants(first + p + w.n / 2, constants + (2 * p + 1) * w.blocks);
+      X::constants(w, first + p, scratch, constants + 2 * p * w.blocks);
+      X::constants(w, first + p + w.n / 2, scratch, constants + (2 * p + 1) * w.blocks);
     }
     multiply_rows<M, P>(w, x, 0, m, y, first, constants);
   }
@@ -221,9 +294,10 @@ int64_t multiply_all(const Weight& w, int64_t m, const X& x, Out* y, int64_t fir
 
 template <typename X, typename Out>
 void multiply(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last) {
-  Buffer<float> constants(4 * w.blocks);
-  if (m <= 2) first = multiply_all<2, 2>(w, m, x, y, first, last, constants.get());
-  multiply_all<kMostRows<X>, 1>(w, m, x, y, first, last, constants.get());
+  Buffer<float> scratch(w.blocks);
+  Buffer<typename X::Constant> constants(2 * X::kMostPairs * w.blocks);
+  if (m <= 2) first = multiply_all<2, X::kMostPairs>(w, m, x, y, first, last, scratch.get(), constants.get());
+  multiply_all<X::kMostRows, 1>(w, m, x, y, first, last, scratch.get(), constants.get());
 }
 
 // ---- many rows
@@ -355,7 +429,6 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
   const Weight& w = found.value();
   if (integer && w.block_size % kGroup != 0)
     return ffi::Error::InvalidArgument("products of integers need blocks of a multiple of 64 weights");
-  const Buffer<float> x_MK = in_f32(x);
   const int64_t m = x.dimensions()[0];
   const auto run = [&](const auto& rows) {
     over_row_pairs(pool, w, [&](int64_t first, int64_t last) {
@@ -365,10 +438,15 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
         multiply(w, m, rows, reinterpret_cast<uint16_t*>(y->untyped_data()), first, last);
     });
   };
-  if (integer)
-    run(Coded(x_MK.get(), m, w.k, w.table));
-  else
-    run(x_MK);
+  if (integer) {
+    run(Coded(in_f32(x).get(), m, w.k, w.table));
+#if defined(__AVX512BF16__)
+  } else if (x.element_type() == ffi::BF16) {
+    run(Bfloat16(reinterpret_cast<const uint16_t*>(x.untyped_data()), m, w.k));
+#endif
+  } else {
+    run(Wide{in_f32(x)});
+  }
   return ffi::Error::Success();
 }
 

@@ -42,6 +42,22 @@ def test_few_rows_are_the_rows_of_many(rows):
     np.testing.assert_allclose(nf4_matmul(x[:rows], w, implementation="cpu"), many, rtol=1e-5, atol=1e-6)
 
 
+@needs_handlers
+@pytest.mark.skipif(not library.fast_bfloat16(), reason="this processor's variant has no products of bfloat16 pairs")
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_few_rows_multiply_the_weights_that_training_multiplies(double_quant, rows):
+    """A row that adds two weights gives their sum, rounded once: of the bfloat16 weights, not of wider ones."""
+    w = weight((96, 192), layout="row_planar", double_quant=double_quant)
+    x_MK = np.zeros((rows, 192), np.float32)
+    columns = np.random.default_rng(rows).permuted(np.tile(np.arange(192), (rows, 1)), axis=1)[:, :2]
+    np.put_along_axis(x_MK, columns, 1, axis=1)
+    weights_NK = np.asarray(dequantize(w, jnp.bfloat16), np.float32)
+    expected = jnp.asarray(weights_NK[:, columns].sum(axis=2).T, jnp.bfloat16)
+    found = nf4_matmul(jnp.asarray(x_MK, jnp.bfloat16), w, implementation="cpu")
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
+
+
 def _in_integers(x, w):
     """Returns x w^T as `integer_forward` defines it, in f64."""
     groups = np.asarray(x, np.float64).reshape(len(x), -1, 64)
