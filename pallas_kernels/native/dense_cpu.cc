@@ -38,8 +38,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ff
 
 // ---- few rows
 
-constexpr int64_t kNeighbours = 4;            // rows of w that are read side by side
-constexpr int kMostSums = kLanes == 16 ? 4 : 2;  // rows of x whose sums with these fit the registers
+constexpr int kMostRows = 8;  // of x that are multiplied together, so that their sums fit the registers
 
 // X: numbers of x, which are f32 or those of w.
 template <typename X, typename Element, typename Out>
@@ -59,20 +58,24 @@ struct FewRows {
     else
       return load(at);
   }
-  // Computes y of M rows of x, from `row`, and P rows of w, from `first`. Sums are in the order of k.
+  // Computes y of M rows of x, from `row`, and P rows of w, from `first`. Each sum is in the order of k. One row of w
+  // follows another, so that they are read in the order of memory, and the totals of all are made together.
   template <int M, int P>
   void block(int64_t row, int64_t first) const {
-    Floats sums[P][M] = {};
+    Floats sums[P][M];
     const int64_t whole = k / kNumbers * kNumbers;
-    for (int64_t i = 0; i < whole; i += kNumbers)
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) {
-        const Element* at = w + (first + p) * k + i;
-        if (i % (64 / sizeof(Element)) == 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kBytesAhead);
-        const typename T::Words weights = words(at);
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) sums[p][m] = T::add_product(weights, words(x + (row + m) * k + i), sums[p][m]);
+    for (int p = 0; p < P; ++p) {
+      const Element* at = w + (first + p) * k;
+      Floats of_row[M] = {};
+      for (int64_t i = 0; i < whole; i += kNumbers) {
+        if (i % (64 / sizeof(Element)) == 0) __builtin_prefetch(reinterpret_cast<const char*>(at + i) + kBytesAhead);
+        const typename T::Words weights = words(at + i);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) of_row[m] = T::add_product(weights, words(x + (row + m) * k + i), of_row[m]);
       }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sums[p][m] = of_row[m];
+    }
     float totals[P][M];
     totals_of<P * M>(&sums[0][0], &totals[0][0]);
     for (int p = 0; p < P; ++p)
@@ -90,15 +93,19 @@ struct FewRows {
       if (row < m) rows<M - 1, P>(row, m, first);
   }
   void run(ffi::ThreadPool& pool, int64_t m) const {
+    constexpr int kNeighbours = 8;
     const int64_t grain = (65536 / k + kNeighbours) / kNeighbours * kNeighbours;  // some microseconds
     in_parallel(pool, (n + grain - 1) / grain, [&](int64_t part) {
       const int64_t last = std::min(n, (part + 1) * grain);
       int64_t first = part * grain;
-      for (; first + kNeighbours <= last; first += kNeighbours) rows<kMostSums, kNeighbours>(0, m, first);
-      for (; first < last; ++first) rows<kMostSums, 1>(0, m, first);
+      if (m <= 2)
+        for (; first + kNeighbours <= last; first += kNeighbours) rows<2, kNeighbours>(0, m, first);
+      for (; first < last; ++first) rows<kMostRows, 1>(0, m, first);
     });
   }
 };
+
+constexpr int kMostSums = kLanes == 16 ? 4 : 2;  // rows of x whose sums with four vectors fit the registers
 
 // The same for w [k, n]: vectors are along columns, and each column's terms are added in order.
 template <typename Element, typename Out>

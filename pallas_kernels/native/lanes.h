@@ -166,6 +166,27 @@ struct Table {
 #endif
 };
 
+#if defined(__AVX512F__)
+// 256 numbers, looked up by the low eight bits of each lane: an instruction looks up 32, and the upper bits select.
+struct LargeTable {
+  __m512 numbers[16];
+  explicit LargeTable(const float* at) { std::memcpy(numbers, at, sizeof numbers); }
+  Floats operator[](Integers codes) const {
+    const __m512i index = (__m512i)codes;
+    __m512 found[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) found[i] = _mm512_permutex2var_ps(numbers[2 * i], index, numbers[2 * i + 1]);
+#pragma GCC unroll 3
+    for (int bit = 5, count = 4; bit < 8; ++bit, count /= 2) {
+      const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1 << bit));
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) found[i] = _mm512_mask_blend_ps(upper, found[2 * i], found[2 * i + 1]);
+    }
+    return (Floats)found[0];
+  }
+};
+#endif
+
 // ---- numbers in memory: f32, bf16 as 16 bits, or 8-bit integers
 
 inline Floats load(const uint16_t* at) {

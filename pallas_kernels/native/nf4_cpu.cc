@@ -43,19 +43,26 @@ struct Weight {
     return product + offset;
   }
 
-  // Writes the constants of all blocks of a row.
-  void constants(int64_t row, float* to) const {
-    const int64_t first = row * blocks, end = first + blocks;
+  // Writes the constants of all blocks of rows [first, last).
+  void constants(int64_t first, int64_t last, float* to) const {
+    const int64_t start = first * blocks, end = last * blocks;
     if (absmax != nullptr) {
-      std::memcpy(to, absmax + first, blocks * sizeof(float));
+      std::memcpy(to, absmax + start, (end - start) * sizeof(float));
       return;
     }
-    for (int64_t at = first; at < end;) {
-      const int64_t nested_at = at / nested_size, last = std::min(end, (nested_at + 1) * nested_size);
+#if defined(__AVX512F__)
+    const LargeTable numbers(map);
+#endif
+    for (int64_t at = start; at < end;) {
+      const int64_t nested_at = at / nested_size, stop = std::min(end, (nested_at + 1) * nested_size);
       const float factor = nested[nested_at];
-      for (; at < last; ++at) {
+#if defined(__AVX512F__)
+      for (; at + kLanes <= stop; at += kLanes)
+        store(numbers[load_bytes(absmax_codes + at)] * factor + offset, to + at - start);
+#endif
+      for (; at < stop; ++at) {
         const float product = map[absmax_codes[at]] * factor;
-        to[at - first] = product + offset;
+        to[at - start] = product + offset;
       }
     }
   }
@@ -88,71 +95,58 @@ void dequantize_pairs(const Weight& w, Out* out, int64_t first, int64_t last) {
   }
 }
 
-// Writes the totals of sums [pair, half, row] times a factor, from a pair's first column on.
-template <int M, int P, typename Out>
-void write_pairs(const Floats (&sums)[P][2][M], float factor, int64_t n, Out* y) {
-  float totals[P][2][M];
-  totals_of<2 * M * P>(&sums[0][0][0], &totals[0][0][0]);
-  for (int p = 0; p < P; ++p)
-    for (int half = 0; half < 2; ++half)
-      for (int m = 0; m < M; ++m) put(totals[p][half][m] * factor, y + m * n + p + half * (n / 2));
-}
+// A pair of rows of the weight, whose codes share bytes.
+struct Pair {
+  const uint8_t* codes;
+  const float *high, *low;  // constants of blocks
 
-// Rows of x in f32, the most that are multiplied together, so that their sums within a block fit the registers, and the
-// most pairs of rows that one row is multiplied by.
-struct Wide {
-  static constexpr int kMostRows = kLanes == 16 ? 8 : 4, kMostPairs = 2;
-  using Constant = float;  // of a row's block
-  const Buffer<float> numbers;
-
-  static void constants(const Weight& w, int64_t row, float*, Constant* to) { w.constants(row, to); }
+  Pair next(const Weight& w) const { return {codes + w.k, high + w.blocks, low + w.blocks}; }
 };
 
-// Multiplies M rows of x by P pairs of rows, so that 2 M P sums overlap. Each sum is in the order of k for all M and P:
-// of products with numbers of the table within a block, and of these times the constants [P, 2, blocks].
-template <int M, int P, typename Out>
-void multiply_pairs(const Weight& w, const Wide& x_MK, int64_t row, Out* y, int64_t first, const float* constants) {
+// Rows of x in f32, the most that are multiplied together, so that their sums within a block fit the registers.
+struct Wide {
+  static constexpr int kMostRows = kLanes == 16 ? 8 : 4;
+  const Buffer<float> numbers;
+
+  float factor() const { return 1; }
+};
+
+// Sets sums [half, row] of products of M rows of x, from `row`, with a pair of rows. Each sum is in the order of k for
+// all M: of products with numbers of the table within a block, and of these times the constants.
+template <int M>
+__attribute__((always_inline)) inline void multiply_pair(const Weight& w, const Wide& x_MK, int64_t row,
+                                                         const Pair& pair, Floats (&sums)[2][M]) {
   const float* x = x_MK.numbers.get() + row * w.k;
   const Table table(w.table);
-  Floats sums[P][2][M] = {};
+  Floats of_high[M] = {}, of_low[M] = {};
   for (int64_t block = 0; block < w.blocks; ++block) {
-    Floats of_block[P][2][M] = {};
-    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kGroup) {
-      for (int p = 0; p < P; ++p) __builtin_prefetch(w.codes + (first + p) * w.k + k + kBytesAhead);
-#pragma GCC unroll 4
-      for (int64_t i = k; i < k + kGroup; i += kLanes)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          const Integers codes = load_bytes(w.codes + (first + p) * w.k + i);
-          const Floats high = table[codes >> 4], low = table[codes];
+    Floats high_of_block[M] = {}, low_of_block[M] = {};
+    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kLanes) {
+      if (k % kGroup == 0) __builtin_prefetch(pair.codes + k + kBytesAhead);
+      const Integers codes = load_bytes(pair.codes + k);
+      const Floats high = table[codes >> 4], low = table[codes];
 #pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-            const Floats x_m = in_register(load(x + m * w.k + i));  // one load for two products
-            of_block[p][0][m] = multiply_add(high, x_m, of_block[p][0][m]);
-            of_block[p][1][m] = multiply_add(low, x_m, of_block[p][1][m]);
-          }
-        }
-    }
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const Floats constant = all(constants[(2 * p + half) * w.blocks + block]);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums[p][half][m] = multiply_add(of_block[p][half][m], constant, sums[p][half][m]);
+      for (int m = 0; m < M; ++m) {
+        const Floats x_m = in_register(load(x + m * w.k + k));  // one load for two products
+        high_of_block[m] = multiply_add(high, x_m, high_of_block[m]);
+        low_of_block[m] = multiply_add(low, x_m, low_of_block[m]);
       }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      of_high[m] = multiply_add(high_of_block[m], all(pair.high[block]), of_high[m]);
+      of_low[m] = multiply_add(low_of_block[m], all(pair.low[block]), of_low[m]);
+    }
   }
-  write_pairs<M, P>(sums, 1.0f, w.n, y + first);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[0][m] = of_high[m], sums[1][m] = of_low[m];
 }
 
 #if defined(__AVX512BF16__)
 // Rows of x in bf16, as vectors [K / 32, M, 32], so that a loop over k reads one stream.
 struct Bfloat16 {
-  static constexpr int kMostRows = 8, kMostPairs = 4;
+  static constexpr int kMostRows = 8;
   static constexpr int64_t kNumbers = 2 * kLanes;  // per vector
-  struct Constant {
-    uint16_t numbers[16];  // that codes of a row's block stand for
-  };
   int64_t m;
   Buffer<uint16_t> numbers;
 
@@ -161,55 +155,51 @@ struct Bfloat16 {
       for (int64_t i = 0; i < k; i += kNumbers)
         std::memcpy(numbers.get() + i * m + row * kNumbers, x + row * k + i, kNumbers * sizeof(uint16_t));
   }
-  static void constants(const Weight& w, int64_t row, float* scratch, Constant* to) {
-    w.constants(row, scratch);
-    const Floats table = load(w.table);
-    for (int64_t block = 0; block < w.blocks; ++block) Pairs::store(table * scratch[block], to[block].numbers);
-  }
+  float factor() const { return 1; }
 };
 
-// The same with weights that are rounded to bf16, as training multiplies them.
-template <int M, int P, typename Out>
-void multiply_pairs(const Weight& w, const Bfloat16& x_KM, int64_t row, Out* y, int64_t first,
-                    const Bfloat16::Constant* constants) {
+// The same with weights that are rounded to bf16, as training multiplies them: the 32 numbers that codes of a block of
+// both rows stand for are one vector, and look-ups read five bits of an index.
+template <int M>
+__attribute__((always_inline)) inline void multiply_pair(const Weight& w, const Bfloat16& x_KM, int64_t row,
+                                                         const Pair& pair, Floats (&sums)[2][M]) {
   constexpr int64_t kNumbers = Bfloat16::kNumbers;
   const uint16_t* x = x_KM.numbers.get() + row * kNumbers;
-  const uint8_t* from = w.codes + first * w.k;
-  const int64_t k = w.k, vectors = w.block_size / kNumbers, blocks = w.blocks, step = x_KM.m * kNumbers;
-  Floats sums[P][2][M] = {};
-  for (const auto* end = constants + blocks; constants < end; ++constants) {
-    __m512i tables[P][2];  // twice the numbers of a block
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half)
-        tables[p][half] = _mm512_broadcast_i64x4(load<__m256i>(constants[(2 * p + half) * blocks].numbers));
+  const uint8_t* from = pair.codes;
+  const int64_t vectors = w.block_size / kNumbers, step = x_KM.m * kNumbers;
+  const Floats table = load(w.table);
+  const __m512i second_half = _mm512_set1_epi16(16);
+  const auto numbers_of = [&](int64_t block) {
+    const Floats high = table * pair.high[block], low = table * pair.low[block];
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)low, (__m512)high);
+  };
+  Floats of_high[M] = {}, of_low[M] = {};
+  __m512i next = numbers_of(0);  // made before the products of the block before, which would delay it
+  for (int64_t block = 0; block < w.blocks; ++block) {
+    const __m512i numbers = next;
+    next = numbers_of(std::min(block + 1, w.blocks - 1));
 #pragma GCC unroll 2
     for (int64_t vector = 0; vector < vectors; ++vector, x += step, from += kNumbers) {
-#pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) {
-        __builtin_prefetch(from + p * k + kBytesAhead);
-        const __m512i codes = _mm512_cvtepu8_epi16(load<__m256i>(from + p * k));
-        // The permutation reads five bits of an index, and 16 more find the same number.
-        const Integers high = (Integers)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), tables[p][0]);
-        const Integers low = (Integers)_mm512_permutexvar_epi16(codes, tables[p][1]);
+      __builtin_prefetch(from + kBytesAhead);
+      const __m512i codes = _mm512_cvtepu8_epi16(load<__m256i>(from));
+      const Integers high = (Integers)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), numbers);
+      const Integers low = (Integers)_mm512_permutexvar_epi16(codes | second_half, numbers);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const Integers x_m = load<Integers>(x + m * kNumbers);
-          sums[p][0][m] = Pairs::add_product(high, x_m, sums[p][0][m]);
-          sums[p][1][m] = Pairs::add_product(low, x_m, sums[p][1][m]);
-        }
+      for (int m = 0; m < M; ++m) {
+        const Integers x_m = load<Integers>(x + m * kNumbers);
+        of_high[m] = Pairs::add_product(high, x_m, of_high[m]);
+        of_low[m] = Pairs::add_product(low, x_m, of_low[m]);
       }
     }
   }
-  write_pairs<M, P>(sums, 1.0f, w.n, y + first);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[0][m] = of_high[m], sums[1][m] = of_low[m];
 }
 #endif
 
 // Rows of x and the numbers of the table, as integers with scales.
 struct Coded {
-  static constexpr int kMostRows = 4, kMostPairs = 2;
-  using Constant = float;
+  static constexpr int kMostRows = 4;
   CodedRows rows;
   int8_t table[16];
   float table_scale;
@@ -220,84 +210,82 @@ struct Coded {
     for (int i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(std::lround(numbers[i] / greatest * 127) + kZero);
     table_scale = greatest / 127;
   }
-
-  static void constants(const Weight& w, int64_t row, float*, Constant* to) { w.constants(row, to); }
+  float factor() const { return table_scale; }
 };
 
-// The same with integers.
-template <int M, int P, typename Out>
-void multiply_pairs(const Weight& w, const Coded& coded, int64_t row, Out* y, int64_t first, const float* constants) {
+// The same with integers; sums are to be multiplied by the scale of the table.
+template <int M>
+__attribute__((always_inline)) inline void multiply_pair(const Weight& w, const Coded& coded, int64_t row,
+                                                         const Pair& pair, Floats (&sums)[2][M]) {
   const CodedRows& x = coded.rows;
   const ByteTable table(coded.table);
-  Floats sums[P][2][M] = {};
   const int64_t groups = w.k / kGroup, per_block = w.block_size / kGroup;
+  Floats of_high[M] = {}, of_low[M] = {};
   for (int64_t block = 0; block < w.blocks; ++block)
     for (int64_t group = block * per_block; group < (block + 1) * per_block; ++group) {
-      Integers of_group[P][2][M];
+      const uint8_t* from = pair.codes + group * kGroup;
+      __builtin_prefetch(from + kBytesAhead);
+      Integers high_of_group[M], low_of_group[M];
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) {
-        const uint8_t* from = w.codes + (first + p) * w.k + group * kGroup;
-        __builtin_prefetch(from + kBytesAhead);
+      for (int m = 0; m < M; ++m)
+        high_of_group[m] = low_of_group[m] = load<Integers>(x.starts.get() + ((row + m) * groups + group) * kLanes);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m)
-          of_group[p][0][m] = of_group[p][1][m] =
-              load<Integers>(x.starts.get() + ((row + m) * groups + group) * kLanes);
+      for (int64_t i = 0; i < kGroup; i += kCodes) {
+        const PackedCodes packed = load<PackedCodes>(from + i);
+        const Codes high = table[packed >> 4], low = table[packed & 15];
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < kGroup; i += kCodes) {
-          const PackedCodes packed = load<PackedCodes>(from + i);
-          const Codes high = table[packed >> 4], low = table[packed & 15];
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) {
-            const Codes x_m = load<Codes>(x.codes.get() + (row + m) * w.k + group * kGroup + i);
-            of_group[p][0][m] = add_products(high, x_m, of_group[p][0][m]);
-            of_group[p][1][m] = add_products(low, x_m, of_group[p][1][m]);
-          }
+        for (int m = 0; m < M; ++m) {
+          const Codes x_m = load<Codes>(x.codes.get() + (row + m) * w.k + group * kGroup + i);
+          high_of_group[m] = add_products(high, x_m, high_of_group[m]);
+          low_of_group[m] = add_products(low, x_m, low_of_group[m]);
         }
       }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
         const Floats scale = all(x.scales.get()[(row + m) * groups + group]);
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-          for (int half = 0; half < 2; ++half) {
-            const Floats constant = all(constants[(2 * p + half) * w.blocks + block]);
-            sums[p][half][m] = multiply_add(converted(of_group[p][half][m]) * scale, constant, sums[p][half][m]);
-          }
+        of_high[m] = multiply_add(converted(high_of_group[m]) * scale, all(pair.high[block]), of_high[m]);
+        of_low[m] = multiply_add(converted(low_of_group[m]) * scale, all(pair.low[block]), of_low[m]);
       }
     }
-  write_pairs<M, P>(sums, coded.table_scale, w.n, y + first);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sums[0][m] = of_high[m], sums[1][m] = of_low[m];
 }
 
-// Multiplies the rows of x from `row` on by P pairs of rows, M rows at a time and then fewer.
+// Computes y of all m rows of x from `row` on, M at a time and then fewer, and P pairs of rows from `first` on. One pair
+// follows another, so that codes are read in the order of memory, and the totals of all are made together.
 template <int M, int P, typename X, typename Out>
-void multiply_rows(const Weight& w, const X& x, int64_t row, int64_t m, Out* y, int64_t first,
-                   const typename X::Constant* constants) {
-  for (; row + M <= m; row += M) multiply_pairs<M, P>(w, x, row, y + row * w.n, first, constants);
-  if constexpr (M > 1)
-    if (row < m) multiply_rows<M - 1, P>(w, x, row, m, y, first, constants);
-}
-
-// Multiplies all m rows by pairs of rows, P at a time; returns the first pair that is left.
-template <int M, int P, typename X, typename Out>
-int64_t multiply_all(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last,
-                     float* scratch, typename X::Constant* constants) {
-  for (; first + P <= last; first += P) {
-    for (int p = 0; p < P; ++p) {
-      X::constants(w, first + p, scratch, constants + 2 * p * w.blocks);
-      X::constants(w, first + p + w.n / 2, scratch, constants + (2 * p + 1) * w.blocks);
-    }
-    multiply_rows<M, P>(w, x, 0, m, y, first, constants);
+void multiply_rows(const Weight& w, const X& x, int64_t row, int64_t m, Out* y, int64_t first, const Pair& pair) {
+  for (; row + M <= m; row += M) {
+    Floats sums[P][2][M];
+    Pair at = pair;
+    for (int p = 0; p < P; ++p, at = at.next(w)) multiply_pair<M>(w, x, row, at, sums[p]);
+    float totals[P][2][M];
+    totals_of<2 * M * P>(&sums[0][0][0], &totals[0][0][0]);
+    for (int p = 0; p < P; ++p)
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < M; ++i)
+          put(totals[p][half][i] * x.factor(), y + (row + i) * w.n + first + p + half * (w.n / 2));
   }
-  return first;
+  if constexpr (M > 1)
+    if (row < m) multiply_rows<M - 1, P>(w, x, row, m, y, first, pair);
 }
 
+// The same for pairs of rows [first, last).
 template <typename X, typename Out>
 void multiply(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int64_t last) {
-  Buffer<float> scratch(w.blocks);
-  Buffer<typename X::Constant> constants(2 * X::kMostPairs * w.blocks);
-  if (m <= 2) first = multiply_all<2, X::kMostPairs>(w, m, x, y, first, last, scratch.get(), constants.get());
-  multiply_all<X::kMostRows, 1>(w, m, x, y, first, last, scratch.get(), constants.get());
+  constexpr int kPairs = 4;
+  const int64_t count = (last - first) * w.blocks;
+  Buffer<float> constants(2 * count);
+  w.constants(first, last, constants.get());
+  w.constants(first + w.n / 2, last + w.n / 2, constants.get() + count);
+  Pair pair{w.codes + first * w.k, constants.get(), constants.get() + count};
+  const auto advance = [&](int pairs) {
+    first += pairs;
+    for (; pairs > 0; --pairs) pair = pair.next(w);
+  };
+  if (m <= 2)
+    for (; first + kPairs <= last; advance(kPairs)) multiply_rows<2, kPairs>(w, x, 0, m, y, first, pair);
+  for (; first < last; advance(1)) multiply_rows<X::kMostRows, 1>(w, x, 0, m, y, first, pair);
 }
 
 // ---- many rows
