@@ -52,7 +52,7 @@ uv=$(bash scripts/find_uv.sh)
 version=$("$folder/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$uv" export --quiet --frozen --no-emit-project --no-hashes --extra dev --prune pyright --prune playwright \
     --output-file "$folder/locked.txt" >/dev/null
-"$uv" pip install --quiet --python .venv/bin/python --python-version "$version" --python-platform aarch64-manylinux_2_28 \
+"$uv" pip install --quiet --python .venv/bin/python --python-version "$version" --python-platform aarch64-manylinux_2_31 \
     --only-binary :all: --target "$folder/packages" --requirement "$folder/locked.txt"
 
 built() { "$folder/python" -c 'from pallas_kernels.native import build as b; import sys; sys.exit(not all(b.library_path(v).exists() for v in ("neon", "neon_bf16")))'; }

@@ -127,10 +127,10 @@ inline void totals_of(const Floats* x, float* to) {
       pairs[i] = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);
     }
     const __m512 a = pairs[0], b = pairs[kTo / 8 - 1];
-    float mixed[16];  // the sum of vector 4 q + j is at 4 j + q
-    _mm512_storeu_ps(mixed, _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd));
-#pragma GCC unroll 16
-    for (int i = 0; i < C && i < 16; ++i) to[i] = mixed[i % 4 * 4 + i / 4];
+    const __m512 mixed = _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd);
+    // The sum of vector 4 q + j is at 4 j + q.
+    const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_mask_storeu_ps(to, C < 16 ? (1 << C) - 1 : 0xffff, _mm512_permutexvar_ps(places, mixed));
     if constexpr (C > 16) totals_of<C - 16>(x + 16, to + 16);
     return;
   }

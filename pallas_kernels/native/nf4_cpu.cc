@@ -68,11 +68,13 @@ struct Weight {
   }
 };
 
+constexpr int64_t kWeightsPerPart = 65536;  // some microseconds
+
 // Calls rows(first, last) in parallel for ranges of the N / 2 pairs of rows.
 template <typename Rows>
-void over_row_pairs(ffi::ThreadPool& pool, const Weight& w, const Rows& rows) {
+void over_row_pairs(ffi::ThreadPool& pool, const Weight& w, int64_t weights_per_part, const Rows& rows) {
   const int64_t pairs = w.n / 2;
-  const int64_t grain = std::max<int64_t>(1, 32768 / w.k);  // pairs of rows per part: 65,536 weights, some microseconds
+  const int64_t grain = std::max<int64_t>(1, weights_per_part / 2 / w.k);
   const int64_t parts = (pairs + grain - 1) / grain;
   in_parallel(pool, parts, [&](int64_t part) { rows(part * grain, std::min(pairs, (part + 1) * grain)); });
 }
@@ -259,12 +261,16 @@ void multiply_rows(const Weight& w, const X& x, int64_t row, int64_t m, Out* y, 
     Floats sums[P][2][M];
     Pair at = pair;
     for (int p = 0; p < P; ++p, at = at.next(w)) multiply_pair<M>(w, x, row, at, sums[p]);
-    float totals[P][2][M];
-    totals_of<2 * M * P>(&sums[0][0][0], &totals[0][0][0]);
+    float totals[(2 * M * P + kLanes - 1) / kLanes * kLanes] = {};
+    Out rounded[std::size(totals)];
+    totals_of<2 * M * P>(&sums[0][0][0], totals);
+    for (size_t i = 0; i < std::size(totals); i += kLanes) store(load(totals + i) * x.factor(), rounded + i);
     for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 8
         for (int i = 0; i < M; ++i)
-          put(totals[p][half][i] * x.factor(), y + (row + i) * w.n + first + p + half * (w.n / 2));
+          y[(row + i) * w.n + first + p + half * (w.n / 2)] = rounded[(2 * p + half) * M + i];
   }
   if constexpr (M > 1)
     if (row < m) multiply_rows<M - 1, P>(w, x, row, m, y, first, pair);
@@ -399,7 +405,7 @@ ffi::Error dequantize(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::Any
   const auto found = weight_of(codes, scales, nested, offset, layer, table, map, nested_size);
   if (found.has_error()) return found.error();
   const Weight& w = found.value();
-  over_row_pairs(pool, w, [&](int64_t first, int64_t last) {
+  over_row_pairs(pool, w, kWeightsPerPart, [&](int64_t first, int64_t last) {
     if (out->element_type() == ffi::F32)
       dequantize_pairs(w, reinterpret_cast<float*>(out->untyped_data()), first, last);
     else
@@ -418,8 +424,9 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
   if (integer && w.block_size % kGroup != 0)
     return ffi::Error::InvalidArgument("products of integers need blocks of a multiple of 64 weights");
   const int64_t m = x.dimensions()[0];
+  const int64_t weights_per_part = m <= 2 ? 2 * kWeightsPerPart : kWeightsPerPart;  // memory likes longer streams
   const auto run = [&](const auto& rows) {
-    over_row_pairs(pool, w, [&](int64_t first, int64_t last) {
+    over_row_pairs(pool, w, weights_per_part, [&](int64_t first, int64_t last) {
       if (y->element_type() == ffi::F32)
         multiply(w, m, rows, reinterpret_cast<float*>(y->untyped_data()), first, last);
       else
