@@ -102,15 +102,15 @@ struct Pair {
   const uint8_t* codes;
   const float *high, *low;  // constants of blocks
 
-  Pair next(const Weight& w) const { return {codes + w.k, high + w.blocks, low + w.blocks}; }
+  Pair after(const Weight& w, int64_t pairs) const {
+    return {codes + pairs * w.k, high + pairs * w.blocks, low + pairs * w.blocks};
+  }
 };
 
 // Rows of x in f32, the most that are multiplied together, so that their sums within a block fit the registers.
 struct Wide {
   static constexpr int kMostRows = kLanes == 16 ? 8 : 4;
   const Buffer<float> numbers;
-
-  float factor() const { return 1; }
 };
 
 // Sets sums [half, row] of products of M rows of x, from `row`, with a pair of rows. Each sum is in the order of k for
@@ -157,7 +157,6 @@ struct Bfloat16 {
       for (int64_t i = 0; i < k; i += kNumbers)
         std::memcpy(numbers.get() + i * m + row * kNumbers, x + row * k + i, kNumbers * sizeof(uint16_t));
   }
-  float factor() const { return 1; }
 };
 
 // The same with weights that are rounded to bf16, as training multiplies them: the 32 numbers that codes of a block of
@@ -212,10 +211,9 @@ struct Coded {
     for (int i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(std::lround(numbers[i] / greatest * 127) + kZero);
     table_scale = greatest / 127;
   }
-  float factor() const { return table_scale; }
 };
 
-// The same with integers; sums are to be multiplied by the scale of the table.
+// The same with integers.
 template <int M>
 __attribute__((always_inline)) inline void multiply_pair(const Weight& w, const Coded& coded, int64_t row,
                                                          const Pair& pair, Floats (&sums)[2][M]) {
@@ -250,7 +248,7 @@ __attribute__((always_inline)) inline void multiply_pair(const Weight& w, const 
       }
     }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) sums[0][m] = of_high[m], sums[1][m] = of_low[m];
+  for (int m = 0; m < M; ++m) sums[0][m] = of_high[m] * coded.table_scale, sums[1][m] = of_low[m] * coded.table_scale;
 }
 
 // Computes y of all m rows of x from `row` on, M at a time and then fewer, and P pairs of rows from `first` on. One pair
@@ -259,12 +257,11 @@ template <int M, int P, typename X, typename Out>
 void multiply_rows(const Weight& w, const X& x, int64_t row, int64_t m, Out* y, int64_t first, const Pair& pair) {
   for (; row + M <= m; row += M) {
     Floats sums[P][2][M];
-    Pair at = pair;
-    for (int p = 0; p < P; ++p, at = at.next(w)) multiply_pair<M>(w, x, row, at, sums[p]);
+    for (int p = 0; p < P; ++p) multiply_pair<M>(w, x, row, pair.after(w, p), sums[p]);
     float totals[(2 * M * P + kLanes - 1) / kLanes * kLanes] = {};
     Out rounded[std::size(totals)];
     totals_of<2 * M * P>(&sums[0][0][0], totals);
-    for (size_t i = 0; i < std::size(totals); i += kLanes) store(load(totals + i) * x.factor(), rounded + i);
+    for (size_t i = 0; i < std::size(totals); i += kLanes) store(load(totals + i), rounded + i);
     for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half)
@@ -284,14 +281,13 @@ void multiply(const Weight& w, int64_t m, const X& x, Out* y, int64_t first, int
   Buffer<float> constants(2 * count);
   w.constants(first, last, constants.get());
   w.constants(first + w.n / 2, last + w.n / 2, constants.get() + count);
-  Pair pair{w.codes + first * w.k, constants.get(), constants.get() + count};
-  const auto advance = [&](int pairs) {
-    first += pairs;
-    for (; pairs > 0; --pairs) pair = pair.next(w);
-  };
+  const Pair start{w.codes + first * w.k, constants.get(), constants.get() + count};
+  int64_t done = 0;
   if (m <= 2)
-    for (; first + kPairs <= last; advance(kPairs)) multiply_rows<2, kPairs>(w, x, 0, m, y, first, pair);
-  for (; first < last; advance(1)) multiply_rows<X::kMostRows, 1>(w, x, 0, m, y, first, pair);
+    for (; first + done + kPairs <= last; done += kPairs)
+      multiply_rows<2, kPairs>(w, x, 0, m, y, first + done, start.after(w, done));
+  for (; first + done < last; ++done)
+    multiply_rows<X::kMostRows, 1>(w, x, 0, m, y, first + done, start.after(w, done));
 }
 
 // ---- many rows
@@ -424,7 +420,7 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
   if (integer && w.block_size % kGroup != 0)
     return ffi::Error::InvalidArgument("products of integers need blocks of a multiple of 64 weights");
   const int64_t m = x.dimensions()[0];
-  const int64_t weights_per_part = m <= 2 ? 2 * kWeightsPerPart : kWeightsPerPart;  // memory likes longer streams
+  const int64_t weights_per_part = m <= 2 ? 2 * kWeightsPerPart : kWeightsPerPart;  // longer streams are read faster
   const auto run = [&](const auto& rows) {
     over_row_pairs(pool, w, weights_per_part, [&](int64_t first, int64_t last) {
       if (y->element_type() == ffi::F32)
