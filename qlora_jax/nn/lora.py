@@ -111,7 +111,10 @@ class BatchedLoRA(BatchedAdapter):
     """Low-rank adapters of several runs: A [L, runs, K, R] and B [L, runs, R, N], padded with zeros, and scalings."""
 
     def __init__(self, adapters: "Sequence[LowRank | None]", layers: int):
-        """Stacks adapters; the layers that one lacks are zeros, which change nothing."""
+        """Stacks adapters; the layers that one lacks are zeros, which change nothing.
+
+        Adapters of all layers become views of the stacks, so that a CPU holds them once and no other device twice.
+        """
         first = next(adapter for adapter in adapters if adapter is not None)
         dtype, inputs, outputs = first.lora_a[...].dtype, first.lora_a[...].shape[1], first.lora_b[...].shape[2]
         rank = max(adapter.lora_a[...].shape[2] for adapter in adapters if adapter is not None)
@@ -127,6 +130,12 @@ class BatchedLoRA(BatchedAdapter):
         self.lora_a, self.lora_b = Frozen(jnp.asarray(lora_a)), Frozen(jnp.asarray(lora_b))
         self.scalings = Frozen(jnp.asarray(scalings, jnp.float32))
         self.present = Frozen(jnp.asarray([adapter is not None for adapter in adapters]))
+        lora_a, lora_b = np.asarray(self.lora_a[...]), np.asarray(self.lora_b[...])
+        for number, adapter in enumerate(adapters):
+            if adapter is not None and adapter.lora_a[...].shape[0] == layers:
+                own_rank = adapter.lora_a[...].shape[2]
+                adapter.lora_a = nnx.LoRAParam(lora_a[:, number, :, :own_rank])
+                adapter.lora_b = nnx.LoRAParam(lora_b[:, number, :own_rank])
 
     def delta(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
         """Returns scaling * x A B of each token in f32; zeros without an adapter."""

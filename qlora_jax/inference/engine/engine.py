@@ -195,7 +195,8 @@ class Engine:
 
     def _set_adapters(self, adapters: dict[str, tuple[int, ByProjection]]) -> None:
         numbers = dict(adapters.values())
-        count = 1 << max(numbers, default=0).bit_length()  # another number of matrices is another program
+        most = max(numbers, default=1)
+        count = 1 + (1 << (most - 1).bit_length())  # none, and 1, 2, 4, ... runs: another count is another program
         self._parts = with_adapters(self._alone, numbers, count) if numbers else self._alone
         self._adapters = adapters
 

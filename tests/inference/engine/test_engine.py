@@ -1,6 +1,7 @@
 """An engine's replies: those of the full forward pass, whatever runs beside them, and within the cache's pages."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.methods.attach import attach_method
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.nn.lora import RANK_UNIT
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_config, tiny_parts
 from tests.models.mixtures import NARROW, random_mixture
 
@@ -259,6 +261,24 @@ def test_adapters_of_several_methods_share_a_batch(parts):
     with pytest.raises(ValueError, match=r"adapter: found 'wide', expected one of \['lora', 'dora'"):
         engine.submit(requests[2])
     assert answers(engine, requests[:1]) == together[:1]
+
+
+def test_adapters_are_held_once(parts):
+    def held() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    base = bare(parts)
+    engine = Engine(base, cache_bytes=CACHE)
+    before = held()
+    for number, method in enumerate(["lora", "lora", "dora"]):
+        engine.add_adapter(str(number), run_on(base, number, rank=RANK_UNIT, method=method))
+    one = sum(leaf.nbytes for leaf in jax.tree.leaves(run_on(base, 0, rank=RANK_UNIT).lora))
+    places = 1 + 4  # none, and room for four runs
+    assert held() - before == pytest.approx(2 * places * one, rel=0.15)  # stacks of two methods, vectors, numbers
+    engine.remove_adapter("1")
+    engine.remove_adapter("2")
+    assert held() - before == pytest.approx(2 * one, rel=0.15)
 
 
 @pytest.mark.parametrize("method", ["houlsby", "vera", "ln_tuning"])
