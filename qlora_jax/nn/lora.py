@@ -113,7 +113,7 @@ class BatchedLoRA(BatchedAdapter):
     def __init__(self, adapters: "Sequence[LowRank | None]", layers: int):
         """Stacks adapters; the layers that one lacks are zeros, which change nothing.
 
-        Adapters of all layers become views of the stacks, so that a CPU holds them once and no other device twice.
+        Changes adapters of all layers: their arrays become views of the stacks, because copies would double the memory.
         """
         first = next(adapter for adapter in adapters if adapter is not None)
         dtype, inputs, outputs = first.lora_a[...].dtype, first.lora_a[...].shape[1], first.lora_b[...].shape[2]
