@@ -17,13 +17,13 @@ def own_matrix(
     layer: Int[Array, ""] | int,
     own_M: Int[Array, " M"],
 ) -> Float[Array, "M N"]:
-    """Returns x_m w_m for each row m, summed and returned in f32.
+    """Returns x_m w_m for each row m, summed and returned in f32; zeros for rows without a matrix.
 
     By the C++ loops, a row's result depends only on that row and its matrix, to the bit, and on no zeros that pad it.
 
     Args:
-      matrices_LAKN: of each layer, in f32 or bf16; the first one of a layer is zero, and is not multiplied.
-      own_M: the matrix of each row.
+      matrices_LAKN: of each layer, in f32 or bf16.
+      own_M: 1 + the index of each row's matrix; 0: none.
     """
     if problem() is not None:
         return _by_matrix(x_MK, matrices_LAKN, layer, own_M)
@@ -43,10 +43,10 @@ def _by_matrix(x_MK: jax.Array, matrices_LAKN: jax.Array, layer: jax.Array | int
         own_M1 = (own_M == number)[:, None]
 
         def product(y_MN: jax.Array) -> jax.Array:
-            matrix_KN = matrices_LAKN[layer, number].astype(x_MK.dtype)
+            matrix_KN = matrices_LAKN[layer, number - 1].astype(x_MK.dtype)
             return jnp.where(own_M1, dot_nn(x_MK, matrix_KN), y_MN)
 
         return jax.lax.cond(own_M1.any(), product, lambda y_MN: y_MN, y_MN), None
 
     zeros_MN = jnp.zeros((x_MK.shape[0], matrices_LAKN.shape[3]), jnp.float32)
-    return jax.lax.scan(add, zeros_MN, jnp.arange(1, matrices_LAKN.shape[1], dtype=own_M.dtype))[0]
+    return jax.lax.scan(add, zeros_MN, jnp.arange(1, matrices_LAKN.shape[1] + 1, dtype=own_M.dtype))[0]

@@ -1,8 +1,8 @@
 // Products of rows that each have a matrix of their own, such as the adapters of several runs: one XLA FFI handler.
 //
-//   own_matrix:  y[m, n] = sum_k x[m, k] w[own[m], k, n], of f32 or bf16 numbers, summed in f32 in the order of k
+//   own_matrix:  y[m, n] = sum_k x[m, k] w[own[m] - 1, k, n], of f32 or bf16 numbers, summed in f32 in the order of k
 //
-// w is one layer of a stack, so no slice of it is copied. Matrix 0 is zero, and is not read.
+// w is one layer of a stack, so no slice of it is copied. Rows with own[m] = 0 have no matrix, and get zeros.
 
 #include "handler.h"
 
@@ -48,10 +48,10 @@ ffi::Error own_matrix(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, 
   const int64_t groups = (n + kColumns - 1) / kColumns;
   in_parallel(pool, rows * groups, [&](int64_t part) {
     const int64_t row = part / groups, column = part % groups * kColumns;
-    const int64_t matrix = std::clamp<int64_t>(own.typed_data()[row], 0, matrices - 1);
+    const int64_t one_based = std::clamp<int64_t>(own.typed_data()[row], 0, matrices);
     float* to = y->typed_data() + row * n;
-    if (matrix == 0) return void(std::fill_n(to + column, std::min(kColumns, n - column), 0.0f));
-    const int64_t at = first + matrix * k * n;
+    if (one_based == 0) return void(std::fill_n(to + column, std::min(kColumns, n - column), 0.0f));
+    const int64_t at = first + (one_based - 1) * k * n;
     const auto product = [&](const auto* numbers) { columns(x_MK.get() + row * k, numbers + at, k, n, column, to); };
     if (w.element_type() == ffi::F32)
       product(reinterpret_cast<const float*>(w.untyped_data()));

@@ -108,7 +108,10 @@ class LowRank(HasDropout, Protocol):
 
 
 class BatchedLoRA(BatchedAdapter):
-    """Low-rank adapters of several runs: A [L, runs, K, R] and B [L, runs, R, N], padded with zeros, and scalings."""
+    """Low-rank adapters of several runs: A [L, runs, K, R] and B [L, runs, R, N], padded with zeros, and scalings.
+
+    The stacks begin with run 1: number 0 is that of tokens without an adapter.
+    """
 
     def __init__(self, adapters: "Sequence[LowRank | None]", layers: int):
         """Stacks adapters; the layers that one lacks are zeros, which change nothing.
@@ -119,23 +122,24 @@ class BatchedLoRA(BatchedAdapter):
         dtype, inputs, outputs = first.lora_a[...].dtype, first.lora_a[...].shape[1], first.lora_b[...].shape[2]
         rank = max(adapter.lora_a[...].shape[2] for adapter in adapters if adapter is not None)
         rank = -(-rank // RANK_UNIT) * RANK_UNIT
-        lora_a = np.zeros((layers, len(adapters), inputs, rank), dtype)
-        lora_b = np.zeros((layers, len(adapters), rank, outputs), dtype)
-        for number, adapter in enumerate(adapters):
+        runs = adapters[1:]
+        lora_a = np.zeros((layers, len(runs), inputs, rank), dtype)
+        lora_b = np.zeros((layers, len(runs), rank, outputs), dtype)
+        for run, adapter in enumerate(runs):
             if adapter is not None:
                 own = getattr(adapter, "adapted_layers", None) or range(layers)
                 a, b = np.asarray(adapter.lora_a[...]), np.asarray(adapter.lora_b[...])
-                lora_a[[*own], number, :, : a.shape[2]], lora_b[[*own], number, : b.shape[1]] = a, b
+                lora_a[[*own], run, :, : a.shape[2]], lora_b[[*own], run, : b.shape[1]] = a, b
         scalings = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
         self.lora_a, self.lora_b = Frozen(jnp.asarray(lora_a)), Frozen(jnp.asarray(lora_b))
         self.scalings = Frozen(jnp.asarray(scalings, jnp.float32))
         self.present = Frozen(jnp.asarray([adapter is not None for adapter in adapters]))
         lora_a, lora_b = np.asarray(self.lora_a[...]), np.asarray(self.lora_b[...])
-        for number, adapter in enumerate(adapters):
+        for run, adapter in enumerate(runs):
             if adapter is not None and adapter.lora_a[...].shape[0] == layers:
                 own_rank = adapter.lora_a[...].shape[2]
-                adapter.lora_a = nnx.LoRAParam(lora_a[:, number, :, :own_rank])
-                adapter.lora_b = nnx.LoRAParam(lora_b[:, number, :own_rank])
+                adapter.lora_a = nnx.LoRAParam(lora_a[:, run, :, :own_rank])
+                adapter.lora_b = nnx.LoRAParam(lora_b[:, run, :own_rank])
 
     def delta(self, x_MK: jax.Array, layer: jax.Array | int | None, own_M: jax.Array) -> jax.Array:
         """Returns scaling * x A B of each token in f32; zeros without an adapter."""
