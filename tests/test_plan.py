@@ -88,7 +88,7 @@ def test_it_counts_the_teacher(tmp_path, capsys, compiler):
     config = tiny_config()
     (tmp_path / "config.json").write_text(json.dumps(config))
     base = ["--model", str(tmp_path), "--card", "cpu", "--data.max_length", "64", "--lora.rank", "4"]
-    base += ["--distillation.teacher"]
+    base += ["--model.compute_dtype", "bfloat16", "--distillation.teacher"]
     command.main([*base, "base", "--objective", "distill", "--json"])
     told = json.loads(capsys.readouterr().out)
     in_16_bits = sum(2 * array.size for array in random_weights(config).values())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from scripts.bench import train as bench
+from scripts.bench.support import train_rows
 from scripts.bench.support.interleave import WorkerGroup
 from scripts.bench.workers import gemm_rate
 
@@ -38,14 +39,19 @@ def test_figures_of_a_row():
     assert (verdict["opponent"], verdict["speed"], verdict["memory"]) == ("faster", 1.5, 0.6)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("f32", "float32"), ("b1-r16", "bfloat16")])
-def test_the_product_rate_is_that_of_the_dtype_of_the_row(monkeypatch: pytest.MonkeyPatch, name: str, dtype: str):
+@pytest.mark.parametrize(
+    ("name", "fast", "dtype"), [("f32", True, "float32"), ("b1-r16", True, "bfloat16"), ("b1-r16", False, "float32")]
+)
+def test_the_product_rate_is_that_of_the_dtype_of_the_row(
+    monkeypatch: pytest.MonkeyPatch, name: str, fast: bool, dtype: str
+):
     class Recorder(WorkerGroup):
         commands: ClassVar[list[list[str]]] = []
 
         def start(self, name: str, command: list[str], counted: int = 1) -> None:
             self.commands.append(command)
 
+    monkeypatch.setattr(train_rows, "fast_bfloat16", lambda: fast)
     monkeypatch.setattr(bench, "WorkerGroup", Recorder)
     monkeypatch.setattr(bench, "commands_of", lambda row: {})
     assert bench.measure(bench.ROWS[name], 1, 1, True, 1.0)["speed"] is None
