@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float64, Int
 
 from qlora_jax.evaluation.loglikelihood import batches_of, branching_of, check_scorable, scoring_inputs
-from qlora_jax.evaluation.shared_prefixes import ScoredIds, pack_rows
+from qlora_jax.evaluation.shared_prefixes import ScoredIds
 from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.models.partition import ModelFunction, ModelParts, combine
@@ -77,12 +77,11 @@ def compare_rows(
       rows, progress: see `loglikelihood.score_rows`.
       cache: results of this model with this reference.
     """
-    model = combine(parts)
-    check_scorable(rows, model)
+    check_scorable(rows, combine(parts))
     mesh = mesh_of(parts)
-    sums, done, devices = np.zeros((3, len(rows))), 0, row_shards(mesh)
-    for batch, packed in batches_of(pack_rows(rows, share=not model.config.rotations_depend_on_length), devices):
-        inputs, row_K, place_K = scoring_inputs(batch, packed, devices)
+    sums, done = np.zeros((3, len(rows))), 0
+    for batch, packed in batches_of(parts, rows):
+        inputs, row_K, place_K = scoring_inputs(batch, packed, row_shards(mesh))
         compute = functools.partial(compare_given_tokens, (parts, reference), *inputs, mesh=mesh)
         for sums_R, of_token_M in zip(sums, cache.get_or_compute(inputs, compute), strict=True):
             np.add.at(sums_R, row_K, of_token_M[place_K].astype(np.float64))

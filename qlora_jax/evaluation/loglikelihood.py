@@ -81,7 +81,8 @@ def score_rows(
     """Scores each row, in order.
 
     The first token of a row is never scored, because no token precedes it. A row may be one token longer than the
-    model's positions, because its last token is only predicted. A prompt that several rows share is computed once.
+    model's positions, because its last token is only predicted. A prompt that several rows share is computed once, and
+    so are equal rows: their scores are equal to the last bit, wherever they stand.
 
     Args:
       rows: the ids of each row, and a mask of the scored ones.
@@ -91,21 +92,21 @@ def score_rows(
     Raises:
       ValueError: rows without a scored token, or longer than the model's positions; the message lists them by index.
     """
-    model = combine(parts)
-    config = model.config
-    check_scorable(rows, model)
-    nll, misses = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-    last_missed = np.zeros(len(rows), bool)
+    check_scorable(rows, combine(parts))
+    distinct, index_R = _distinct(rows)
+    nll, misses = np.zeros(len(distinct)), np.zeros(len(distinct), np.int64)
+    last_missed = np.zeros(len(distinct), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
-    done, devices = 0, row_shards(mesh_of(parts))
-    for batch, packed in batches_of(pack_rows(rows, share=not config.rotations_depend_on_length), devices):
+    done, copies = 0, np.bincount(index_R)
+    for batch, packed in batches_of(parts, distinct):
         row_K, nll_K, hit_K = _score(parts, batch, packed, cache)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
         np.add.at(misses, row_K, ~hit_K)
         last_missed[row_K] = ~hit_K  # tokens are in order, and NumPy stores the last value assigned to an index
-        done += len(np.unique(row_K))
+        done += int(copies[np.unique(row_K)].sum())
         progress(done)
-    return RowScores(nll=nll, tokens=tokens, exact=misses == 0, begins=misses == last_missed)
+    exact, begins = misses == 0, misses == last_missed
+    return RowScores(nll=nll[index_R], tokens=tokens, exact=exact[index_R], begins=begins[index_R])
 
 
 def windows(ids: Sequence[int], size: int, stride: int | None = None, count: int | None = None) -> list[ScoredIds]:
@@ -146,11 +147,22 @@ def check_scorable(rows: Sequence[ScoredIds], model: CausalLM) -> None:
         raise ValueError("\n  ".join(["cannot score:", *problems]))
 
 
-def batches_of(packed: Sequence[PackedRow], devices: int) -> Iterator[tuple[Batch, Sequence[PackedRow]]]:
+def batches_of(parts: ModelParts, rows: Sequence[ScoredIds]) -> Iterator[tuple[Batch, Sequence[PackedRow]]]:
     """Yields batches, each with the list that its indices refer to: whole texts, then prompts with continuations."""
+    packed = pack_rows(rows, share=not config_of(parts).rotations_depend_on_length)
     for branching in (False, True):
         kind = [one for one in packed if (one.branches is not None) == branching]
-        yield from ((batch, kind) for batch in batches_by_length([len(one.ids) for one in kind], devices))
+        yield from (
+            (batch, kind) for batch in batches_by_length([len(one.ids) for one in kind], row_shards(mesh_of(parts)))
+        )
+
+
+def _distinct(rows: Sequence[ScoredIds]) -> tuple[list[ScoredIds], Int[np.ndarray, " R"]]:
+    """(the rows without repetitions, the index of each row among them)."""
+    keys = [(ids.tobytes(), scored.tobytes()) for ids, scored in rows]
+    distinct = dict(zip(keys, rows, strict=True))
+    index = {key: place for place, key in enumerate(distinct)}
+    return list(distinct.values()), np.array([index[key] for key in keys], np.int64)
 
 
 def _score(
@@ -197,9 +209,9 @@ def scoring_inputs(
 
 def lower_scoring(parts: ModelParts, rows: Sequence[ScoredIds]) -> Iterator[LoweredProgram]:
     """Lowers `score_rows` for the largest batch of whole texts and the largest batch of prompts with continuations."""
-    share, devices = not config_of(parts).rotations_depend_on_length, row_shards(mesh_of(parts))
+    devices = row_shards(mesh_of(parts))
     largest: dict[bool, tuple[Batch, Sequence[PackedRow]]] = {}
-    for batch, packed in batches_of(pack_rows(rows, share=share), devices):
+    for batch, packed in batches_of(parts, _distinct(rows)[0]):
         kind = packed[0].branches is not None
         if kind not in largest or batch.positions > largest[kind][0].positions:
             largest[kind] = batch, packed

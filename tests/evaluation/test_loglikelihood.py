@@ -11,6 +11,7 @@ from qlora_jax.evaluation import loglikelihood
 from qlora_jax.evaluation.batches import batches_by_length
 from qlora_jax.evaluation.loglikelihood import score_rows, windows
 from qlora_jax.evaluation.shared_prefixes import pack_rows
+from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.nn.rope import RopeScaling
 from tests.evaluation.reference import expected_scores, greedy_row, options
 from tests.inference.tiny import VOCAB, tiny_config, tiny_parts
@@ -61,6 +62,20 @@ def test_a_score_does_not_depend_on_its_batch(parts):
     alone = [score_rows(parts, [one], done.append).nll[0] for one in rows]
     np.testing.assert_allclose(together.nll, alone, rtol=1e-6)
     assert done == [1] * 4
+
+
+def test_equal_rows_are_computed_once(parts, tmp_path):
+    """Rounding may depend on the place in a batch, but copies of a text must not differ."""
+    rng, cache, done = np.random.default_rng(7), ResultCache(tmp_path), []
+    rows = [row(rng, length) for length in (40, 35, 90)]
+    once = score_rows(parts, rows, cache=cache)
+    order, misses = [0, 1, 0, 2, 2], cache.misses
+    copies = score_rows(parts, [rows[index] for index in order], done.append, cache)
+    for field in dataclasses.fields(copies):
+        np.testing.assert_array_equal(getattr(copies, field.name), getattr(once, field.name)[order])
+    assert cache.misses == misses and done[-1] == 5
+    other_mask = [(ids, np.arange(len(ids)) > 5) for ids, _ in rows[:1]]
+    assert score_rows(parts, [*rows[:1], *other_mask]).tokens.tolist() == [once.tokens[0], len(rows[0][0]) - 6]
 
 
 def test_one_compilation_for_each_shape(parts):

@@ -9,7 +9,6 @@ from qlora_jax.evaluation.divergence import compare_given_tokens
 from qlora_jax.evaluation.loglikelihood import batches_of, score_tokens, scoring_inputs
 from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.shared_prefixes import pack_rows
 from qlora_jax.evaluation.task import TaskContext
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, build
 from qlora_jax.inference.result_cache import open_cache
@@ -92,7 +91,7 @@ def test_a_reference_costs_one_more_forward_pass(tmp_path):
     """Hidden states are computed once per model; the divergence adds little more than sums over the logits."""
     task = task_of(write(tmp_path / "pairs.jsonl", [ROWS[0], ROWS[2]] * 2))
     run, reference = tiny_parts(0), tiny_parts(1)
-    ((batch, packed),) = batches_of(pack_rows(task.sequences, share=True), 1)
+    ((batch, packed),) = batches_of(run, task.sequences)
     inputs, _, _ = scoring_inputs(batch, packed, 1)
     alone, both = (
         program.lower(parts, *inputs).compile().cost_analysis()["flops"]
