@@ -96,14 +96,6 @@ inline float greatest(Floats x) { return vmaxvq_f32((float32x4_t)x); }
 inline void pause() { __asm__ __volatile__("yield"); }
 #endif
 
-// The same numbers, which the compiler then keeps in a register: it would rather load them again for every use.
-inline Floats in_register(Floats x) {
-#if defined(__AVX2__)
-  __asm__("" : "+v"(x));
-#endif
-  return x;
-}
-
 // to[i] = sum(x[i]) for i below C, with the same additions.
 template <int C>
 inline void totals_of(const Floats* x, float* to) {
@@ -163,6 +155,45 @@ struct Table {
     const Integers index = (codes & 15) * 0x04040404 + 0x03020100;
     return (Floats)vqtbl4q_u8(numbers, (uint8x16_t)index);
   }
+#endif
+};
+
+// The numbers of such a table that the high or the low nibbles of kVectors * kLanes bytes stand for, in their order.
+struct NibbleTable {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static constexpr int kVectors = 4;
+  __m256i planes[4];  // byte i of every number, in both halves: look-ups of bytes find 32 of them at once
+  explicit NibbleTable(const float* at) {
+    uint8_t bytes[4][16];
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) bytes[j][i] = reinterpret_cast<const uint8_t*>(at + i)[j];
+    for (int j = 0; j < 4; ++j) planes[j] = _mm256_broadcastsi128_si256(load<__m128i>(bytes[j]));
+  }
+  using Codes = __m256i;
+  // Unpacking gives every vector four neighbours from each half, so the halves get every other four bytes.
+  static Codes codes(const uint8_t* at) {
+    return _mm256_permutevar8x32_epi32(load<__m256i>(at), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  }
+  void high(Codes codes, Floats (&to)[kVectors]) const { low(_mm256_srli_epi16(codes, 4), to); }
+  void low(Codes codes, Floats (&to)[kVectors]) const {
+    const __m256i index = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+    const __m256i a = _mm256_shuffle_epi8(planes[0], index), b = _mm256_shuffle_epi8(planes[1], index);
+    const __m256i c = _mm256_shuffle_epi8(planes[2], index), d = _mm256_shuffle_epi8(planes[3], index);
+    const __m256i first_ab = _mm256_unpacklo_epi8(a, b), second_ab = _mm256_unpackhi_epi8(a, b);
+    const __m256i first_cd = _mm256_unpacklo_epi8(c, d), second_cd = _mm256_unpackhi_epi8(c, d);
+    to[0] = (Floats)_mm256_unpacklo_epi16(first_ab, first_cd);
+    to[1] = (Floats)_mm256_unpackhi_epi16(first_ab, first_cd);
+    to[2] = (Floats)_mm256_unpacklo_epi16(second_ab, second_cd);
+    to[3] = (Floats)_mm256_unpackhi_epi16(second_ab, second_cd);
+  }
+#else
+  static constexpr int kVectors = 1;
+  Table table;
+  explicit NibbleTable(const float* at) : table(at) {}
+  using Codes = Integers;
+  static Codes codes(const uint8_t* at) { return load_bytes(at); }
+  void high(Codes codes, Floats (&to)[kVectors]) const { to[0] = table[codes >> 4]; }
+  void low(Codes codes, Floats (&to)[kVectors]) const { to[0] = table[codes]; }
 #endif
 };
 

@@ -111,6 +111,7 @@ struct Pair {
 struct Wide {
   static constexpr int kMostRows = kLanes == 16 ? 8 : 4;
   const Buffer<float> numbers;
+  const NibbleTable table;
 };
 
 // Sets sums [half, row] of products of M rows of x, from `row`, with a pair of rows. Each sum is in the order of k for
@@ -118,21 +119,28 @@ struct Wide {
 template <int M>
 __attribute__((always_inline)) inline void multiply_pair(const Weight& w, const Wide& x_MK, int64_t row,
                                                          const Pair& pair, Floats (&sums)[2][M]) {
+  constexpr int kVectors = NibbleTable::kVectors;
   const float* x = x_MK.numbers.get() + row * w.k;
-  const Table table(w.table);
+  const NibbleTable table = x_MK.table;
   Floats of_high[M] = {}, of_low[M] = {};
   for (int64_t block = 0; block < w.blocks; ++block) {
     Floats high_of_block[M] = {}, low_of_block[M] = {};
-    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kLanes) {
+    for (int64_t k = block * w.block_size; k < (block + 1) * w.block_size; k += kVectors * kLanes) {
       if (k % kGroup == 0) __builtin_prefetch(pair.codes + k + kBytesAhead);
-      const Integers codes = load_bytes(pair.codes + k);
-      const Floats high = table[codes >> 4], low = table[codes];
+      const auto codes = NibbleTable::codes(pair.codes + k);
+      Floats high[kVectors], low[kVectors];
+      table.high(codes, high);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const Floats x_m = in_register(load(x + m * w.k + k));  // one load for two products
-        high_of_block[m] = multiply_add(high, x_m, high_of_block[m]);
-        low_of_block[m] = multiply_add(low, x_m, low_of_block[m]);
-      }
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i)
+          high_of_block[m] = multiply_add(high[i], load(x + m * w.k + k + i * kLanes), high_of_block[m]);
+      table.low(codes, low);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i)
+          low_of_block[m] = multiply_add(low[i], load(x + m * w.k + k + i * kLanes), low_of_block[m]);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -436,7 +444,7 @@ ffi::Error rows(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> cod
     run(Bfloat16(reinterpret_cast<const uint16_t*>(x.untyped_data()), m, w.k));
 #endif
   } else {
-    run(Wide{in_f32(x)});
+    run(Wide{in_f32(x), NibbleTable(w.table)});
   }
   return ffi::Error::Success();
 }
