@@ -31,6 +31,11 @@ def test_bad_rows_end_a_run_by_default(tokenizer: Tokenizer, broken: str):
         load(tokenizer, train=broken)
 
 
+def test_a_text_is_not_a_conversation_to_reply_to(tokenizer: Tokenizer, write_rows: Callable):
+    with pytest.raises(ValueError, match="messages is not a list of objects"):
+        load(tokenizer, "grpo", train=write_rows([{"messages": "Hello"}]))
+
+
 def test_a_conversation_of_too_many_messages_is_a_bad_row(tokenizer: Tokenizer, write_rows: Callable):
     chats = [{"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")] * n} for n in (2, 10_000)]
     file = write_rows(chats)

@@ -13,7 +13,7 @@ _REPLY: Message = {"role": "assistant", "content": "."}
 
 def _problems(name: str, row: Columns) -> list[str]:
     if not isinstance(row[name], list):
-        return text_problems(row, name)
+        return text_problems(row, name) if name == "prompt" else message_problems(row)
     found = message_problems({"messages": [*row[name], _REPLY]}) or tools_problems(row)
     if not found and not any(message.get("role") == "user" for message in row[name]):
         found = ["no message has the role 'user', so there is nothing to reply to"]
