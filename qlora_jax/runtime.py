@@ -35,7 +35,7 @@ def start() -> None:
         os.environ[MEMORY_FRACTIONS[0]] = USABLE_MEMORY
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
 def skip_unusable_plugins() -> None:
