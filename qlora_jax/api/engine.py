@@ -16,6 +16,7 @@ from qlora_jax.inference.engine.request import Request, Step
 from qlora_jax.inference.sampling_params import Sampling
 from qlora_jax.models.decoder import CausalLM
 
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
 Prompt = str | Sequence[Mapping[str, object]]
 
 
@@ -50,8 +51,10 @@ class Engine:
           max_rows: 1, 2, 4, 8 or 16 replies that are decoded together.
 
         Raises:
-          ValueError: the cache is too small, or an adapter's method cannot share a batch.
+          ValueError: the cache is too small or has another dtype, or an adapter's method cannot share a batch.
         """
+        if cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(f"cache_dtype: found {cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
         self._model, self._tokenizer = model, tokenizer
         self._engine = inference.Engine(
             parts_of(model),

@@ -5,13 +5,15 @@ Nothing is lost: a text that begins like a call and is none becomes content.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from qlora_jax.data.loss_mask.turns import opened_reasoning
 from qlora_jax.inference.engine.detokenizer import overlap
 from qlora_jax.inference.reply_format import CallFormat, ReasoningFormat, ReplyFormat
 from qlora_jax.untrusted_json import JsonObject
+
+MAX_REFERENCES = 64  # definitions of a schema that are followed
 
 
 class Text(NamedTuple):
@@ -273,12 +275,43 @@ def _made(name: str, arguments: JsonObject) -> Call:
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
-def _typed(text: str, parameters: Mapping[str, object], key: str) -> object:
-    """Returns the value of an argument; text where its schema has text, or where it is not JSON."""
+def alternatives(schema: object, parameters: JsonObject, seen: set[str] | None = None) -> Iterator[JsonObject]:
+    """Yields the schemas, none of which is a reference, of which a value has to follow one."""
+    schema, seen = schema if isinstance(schema, dict) else {}, set() if seen is None else seen
+    several = [one for name in ("anyOf", "oneOf") if isinstance(schema.get(name), list) for one in schema[name]]
+    if isinstance(place := schema.get("$ref"), str) and place not in seen and len(seen) < MAX_REFERENCES:
+        seen.add(place)
+        kind, _, name = place.removeprefix("#/").partition("/")
+        definitions = parameters.get(kind)
+        several = [definitions.get(name) if isinstance(definitions, dict) else None]
+    for one in several:
+        yield from alternatives(one, parameters, seen)
+    if not several:
+        yield schema
+
+
+def allows_text(schema: JsonObject) -> bool:
+    """Returns True if a value of a schema of `alternatives` may be text, as far as the schema tells."""
+    kinds, values = schema.get("type"), values_of(schema)
+    if values is not None:
+        return any(isinstance(value, str) for value in values)
+    return kinds is None or "string" in (kinds if isinstance(kinds, list) else [kinds])
+
+
+def values_of(schema: JsonObject) -> list[object] | None:
+    """Returns the values that a schema allows; None if it does not list them."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return values if isinstance(values, list) else None
+
+
+def _typed(text: str, parameters: JsonObject, key: str) -> object:
+    """Returns the value of an argument; text where its schema allows text, or where it is not JSON."""
     properties = parameters.get("properties")
     schema = properties.get(key) if isinstance(properties, dict) else None
-    kinds = schema.get("type", "string") if isinstance(schema, dict) else "string"
-    if kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
+    found = [*alternatives(schema, parameters)]
+    if text == "null" and any(one.get("type") == "null" for one in found):
+        return None
+    if any(map(allows_text, found)):
         return text
     try:
         return json.loads(text)

@@ -51,7 +51,7 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "top_k": (lambda value: value >= 0, "0 (all tokens) or more"),
     "top_p": (lambda value: 0 < value <= 1, "more than 0 and at most 1"),
     "min_p": (lambda value: 0 <= value <= 1, "0 (all tokens) to 1"),
-    "repetition_penalty": (lambda value: 0 < value < float("inf"), "more than 0; 1 changes nothing"),
+    "repetition_penalty": (lambda value: 1e-6 <= value <= 1e6, "1e-6 to 1e6; 1 changes nothing"),
     "presence_penalty": (math.isfinite, "a finite number"),
     "frequency_penalty": (math.isfinite, "a finite number"),
 }

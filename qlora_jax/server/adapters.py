@@ -1,6 +1,5 @@
 """Loads and unloads adapters while the server runs, in vLLM's shape, from one folder that was named at the start."""
 
-import asyncio
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -10,18 +9,18 @@ from qlora_jax.server.openai_schemas import LoadAdapterBody, UnloadAdapterBody
 from qlora_jax.server.service import Service
 from qlora_jax.untrusted_json import shorten
 
-_one_at_a_time = asyncio.Lock()
+NO_FOLDER = "no folder of adapters was named when the server started. Start it with --adapters FOLDER"
 
 
 async def load_adapter(service: Service, body: LoadAdapterBody) -> str:
     """Loads an adapter and returns a message."""
     if service.load is None or service.adapters is None:
-        raise ApiError(403, "no folder of adapters was named when the server started. Start it with --adapters FOLDER")
-    async with _one_at_a_time:
+        raise ApiError(403, NO_FOLDER)
+    async with service.loading:
         if body.lora_name in service.models:
             raise ApiError(400, f"lora_name: {body.lora_name} is served already. Unload it first", param="lora_name")
-        folder = _folder(service.adapters, body.lora_path)
         try:
+            folder = _folder(service.adapters, body.lora_path)
             model, add = await run_in_threadpool(service.load, body.lora_name, folder)
             await service.thread.call(add)
         except (ValueError, OSError) as error:
@@ -32,10 +31,13 @@ async def load_adapter(service: Service, body: LoadAdapterBody) -> str:
 
 async def unload_adapter(service: Service, body: UnloadAdapterBody) -> str:
     """Unloads an adapter and returns a message; requests that use it have to end first."""
-    async with _one_at_a_time:
+    if service.adapters is None:
+        raise ApiError(403, NO_FOLDER)
+    async with service.loading:
         model = service.models.get(body.lora_name)
-        if model.parent is None:
-            raise ApiError(400, f"lora_name: {model.name} is the base, which cannot be unloaded", param="lora_name")
+        if model.parent is None or Path(model.root).parent != service.adapters:
+            message = f"lora_name: {model.name} was named when the server started, so it stays"
+            raise ApiError(400, message, param="lora_name")
         try:
             await service.thread.call(lambda: service.unload(model))
         except ValueError as error:

@@ -48,18 +48,21 @@ def prepare_messages(service: Service, body: MessagesBody) -> tuple[ServedModel,
         problems.append("tool_choice: found 'any' without tools. Give tools")
     if len({*names}) < len(names):
         problems.append("tools: two have the same name. Rename one")
+    is_off = body.thinking is not None and body.thinking.type == "disabled"
+    can_skip = "enable_thinking" in (model.tokenizer.chat_template or "")
+    if is_off and not can_skip and model.form is not None and model.form.reasoning is not None:
+        problems.append("thinking: the model's chat template cannot leave reasoning out. Remove it")
     if problems:
         raise bad_request(problems)
     kind = "auto" if choice is None else choice.type
     required = {"any": names, "tool": [choice.name] if choice and choice.name else []}.get(kind, [])
-    thinks = body.thinking is None or body.thinking.type == "adaptive"
     system = body.system if isinstance(body.system, str) or body.system is None else _joined(body.system)
     task = ChatTask(
         messages=[*([{"role": "system", "content": system}] if system else []), *_template_messages(body.messages)],
         tools=[] if kind == "none" else [_tool(tool.name, tool.description, tool.input_schema) for tool in body.tools],
         required=required,
         single_call=kind == "tool" or (choice is not None and choice.disable_parallel_tool_use),
-        variables={} if thinks else {"enable_thinking": False},
+        variables={"enable_thinking": False} if is_off and can_skip else {},
         sampling=Sampling(temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, seed=new_seed()),
         stop_texts=tuple(body.stop_sequences),
         max_tokens=service.tokens(body.max_tokens, "max_tokens"),

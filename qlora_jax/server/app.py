@@ -130,7 +130,8 @@ class _Guard:
         if key is None or request.url.path in OPEN_PATHS:
             return None
         bearer = request.headers.get("authorization", "")
-        given = request.headers.get("x-api-key") or bearer.removeprefix("Bearer ")
+        scheme, _, token = bearer.partition(" ")
+        given = request.headers.get("x-api-key") or (token if scheme.lower() == "bearer" else bearer)
         if hmac.compare_digest(given.encode(), key.encode()):
             return None
         headers = {"WWW-Authenticate": "Bearer"}
@@ -243,7 +244,7 @@ async def _messages(service: Service, request: Request, body: MessagesBody) -> R
 
 
 async def _embeddings(service: Service, request: Request, body: EmbeddingBody) -> Response:
-    return JSONResponse(await embeddings(service, body))
+    return JSONResponse(await _while_connected(request, embeddings(service, body)))
 
 
 async def _load(service: Service, request: Request, body: LoadAdapterBody) -> Response:

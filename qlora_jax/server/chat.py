@@ -103,7 +103,7 @@ def prepare_chat(model: ServedModel, task: ChatTask) -> PreparedChat:
         raise too_long(len(ids), model.positions)
     request = Request(
         prompt=ids,
-        max_new_tokens=task.max_tokens,
+        max_new_tokens=min(task.max_tokens, model.positions - len(ids)),
         sampling=task.sampling,
         stop_ids=model.turn_end_ids | task.stop_ids | _call_ends(model, task),
         stop_texts=task.stop_texts,
@@ -156,9 +156,11 @@ def _call_ends(model: ServedModel, task: ChatTask) -> frozenset[int]:
 def _grammar(model: ServedModel, task: ChatTask, prompt: str) -> Grammar | None:
     calls = model.form.calls if model.form else None
     grammar = task.grammar
+    if grammar is not None and task.tools:
+        raise bad_request(
+            ["response_format: found tools too, whose calls it does not allow. Remove it, or set tool_choice to none"]
+        )
     if task.required and calls is not None:
-        if grammar is not None:
-            raise bad_request(["response_format: cannot be kept together with a required call. Remove one of them"])
         grammar = call_grammar(calls, task.tools, task.required, single=task.single_call, tokenizer=model.tokenizer)
     if grammar is not None and opened_reasoning(prompt):
         raise ApiError(

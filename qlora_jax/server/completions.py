@@ -49,7 +49,7 @@ def prepare_completion(service: Service, body: CompletionBody) -> tuple[ServedMo
         raise bad_request(problems)
     request = Request(
         prompt=(),
-        max_new_tokens=body.max_tokens and service.tokens(body.max_tokens, "max_tokens"),
+        max_new_tokens=0,
         sampling=sampling_of(body),
         stop_ids=model.stop_ids | {*body.stop_token_ids},
         stop_texts=stop_texts(body),
@@ -58,8 +58,14 @@ def prepare_completion(service: Service, body: CompletionBody) -> tuple[ServedMo
         score_prompt=body.echo and body.logprobs is not None,
         grammar=grammar_of(body),
     )
+    most = body.max_tokens and service.tokens(body.max_tokens, "max_tokens")
     return model, [
-        _Choice(dataclasses.replace(request, prompt=ids, repeat=number), text)
+        _Choice(
+            dataclasses.replace(
+                request, prompt=ids, max_new_tokens=min(most, model.positions - len(ids)), repeat=number
+            ),
+            text,
+        )
         for ids, text in prompts
         for number in range(body.n)
     ]

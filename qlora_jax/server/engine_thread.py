@@ -5,7 +5,7 @@ import concurrent.futures
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from qlora_jax.inference.engine.request import Request, Step
@@ -71,6 +71,11 @@ class Replies:
         self._items.put_nowait(item)
 
 
+def took_too_long(seconds: float) -> ApiError:
+    """Returns the error of a request whose time is over."""
+    return ApiError(504, f"the request took more than {seconds:g} s. Shorten it, or raise --timeout")
+
+
 class EngineThread:
     """An engine and its thread. All methods but `run` belong to the event loop.
 
@@ -134,26 +139,36 @@ class EngineThread:
         Raises:
           ApiError: a request cannot be answered, or too many wait; in the iteration: the time is over.
         """
+        assert self._loop is not None, "start came before"
+        replies = Replies(len(requests))
+        with self.places(len(requests)):
+            timer = self._loop.call_later(seconds, replies.put, took_too_long(seconds))
+            try:
+                await self._submitted(replies, requests)
+                yield replies
+            finally:
+                timer.cancel()
+                self._commands.put(lambda: self._cancel(replies))
+
+    @contextlib.contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Takes places among the requests that wait or run; raises ApiError if there are fewer."""
         self.check_runs()
-        if self._taken + len(requests) > self._places:
+        if count > self._places:
+            problem = f"found {count} replies in one request, expected at most {self._places}. Ask for fewer"
+            raise ApiError(400, f"{problem}, or raise --queue")
+        if self._taken + count > self._places:
             raise ApiError(
                 429,
-                f"too many requests wait (found {self._taken}, expected at most {self._places - len(requests)}). "
+                f"too many requests wait (found {self._taken}, expected at most {self._places - count}). "
                 "Send it again later",
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
-        assert self._loop is not None, "start came before"
-        replies = Replies(len(requests))
-        self._taken += len(requests)
-        late = ApiError(504, f"the request took more than {seconds:g} s. Shorten it, or raise --timeout")
-        timer = self._loop.call_later(seconds, replies.put, late)
+        self._taken += count
         try:
-            await self._submitted(replies, requests)
-            yield replies
+            yield
         finally:
-            timer.cancel()
-            self._taken -= len(requests)
-            self._commands.put(lambda: self._cancel(replies))
+            self._taken -= count
 
     async def _submitted(self, replies: Replies, requests: Sequence[Request]) -> None:
         try:

@@ -56,7 +56,7 @@ def bad_request(problems: Iterable[str]) -> ApiError:
 
 def too_long(prompt: int, positions: int, param: str = "messages") -> ApiError:
     """Returns the error for a prompt that leaves no position for a reply."""
-    message = f"the prompt has {prompt} tokens; the model has {positions} positions for prompt and reply. Shorten it"
+    message = f"the prompt has {prompt} tokens; prompt and reply have room for {positions} together. Shorten it"
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 

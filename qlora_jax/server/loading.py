@@ -4,9 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Float64
-
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.evaluation.heads.predictions import encode_texts, normalized
@@ -21,11 +18,12 @@ from qlora_jax.server.engine_thread import EngineThread
 from qlora_jax.server.metrics import Metrics
 from qlora_jax.server.page import chat_page
 from qlora_jax.server.run import Server
-from qlora_jax.server.served_models import ServedModel, ServedModels, chat_format
+from qlora_jax.server.served_models import Embed, Embeddings, ServedModel, ServedModels, chat_format
 from qlora_jax.server.service import Limits, Service
 from qlora_jax.server.settings import ServeArgs, base_name, is_loopback, run_name
 from qlora_jax.training.live.run_status import RunReader
 
+EMBEDDED_TOGETHER = 8  # texts between two steps of the engine
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -50,21 +48,24 @@ def make_server(args: ServeArgs, progress: Progress | None = None) -> Server:
     thread = EngineThread(engine, places=args.max_rows + args.queue)
     adapters = None if args.adapters is None else Path(args.adapters).expanduser()
 
+    def limited(model: ServedModel) -> ServedModel:
+        return dataclasses.replace(model, positions=min(model.positions, engine.positions))
+
     def load(name: str, folder: Path) -> tuple[ServedModel, Callable[[], None]]:
         model, parts = loader.load(name, str(folder))
-        return model, lambda: None if parts is None else engine.add_adapter(name, parts)
+        return limited(model), lambda: None if parts is None else engine.add_adapter(name, parts)
 
     def unload(model: ServedModel) -> None:
         if model.adapter is not None:
             engine.remove_adapter(model.adapter)
 
     service = Service(
-        models=ServedModels(loader.served),
+        models=ServedModels([limited(model) for model in loader.served]),
         thread=thread,
         limits=Limits(max_body=parse_bytes(args.max_body), max_tokens=args.max_tokens, seconds=args.timeout),
         metrics=Metrics(),
         key=args.key,
-        hosts=LOOPBACK_NAMES if args.key is None and is_loopback(args.host) else frozenset(),
+        hosts=LOOPBACK_NAMES | {args.host} if args.key is None and is_loopback(args.host) else frozenset(),
         load=load,
         unload=unload,
         adapters=adapters,
@@ -136,7 +137,7 @@ class _Loader:
         model = self._served(name, run, opened, embed)
         return model, parts if embed is None else None
 
-    def _served(self, name: str, root: str, opened: OpenedModel, embed: "Embed | None") -> ServedModel:
+    def _served(self, name: str, root: str, opened: OpenedModel, embed: Embed | None) -> ServedModel:
         tokenizer, listed = opened.tokenizer, opened.source.tokenizer["stop_token_ids"]
         if tokenizer.exported == self.tokenizer.exported:  # one copy in memory
             shared = self.tokenizer
@@ -162,17 +163,15 @@ def _status_reader(folder: Path) -> Callable[[], Mapping[str, object]]:
     return lambda: reader.read().to_json()
 
 
-Embed = Callable[[Sequence[str]], tuple[Float64[np.ndarray, "texts width"], int]]
-
-
 def _embedder(opened: OpenedModel, parts: ModelParts) -> Embed:
-    """Returns a function of texts: (their embeddings, which have length 1, and the number of their tokens)."""
     assert opened.run is not None and opened.run.head is not None, "the caller asks"
     head, tokenizer, positions = opened.run.head, opened.tokenizer, opened.features.max_positions
 
-    def embed(texts: Sequence[str]) -> tuple[Float64[np.ndarray, "texts width"], int]:
+    def embed(texts: Sequence[str]) -> tuple[list[Embeddings], int]:
         rows = [Row(Place(number + 1, number), {"text": text}) for number, text in enumerate(texts)]
         encoded = encode_texts("input", rows, head, tokenizer, positions)
-        return normalized(encoded.outputs(parts)), sum(map(len, encoded.texts))
+        shares = [slice(first, first + EMBEDDED_TOGETHER) for first in range(0, len(rows), EMBEDDED_TOGETHER)]
+        few = [dataclasses.replace(encoded, places=encoded.places[at], texts=encoded.texts[at]) for at in shares]
+        return [lambda one=one: normalized(one.outputs(parts)) for one in few], sum(map(len, encoded.texts))
 
     return embed

@@ -34,7 +34,7 @@ class Metrics:
         self._requests.labels(path, str(status)).inc()
 
     def watcher(self, model: str, prompt_tokens: int) -> Callable[[int, Step], None]:
-        """Counts a prompt, and returns a function that counts the steps of its replies."""
+        """Counts tokens of prompts, and returns a function that counts the steps of their replies."""
         self._prompt.labels(model).inc(prompt_tokens)
         reply, start, before = self._reply.labels(model), time.monotonic(), {}
 

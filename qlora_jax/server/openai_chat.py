@@ -10,7 +10,7 @@ from qlora_jax.inference.engine.request import Scored
 from qlora_jax.inference.reply_reader import Call, Part, Text
 from qlora_jax.server.chat import ChatEvent, ChatTask, PreparedChat, chat_events, prepare_chat
 from qlora_jax.server.errors import bad_request
-from qlora_jax.server.openai_schemas import ChatBody, Message, NamedTool
+from qlora_jax.server.openai_schemas import ChatBody, Message, NamedTool, Tool
 from qlora_jax.server.served_models import ServedModel
 from qlora_jax.server.service import (
     Service,
@@ -43,25 +43,42 @@ def chat_task(service: Service, model: ServedModel, body: ChatBody) -> ChatTask:
         problems.append(f"tool_choice: {choice.function.name!r} is not one of tools (expected one of {names})")
     if len({*names}) < len(names):
         problems.append("tools: two functions have the same name. Rename one")
+    if choice == "auto":
+        problems += [
+            f"tools.{index}.function.strict: kept only in calls that tool_choice requires. Remove it or set that"
+            for index, tool in enumerate(body.tools)
+            if tool.function.strict
+        ]
+    template = model.tokenizer.chat_template or ""
+    if body.reasoning_effort is not None and "reasoning_effort" not in template:
+        problems.append("reasoning_effort: the model's chat template does not read it. Remove it")
     if problems:
         raise bad_request(problems)
     named = [choice.function.name] if isinstance(choice, NamedTool) else names if choice == "required" else []
     effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
-    keeps_developer = "developer" in (model.tokenizer.chat_template or "")
+    keeps_developer = "developer" in template
     return ChatTask(
         messages=[_template_message(message, keeps_developer) for message in body.messages],
-        tools=[] if choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools],
+        tools=[] if choice == "none" else [_template_tool(tool) for tool in body.tools],
         required=named,
         single_call=not body.parallel_tool_calls or isinstance(choice, NamedTool),
         variables={**body.chat_template_kwargs, **effort},
         sampling=sampling_of(body),
         stop_texts=stop_texts(body),
         stop_ids=frozenset(body.stop_token_ids),
-        max_tokens=service.tokens(body.max_completion_tokens or body.max_tokens, "max_completion_tokens"),
+        max_tokens=service.tokens(
+            body.max_completion_tokens or body.max_tokens,
+            "max_completion_tokens" if body.max_tokens is None else "max_tokens",
+        ),
         choices=body.n,
         likeliest=(body.top_logprobs or 0) if body.logprobs else None,
         grammar=grammar_of(body),
     )
+
+
+def _template_tool(tool: Tool) -> Json:
+    """Returns a tool as templates expect it; `strict` is for the server."""
+    return tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
 def _problems(index: int, message: Message) -> list[str]:

@@ -15,7 +15,7 @@ MOST_CHOICES = 64
 MOST_PROMPTS = 2048
 
 type Bias = Annotated[float, Field(ge=-100, le=100)]
-type Biases = Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024)]
+type Biases = Annotated[dict[Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,8})$")], Bias], Field(max_length=1024)]
 type Penalty = Annotated[float, Field(ge=-2, le=2)]
 type Likeliest = Annotated[int, Field(ge=0, le=MOST_LIKELY)]
 type Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -77,7 +77,7 @@ class SampledBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: Biases = Field(default_factory=dict)

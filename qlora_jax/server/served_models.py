@@ -12,6 +12,9 @@ from qlora_jax.inference.reply_format import ReplyFormat, reply_format
 from qlora_jax.server.errors import ApiError
 from qlora_jax.untrusted_json import shorten
 
+type Embeddings = Callable[[], Float64[np.ndarray, "texts width"]]  # the embeddings of a few texts, of length 1
+type Embed = Callable[[Sequence[str]], tuple[list[Embeddings], int]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServedModel:
@@ -22,10 +25,11 @@ class ServedModel:
       tokenizer: with the model's chat template and its variables.
       form: how its replies write calls and reasoning; None without a chat template.
       stop_ids: ids that end a text; `turn_end_ids` are those that end a turn of a chat.
-      positions: largest number of tokens of a prompt and its reply.
+      positions: largest number of tokens of a prompt and its reply, for which the cache has room, too.
       root: the path that it was loaded from.
       parent: name of its base; None for the base.
-      embed: returns the embeddings of texts; None for a model that writes text.
+      embed: encodes texts: (functions that compute the embeddings of a few texts each, in order; the number of tokens).
+        None for a model that writes text.
       status: returns the state of the run, which the page shows next to a chat; None for a model without a run.
     """
 
@@ -38,7 +42,7 @@ class ServedModel:
     positions: int
     root: str
     parent: str | None = None
-    embed: Callable[[Sequence[str]], tuple[Float64[np.ndarray, "texts width"], int]] | None = None
+    embed: Embed | None = None
     status: Callable[[], Mapping[str, object]] | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 

@@ -1,5 +1,6 @@
 """The parts of a running server that its routes share."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -44,6 +45,7 @@ class Service:
         engine in its thread. None if no folder of adapters was named.
       unload: removes an adapter from the engine, in its thread.
       adapters: the folder of adapters that may be loaded.
+      loading: held while one is loaded or unloaded.
       page: HTML of the page at /; None: there is none.
     """
 
@@ -56,13 +58,15 @@ class Service:
     load: Callable[[str, Path], tuple[ServedModel, Callable[[], None]]] | None = None
     unload: Callable[[ServedModel], None] = lambda model: None
     adapters: Path | None = None
+    loading: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     page: str | None = None
 
     @contextlib.asynccontextmanager
     async def replies(self, model: ServedModel, requests: Sequence[Request]) -> AsyncIterator[Replies]:
         """Yields the replies of a model, which are counted and limited in time."""
         async with self.thread.replies(requests, self.limits.seconds) as replies:
-            replies.watch(self.metrics.watcher(model.name, len(requests[0].prompt)))
+            prompts = sum(len(request.prompt) for request in requests if request.repeat == 0)
+            replies.watch(self.metrics.watcher(model.name, prompts))
             yield replies
 
     def tokens(self, given: int | None, field: str) -> int:

@@ -251,7 +251,8 @@ def test_a_full_queue_says_when_to_come_back(serve):
             wait_until(lambda: len(served.engine.running) == 2)
             refused = chat(served)
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1" and is_error(refused)
-            assert chat(served, n=3).status_code == 429
+            assert chat(served, n=2).status_code == 429
+            assert chat(served, n=3).status_code == 400  # never fits
             assert [each.result().status_code for each in running] == [200, 200]
         assert chat(served, max_tokens=2).status_code == 200
 
@@ -302,7 +303,7 @@ def test_the_page_may_load_nothing(serve):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(serve, stream):
-    with serve(lambda request: "one two three " * 600, seconds=0.02) as served:
+    with serve(lambda request: "one two three " * 600, seconds=0.1) as served:
         address = urlsplit(served.url)
         connection = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
         body = json.dumps({"model": "a", "messages": HI, "stream": stream})
@@ -310,9 +311,10 @@ def test_a_client_that_leaves_frees_its_place(serve, stream):
         wait_until(lambda: served.engine.steps >= 3)
         if stream:
             connection.getresponse().read(10)
+        left = served.engine.steps
         connection.close()
         wait_until(lambda: served.engine.cancelled and not served.engine.running)
-        assert served.engine.steps < 290  # the reply has 300
+        assert served.engine.steps <= left + 2  # one that ran, and one before the server notices
         assert chat(served, max_tokens=2).status_code == 200
 
 
@@ -409,6 +411,7 @@ def test_adapters_come_from_the_folder_that_was_named(serve, tmp_path: Path):
         assert added == [("x", tmp_path / "adapters/one")]
         assert chat(served, model="x").json()["choices"][0]["message"]["content"].startswith("I am x")
         assert post("unload", lora_name="base").status_code == 400
+        assert post("unload", lora_name="a").status_code == 400  # it was there at the start
         assert post("unload", lora_name="x").status_code == 200 and removed == ["x"]
         assert chat(served, model="x").status_code == 404
 
@@ -416,3 +419,4 @@ def test_adapters_come_from_the_folder_that_was_named(serve, tmp_path: Path):
 def test_without_a_folder_no_adapter_is_loaded(client):
     response = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "x"})
     assert response.status_code == 403 and is_error(response)
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "a"}).status_code == 403

@@ -1,5 +1,6 @@
 """Calls of tools and reasoning: derived from templates, read from replies, and through OpenAI's client."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from qlora_jax.inference.engine.grammar import Grammar, GrammarCompiler
 from qlora_jax.inference.engine.request import Request
 from qlora_jax.inference.reply_format import ReplyFormat, reply_format
 from qlora_jax.inference.reply_reader import Call, Part, ReplyReader, Text
+from qlora_jax.server.errors import ApiError
 from qlora_jax.server.reply_grammar import call_grammar
 from tests.data.loss_mask.reasoning_templates import HARMONY, QWEN3, R1, THINKING
 from tests.server.conftest import Start
@@ -238,6 +240,60 @@ def test_a_required_call_has_the_form_of_the_template(calling, required):
             assert isinstance(json.loads(found.arguments)["city"], str)
 
 
+OPTIONAL = {
+    "$defs": {"Unit": {"enum": ["C", "F"], "type": "string"}, "Place": {"type": "object"}},
+    "properties": {
+        "days": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "unit": {"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]},
+        "place": {"$ref": "#/$defs/Place"},
+        "loop": {"anyOf": [{"$ref": "#/properties/loop"}]},
+        "code": {"type": "string", "pattern": "a+"},
+    },
+    "required": ["days"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("days", "5", 5),
+        ("days", "null", None),
+        ("unit", "C", "C"),
+        ("unit", "null", None),
+        ("place", "{}", {}),
+        ("loop", "7", "7"),
+        ("code", "1", "1"),
+    ],
+)
+def test_arguments_between_tags_have_the_types_of_their_schemas(tokenizer, key, text, value):
+    tokenizer = dataclasses.replace(tokenizer, chat_template=CALLS["qwen3_coder"])
+    tools = [{"type": "function", "function": {"name": "get", "parameters": OPTIONAL}}]
+    reply = f"<tool_call>\n<function=get>\n<parameter={key}>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    (call,) = ReplyReader(reply_format(tokenizer), "", tools).feed(reply, last=True)
+    assert json.loads(call.arguments) == {key: value}
+
+
+@pytest.mark.slow  # masks over the whole vocabulary
+def test_arguments_between_tags_follow_their_schemas(tokenizer):
+    tokenizer = dataclasses.replace(tokenizer, chat_template=CALLS["qwen3_coder"])
+    form, compiler = reply_format(tokenizer).calls, GrammarCompiler(tokenizer, tokenizer.vocab_size)
+    for key, wrong in (("days", "x"), ("unit", "K"), ("place", "1")):
+        parameters = OPTIONAL | {"properties": {key: OPTIONAL["properties"][key]}, "required": [key]}
+        tools = [{"type": "function", "function": {"name": "get", "parameters": parameters}}]
+        grammar = call_grammar(form, tools, ["get"], single=True, tokenizer=tokenizer)
+        matcher = compiler.matcher(grammar, frozenset([tokenizer.eos_id]))
+        for token in tokenizer.encode(f"<tool_call>\n<function=get>\n<parameter={key}>\n"):
+            matcher.accept(token)
+        allowed = np.unpackbits(compiler.masks([matcher]).view(np.uint8), bitorder="little")
+        assert not allowed[tokenizer.encode(wrong)[0]] and allowed[tokenizer.backend.token_to_id("n")] == (
+            key != "place"
+        )
+    for parameters in (OPTIONAL, {"properties": 3}):
+        tools = [{"type": "function", "function": {"name": "get", "parameters": parameters}}]
+        with pytest.raises(ApiError, match="tools: "):
+            call_grammar(form, tools, ["get"], single=True, tokenizer=tokenizer)
+
+
 # ---- through the server
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -351,7 +407,12 @@ def test_restrictions_reach_the_engine(client, served, settings, kind, text):
         ({"tools": TOOLS * 2}, "two functions have the same name"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type: found 'custom'"),
         ({"response_format": {"type": "json_schema"}}, "json_schema.schema: expected"),
-        ({"response_format": {"type": "json_object"}, "tools": TOOLS, "tool_choice": "required"}, "required call"),
+        ({"response_format": {"type": "json_object"}, "tools": TOOLS, "tool_choice": "required"}, "found tools too"),
+        ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "found tools too"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "x", "strict": True}}]},
+            "tools.0.function.strict: kept",
+        ),
         ({"extra_body": {"structured_outputs": {}}}, "found 0 restrictions"),
         ({"extra_body": {"structured_outputs": {"regex": "a", "choice": ["b"]}}}, "found 2 restrictions"),
         ({"extra_body": {"guided_json": {}}}, "guided_json: found"),

@@ -6,6 +6,7 @@ alone, prompts are always computed by prompt calls, and replies by decode calls.
 Dimension key: D devices, R rows of a decode call, B, T tokens of a call, L layers, I pages of a row, V vocab.
 """
 
+import bisect
 import collections
 import dataclasses
 import itertools
@@ -167,6 +168,15 @@ class Engine:
     def adapters(self) -> tuple[str, ...]:
         """The names of the runs whose adapters requests may ask for."""
         return tuple(self._adapters)
+
+    @property
+    def positions(self) -> int:
+        """The most positions of one request: those of the model, or fewer if the cache holds no more."""
+
+        def pages(positions: int) -> int:
+            return most_pages(self._groups, positions, PROMPT_TOKENS[-1])
+
+        return bisect.bisect(range(self._config.max_positions + 1), self._pools[0].pages, key=pages) - 1
 
     def add_adapter(self, name: str, parts: ModelParts) -> None:
         """Adds the adapter of a run's model, whose base is that of the engine.

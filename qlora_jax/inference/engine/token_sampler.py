@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from qlora_jax.inference.sampling_params import GREEDY, Sampling
 
+LEAST_TEMPERATURE = 1e-6  # logits divided by less may overflow
 _LIMB = 2.0**19  # a mass has two limbs of 19 bits, of which a uint32 can sum _CHUNK
 _CHUNK = 4096
 _NO_MASS = 27.0  # tokens further below the likeliest have no mass: exp(-27) < 2**-38
@@ -116,7 +117,7 @@ def row_settings(rows: Sequence[Row], vocab: int) -> RowSettings:
     draws = filters = penalties = bias_RV = None
     if any(each.temperature for each in settings):
         drawn = [each.temperature > 0 for each in settings]
-        inverse = np.float32(1) / np.array([each.temperature or 1 for each in settings], np.float32)
+        inverse = np.float32(1) / np.array([_divisor(each) for each in settings], np.float32)
         seeds_R = np.array([row.sampling.seed & 0xFFFFFFFF for row in rows], np.uint32)
         keys_R2 = _row_keys(seeds_R, np.array([row.repeat for row in rows], np.uint32))
         draws = Draws(jnp.asarray(np.array(drawn)), jnp.asarray(inverse), keys_R2)
@@ -135,7 +136,7 @@ def row_settings(rows: Sequence[Row], vocab: int) -> RowSettings:
         bias_RV = jnp.asarray(dense_RV)
     factor_R = None
     if any(row.score_draw and row.sampling.temperature not in (0, 1) for row in rows):
-        factor_R = floats([1 / (row.sampling.temperature or 1) if row.score_draw else 1 for row in rows])
+        factor_R = floats([1 / _divisor(row.sampling) if row.score_draw else 1 for row in rows])
     return RowSettings(draws, filters, penalties, bias_RV, factor_R)
 
 
@@ -150,6 +151,10 @@ def row_state(rows: Sequence[Row], vocab: int) -> RowState:
             np.add.at(counts_V, np.asarray(row.reply, np.int64), 2)
             counts_V[np.asarray(row.prompt, np.int64)] |= 1
     return RowState(index_R, jnp.asarray(history_RV))
+
+
+def _divisor(sampling: Sampling) -> float:
+    return max(sampling.temperature, LEAST_TEMPERATURE) if sampling.temperature else 1.0
 
 
 def _penalizes(sampling: Sampling) -> bool:

@@ -1,6 +1,7 @@
 """An engine's replies: those of the full forward pass, whatever runs beside them, and within the cache's pages."""
 
 import dataclasses
+import functools
 import gc
 
 import jax
@@ -72,21 +73,22 @@ def test_replies_are_those_of_the_full_forward_pass(parts):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "dtype"),
     [
-        {"qk_norm": "head", "head_dim": 16},
-        pytest.param({"windows": (None, 40)}, marks=pytest.mark.slow),
-        pytest.param({"windows": (20, 20), "attention_softcap": 5.0}, marks=pytest.mark.slow),
+        ({"qk_norm": "head", "head_dim": 16}, "float32"),
+        pytest.param({"windows": (None, 40)}, "int8", marks=pytest.mark.slow),
+        pytest.param({"windows": (20, 20), "attention_softcap": 5.0}, "float32", marks=pytest.mark.slow),
     ],
     ids=["norms of heads", "one window", "windows"],
 )
-def test_a_reply_does_not_depend_on_what_runs_beside_it(changes):
+def test_a_reply_does_not_depend_on_what_runs_beside_it(changes, dtype):
     """Not on neighbours, on shared beginnings, or on beginning again: to the bit, log-probabilities included."""
-    parts, page = tiny_parts(**changes), page_bytes(dataclasses.replace(tiny_config(), **changes), "float32")
+    parts, page = tiny_parts(**changes), page_bytes(dataclasses.replace(tiny_config(), **changes), dtype)
+    engine = functools.partial(Engine, parts, cache_dtype=dtype)
     requests = requests_of(9, 130, 41, 70, 33, 200, samplings=MIXED, count=12, likeliest=3)
     requests += [dataclasses.replace(one, prompt=[*one.prompt[:64], 7, 8, 9]) for one in requests[1:4]]
-    alone = [answers(Engine(parts, cache_bytes=CACHE), [one])[0] for one in requests[:4]]
-    together, full = Engine(parts, cache_bytes=CACHE), Engine(parts, cache_bytes=20 * page)
+    alone = [answers(engine(cache_bytes=CACHE), [one])[0] for one in requests[:4]]
+    together, full = engine(cache_bytes=CACHE), engine(cache_bytes=20 * page)
     assert answers(together, requests)[:4] == alone
     assert together.usage().shared_tokens == 64 + 32 + 64
     assert answers(together, requests[::-1])[::-1][:4] == alone
